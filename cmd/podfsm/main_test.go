@@ -1,0 +1,264 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+)
+
+// asProgram makes the test binary run main instead of the tests.
+const asProgram = "PODFSM_TEST_AS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// fakeSandboxes answers from the fixture, or as the test says.
+type fakeSandboxes struct {
+	podfsmv1.UnimplementedSandboxesServer
+	inspect func(ctx context.Context, ref string) (*podfsmv1.InspectResponse, error)
+}
+
+func (fakeSandboxes) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
+	return &podfsmv1.ListResponse{Sandboxes: []*podfsmv1.Sandbox{ready, owing, starting}}, nil
+}
+
+func (f fakeSandboxes) Inspect(ctx context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.InspectResponse, error) {
+	return f.inspect(ctx, r.GetRef())
+}
+
+// serve starts a daemon on a socket of its own and returns the socket's path.
+// Without a service it is a containerd without podfsm.
+func serve(t *testing.T, service podfsmv1.SandboxesServer) string {
+	t.Helper()
+	address := filepath.Join(t.TempDir(), "c.sock")
+	listener, err := net.Listen("unix", address)
+	require.NoError(t, err)
+	server := grpc.NewServer()
+	if service != nil {
+		podfsmv1.RegisterSandboxesServer(server, service)
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	t.Cleanup(func() {
+		server.Stop()
+		require.NoError(t, <-served)
+	})
+	return address
+}
+
+func podfsm(t *testing.T, args ...string) (stdout string, err error) {
+	t.Helper()
+	var out, errOut bytes.Buffer
+	err = run(t.Context(), append([]string{"podfsm"}, args...), &out, &errOut)
+	require.Empty(t, errOut.String())
+	return out.String(), err
+}
+
+func TestPs(t *testing.T) {
+	address := serve(t, fakeSandboxes{})
+	out, err := podfsm(t, "--address", address, "ps")
+	require.NoError(t, err)
+	require.Regexp(t, `(?m)^3b1f0c9a7e5d4 +default/web +Ready +\S+ +- +10\.88\.0\.5$`, out)
+
+	out, err = podfsm(t, "ps", "--address", "unix://"+address, "-o", "wide")
+	require.NoError(t, err)
+	require.Contains(t, out, ready.GetTraceId())
+
+	out, err = podfsm(t, "ps", "--address", address, "--output=json")
+	require.NoError(t, err)
+	requireGolden(t, "ps.json", []byte(out))
+}
+
+func TestInspect(t *testing.T) {
+	address := serve(t, fakeSandboxes{inspect: func(_ context.Context, ref string) (*podfsmv1.InspectResponse, error) {
+		if ref != "default/web" && ref != "help" {
+			return nil, status.Errorf(codes.NotFound, "no sandbox matches %q", ref)
+		}
+		return readyInspection, nil
+	}})
+	out, err := podfsm(t, "--address", address, "inspect", "default/web")
+	require.NoError(t, err)
+	require.Contains(t, out, ready.GetId())
+	require.Contains(t, out, "NetworkReady")
+
+	out, err = podfsm(t, "--address", address, "inspect", "-o", "json", "default/web")
+	require.NoError(t, err)
+	requireGolden(t, "inspect.json", []byte(out))
+
+	// A pod may be named like a command.
+	out, err = podfsm(t, "--address", address, "inspect", "help")
+	require.NoError(t, err)
+	require.Contains(t, out, ready.GetId())
+}
+
+func TestAddressFromEnvironment(t *testing.T) {
+	t.Setenv("CONTAINERD_ADDRESS", serve(t, fakeSandboxes{}))
+	out, err := podfsm(t, "ps")
+	require.NoError(t, err)
+	require.Contains(t, out, "default/web")
+}
+
+func TestCallErrors(t *testing.T) {
+	refuse := func(code codes.Code, message string) podfsmv1.SandboxesServer {
+		return fakeSandboxes{inspect: func(context.Context, string) (*podfsmv1.InspectResponse, error) {
+			return nil, status.Error(code, message)
+		}}
+	}
+	for _, tc := range []struct {
+		name    string
+		service podfsmv1.SandboxesServer
+		want    string // ADDRESS is the socket
+	}{
+		{"no podfsm", nil, "the daemon at ADDRESS is a containerd without podfsm, or its podfsm plugin did not load: unknown service podfsm.v1.Sandboxes"},
+		{"not found", refuse(codes.NotFound, `no sandbox matches "x"`), `no sandbox matches "x"`},
+		{"ambiguous", refuse(codes.InvalidArgument, `"x" matches 2 sandboxes: x1, x2`), `"x" matches 2 sandboxes: x1, x2`},
+		{"shutting down", refuse(codes.Unavailable, "closing"), "the daemon at ADDRESS is unavailable: closing"},
+		{"failure", refuse(codes.Unknown, "bad\x1b[2J"), `the daemon at ADDRESS failed: bad\x1b[2J`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			address := serve(t, tc.service)
+			out, err := podfsm(t, "--address", address, "inspect", "x")
+			require.EqualError(t, err, strings.ReplaceAll(tc.want, "ADDRESS", address))
+			require.Empty(t, out)
+		})
+	}
+}
+
+func TestTimeout(t *testing.T) {
+	address := serve(t, fakeSandboxes{inspect: func(ctx context.Context, _ string) (*podfsmv1.InspectResponse, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}})
+	_, err := podfsm(t, "--address", address, "--timeout", "50ms", "inspect", "x")
+	require.EqualError(t, err, "no answer from the daemon at "+address+" within 50ms")
+}
+
+// A socket's path may hold what has a meaning in a gRPC target.
+func TestOddSocketPath(t *testing.T) {
+	address := serve(t, fakeSandboxes{})
+	odd := filepath.Join(t.TempDir(), "a b%zz?c#d,e")
+	require.NoError(t, os.Symlink(address, odd))
+	_, err := podfsm(t, "--address", odd, "ps")
+	require.NoError(t, err)
+}
+
+func TestDialErrors(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "none.sock")
+	_, err := podfsm(t, "--address", missing, "ps")
+	require.EqualError(t, err, "no socket at "+missing+": is the daemon running? (--address names another)")
+
+	dead := filepath.Join(t.TempDir(), "dead.sock")
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
+	require.NoError(t, err)
+	listener.SetUnlinkOnClose(false)
+	require.NoError(t, listener.Close())
+	_, err = podfsm(t, "--address", dead, "ps")
+	require.EqualError(t, err, "nothing listens on "+dead+": is the daemon running?")
+
+	// Root is never refused, so these two can't be had from the kernel.
+	refused := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
+	require.EqualError(t, explainDial("/s", refused), "permission denied on /s: run podfsm as root")
+	other := errors.New("odd")
+	require.ErrorIs(t, explainDial("/s", other), other)
+}
+
+func TestUsageErrors(t *testing.T) {
+	for _, tc := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"sp"}, `unknown command "sp"`},
+		{[]string{"ps", "x"}, "ps takes no arguments"},
+		{[]string{"ps", "-o", "yaml"}, "must be wide or json"},
+		{[]string{"ps", "--colour"}, "not defined: -colour"},
+		{[]string{"inspect"}, "inspect takes one argument"},
+		{[]string{"inspect", "a", "b"}, "inspect takes one argument"},
+		{[]string{"inspect", "-o", "wide", "a"}, "must be json"},
+		{[]string{"--timeout", "0s", "ps"}, "must be positive"},
+		{[]string{"--timeout", "soon", "ps"}, `invalid value "soon"`},
+	} {
+		t.Run(fmt.Sprint(tc.args), func(t *testing.T) {
+			_, err := podfsm(t, tc.args...)
+			require.ErrorContains(t, err, tc.want)
+		})
+	}
+}
+
+func TestHelp(t *testing.T) {
+	for _, args := range [][]string{nil, {"--help"}, {"help"}} {
+		out, err := podfsm(t, args...)
+		require.NoError(t, err)
+		require.Contains(t, out, "inspect")
+	}
+}
+
+func TestVersion(t *testing.T) {
+	out, err := podfsm(t, "--version")
+	require.NoError(t, err)
+	require.Regexp(t, `^podfsm \S+ \(containerd \S+\)\n$`, out)
+}
+
+func TestDescribe(t *testing.T) {
+	containerd := &debug.Module{Path: containerdModule, Version: "v2.4.2"}
+	for _, tc := range []struct {
+		name   string
+		linked string
+		info   debug.BuildInfo
+		want   string
+	}{
+		{"linked", "v1.2.3", debug.BuildInfo{Main: debug.Module{Version: "(devel)"}, Deps: []*debug.Module{containerd}}, "v1.2.3 (containerd v2.4.2)"},
+		{"go install", "", debug.BuildInfo{Main: debug.Module{Version: "v1.2.4"}, Deps: []*debug.Module{{Path: "x"}, containerd}}, "v1.2.4 (containerd v2.4.2)"},
+		{"fork", "v1", debug.BuildInfo{Deps: []*debug.Module{{Path: containerdModule, Version: "v2.4.2", Replace: &debug.Module{Path: "fork", Version: "v2.4.3"}}}}, "v1 (containerd v2.4.3)"},
+		{"local fork", "v1", debug.BuildInfo{Deps: []*debug.Module{{Path: containerdModule, Version: "v2.4.2", Replace: &debug.Module{Path: "../containerd"}}}}, "v1 (containerd ../containerd)"},
+		{"no build info", "", debug.BuildInfo{}, "unknown (containerd unknown)"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			require.Equal(t, tc.want, describe(tc.linked, &tc.info))
+		})
+	}
+}
+
+func TestExitCode(t *testing.T) {
+	program := func(args ...string) (stdout, stderr string, code int) {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+		cmd.Env = append(os.Environ(), asProgram+"=1")
+		var out, errOut bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &errOut
+		var exit *exec.ExitError
+		if err := cmd.Run(); err != nil {
+			require.ErrorAs(t, err, &exit)
+		}
+		return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+	}
+	stdout, stderr, code := program("ps", "--address", serve(t, fakeSandboxes{}))
+	require.Equal(t, 0, code)
+	require.Contains(t, stdout, "default/web")
+	require.Empty(t, stderr)
+
+	stdout, stderr, code = program("ps", "x")
+	require.Equal(t, 1, code)
+	require.Empty(t, stdout)
+	require.Equal(t, "podfsm: ps takes no arguments\n", stderr)
+}

@@ -1,0 +1,185 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// sandboxEnv marks the processes of a sandbox's plugins, and what they start, by the sandbox's id.
+const sandboxEnv = "PODFSM_SANDBOX"
+
+// call is the use of one plugin of one network.
+type call struct {
+	driver     *Driver
+	attachment *Attachment
+	record     Record
+	network    int
+	plugin     int
+	list       *libcni.NetworkConfigList
+	netns      string // CNI_NETNS
+}
+
+// add runs the plugin's ADD on the result of the plugin before it, and returns its own, in the version of the list.
+func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retErr error) {
+	ctx, span := c.startSpan(ctx, tracing.SpanCNIAdd, "ADD")
+	defer func() { tracing.End(span, retErr) }()
+
+	path, conf, err := c.prepare(prev)
+	if err != nil {
+		return nil, c.failed("add", err)
+	}
+	if err := c.advance(ctx, Progress{Phase: Adding}); err != nil {
+		return nil, err
+	}
+	result, raw, err := c.execAdd(ctx, path, conf)
+
+	// What has happened is recorded, also if nobody waits for it any more.
+	ctx = context.WithoutCancel(ctx)
+	if err != nil {
+		outcome := Progress{Phase: Adding, Error: err.Error()}
+		if errors.As(err, new(*notStartedError)) {
+			outcome.Phase = Pending
+		}
+		return nil, errors.Join(c.failed("add", err), c.advance(ctx, outcome))
+	}
+	return result, c.advance(ctx, Progress{Phase: Added, Result: raw})
+}
+
+// execAdd returns the result as an object and as it is recorded.
+func (c call) execAdd(ctx context.Context, path string, conf []byte) (types.Result, json.RawMessage, error) {
+	ctx, cancel := withTimeout(ctx, c.driver.addTimeout)
+	defer cancel()
+	result, err := invoke.ExecPluginWithResult(ctx, path, conf, c.environment("ADD"), c.driver.exec)
+	if err != nil {
+		return nil, nil, err
+	}
+	if result, err = result.GetAsVersion(c.list.CNIVersion); err != nil {
+		return nil, nil, err
+	}
+	raw, err := json.Marshal(result)
+	if err != nil {
+		return nil, nil, fmt.Errorf("failed to encode its result: %w", err)
+	}
+	return result, raw, nil
+}
+
+// del runs the plugin's DEL on the result that ADD had.
+func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
+	ctx, span := c.startSpan(ctx, tracing.SpanCNIDel, "DEL")
+	defer func() { tracing.End(span, retErr) }()
+
+	outcome := Progress{Phase: Deleted}
+	err := c.execDel(ctx, prev)
+	if err != nil {
+		outcome = Progress{Phase: c.state().Phase, Error: err.Error()}
+		err = c.failed("delete", err)
+	}
+	return errors.Join(err, c.advance(context.WithoutCancel(ctx), outcome))
+}
+
+func (c call) execDel(ctx context.Context, prev types.Result) error {
+	path, conf, err := c.prepare(prev)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := withTimeout(ctx, c.driver.delTimeout)
+	defer cancel()
+	return invoke.ExecPluginWithoutResult(ctx, path, conf, c.environment("DEL"), c.driver.exec)
+}
+
+// prepare finds the plugin and derives its request configuration (CNI specification, section 3, "Deriving request configuration").
+// Nothing that fails here has touched the network.
+func (c call) prepare(prev types.Result) (path string, conf []byte, err error) {
+	plugin := c.list.Plugins[c.plugin]
+	path, err = invoke.FindInPath(plugin.Network.Type, c.attachment.BinDirs)
+	if err != nil {
+		return "", nil, fmt.Errorf("%w: install it there: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	values := map[string]any{"name": c.list.Name, "cniVersion": c.list.CNIVersion}
+	if prev != nil {
+		values["prevResult"] = prev
+	}
+	if given := c.capabilities(plugin.Network); len(given) > 0 {
+		values["runtimeConfig"] = given
+	}
+	request, err := libcni.InjectConf(plugin, values)
+	if err != nil {
+		return "", nil, fmt.Errorf("failed to derive its configuration: %w", err)
+	}
+	return path, request.Bytes, nil
+}
+
+// capabilities are those that the plugin declares and the runtime has.
+func (c call) capabilities(plugin *types.PluginConf) Capabilities {
+	given := Capabilities{}
+	for name, declared := range plugin.Capabilities {
+		if value, ok := c.attachment.Capabilities[name]; ok && declared {
+			given[name] = value
+		}
+	}
+	return given
+}
+
+// advance journals a fact about the plugin and applies it.
+func (c call) advance(ctx context.Context, p Progress) error {
+	p.Network, p.Plugin = c.network, c.plugin
+	if err := c.record(ctx, p); err != nil {
+		return fmt.Errorf("failed to record CNI plugin %q as %q: %w", c.state().Type, p.Phase, err)
+	}
+	return c.attachment.Apply(p)
+}
+
+func (c call) state() *PluginState { return c.attachment.state(c.network, c.plugin) }
+
+// failed gives a plugin's error the words of libcni.
+func (c call) failed(command string, err error) error {
+	return fmt.Errorf("plugin type=%q name=%q failed (%s): %w", c.state().Type, c.list.Name, command, err)
+}
+
+func (c call) startSpan(ctx context.Context, name, command string) (context.Context, trace.Span) {
+	return tracing.Start(ctx, name,
+		tracing.CNICommand.String(command),
+		tracing.CNIPlugin.String(c.state().Type),
+		tracing.CNINetwork.String(c.list.Name),
+		tracing.CNIIfName.String(c.attachment.Networks[c.network].IfName),
+	)
+}
+
+// environment is a plugin's environment: containerd's own, the CNI parameters, and the sandbox's mark.
+type environment struct {
+	invoke.Args
+}
+
+func (c call) environment(command string) environment {
+	return environment{invoke.Args{
+		Command:     command,
+		ContainerID: c.attachment.ContainerID,
+		NetNS:       c.netns,
+		IfName:      c.attachment.Networks[c.network].IfName,
+		PluginArgs:  c.attachment.Args,
+		Path:        strings.Join(c.attachment.BinDirs, string(os.PathListSeparator)),
+	}}
+}
+
+// AsEnv implements invoke.CNIArgs.
+func (e environment) AsEnv() []string {
+	return append(e.Args.AsEnv(), sandboxEnv+"="+e.ContainerID)
+}
+
+// withTimeout names the deadline in the error of what it ends.
+func withTimeout(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s: %w", timeout, context.DeadlineExceeded))
+}

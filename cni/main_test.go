@@ -1,0 +1,103 @@
+package cni
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+const isolatedEnv = "CNI_TEST_ISOLATED"
+
+// TestMain runs the tests in network and mount namespaces of their own: bridges, routes, iptables rules and mounts go with them,
+// whatever happens.
+func TestMain(m *testing.M) {
+	if os.Geteuid() != 0 || os.Getenv(isolatedEnv) != "" {
+		goleak.VerifyTestMain(m)
+		return
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), isolatedEnv+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
+	runtime.LockOSThread() // Pdeathsig is about the thread
+	err := cmd.Run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		os.Exit(exit.ExitCode())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func requireRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal("root is needed to make network namespaces")
+	}
+	t.Skip("root is needed to make network namespaces")
+}
+
+// newNetNS pins a new network namespace to a path.
+func newNetNS(t *testing.T) string {
+	t.Helper()
+	requireRoot(t)
+	path := filepath.Join(t.TempDir(), "netns")
+	require.NoError(t, os.WriteFile(path, nil, 0o444))
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+		}
+		done <- err
+	}()
+	require.NoError(t, <-done)
+	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+	return path
+}
+
+// plugins is a directory of fake CNI plugins: shell scripts that log their calls and keep their input and environment.
+type plugins struct {
+	t   *testing.T
+	dir string
+}
+
+func newPlugins(t *testing.T) *plugins {
+	t.Helper()
+	return &plugins{t, t.TempDir()}
+}
+
+// script adds a plugin. The body runs after the call was logged, with $dir the directory and $name the plugin's name.
+func (p *plugins) script(name, body string) {
+	p.t.Helper()
+	head := fmt.Sprintf(`#!/bin/sh
+dir=%s name=%s
+echo "$CNI_COMMAND $name $CNI_IFNAME" >> $dir/calls
+cat > $dir/$name.$CNI_COMMAND.stdin
+env > $dir/$name.$CNI_COMMAND.env
+`, p.dir, name)
+	require.NoError(p.t, os.WriteFile(filepath.Join(p.dir, name), []byte(head+body), 0o755))
+}
+
+// good is the body of a plugin that gives eth0 an address.
+func good(ip string) string {
+	return `[ $CNI_COMMAND = ADD ] || exit 0
+cat <<EOF
+{"cniVersion":"1.0.0","interfaces":[{"name":"` + "'$CNI_IFNAME'" + `"}],"ips":[{"address":"` + ip + `/24","interface":0}]}

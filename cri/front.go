@@ -1,0 +1,256 @@
+// Package cri is podfsm's thin front on containerd's own CRI service.
+//
+// containerd's service makes the network namespace and runs CNI before it calls a sandbox controller, except for pods on the
+// node's network. So a pod of ours is passed to it as such a pod, with its true configuration beside it in the context, and
+// what would show that is restored on the way out. Every other call, and every other pod, passes through untouched.
+package cri
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+	"go.opentelemetry.io/otel/attribute"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// Sandboxes is what the front needs of podfsm's sandbox controller. All methods may be called by many goroutines.
+type Sandboxes interface {
+	// Ours says whether pods of a runtime handler are podfsm's; "" is the default handler. A handler that nobody has
+	// configured is InvalidArgument.
+	Ours(handler string) (bool, error)
+	// Admit refuses, before anything is made, what can't work: bad input, and everything while podfsm itself isn't well.
+	Admit(ctx context.Context, handler string, config *runtime.PodSandboxConfig) error
+	// Pod is a sandbox of ours by its full id, also for a while after it has gone.
+	Pod(id string) (Pod, bool)
+	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
+	StopPod(ctx context.Context, id string) error
+	// RemovePod undoes whatever there is of the sandbox. It is idempotent; an unknown id is success.
+	RemovePod(ctx context.Context, id string) error
+}
+
+// Pod is what containerd's CRI service doesn't know of a sandbox of ours.
+type Pod struct {
+	// Config is the configuration as the caller gave it. It must not be changed.
+	Config *runtime.PodSandboxConfig
+	// IP and AdditionalIPs are empty once the pod is off its network.
+	IP            string
+	AdditionalIPs []string
+}
+
+// Call travels in the context of a request through containerd's service to our controller, in the same process.
+type Call struct {
+	// Caller is the request's own context: it ends when the caller goes, and carries the request's span. The context around it
+	// doesn't end, so that what containerd's service has to clean up after a failure is cleaned up.
+	Caller context.Context
+	// Config is the true configuration of the sandbox to run; nil when the request runs none.
+	Config *runtime.PodSandboxConfig
+	// Handler is the runtime handler of the sandbox to run.
+	Handler string
+	// SandboxID is set by the controller when it has accepted the sandbox.
+	SandboxID string
+	// Err is set by the controller when it has undone, or owes, a start that failed: the error without wrapping.
+	Err error
+}
+
+type callKey struct{}
+
+// FromContext is the call that a context from the front carries; nil when containerd's API was called by somebody else.
+func FromContext(ctx context.Context) *Call {
+	call, _ := ctx.Value(callKey{}).(*Call)
+	return call
+}
+
+// with puts call beside ctx, detached from its end.
+func with(ctx context.Context, call *Call) context.Context {
+	call.Caller = ctx
+	return context.WithValue(context.WithoutCancel(ctx), callKey{}, call)
+}
+
+// service is the CRI as the front serves it.
+type service struct {
+	runtime.RuntimeServiceServer // containerd's own
+	sandboxes                    Sandboxes
+}
+
+// RunPodSandbox runs a pod of ours through containerd's service. When it returns an error, nothing of the pod is left, or
+// podfsm has what is left on its books.
+func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequest) (_ *runtime.RunPodSandboxResponse, err error) {
+	ours, err := s.sandboxes.Ours(r.GetRuntimeHandler())
+	if err != nil {
+		return nil, err
+	}
+	if !ours {
+		return s.RuntimeServiceServer.RunPodSandbox(ctx, r)
+	}
+	ctx, span := tracing.Start(ctx, tracing.SpanRun, Attributes(r.GetConfig(), r.GetRuntimeHandler())...)
+	defer func() { tracing.End(span, err) }()
+
+	if err := s.sandboxes.Admit(ctx, r.GetRuntimeHandler(), r.GetConfig()); err != nil {
+		return nil, err
+	}
+	call := &Call{Config: proto.CloneOf(r.GetConfig()), Handler: r.GetRuntimeHandler()}
+	resp, err := s.RuntimeServiceServer.RunPodSandbox(with(ctx, call), onNodeNetwork(r))
+	switch {
+	case err == nil:
+		return resp, nil
+	case call.Err != nil:
+		return nil, call.Err
+	case call.SandboxID != "":
+		// It failed around the controller: the pull of the pause image, NRI, the store. Nobody else undoes what we have.
+		if owed := s.sandboxes.RemovePod(context.WithoutCancel(ctx), call.SandboxID); owed != nil {
+			return nil, fmt.Errorf("%w (the cleanup is owed and will be tried again: %w)", err, owed)
+		}
+	}
+	return nil, err
+}
+
+// onNodeNetwork is a copy of the request with the network mode NODE, which makes containerd's service leave the network alone.
+func onNodeNetwork(r *runtime.RunPodSandboxRequest) *runtime.RunPodSandboxRequest {
+	r = proto.CloneOf(r)
+	linux := ensure(&ensure(&r.Config).Linux)
+	ensure(&ensure(&linux.SecurityContext).NamespaceOptions).Network = runtime.NamespaceMode_NODE
+	return r
+}
+
+// ensure gives a message pointer that may be nil something to point at.
+func ensure[T any](p **T) *T {
+	if *p == nil {
+		*p = new(T)
+	}
+	return *p
+}
+
+// StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network.
+func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (_ *runtime.StopPodSandboxResponse, err error) {
+	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
+	if !ok {
+		return s.RuntimeServiceServer.StopPodSandbox(ctx, r)
+	}
+	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
+	defer func() { tracing.End(span, err) }()
+
+	resp, err := s.RuntimeServiceServer.StopPodSandbox(with(ctx, &Call{}), r)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.sandboxes.StopPod(ctx, id); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// RemovePodSandbox lets containerd's service remove the containers and shut the sandbox down, which undoes all of ours.
+func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (_ *runtime.RemovePodSandboxResponse, err error) {
+	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
+	if !ok {
+		return s.RuntimeServiceServer.RemovePodSandbox(ctx, r)
+	}
+	ctx, span := tracing.Start(ctx, tracing.SpanRemove, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
+	defer func() { tracing.End(span, err) }()
+
+	resp, err := s.RuntimeServiceServer.RemovePodSandbox(with(ctx, &Call{}), r)
+	if err != nil {
+		return nil, err
+	}
+	// containerd's service may not know the sandbox any more; ours must go all the same.
+	if err := s.sandboxes.RemovePod(ctx, id); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// PodSandboxStatus restores the network and the namespace modes.
+func (s *service) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
+	resp, err := s.RuntimeServiceServer.PodSandboxStatus(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	s.restore(resp.GetStatus())
+	return resp, nil
+}
+
+// GetContainerEvents restores the sandbox status in every event. Events are shared between subscribers, so a copy is sent.
+func (s *service) GetContainerEvents(r *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {
+	return s.RuntimeServiceServer.GetContainerEvents(r, &eventStream{stream, s})
+}
+
+type eventStream struct {
+	runtime.RuntimeService_GetContainerEventsServer
+	service *service
+}
+
+func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
+	if _, ok := e.service.sandboxes.Pod(event.GetPodSandboxStatus().GetId()); ok {
+		event = proto.CloneOf(event)
+		e.service.restore(event.PodSandboxStatus)
+	}
+	return e.RuntimeService_GetContainerEventsServer.Send(event)
+}
+
+// PortForward is refused for pods of ours that have a network of their own: containerd's service takes them for pods on the
+// node's network and would forward to the node's localhost.
+func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
+	if _, pod, ok := s.resolve(ctx, r.GetPodSandboxId()); ok && !OnNodeNetwork(pod.Config) {
+		return nil, fmt.Errorf("port forwarding into pod %q, run by podfsm, isn't served yet; exec into it instead: %w",
+			PodName(pod.Config), errdefs.ErrNotImplemented)
+	}
+	return s.RuntimeServiceServer.PortForward(ctx, r)
+}
+
+// restore puts back into a status what containerd's service doesn't know.
+func (s *service) restore(status *runtime.PodSandboxStatus) {
+	pod, ok := s.sandboxes.Pod(status.GetId())
+	if !ok {
+		return
+	}
+	network := ensure(&status.Network)
+	network.Ip, network.AdditionalIps = pod.IP, nil
+	for _, ip := range pod.AdditionalIPs {
+		network.AdditionalIps = append(network.AdditionalIps, &runtime.PodIP{Ip: ip})
+	}
+	options := pod.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	ensure(&ensure(&status.Linux).Namespaces).Options = proto.CloneOf(options)
+}
+
+// resolve finds the sandbox of ours that a possibly shortened id means, as containerd's service would.
+func (s *service) resolve(ctx context.Context, id string) (string, Pod, bool) {
+	if pod, ok := s.sandboxes.Pod(id); ok || id == "" {
+		return id, pod, ok
+	}
+	list, err := s.RuntimeServiceServer.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{Id: id}})
+	if err != nil || len(list.GetItems()) != 1 {
+		return "", Pod{}, false
+	}
+	full := list.GetItems()[0].GetId()
+	pod, ok := s.sandboxes.Pod(full)
+	return full, pod, ok
+}
+
+// OnNodeNetwork says whether a pod is on the node's network by its own configuration.
+func OnNodeNetwork(config *runtime.PodSandboxConfig) bool {
+	return config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork() == runtime.NamespaceMode_NODE
+}
+
+// PodName is a pod's "namespace/name", for messages.
+func PodName(config *runtime.PodSandboxConfig) string {
+	return config.GetMetadata().GetNamespace() + "/" + config.GetMetadata().GetName()
+}
+
+// Attributes describe a pod on a span. An empty handler is left out.
+func Attributes(config *runtime.PodSandboxConfig, handler string) []attribute.KeyValue {
+	metadata := config.GetMetadata()
+	attributes := []attribute.KeyValue{
+		tracing.PodName.String(metadata.GetName()),
+		tracing.PodNamespace.String(metadata.GetNamespace()),
+		tracing.PodUID.String(metadata.GetUid()),
+		tracing.PodAttempt.Int64(int64(metadata.GetAttempt())),
+	}
+	if handler != "" {
+		attributes = append(attributes, tracing.RuntimeHandler.String(handler))
+	}
+	return attributes
+}

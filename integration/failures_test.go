@@ -1,0 +1,269 @@
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// steps are those of the creation path, in its order.
+var steps = []string{"allocate_ids", "remap_snapshot", "start_pause", "capture_netns", "attach_network", "declare_ready"}
+
+// failRun runs a pod that has to fail and says why.
+func failRun(t *testing.T, n *harness.Node, handler string, config *runtime.PodSandboxConfig) error {
+	t.Helper()
+	pod, err := n.RunPod(t.Context(), handler, config)
+	if err == nil {
+		require.NoError(t, pod.StopAndRemove(t.Context()))
+		t.Fatal("the pod runs")
+	}
+	return err
+}
+
+// runOnce runs a pod in a world without faults and is rid of it again.
+func runOnce(t *testing.T, n *harness.Node, config *runtime.PodSandboxConfig) {
+	t.Helper()
+	pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, config)
+	require.NoError(t, err)
+	require.NoError(t, pod.StopAndRemove(t.Context()))
+}
+
+func TestFailureOfEachStep(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	for _, step := range steps {
+		for _, when := range []string{"before", "after"} {
+			t.Run(step+" "+when+" it acts", func(t *testing.T) {
+				require.NoError(t, n.Fault(step+".do."+when, "1*error(injected)"))
+				config := n.PodConfig("pod")
+				err := failRun(t, n, harness.PodfsmHandler, config)
+				require.ErrorContains(t, err, `step `+step+` of pod "default/pod" failed: injected`)
+				n.RequireClean(t, before)
+				require.NoError(t, n.Heal())
+				runOnce(t, n, config)
+				n.RequireClean(t, before)
+			})
+		}
+	}
+}
+
+func TestFailureOfRealParts(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	for _, tc := range []struct{ point, step string }{
+		{"runc.create", "start_pause"},
+		{"runc.create.after", "start_pause"},
+		{"runc.start", "start_pause"},
+		{"runc.start.after", "start_pause"},
+		{"bridge.ADD", "attach_network"},
+		{"bridge.ADD.after", "attach_network"},
+		{"host-local.ADD", "attach_network"},
+		{"host-local.ADD.after", "attach_network"},
+	} {
+		t.Run(tc.point, func(t *testing.T) {
+			require.NoError(t, n.Fault(tc.point, "1*error(injected)"))
+			config := n.PodConfig("pod")
+			err := failRun(t, n, harness.PodfsmHandler, config)
+			require.ErrorContains(t, err, "step "+tc.step)
+			require.ErrorContains(t, err, "injected")
+			require.NoError(t, n.Heal())
+			n.RequireClean(t, before)
+			runOnce(t, n, config)
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+func TestFirstTryOfEachUndoFails(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	for _, step := range steps {
+		for _, when := range []string{"before", "after"} {
+			t.Run("rollback of "+step+" "+when+" it acts", func(t *testing.T) {
+				require.NoError(t, n.Fault("declare_ready.do.after", "1*error(not ready)"))
+				require.NoError(t, n.Fault(step+".undo."+when, "1*error(injected)"))
+				config := n.PodConfig("pod")
+				err := failRun(t, n, harness.PodfsmHandler, config)
+				require.ErrorContains(t, err, `step declare_ready of pod "default/pod" failed: not ready`)
+				require.ErrorContains(t, err, `undo of step `+step+` of pod "default/pod" failed: injected`)
+				n.RequireClean(t, before) // the second try comes by itself
+				runOnce(t, n, config)
+			})
+		}
+	}
+	for point, call := range map[string]func(*harness.Pod) error{
+		"attach_network.undo.before": func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"capture_netns.undo.after":   func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_pause.stop.before":    func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_pause.stop.after":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_pause.undo.before":    func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
+		"start_pause.undo.after":     func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
+		"remap_snapshot.undo.before": func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
+		"allocate_ids.undo.before":   func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
+	} {
+		t.Run("stop or remove: "+point, func(t *testing.T) {
+			pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
+			require.NoError(t, err)
+			require.NoError(t, n.Fault(point, "1*error(injected)"))
+			require.ErrorContains(t, call(pod), "injected")
+			require.NoError(t, pod.StopAndRemove(t.Context()), "what the kubelet does next")
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+func TestPauseKilled(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	events, err := n.Events(t.Context())
+	require.NoError(t, err)
+	defer events.Close()
+
+	pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
+	require.NoError(t, err)
+	pid, err := pod.Pid(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.Eventually(t, func() bool {
+		status, err := pod.Status(t.Context())
+		return err == nil && status.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
+	}, time.Second, tick, "not ready within a second")
+	require.Equal(t, "NotReady", inspect(t, n, pod.ID).GetSandbox().GetState())
+
+	require.NoError(t, pod.StopAndRemove(t.Context()))
+	n.RequireClean(t, before)
+	deleted := func(all []*runtime.ContainerEventResponse) bool {
+		return len(harness.OfType(all, pod.ID, runtime.ContainerEventType_CONTAINER_DELETED_EVENT)) > 0
+	}
+	all, err := events.WaitFor(t.Context(), deleted)
+	require.NoError(t, err)
+	for _, kind := range []runtime.ContainerEventType{
+		runtime.ContainerEventType_CONTAINER_CREATED_EVENT,
+		runtime.ContainerEventType_CONTAINER_STARTED_EVENT,
+		runtime.ContainerEventType_CONTAINER_STOPPED_EVENT,
+		runtime.ContainerEventType_CONTAINER_DELETED_EVENT,
+	} {
+		require.Len(t, harness.OfType(all, pod.ID, kind), 1, kind.String())
+	}
+	started := harness.OfType(all, pod.ID, runtime.ContainerEventType_CONTAINER_STARTED_EVENT)[0]
+	require.NotEmpty(t, started.GetPodSandboxStatus().GetNetwork().GetIp())
+	require.Equal(t, runtime.NamespaceMode_POD, started.GetPodSandboxStatus().GetLinux().GetNamespaces().GetOptions().GetNetwork())
+}
+
+func TestBadInput(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	userns := func(c *runtime.PodSandboxConfig) *runtime.UserNamespace {
+		return c.Linux.SecurityContext.NamespaceOptions.UsernsOptions
+	}
+	for name, tc := range map[string]struct {
+		change  harness.PodOption
+		handler string
+		code    codes.Code
+		text    string
+	}{
+		"no metadata": {
+			change: func(c *runtime.PodSandboxConfig) { c.Metadata = nil },
+			code:   codes.InvalidArgument, text: "no metadata",
+		},
+		"no Linux section": {
+			change: func(c *runtime.PodSandboxConfig) { c.Linux = nil },
+			code:   codes.InvalidArgument, text: "no Linux section",
+		},
+		"two mappings": {
+			change: func(c *runtime.PodSandboxConfig) {
+				userns(c).Uids = append(userns(c).Uids, &runtime.IDMapping{ContainerId: 65536, HostId: 900000, Length: 65536})
+			},
+			code: codes.InvalidArgument, text: "user namespace",
+		},
+		"length 0": {
+			change: func(c *runtime.PodSandboxConfig) { userns(c).Uids[0].Length = 0 },
+			code:   codes.InvalidArgument, text: "length",
+		},
+		"lengths that differ": {
+			change: func(c *runtime.PodSandboxConfig) {
+				userns(c).Gids = []*runtime.IDMapping{{HostId: userns(c).Uids[0].HostId, Length: 65535}}
+			},
+			code: codes.InvalidArgument, text: "length",
+		},
+		"a range that reaches 2^32-1": {
+			change: harness.UserNS(4294901760, 65536),
+			code:   codes.InvalidArgument, text: "4294967294",
+		},
+		"userns mode CONTAINER": {
+			change: func(c *runtime.PodSandboxConfig) { userns(c).Mode = runtime.NamespaceMode_CONTAINER },
+			code:   codes.InvalidArgument, text: "CONTAINER",
+		},
+		"userns mode TARGET": {
+			change: func(c *runtime.PodSandboxConfig) { userns(c).Mode = runtime.NamespaceMode_TARGET },
+			code:   codes.InvalidArgument, text: "TARGET",
+		},
+		"network mode TARGET": {
+			change: func(c *runtime.PodSandboxConfig) {
+				c.Linux.SecurityContext.NamespaceOptions.Network = runtime.NamespaceMode_TARGET
+			},
+			code: codes.InvalidArgument, text: "network namespace mode TARGET",
+		},
+		"unknown handler": {
+			change: func(*runtime.PodSandboxConfig) {}, handler: "nobody",
+			code: codes.InvalidArgument, text: `runtime handler "nobody" isn't configured`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			handler := tc.handler
+			if handler == "" {
+				handler = harness.PodfsmHandler
+			}
+			err := failRun(t, n, handler, n.PodConfig("pod", tc.change))
+			require.Equal(t, tc.code, status.Code(err), "%v", err)
+			require.ErrorContains(t, err, tc.text)
+			n.RequireClean(t, before)
+		})
+	}
+
+	t.Run("no CNI configuration", func(t *testing.T) {
+		files, err := filepath.Glob(filepath.Join(n.CNIConfDir(), "*"))
+		require.NoError(t, err)
+		require.NotEmpty(t, files)
+		aside := t.TempDir()
+		for _, file := range files {
+			require.NoError(t, os.Rename(file, filepath.Join(aside, filepath.Base(file))))
+		}
+		err = failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
+		require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, n.CNIConfDir())
+		for _, file := range files {
+			require.NoError(t, os.Rename(filepath.Join(aside, filepath.Base(file)), file))
+		}
+		n.RequireClean(t, before)
+	})
+
+	t.Run("no pause image", func(t *testing.T) {
+		_, err := n.Images.RemoveImage(t.Context(), &runtime.RemoveImageRequest{Image: &runtime.ImageSpec{Image: harness.PauseImage}})
+		require.NoError(t, err)
+		err = failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
+		require.ErrorContains(t, err, harness.PauseImage)
+		list, err := n.Sandboxes().List(t.Context(), &podfsmv1.ListRequest{})
+		require.NoError(t, err)
+		require.Empty(t, list.GetSandboxes())
+	})
+}

@@ -1,0 +1,180 @@
+package harness
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Daemon names a build of containerd.
+type Daemon string
+
+const (
+	Podfsm     Daemon = "containerd-podfsm" // the product
+	PodfsmRace Daemon = "race"              // the product with the race detector
+	Stock      Daemon = "containerd"        // containerd without the plugin
+	// TestDaemon is the product with fault points, from integration/testdaemon.
+	TestDaemon Daemon = "testdaemon"
+)
+
+// modulePath is that of the repository's main module.
+const modulePath = "github.com/podfsm/podfsm"
+
+// install is one `go install`. Its own staleness check makes it fast when
+// nothing has changed.
+type install struct {
+	module   string // a folder of the repository
+	bin      string // where the binaries go, below the repository
+	args     []string
+	produces string // for the progress line
+}
+
+var daemons = map[Daemon]install{
+	Podfsm:     {".", "bin", []string{"./cmd/..."}, "containerd-podfsm, podfsm"},
+	PodfsmRace: {".", ".build/race", []string{"-race", "./cmd/containerd-podfsm"}, "containerd-podfsm with the race detector"},
+	Stock:      {".", ".build/bin", []string{"github.com/containerd/containerd/v2/cmd/containerd"}, "containerd"},
+	TestDaemon: {".", ".build/bin", []string{"./integration/testdaemon"}, "testdaemon"},
+}
+
+// parts are what every daemon needs around it. The tools have modules of their
+// own, so that they are built with the dependencies their authors tested.
+var parts = []install{
+	{".", ".build/bin", []string{
+		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
+		"github.com/containerd/containerd/v2/cmd/ctr",
+		"./integration/faultwrap",
+	}, "containerd-shim-runc-v2, ctr, faultwrap"},
+	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
+	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
+}
+
+// path returns where a daemon's binary is, below the repository.
+func (d Daemon) path() string {
+	if d == PodfsmRace {
+		return ".build/race/containerd-podfsm"
+	}
+	return filepath.Join(daemons[d].bin, string(d))
+}
+
+// builder builds each thing at most once in this process.
+type builder struct {
+	mu     sync.Mutex
+	repo   string           // the repository's folder
+	images []byte           // as `docker save` writes them
+	done   map[string]error // by what is produced
+}
+
+var builds builder
+
+// build brings the daemon, all parts and the images up to date, and returns the
+// repository's folder and the images. Progress goes to stderr. Builds run one
+// after another, in this process by mu and among the test processes of one
+// checkout by flock.
+func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images []byte, _ error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.repo == "" {
+		dir, err := repository(ctx)
+		if err != nil {
+			return "", nil, err
+		}
+		b.repo, b.done = dir, map[string]error{}
+	}
+	unlock, err := b.lock()
+	if err != nil {
+		return "", nil, err
+	}
+	defer unlock()
+
+	for _, i := range append(parts, daemons[daemon]) {
+		if err := b.once(i.produces, func() error { return b.install(ctx, i) }); err != nil {
+			return "", nil, err
+		}
+	}
+	err = b.once("images", func() error {
+		if err := b.pause(ctx); err != nil {
+			return err
+		}
+		b.images, err = imageArchive(ctx, b.repo)
+		return err
+	})
+	return b.repo, b.images, err
+}
+
+func (b *builder) lock() (unlock func(), _ error) {
+	dir := filepath.Join(b.repo, ".build")
+	if err := os.MkdirAll(filepath.Join(dir, "bin"), 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("failed to lock %q: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func (b *builder) once(what string, build func() error) error {
+	if err, tried := b.done[what]; tried {
+		return err
+	}
+	start := time.Now()
+	err := build()
+	b.done[what] = err
+	if err == nil && time.Since(start) > time.Second {
+		fmt.Fprintf(os.Stderr, "built %s in %.1fs\n", what, time.Since(start).Seconds())
+	}
+	return err
+}
+
+func (b *builder) install(ctx context.Context, i install) error {
+	cmd := exec.CommandContext(ctx, "go", append([]string{"install", "-buildvcs=false"}, i.args...)...)
+	cmd.Dir = filepath.Join(b.repo, i.module)
+	cmd.Env = append(os.Environ(), "GOBIN="+filepath.Join(b.repo, i.bin), "CGO_ENABLED=1", "GOWORK=off")
+	return run(cmd)
+}
+
+func (b *builder) pause(ctx context.Context) error {
+	return run(exec.CommandContext(ctx, "gcc", "-static", "-Os", "-s", "-Wall", "-Werror",
+		"-o", filepath.Join(b.repo, ".build/bin/pause"), filepath.Join(b.repo, "integration/pause/pause.c")))
+}
+
+// repository returns the folder of the main module that the working directory
+// is in.
+func repository(ctx context.Context) (string, error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Path}}\t{{.Dir}}")
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("failed to find the repository: %w", err)
+	}
+	path, dir, _ := strings.Cut(strings.TrimSpace(string(out)), "\t")
+	if path != modulePath {
+		return "", fmt.Errorf("the working directory is in module %q, not %q: %w", path, modulePath, errdefs.ErrFailedPrecondition)
+	}
+	return dir, nil
+}
+
+// run runs cmd and puts what it printed into the error.
+func run(cmd *exec.Cmd) error {
+	out, err := cmd.CombinedOutput()
+	if errors.Is(err, exec.ErrNotFound) {
+		return fmt.Errorf("%w: `make deps` installs what is missing", err)
+	}
+	if err != nil {
+		return fmt.Errorf("failed to run %q: %w\n%s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(out))
+	}
+	return nil
+}

@@ -1,0 +1,221 @@
+package harness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/integration/faults"
+)
+
+const (
+	dirPattern = "podfsm-node-*"
+	// maxSocketDir is the longest socket_dir that containerd 2.4 takes on Linux:
+	// a socket's path has at most 107 bytes, and its name is a SHA-256.
+	maxSocketDir = 42
+
+	removeTimeout = 20 * time.Second
+)
+
+// makeDir makes the node's directory, which also gives the node its name.
+func (n *Node) makeDir() error {
+	dir, err := os.MkdirTemp("", dirPattern)
+	if err != nil {
+		return err
+	}
+	made.Lock()
+	made.dirs = append(made.dirs, dir)
+	made.Unlock()
+	n.dir, n.name, n.Faults = dir, filepath.Base(dir), faults.Dir(filepath.Join(dir, "faults"))
+	if len(n.path("s")) > maxSocketDir {
+		return errors.Join(os.Remove(dir), fmt.Errorf("%q is too long for a directory of unix sockets, set TMPDIR to a shorter path: %w", dir, errdefs.ErrInvalidArgument))
+	}
+	// Remapped root must be able to pass to its rootfs.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return err
+	}
+	for _, below := range []string{"root", "state", "tmp", "bin", "cni/bin", "cni/net.d", "faults/real", "logs"} {
+		if err := os.MkdirAll(n.path(below), 0o711); err != nil {
+			return err
+		}
+	}
+	n.lock, err = lockDir(dir)
+	return err
+}
+
+// lockDir locks a node's directory for as long as the file is open. The error
+// is unix.EWOULDBLOCK when another process has it.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// Sweep removes the nodes of test processes that were killed. Nodes in use are
+// left alone.
+func Sweep(ctx context.Context) error {
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), dirPattern))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, dir := range dirs {
+		lock, err := lockDir(dir)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, remove(ctx, dir))
+		lock.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// remove ends and removes all that belongs to the node with this directory, and
+// nothing else.
+func remove(ctx context.Context, dir string) error {
+	if is, err := filepath.Match(dirPattern, filepath.Base(dir)); !is || err != nil {
+		return fmt.Errorf("%q is not the directory of a node: %w", dir, errdefs.ErrInvalidArgument)
+	}
+	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
+	defer cancel()
+	// Processes hold the rest. Nothing is removed through a mount.
+	if err := poll(ctx, pollInterval, func() error { return killAll(dir) }); err != nil {
+		return err
+	}
+	if err := unmountAll(dir); err != nil {
+		return err
+	}
+	return errors.Join(
+		poll(ctx, pollInterval, func() error { return removeCgroups(filepath.Base(dir)) }),
+		removeCNICache(dir),
+		os.RemoveAll(dir),
+	)
+}
+
+// killAll kills every process of the node, and fails while there are any.
+func killAll(dir string) error {
+	processes, err := nodeProcesses(dir)
+	if err != nil {
+		return err
+	}
+	for _, p := range processes {
+		if err := unix.Kill(p.pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("failed to kill %v: %w", p, err)
+		}
+	}
+	if len(processes) > 0 {
+		return fmt.Errorf("%d processes do not end: %v: %w", len(processes), processes, errdefs.ErrUnavailable)
+	}
+	return nil
+}
+
+// unmountAll unmounts what is mounted below dir, the last mount first.
+func unmountAll(dir string) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return err
+	}
+	for _, m := range slices.Backward(mounts) {
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("failed to unmount %q: %w", m.Mountpoint, err)
+		}
+	}
+	return nil
+}
+
+func removeCgroups(name string) error {
+	cgroups, err := nodeCgroups(name)
+	if err != nil {
+		return err
+	}
+	for _, dir := range slices.Backward(cgroups) {
+		if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("failed to remove cgroup %q: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+func removeCNICache(dir string) error {
+	files, err := nodeCNICache(dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if err := os.Remove(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// made are the directories of all nodes that this process has made.
+var made struct {
+	sync.Mutex
+	dirs []string
+}
+
+// Leftovers returns what is on the machine of nodes that this process has made.
+// After every Close that is nothing.
+func Leftovers() ([]string, error) {
+	made.Lock()
+	defer made.Unlock()
+	var left []string
+	for _, dir := range made.dirs {
+		of, err := leftoversOf(dir)
+		if err != nil {
+			return nil, err
+		}
+		left = append(left, of...)
+	}
+	return left, nil
+}
+
+func leftoversOf(dir string) ([]string, error) {
+	processes, err := nodeProcesses(dir)
+	if err != nil {
+		return nil, err
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return nil, err
+	}
+	cgroups, err := nodeCgroups(filepath.Base(dir))
+	if err != nil {
+		return nil, err
+	}
+	left, err := nodeCNICache(dir)
+	if err != nil {
+		return nil, err
+	}
+	left = append(left, cgroups...)
+	for _, p := range processes {
+		left = append(left, p.String())
+	}
+	for _, m := range mounts {
+		left = append(left, "mount "+m.Mountpoint)
+	}
+	if _, err := os.Lstat(dir); err == nil {
+		left = append(left, dir)
+	}
+	return left, nil
+}

@@ -1,0 +1,74 @@
+package harness
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// wrappable are the programs that can be wrapped, with the folder of the node
+// that has them.
+var wrappable = map[string]string{
+	"runc":       "bin",
+	"bandwidth":  "cni/bin",
+	"bridge":     "cni/bin",
+	"firewall":   "cni/bin",
+	"host-local": "cni/bin",
+	"loopback":   "cni/bin",
+	"portmap":    "cni/bin",
+	"tuning":     "cni/bin",
+}
+
+// Fault gives a point its program: a point of the test daemon, or a command of
+// a real part before or after it acts, such as "runc.create", "bridge.ADD" or
+// "host-local.DEL.after". See package faults for programs.
+func (n *Node) Fault(point, program string) error {
+	part, _, _ := strings.Cut(point, ".")
+	if _, real := wrappable[part]; real {
+		if err := n.install(part, n.binary("faultwrap")); err != nil {
+			return err
+		}
+	}
+	return n.Faults.Set(point, program)
+}
+
+// Heal turns all points off and gives the node its real parts back.
+func (n *Node) Heal() error {
+	points, err := n.Faults.Points()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, point := range points {
+		errs = append(errs, n.Faults.Clear(point))
+	}
+	for part := range wrappable {
+		errs = append(errs, n.install(part, n.binary(part)))
+	}
+	return errors.Join(errs...)
+}
+
+// installParts gives a new node its real parts, also where faultwrap looks for
+// them.
+func (n *Node) installParts() error {
+	for part := range wrappable {
+		if err := n.install(part, n.binary(part)); err != nil {
+			return err
+		}
+		if err := os.Symlink(n.binary(part), n.path("faults/real/"+part)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// install makes a part of the node a link to program. A daemon that runs the
+// part meanwhile finds the old or the new one.
+func (n *Node) install(part, program string) error {
+	next := n.path("tmp/" + part)
+	if err := os.Symlink(program, next); err != nil {
+		return err
+	}
+	return os.Rename(next, n.path(filepath.Join(wrappable[part], part)))
+}

@@ -1,0 +1,201 @@
+package harness_test
+
+import (
+	"context"
+	"os"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+	"github.com/podfsm/podfsm/integration/traces"
+)
+
+func TestMain(m *testing.M) { os.Exit(harness.Main(m)) }
+
+func TestPod(t *testing.T) {
+	n, before := start(t, harness.Config{})
+	ctx := t.Context()
+	events, err := n.Events(ctx)
+	require.NoError(t, err)
+	defer events.Close()
+
+	pod, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("web", harness.UserNS(10*65536, 65536)))
+	require.NoError(t, err)
+	server, err := pod.StartContainer(ctx, "server", harness.Run("sh", "-c", "echo started; exec httpd -f -h /www"))
+	require.NoError(t, err)
+
+	uidMap, err := server.Exec(ctx, "cat", "/proc/self/uid_map")
+	require.NoError(t, err)
+	require.Regexp(t, `^\s*0\s+655360\s+65536\n$`, uidMap)
+	_, err = server.Exec(ctx, "sh", "-c", "echo oops >&2; exit 3")
+	require.ErrorContains(t, err, "exit code 3: oops")
+
+	ip, err := pod.IP(ctx)
+	require.NoError(t, err)
+	require.Equal(t, harness.IndexPage, get(t, n, "http://"+ip+"/"))
+	log, err := server.Log()
+	require.NoError(t, err)
+	require.Contains(t, log, "stdout F started")
+
+	_, err = events.WaitFor(ctx, func(all []*runtime.ContainerEventResponse) bool {
+		return len(harness.OfType(all, server.ID, runtime.ContainerEventType_CONTAINER_STARTED_EVENT)) == 1
+	})
+	require.NoError(t, err)
+	require.NoError(t, pod.StopAndRemove(ctx))
+	n.RequireClean(t, before)
+}
+
+func TestPodsThatShareTheNode(t *testing.T) {
+	n, before := start(t, harness.Config{})
+	ctx := t.Context()
+	hostUsers, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("host-users", harness.HostUsers()))
+	require.NoError(t, err)
+	hostNetwork, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("host-network", harness.HostNetwork()))
+	require.NoError(t, err)
+
+	c, err := hostUsers.StartContainer(ctx, "busybox")
+	require.NoError(t, err)
+	uidMap, err := c.Exec(ctx, "cat", "/proc/self/uid_map")
+	require.NoError(t, err)
+	require.Regexp(t, `^\s*0\s+0\s+4294967295\n$`, uidMap)
+	c, err = hostNetwork.StartContainer(ctx, "busybox")
+	require.NoError(t, err)
+	links, err := c.Exec(ctx, "ip", "link")
+	require.NoError(t, err)
+	require.Contains(t, links, "cni0", "the node's network is the daemon's")
+
+	require.NoError(t, hostUsers.StopAndRemove(ctx))
+	require.NoError(t, hostNetwork.StopAndRemove(ctx))
+	n.RequireClean(t, before)
+}
+
+func TestDaemonsSideBySide(t *testing.T) {
+	a, beforeA := start(t, harness.Config{})
+	b, beforeB := start(t, harness.Config{})
+	ctx := t.Context()
+	podA, err := a.RunPod(ctx, harness.StockHandler, a.PodConfig("same-name"))
+	require.NoError(t, err)
+	podB, err := b.RunPod(ctx, harness.StockHandler, b.PodConfig("same-name"))
+	require.NoError(t, err)
+	require.NoError(t, podA.StopAndRemove(ctx))
+	a.RequireClean(t, beforeA)
+
+	status, err := podB.Status(ctx)
+	require.NoError(t, err)
+	require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, status.GetState())
+	require.NoError(t, podB.StopAndRemove(ctx))
+	b.RequireClean(t, beforeB)
+}
+
+func TestRestartAndKill(t *testing.T) {
+	for name, end := range map[string]func(*harness.Node, context.Context) error{
+		"stop": (*harness.Node).Stop,
+		"kill": (*harness.Node).Kill,
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, before := start(t, harness.Config{})
+			ctx := t.Context()
+			pod, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("survivor"))
+			require.NoError(t, err)
+			pid := n.Pid()
+
+			require.NoError(t, end(n, ctx))
+			require.NoDirExists(t, "/proc/"+itoa(pid))
+			require.NoError(t, n.Start(ctx))
+			require.NotEqual(t, pid, n.Pid())
+
+			status, err := pod.Status(ctx)
+			require.NoError(t, err)
+			require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, status.GetState())
+			require.NoError(t, pod.StopAndRemove(ctx))
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+func TestStartShowsWhyTheDaemonEnded(t *testing.T) {
+	_, err := harness.NewNode(t.Context(), harness.Config{Daemon: harness.Stock, TOML: "required_plugins = ['io.containerd.no.such']"})
+	require.ErrorContains(t, err, "it ended: exit status 1")
+	require.ErrorContains(t, err, "io.containerd.no.such", "the end of the log")
+}
+
+func TestTraces(t *testing.T) {
+	n, _ := start(t, harness.Config{Traces: true})
+	ctx, traceID := traces.NewContext(t.Context())
+	_, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("traced"))
+	require.NoError(t, err)
+
+	const root = "runtime.v1.RuntimeService/RunPodSandbox"
+	spans, err := n.Traces.WaitFor(soon(t), traceID, traces.Finished(root))
+	require.NoError(t, err)
+	drawn := traces.Render(spans, func(_, _ string) (string, bool) { return "", false })
+	require.Contains(t, drawn, "- "+root+"\n  - ", "it has children")
+}
+
+func TestFaultsOfRealParts(t *testing.T) {
+	n, before := start(t, harness.Config{})
+	run := func() error {
+		pod, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("faulty"))
+		if err == nil {
+			err = pod.StopAndRemove(t.Context())
+		}
+		return err
+	}
+	for _, point := range []string{"runc.create", "runc.create.after", "runc.start", "bridge.ADD", "bridge.ADD.after", "host-local.ADD", "portmap.ADD"} {
+		t.Run(point, func(t *testing.T) {
+			require.NoError(t, n.Fault(point, "1*error(injected by a test)"))
+			require.ErrorContains(t, run(), "injected by a test")
+			n.RequireClean(t, before)
+			require.NoError(t, run(), "the second try")
+			require.NoError(t, n.Heal())
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+func TestBlockedPart(t *testing.T) {
+	n, before := start(t, harness.Config{})
+	for _, point := range []string{"runc.create", "bridge.ADD", "bridge.ADD.after"} {
+		t.Run(point, func(t *testing.T) {
+			require.NoError(t, n.Fault(point, "block"))
+			done := make(chan error, 1)
+			go func() {
+				pod, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("blocked"))
+				if err == nil {
+					err = pod.StopAndRemove(t.Context())
+				}
+				done <- err
+			}()
+			require.NoError(t, n.Faults.WaitReached(soon(t), point, 1))
+			require.Empty(t, done)
+			require.NoError(t, n.Faults.Release(point))
+			require.NoError(t, <-done)
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+func TestSetChain(t *testing.T) {
+	n, before := start(t, harness.Config{})
+	ctx := t.Context()
+	require.NoError(t, n.SetChain(ctx, append(n.DefaultChain(), harness.Plugin{"type": "missing"})...))
+	_, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("missing-plugin"))
+	require.ErrorContains(t, err, `failed to find plugin "missing"`)
+
+	require.NoError(t, n.SetChain(ctx))
+	_, err = n.RunPod(ctx, harness.StockHandler, n.PodConfig("no-network"))
+	require.ErrorContains(t, err, "cni plugin not initialized")
+
+	require.NoError(t, n.SetChain(ctx, n.DefaultChain()...))
+	pod, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("healed"))
+	require.NoError(t, err)
+	require.NoError(t, pod.StopAndRemove(ctx))
+
+	// Stock containerd keeps the address of the first pod for ever: the DEL of a
+	// chain with a missing plugin ends before it reaches the IPAM.
+	after, err := n.Census(ctx)
+	require.NoError(t, err)
+	require.Contains(t, before.Diff(after), harness.IPAM)
+}

@@ -1,0 +1,89 @@
+package harness
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// proc is a process of the machine.
+type proc struct {
+	pid           int
+	name, cmdline string
+}
+
+func (p proc) String() string { return fmt.Sprintf("%d (%s) %s", p.pid, p.name, p.cmdline) }
+
+// nodeProcesses returns the processes that are a node's: their command line or
+// environment names its directory, or they are in its network namespace or
+// cgroups. This process is none of them.
+func nodeProcesses(dir string) ([]proc, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var netns unix.Stat_t
+	// Without a namespace there is nothing to compare with.
+	_ = unix.Stat(filepath.Join(dir, "netns"), &netns)
+
+	var of []proc
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		is, err := isOf(pid, dir, netns)
+		if err != nil {
+			return nil, err
+		}
+		if is {
+			of = append(of, describe(pid))
+		}
+	}
+	return of, nil
+}
+
+func isOf(pid int, dir string, netns unix.Stat_t) (bool, error) {
+	for _, file := range []string{"cmdline", "environ", "cgroup"} {
+		content, err := procFile(pid, file)
+		if err != nil {
+			return false, err
+		}
+		name := dir + "/"
+		if file == "cgroup" {
+			name = "/" + filepath.Base(dir) + "/"
+		}
+		if bytes.Contains(content, []byte(name)) {
+			return true, nil
+		}
+	}
+	var in unix.Stat_t
+	err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &in)
+	return err == nil && in.Dev == netns.Dev && in.Ino == netns.Ino, nil
+}
+
+// procFile reads a file of a process. It is empty when the process has ended
+// meanwhile, or is closed even to root, which no process of a node is.
+func procFile(pid int, file string) ([]byte, error) {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, os.ErrPermission) {
+		return nil, nil
+	}
+	return content, err
+}
+
+func describe(pid int) proc {
+	name, _ := procFile(pid, "comm")
+	cmdline, _ := procFile(pid, "cmdline")
+	return proc{
+		pid:     pid,
+		name:    strings.TrimSpace(string(name)),
+		cmdline: strings.TrimSpace(string(bytes.ReplaceAll(cmdline, []byte{0}, []byte{' '}))),
+	}
+}

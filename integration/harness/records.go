@@ -1,0 +1,103 @@
+package harness
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins"
+)
+
+// criNamespace is the containerd namespace of CRI.
+const criNamespace = "k8s.io"
+
+// countRecords lists what the daemon's own stores hold, in every namespace.
+func (n *Node) countRecords(ctx context.Context, c Census) error {
+	all, err := n.Containerd.NamespaceService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("failed to list namespaces: %w", err)
+	}
+	snapshotters, err := n.snapshotters(ctx)
+	if err != nil {
+		return err
+	}
+	for _, ns := range all {
+		if err := n.countNamespace(namespaces.WithNamespace(ctx, ns), ns, snapshotters, c); err != nil {
+			return fmt.Errorf("namespace %q: %w", ns, err)
+		}
+	}
+	return nil
+}
+
+func (n *Node) countNamespace(ctx context.Context, ns string, snapshotters []string, c Census) error {
+	containers, err := n.Containerd.ContainerService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("failed to list containers: %w", err)
+	}
+	for _, i := range containers {
+		c.add(Containers, "%s/%s", ns, i.ID)
+	}
+	sandboxes, err := n.Containerd.SandboxStore().List(ctx)
+	if err != nil {
+		return fmt.Errorf("failed to list sandboxes: %w", err)
+	}
+	for _, i := range sandboxes {
+		c.add(Sandboxes, "%s/%s", ns, i.ID)
+	}
+	held, err := n.Containerd.LeasesService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("failed to list leases: %w", err)
+	}
+	for _, i := range held {
+		c.add(Leases, "%s/%s", ns, i.ID)
+	}
+	running, err := n.Containerd.TaskService().List(ctx, &tasks.ListTasksRequest{})
+	if err != nil {
+		return fmt.Errorf("failed to list tasks: %w", err)
+	}
+	for _, i := range running.GetTasks() {
+		c.add(Tasks, "%s/%s", ns, i.GetID())
+	}
+	for _, s := range snapshotters {
+		err := n.Containerd.SnapshotService(s).Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+			c.add(Snapshots, "%s/%s %s", ns, s, i.Name)
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("failed to list snapshots of %q: %w", s, err)
+		}
+	}
+	return nil
+}
+
+// collectGarbage has containerd remove what nothing refers to any more, such as
+// the directories of removed snapshots, and returns when that is done.
+func (n *Node) collectGarbage(ctx context.Context) error {
+	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	lease, err := n.Containerd.LeasesService().Create(ctx, leases.WithRandomID())
+	if err != nil {
+		return fmt.Errorf("failed to create a lease: %w", err)
+	}
+	if err := n.Containerd.LeasesService().Delete(ctx, lease, leases.SynchronousDelete); err != nil {
+		return fmt.Errorf("failed to collect garbage: %w", err)
+	}
+	return nil
+}
+
+// snapshotters returns the names of those that work on this machine.
+func (n *Node) snapshotters(ctx context.Context) ([]string, error) {
+	loaded, err := n.Containerd.IntrospectionService().Plugins(ctx, "type=="+plugins.SnapshotPlugin.String())
+	if err != nil {
+		return nil, fmt.Errorf("failed to list snapshotters: %w", err)
+	}
+	var names []string
+	for _, p := range loaded.GetPlugins() {
+		if p.GetInitErr() == nil {
+			names = append(names, p.GetID())
+		}
+	}
+	return names, nil
+}

@@ -1,0 +1,64 @@
+package harness
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Main runs a package's tests from its TestMain and returns the exit code. It
+// fails when a node of this process has left anything on the machine.
+func Main(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "the integration tests need root")
+		if os.Getenv("CI") != "" {
+			return 1
+		}
+		return 0
+	}
+	if err := Sweep(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "failed to remove the nodes of killed test runs:", err)
+		return 1
+	}
+	code := m.Run()
+	left, err := Leftovers()
+	if err != nil || len(left) > 0 {
+		fmt.Fprintf(os.Stderr, "nodes have left something on the machine: %v\n%s\n", err, strings.Join(left, "\n"))
+		return 1
+	}
+	return code
+}
+
+// StartNode makes a node for the test and closes it at its end. When the test
+// has failed, the end of the daemon's log is shown. A data race or panic of the
+// daemon fails the test.
+func StartNode(t testing.TB, c Config) *Node {
+	t.Helper()
+	n, err := NewNode(t.Context(), c)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		log := n.Log()
+		if err := n.Close(context.WithoutCancel(t.Context())); err != nil {
+			t.Errorf("failed to close the node: %v", err)
+		}
+		for _, bug := range []string{"WARNING: DATA RACE", "\npanic: ", "\nfatal error: "} {
+			if _, after, found := strings.Cut(log, bug); found {
+				t.Errorf("the daemon has a bug:%s%.4000s", bug, after)
+			}
+		}
+		if t.Failed() {
+			t.Logf("the end of containerd's log:\n%s", tail(log, 100))
+		}
+	})
+	return n
+}
+
+// RequireClean fails the test unless the node soon is as it was before.
+func (n *Node) RequireClean(t testing.TB, before Census) {
+	t.Helper()
+	require.NoError(t, n.WaitClean(t.Context(), before))
+}

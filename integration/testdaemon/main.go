@@ -1,0 +1,77 @@
+// Command testdaemon is containerd-podfsm with a fault point before and after everything that a step does. It is for tests only.
+//
+// The points are STEP.do.before, STEP.do.after, STEP.undo.before, STEP.undo.after, STEP.stop.before and STEP.stop.after, where
+// STEP is a step's name as in the ledger. The step between them is the real one.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/containerd/containerd/v2/cmd/containerd/command"
+
+	_ "github.com/containerd/containerd/v2/cmd/containerd/builtins"
+
+	"github.com/podfsm/podfsm/integration/faults"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/plugin"
+)
+
+func main() {
+	plugin.DecorateSteps(withFaults)
+	if err := command.App().Run(context.Background(), os.Args); err != nil {
+		_, _ = fmt.Fprintln(os.Stderr, "testdaemon:", err)
+		os.Exit(1)
+	}
+}
+
+// withFaults puts the points around step, and keeps what else it can do.
+func withFaults(step lifecycle.Step) lifecycle.Step {
+	faulty := &faultyStep{step}
+	if ender, ok := step.(lifecycle.Ender); ok {
+		return &faultyEnder{faulty, ender}
+	}
+	return faulty
+}
+
+type faultyStep struct{ lifecycle.Step }
+
+func (s *faultyStep) Do(ctx context.Context, r *lifecycle.Run) (result any, err error) {
+	err = s.between(ctx, "do", func() (err error) {
+		result, err = s.Step.Do(ctx, r)
+		return err
+	})
+	return result, err
+}
+
+func (s *faultyStep) Undo(ctx context.Context, r *lifecycle.Run) error {
+	return s.between(ctx, "undo", func() error { return s.Step.Undo(ctx, r) })
+}
+
+// between runs act between the points before and after it.
+func (s *faultyStep) between(ctx context.Context, what string, act func() error) error {
+	point := string(s.Facts().Name) + "." + what
+	if err := faults.Hit(ctx, point+".before"); err != nil {
+		return err
+	}
+	if err := act(); err != nil {
+		return err
+	}
+	return faults.Hit(ctx, point+".after")
+}
+
+type faultyEnder struct {
+	*faultyStep
+	ender lifecycle.Ender
+}
+
+func (s *faultyEnder) Stop(ctx context.Context, r *lifecycle.Run) (exit lifecycle.Exit, err error) {
+	err = s.between(ctx, "stop", func() (err error) {
+		exit, err = s.ender.Stop(ctx, r)
+		return err
+	})
+	return exit, err
+}
+
+func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error { return s.ender.Reap(ctx, r) }

@@ -1,0 +1,58 @@
+package journal
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// keptAside is how many damaged versions of a file are kept: enough to look into, too few to fill a tmpfs.
+const keptAside = 4
+
+// keepAside gives the file a second name, path.damaged-N with the lowest N above those in use, and removes the oldest of
+// these when there are too many. The file stays where it is, so that a crash at this point loses nothing.
+func keepAside(path string) (string, error) {
+	kept, err := listAside(path)
+	if err != nil {
+		return "", err
+	}
+	n := 1
+	if len(kept) > 0 {
+		n = kept[len(kept)-1] + 1
+	}
+	aside := asideName(path, n)
+	if err := os.Link(path, aside); err != nil {
+		return "", fmt.Errorf("failed to keep damaged %s aside: %w", path, withClass(err))
+	}
+	for len(kept) >= keptAside {
+		if err := os.Remove(asideName(path, kept[0])); err != nil {
+			return "", fmt.Errorf("failed to remove an old damaged file: %w", withClass(err))
+		}
+		kept = kept[1:]
+	}
+	return aside, nil
+}
+
+func asideName(path string, n int) string { return path + ".damaged-" + strconv.Itoa(n) }
+
+// listAside returns the numbers in use, in order.
+func listAside(path string) ([]int, error) {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("failed to list damaged files: %w", withClass(err))
+	}
+	var kept []int
+	for _, e := range entries {
+		if suffix, ok := strings.CutPrefix(e.Name(), filepath.Base(path)+".damaged-"); ok {
+			if n, err := strconv.Atoi(suffix); err == nil {
+				kept = append(kept, n)
+			}
+		}
+	}
+	slices.SortFunc(kept, cmp.Compare[int])
+	return kept, nil
+}

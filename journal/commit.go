@@ -1,0 +1,131 @@
+package journal
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/errdefs"
+)
+
+// operation is one durable write: a record, or the end of a sandbox.
+type operation struct {
+	key        Key
+	put        *stored  // nil: forget the sandbox
+	superseded [][]byte // ledger.db's keys of the records that put replaces
+	frame      []byte   // what the log gets: the record or the tombstone
+	done       chan error
+}
+
+// queue holds the operations that wait for the committer.
+type queue struct {
+	mu      sync.Mutex
+	waiting []*operation
+	closed  bool
+	wake    chan struct{} // holds one token while there may be something new
+}
+
+func newQueue() *queue { return &queue{wake: make(chan struct{}, 1)} }
+
+func (q *queue) put(op *operation) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return errClosed
+	}
+	q.waiting = append(q.waiting, op)
+	q.signal()
+	return nil
+}
+
+// close lets next hand out what waits and then end.
+func (q *queue) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed = true
+	q.signal()
+}
+
+func (q *queue) signal() {
+	select {
+	case q.wake <- struct{}{}:
+	default:
+	}
+}
+
+// next blocks until there is something and returns all of it; nothing means that the queue is closed and empty.
+func (q *queue) next() []*operation {
+	for {
+		q.mu.Lock()
+		ops, closed := q.waiting, q.closed
+		q.waiting = nil
+		q.mu.Unlock()
+		if len(ops) > 0 || closed {
+			return ops
+		}
+		<-q.wake
+	}
+}
+
+// submit queues op and waits for its outcome. When ctx ends first the operation may still be carried out.
+func (l *Ledger) submit(ctx context.Context, op *operation) error {
+	op.done = make(chan error, 1)
+	if err := l.queue.put(op); err != nil {
+		return err
+	}
+	select {
+	case err := <-op.done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("stopped waiting for the disk, the write may still happen: %w", ctx.Err())
+	}
+}
+
+// runCommitter commits everything that is queued in one transaction after the other, until the queue is closed. While one
+// is fsynced the next fills up, so concurrent writers share an fsync and a lone one waits for nobody.
+func (l *Ledger) runCommitter() {
+	defer close(l.committerDone)
+	for ops := l.queue.next(); len(ops) > 0; ops = l.queue.next() {
+		err := l.commit(ops)
+		for _, op := range ops {
+			op.done <- err
+		}
+	}
+}
+
+// commit writes ledger.db first and the log second: see the package comment.
+func (l *Ledger) commit(ops []*operation) error {
+	l.findSuperseded(ops)
+	if err := l.durable.commit(l.header(), ops); err != nil {
+		return err
+	}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	// From here on a restart would find the operations, whatever becomes of the log.
+	var frames []byte
+	for _, op := range ops {
+		frames = append(frames, op.frame...)
+		if op.put != nil {
+			l.live.add(*op.put)
+		} else {
+			delete(l.live, op.key)
+		}
+	}
+	return l.appendLog(frames)
+}
+
+func (l *Ledger) findSuperseded(ops []*operation) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, op := range ops {
+		if op.put == nil {
+			continue
+		}
+		if old, ok := l.live.superseded(*op.put); ok {
+			op.superseded = append(op.superseded, recordKey(op.key, old.seq))
+		}
+	}
+}
+
+var errClosed = fmt.Errorf("the ledger is closed: %w", errdefs.ErrFailedPrecondition)

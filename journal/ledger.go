@@ -1,0 +1,270 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+)
+
+// bootIDFile: see proc_sys_kernel(5), random/boot_id. The id is made anew at each boot.
+const bootIDFile = "/proc/sys/kernel/random/boot_id"
+
+// Ledger is an open ledger. All methods are safe for concurrent use, but Append and Forget of one sandbox must not run at the
+// same time: which of them wins is not defined.
+type Ledger struct {
+	bootID      string
+	bootSeq     uint64
+	bootChanged bool
+	damage      []Damage
+	seq         atomic.Uint64 // the last one given
+
+	queue         *queue
+	committerDone chan struct{}
+	durable       *durableDB // the committer's alone until it has ended
+
+	// mu is held across writes to the log: serialising them is its purpose.
+	mu     sync.Mutex
+	live   live
+	log    logWriter
+	closed bool
+}
+
+// Open opens the ledger in two directories, which are created with mode 0700 if need be: rootDir must outlive a reboot,
+// stateDir may be a tmpfs. Damage is never a reason to fail. It returns Unavailable when another process keeps ledger.db locked for
+// some seconds, and other errors when files can't be created (ResourceExhausted for a full disk).
+func Open(rootDir, stateDir string) (*Ledger, error) {
+	return open(rootDir, stateDir, bootIDFile)
+}
+
+func open(rootDir, stateDir, bootIDFile string) (_ *Ledger, retErr error) {
+	bootID, err := readBootID(bootIDFile)
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{rootDir, stateDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("failed to create the ledger's directory: %w", withClass(err))
+		}
+	}
+	dbFile, durable, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDWR, unix.LOCK_EX, lockWait)
+	if err != nil {
+		return nil, err
+	}
+	log := readLog(filepath.Join(stateDir, logName))
+	r := replay(durable, log, bootID)
+
+	l := &Ledger{
+		bootID:        bootID,
+		bootSeq:       r.bootSeq,
+		bootChanged:   r.bootChanged,
+		live:          r.live,
+		log:           logWriter{path: log.path},
+		queue:         newQueue(),
+		committerDone: make(chan struct{}),
+	}
+	l.seq.Store(r.lastSeq)
+	if err := l.openDurable(dbFile, durable); err != nil {
+		return nil, err
+	}
+	if err := l.openLog(log); err != nil {
+		return nil, errors.Join(err, l.durable.close())
+	}
+	l.damage = slices.Concat(durable.damage, log.damage)
+	go l.runCommitter()
+	return l, nil
+}
+
+func readBootID(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("failed to read the boot id: %w", withClass(err))
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// openDurable goes on with the ledger.db that was found, or makes a new one when it is damaged or missing.
+func (l *Ledger) openDurable(f *os.File, found *image) (err error) {
+	if found.complete {
+		if l.durable, err = attachDurable(f, len(found.records)); err == nil {
+			return nil
+		}
+		found.damaged(Key{}, "%v", err)
+	}
+	if f != nil {
+		defer f.Close()
+		kept, err := keepAside(found.path)
+		if err != nil {
+			return err
+		}
+		found.keptAs(kept)
+	}
+	l.durable, err = createDurable(found.path, l.header(), l.live)
+	return err
+}
+
+// openLog rewrites the log with what is live. When that fails, a log that we may append to is better than no ledger.
+func (l *Ledger) openLog(found *image) error {
+	l.log.keep = found.found && !found.complete
+	kept, err := l.log.rewrite(l.header(), l.live)
+	if err == nil {
+		found.keptAs(kept)
+		return nil
+	}
+	if !found.found || found.newer {
+		return err
+	}
+	log.L.WithError(err).Warn("failed to rewrite the ledger's log, going on with the old one")
+	return l.log.reuse()
+}
+
+func (l *Ledger) header() header {
+	return header{Format: format, BootID: l.bootID, BootSeq: l.bootSeq, LastSeq: l.seq.Load()}
+}
+
+// Append records r and sets its Seq (and At, and Durable, see there). A durable record is on the disk when Append returns.
+// On an error the record may or may not be there: what it would have announced must not be done.
+//
+// It returns InvalidArgument for a record without a kind, with an invalid key or of more than 16 MiB, NotFound for a sandbox that
+// was not begun or has been forgotten, ResourceExhausted when a disk is full (Append works again once it isn't), Unavailable when
+// ledger.db failed otherwise (until the ledger is opened anew), FailedPrecondition after Close, and the context's error.
+func (l *Ledger) Append(ctx context.Context, r *Record) error {
+	if err := l.append(ctx, r); err != nil {
+		return fmt.Errorf("failed to record %s of sandbox %q: %w", strings.TrimSpace(string(r.Kind)+" "+r.Step), r.Key, err)
+	}
+	return nil
+}
+
+func (l *Ledger) append(ctx context.Context, r *Record) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := l.admit(r); err != nil {
+		return err
+	}
+	if r.At.IsZero() {
+		r.At = time.Now().UTC()
+	}
+	r.Durable = r.Durable || r.Kind == Begun || r.Kind == Owed
+	r.Seq = l.seq.Add(1)
+	frame, err := entry{Record: r}.frame()
+	if err != nil {
+		return err
+	}
+	s := newStored(r, frame)
+	if r.Durable {
+		return l.submit(ctx, &operation{key: r.Key, put: &s, frame: frame})
+	}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.live[r.Key]; !ok {
+		return errNotBegun
+	}
+	if err := l.appendLog(frame); err != nil {
+		return err
+	}
+	l.live.add(s)
+	return nil
+}
+
+var errNotBegun = fmt.Errorf("the sandbox was not begun or has been forgotten: %w", errdefs.ErrNotFound)
+
+// admit refuses records that replay would drop or misread.
+func (l *Ledger) admit(r *Record) error {
+	if r.Kind == "" {
+		return fmt.Errorf("the record has no kind: %w", errdefs.ErrInvalidArgument)
+	}
+	if r.Kind == Begun {
+		return errors.Join(identifiers.Validate(r.Key.Namespace), identifiers.Validate(r.Key.ID))
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.live[r.Key]; !ok {
+		return errNotBegun
+	}
+	return nil
+}
+
+// Forget removes everything about a sandbox, from the disk before it returns. Forgetting what is not there is no error, so a
+// failed Forget can be repeated: see Append for its errors.
+func (l *Ledger) Forget(ctx context.Context, k Key) error {
+	if err := l.forget(ctx, k); err != nil {
+		return fmt.Errorf("failed to forget sandbox %q: %w", k, err)
+	}
+	return nil
+}
+
+func (l *Ledger) forget(ctx context.Context, k Key) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	frame, err := entry{Forgot: &tombstone{Seq: l.seq.Add(1), Key: k}}.frame()
+	if err != nil {
+		return err
+	}
+	return l.submit(ctx, &operation{key: k, frame: frame})
+}
+
+// appendLog writes frames and rewrites the log when it has outgrown what is live. The caller holds mu.
+func (l *Ledger) appendLog(frames []byte) error {
+	if l.closed {
+		return errClosed
+	}
+	if err := l.log.append(frames); err != nil {
+		return err
+	}
+	if l.log.size <= l.log.limit {
+		return nil
+	}
+	if _, err := l.log.rewrite(l.header(), l.live); err != nil {
+		l.log.limit = l.log.size + logSlack // not at each append
+		log.L.WithError(err).Warn("failed to rewrite the ledger's log, going on with the old one")
+	}
+	return nil
+}
+
+// Sandboxes returns copies of all records of the sandboxes that are not forgotten, oldest sandbox first: what was found at Open
+// and what was appended since.
+func (l *Ledger) Sandboxes() []Sandbox {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.live.sandboxes()
+}
+
+// BootChanged says whether the node has booted since the ledger was last open; false if it is new, true if it can't be told.
+// When recovery itself is killed the next Open returns false, so to judge a single record compare its Seq to BootSeq.
+func (l *Ledger) BootChanged() bool { return l.bootChanged }
+
+// BootSeq is the first sequence number of the present boot: of what a record with a lower one tells, only files are left.
+func (l *Ledger) BootSeq() uint64 { return l.bootSeq }
+
+// Damage returns what Open could not read.
+func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }
+
+// Close waits for the writes under way and closes the files. Closing twice is no error.
+func (l *Ledger) Close() error {
+	l.queue.close()
+	<-l.committerDone
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	if err := errors.Join(l.log.f.Close(), l.durable.close()); err != nil {
+		return fmt.Errorf("failed to close the ledger: %w", withClass(err))
+	}
+	return nil
+}

@@ -1,0 +1,334 @@
+package journal
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv(killedWriterEnv) != "" {
+		runKilledWriter()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// dirs is where a test's ledger lives.
+type dirs struct{ root, state, bootID string }
+
+func newDirs(t testing.TB) dirs {
+	base := t.TempDir()
+	d := dirs{root: filepath.Join(base, "root"), state: filepath.Join(base, "state"), bootID: filepath.Join(base, "boot_id")}
+	d.reboot(t, "boot-1")
+	return d
+}
+
+// reboot gives the node a new boot id; the files stay.
+func (d dirs) reboot(t testing.TB, id string) {
+	require.NoError(t, os.WriteFile(d.bootID, []byte(id+"\n"), 0o600))
+}
+
+func (d dirs) db() string  { return filepath.Join(d.root, durableName) }
+func (d dirs) log() string { return filepath.Join(d.state, logName) }
+
+func (d dirs) open(t testing.TB) *Ledger {
+	t.Helper()
+	l, err := open(d.root, d.state, d.bootID)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, l.Close()) })
+	return l
+}
+
+// image copies the ledger as a crash at this moment would leave it.
+func (d dirs) image(t testing.TB) dirs {
+	to := newDirs(t)
+	require.NoError(t, os.CopyFS(to.root, os.DirFS(d.root)))
+	require.NoError(t, os.CopyFS(to.state, os.DirFS(d.state)))
+	return to
+}
+
+func key(id string) Key { return Key{Namespace: "k8s.io", ID: id} }
+
+func begin(t testing.TB, l *Ledger, k Key) {
+	t.Helper()
+	mustAppend(t, l, &Record{Key: k, Kind: Begun, Data: &Data{TypeURL: "spec", Value: []byte(k.ID)}})
+}
+
+func mustAppend(t testing.TB, l *Ledger, r *Record) {
+	t.Helper()
+	require.NoError(t, l.Append(context.Background(), r))
+}
+
+// lines renders what the ledger holds, one string a record, in a form that tests can compare.
+func lines(sandboxes []Sandbox) []string {
+	var out []string
+	for _, sb := range sandboxes {
+		for _, r := range sb.Records {
+			out = append(out, strings.TrimSpace(fmt.Sprintf("%s %s %s", r.Key.ID, r.Kind, r.Step)))
+		}
+	}
+	return out
+}
+
+func TestRoundTrip(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	want := []Record{
+		{Key: key("a"), Kind: Begun, Version: 3, TraceParent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+			Data: &Data{TypeURL: "type.nobody/knows", Value: []byte{0, 0xff, 'P', 'J', 0xfe, 1}}},
+		{Key: key("a"), Kind: Intent, Step: "ids", Data: &Data{TypeURL: "x", Value: []byte{}}},
+		{Key: key("a"), Kind: Noted, Step: "ids"},
+		{Key: key("a"), Kind: Done, Step: "ids", Durable: true},
+		{Key: key("a"), Kind: Moved, Event: "allocate", State: "IDsAllocated"},
+		{Key: key("a"), Kind: Owed, Step: "cni", Goal: "remove", Error: "DEL failed: <no IPAM> & \"more\"\n"},
+		{Key: key("a"), Kind: "a-kind-of-a-newer-version"},
+	}
+	for i := range want {
+		mustAppend(t, l, &want[i])
+		require.NotZero(t, want[i].At)
+		want[i].At = want[i].At.Round(0) // a stored time has no monotonic clock
+	}
+	require.True(t, want[0].Durable, "Begun is durable by itself")
+	require.True(t, want[5].Durable, "Owed is durable by itself")
+
+	expected := []Sandbox{{Key: key("a"), Records: want}}
+	require.Equal(t, expected, l.Sandboxes())
+	require.NoError(t, l.Close())
+	l = d.open(t)
+	require.Equal(t, expected, l.Sandboxes())
+	require.Empty(t, l.Damage())
+	require.False(t, l.BootChanged())
+}
+
+func TestSandboxesReturnsCopies(t *testing.T) {
+	l := newDirs(t).open(t)
+	begin(t, l, key("a"))
+	l.Sandboxes()[0].Records[0].Data.Value[0] = 'X'
+	require.Equal(t, "a", string(l.Sandboxes()[0].Records[0].Data.Value))
+}
+
+func TestSeqGrowsOverRestarts(t *testing.T) {
+	d := newDirs(t)
+	var last uint64
+	for round := range 4 {
+		l := d.open(t)
+		for i := range 3 {
+			k := key(fmt.Sprintf("s%d-%d", round, i))
+			begun, moved := &Record{Key: k, Kind: Begun}, &Record{Key: k, Kind: Moved}
+			mustAppend(t, l, begun)
+			mustAppend(t, l, moved)
+			require.Greater(t, begun.Seq, last)
+			require.Greater(t, moved.Seq, begun.Seq)
+			last = moved.Seq
+			require.NoError(t, l.Forget(context.Background(), k))
+		}
+		require.NoError(t, l.Close())
+		switch round {
+		case 1: // a reboot: nothing but the durable file knows a number now, and there is no record in it
+			require.NoError(t, os.RemoveAll(d.state))
+			d.reboot(t, "boot-2")
+		case 2: // the durable file is lost
+			require.NoError(t, os.RemoveAll(d.root))
+		}
+	}
+	l := d.open(t)
+	r := &Record{Key: key("last"), Kind: Begun}
+	mustAppend(t, l, r)
+	require.Greater(t, r.Seq, last)
+}
+
+func TestAppendRefuses(t *testing.T) {
+	cancelled, cancel := context.WithCancel(context.Background())
+	cancel()
+	for name, tc := range map[string]struct {
+		ctx  context.Context
+		r    Record
+		want func(error) bool
+	}{
+		"no kind":           {r: Record{Key: key("a")}, want: errdefs.IsInvalidArgument},
+		"no namespace":      {r: Record{Key: Key{ID: "a"}, Kind: Begun}, want: errdefs.IsInvalidArgument},
+		"id with a slash":   {r: Record{Key: key("a/b"), Kind: Begun}, want: errdefs.IsInvalidArgument},
+		"too large":         {r: Record{Key: key("a"), Kind: Begun, Data: &Data{Value: make([]byte, maxPayload)}}, want: errdefs.IsInvalidArgument},
+		"year 10000":        {r: Record{Key: key("a"), Kind: Begun, At: time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC)}, want: errdefs.IsInvalidArgument},
+		"not begun":         {r: Record{Key: key("b"), Kind: Intent}, want: errdefs.IsNotFound},
+		"not begun durable": {r: Record{Key: key("b"), Kind: Owed}, want: errdefs.IsNotFound},
+		"cancelled":         {ctx: cancelled, r: Record{Key: key("a"), Kind: Begun}, want: errdefs.IsCanceled},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newDirs(t).open(t)
+			ctx := tc.ctx
+			if ctx == nil {
+				ctx = context.Background()
+			}
+			err := l.Append(ctx, &tc.r)
+			require.Error(t, err)
+			require.True(t, tc.want(err), "%v", err)
+			require.Empty(t, l.Sandboxes())
+		})
+	}
+}
+
+func TestForget(t *testing.T) {
+	ctx := context.Background()
+	d := newDirs(t)
+	l := d.open(t)
+	for _, id := range []string{"a", "a1", "a-1"} {
+		begin(t, l, key(id))
+		mustAppend(t, l, &Record{Key: key(id), Kind: Intent, Step: "cni"})
+		mustAppend(t, l, &Record{Key: key(id), Kind: Owed, Step: "cni"})
+	}
+	require.NoError(t, l.Forget(ctx, key("a")))
+	require.NoError(t, l.Forget(ctx, key("a")), "forgetting is idempotent")
+	require.NoError(t, l.Forget(ctx, key("never-there")))
+	require.True(t, errdefs.IsNotFound(l.Append(ctx, &Record{Key: key("a"), Kind: Noted})), "a late step must not bring it back")
+
+	want := []string{"a1 begun", "a1 intent cni", "a1 owed cni", "a-1 begun", "a-1 intent cni", "a-1 owed cni"}
+	require.Equal(t, want, lines(l.Sandboxes()))
+	require.NoError(t, l.Close())
+
+	l = d.open(t)
+	require.Equal(t, want, lines(l.Sandboxes()))
+	begin(t, l, key("a"))
+	require.NoError(t, l.Close())
+	require.Equal(t, append(want, "a begun"), lines(d.open(t).Sandboxes()), "the id begins a new life")
+}
+
+// A debt that is retried for months must not fill the node.
+func TestRepeatedRecordsStayFew(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	for i := range 50 {
+		mustAppend(t, l, &Record{Key: key("a"), Kind: UndoIntent, Step: "cni"})
+		mustAppend(t, l, &Record{Key: key("a"), Kind: Owed, Step: "cni", Error: fmt.Sprint("try ", i)})
+		mustAppend(t, l, &Record{Key: key("a"), Kind: Owed, Step: "snapshot", Error: fmt.Sprint("try ", i)})
+	}
+	check := func(sandboxes []Sandbox) {
+		require.Equal(t, []string{
+			"a begun",
+			"a undo-intent cni", "a owed cni", "a owed snapshot",
+			"a undo-intent cni", "a owed cni", "a owed snapshot",
+		}, lines(sandboxes))
+		require.Equal(t, "try 0", sandboxes[0].Records[2].Error)
+		require.Equal(t, "try 49", sandboxes[0].Records[5].Error)
+	}
+	check(l.Sandboxes())
+	require.NoError(t, l.Close())
+
+	require.NoError(t, os.Remove(d.log()))
+	d.reboot(t, "boot-2")
+	require.Len(t, lines(d.open(t).Sandboxes()), 5, "ledger.db drops them too")
+}
+
+func TestClosed(t *testing.T) {
+	l := newDirs(t).open(t)
+	begin(t, l, key("a"))
+	require.NoError(t, l.Close())
+	require.NoError(t, l.Close())
+	require.True(t, errdefs.IsFailedPrecondition(l.Append(context.Background(), &Record{Key: key("a"), Kind: Noted})))
+	require.True(t, errdefs.IsFailedPrecondition(l.Append(context.Background(), &Record{Key: key("b"), Kind: Begun})))
+	require.True(t, errdefs.IsFailedPrecondition(l.Forget(context.Background(), key("a"))))
+}
+
+func TestConcurrentSandboxes(t *testing.T) {
+	const sandboxes, records = 64, 10
+	d := newDirs(t)
+	l := d.open(t)
+	var wg sync.WaitGroup
+	for i := range sandboxes {
+		wg.Go(func() {
+			k := key(fmt.Sprint("s", i))
+			begin(t, l, k)
+			for j := range records {
+				mustAppend(t, l, &Record{Key: k, Kind: Done, Step: fmt.Sprint(j), Durable: j%3 == 0})
+			}
+			if i%2 == 0 {
+				require.NoError(t, l.Forget(context.Background(), k))
+			}
+		})
+	}
+	wg.Wait()
+	check := func(all []Sandbox) {
+		require.Len(t, all, sandboxes/2)
+		for _, sb := range all {
+			require.Len(t, sb.Records, records+1)
+			for j, r := range sb.Records[1:] {
+				require.Equal(t, fmt.Sprint(j), r.Step)
+				require.Greater(t, r.Seq, sb.Records[j].Seq)
+			}
+		}
+	}
+	check(l.Sandboxes())
+	require.NoError(t, l.Close())
+	check(d.open(t).Sandboxes())
+}
+
+// While one transaction is written the operations that arrive must all go into the next.
+func TestConcurrentWritersShareTransactions(t *testing.T) {
+	const writers, rounds = 32, 20
+	l := newDirs(t).open(t)
+	var wg sync.WaitGroup
+	for i := range writers {
+		wg.Go(func() {
+			for j := range rounds {
+				begin(t, l, key(fmt.Sprintf("s%d-%d", i, j)))
+			}
+		})
+	}
+	wg.Wait()
+	require.NoError(t, l.Close())
+	stats := l.durable.db.Stats()
+	transactions := stats.TxStats.GetWriteTime() // set by each commit
+	require.NotZero(t, transactions)
+	require.Less(t, int(stats.TxStats.GetWrite()), writers*rounds*4/2, "page writes: four a transaction")
+}
+
+func TestForgottenSandboxesCostNothing(t *testing.T) {
+	const writers, cycles = 100, 100
+	d := newDirs(t)
+	l := d.open(t)
+	cycle := func() {
+		var wg sync.WaitGroup
+		for i := range writers {
+			wg.Go(func() {
+				for j := range cycles {
+					k := key(fmt.Sprintf("s%d-%d", i, j))
+					mustAppend(t, l, &Record{Key: k, Kind: Begun, Data: &Data{TypeURL: "spec", Value: make([]byte, 4096)}})
+					mustAppend(t, l, &Record{Key: k, Kind: Done, Step: "ids"})
+					require.NoError(t, l.Forget(context.Background(), k))
+				}
+			})
+		}
+		wg.Wait()
+	}
+	heap := func() int64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	size := func(path string) int64 {
+		info, err := os.Stat(path)
+		require.NoError(t, err)
+		return info.Size()
+	}
+	begin(t, l, key("stays"))
+	before := heap()
+	cycle()
+	require.Less(t, heap()-before, int64(1<<20))
+	require.Less(t, size(d.log()), int64(logSlack+1<<20))
+	require.Less(t, size(d.db()), int64(8<<20), "a hundred sandboxes of four KiB at a time")
+	require.Equal(t, []string{"stays begun"}, lines(l.Sandboxes()))
+}

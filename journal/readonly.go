@@ -1,0 +1,52 @@
+package journal
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Snapshot is the ledger as it was at one moment.
+type Snapshot struct {
+	Sandboxes   []Sandbox // oldest first
+	BootChanged bool      // see Ledger.BootChanged
+	BootSeq     uint64    // see Ledger.BootSeq
+	Damage      []Damage
+}
+
+// OpenReadOnly reads the ledger without changing anything, for use while no daemon runs. It holds no file when it returns.
+// It returns Unavailable when a daemon has the ledger open (after waiting some seconds for it to go), and NotFound when there is
+// no ledger.
+func OpenReadOnly(rootDir, stateDir string) (*Snapshot, error) {
+	return openReadOnly(rootDir, stateDir, bootIDFile, lockWait)
+}
+
+func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Snapshot, error) {
+	bootID, err := readBootID(bootIDFile)
+	if err != nil {
+		return nil, err
+	}
+	f, durable, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDONLY, unix.LOCK_SH, wait)
+	if err != nil {
+		return nil, err
+	}
+	if f != nil {
+		defer f.Close() // and with it the lock, which keeps a daemon from rewriting the log meanwhile
+	}
+	log := readLog(filepath.Join(stateDir, logName))
+	if !durable.found && !log.found {
+		return nil, fmt.Errorf("no ledger in %s and %s: %w", rootDir, stateDir, errdefs.ErrNotFound)
+	}
+	r := replay(durable, log, bootID)
+	return &Snapshot{
+		Sandboxes:   r.live.sandboxes(),
+		BootChanged: r.bootChanged,
+		BootSeq:     r.bootSeq,
+		Damage:      slices.Concat(durable.damage, log.damage),
+	}, nil
+}

@@ -1,0 +1,101 @@
+package journal
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+)
+
+func (d dirs) read(wait time.Duration) (*Snapshot, error) {
+	return openReadOnly(d.root, d.state, d.bootID, wait)
+}
+
+// contents maps every file of the ledger to what is in it.
+func (d dirs) contents(t *testing.T) map[string]string {
+	all := map[string]string{}
+	for _, dir := range []string{d.root, d.state} {
+		entries, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		for _, e := range entries {
+			b, err := os.ReadFile(dir + "/" + e.Name())
+			require.NoError(t, err)
+			all[e.Name()] = string(b)
+		}
+	}
+	return all
+}
+
+func TestReadOnly(t *testing.T) {
+	d := newDirs(t)
+	_, err := d.read(0)
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
+	require.NoDirExists(t, d.root)
+
+	want := smallLedger(t, d)
+	before := d.contents(t)
+	s, err := d.read(0)
+	require.NoError(t, err)
+	require.Equal(t, want, s.Sandboxes)
+	require.Empty(t, s.Damage)
+	require.False(t, s.BootChanged)
+
+	d.reboot(t, "boot-2")
+	s, err = d.read(0)
+	require.NoError(t, err)
+	require.True(t, s.BootChanged)
+	require.Greater(t, s.BootSeq, want[0].Records[0].Seq)
+	require.Equal(t, before, d.contents(t), "nothing was changed")
+}
+
+func TestReadOnlyWhileTheDaemonRuns(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	_, err := d.read(3 * lockPoll)
+	require.True(t, errdefs.IsUnavailable(err), "%v", err)
+	require.ErrorContains(t, err, "running containerd")
+	begin(t, l, key("b")) // it did not disturb the daemon
+
+	require.NoError(t, l.Close())
+	s, err := d.read(0)
+	require.NoError(t, err)
+	require.Equal(t, []string{"a begun", "b begun"}, lines(s.Sandboxes))
+}
+
+func TestReadOnlyOfDamage(t *testing.T) {
+	d := newDirs(t)
+	want := smallLedger(t, d)
+	require.NoError(t, os.Truncate(d.db(), 5000))
+	f, err := os.OpenFile(d.log(), os.O_WRONLY|os.O_APPEND, 0)
+	require.NoError(t, err)
+	_, err = f.WriteString(magic[:3])
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	before := d.contents(t)
+
+	s, err := d.read(0)
+	require.NoError(t, err)
+	require.Equal(t, want, s.Sandboxes)
+	require.GreaterOrEqual(t, len(s.Damage), 2)
+	require.True(t, s.Damage[len(s.Damage)-1].Torn)
+	for _, damage := range s.Damage {
+		require.Empty(t, damage.Kept)
+	}
+	require.Equal(t, before, d.contents(t), "nothing was changed")
+}
+
+func TestReadOnlyWithOneFile(t *testing.T) {
+	for _, lost := range []func(dirs) string{dirs.db, dirs.log} {
+		d := newDirs(t)
+		smallLedger(t, d)
+		require.NoError(t, os.Remove(lost(d)))
+		s, err := d.read(0)
+		require.NoError(t, err)
+		require.Len(t, s.Sandboxes, 13)
+		require.Len(t, s.Damage, 1)
+		require.Equal(t, lost(d), s.Damage[0].File)
+	}
+}

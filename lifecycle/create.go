@@ -1,0 +1,220 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// creation is one run of the creation path. It belongs to the queue's goroutine.
+type creation struct {
+	ctx     context.Context
+	cancel  context.CancelFunc
+	reply   func(error)
+	running int
+	err     error // why it failed, the first reason
+}
+
+// fail makes the creation end as soon as the steps that are running have returned.
+func (c *creation) fail(err error) {
+	if c.err == nil {
+		c.err = err
+	}
+	c.cancel()
+}
+
+// StepError says which step of a sandbox failed. Its text stays the same from try to try as far as the step's does.
+type StepError struct {
+	Step states.Event
+	Pod  string
+	Err  error
+}
+
+func (e *StepError) Error() string {
+	return fmt.Sprintf("step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
+}
+
+func (e *StepError) Unwrap() error { return e.Err }
+
+// start handles the request to run the creation path.
+func (s *sandbox) start(ctx context.Context, reply func(error)) {
+	if s.state() != states.New || s.creation != nil {
+		reply(fmt.Errorf("sandbox %q is %s and can't be started again: %w", s.key.ID, s.state(), errdefs.ErrFailedPrecondition))
+		return
+	}
+	runCtx, cancel := context.WithCancel(ctx)
+	s.creation = &creation{ctx: runCtx, cancel: cancel, reply: reply}
+	s.proceed()
+}
+
+// proceed starts every step whose needs are met, and ends the creation when none is left running.
+func (s *sandbox) proceed() {
+	for _, step := range s.engine.steps {
+		if s.creation.err == nil && s.startable(step) {
+			s.launch(step)
+		}
+	}
+	if s.creation.running == 0 {
+		s.finishCreation()
+	}
+}
+
+func (s *sandbox) startable(step Step) bool {
+	f := step.Facts()
+	if s.steps[f.Name].status != StepPending {
+		return false
+	}
+	for _, need := range f.Needs {
+		if !s.steps[need].status.complete() {
+			return false
+		}
+	}
+	return true
+}
+
+// launch runs step beside the queue; its outcome comes back as an event.
+func (s *sandbox) launch(step Step) {
+	name := step.Facts().Name
+	s.mu.Lock()
+	s.steps[name].status, s.steps[name].started = StepRunning, time.Now()
+	s.mu.Unlock()
+
+	s.creation.running++
+	ctx := s.creation.ctx
+	s.engine.work.Add(1) // the queue that is being handled keeps the group from being waited out
+	go func() {
+		defer s.engine.work.Done()
+		out := s.execute(ctx, step)
+		s.resume(func() { s.stepEnded(step, out) })
+	}()
+}
+
+// resume queues the outcome of work that is counted in already, so it is taken even while the engine closes.
+func (s *sandbox) resume(event func()) {
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	s.queue = append(s.queue, event)
+	if !s.handling {
+		s.handling = true
+		s.engine.work.Add(1)
+		go s.handle()
+	}
+}
+
+// outcome is how a step's work went.
+type outcome struct {
+	recorded
+	touched bool
+	err     error
+}
+
+// execute plans, records, does, and records again.
+func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
+	f := step.Facts()
+	ctx, cancel := context.WithTimeout(ctx, f.Deadline)
+	defer cancel()
+	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
+	defer func() { tracing.End(span, out.err) }()
+
+	r := s.run(step)
+	if out.plan, out.err = protect(func() (any, error) { return step.Plan(ctx, r) }); out.err != nil {
+		return out
+	}
+	r.facts[f.Name] = out.recorded
+	intent := &journal.Record{Kind: journal.Intent, Step: string(f.Name), Durable: f.Lasting && out.plan != nil}
+	if out.err = s.append(ctx, intent, out.plan); out.err != nil {
+		return out
+	}
+	out.touched = true
+
+	out.result, out.err = protect(func() (any, error) { return step.Do(ctx, r) })
+	out.notes = r.Notes()
+	if out.err != nil {
+		return out
+	}
+	_, skipped := out.result.(*Skipped)
+	if skipped {
+		span.SetAttributes(tracing.StepSkipped.Bool(true))
+	}
+	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: f.Lasting && !skipped}
+	out.err = s.append(context.WithoutCancel(ctx), done, out.result)
+	return out
+}
+
+// protect turns a panic of a step into its error: a daemon that runs a node's pods doesn't die of one of them.
+func protect(f func() (any, error)) (result any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+		}
+	}()
+	return f()
+}
+
+// stepEnded handles the outcome of a step.
+func (s *sandbox) stepEnded(step Step, out outcome) {
+	name := step.Facts().Name
+	s.mu.Lock()
+	rec := s.steps[name]
+	rec.recorded, rec.touched, rec.err, rec.ended = out.recorded, out.touched, out.err, time.Now()
+	_, skipped := out.result.(*Skipped)
+	switch {
+	case out.err != nil:
+		rec.status = StepFailed
+	case skipped:
+		rec.status = StepSkipped
+	default:
+		rec.status = StepDone
+	}
+	s.mu.Unlock()
+
+	s.creation.running--
+	if out.err != nil {
+		s.creation.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})
+	} else {
+		s.advance()
+	}
+	s.proceed()
+}
+
+// advance moves the state along the completed prefix of the creation path.
+func (s *sandbox) advance() {
+	if s.creation.err != nil {
+		return
+	}
+	for _, event := range states.CreationPath() {
+		if !s.steps[event].status.complete() {
+			return
+		}
+		if !s.machine.Can(event) {
+			continue // fired before
+		}
+		if err := s.fire(s.creation.ctx, event, nil); err != nil {
+			s.creation.fail(err)
+			return
+		}
+	}
+}
+
+// finishCreation answers the caller, after the rollback if there has to be one.
+func (s *sandbox) finishCreation() {
+	c := s.creation
+	s.creation = nil
+	defer c.cancel()
+	if c.err == nil {
+		c.reply(nil)
+		return
+	}
+	if owed := s.rollback(context.WithoutCancel(c.ctx), c.err); owed != nil {
+		c.reply(errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed)))
+		return
+	}
+	c.reply(c.err)
+}

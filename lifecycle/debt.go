@@ -1,0 +1,76 @@
+package lifecycle
+
+import (
+	"context"
+	"time"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// settle does work that leads to goal. When it fails the sandbox owes its cleanup, with the goal kept, and tries again later.
+func (s *sandbox) settle(ctx context.Context, goal states.State, work func() error) error {
+	err := work()
+	if err != nil {
+		s.owe(ctx, goal, err)
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.goal, s.attempts, s.nextTry = "", 0, time.Time{}
+	s.stopTimerLocked()
+	return nil
+}
+
+// owe puts the debt on record and sets the time of the next try.
+func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
+	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Error: cause.Error(), Durable: true}
+	if err := s.append(ctx, record, nil); err != nil {
+		s.log(ctx).WithError(err).Error("sandbox: an owed cleanup is not on record; it stays in memory")
+	}
+	if err := s.fire(ctx, states.OweCleanup, cause); err != nil {
+		s.log(ctx).WithError(err).Error("sandbox: owes its cleanup")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.goal = goal
+	s.attempts++
+	wait := s.engine.backoff(s.attempts)
+	s.nextTry = time.Now().Add(wait)
+	s.stopTimerLocked()
+	s.timer = time.AfterFunc(wait, func() { s.post(s.retry) })
+}
+
+// retry is the timer's event: one more try at what is owed, in a trace of its own that is linked to the sandbox's.
+func (s *sandbox) retry() {
+	if s.state() != states.CleanupOwed {
+		return
+	}
+	ctx, span := tracing.StartLinked(s.background(), tracing.SpanCleanup, s.traceParent, s.req.Attributes...)
+	tracing.End(span, s.pay(ctx))
+}
+
+// pay goes on towards the goal that the cleanup is owed for.
+func (s *sandbox) pay(ctx context.Context) error {
+	switch s.goal {
+	case states.RolledBack:
+		return s.rollback(ctx, nil)
+	case states.Removed:
+		return s.remove(ctx)
+	default:
+		return s.stop(ctx)
+	}
+}
+
+func (s *sandbox) stopTimer() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stopTimerLocked()
+}
+
+func (s *sandbox) stopTimerLocked() {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+}

@@ -1,0 +1,284 @@
+// Package lifecycle is the engine that runs every sandbox as a state machine.
+//
+// A sandbox is a queue of events: requests, the results of steps, the exit of pause, retry timers. One goroutine at a time
+// handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. Steps run beside
+// the queue, as many at once as their needs allow, and their results come back as events. What is undone is undone inside the
+// queue, one step after the other, newest first.
+//
+// Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
+package lifecycle
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"go.opentelemetry.io/otel/attribute"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// Journal is what the engine needs of the ledger.
+type Journal interface {
+	Append(ctx context.Context, r *journal.Record) error
+	Forget(ctx context.Context, k journal.Key) error
+}
+
+// definitionVersion is written into every record. It changes when the steps, their order or the types of their records do.
+const definitionVersion = 1
+
+// keepFinished is how many sandboxes that are gone can still be looked at.
+const keepFinished = 128
+
+// Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
+type Backoff func(attempts int) time.Duration
+
+// DefaultBackoff doubles from one second to five minutes.
+func DefaultBackoff(attempts int) time.Duration {
+	return min(time.Second<<min(attempts-1, 16), 5*time.Minute)
+}
+
+// Engine owns all sandboxes. Its methods may be called by any number of goroutines.
+type Engine struct {
+	steps   []Step
+	journal Journal
+	backoff Backoff
+
+	work sync.WaitGroup // queues and steps that are running
+
+	mu        sync.Mutex
+	closed    bool
+	sandboxes map[journal.Key]*sandbox
+	finished  []View // the newest last
+}
+
+// New makes an engine of steps, which must be the whole creation path of package states, in its order.
+func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
+	path := states.CreationPath()
+	if len(steps) != len(path) {
+		return nil, fmt.Errorf("there are %d steps for a creation path of %d: %w", len(steps), len(path), errdefs.ErrInvalidArgument)
+	}
+	for i, step := range steps {
+		f := step.Facts()
+		if f.Name != path[i] {
+			return nil, fmt.Errorf("step %d is %q, the creation path has %q there: %w", i, f.Name, path[i], errdefs.ErrInvalidArgument)
+		}
+		for _, earlier := range slices.Concat(f.Needs, f.Holds) {
+			if !slices.Contains(path[:i], earlier) {
+				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", f.Name, earlier, errdefs.ErrInvalidArgument)
+			}
+		}
+		if f.Deadline <= 0 || f.UndoDeadline <= 0 {
+			return nil, fmt.Errorf("step %q has no deadline: %w", f.Name, errdefs.ErrInvalidArgument)
+		}
+	}
+	return &Engine{steps: steps, journal: j, backoff: backoff, sandboxes: map[journal.Key]*sandbox{}}, nil
+}
+
+// Request is what a sandbox is created with.
+type Request struct {
+	// Pod is the pod's "namespace/name", for messages.
+	Pod string
+	// Spec is what the steps work from. Its type must be known to typeurl.
+	Spec any
+	// Attributes go on every span of the sandbox.
+	Attributes []attribute.KeyValue
+}
+
+// Create accepts a sandbox: it is on record from here on, and nothing of it exists yet.
+// It fails with AlreadyExists for a key that is in use.
+func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error {
+	s, err := newSandbox(e, key, req)
+	if err != nil {
+		return err
+	}
+	if err := e.add(s); err != nil {
+		return err
+	}
+	if err := s.begin(ctx); err != nil {
+		e.drop(s)
+		return err
+	}
+	return nil
+}
+
+// Start runs the creation path. When it returns an error, what had been made is undone again, or is owed: the error says which
+// step failed and whether anything is owed. A context that ends fails the step that is running; Start still waits for the
+// rollback, which has deadlines of its own.
+func (e *Engine) Start(ctx context.Context, key journal.Key) error {
+	s, err := e.lookup(key)
+	if err != nil {
+		return err
+	}
+	return <-s.ask(func(reply func(error)) { s.start(ctx, reply) })
+}
+
+// Halt ends the sandbox's process and leaves the rest for [Engine.Stop]. It is idempotent.
+func (e *Engine) Halt(ctx context.Context, key journal.Key) error {
+	return e.call(ctx, key, (*sandbox).halt)
+}
+
+// Stop ends the process and takes the sandbox off its network. A sandbox that was never ready is rolled back. It is idempotent.
+func (e *Engine) Stop(ctx context.Context, key journal.Key) error {
+	return e.call(ctx, key, (*sandbox).stop)
+}
+
+// Remove undoes all there is of the sandbox, whatever its state, and forgets it. It is idempotent; an unknown key is success.
+// A sandbox with something owed stays, and Remove fails, until that is paid.
+func (e *Engine) Remove(ctx context.Context, key journal.Key) error {
+	err := e.call(ctx, key, (*sandbox).remove)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// PauseExited tells that the sandbox's process has ended. Unknown keys are ignored.
+func (e *Engine) PauseExited(key journal.Key, exit Exit) {
+	if s, err := e.lookup(key); err == nil {
+		s.post(func() { s.pauseExited(exit) })
+	}
+}
+
+// Wait returns how the sandbox's process ended, once it has. It fails with NotFound for a sandbox that is gone before its
+// process ever ran.
+func (e *Engine) Wait(ctx context.Context, key journal.Key) (Exit, error) {
+	s, err := e.lookup(key)
+	if err != nil {
+		return Exit{}, err
+	}
+	select {
+	case <-s.exited:
+		return s.exitStatus()
+	case <-ctx.Done():
+		return Exit{}, ctx.Err()
+	}
+}
+
+// Get is the sandbox as it is now. A sandbox that is gone is NotFound.
+func (e *Engine) Get(key journal.Key) (View, error) {
+	s, err := e.lookup(key)
+	if err != nil {
+		return View{}, err
+	}
+	return s.view(), nil
+}
+
+// Find is the sandbox as it is now, or as it was when it went, as long as that is kept.
+func (e *Engine) Find(key journal.Key) (View, bool) {
+	if s, err := e.lookup(key); err == nil {
+		return s.view(), true
+	}
+	for _, view := range slices.Backward(e.Finished()) {
+		if view.Key == key {
+			return view, true
+		}
+	}
+	return View{}, false
+}
+
+// List is every sandbox as it is now, in no order.
+func (e *Engine) List() []View {
+	e.mu.Lock()
+	all := make([]*sandbox, 0, len(e.sandboxes))
+	for _, s := range e.sandboxes {
+		all = append(all, s)
+	}
+	e.mu.Unlock()
+	views := make([]View, len(all))
+	for i, s := range all {
+		views[i] = s.view()
+	}
+	return views
+}
+
+// Finished are the sandboxes that went last, the newest last.
+func (e *Engine) Finished() []View {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.finished)
+}
+
+// Close stops retry timers, lets the events that are queued be handled and refuses new ones. What is unfinished is in the ledger.
+func (e *Engine) Close() {
+	e.mu.Lock()
+	e.closed = true
+	for _, s := range e.sandboxes {
+		s.stopTimer()
+	}
+	e.mu.Unlock()
+	e.work.Wait()
+}
+
+// call runs one request and waits for it. When ctx ends first, the request goes on without its caller.
+func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, ctx context.Context) error) error {
+	s, err := e.lookup(key)
+	if err != nil {
+		return err
+	}
+	done := s.ask(func(reply func(error)) { reply(f(s, context.WithoutCancel(ctx))) })
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("the request for sandbox %q goes on without its caller: %w", key.ID, context.Cause(ctx))
+	}
+}
+
+func (e *Engine) add(s *sandbox) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return errClosed
+	}
+	if _, ok := e.sandboxes[s.key]; ok {
+		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
+	}
+	e.sandboxes[s.key] = s
+	return nil
+}
+
+func (e *Engine) drop(s *sandbox) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.sandboxes, s.key)
+}
+
+// retire drops a sandbox that is gone and keeps its last view.
+func (e *Engine) retire(s *sandbox) {
+	last := s.view()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.sandboxes, s.key)
+	e.finished = append(e.finished, last)
+	if over := len(e.finished) - keepFinished; over > 0 {
+		e.finished = slices.Delete(e.finished, 0, over)
+	}
+}
+
+func (e *Engine) lookup(key journal.Key) (*sandbox, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s, ok := e.sandboxes[key]
+	if !ok {
+		return nil, fmt.Errorf("sandbox %q: %w", key.ID, errdefs.ErrNotFound)
+	}
+	return s, nil
+}
+
+// enter counts a goroutine in, unless the engine is closed.
+func (e *Engine) enter() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return false
+	}
+	e.work.Add(1)
+	return true
+}
+
+var errClosed = fmt.Errorf("the engine is closed: %w", errdefs.ErrUnavailable)

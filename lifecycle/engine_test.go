@@ -1,0 +1,591 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+type testSpec struct{ Name string }
+
+type testResult struct{ Step states.Event }
+
+func init() {
+	typeurl.Register(&testSpec{}, "podfsm.test", "testSpec")
+	typeurl.Register(&testResult{}, "podfsm.test", "testResult")
+}
+
+// book is a ledger in memory that can be told to refuse.
+type book struct {
+	mu      sync.Mutex
+	lines   []string
+	refuse  func(r *journal.Record) error
+	forgets func() error
+}
+
+func (b *book) Append(_ context.Context, r *journal.Record) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.refuse != nil {
+		if err := b.refuse(r); err != nil {
+			return err
+		}
+	}
+	line := string(r.Kind)
+	for _, part := range []string{r.Step, r.Event, r.Goal} {
+		if part != "" {
+			line += " " + part
+		}
+	}
+	b.lines = append(b.lines, line)
+	return nil
+}
+
+func (b *book) Forget(context.Context, journal.Key) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.forgets != nil {
+		if err := b.forgets(); err != nil {
+			return err
+		}
+	}
+	b.lines = append(b.lines, "forgotten")
+	return nil
+}
+
+func (b *book) read() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.lines)
+}
+
+// node is the world that the steps of a test act on.
+type node struct {
+	mu     sync.Mutex
+	exists []states.Event // what has been made and not undone, in the order of making
+	acts   []string
+	do     map[states.Event]func(ctx context.Context) error
+	undo   map[states.Event]func() error
+}
+
+func newNode() *node {
+	return &node{do: map[states.Event]func(context.Context) error{}, undo: map[states.Event]func() error{}}
+}
+
+func (n *node) act(format string, args ...any) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.acts = append(n.acts, fmt.Sprintf(format, args...))
+}
+
+func (n *node) acted() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.acts)
+}
+
+func (n *node) left() []states.Event {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.exists)
+}
+
+type fakeStep struct {
+	facts Facts
+	node  *node
+}
+
+func (s *fakeStep) Facts() Facts { return s.facts }
+
+func (s *fakeStep) Plan(context.Context, *Run) (any, error) { return nil, nil }
+
+// Do makes the thing first and fails then: a step that fails may have acted.
+func (s *fakeStep) Do(ctx context.Context, _ *Run) (any, error) {
+	s.node.mu.Lock()
+	s.node.exists = append(s.node.exists, s.facts.Name)
+	hook := s.node.do[s.facts.Name]
+	s.node.mu.Unlock()
+	s.node.act("do %s", s.facts.Name)
+	if hook != nil {
+		if err := hook(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return &testResult{s.facts.Name}, nil
+}
+
+func (s *fakeStep) Undo(context.Context, *Run) error {
+	s.node.mu.Lock()
+	hook := s.node.undo[s.facts.Name]
+	s.node.mu.Unlock()
+	s.node.act("undo %s", s.facts.Name)
+	if hook != nil {
+		if err := hook(); err != nil {
+			return err
+		}
+	}
+	s.node.mu.Lock()
+	defer s.node.mu.Unlock()
+	s.node.exists = slices.DeleteFunc(s.node.exists, func(e states.Event) bool { return e == s.facts.Name })
+	return nil
+}
+
+func (s *fakeStep) Probe(context.Context, *Run) (bool, error) { return false, nil }
+
+type fakeEnder struct{ fakeStep }
+
+func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
+	s.node.act("stop %s", s.facts.Name)
+	return Exit{Code: 137, At: time.Now()}, nil
+}
+
+func (s *fakeEnder) Reap(context.Context, *Run) error {
+	s.node.act("reap %s", s.facts.Name)
+	return nil
+}
+
+var testKey = journal.Key{Namespace: "k8s.io", ID: "s1"}
+
+// world is an engine over a test's node and ledger.
+type world struct {
+	*Engine
+	*node
+	book *book
+}
+
+// newWorld has steps in a line, as the real ones are, unless needs say otherwise.
+func newWorld(t *testing.T, change ...func(*Facts)) *world {
+	w := &world{node: newNode(), book: &book{}}
+	var steps []Step
+	var before []states.Event
+	for _, name := range states.CreationPath() {
+		f := Facts{Name: name, Deadline: time.Minute, UndoDeadline: time.Minute}
+		if n := len(before); n > 0 {
+			f.Needs = before[n-1:]
+		}
+		switch name {
+		case states.RemapSnapshot:
+			f.Holds = []states.Event{states.AllocateIDs}
+		case states.StartPause:
+			f.Holds = []states.Event{states.AllocateIDs, states.RemapSnapshot}
+		case states.AttachNetwork:
+			f.Holds = []states.Event{states.CaptureNetNS}
+			f.AtStop, f.Lasting = true, true
+		case states.CaptureNetNS:
+			f.AtStop = true
+		}
+		for _, c := range change {
+			c(&f)
+		}
+		before = append(slices.Clone(before), name)
+		if name == states.StartPause {
+			steps = append(steps, &fakeEnder{fakeStep{f, w.node}})
+		} else {
+			steps = append(steps, &fakeStep{f, w.node})
+		}
+	}
+	engine, err := New(steps, w.book, func(int) time.Duration { return time.Millisecond })
+	require.NoError(t, err)
+	w.Engine = engine
+	t.Cleanup(engine.Close)
+	return w
+}
+
+func (w *world) create(t *testing.T) {
+	require.NoError(t, w.Create(t.Context(), testKey, Request{Pod: "ns/pod", Spec: &testSpec{"pod"}}))
+}
+
+func (w *world) run(t *testing.T) error {
+	w.create(t)
+	return w.Start(t.Context(), testKey)
+}
+
+func (w *world) state(t *testing.T) states.State {
+	view, ok := w.Find(testKey)
+	require.True(t, ok)
+	return view.State
+}
+
+// transitions are the states that the sandbox went through.
+func (w *world) transitions(t *testing.T) []states.State {
+	view, ok := w.Find(testKey)
+	require.True(t, ok)
+	var passed []states.State
+	for _, transition := range view.Transitions {
+		passed = append(passed, transition.To)
+	}
+	return passed
+}
+
+func (w *world) gone() bool {
+	_, err := w.Get(testKey)
+	return errdefs.IsNotFound(err)
+}
+
+func TestSandboxGoesThroughAllStates(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	require.Equal(t, states.Ready, w.state(t))
+	require.NoError(t, w.Halt(t.Context(), testKey))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.NoError(t, w.Stop(t.Context(), testKey), "stop is idempotent")
+	require.Equal(t, states.Stopped, w.state(t))
+	require.Equal(t, []states.Event{states.AllocateIDs, states.RemapSnapshot, states.StartPause, states.DeclareReady}, w.left())
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.NoError(t, w.Remove(t.Context(), testKey), "remove is idempotent")
+
+	require.True(t, w.gone())
+	require.Empty(t, w.left())
+	require.Equal(t, []states.State{
+		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
+		states.Stopping, states.Stopped, states.Removing, states.Removed,
+	}, w.transitions(t))
+	require.Equal(t, []string{
+		"begun",
+		"intent allocate_ids", "done allocate_ids",
+		"intent remap_snapshot", "done remap_snapshot",
+		"intent start_pause", "done start_pause",
+		"intent capture_netns", "done capture_netns",
+		"intent attach_network", "done attach_network",
+		"intent declare_ready", "done declare_ready",
+		"moved stop",
+		"undo-intent attach_network", "undone attach_network",
+		"undo-intent capture_netns", "undone capture_netns",
+		"moved finish_stop",
+		"moved remove",
+		"undo-intent declare_ready", "undone declare_ready",
+		"undo-intent start_pause", "undone start_pause",
+		"undo-intent remap_snapshot", "undone remap_snapshot",
+		"undo-intent allocate_ids", "undone allocate_ids",
+		"forgotten",
+	}, w.book.read())
+}
+
+func TestFailureOfEachStepUndoesItAndAllBefore(t *testing.T) {
+	path := states.CreationPath()
+	for i, failing := range path {
+		t.Run(string(failing), func(t *testing.T) {
+			w := newWorld(t)
+			w.do[failing] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
+			err := w.run(t)
+
+			var stepErr *StepError
+			require.ErrorAs(t, err, &stepErr)
+			require.Equal(t, failing, stepErr.Step)
+			require.True(t, errdefs.IsUnavailable(err))
+			require.Equal(t, fmt.Sprintf(`step %s of pod "ns/pod" failed: no luck: unavailable`, failing), err.Error())
+			require.True(t, w.gone())
+			require.Empty(t, w.left())
+			require.Equal(t, states.RolledBack, w.state(t))
+
+			var want []string
+			for _, name := range path[:i+1] {
+				want = append(want, "do "+string(name))
+			}
+			for _, name := range slices.Backward(path[:i+1]) {
+				want = append(want, "undo "+string(name))
+			}
+			require.Equal(t, want, w.acted())
+		})
+	}
+}
+
+func TestFirstTryOfEachUndoFails(t *testing.T) {
+	for _, failing := range states.CreationPath() {
+		t.Run(string(failing), func(t *testing.T) {
+			w := newWorld(t)
+			release := make(chan struct{})
+			first := true
+			w.undo[failing] = func() error {
+				if first {
+					first = false
+					return errors.New("no luck")
+				}
+				<-release
+				return nil
+			}
+			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			err := w.run(t)
+			require.ErrorContains(t, err, "step declare_ready")
+			require.ErrorContains(t, err, "undo of step "+string(failing))
+			require.Contains(t, w.book.read(), "owed RolledBack")
+			close(release)
+			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+			require.Empty(t, w.left())
+			require.Equal(t, states.RolledBack, w.state(t))
+		})
+	}
+}
+
+func TestFailedUndoHoldsWhatItUses(t *testing.T) {
+	w := newWorld(t)
+	failed := errors.New("the process won't die")
+	w.undo[states.StartPause] = func() error { return failed }
+	w.do[states.AttachNetwork] = func(context.Context) error { return errors.New("no network") }
+	err := w.run(t)
+	require.ErrorIs(t, err, failed)
+	require.Equal(t, []states.Event{states.AllocateIDs, states.RemapSnapshot, states.StartPause}, w.left(),
+		"what a process may use must stay; the network and its namespace go all the same")
+
+	view, err := w.Get(testKey)
+	require.NoError(t, err)
+	require.Equal(t, states.RolledBack, view.Goal)
+	require.Equal(t, StepOwed, view.Step(states.AllocateIDs).Status)
+	require.ErrorIs(t, view.Step(states.StartPause).Err, failed)
+	require.Equal(t, StepUndone, view.Step(states.AttachNetwork).Status)
+	require.Error(t, w.Remove(t.Context(), testKey), "a sandbox that owes stays")
+	w.node.mu.Lock()
+	delete(w.undo, states.StartPause)
+	w.node.mu.Unlock()
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	tries, release := 0, make(chan struct{})
+	w.undo[states.AttachNetwork] = func() error {
+		if tries++; tries == 1 {
+			return errors.New("no luck")
+		}
+		<-release
+		return nil
+	}
+	require.ErrorContains(t, w.Stop(t.Context(), testKey), "attach_network")
+	close(release)
+	require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+func TestRecordThatFails(t *testing.T) {
+	full := fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
+	for _, tc := range []struct {
+		record string
+		acted  bool
+	}{
+		{"intent", false}, {"done", true},
+	} {
+		t.Run(tc.record, func(t *testing.T) {
+			w := newWorld(t)
+			w.book.refuse = func(r *journal.Record) error {
+				if string(r.Kind) == tc.record && r.Step == string(states.StartPause) {
+					return full
+				}
+				return nil
+			}
+			err := w.run(t)
+			require.True(t, errdefs.IsResourceExhausted(err))
+			require.ErrorContains(t, err, "step start_pause")
+			require.Equal(t, tc.acted, slices.Contains(w.acted(), "do start_pause"))
+			require.Equal(t, tc.acted, slices.Contains(w.acted(), "undo start_pause"), "a step that never acted isn't undone")
+			require.True(t, w.gone())
+			require.Empty(t, w.left())
+		})
+	}
+	t.Run("begun", func(t *testing.T) {
+		w := newWorld(t)
+		w.book.refuse = func(*journal.Record) error { return full }
+		require.ErrorIs(t, w.Create(t.Context(), testKey, Request{Spec: &testSpec{}}), full)
+		require.True(t, w.gone())
+	})
+	t.Run("forget", func(t *testing.T) {
+		w := newWorld(t)
+		tries := 0
+		w.book.forgets = func() error {
+			if tries++; tries < 3 {
+				return full
+			}
+			return nil
+		}
+		require.NoError(t, w.run(t))
+		require.ErrorIs(t, w.Remove(t.Context(), testKey), full)
+		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+	})
+}
+
+func TestPauseExit(t *testing.T) {
+	t.Run("when ready", func(t *testing.T) {
+		w := newWorld(t)
+		require.NoError(t, w.run(t))
+		waited := make(chan Exit, 1)
+		go func() {
+			exit, err := w.Wait(context.Background(), testKey)
+			if err == nil {
+				waited <- exit
+			}
+			close(waited)
+		}()
+		w.PauseExited(testKey, Exit{Code: 9})
+		w.PauseExited(testKey, Exit{Code: 10})
+		require.Equal(t, uint32(9), (<-waited).Code)
+		require.Eventually(t, func() bool { return slices.Contains(w.acted(), "reap start_pause") }, 10*time.Second, time.Millisecond)
+		require.Equal(t, states.NotReady, w.state(t))
+		require.NoError(t, w.Remove(t.Context(), testKey))
+		require.Empty(t, w.left())
+	})
+	t.Run("before ready", func(t *testing.T) {
+		w := newWorld(t)
+		started := make(chan struct{})
+		w.do[states.AttachNetwork] = func(ctx context.Context) error {
+			close(started)
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		w.create(t)
+		result := make(chan error, 1)
+		go func() { result <- w.Start(context.Background(), testKey) }()
+		<-started
+		w.PauseExited(testKey, Exit{Code: 1})
+		err := <-result
+		require.ErrorContains(t, err, "pause exited with code 1")
+		require.True(t, w.gone())
+		require.Empty(t, w.left())
+	})
+	t.Run("after the rollback", func(t *testing.T) {
+		// The exit of a pause that the rollback killed comes when the sandbox is gone.
+		w := newWorld(t)
+		w.undo[states.AllocateIDs] = func() error {
+			w.PauseExited(testKey, Exit{Code: 137})
+			return nil
+		}
+		w.do[states.DeclareReady] = func(context.Context) error { return errors.New("no luck") }
+		require.Error(t, w.run(t))
+		w.Close()
+		require.NotContains(t, w.book.read(), "exited")
+	})
+	t.Run("unknown sandbox", func(t *testing.T) {
+		newWorld(t).PauseExited(testKey, Exit{})
+	})
+}
+
+func TestCallerThatGoesFailsTheRunningStep(t *testing.T) {
+	w := newWorld(t)
+	w.create(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	w.do[states.StartPause] = func(ctx context.Context) error {
+		cancel()
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	err := w.Start(ctx, testKey)
+	require.ErrorIs(t, err, context.Canceled)
+	require.ErrorContains(t, err, "step start_pause")
+	require.Empty(t, w.left())
+}
+
+func TestStepDeadline(t *testing.T) {
+	w := newWorld(t, func(f *Facts) { f.Deadline = time.Millisecond })
+	w.do[states.RemapSnapshot] = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	require.ErrorIs(t, w.run(t), context.DeadlineExceeded)
+	require.Empty(t, w.left())
+}
+
+func TestStepThatPanics(t *testing.T) {
+	w := newWorld(t)
+	w.do[states.StartPause] = func(context.Context) error { panic("a bug") }
+	w.undo[states.RemapSnapshot] = func() error {
+		delete(w.undo, states.RemapSnapshot)
+		panic("another")
+	}
+	require.True(t, errdefs.IsInternal(w.run(t)))
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+	require.Empty(t, w.left())
+}
+
+func TestIndependentStepsRunAtOnceAndTheStateIsTheCompletedPrefix(t *testing.T) {
+	w := newWorld(t, func(f *Facts) {
+		if f.Name == states.CaptureNetNS {
+			f.Needs = []states.Event{states.RemapSnapshot} // beside start_pause
+		}
+	})
+	captured := make(chan struct{})
+	w.do[states.CaptureNetNS] = func(context.Context) error { close(captured); return nil }
+	w.do[states.StartPause] = func(context.Context) error { <-captured; return nil }
+	require.NoError(t, w.run(t))
+	require.Equal(t, []states.State{
+		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
+	}, w.transitions(t))
+}
+
+func TestRefusals(t *testing.T) {
+	w := newWorld(t)
+	require.True(t, errdefs.IsNotFound(w.Start(t.Context(), testKey)))
+	require.True(t, errdefs.IsNotFound(w.Stop(t.Context(), testKey)))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.NoError(t, w.run(t))
+	require.True(t, errdefs.IsAlreadyExists(w.Create(t.Context(), testKey, Request{Spec: &testSpec{}})))
+	require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
+	w.Close()
+	require.True(t, errdefs.IsUnavailable(w.Stop(t.Context(), testKey)))
+	require.True(t, errdefs.IsUnavailable(w.Create(t.Context(), journal.Key{ID: "s2"}, Request{Spec: &testSpec{}})))
+}
+
+func TestNewRefusesStepsThatDontFit(t *testing.T) {
+	good := func() []Step {
+		var steps []Step
+		for _, name := range states.CreationPath() {
+			steps = append(steps, &fakeStep{Facts{Name: name, Deadline: 1, UndoDeadline: 1}, newNode()})
+		}
+		return steps
+	}
+	for name, spoil := range map[string]func([]Step) []Step{
+		"one too few":   func(s []Step) []Step { return s[1:] },
+		"wrong order":   func(s []Step) []Step { s[0], s[1] = s[1], s[0]; return s },
+		"needs a later": func(s []Step) []Step { s[0].(*fakeStep).facts.Needs = []states.Event{states.DeclareReady}; return s },
+		"holds itself":  func(s []Step) []Step { s[1].(*fakeStep).facts.Holds = []states.Event{states.RemapSnapshot}; return s },
+		"no deadline":   func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := New(spoil(good()), &book{}, DefaultBackoff)
+			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+		})
+	}
+	_, err := New(good(), &book{}, DefaultBackoff)
+	require.NoError(t, err)
+}
+
+func TestManySandboxesAtOnce(t *testing.T) {
+	w := newWorld(t)
+	var group sync.WaitGroup
+	for i := range 50 {
+		group.Go(func() {
+			key := journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}
+			ctx := context.Background()
+			if err := w.Create(ctx, key, Request{Pod: "ns/pod", Spec: &testSpec{}}); err != nil {
+				t.Error(err)
+			}
+			if err := w.Start(ctx, key); err != nil {
+				t.Error(err)
+			}
+			w.List()
+			if err := w.Remove(ctx, key); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	require.Empty(t, w.List())
+	require.LessOrEqual(t, len(w.Finished()), keepFinished)
+}
+
+func TestDefaultBackoff(t *testing.T) {
+	require.Equal(t, time.Second, DefaultBackoff(1))
+	require.Equal(t, 4*time.Second, DefaultBackoff(3))
+	require.Equal(t, 5*time.Minute, DefaultBackoff(1000))
+}

@@ -1,0 +1,293 @@
+package lifecycle
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// keepTransitions bounds the history that is kept of one sandbox.
+const keepTransitions = 64
+
+// stepRecord is what the engine knows of one step of one sandbox.
+type stepRecord struct {
+	recorded
+	status         StepStatus
+	touched        bool // its intent is on record, so it may have acted
+	started, ended time.Time
+	err            error
+	attempts       int // failed undos
+	owedSince      time.Time
+}
+
+// sandbox is one sandbox and its queue. The fields behind mu are written only by the goroutine that handles the queue, or
+// before the sandbox is known to anyone; mu makes them readable for others.
+type sandbox struct {
+	engine  *Engine
+	key     journal.Key
+	req     Request
+	machine *states.Machine
+	exited  chan struct{} // closed when the process has ended, or never will run
+
+	queueMu  sync.Mutex
+	queue    []func()
+	handling bool
+
+	creation *creation   // the run of the creation path that is under way; of the queue's goroutine alone
+	ended    bool        // the process was ended by us; of the queue's goroutine alone
+	timer    *time.Timer // the next try at what is owed; behind mu
+
+	mu          sync.Mutex
+	traceParent string // of the span the sandbox was created under
+	created     time.Time
+	steps       map[states.Event]*stepRecord
+	seq         uint64
+	transitions []Transition
+	goal        states.State // what the owed cleanup leads to
+	attempts    int
+	nextTry     time.Time
+	lastErr     error
+	exit        *Exit
+}
+
+func newSandbox(e *Engine, key journal.Key, req Request) (*sandbox, error) {
+	machine, err := states.NewMachine(states.New)
+	if err != nil {
+		return nil, err
+	}
+	s := &sandbox{
+		engine: e, key: key, req: req, machine: machine,
+		exited:  make(chan struct{}),
+		created: time.Now(),
+		steps:   make(map[states.Event]*stepRecord, len(e.steps)),
+	}
+	for _, step := range e.steps {
+		s.steps[step.Facts().Name] = &stepRecord{status: StepPending}
+	}
+	return s, nil
+}
+
+// post queues an event. The first event in an empty queue starts the goroutine that handles it, and all that come meanwhile.
+func (s *sandbox) post(event func()) bool {
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	if !s.handling {
+		if !s.engine.enter() {
+			return false
+		}
+		s.handling = true
+		go s.handle()
+	}
+	s.queue = append(s.queue, event)
+	return true
+}
+
+func (s *sandbox) handle() {
+	defer s.engine.work.Done()
+	for {
+		s.queueMu.Lock()
+		if len(s.queue) == 0 {
+			s.handling = false
+			s.queue = nil
+			s.queueMu.Unlock()
+			return
+		}
+		event := s.queue[0]
+		s.queue = s.queue[1:]
+		s.queueMu.Unlock()
+		if _, err := protect(func() (any, error) { event(); return nil, nil }); err != nil {
+			s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end")
+		}
+	}
+}
+
+// ask queues a request and returns where its answer will come.
+func (s *sandbox) ask(event func(reply func(error))) <-chan error {
+	answer := make(chan error, 1)
+	if !s.post(func() { event(func(err error) { answer <- err }) }) {
+		answer <- errClosed
+	}
+	return answer
+}
+
+// state is the sandbox's state now.
+func (s *sandbox) state() states.State { return s.machine.Current() }
+
+// begin puts the sandbox on record.
+func (s *sandbox) begin(ctx context.Context) error {
+	s.traceParent = tracing.Parent(ctx)
+	return s.append(ctx, &journal.Record{Kind: journal.Begun, Durable: true}, s.req.Spec)
+}
+
+// append writes one record of this sandbox to the ledger, with data in it.
+func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
+	r.Key, r.Version, r.At, r.TraceParent = s.key, definitionVersion, time.Now(), tracing.Parent(ctx)
+	if data != nil {
+		packed, err := journal.Marshal(data)
+		if err != nil {
+			return fmt.Errorf("failed to pack the %s record of sandbox %q: %w", r.Kind, s.key.ID, err)
+		}
+		r.Data = packed
+	}
+	if err := s.engine.journal.Append(ctx, r); err != nil {
+		return fmt.Errorf("failed to write the %s record of sandbox %q to the ledger: %w", r.Kind, s.key.ID, err)
+	}
+	return nil
+}
+
+// fire moves the state, keeps the transition and tells the log. The record that the transition rests on is written before.
+func (s *sandbox) fire(ctx context.Context, event states.Event, cause error) error {
+	from := s.state()
+	to, err := s.machine.Fire(ctx, event)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.seq++
+	s.transitions = append(s.transitions, Transition{Seq: s.seq, At: time.Now(), Event: event, From: from, To: to, Err: cause})
+	if over := len(s.transitions) - keepTransitions; over > 0 {
+		s.transitions = s.transitions[over:]
+	}
+	if cause != nil {
+		s.lastErr = cause
+	}
+	s.mu.Unlock()
+
+	entry := s.log(ctx).WithField("from", from).WithField("to", to)
+	if cause != nil {
+		entry.WithError(cause).Warnf("sandbox: %s", event)
+	} else {
+		entry.Debugf("sandbox: %s", event)
+	}
+	return nil
+}
+
+// move records a transition that no step's result stands for, and fires it. The move is made even if the ledger can't take
+// the record: it only ever leads towards undoing, which a restart would find out by itself.
+func (s *sandbox) move(ctx context.Context, event states.Event, cause error) error {
+	to, ok := states.Next(s.state(), event)
+	if !ok {
+		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, s.state(), event, errdefs.ErrFailedPrecondition)
+	}
+	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to)}
+	if cause != nil {
+		record.Error = cause.Error()
+	}
+	if err := s.append(ctx, record, nil); err != nil {
+		s.log(ctx).WithError(err).Warn("sandbox: a transition is not on record")
+	}
+	return s.fire(ctx, event, cause)
+}
+
+// run is what step sees of the sandbox now.
+func (s *sandbox) run(step Step) *Run {
+	f := step.Facts()
+	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps))}
+	s.mu.Lock()
+	for name, rec := range s.steps {
+		r.facts[name] = rec.recorded
+	}
+	r.notes = r.facts[f.Name].notes
+	s.mu.Unlock()
+	r.note = func(ctx context.Context, data any) error {
+		return s.append(ctx, &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting}, data)
+	}
+	return r
+}
+
+// pauseExited handles the end of the sandbox's process.
+func (s *sandbox) pauseExited(exit Exit) {
+	if s.state().Terminal() || !s.setExit(exit) {
+		return
+	}
+	ctx := s.background()
+	if err := s.append(ctx, &journal.Record{Kind: journal.Exited}, &exit); err != nil {
+		s.log(ctx).WithError(err).Warn("sandbox: the exit of pause is not on record")
+	}
+	cause := fmt.Errorf("pause exited with code %d: %w", exit.Code, errdefs.ErrUnavailable)
+	if s.creation != nil {
+		s.creation.fail(cause)
+		return
+	}
+	if s.state() == states.Ready {
+		if err := s.move(ctx, states.LosePause, cause); err != nil {
+			s.log(ctx).WithError(err).Error("sandbox: lost pause")
+		}
+	}
+	s.reap(ctx)
+}
+
+// reap lets the runtime forget a process that ended by itself.
+func (s *sandbox) reap(ctx context.Context) {
+	for _, step := range s.engine.steps {
+		ender, ok := step.(Ender)
+		if !ok {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(ctx, step.Facts().UndoDeadline)
+		if err := ender.Reap(ctx, s.run(step)); err != nil {
+			s.log(ctx).WithError(err).Warn("sandbox: failed to collect the exited pause; stop will try again")
+		}
+		cancel()
+	}
+}
+
+// setExit keeps how the process ended, the first time; it says whether it was.
+func (s *sandbox) setExit(exit Exit) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exit != nil {
+		return false
+	}
+	s.exit = &exit
+	close(s.exited)
+	return true
+}
+
+func (s *sandbox) exitStatus() (Exit, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exit == nil {
+		return Exit{}, fmt.Errorf("sandbox %q never ran: %w", s.key.ID, errdefs.ErrNotFound)
+	}
+	return *s.exit, nil
+}
+
+// forget ends the sandbox: the ledger loses it first, then the engine.
+func (s *sandbox) forget(ctx context.Context, event states.Event) error {
+	if err := s.engine.journal.Forget(ctx, s.key); err != nil {
+		return fmt.Errorf("failed to take sandbox %q off the ledger: %w", s.key.ID, err)
+	}
+	if err := s.fire(ctx, event, nil); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if s.exit == nil {
+		close(s.exited)
+	}
+	s.mu.Unlock()
+	s.engine.retire(s)
+	return nil
+}
+
+// background is the context of what no caller waits for.
+func (s *sandbox) background() context.Context {
+	return namespaces.WithNamespace(context.Background(), s.key.Namespace)
+}
+
+func (s *sandbox) log(ctx context.Context) *log.Entry {
+	entry := log.G(ctx).WithFields(log.Fields{"sandbox": s.key.ID, "pod": s.req.Pod})
+	if id := tracing.TraceID(ctx); id != "" {
+		entry = entry.WithField("trace", id)
+	}
+	return entry
+}

@@ -1,0 +1,117 @@
+package lifecycle
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/typeurl/v2"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// Facts are what the engine has to know of a step. They are fixed when the engine is made.
+type Facts struct {
+	// Name is the event that the step's completion fires; it also names the step in the ledger, in spans and in messages.
+	Name states.Event
+	// Needs are the steps that must be done before this one may start. Steps that need nothing of each other run at the same time.
+	Needs []states.Event
+	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
+	// holds its ids and its rootfs.
+	Holds []states.Event
+	// AtStop says that the step is undone when the sandbox stops, not only when it is removed.
+	AtStop bool
+	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too.
+	Lasting bool
+	// Deadline bounds Plan and Do, UndoDeadline bounds Undo, Stop and Reap.
+	Deadline, UndoDeadline time.Duration
+}
+
+// Step is one resource of a sandbox: how it is made, undone and found again. The engine serialises the calls for one sandbox,
+// but a step is called for many sandboxes at once.
+type Step interface {
+	Facts() Facts
+	// Plan says, without any side effect, what Do will act on. What it returns is recorded before Do is called, and is what
+	// Undo gets back as [Run.Plan], also in another process after a crash. A nil plan is fine where the sandbox's id says it all.
+	Plan(ctx context.Context, r *Run) (plan any, err error)
+	// Do acts. A step that has nothing to do for this sandbox returns [Skipped].
+	Do(ctx context.Context, r *Run) (result any, err error)
+	// Undo takes back what Do did or may have half done. It is idempotent: nothing there is success.
+	Undo(ctx context.Context, r *Run) error
+	// Probe says whether anything of the step exists on this host.
+	Probe(ctx context.Context, r *Run) (bool, error)
+}
+
+// Ender is the step whose process is the sandbox's life: pause.
+type Ender interface {
+	// Stop ends the process and returns how it ended. It is idempotent.
+	Stop(ctx context.Context, r *Run) (Exit, error)
+	// Reap collects what the runtime keeps of a process that exited by itself. It is idempotent.
+	Reap(ctx context.Context, r *Run) error
+}
+
+// Skipped is the result of a step that had nothing to do.
+type Skipped struct {
+	Reason string
+}
+
+// Exit is how the pause process ended. Code follows wait(2)'s shell convention: 128 + signal for a killed process.
+type Exit struct {
+	Code uint32
+	At   time.Time
+}
+
+func init() {
+	typeurl.Register(&Skipped{}, tracing.Name, "lifecycle.Skipped")
+	typeurl.Register(&Exit{}, tracing.Name, "lifecycle.Exit")
+}
+
+// Run is what a step sees of a sandbox: its specification and what it and the steps before it have recorded.
+type Run struct {
+	// Key is the sandbox's containerd namespace and id.
+	Key journal.Key
+	// Spec is what the sandbox was created with; it must not be changed.
+	Spec any
+
+	step  states.Event
+	facts map[states.Event]recorded // of the steps done before, a copy
+	note  func(ctx context.Context, data any) error
+
+	mu    sync.Mutex
+	notes []any
+}
+
+// recorded is what the ledger knows of one step of one sandbox.
+type recorded struct {
+	plan   any
+	notes  []any
+	result any
+}
+
+// Plan is what the step's own Plan returned; nil before.
+func (r *Run) Plan() any { return r.facts[r.step].plan }
+
+// Result is what a step's Do returned; nil when it isn't done.
+func (r *Run) Result(step states.Event) any { return r.facts[step].result }
+
+// Notes are what the step's own Do noted, in order.
+func (r *Run) Notes() []any {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.notes)
+}
+
+// Note records a fact of the step's own while it acts, for its Undo. An error means that it may not be on record: whatever
+// the note announces must then not be done. It may be called by several goroutines.
+func (r *Run) Note(ctx context.Context, data any) error {
+	if err := r.note(ctx, data); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.notes = append(r.notes, data)
+	return nil
+}

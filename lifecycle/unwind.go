@@ -1,0 +1,213 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// rollback undoes a creation that failed because of cause. It returns what is owed afterwards.
+func (s *sandbox) rollback(ctx context.Context, cause error) (err error) {
+	ctx, span := tracing.Start(ctx, tracing.SpanRollback, s.req.Attributes...)
+	defer func() { tracing.End(span, err) }()
+
+	if err := s.move(ctx, states.RollBack, cause); err != nil {
+		return err
+	}
+	return s.settle(ctx, states.RolledBack, func() error {
+		if err := s.unwind(ctx, everyStep); err != nil {
+			return err
+		}
+		return s.forget(ctx, states.FinishRollback)
+	})
+}
+
+// halt ends the sandbox's process.
+func (s *sandbox) halt(ctx context.Context) error {
+	switch s.state() {
+	case states.Ready, states.NotReady:
+		if err := s.move(ctx, states.Stop, nil); err != nil {
+			return err
+		}
+	case states.Stopping:
+	default:
+		return nil // there is no process, or it goes with the rollback
+	}
+	return s.settle(ctx, states.Stopped, func() error { return s.end(ctx) })
+}
+
+// stop ends the process and undoes what a stopped sandbox must not have.
+func (s *sandbox) stop(ctx context.Context) error {
+	switch s.state() {
+	case states.Stopped, states.Removing:
+		return nil
+	case states.CleanupOwed:
+		if s.goal != states.Stopped {
+			return s.pay(ctx)
+		}
+		fallthrough
+	case states.Ready, states.NotReady:
+		if err := s.move(ctx, states.Stop, nil); err != nil {
+			return err
+		}
+	case states.Stopping:
+	default:
+		return s.rollback(ctx, fmt.Errorf("stopped before it was ready: %w", errdefs.ErrAborted))
+	}
+	return s.settle(ctx, states.Stopped, func() error {
+		if err := s.end(ctx); err != nil {
+			return err
+		}
+		if err := s.unwind(ctx, func(f Facts) bool { return f.AtStop }); err != nil {
+			return err
+		}
+		return s.move(ctx, states.FinishStop, nil)
+	})
+}
+
+// remove undoes everything and forgets the sandbox.
+func (s *sandbox) remove(ctx context.Context) error {
+	switch s.state() {
+	case states.Ready, states.NotReady, states.Stopping:
+		if err := s.stop(ctx); err != nil {
+			return err
+		}
+	case states.CleanupOwed:
+		if s.goal == states.RolledBack {
+			return s.pay(ctx)
+		}
+	case states.Stopped, states.Quarantined:
+	case states.RolledBack, states.Removed:
+		return nil
+	default:
+		return s.rollback(ctx, fmt.Errorf("removed before it was ready: %w", errdefs.ErrAborted))
+	}
+	if err := s.move(ctx, states.Remove, nil); err != nil {
+		return err
+	}
+	return s.settle(ctx, states.Removed, func() error {
+		if err := s.end(ctx); err != nil {
+			return err
+		}
+		if err := s.unwind(ctx, everyStep); err != nil {
+			return err
+		}
+		return s.forget(ctx, states.FinishRemove)
+	})
+}
+
+// end ends the sandbox's process, once, and keeps how it ended.
+func (s *sandbox) end(ctx context.Context) error {
+	if s.ended {
+		return nil
+	}
+	for _, step := range slices.Backward(s.engine.steps) {
+		ender, ok := step.(Ender)
+		if !ok || !s.steps[step.Facts().Name].touched {
+			continue
+		}
+		var exit Exit
+		span := tracing.Stop(string(step.Facts().Name))
+		err := s.attempt(ctx, step, span, func(ctx context.Context, r *Run) (err error) {
+			exit, err = ender.Stop(ctx, r)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		s.setExit(exit)
+	}
+	s.ended = true
+	return nil
+}
+
+func everyStep(Facts) bool { return true }
+
+// unwind undoes the chosen steps, newest first. A step whose undo fails keeps the steps it holds from being undone; the others
+// go on. All errors are returned, joined.
+func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
+	var failed []error
+	held := map[states.Event]bool{}
+	for _, step := range slices.Backward(s.engine.steps) {
+		f := step.Facts()
+		rec := s.steps[f.Name]
+		if !chosen(f) || !rec.touched || rec.status == StepUndone {
+			continue
+		}
+		var err error
+		if !held[f.Name] {
+			err = s.undo(ctx, step)
+		}
+		if held[f.Name] || err != nil {
+			s.setStatus(f.Name, StepOwed, err)
+			for _, name := range f.Holds {
+				held[name] = true
+			}
+		}
+		if err != nil {
+			failed = append(failed, err)
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// undo takes one step back and records it. The ledger's refusal doesn't keep it from being undone: after a restart the undo
+// is only made again, and finds nothing.
+func (s *sandbox) undo(ctx context.Context, step Step) error {
+	name := step.Facts().Name
+	s.setStatus(name, StepUndoing, s.steps[name].err)
+	s.record(ctx, &journal.Record{Kind: journal.UndoIntent, Step: string(name)})
+	if err := s.attempt(ctx, step, tracing.Undo(string(name)), step.Undo); err != nil {
+		return err
+	}
+	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name)})
+	s.setStatus(name, StepUndone, s.steps[name].err)
+	return nil
+}
+
+// attempt makes one bounded and traced try at an undo.
+func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) error {
+	facts := step.Facts()
+	ctx, cancel := context.WithTimeout(ctx, facts.UndoDeadline)
+	defer cancel()
+	ctx, span := tracing.Start(ctx, name, s.req.Attributes...)
+	r := s.run(step)
+	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
+	tracing.End(span, err)
+
+	s.mu.Lock()
+	rec := s.steps[facts.Name]
+	rec.notes = r.Notes()
+	if err != nil {
+		rec.attempts++
+		if rec.attempts == 1 {
+			rec.owedSince = time.Now()
+		}
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("undo of step %s of pod %q failed: %w", facts.Name, s.req.Pod, err)
+	}
+	return nil
+}
+
+// record writes a record that nothing depends on.
+func (s *sandbox) record(ctx context.Context, r *journal.Record) {
+	if err := s.append(ctx, r, nil); err != nil {
+		s.log(ctx).WithError(err).Warn("sandbox: an undo is not on record")
+	}
+}
+
+func (s *sandbox) setStatus(name states.Event, status StepStatus, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.steps[name].status, s.steps[name].err = status, err
+}

@@ -1,0 +1,240 @@
+package pause
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/api/services/tasks/v1"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
+)
+
+// When a shim dies, containerd cleans up after it for up to 5 s (its timeout
+// io.containerd.timeout.shim.cleanup), and only then forgets the task.
+const (
+	shimCleanupTimeout = 6 * time.Second
+	firstRetryDelay    = 10 * time.Millisecond
+	lastRetryDelay     = 320 * time.Millisecond
+)
+
+// Containers makes and ends pause containers and their tasks. A container's id
+// is its sandbox's.
+//
+// Its methods take a context with a containerd namespace, and are safe for
+// concurrent use on different sandboxes. Their errors keep containerd's classes.
+type Containers struct {
+	client *containerd.Client
+}
+
+// NewContainers returns the pause containers of a containerd client.
+func NewContainers(client *containerd.Client) *Containers {
+	return &Containers{client: client}
+}
+
+// CreateRequest is what a pause container is made of.
+type CreateRequest struct {
+	ID string
+
+	// Spec is from Settings.Spec. Its Opts are applied to its OCI.
+	Spec *Spec
+
+	// Labels are from the function Labels.
+	Labels map[string]string
+
+	// ImageName is the name of the pause image in containerd's image store.
+	ImageName string
+
+	// Snapshotter and SnapshotKey name the rootfs, which exists.
+	Snapshotter string
+	SnapshotKey string
+
+	// Runtime is the runtime's type, as "io.containerd.runc.v2".
+	Runtime string
+
+	// RuntimeOptions are the runtime's, nil for its defaults.
+	RuntimeOptions typeurl.Any
+}
+
+// Status is the state of a pause task.
+type Status struct {
+	// Pid is pause's, in the node's pid namespace.
+	Pid   uint32
+	State containerd.ProcessStatus
+}
+
+// UnknownStatus is the exit status where nobody knows it any more, containerd's
+// own choice.
+const UnknownStatus = containerd.UnknownExitStatus
+
+// Exit tells how pause ended.
+type Exit struct {
+	Status uint32
+	At     time.Time
+}
+
+// Create makes the record of a pause container and returns it as stored. It
+// starts no process. A record with that id is an AlreadyExists error.
+func (c *Containers) Create(ctx context.Context, r CreateRequest) (containers.Container, error) {
+	container, err := c.client.NewContainer(ctx, r.ID,
+		containerd.WithSnapshotter(r.Snapshotter),
+		containerd.WithSnapshot(r.SnapshotKey),
+		containerd.WithImageName(r.ImageName),
+		containerd.WithContainerLabels(r.Labels),
+		containerd.WithRuntime(r.Runtime, r.RuntimeOptions),
+		// After the snapshot, where the spec's options look up the user.
+		containerd.WithSpec(r.Spec.OCI, r.Spec.Opts...),
+	)
+	if err != nil {
+		return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
+	}
+	return container.Info(ctx, containerd.WithoutRefreshedMetadata)
+}
+
+// Get returns the record of a pause container, or a NotFound error.
+func (c *Containers) Get(ctx context.Context, id string) (containers.Container, error) {
+	record, err := c.client.ContainerService().Get(ctx, id)
+	if err != nil {
+		return containers.Container{}, fmt.Errorf("failed to get the pause container of sandbox %q: %w", id, err)
+	}
+	return record, nil
+}
+
+// CreateTask has the runtime make pause's namespaces, with the process in them
+// that becomes pause at Start, and returns its pid. A runtimePath replaces the
+// shim that the container's runtime stands for.
+func (c *Containers) CreateTask(ctx context.Context, id, runtimePath string) (uint32, error) {
+	container, err := c.client.LoadContainer(ctx, id)
+	if err != nil {
+		return 0, fmt.Errorf("failed to create the pause task of sandbox %q: %w", id, err)
+	}
+	var opts []containerd.NewTaskOpts
+	if runtimePath != "" {
+		opts = append(opts, containerd.WithRuntimePath(runtimePath))
+	}
+	task, err := container.NewTask(ctx, cio.NullIO, opts...)
+	if err != nil {
+		return 0, fmt.Errorf("failed to create the pause task of sandbox %q: %w", id, err)
+	}
+	return task.Pid(), nil
+}
+
+// Start executes pause in the task that CreateTask made.
+func (c *Containers) Start(ctx context.Context, id string) error {
+	_, err := c.client.TaskService().Start(ctx, &tasks.StartRequest{ContainerID: id})
+	if err != nil {
+		return fmt.Errorf("failed to start the pause task of sandbox %q: %w", id, errgrpc.ToNative(err))
+	}
+	return nil
+}
+
+// Status returns the state of a pause task, or a NotFound error: there is none,
+// or its shim is dead.
+func (c *Containers) Status(ctx context.Context, id string) (Status, error) {
+	response, err := c.client.TaskService().Get(ctx, &tasks.GetRequest{ContainerID: id})
+	if err != nil {
+		return Status{}, fmt.Errorf("failed to get the pause task of sandbox %q: %w", id, errgrpc.ToNative(err))
+	}
+	process := response.GetProcess()
+	return Status{
+		Pid:   process.GetPid(),
+		State: containerd.ProcessStatus(strings.ToLower(process.GetStatus().String())),
+	}, nil
+}
+
+// Wait blocks until pause has exited, which may be before the call, or ctx is
+// done. A NotFound error means that there is no task any more, and nobody knows
+// how pause ended.
+func (c *Containers) Wait(ctx context.Context, id string) (Exit, error) {
+	var exit Exit
+	err := callShim(ctx, func() error {
+		response, err := c.client.TaskService().Wait(ctx, &tasks.WaitRequest{ContainerID: id})
+		exit = Exit{Status: response.GetExitStatus(), At: response.GetExitedAt().AsTime()}
+		return err
+	})
+	if err != nil {
+		return Exit{}, fmt.Errorf("failed to wait for the pause task of sandbox %q: %w", id, err)
+	}
+	return exit, nil
+}
+
+// Kill ends pause by SIGKILL, waits for its end, and deletes the task and its
+// shim, also a shim that never had a task or lost it. The container's record
+// stays: containerd finds shims through it. Kill succeeds when there is neither
+// task nor shim, nor record; how pause ended is then unknown: UnknownStatus, now.
+func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
+	err := callShim(ctx, func() error {
+		_, err := c.client.TaskService().Kill(ctx, &tasks.KillRequest{
+			ContainerID: id,
+			Signal:      uint32(syscall.SIGKILL),
+			All:         true, // of a pod in the node's pid namespace
+		})
+		return err
+	})
+	// FailedPrecondition: some runtimes' word for a process that has ended.
+	if err != nil && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) {
+		return Exit{}, fmt.Errorf("failed to kill the pause task of sandbox %q: %w", id, err)
+	}
+	exit, err := c.Wait(ctx, id)
+	if errdefs.IsNotFound(err) {
+		exit, err = Exit{Status: UnknownStatus, At: time.Now()}, nil
+	}
+	if err != nil {
+		return Exit{}, err
+	}
+	// Whatever the shim has said: only this call ends the shim itself
+	// (containerd#7496, containerd#8931).
+	err = callShim(ctx, func() error {
+		_, err := c.client.TaskService().Delete(ctx, &tasks.DeleteTaskRequest{ContainerID: id})
+		return err
+	})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return Exit{}, fmt.Errorf("failed to delete the pause task of sandbox %q: %w", id, err)
+	}
+	return exit, nil
+}
+
+// Delete kills pause as Kill does, and deletes the container's record. The
+// snapshot stays. It succeeds when there is nothing to delete.
+func (c *Containers) Delete(ctx context.Context, id string) error {
+	if _, err := c.Kill(ctx, id); err != nil {
+		return err
+	}
+	err := c.client.ContainerService().Delete(ctx, id)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("failed to delete the pause container of sandbox %q: %w", id, err)
+	}
+	return nil
+}
+
+// callShim calls again while the connection to a shim is closed but containerd
+// has not yet cleaned up after it, which ends in a NotFound error. Errors have
+// containerd's classes.
+func callShim(ctx context.Context, call func() error) error {
+	deadline := time.Now().Add(shimCleanupTimeout)
+	for delay := firstRetryDelay; ; delay = min(2*delay, lastRetryDelay) {
+		err := errgrpc.ToNative(call())
+		if !isConnectionClosed(err) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ctx.Err(), err)
+		case <-time.After(delay):
+		}
+	}
+}
+
+// isConnectionClosed knows ttrpc's error by its text, which is all that is left
+// of it when it comes through containerd's task service.
+func isConnectionClosed(err error) bool {
+	return err != nil && (errors.Is(err, ttrpc.ErrClosed) || errdefs.IsUnknown(err) && strings.HasSuffix(err.Error(), ttrpc.ErrClosed.Error()))
+}

@@ -1,0 +1,44 @@
+package pause
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestLabels(t *testing.T) {
+	pod := map[string]string{
+		"app":                          "web",
+		"both":                         "pod",
+		"containerd.io/restart.status": "running",
+		"io.cri-containerd.kind":       "container",
+	}
+	image := map[string]string{
+		"maintainer":                   "someone",
+		"both":                         "image",
+		"containerd.io/restart.loguri": "binary:///bin/sh",
+		"io.cri-containerd.image":      "managed",
+		"long":                         strings.Repeat("x", 5000),
+	}
+	require.Equal(t, map[string]string{
+		"app":                    "web",
+		"both":                   "pod",
+		"maintainer":             "someone",
+		"io.cri-containerd.kind": "sandbox",
+	}, Labels(pod, image))
+	require.Len(t, pod, 4, "the pod's labels are only read")
+	require.Len(t, image, 5)
+	require.Equal(t, map[string]string{"io.cri-containerd.kind": "sandbox"}, Labels(nil, nil))
+}
+
+func TestInstanceLabels(t *testing.T) {
+	container := map[string]string{"app": "web", "selinux_label": "of the pod's choice", "oci_runtime_type": "too"}
+	require.Equal(t, map[string]string{
+		"app":              "web",
+		"oci_runtime_type": "io.containerd.runc.v2",
+		"selinux_label":    "system_u:system_r:container_t:s0:c1,c2",
+	}, InstanceLabels(container, "io.containerd.runc.v2", "system_u:system_r:container_t:s0:c1,c2"))
+	require.Equal(t, "too", container["oci_runtime_type"], "the container's labels are only read")
+	require.Equal(t, map[string]string{"oci_runtime_type": "r", "selinux_label": ""}, InstanceLabels(nil, "r", ""))
+}

@@ -1,0 +1,171 @@
+package plugin
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/plugin"
+)
+
+// Config is podfsm's own section of containerd's configuration, [plugins.'io.containerd.podsandbox.controller.v1.podfsm'].
+// What containerd's CRI configuration says already isn't asked for again.
+type Config struct {
+	// CNIAddTimeout and CNIDelTimeout bound one run of one CNI plugin. The defaults, "3m" and "1m30s", leave time within the
+	// kubelet's 4 minutes for running a sandbox, and 2 for stopping it, to roll back and to say which plugin hangs.
+	CNIAddTimeout string `toml:"cni_add_timeout"`
+	CNIDelTimeout string `toml:"cni_del_timeout"`
+	// RuntimeTimeout bounds each of the other steps: the snapshot, the runtime's create and start. Default: "2m".
+	RuntimeTimeout string `toml:"runtime_timeout"`
+}
+
+func defaultConfig() *Config {
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m"}
+}
+
+// timeouts are the parsed durations of a Config, all positive.
+type timeouts struct{ cniAdd, cniDel, runtime time.Duration }
+
+func (c *Config) timeouts() (t timeouts, err error) {
+	for _, option := range []struct {
+		key, text string
+		into      *time.Duration
+	}{
+		{"cni_add_timeout", c.CNIAddTimeout, &t.cniAdd},
+		{"cni_del_timeout", c.CNIDelTimeout, &t.cniDel},
+		{"runtime_timeout", c.RuntimeTimeout, &t.runtime},
+	} {
+		if *option.into, err = positive(option.key, option.text); err != nil {
+			return timeouts{}, err
+		}
+	}
+	return t, nil
+}
+
+func positive(key, text string) (time.Duration, error) {
+	d, err := time.ParseDuration(text)
+	if err != nil || d <= 0 {
+		return 0, fmt.Errorf("%s = %q is not a positive duration like \"90s\": %w", key, text, errdefs.ErrInvalidArgument)
+	}
+	return d, nil
+}
+
+// stockConfig is what podfsm reads of the configuration of containerd's CRI service. The types that hold it are internal to
+// containerd; their JSON form isn't.
+type stockConfig struct {
+	Containerd struct {
+		DefaultRuntimeName string             `json:"defaultRuntimeName"`
+		Runtimes           map[string]handler `json:"runtimes"`
+	} `json:"containerd"`
+	CNI struct {
+		BinDirs       []string `json:"binDirs"`
+		ConfDir       string   `json:"confDir"`
+		MaxConfNum    int      `json:"maxConfNum"`
+		SetupSerially bool     `json:"setupSerially"`
+		IPPreference  string   `json:"ipPref"`
+	} `json:"cni"`
+	RestrictOOMScoreAdj      bool   `json:"restrictOOMScoreAdj"`
+	UnsetSeccompProfile      string `json:"unsetSeccompProfile"`
+	NetNSMountsUnderStateDir bool   `json:"netnsMountsUnderStateDir"`
+	EnableUnprivilegedPorts  bool   `json:"enableUnprivilegedPorts"`
+	EnableUnprivilegedICMP   bool   `json:"enableUnprivilegedICMP"`
+	RootDir                  string `json:"rootDir"`
+	StateDir                 string `json:"stateDir"`
+
+	image struct {
+		Snapshotter                string            `json:"snapshotter"`
+		DisableSnapshotAnnotations bool              `json:"disableSnapshotAnnotations"`
+		PinnedImages               map[string]string `json:"pinned_images"`
+	}
+}
+
+// handler is one runtime handler of containerd's CRI configuration.
+type handler struct {
+	Type           string   `json:"runtimeType"`
+	Path           string   `json:"runtimePath"`
+	PodAnnotations []string `json:"PodAnnotations"`
+	Snapshotter    string   `json:"snapshotter"`
+	Sandboxer      string   `json:"sandboxer"`
+	ConfDir        string   `json:"cniConfDir"`
+	MaxConfNum     int      `json:"cniMaxConfNum"`
+}
+
+// readStockConfig reads the configuration of containerd's CRI service from its two plugins.
+func readStockConfig(ic *plugin.InitContext) (*stockConfig, error) {
+	config := &stockConfig{}
+	for id, into := range map[string]any{"runtime": config, "images": &config.image} {
+		instance, err := ic.GetByID(plugins.CRIServicePlugin, id)
+		if err != nil {
+			return nil, fmt.Errorf("failed to find containerd's CRI plugin %q: %w", id, err)
+		}
+		if err := readConfigOf(instance, into); err != nil {
+			return nil, fmt.Errorf("failed to read the configuration of containerd's CRI plugin %q: %w", id, err)
+		}
+	}
+	return config, nil
+}
+
+// readConfigOf calls instance.Config(), whose type is internal to containerd, and reads its JSON form.
+func readConfigOf(instance, into any) error {
+	method := reflect.ValueOf(instance).MethodByName("Config")
+	if !method.IsValid() || method.Type().NumIn() != 0 || method.Type().NumOut() != 1 {
+		return fmt.Errorf("%T has no method Config(): %w", instance, errdefs.ErrNotImplemented)
+	}
+	text, err := json.Marshal(method.Call(nil)[0].Interface())
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(text, into)
+}
+
+// handler finds a runtime handler; "" is the default one. An unknown handler is InvalidArgument.
+func (c *stockConfig) handler(name string) (handler, error) {
+	if name == "" {
+		name = c.Containerd.DefaultRuntimeName
+	}
+	h, ok := c.Containerd.Runtimes[name]
+	if !ok {
+		known := strings.Join(slices.Sorted(maps.Keys(c.Containerd.Runtimes)), ", ")
+		return handler{}, fmt.Errorf("runtime handler %q isn't configured in containerd, only %s are: %w", name, known, errdefs.ErrInvalidArgument)
+	}
+	return h, nil
+}
+
+// cniConf is where a pod of a handler finds its networks, and how many of them it gets. As with containerd, a handler has a
+// directory of its own only for pods that name it.
+func (c *stockConfig) cniConf(name string) (dir string, max int) {
+	dir, max = c.CNI.ConfDir, c.CNI.MaxConfNum
+	if h := c.Containerd.Runtimes[name]; h.ConfDir != "" {
+		dir = h.ConfDir
+		if h.MaxConfNum != 0 {
+			max = h.MaxConfNum
+		}
+	}
+	return dir, max
+}
+
+// snapshotter is the one a handler uses.
+func (c *stockConfig) snapshotter(h handler) string {
+	if h.Snapshotter != "" {
+		return h.Snapshotter
+	}
+	return c.image.Snapshotter
+}
+
+// pauseImage is the reference of the pause image. containerd's default configuration pins one.
+func (c *stockConfig) pauseImage() string { return c.image.PinnedImages["sandbox"] }
+
+// netNSDir is where network namespaces are pinned, containerd's own choice.
+func (c *stockConfig) netNSDir() string {
+	if c.NetNSMountsUnderStateDir {
+		return filepath.Join(c.StateDir, "netns")
+	}
+	return "/var/run/netns"
+}

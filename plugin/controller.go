@@ -1,0 +1,378 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/containerd/api/types"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/platforms"
+	"github.com/containerd/plugin"
+	"github.com/containerd/typeurl/v2"
+	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.opentelemetry.io/otel/trace"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// Controller is containerd's sandbox controller "podfsm". Its methods may be called by many goroutines.
+type Controller struct {
+	stock  *stockConfig
+	node   *node
+	ledger *journal.Ledger
+	engine *lifecycle.Engine
+	exits  *exitWatch
+
+	refusalMu sync.Mutex
+	refusal   error // why no sandbox can be run; nil when all is well
+}
+
+var (
+	_ sandbox.Controller = (*Controller)(nil)
+	_ cri.Sandboxes      = (*Controller)(nil)
+)
+
+// initController makes the controller. It never fails: an error here would take the whole CRI down, so a controller that
+// can't work refuses pods, with the reason.
+func initController(ic *plugin.InitContext) (instance any, _ error) {
+	c := &Controller{stock: &stockConfig{}}
+	defer func() {
+		if p := recover(); p != nil {
+			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
+		}
+		if c.refusal != nil {
+			log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
+		}
+		instance = c
+	}()
+	if err := c.open(ic); err != nil {
+		c.refuse(err)
+	}
+	return c, nil
+}
+
+// open connects the controller to containerd, the ledger and the engine.
+func (c *Controller) open(ic *plugin.InitContext) error {
+	limits, err := ic.Config.(*Config).timeouts()
+	if err != nil {
+		return err
+	}
+	if c.stock, err = readStockConfig(ic); err != nil {
+		c.stock = &stockConfig{}
+		return err
+	}
+	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
+	if err != nil {
+		return fmt.Errorf("failed to connect to containerd's services: %w", err)
+	}
+	events, err := ic.GetSingle(plugins.EventPlugin)
+	if err != nil {
+		return fmt.Errorf("failed to find containerd's events: %w", err)
+	}
+	if c.ledger, err = journal.Open(ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]); err != nil {
+		return fmt.Errorf("failed to open the ledger: %w", err)
+	}
+	for _, damage := range c.ledger.Damage() {
+		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
+	}
+	c.node = newNode(c.stock, client, limits)
+	if c.engine, err = lifecycle.New(c.node.steps(limits), c.ledger, lifecycle.DefaultBackoff); err != nil {
+		return fmt.Errorf("failed to make the engine: %w", err)
+	}
+	c.exits = watchExits(events.(subscriber), c.engine)
+	return nil
+}
+
+// Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
+func (c *Controller) Close() error {
+	if c.exits != nil {
+		c.exits.close()
+	}
+	if c.engine != nil {
+		c.engine.Close()
+	}
+	if c.ledger != nil {
+		return c.ledger.Close()
+	}
+	return nil
+}
+
+// refuse makes the controller refuse every pod because of err.
+func (c *Controller) refuse(err error) {
+	c.refusalMu.Lock()
+	defer c.refusalMu.Unlock()
+	c.refusal = errors.Join(c.refusal, err)
+}
+
+// well fails with Unavailable while the controller refuses pods.
+func (c *Controller) well() error {
+	c.refusalMu.Lock()
+	defer c.refusalMu.Unlock()
+	if c.refusal != nil {
+		return fmt.Errorf("podfsm runs no pods: %w: %w", c.refusal, errdefs.ErrUnavailable)
+	}
+	return nil
+}
+
+// Ours says whether a runtime handler's pods are podfsm's.
+func (c *Controller) Ours(name string) (bool, error) {
+	if len(c.stock.Containerd.Runtimes) == 0 {
+		return false, nil // containerd's configuration couldn't be read, so its own service decides
+	}
+	h, err := c.stock.handler(name)
+	return h.Sandboxer == Name, err
+}
+
+// Admit refuses a pod before anything is made for it: InvalidArgument for what can never run, FailedPrecondition for what
+// the node lacks.
+func (c *Controller) Admit(_ context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
+	if err := c.well(); err != nil {
+		return err
+	}
+	spec, err := newSpec(c.stock, handlerName, config, sandbox.Sandbox{}, "")
+	if err != nil {
+		return err
+	}
+	if spec.onNodeNetwork() {
+		return nil
+	}
+	if _, err := cni.Load(networkConfig(c.stock, spec)); err != nil {
+		return fmt.Errorf("pod %q has no network to be attached to: %w", cri.PodName(config), err)
+	}
+	return nil
+}
+
+// Create accepts a sandbox. Nothing of it is made yet.
+func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) error {
+	if err := c.well(); err != nil {
+		return err
+	}
+	var options sandbox.CreateOptions
+	for _, opt := range opts {
+		if err := opt(&options); err != nil {
+			return fmt.Errorf("failed to read the options of sandbox %q: %w", info.ID, err)
+		}
+	}
+	config, handlerName, err := requested(ctx, info, options)
+	if err != nil {
+		return err
+	}
+	spec, err := newSpec(c.stock, handlerName, config, info, options.NetNSPath)
+	if err != nil {
+		return err
+	}
+	key, err := keyOf(ctx, info.ID)
+	if err != nil {
+		return err
+	}
+	err = c.engine.Create(inCallersTrace(ctx), key, lifecycle.Request{
+		Pod:        cri.PodName(config),
+		Spec:       spec,
+		Attributes: append(cri.Attributes(config, handlerName), tracing.SandboxID.String(info.ID)),
+	})
+	if err != nil {
+		return err
+	}
+	if call := cri.FromContext(ctx); call != nil {
+		call.SandboxID = info.ID
+	}
+	return nil
+}
+
+// requested is the true configuration and the handler: beside the request where it came through the front, else inside it.
+func requested(ctx context.Context, info sandbox.Sandbox, options sandbox.CreateOptions) (*runtime.PodSandboxConfig, string, error) {
+	if call := cri.FromContext(ctx); call != nil && call.Config != nil {
+		return call.Config, call.Handler, nil
+	}
+	if options.Options == nil {
+		return nil, "", fmt.Errorf("sandbox %q was created without a runtime.v1.PodSandboxConfig in its options: %w", info.ID, errdefs.ErrInvalidArgument)
+	}
+	config := &runtime.PodSandboxConfig{}
+	if err := typeurl.UnmarshalTo(options.Options, config); err != nil {
+		return nil, "", fmt.Errorf("the options of sandbox %q are no runtime.v1.PodSandboxConfig: %w: %w", info.ID, err, errdefs.ErrInvalidArgument)
+	}
+	return config, "", nil
+}
+
+// Start runs the creation path.
+func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.ControllerInstance, err error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	call := cri.FromContext(ctx)
+	if call != nil {
+		ctx = call.Caller
+	} else {
+		var span trace.Span
+		ctx, span = tracing.Start(ctx, tracing.SpanRun, tracing.SandboxID.String(id))
+		defer func() { tracing.End(span, err) }()
+	}
+	if err := c.engine.Start(ctx, key); err != nil {
+		if call != nil {
+			call.Err = err
+		}
+		return sandbox.ControllerInstance{}, err
+	}
+	view, err := c.engine.Get(key)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	container, err := c.node.containers.Get(ctx, id)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	return instance(view, container)
+}
+
+// Stop ends pause. Through the front that is all, because containerd's service tells NRI next and the front goes on after
+// that; any other caller gets the sandbox stopped whole.
+func (c *Controller) Stop(ctx context.Context, id string, _ ...sandbox.StopOpt) (err error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return err
+	}
+	if cri.FromContext(ctx) != nil {
+		return c.engine.Halt(ctx, key)
+	}
+	ctx, span := tracing.Start(ctx, tracing.SpanStop, tracing.SandboxID.String(id))
+	defer func() { tracing.End(span, err) }()
+	if err := c.engine.Halt(ctx, key); err != nil {
+		return err
+	}
+	return c.engine.Stop(ctx, key)
+}
+
+// Shutdown removes the sandbox. It is idempotent; an unknown id is success.
+func (c *Controller) Shutdown(ctx context.Context, id string) error {
+	if c.engine == nil {
+		return nil
+	}
+	key, err := keyOf(ctx, id)
+	if err != nil {
+		return err
+	}
+	return c.engine.Remove(ctx, key)
+}
+
+// Wait blocks until pause exits.
+func (c *Controller) Wait(ctx context.Context, id string) (sandbox.ExitStatus, error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return sandbox.ExitStatus{}, err
+	}
+	exit, err := c.engine.Wait(ctx, key)
+	if err != nil {
+		return sandbox.ExitStatus{}, err
+	}
+	return sandbox.ExitStatus{ExitStatus: exit.Code, ExitedAt: exit.At}, nil
+}
+
+// Status is the sandbox's state in the CRI's words, with everything known of it when verbose.
+func (c *Controller) Status(ctx context.Context, id string, verbose bool) (sandbox.ControllerStatus, error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return sandbox.ControllerStatus{}, err
+	}
+	view, err := c.engine.Get(key)
+	if err != nil {
+		return sandbox.ControllerStatus{}, err
+	}
+	return status(ctx, c.node, view, verbose)
+}
+
+// Platform is the node's.
+func (c *Controller) Platform(context.Context, string) (imagespec.Platform, error) {
+	return platforms.DefaultSpec(), nil
+}
+
+// Update has nothing to do: what containerd's service updates of a sandbox is in its own record.
+func (c *Controller) Update(context.Context, string, sandbox.Sandbox, ...string) error { return nil }
+
+// Metrics reads the pod's parent cgroup.
+func (c *Controller) Metrics(ctx context.Context, id string) (*types.Metric, error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	view, err := c.engine.Get(key)
+	if err != nil {
+		return nil, err
+	}
+	return podMetrics(id, view.Spec.(*Spec).Config.GetLinux().GetCgroupParent())
+}
+
+// Pod is a sandbox of ours that came by CRI, for the front.
+func (c *Controller) Pod(id string) (cri.Pod, bool) {
+	if c.engine == nil {
+		return cri.Pod{}, false
+	}
+	view, ok := c.engine.Find(journal.Key{Namespace: cri.Namespace, ID: id})
+	if !ok {
+		return cri.Pod{}, false
+	}
+	spec := view.Spec.(*Spec)
+	pod := cri.Pod{Config: spec.Config}
+	if attached, ok := networkOf(view); ok {
+		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
+	}
+	return pod, true
+}
+
+// StopPod takes a sandbox off its network, for the front.
+func (c *Controller) StopPod(ctx context.Context, id string) error {
+	err := c.engine.Stop(ctx, journal.Key{Namespace: cri.Namespace, ID: id})
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// RemovePod undoes whatever there is of a sandbox, for the front.
+func (c *Controller) RemovePod(ctx context.Context, id string) error {
+	return c.engine.Remove(ctx, journal.Key{Namespace: cri.Namespace, ID: id})
+}
+
+// known is the key of a sandbox by the containerd namespace of ctx; NotFound while there is no engine to know any.
+func (c *Controller) known(ctx context.Context, id string) (journal.Key, error) {
+	if c.engine == nil {
+		return journal.Key{}, fmt.Errorf("sandbox %q: %w", id, errdefs.ErrNotFound)
+	}
+	return keyOf(ctx, id)
+}
+
+func keyOf(ctx context.Context, id string) (journal.Key, error) {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return journal.Key{}, err
+	}
+	return journal.Key{Namespace: namespace, ID: id}, nil
+}
+
+// inCallersTrace is ctx in the span of the front's request, where there is one: containerd's service puts a span between.
+func inCallersTrace(ctx context.Context) context.Context {
+	if call := cri.FromContext(ctx); call != nil {
+		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
+	}
+	return ctx
+}
+
+// networkOf is the network a sandbox is attached to, if it is.
+func networkOf(view lifecycle.View) (*Network, bool) {
+	step := view.Step(states.AttachNetwork)
+	attached, ok := step.Result.(*Network)
+	return attached, ok && step.Status == lifecycle.StepDone
+}

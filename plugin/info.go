@@ -1,0 +1,225 @@
+package plugin
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/containerd/cgroups/v3"
+	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/cgroups/v3/cgroup2"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/protobuf"
+	"github.com/containerd/errdefs"
+	gocni "github.com/containerd/go-cni"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/netns"
+	"github.com/podfsm/podfsm/states"
+)
+
+// instance is what containerd's service keeps of a sandbox that was started. The container record is pause's.
+func instance(view lifecycle.View, container containers.Container) (sandbox.ControllerInstance, error) {
+	started := view.Step(states.StartPause).Result.(*Pause)
+	spec, err := specWithNetNS(view, container)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	packed, err := typeurl.MarshalAny(spec)
+	if err != nil {
+		return sandbox.ControllerInstance{}, fmt.Errorf("failed to pack the spec of sandbox %q: %w", view.Key.ID, err)
+	}
+	return sandbox.ControllerInstance{
+		SandboxID: view.Key.ID,
+		Pid:       started.Pid,
+		CreatedAt: started.CreatedAt,
+		Labels:    started.Labels,
+		Spec:      packed,
+	}, nil
+}
+
+// specWithNetNS is pause's OCI spec with the network namespace by the path where it is pinned: NRI leaves out namespaces
+// without one.
+func specWithNetNS(view lifecycle.View, container containers.Container) (*specs.Spec, error) {
+	spec := &specs.Spec{}
+	if err := json.Unmarshal(container.Spec.GetValue(), spec); err != nil {
+		return nil, fmt.Errorf("failed to read the spec of sandbox %q: %w", view.Key.ID, err)
+	}
+	pinned, ok := view.Step(states.CaptureNetNS).Result.(*NetNS)
+	if ok && spec.Linux != nil {
+		for i, namespace := range spec.Linux.Namespaces {
+			if namespace.Type == specs.NetworkNamespace {
+				spec.Linux.Namespaces[i].Path = pinned.Path
+			}
+		}
+	}
+	return spec, nil
+}
+
+// status is a sandbox in the CRI's words.
+func status(ctx context.Context, n *node, view lifecycle.View, verbose bool) (sandbox.ControllerStatus, error) {
+	s := sandbox.ControllerStatus{
+		SandboxID: view.Key.ID,
+		State:     runtime.PodSandboxState_SANDBOX_NOTREADY.String(),
+		CreatedAt: view.Created,
+	}
+	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
+		s.CreatedAt = started.CreatedAt
+		if view.Exit == nil {
+			s.Pid = started.Pid
+		}
+	}
+	if view.State == states.Ready {
+		s.State = runtime.PodSandboxState_SANDBOX_READY.String()
+	}
+	if view.Exit != nil {
+		s.ExitedAt = view.Exit.At
+	}
+	if !verbose {
+		return s, nil
+	}
+	info, err := verboseInfo(ctx, n, view, s.Pid)
+	s.Info = info
+	return s, err
+}
+
+// sandboxInfo has the fields of containerd's verbose sandbox info, which it reads and writes again; what is podfsm's own
+// stands beside it.
+type sandboxInfo struct {
+	Pid            uint32                    `json:"pid"`
+	Status         string                    `json:"processStatus"`
+	NetNSClosed    bool                      `json:"netNamespaceClosed"`
+	Image          string                    `json:"image"`
+	SnapshotKey    string                    `json:"snapshotKey"`
+	Snapshotter    string                    `json:"snapshotter"`
+	RuntimeType    string                    `json:"runtimeType"`
+	RuntimeOptions any                       `json:"runtimeOptions"`
+	Config         *runtime.PodSandboxConfig `json:"config"`
+	RuntimeSpec    *specs.Spec               `json:"runtimeSpec"`
+	CNIResult      *gocni.Result             `json:"cniResult"`
+}
+
+// ownInfo is what podfsm says of a sandbox under its own key of the verbose info.
+type ownInfo struct {
+	State       states.State          `json:"state"`
+	TraceID     string                `json:"traceID,omitempty"`
+	Transitions []ownInfoTransition   `json:"transitions"`
+	Steps       map[string]ownInfoRun `json:"steps"`
+}
+
+type ownInfoTransition struct {
+	At    time.Time    `json:"at"`
+	Event states.Event `json:"event"`
+	To    states.State `json:"to"`
+	Error string       `json:"error,omitempty"`
+}
+
+type ownInfoRun struct {
+	Status  lifecycle.StepStatus `json:"status"`
+	Seconds float64              `json:"seconds"`
+	Error   string               `json:"error,omitempty"`
+}
+
+// verboseInfo are the maps of a verbose status: "info" as containerd has it, "podfsm" of our own.
+func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) (map[string]string, error) {
+	spec := view.Spec.(*Spec)
+	info := sandboxInfo{
+		Pid:         pid,
+		Status:      "deleted", // containerd's word for a task that is gone
+		Config:      spec.Config,
+		RuntimeType: spec.RuntimeType,
+		Snapshotter: spec.Snapshotter,
+		SnapshotKey: view.Key.ID,
+	}
+	if task, err := n.containers.Status(ctx, view.Key.ID); err == nil {
+		info.Status = string(task.State)
+	} else if !errdefs.IsNotFound(err) {
+		return nil, err
+	}
+	container, err := n.containers.Get(ctx, view.Key.ID)
+	switch {
+	case err == nil:
+		info.Image = container.Image
+		if info.RuntimeSpec, err = specWithNetNS(view, container); err != nil {
+			return nil, err
+		}
+		if options := container.Runtime.Options; options != nil && options.GetValue() != nil {
+			if info.RuntimeOptions, err = typeurl.UnmarshalAny(options); err != nil {
+				return nil, fmt.Errorf("failed to read the runtime options of sandbox %q: %w", view.Key.ID, err)
+			}
+		}
+	case !errdefs.IsNotFound(err):
+		return nil, err
+	}
+	if attached, ok := networkOf(view); ok {
+		info.CNIResult = attached.Result
+	}
+	if !spec.onNodeNetwork() {
+		pinned, err := netns.Inspect(n.netNSPath(view.Key.ID))
+		if err != nil {
+			return nil, err
+		}
+		info.NetNSClosed = !pinned.Pinned
+	}
+	return marshalEach(map[string]any{"info": info, Name: own(view)})
+}
+
+func own(view lifecycle.View) ownInfo {
+	info := ownInfo{State: view.State, TraceID: view.TraceID, Steps: map[string]ownInfoRun{}}
+	for _, t := range view.Transitions {
+		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At, Event: t.Event, To: t.To, Error: text(t.Err)})
+	}
+	for _, step := range view.Steps {
+		info.Steps[string(step.Name)] = ownInfoRun{Status: step.Status, Seconds: step.Duration.Seconds(), Error: text(step.Err)}
+	}
+	return info
+}
+
+func marshalEach(values map[string]any) (map[string]string, error) {
+	texts := make(map[string]string, len(values))
+	for key, value := range values {
+		text, err := json.Marshal(value)
+		if err != nil {
+			return nil, fmt.Errorf("failed to write the verbose %s: %w", key, err)
+		}
+		texts[key] = string(text)
+	}
+	return texts, nil
+}
+
+// podMetrics reads the cgroup above a pod's containers.
+func podMetrics(id, cgroupParent string) (*types.Metric, error) {
+	if cgroupParent == "" {
+		return nil, fmt.Errorf("sandbox %q has no cgroup parent to read metrics of: %w", id, errdefs.ErrFailedPrecondition)
+	}
+	data, err := cgroupMetrics(cgroupParent)
+	if err != nil {
+		return nil, fmt.Errorf("failed to read cgroup %q of sandbox %q: %w", cgroupParent, id, err)
+	}
+	packed, err := typeurl.MarshalAnyToProto(data)
+	if err != nil {
+		return nil, fmt.Errorf("failed to pack the metrics of sandbox %q: %w", id, err)
+	}
+	return &types.Metric{Timestamp: protobuf.ToTimestamp(time.Now()), ID: id, Data: packed}, nil
+}
+
+func cgroupMetrics(path string) (any, error) {
+	if cgroups.Mode() == cgroups.Unified {
+		manager, err := cgroup2.Load(path)
+		if err != nil {
+			return nil, err
+		}
+		return manager.StatFiltered(cgroup2.StatCPU | cgroup2.StatMemory)
+	}
+	control, err := cgroup1.Load(cgroup1.StaticPath(path))
+	if err != nil {
+		return nil, err
+	}
+	return control.Stat(cgroup1.IgnoreNotExist)
+}

@@ -1,0 +1,100 @@
+// Package plugin makes podfsm a part of a containerd: importing it is all it takes.
+//
+//	import _ "github.com/podfsm/podfsm/plugin"
+//
+// It registers the sandbox controller "podfsm" and a small gRPC service for the CLI, and puts podfsm's front on containerd's
+// CRI service. A runtime handler is podfsm's when its configuration says sandboxer = "podfsm"; everything else stays as it is.
+package plugin
+
+import (
+	"fmt"
+
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/log"
+	"github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+
+	// The CRI service has to be registered before the front can be put on it.
+	_ "github.com/containerd/containerd/v2/plugins/cri"
+
+	"github.com/podfsm/podfsm/cri"
+)
+
+// Name is the sandboxer's name in a runtime handler's configuration, and the id of podfsm's plugins.
+const Name = "podfsm"
+
+func init() {
+	registry.Register(&plugin.Registration{
+		Type: plugins.PodSandboxPlugin,
+		ID:   Name,
+		Requires: []plugin.Type{
+			plugins.CRIServicePlugin,
+			plugins.EventPlugin,
+			plugins.LeasePlugin,
+			plugins.MountManagerPlugin,
+			plugins.SandboxStorePlugin,
+			plugins.ServicePlugin,
+			plugins.TransferPlugin,
+		},
+		Config: defaultConfig(),
+		InitFn: initController,
+	})
+	registry.Register(&plugin.Registration{
+		Type:     plugins.GRPCPlugin,
+		ID:       Name,
+		Requires: []plugin.Type{plugins.PodSandboxPlugin},
+		InitFn: func(ic *plugin.InitContext) (any, error) {
+			controller, err := registered(ic)
+			if err != nil {
+				return nil, err
+			}
+			return &api{controller: controller}, nil
+		},
+	})
+	putFrontOnCRI()
+}
+
+// putFrontOnCRI registers every plugin anew, with the init function of containerd's CRI service wrapped: the registry hands
+// out copies only, and takes each id once.
+func putFrontOnCRI() {
+	graph := registry.Graph(nil)
+	registry.Reset()
+	for _, r := range graph {
+		if r.Type == plugins.GRPCPlugin && r.ID == "cri" {
+			r.InitFn = fronted(r.InitFn)
+		}
+		registry.Register(&r)
+	}
+}
+
+// fronted wraps the init function of containerd's CRI service. It fails only where that fails: without the front, the CRI
+// still serves every pod that isn't ours.
+func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitContext) (any, error) {
+	return func(ic *plugin.InitContext) (any, error) {
+		instance, err := stock(ic)
+		if err != nil {
+			return instance, err
+		}
+		controller, err := registered(ic)
+		if err != nil {
+			log.G(ic.Context).WithError(err).Warn("podfsm: its sandbox controller isn't loaded, so the CRI service has no front")
+			return instance, nil
+		}
+		front, err := cri.New(instance, controller)
+		if err != nil {
+			controller.refuse(fmt.Errorf("failed to put podfsm in front of the CRI service: %w", err))
+			log.G(ic.Context).WithError(err).Error("podfsm: no pod of its handlers will be run")
+			return instance, nil
+		}
+		return front, nil
+	}
+}
+
+// registered is the controller that this containerd has loaded.
+func registered(ic *plugin.InitContext) (*Controller, error) {
+	instance, err := ic.GetByID(plugins.PodSandboxPlugin, Name)
+	if err != nil {
+		return nil, err
+	}
+	return instance.(*Controller), nil
+}

@@ -1,0 +1,114 @@
+package plugin
+
+import (
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/tracing"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// Spec is what a sandbox is created with, as it stands in the ledger.
+type Spec struct {
+	// Config is the caller's true configuration.
+	Config *runtime.PodSandboxConfig
+	// Handler is the runtime handler as the caller named it; "" is the default one.
+	Handler string
+	// Mapping is the pod's user namespace; nil for a pod on the host's.
+	Mapping *userns.Mappings
+	// NetNSPath is a network namespace that the caller made itself; "" when pause is to get a new one.
+	NetNSPath string
+
+	RuntimeType    string
+	RuntimePath    string
+	RuntimeOptions *journal.Data
+	PodAnnotations []string // patterns of annotations that are passed on to the runtime
+	Snapshotter    string
+	Image          string
+}
+
+func init() {
+	typeurl.Register(&Spec{}, typePrefix, "Spec")
+}
+
+// typePrefix starts the type URL of everything that podfsm records.
+const typePrefix = tracing.Name
+
+// options are the runtime options as containerd's client wants them.
+func (s *Spec) options() typeurl.Any {
+	if s.RuntimeOptions == nil {
+		return nil
+	}
+	return s.RuntimeOptions
+}
+
+// onNodeNetwork says whether the pod shares the node's network.
+func (s *Spec) onNodeNetwork() bool { return s.NetNSPath == "" && cri.OnNodeNetwork(s.Config) }
+
+// check refuses a pod that can never run, before anything is made. All errors are InvalidArgument.
+func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
+	switch {
+	case config.GetMetadata() == nil:
+		return nil, fmt.Errorf("the pod's configuration has no metadata: %w", errdefs.ErrInvalidArgument)
+	case config.GetLinux() == nil:
+		return nil, fmt.Errorf("the configuration of pod %q has no Linux section: %w", cri.PodName(config), errdefs.ErrInvalidArgument)
+	}
+	namespaces := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	for name, mode := range map[string]runtime.NamespaceMode{
+		"network": namespaces.GetNetwork(),
+		"ipc":     namespaces.GetIpc(),
+	} {
+		if mode != runtime.NamespaceMode_POD && mode != runtime.NamespaceMode_NODE {
+			return nil, fmt.Errorf("pod %q asks for the %s namespace mode %s; a sandbox has POD or NODE: %w", cri.PodName(config), name, mode, errdefs.ErrInvalidArgument)
+		}
+	}
+	if mode := namespaces.GetPid(); mode == runtime.NamespaceMode_TARGET {
+		return nil, fmt.Errorf("pod %q asks for the pid namespace mode %s; a sandbox has POD, CONTAINER or NODE: %w", cri.PodName(config), mode, errdefs.ErrInvalidArgument)
+	}
+	mapping, err := userns.FromCRI(namespaces.GetUsernsOptions())
+	if err != nil {
+		return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", cri.PodName(config), err)
+	}
+	return mapping, nil
+}
+
+// newSpec puts together what a sandbox needs from the caller's configuration, containerd's record of the sandbox and the
+// handler's configuration.
+func newSpec(stock *stockConfig, handlerName string, config *runtime.PodSandboxConfig, info sandbox.Sandbox, netNSPath string) (*Spec, error) {
+	mapping, err := check(config)
+	if err != nil {
+		return nil, err
+	}
+	h := stock.Containerd.Runtimes[handlerName] // the zero handler for callers without CRI, who name none
+	if handlerName == "" {
+		h = stock.Containerd.Runtimes[stock.Containerd.DefaultRuntimeName]
+	}
+	if h.Sandboxer != Name {
+		h = handler{}
+	}
+	image := stock.pauseImage()
+	if image == "" {
+		return nil, fmt.Errorf("containerd's CRI configuration pins no pause image; set pinned_images.sandbox: %w", errdefs.ErrFailedPrecondition)
+	}
+	spec := &Spec{
+		Config:         config,
+		Handler:        handlerName,
+		Mapping:        mapping,
+		NetNSPath:      netNSPath,
+		RuntimeType:    info.Runtime.Name,
+		RuntimePath:    h.Path,
+		PodAnnotations: h.PodAnnotations,
+		Snapshotter:    stock.snapshotter(h),
+		Image:          image,
+	}
+	if options := info.Runtime.Options; options != nil {
+		spec.RuntimeOptions = &journal.Data{TypeURL: options.GetTypeUrl(), Value: options.GetValue()}
+	}
+	return spec, nil
+}

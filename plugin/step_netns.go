@@ -1,0 +1,106 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/netns"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// captureNetNS takes the network namespace that pause was started in, proves whose it is, and pins it by a bind mount.
+type captureNetNS struct {
+	*node
+	facts lifecycle.Facts
+}
+
+// NetNS is the result of captureNetNS.
+type NetNS struct {
+	Path  string
+	Inode uint64
+}
+
+func (s *captureNetNS) Facts() lifecycle.Facts { return s.facts }
+
+func (s *captureNetNS) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+
+func (s *captureNetNS) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
+	spec := r.Spec.(*Spec)
+	if spec.onNodeNetwork() {
+		return &lifecycle.Skipped{Reason: "the pod is on the node's network"}, nil
+	}
+	if spec.NetNSPath != "" {
+		return s.adopt(spec.NetNSPath)
+	}
+	handle, err := netns.Capture(ctx, s.expect(r))
+	if err != nil {
+		return nil, err
+	}
+	defer handle.Close()
+	path := s.netNSPath(r.Key.ID)
+	if err := handle.Pin(path); err != nil {
+		return nil, err
+	}
+	return &NetNS{Path: path, Inode: handle.Inode()}, nil
+}
+
+// adopt takes a namespace that the caller made and keeps.
+func (s *captureNetNS) adopt(path string) (any, error) {
+	handle, err := netns.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer handle.Close()
+	return &NetNS{Path: path, Inode: handle.Inode()}, nil
+}
+
+// expect is what the process must be whose namespace this is.
+func (s *captureNetNS) expect(r *lifecycle.Run) netns.Expect {
+	started := r.Result(states.StartPause).(*Pause)
+	expect := netns.Expect{
+		Pid:        int(started.Pid),
+		Namespace:  r.Key.Namespace,
+		ID:         r.Key.ID,
+		CgroupPath: started.CgroupPath,
+		Alive: func(ctx context.Context) error {
+			return runsAs(ctx, s.node, r.Key.ID, started.Pid)
+		},
+	}
+	if mapping := r.Spec.(*Spec).Mapping; mapping != nil {
+		expect.UIDs, expect.GIDs = extent(mapping.UIDs), extent(mapping.GIDs)
+	}
+	return expect
+}
+
+func extent(m userns.Mapping) []netns.IDMap {
+	return []netns.IDMap{{ContainerID: m.ContainerID, HostID: m.HostID, Size: m.Length}}
+}
+
+// runsAs fails unless containerd says that the sandbox's task runs under pid.
+func runsAs(ctx context.Context, n *node, id string, pid uint32) error {
+	status, err := n.containers.Status(ctx, id)
+	switch {
+	case err != nil:
+		return err
+	case status.State != containerd.Running:
+		return fmt.Errorf("pause is %s: %w", status.State, errdefs.ErrFailedPrecondition)
+	case status.Pid != pid:
+		return fmt.Errorf("pause runs under pid %d now, it was started under %d: %w", status.Pid, pid, errdefs.ErrFailedPrecondition)
+	default:
+		return nil
+	}
+}
+
+func (s *captureNetNS) Undo(ctx context.Context, r *lifecycle.Run) error {
+	return netns.Unpin(ctx, s.netNSPath(r.Key.ID))
+}
+
+func (s *captureNetNS) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {
+	info, err := netns.Inspect(s.netNSPath(r.Key.ID))
+	return info.Pinned, err
+}

@@ -1,0 +1,26 @@
+package plugin
+
+import (
+	"context"
+
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
+)
+
+// declareReady makes sure that pause still runs after all that was done around it.
+type declareReady struct {
+	*node
+	facts lifecycle.Facts
+}
+
+func (s *declareReady) Facts() lifecycle.Facts { return s.facts }
+
+func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+
+func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
+	return nil, runsAs(ctx, s.node, r.Key.ID, r.Result(states.StartPause).(*Pause).Pid)
+}
+
+func (s *declareReady) Undo(context.Context, *lifecycle.Run) error { return nil }
+
+func (s *declareReady) Probe(context.Context, *lifecycle.Run) (bool, error) { return false, nil }

@@ -1,0 +1,56 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/snapshot"
+)
+
+// remapSnapshot makes pause's rootfs, under the pod's ids. Its key is the sandbox's id.
+type remapSnapshot struct {
+	*node
+	facts lifecycle.Facts
+}
+
+// Snapshot is the result of remapSnapshot.
+type Snapshot struct {
+	Snapshotter string
+	Parent      string
+	Strategy    string
+}
+
+func (s *remapSnapshot) Facts() lifecycle.Facts { return s.facts }
+
+func (s *remapSnapshot) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+
+func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
+	spec := r.Spec.(*Spec)
+	image, err := s.client.GetImage(ctx, spec.Image)
+	if err != nil {
+		return nil, fmt.Errorf("failed to get the pause image %q: %w", spec.Image, err)
+	}
+	uids, gids := spec.mapping()
+	made, err := s.snapshots.Prepare(ctx, snapshot.Request{
+		Key:                    r.Key.ID,
+		Snapshotter:            spec.Snapshotter,
+		Image:                  image,
+		UIDs:                   uids,
+		GIDs:                   gids,
+		Annotations:            spec.Config.GetAnnotations(),
+		AppendImageAnnotations: !s.stock.image.DisableSnapshotAnnotations,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Snapshot{Snapshotter: spec.Snapshotter, Parent: made.Parent, Strategy: made.Strategy}, nil
+}
+
+func (s *remapSnapshot) Undo(ctx context.Context, r *lifecycle.Run) error {
+	return s.snapshots.Remove(ctx, r.Spec.(*Spec).Snapshotter, r.Key.ID)
+}
+
+func (s *remapSnapshot) Probe(ctx context.Context, r *lifecycle.Run) (bool, error) {
+	return s.snapshots.Exists(ctx, r.Spec.(*Spec).Snapshotter, r.Key.ID)
+}

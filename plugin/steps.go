@@ -1,0 +1,117 @@
+package plugin
+
+import (
+	"path/filepath"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/snapshot"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// node is what the steps work with; it is the same for all sandboxes.
+type node struct {
+	stock      *stockConfig
+	client     *containerd.Client
+	settings   pause.Settings
+	containers *pause.Containers
+	snapshots  *snapshot.Preparer
+	driver     *cni.Driver
+}
+
+func newNode(stock *stockConfig, client *containerd.Client, limits timeouts) *node {
+	return &node{
+		stock:  stock,
+		client: client,
+		settings: pause.Settings{
+			Files:                   pause.Files{RootDir: stock.RootDir, StateDir: stock.StateDir},
+			EnableUnprivilegedPorts: stock.EnableUnprivilegedPorts,
+			EnableUnprivilegedICMP:  stock.EnableUnprivilegedICMP,
+			RestrictOOMScoreAdj:     stock.RestrictOOMScoreAdj,
+			UnsetSeccompProfile:     stock.UnsetSeccompProfile,
+		},
+		containers: pause.NewContainers(client),
+		snapshots:  snapshot.NewPreparer(client),
+		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel}),
+	}
+}
+
+// decorate is what [DecorateSteps] was given.
+var decorate = func(step lifecycle.Step) lifecycle.Step { return step }
+
+// DecorateSteps puts something around every step: fault points, in a build for tests. It must be called before containerd runs.
+func DecorateSteps(around func(lifecycle.Step) lifecycle.Step) { decorate = around }
+
+// steps are those of the creation path, in its order.
+func (n *node) steps(limits timeouts) []lifecycle.Step {
+	bounds := func(f lifecycle.Facts) lifecycle.Facts {
+		f.Deadline, f.UndoDeadline = limits.runtime, limits.runtime
+		return f
+	}
+	steps := []lifecycle.Step{
+		&allocateIDs{bounds(lifecycle.Facts{Name: states.AllocateIDs})},
+		&remapSnapshot{n, bounds(lifecycle.Facts{
+			Name:  states.RemapSnapshot,
+			Needs: []states.Event{states.AllocateIDs},
+			Holds: []states.Event{states.AllocateIDs},
+		})},
+		&startPause{n, bounds(lifecycle.Facts{
+			Name:  states.StartPause,
+			Needs: []states.Event{states.RemapSnapshot},
+			Holds: []states.Event{states.AllocateIDs, states.RemapSnapshot},
+		})},
+		&captureNetNS{n, bounds(lifecycle.Facts{
+			Name:   states.CaptureNetNS,
+			Needs:  []states.Event{states.StartPause},
+			AtStop: true,
+		})},
+		&attachNetwork{n, lifecycle.Facts{
+			Name:  states.AttachNetwork,
+			Needs: []states.Event{states.CaptureNetNS},
+			// A DEL without the namespace would miss what is only found inside: the bridge plugin takes the addresses whose
+			// masquerade rules it removes from there.
+			Holds:        []states.Event{states.CaptureNetNS},
+			AtStop:       true,
+			Lasting:      true,
+			Deadline:     2 * limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
+			UndoDeadline: 2 * limits.cniDel,
+		}},
+		&declareReady{n, bounds(lifecycle.Facts{
+			Name:  states.DeclareReady,
+			Needs: []states.Event{states.StartPause, states.AttachNetwork},
+		})},
+	}
+	for i, step := range steps {
+		steps[i] = decorate(step)
+	}
+	return steps
+}
+
+// mapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
+func (s *Spec) mapping() (uids, gids []specs.LinuxIDMapping) {
+	if s.Mapping == nil {
+		return nil, nil
+	}
+	return s.Mapping.Linux()
+}
+
+// netNSPath is where a sandbox's network namespace is pinned.
+func (n *node) netNSPath(id string) string {
+	return filepath.Join(n.stock.netNSDir(), "podfsm-"+id)
+}
+
+func init() {
+	typeurl.Register(&userns.Mappings{}, typePrefix, "userns.Mappings")
+	typeurl.Register(&Snapshot{}, typePrefix, "Snapshot")
+	typeurl.Register(&Pause{}, typePrefix, "Pause")
+	typeurl.Register(&NetNS{}, typePrefix, "NetNS")
+	typeurl.Register(&Network{}, typePrefix, "Network")
+	typeurl.Register(&cni.Attachment{}, typePrefix, "cni.Attachment")
+	typeurl.Register(&cni.Progress{}, typePrefix, "cni.Progress")
+}

@@ -1,0 +1,265 @@
+// Package snapshot prepares the root filesystems of pause containers, with their
+// owners mapped into the pod's user namespace.
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/unpack"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/image-spec/identity"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sync/semaphore"
+)
+
+const (
+	// StrategyNone: files keep the owners that the image gives them.
+	StrategyNone = "none"
+	// StrategyIDMap: the kernel maps the owners in the mount, nothing is copied.
+	StrategyIDMap = "idmap"
+)
+
+// capabilityRemapIDs is how containerd's snapshotters say that they mount with
+// id maps.
+const capabilityRemapIDs = "remap-ids"
+
+// labelGCRoot makes containerd's garbage collector keep what nothing refers to.
+const labelGCRoot = "containerd.io/gc.root"
+
+// parallelLayers bounds the layers of an image that are unpacked at a time.
+const parallelLayers = 3
+
+// Preparer prepares and removes snapshots by name.
+//
+// Its methods take a context with a containerd namespace, and are safe for
+// concurrent use on different keys. Their errors keep containerd's classes.
+type Preparer struct {
+	client *containerd.Client
+}
+
+// NewPreparer returns a preparer of the client's snapshotters.
+func NewPreparer(client *containerd.Client) *Preparer {
+	return &Preparer{client: client}
+}
+
+// Request asks for one snapshot.
+type Request struct {
+	// Key names the snapshot: the sandbox's id.
+	Key         string
+	Snapshotter string
+	Image       containerd.Image
+
+	// UIDs and GIDs are the pod's id maps, both or neither.
+	UIDs, GIDs []specs.LinuxIDMapping
+
+	// Annotations are the pod's. Those that address the snapshotter
+	// (snapshots.FilterInheritedLabels) become labels of the snapshot.
+	Annotations map[string]string
+
+	// AppendImageAnnotations tells the snapshotter where an image comes from
+	// when it is unpacked, which remote snapshotters need.
+	AppendImageAnnotations bool
+}
+
+// Result says how a snapshot was made.
+type Result struct {
+	// Strategy is StrategyNone or StrategyIDMap.
+	Strategy string
+	// Parent is the chain id of the image's layers.
+	Parent string
+}
+
+// Prepare makes a writable snapshot on top of the image, which it unpacks when
+// the snapshotter does not have it. A snapshot that an earlier attempt left under
+// the key is kept when it has the same parent and id maps, else replaced.
+//
+// containerd's garbage collector leaves the snapshot alone, though no container
+// refers to it yet: it stays until Remove.
+//
+// A snapshotter that can't mount with id maps, or is not there, is a
+// FailedPrecondition error.
+func (p *Preparer) Prepare(ctx context.Context, r Request) (Result, error) {
+	result, err := p.prepare(ctx, r)
+	if err != nil {
+		return Result{}, fmt.Errorf("failed to prepare snapshot %q: %w", r.Key, err)
+	}
+	return result, nil
+}
+
+// Remove removes a snapshot. It succeeds when there is none. The space comes
+// free with containerd's next garbage collection.
+func (p *Preparer) Remove(ctx context.Context, snapshotter, key string) error {
+	sn, err := p.snapshotter(snapshotter)
+	if err != nil {
+		return fmt.Errorf("failed to remove snapshot %q: %w", key, err)
+	}
+	if err := sn.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("failed to remove snapshot %q: %w", key, err)
+	}
+	return nil
+}
+
+// Exists tells whether a snapshot exists.
+func (p *Preparer) Exists(ctx context.Context, snapshotter, key string) (bool, error) {
+	sn, err := p.snapshotter(snapshotter)
+	if err != nil {
+		return false, fmt.Errorf("failed to look for snapshot %q: %w", key, err)
+	}
+	_, err = sn.Stat(ctx, key)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("failed to look for snapshot %q: %w", key, err)
+	}
+	return true, nil
+}
+
+func (p *Preparer) prepare(ctx context.Context, r Request) (Result, error) {
+	sn, err := p.snapshotter(r.Snapshotter)
+	if err != nil {
+		return Result{}, err
+	}
+	strategy, err := p.strategy(ctx, r)
+	if err != nil {
+		return Result{}, err
+	}
+	layers, err := r.Image.RootFS(ctx)
+	if err != nil {
+		return Result{}, fmt.Errorf("failed to read the layers of image %q: %w", r.Image.Name(), err)
+	}
+	parent := identity.ChainID(layers).String()
+	labels := r.labels()
+
+	err = prepareOnce(ctx, sn, r.Key, parent, labels)
+	if errdefs.IsNotFound(err) {
+		if err := p.unpack(ctx, sn, r); err != nil {
+			return Result{}, fmt.Errorf("failed to unpack image %q: %w", r.Image.Name(), err)
+		}
+		err = prepareOnce(ctx, sn, r.Key, parent, labels)
+	}
+	if err != nil {
+		return Result{}, err
+	}
+	return Result{Strategy: strategy, Parent: parent}, nil
+}
+
+func (p *Preparer) snapshotter(name string) (snapshots.Snapshotter, error) {
+	sn := p.client.SnapshotService(name)
+	if sn == nil {
+		return nil, fmt.Errorf("snapshotter %q is not loaded, check containerd's configuration and log: %w", name, errdefs.ErrFailedPrecondition)
+	}
+	return sn, nil
+}
+
+// strategy never falls back on changing the owners in a copy of the image, as
+// containerd's client does.
+func (p *Preparer) strategy(ctx context.Context, r Request) (string, error) {
+	if len(r.UIDs) == 0 && len(r.GIDs) == 0 {
+		return StrategyNone, nil
+	}
+	if len(r.UIDs) == 0 || len(r.GIDs) == 0 {
+		return "", fmt.Errorf("got %d uid and %d gid mappings, give both: %w", len(r.UIDs), len(r.GIDs), errdefs.ErrInvalidArgument)
+	}
+	capabilities, err := p.client.GetSnapshotterCapabilities(ctx, r.Snapshotter)
+	if err != nil {
+		return "", err
+	}
+	if !slices.Contains(capabilities, capabilityRemapIDs) {
+		return "", fmt.Errorf("snapshotter %q can't map ids on this node, "+
+			"pods with a user namespace need overlayfs on Linux 5.19 or later with a filesystem that supports idmapped mounts: %w",
+			r.Snapshotter, errdefs.ErrFailedPrecondition)
+	}
+	return StrategyIDMap, nil
+}
+
+// labels are the snapshot's. The id maps come from the request alone, and a
+// pod's annotations don't name the snapshot: it could claim another's.
+func (r Request) labels() map[string]string {
+	labels := snapshots.FilterInheritedLabels(r.Annotations)
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	delete(labels, snapshots.LabelSnapshotRef)
+	delete(labels, snapshots.LabelSnapshotUIDMapping)
+	delete(labels, snapshots.LabelSnapshotGIDMapping)
+	labels[labelGCRoot] = time.Now().UTC().Format(time.RFC3339)
+	if len(r.UIDs) > 0 {
+		remap := snapshots.Info{Labels: labels}
+		// It returns no error.
+		_ = containerd.WithUserNSRemapperLabels(r.UIDs, r.GIDs)(&remap)
+	}
+	return labels
+}
+
+// prepareOnce prepares a snapshot from a parent that exists, else it returns a
+// NotFound error.
+func prepareOnce(ctx context.Context, sn snapshots.Snapshotter, key, parent string, labels map[string]string) error {
+	_, err := sn.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
+	if !errdefs.IsAlreadyExists(err) {
+		return err
+	}
+	old, err := sn.Stat(ctx, key)
+	if err != nil {
+		return err
+	}
+	if isSame(old, parent, labels) {
+		return nil
+	}
+	if err := sn.Remove(ctx, key); err != nil {
+		return err
+	}
+	_, err = sn.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
+	return err
+}
+
+func isSame(old snapshots.Info, parent string, labels map[string]string) bool {
+	return old.Kind == snapshots.KindActive &&
+		old.Labels[labelGCRoot] != "" &&
+		old.Parent == parent &&
+		old.Labels[snapshots.LabelSnapshotUIDMapping] == labels[snapshots.LabelSnapshotUIDMapping] &&
+		old.Labels[snapshots.LabelSnapshotGIDMapping] == labels[snapshots.LabelSnapshotGIDMapping]
+}
+
+// unpack extracts the layers of an image that the snapshotter lacks.
+func (p *Preparer) unpack(ctx context.Context, sn snapshots.Snapshotter, r Request) error {
+	ctx, done, err := p.client.WithLease(ctx) // for the layers that nothing refers to yet
+	if err != nil {
+		return err
+	}
+	defer func() { _ = done(context.WithoutCancel(ctx)) }() // it expires by itself
+	capabilities, err := p.client.GetSnapshotterCapabilities(ctx, r.Snapshotter)
+	if err != nil {
+		return err
+	}
+	content, platform := r.Image.ContentStore(), platforms.Default()
+	unpacker, err := unpack.NewUnpacker(ctx, content,
+		unpack.WithUnpackPlatform(unpack.Platform{
+			Platform:                platform,
+			SnapshotterKey:          r.Snapshotter,
+			Snapshotter:             sn,
+			SnapshotterCapabilities: capabilities,
+			Applier:                 p.client.DiffService(),
+		}),
+		unpack.WithUnpackLimiter(semaphore.NewWeighted(parallelLayers)))
+	if err != nil {
+		return err
+	}
+	var handler images.Handler = images.LimitManifests(images.FilterPlatforms(images.ChildrenHandler(content), platform), platform, 1)
+	if r.AppendImageAnnotations {
+		handler = snapshotters.AppendInfoHandlerWrapper(r.Image.Name())(handler)
+	}
+	err = images.Dispatch(ctx, unpacker.Unpack(handler), nil, r.Image.Target())
+	// Also after a failure, because the unpacker works in the background.
+	_, waitErr := unpacker.Wait()
+	return errors.Join(err, waitErr)
+}

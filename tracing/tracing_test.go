@@ -1,0 +1,65 @@
+package tracing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/codes"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+)
+
+func record(t *testing.T) *tracetest.SpanRecorder {
+	recorder := tracetest.NewSpanRecorder()
+	before := otel.GetTracerProvider()
+	otel.SetTracerProvider(sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder)))
+	t.Cleanup(func() { otel.SetTracerProvider(before) })
+	return recorder
+}
+
+func TestEndRecordsTheError(t *testing.T) {
+	spans := record(t)
+	_, span := Start(context.Background(), Step("start_pause"), StepName.String("start_pause"))
+	End(span, fmt.Errorf("failed to start: %w", errdefs.ErrUnavailable))
+	_, span = Start(context.Background(), SpanRun)
+	End(span, nil)
+
+	ended := spans.Ended()
+	require.Len(t, ended, 2)
+	require.Equal(t, "sandbox.start_pause", ended[0].Name())
+	require.Equal(t, codes.Error, ended[0].Status().Code)
+	require.Contains(t, ended[0].Attributes(), ErrorType.String("unavailable"))
+	require.Len(t, ended[0].Events(), 1)
+	require.Equal(t, codes.Unset, ended[1].Status().Code)
+}
+
+func TestClass(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		want string
+	}{
+		{fmt.Errorf("a: %w", context.DeadlineExceeded), "deadline_exceeded"},
+		{fmt.Errorf("a: %w", errdefs.ErrInvalidArgument), "invalid_argument"},
+		{errors.Join(errdefs.ErrNotFound, errors.New("b")), "not_found"},
+		{&fs.PathError{Op: "open", Path: "/x", Err: errors.New("plain")}, "*errors.errorString"},
+	} {
+		require.Equal(t, tc.want, Class(tc.err), "%v", tc.err)
+	}
+}
+
+func TestParentRoundTrip(t *testing.T) {
+	record(t)
+	ctx, span := Start(context.Background(), SpanRun)
+	defer span.End()
+	require.Equal(t, span.SpanContext().TraceID(), FromParent(Parent(ctx)).TraceID())
+	require.Equal(t, span.SpanContext().TraceID().String(), TraceID(ctx))
+	require.Empty(t, Parent(context.Background()))
+	require.Empty(t, TraceID(context.Background()))
+	require.False(t, FromParent("nonsense").IsValid())
+}

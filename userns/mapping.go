@@ -1,0 +1,113 @@
+// Package userns validates the id mappings of pods in user namespaces.
+package userns
+
+import (
+	"fmt"
+	"math"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	// minHostID is the first host id a pod may be mapped to: the 64Ki ids below
+	// belong to the node's own users.
+	minHostID = 1 << 16
+
+	// maxHostID is the last host id a pod may be mapped to. The one above it,
+	// (uid_t)-1, means "no id" to setreuid(2), chown(2) and others, so the
+	// kernel leaves it unmapped (user_namespaces(7)) and refuses a range that
+	// holds it.
+	maxHostID = math.MaxUint32 - 1
+)
+
+// Mapping is one extent of a user namespace's id map: the Length ids from
+// ContainerID up are the host's ids from HostID up.
+type Mapping struct {
+	ContainerID uint32
+	HostID      uint32
+	Length      uint32
+}
+
+// Mappings are the uid and the gid map of a pod's user namespace.
+type Mappings struct {
+	UIDs Mapping
+	GIDs Mapping
+}
+
+// FromCRI returns the mappings that a CRI request asks for, nil when the pod
+// stays in the node's user namespace: without options, or in mode NODE.
+//
+// Mode POD needs one extent for uids and one for gids, both from container id 0
+// and of the same length, on host ids 65536 to 2^32-2. Anything else, modes
+// CONTAINER and TARGET included, is an InvalidArgument error.
+func FromCRI(opts *runtime.UserNamespace) (*Mappings, error) {
+	if opts == nil {
+		return nil, nil
+	}
+	uids, gids := opts.GetUids(), opts.GetGids()
+	switch mode := opts.GetMode(); mode {
+	case runtime.NamespaceMode_NODE:
+		if len(uids) > 0 || len(gids) > 0 {
+			return nil, invalid("user namespace mode NODE came with %d uid and %d gid mappings: leave them out or ask for mode POD", len(uids), len(gids))
+		}
+		return nil, nil
+	case runtime.NamespaceMode_POD:
+		return podMappings(uids, gids)
+	default:
+		return nil, invalid("user namespace mode %s is not supported: ask for POD or NODE", mode)
+	}
+}
+
+// Linux returns the mappings as the OCI runtime specification writes them.
+func (m Mappings) Linux() (uids, gids []specs.LinuxIDMapping) {
+	return m.UIDs.linux(), m.GIDs.linux()
+}
+
+func (m Mapping) linux() []specs.LinuxIDMapping {
+	return []specs.LinuxIDMapping{{ContainerID: m.ContainerID, HostID: m.HostID, Size: m.Length}}
+}
+
+func podMappings(uids, gids []*runtime.IDMapping) (*Mappings, error) {
+	u, err := extent("uid", uids)
+	if err != nil {
+		return nil, err
+	}
+	g, err := extent("gid", gids)
+	if err != nil {
+		return nil, err
+	}
+	if u.Length != g.Length {
+		return nil, invalid("the uid mapping is %d ids long and the gid mapping %d: give both the same length", u.Length, g.Length)
+	}
+	return &Mappings{UIDs: u, GIDs: g}, nil
+}
+
+// extent checks the only extent of one id map; kind is "uid" or "gid".
+func extent(kind string, extents []*runtime.IDMapping) (Mapping, error) {
+	if len(extents) != 1 {
+		return Mapping{}, invalid("user namespace mode POD came with %d %s mappings: give exactly one", len(extents), kind)
+	}
+	m := Mapping{
+		ContainerID: extents[0].GetContainerId(),
+		HostID:      extents[0].GetHostId(),
+		Length:      extents[0].GetLength(),
+	}
+	if m.ContainerID != 0 {
+		return Mapping{}, invalid("the %s mapping starts at container id %d: let it start at 0", kind, m.ContainerID)
+	}
+	if m.Length == 0 {
+		return Mapping{}, invalid("the %s mapping has length 0: map at least one id", kind)
+	}
+	// Added as 64 bits wide, because the sum may not fit into 32.
+	last := uint64(m.HostID) + uint64(m.Length) - 1
+	if m.HostID < minHostID || last > maxHostID {
+		return Mapping{}, invalid("the %s mapping takes host ids %d to %d: choose a range within %d to %d", kind, m.HostID, last, minHostID, maxHostID)
+	}
+	return m, nil
+}
+
+func invalid(format string, args ...any) error {
+	return fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), errdefs.ErrInvalidArgument)
+}
