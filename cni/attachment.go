@@ -7,6 +7,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
 )
 
@@ -147,4 +148,15 @@ func (a *Attachment) list(network int) (*libcni.NetworkConfigList, error) {
 		}
 	}
 	return list, nil
+}
+
+// capabilities are those that the plugin declares and the runtime has.
+func (a *Attachment) capabilities(plugin *types.PluginConf) Capabilities {
+	given := Capabilities{}
+	for name, declared := range plugin.Capabilities {
+		if value, ok := a.Capabilities[name]; ok && declared {
+			given[name] = value
+		}
+	}
+	return given
 }

@@ -112,7 +112,7 @@ func (c call) prepare(prev types.Result) (path string, conf []byte, err error) {
 	if prev != nil {
 		values["prevResult"] = prev
 	}
-	if given := c.capabilities(plugin.Network); len(given) > 0 {
+	if given := c.attachment.capabilities(plugin.Network); len(given) > 0 {
 		values["runtimeConfig"] = given
 	}
 	request, err := libcni.InjectConf(plugin, values)
@@ -120,17 +120,6 @@ func (c call) prepare(prev types.Result) (path string, conf []byte, err error) {
 		return "", nil, fmt.Errorf("failed to derive its configuration: %w", err)
 	}
 	return path, request.Bytes, nil
-}
-
-// capabilities are those that the plugin declares and the runtime has.
-func (c call) capabilities(plugin *types.PluginConf) Capabilities {
-	given := Capabilities{}
-	for name, declared := range plugin.Capabilities {
-		if value, ok := c.attachment.Capabilities[name]; ok && declared {
-			given[name] = value
-		}
-	}
-	return given
 }
 
 // advance journals a fact about the plugin and applies it.

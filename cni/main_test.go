@@ -99,5 +99,46 @@ env > $dir/$name.$CNI_COMMAND.env
 // good is the body of a plugin that gives eth0 an address.
 func good(ip string) string {
 	return `[ $CNI_COMMAND = ADD ] || exit 0
-cat <<EOF
-{"cniVersion":"1.0.0","interfaces":[{"name":"` + "'$CNI_IFNAME'" + `"}],"ips":[{"address":"` + ip + `/24","interface":0}]}
+printf '{"cniVersion":"1.0.0","interfaces":[{"name":"%s"}],"ips":[{"address":"` + ip + `/24","interface":0}]}' $CNI_IFNAME
+`
+}
+
+// calls returns the plugins' calls so far, and forgets them.
+func (p *plugins) calls() []string {
+	p.t.Helper()
+	file := filepath.Join(p.dir, "calls")
+	data, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	require.NoError(p.t, err)
+	require.NoError(p.t, os.Remove(file))
+	return strings.Split(strings.TrimSpace(string(data)), "\n")
+}
+
+// read returns a file that a plugin has written.
+func (p *plugins) read(name string) string {
+	p.t.Helper()
+	data, err := os.ReadFile(filepath.Join(p.dir, name))
+	require.NoError(p.t, err)
+	return strings.TrimSpace(string(data))
+}
+
+// stdin returns the configuration that a plugin got.
+func (p *plugins) stdin(name, command string) map[string]any {
+	p.t.Helper()
+	var conf map[string]any
+	require.NoError(p.t, json.Unmarshal([]byte(p.read(name+"."+command+".stdin")), &conf))
+	return conf
+}
+
+// network makes the configuration of a network from those of its plugins.
+func network(t *testing.T, name, version string, confs ...string) Network {
+	t.Helper()
+	data := fmt.Sprintf(`{"name":%q,"cniVersion":%q,"plugins":[%s]}`, name, version, strings.Join(confs, ","))
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "net.conflist"), []byte(data), 0o644))
+	networks, err := Load(Config{ConfDir: dir})
+	require.NoError(t, err)
+	return networks[0]
+}

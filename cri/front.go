@@ -94,6 +94,7 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 	}
 	call := &Call{Config: proto.CloneOf(r.GetConfig()), Handler: r.GetRuntimeHandler()}
 	resp, err := s.RuntimeServiceServer.RunPodSandbox(with(ctx, call), onNodeNetwork(r))
+	span.SetAttributes(tracing.SandboxID.String(call.SandboxID))
 	switch {
 	case err == nil:
 		return resp, nil

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -96,19 +97,19 @@ func findDurable(path string, flag, lock int, wait time.Duration) (*os.File, *im
 	if err != nil {
 		return nil, nil, err
 	}
-	readDurable(m, f)
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, nil, fmt.Errorf("failed to stat %s: %w", path, withClass(err))
+	}
+	readDurable(m, f, info.Size())
 	return f, m, nil
 }
 
-func readDurable(m *image, f *os.File) {
+func readDurable(m *image, r io.ReaderAt, size int64) {
 	m.found = true
 	defer m.finish()
-	info, err := f.Stat()
-	if err != nil {
-		m.damaged(Key{}, "failed to stat: %v", err)
-		return
-	}
-	problems := walkBolt(f, info.Size(), bucketName, func(key, value []byte) {
+	problems := walkBolt(r, size, bucketName, func(key, value []byte) {
 		e, err := decodeFrame(value)
 		switch {
 		case err != nil:
@@ -124,8 +125,8 @@ func readDurable(m *image, f *os.File) {
 		m.damaged(Key{}, "%v", p)
 	}
 	// What a page does not count among its elements is no error of bbolt's format, but a loss all the same.
-	if m.header != nil && m.header.Records != len(m.records) {
-		m.damaged(Key{}, "holds %d records instead of %d", len(m.records), m.header.Records)
+	if h := m.header; h != nil && h.Format <= format && h.Records != len(m.records) {
+		m.damaged(Key{}, "holds %d records instead of %d", len(m.records), h.Records)
 	}
 }
 

@@ -66,7 +66,7 @@ func runKilledWriter() {
 
 func TestSurvivesSIGKILL(t *testing.T) {
 	d := newDirs(t)
-	for round := range 8 {
+	for round := range 6 {
 		acknowledged, forgot, forgetting := killWriter(t, d, 50+round*40)
 
 		l, err := Open(d.root, d.state)

@@ -186,7 +186,7 @@ func TestLogIsRewritten(t *testing.T) {
 	big := &Data{TypeURL: "big", Value: make([]byte, 256<<10)}
 	begin(t, l, key("stays"))
 	var largest, smallest int64 = 0, 1 << 60
-	for i := range 100 {
+	for i := range 40 {
 		k := key(fmt.Sprint("s", i))
 		begin(t, l, k)
 		mustAppend(t, l, &Record{Key: k, Kind: Intent, Data: big})
@@ -219,15 +219,15 @@ func TestLogRewritesAreRare(t *testing.T) {
 		require.NoError(t, unix.Stat(d.log(), &st))
 		return st.Ino
 	}
-	for i, last := 0, inode(); i < 200; i++ { // 20 MiB that live
+	for i, last := 0, inode(); i < 100; i++ { // 10 MiB that live
 		mustAppend(t, l, &Record{Key: k, Kind: Noted, Step: fmt.Sprint(i), Data: &Data{Value: make([]byte, 75<<10)}})
 		if now := inode(); now != last {
 			last = now
 			rewrites++
 		}
 	}
-	require.LessOrEqual(t, rewrites, 3)
-	require.Len(t, lines(l.Sandboxes()), 201)
+	require.Contains(t, []int{1, 2}, rewrites)
+	require.Len(t, lines(l.Sandboxes()), 101)
 }
 
 // tinyTmpfs mounts a tmpfs of a few pages on the directory.

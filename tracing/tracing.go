@@ -14,6 +14,7 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/propagation"
+	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/trace"
 )
 
@@ -31,12 +32,12 @@ const (
 	SpanCNIDel   = "cni.del"
 )
 
-// Attribute keys. Those that start with k8s. and error. are OpenTelemetry semantic conventions.
+// Attribute keys. Where OpenTelemetry has a semantic convention, it is used.
 const (
-	PodName      = attribute.Key("k8s.pod.name")
-	PodNamespace = attribute.Key("k8s.namespace.name")
-	PodUID       = attribute.Key("k8s.pod.uid")
-	ErrorType    = attribute.Key("error.type")
+	PodName      = semconv.K8SPodNameKey
+	PodNamespace = semconv.K8SNamespaceNameKey
+	PodUID       = semconv.K8SPodUIDKey
+	ErrorType    = semconv.ErrorTypeKey
 
 	PodAttempt     = attribute.Key("podfsm.pod.attempt")
 	SandboxID      = attribute.Key("podfsm.sandbox.id")

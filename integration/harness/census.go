@@ -74,7 +74,7 @@ func (n *Node) WaitClean(ctx context.Context, before Census) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, cleanTimeout, fmt.Errorf("not as before within %v", cleanTimeout))
 	defer cancel()
 	return poll(ctx, censusInterval, func() error {
-		after, err := n.Census(context.WithoutCancel(ctx))
+		after, err := n.tidyCensus(ctx)
 		if err != nil {
 			return err
 		}
@@ -83,6 +83,16 @@ func (n *Node) WaitClean(ctx context.Context, before Census) error {
 		}
 		return nil
 	})
+}
+
+// tidyCensus takes a census without containerd's garbage, which it would collect
+// some time later. It does not end with ctx: its error would hide what differs.
+func (n *Node) tidyCensus(ctx context.Context) (Census, error) {
+	ctx = context.WithoutCancel(ctx)
+	if err := n.collectGarbage(ctx); err != nil {
+		return nil, err
+	}
+	return n.Census(ctx)
 }
 
 // idle are the categories that are empty on a node without pods.
@@ -109,14 +119,11 @@ func (n *Node) WarmUp(ctx context.Context, handler string) (Census, error) {
 func (n *Node) settle(ctx context.Context) (Census, error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
-	if err := n.collectGarbage(ctx); err != nil {
-		return nil, err
-	}
 	var last Census
 	err := poll(ctx, censusInterval, func() error {
 		before := last
 		var err error
-		if last, err = n.Census(context.WithoutCancel(ctx)); err != nil {
+		if last, err = n.tidyCensus(ctx); err != nil {
 			return err
 		}
 		for _, category := range idle {

@@ -61,8 +61,8 @@ func (n *Node) config() settings {
 			"io.containerd.image-verifier.v1.bindir": settings{"bin_dir": n.path("opt/image-verifier")},
 			"io.containerd.nri.v1.nri":               settings{"disable": true, "socket_path": n.path("nri.sock"), "plugin_path": n.path("opt/nri"), "plugin_config_path": n.path("nri.d")},
 			"io.containerd.cri.v1.images":            settings{"pinned_images": settings{"sandbox": PauseImage}},
-			// By default a removed snapshot's directory waits for a hundred more
-			// changes, and for a time in which garbage collection takes but 2 %.
+			// Garbage is collected after every removal, at up to half of the time:
+			// what nothing protects is soon lost.
 			"io.containerd.gc.v1.scheduler": settings{"deletion_threshold": 1, "pause_threshold": 0.5},
 			"io.containerd.cri.v1.runtime":  n.criConfig(),
 		},
