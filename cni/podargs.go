@@ -140,7 +140,7 @@ func bitRate(annotations map[string]string, key string) (uint64, error) {
 	if !ok {
 		return 0, nil
 	}
-	rate, err := resource.ParseQuantity(text)
+	rate, err := parseQuantity(text)
 	if err != nil {
 		return 0, fmt.Errorf("annotation %s is not a bandwidth, for example 10M: %w: %w", key, err, errdefs.ErrInvalidArgument)
 	}
@@ -148,4 +148,14 @@ func bitRate(annotations map[string]string, key string) (uint64, error) {
 		return 0, fmt.Errorf("annotation %s must be from %v to %v bit/s: %w", key, &minBandwidth, &maxBandwidth, errdefs.ErrInvalidArgument)
 	}
 	return uint64(rate.Value()), nil
+}
+
+// parseQuantity is resource.ParseQuantity for texts that anybody may have written: it computes a power of ten of any exponent, so
+// that "1e999999999" would keep a CPU busy for hours.
+func parseQuantity(text string) (resource.Quantity, error) {
+	const maxLen, maxExponentLen = 32, len("e+15")
+	if e := strings.IndexAny(text, "eE"); len(text) > maxLen || e >= 0 && len(text)-e > maxExponentLen {
+		return resource.Quantity{}, resource.ErrFormatWrong
+	}
+	return resource.ParseQuantity(text)
 }

@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -84,6 +85,9 @@ func TestBandwidth(t *testing.T) {
 		"negative":    {map[string]string{egress: "-1M"}, ""},
 		"too large":   {map[string]string{egress: "1001T"}, ""},
 		"astronomic":  {map[string]string{egress: "1e999999999"}, ""},
+		"tiny":        {map[string]string{egress: "1e-999999999"}, ""},
+		"exponent":    {map[string]string{egress: "1e+6"}, `{"IngressRate":0,"IngressBurst":0,"EgressRate":1000000,"EgressBurst":4294967295}`},
+		"long":        {map[string]string{egress: strings.Repeat("0", 1<<20) + "1M"}, ""},
 		"one invalid": {map[string]string{ingress: "1M", egress: "x"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

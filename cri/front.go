@@ -8,6 +8,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"go.opentelemetry.io/otel/attribute"
@@ -36,6 +37,8 @@ type Sandboxes interface {
 type Pod struct {
 	// Config is the configuration as the caller gave it. It must not be changed.
 	Config *runtime.PodSandboxConfig
+	// CreatedAt is when pause was created; zero before. containerd's service forgets it over a restart.
+	CreatedAt time.Time
 	// IP and AdditionalIPs are empty once the pod is off its network.
 	IP            string
 	AdditionalIPs []string
@@ -172,6 +175,40 @@ func (s *service) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxSta
 	}
 	s.restore(resp.GetStatus())
 	return resp, nil
+}
+
+// ListPodSandbox restores the times of creation.
+func (s *service) ListPodSandbox(ctx context.Context, r *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
+	resp, err := s.RuntimeServiceServer.ListPodSandbox(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	s.restoreTimes(resp.GetItems())
+	return resp, nil
+}
+
+// StreamPodSandboxes is the list in pieces.
+func (s *service) StreamPodSandboxes(r *runtime.StreamPodSandboxesRequest, stream runtime.RuntimeService_StreamPodSandboxesServer) error {
+	return s.RuntimeServiceServer.StreamPodSandboxes(r, &listStream{stream, s})
+}
+
+type listStream struct {
+	runtime.RuntimeService_StreamPodSandboxesServer
+	service *service
+}
+
+func (l *listStream) Send(resp *runtime.StreamPodSandboxesResponse) error {
+	l.service.restoreTimes(resp.GetPodSandboxes())
+	return l.RuntimeService_StreamPodSandboxesServer.Send(resp)
+}
+
+// restoreTimes puts back when sandboxes of ours were created. The messages are made for one answer.
+func (s *service) restoreTimes(items []*runtime.PodSandbox) {
+	for _, item := range items {
+		if pod, ok := s.sandboxes.Pod(item.GetId()); ok && !pod.CreatedAt.IsZero() {
+			item.CreatedAt = pod.CreatedAt.UnixNano()
+		}
+	}
 }
 
 // GetContainerEvents restores the sandbox status in every event. Events are shared between subscribers, so a copy is sent.

@@ -23,6 +23,7 @@ const (
 
 	boltBranchPage   = 0x01
 	boltLeafPage     = 0x02
+	boltMetaFlag     = 0x04
 	boltFreelistPage = 0x10
 	boltBucketEntry  = 0x01
 )
@@ -68,6 +69,7 @@ func walkBolt(r io.ReaderAt, size int64, bucket []byte, visit func(key, value []
 
 func (w *boltWalk) problem(err error) { w.problems = append(w.problems, err) }
 
+// boltMetaPage is the content of one.
 type boltMetaPage struct {
 	pageSize                        int64
 	root, freelist, highWater, txid uint64
@@ -78,7 +80,7 @@ type boltMetaPage struct {
 func (w *boltWalk) meta() (newest boltMetaPage, ok bool) {
 	pageSize := int64(os.Getpagesize())
 	for id := range int64(2) {
-		m, err := w.readMeta(id * pageSize)
+		m, err := w.readMeta(id, id*pageSize)
 		if err != nil {
 			w.problem(fmt.Errorf("meta page %d: %w", id, err))
 			continue
@@ -99,11 +101,15 @@ func (w *boltWalk) meta() (newest boltMetaPage, ok bool) {
 	return newest, true
 }
 
-func (w *boltWalk) readMeta(offset int64) (boltMetaPage, error) {
-	b := make([]byte, boltMeta)
-	if _, err := w.r.ReadAt(b, offset+boltPageHeader); err != nil {
+func (w *boltWalk) readMeta(id, offset int64) (boltMetaPage, error) {
+	page := make([]byte, boltPageHeader+boltMeta)
+	if _, err := w.r.ReadAt(page, offset); err != nil {
 		return boltMetaPage{}, fmt.Errorf("failed to read: %w", err)
 	}
+	if got, flags := order.Uint64(page), order.Uint16(page[8:]); got != uint64(id) || flags != boltMetaFlag {
+		return boltMetaPage{}, fmt.Errorf("says that it is page %d with flags %#x", got, flags)
+	}
+	b := page[boltPageHeader:]
 	sum := fnv.New64a()
 	sum.Write(b[:56])
 	if order.Uint32(b) != boltMagic || order.Uint64(b[56:]) != sum.Sum64() {

@@ -102,18 +102,17 @@ func TestWalkOfTruncatedFile(t *testing.T) {
 
 // Each flip is either found or harms neither what is read nor bbolt. (A flip inside a value is for the frame's checksum to find.)
 func TestWalkOfFlippedFile(t *testing.T) {
-	content, _ := boltFile(t, 7, 60)
+	content, _ := boltFile(t, 7, 30)
 	unnoticed := 0
 	for at := range content {
-		flipped := bytes.Clone(content)
-		flipped[at] ^= 1 << (at % 8)
-		got, problems := walk(flipped)
-		if len(problems) > 0 {
-			continue
+		content[at] ^= 1 << (at % 8)
+		got, problems := walk(content)
+		if len(problems) == 0 && at%1024 < 200 { // where pages have their structure
+			if unnoticed++; unnoticed%100 == 0 { // each costs some milliseconds
+				boltAgrees(t, content, got)
+			}
 		}
-		if unnoticed++; unnoticed%3 == 0 { // each costs some milliseconds
-			boltAgrees(t, flipped, got)
-		}
+		content[at] ^= 1 << (at % 8)
 	}
 	require.NotZero(t, unnoticed)
 }

@@ -34,7 +34,7 @@ func TestReadOnly(t *testing.T) {
 	require.True(t, errdefs.IsNotFound(err), "%v", err)
 	require.NoDirExists(t, d.root)
 
-	want := smallLedger(t, d)
+	want := smallLedger(t, d, 20)
 	before := d.contents(t)
 	s, err := d.read(0)
 	require.NoError(t, err)
@@ -67,7 +67,7 @@ func TestReadOnlyWhileTheDaemonRuns(t *testing.T) {
 
 func TestReadOnlyOfDamage(t *testing.T) {
 	d := newDirs(t)
-	want := smallLedger(t, d)
+	want := smallLedger(t, d, 20)
 	require.NoError(t, os.Truncate(d.db(), 5000))
 	f, err := os.OpenFile(d.log(), os.O_WRONLY|os.O_APPEND, 0)
 	require.NoError(t, err)
@@ -90,7 +90,7 @@ func TestReadOnlyOfDamage(t *testing.T) {
 func TestReadOnlyWithOneFile(t *testing.T) {
 	for _, lost := range []func(dirs) string{dirs.db, dirs.log} {
 		d := newDirs(t)
-		smallLedger(t, d)
+		smallLedger(t, d, 20)
 		require.NoError(t, os.Remove(lost(d)))
 		s, err := d.read(0)
 		require.NoError(t, err)

@@ -83,7 +83,7 @@ func (s *sandbox) startable(step Step) bool {
 func (s *sandbox) launch(step Step) {
 	name := step.Facts().Name
 	s.mu.Lock()
-	s.steps[name].status, s.steps[name].started = StepRunning, time.Now()
+	s.steps[name].status, s.steps[name].started = StepRunning, time.Now().UTC()
 	s.mu.Unlock()
 
 	s.creation.running++
@@ -111,8 +111,9 @@ func (s *sandbox) resume(event func()) {
 // outcome is how a step's work went.
 type outcome struct {
 	recorded
-	touched bool
-	err     error
+	touched        bool
+	started, ended time.Time // of its records, where there are any
+	err            error
 }
 
 // execute plans, records, does, and records again.
@@ -122,6 +123,12 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
 	defer func() { tracing.End(span, out.err) }()
+	out.started = time.Now().UTC()
+	defer func() {
+		if out.err != nil {
+			out.ended = time.Now().UTC()
+		}
+	}()
 
 	r := s.run(step)
 	if out.plan, out.err = protect(func() (any, error) { return step.Plan(ctx, r) }); out.err != nil {
@@ -132,7 +139,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	if out.err = s.append(ctx, intent, out.plan); out.err != nil {
 		return out
 	}
-	out.touched = true
+	out.touched, out.started = true, intent.At
 
 	out.result, out.err = protect(func() (any, error) { return step.Do(ctx, r) })
 	out.notes = r.Notes()
@@ -145,6 +152,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	}
 	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: f.Lasting && !skipped}
 	out.err = s.append(context.WithoutCancel(ctx), done, out.result)
+	out.ended = done.At
 	return out
 }
 
@@ -163,7 +171,8 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 	name := step.Facts().Name
 	s.mu.Lock()
 	rec := s.steps[name]
-	rec.recorded, rec.touched, rec.err, rec.ended = out.recorded, out.touched, out.err, time.Now()
+	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err
+	rec.started, rec.ended = out.started, out.ended
 	_, skipped := out.result.(*Skipped)
 	switch {
 	case out.err != nil:
@@ -179,13 +188,13 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 	if out.err != nil {
 		s.creation.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})
 	} else {
-		s.advance()
+		s.advance(out.ended)
 	}
 	s.proceed()
 }
 
 // advance moves the state along the completed prefix of the creation path.
-func (s *sandbox) advance() {
+func (s *sandbox) advance(at time.Time) {
 	if s.creation.err != nil {
 		return
 	}
@@ -196,7 +205,7 @@ func (s *sandbox) advance() {
 		if !s.machine.Can(event) {
 			continue // fired before
 		}
-		if err := s.fire(s.creation.ctx, event, nil); err != nil {
+		if err := s.fire(s.creation.ctx, event, at, nil); err != nil {
 			s.creation.fail(err)
 			return
 		}

@@ -29,7 +29,7 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	if err := s.append(ctx, record, nil); err != nil {
 		s.log(ctx).WithError(err).Error("sandbox: an owed cleanup is not on record; it stays in memory")
 	}
-	if err := s.fire(ctx, states.OweCleanup, cause); err != nil {
+	if err := s.fire(ctx, states.OweCleanup, record.At, cause); err != nil {
 		s.log(ctx).WithError(err).Error("sandbox: owes its cleanup")
 	}
 	s.mu.Lock()

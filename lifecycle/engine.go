@@ -20,6 +20,7 @@ import (
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
 )
 
 // Journal is what the engine needs of the ledger.
@@ -53,6 +54,7 @@ type Engine struct {
 	mu        sync.Mutex
 	closed    bool
 	sandboxes map[journal.Key]*sandbox
+	names     map[string]*sandbox
 	finished  []View // the newest last
 }
 
@@ -76,11 +78,13 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 			return nil, fmt.Errorf("step %q has no deadline: %w", f.Name, errdefs.ErrInvalidArgument)
 		}
 	}
-	return &Engine{steps: steps, journal: j, backoff: backoff, sandboxes: map[journal.Key]*sandbox{}}, nil
+	return &Engine{steps: steps, journal: j, backoff: backoff, sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}}, nil
 }
 
 // Request is what a sandbox is created with.
 type Request struct {
+	// Name is what no two sandboxes may share at a time: a pod and its attempt. "" is no name.
+	Name string
 	// Pod is the pod's "namespace/name", for messages.
 	Pod string
 	// Spec is what the steps work from. Its type must be known to typeurl.
@@ -90,12 +94,13 @@ type Request struct {
 }
 
 // Create accepts a sandbox: it is on record from here on, and nothing of it exists yet.
-// It fails with AlreadyExists for a key that is in use.
+// It fails with AlreadyExists for a key or a name that is in use.
 func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error {
 	s, err := newSandbox(e, key, req)
 	if err != nil {
 		return err
 	}
+	s.traceParent = tracing.Parent(ctx)
 	if err := e.add(s); err != nil {
 		return err
 	}
@@ -203,15 +208,24 @@ func (e *Engine) Finished() []View {
 	return slices.Clone(e.finished)
 }
 
-// Close stops retry timers, lets the events that are queued be handled and refuses new ones. What is unfinished is in the ledger.
-func (e *Engine) Close() {
+// Close stops retry timers, refuses new events and waits for those that are queued, as long as ctx lasts. What is unfinished is
+// in the ledger.
+func (e *Engine) Close(ctx context.Context) {
 	e.mu.Lock()
 	e.closed = true
 	for _, s := range e.sandboxes {
 		s.stopTimer()
 	}
 	e.mu.Unlock()
-	e.work.Wait()
+	idle := make(chan struct{})
+	go func() {
+		e.work.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
 }
 
 // call runs one request and waits for it. When ctx ends first, the request goes on without its caller.
@@ -238,6 +252,12 @@ func (e *Engine) add(s *sandbox) error {
 	if _, ok := e.sandboxes[s.key]; ok {
 		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
 	}
+	if name := s.req.Name; name != "" {
+		if holder, ok := e.names[name]; ok {
+			return fmt.Errorf("the name %q is reserved for sandbox %q: %w", name, holder.key.ID, errdefs.ErrAlreadyExists)
+		}
+		e.names[name] = s
+	}
 	e.sandboxes[s.key] = s
 	return nil
 }
@@ -245,7 +265,14 @@ func (e *Engine) add(s *sandbox) error {
 func (e *Engine) drop(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.dropLocked(s)
+}
+
+func (e *Engine) dropLocked(s *sandbox) {
 	delete(e.sandboxes, s.key)
+	if e.names[s.req.Name] == s {
+		delete(e.names, s.req.Name)
+	}
 }
 
 // retire drops a sandbox that is gone and keeps its last view.
@@ -253,7 +280,7 @@ func (e *Engine) retire(s *sandbox) {
 	last := s.view()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.sandboxes, s.key)
+	e.dropLocked(s)
 	e.finished = append(e.finished, last)
 	if over := len(e.finished) - keepFinished; over > 0 {
 		e.finished = slices.Delete(e.finished, 0, over)

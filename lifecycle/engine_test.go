@@ -33,6 +33,8 @@ func init() {
 type book struct {
 	mu      sync.Mutex
 	lines   []string
+	records []journal.Record // of the test's sandbox, until it is forgotten
+	all     []journal.Record
 	refuse  func(r *journal.Record) error
 	forgets func() error
 }
@@ -52,6 +54,7 @@ func (b *book) Append(_ context.Context, r *journal.Record) error {
 		}
 	}
 	b.lines = append(b.lines, line)
+	b.records, b.all = append(b.records, *r), append(b.all, *r)
 	return nil
 }
 
@@ -64,7 +67,15 @@ func (b *book) Forget(context.Context, journal.Key) error {
 		}
 	}
 	b.lines = append(b.lines, "forgotten")
+	b.records = nil
 	return nil
+}
+
+// saved is what the ledger gives a daemon that starts.
+func (b *book) saved() []journal.Sandbox {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return []journal.Sandbox{{Key: testKey, Records: slices.Clone(b.records)}}
 }
 
 func (b *book) read() []string {
@@ -78,6 +89,7 @@ type node struct {
 	mu     sync.Mutex
 	exists []states.Event // what has been made and not undone, in the order of making
 	acts   []string
+	exited *Exit
 	do     map[states.Event]func(ctx context.Context) error
 	undo   map[states.Event]func() error
 }
@@ -153,6 +165,8 @@ func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
 	return Exit{Code: 137, At: time.Now()}, nil
 }
 
+func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) { return s.node.exited, nil }
+
 func (s *fakeEnder) Reap(context.Context, *Run) error {
 	s.node.act("reap %s", s.facts.Name)
 	return nil
@@ -201,7 +215,7 @@ func newWorld(t *testing.T, change ...func(*Facts)) *world {
 	engine, err := New(steps, w.book, func(int) time.Duration { return time.Millisecond })
 	require.NoError(t, err)
 	w.Engine = engine
-	t.Cleanup(engine.Close)
+	t.Cleanup(func() { engine.Close(context.Background()) })
 	return w
 }
 
@@ -466,7 +480,7 @@ func TestPauseExit(t *testing.T) {
 		}
 		w.do[states.DeclareReady] = func(context.Context) error { return errors.New("no luck") }
 		require.Error(t, w.run(t))
-		w.Close()
+		w.Close(context.Background())
 		require.NotContains(t, w.book.read(), "exited")
 	})
 	t.Run("unknown sandbox", func(t *testing.T) {
@@ -531,7 +545,12 @@ func TestRefusals(t *testing.T) {
 	require.NoError(t, w.run(t))
 	require.True(t, errdefs.IsAlreadyExists(w.Create(t.Context(), testKey, Request{Spec: &testSpec{}})))
 	require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
-	w.Close()
+
+	require.NoError(t, w.Create(t.Context(), journal.Key{ID: "a"}, Request{Name: "pod", Spec: &testSpec{}}))
+	require.True(t, errdefs.IsAlreadyExists(w.Create(t.Context(), journal.Key{ID: "b"}, Request{Name: "pod", Spec: &testSpec{}})))
+	require.NoError(t, w.Remove(t.Context(), journal.Key{ID: "a"}))
+	require.NoError(t, w.Create(t.Context(), journal.Key{ID: "b"}, Request{Name: "pod", Spec: &testSpec{}}))
+	w.Close(context.Background())
 	require.True(t, errdefs.IsUnavailable(w.Stop(t.Context(), testKey)))
 	require.True(t, errdefs.IsUnavailable(w.Create(t.Context(), journal.Key{ID: "s2"}, Request{Spec: &testSpec{}})))
 }

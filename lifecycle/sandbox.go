@@ -124,13 +124,20 @@ func (s *sandbox) state() states.State { return s.machine.Current() }
 
 // begin puts the sandbox on record.
 func (s *sandbox) begin(ctx context.Context) error {
-	s.traceParent = tracing.Parent(ctx)
-	return s.append(ctx, &journal.Record{Kind: journal.Begun, Durable: true}, s.req.Spec)
+	record := &journal.Record{Kind: journal.Begun, Durable: true}
+	if err := s.append(ctx, record, s.req.Spec); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.created = record.At
+	return nil
 }
 
-// append writes one record of this sandbox to the ledger, with data in it.
+// append writes one record of this sandbox to the ledger, with data in it, and sets its time.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
-	r.Key, r.Version, r.At, r.TraceParent = s.key, definitionVersion, time.Now(), tracing.Parent(ctx)
+	// A wall clock alone, as the ledger will give it back: what is shown of a sandbox is the same before and after a restart.
+	r.Key, r.Version, r.At, r.TraceParent = s.key, definitionVersion, time.Now().UTC().Round(0), tracing.Parent(ctx)
 	if data != nil {
 		packed, err := journal.Marshal(data)
 		if err != nil {
@@ -144,8 +151,9 @@ func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error
 	return nil
 }
 
-// fire moves the state, keeps the transition and tells the log. The record that the transition rests on is written before.
-func (s *sandbox) fire(ctx context.Context, event states.Event, cause error) error {
+// fire moves the state, keeps the transition and tells the log. The record that the transition rests on was written before, at
+// the time at.
+func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, cause error) error {
 	from := s.state()
 	to, err := s.machine.Fire(ctx, event)
 	if err != nil {
@@ -153,7 +161,7 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, cause error) err
 	}
 	s.mu.Lock()
 	s.seq++
-	s.transitions = append(s.transitions, Transition{Seq: s.seq, At: time.Now(), Event: event, From: from, To: to, Err: cause})
+	s.transitions = append(s.transitions, Transition{Seq: s.seq, At: at, Event: event, From: from, To: to, Err: cause})
 	if over := len(s.transitions) - keepTransitions; over > 0 {
 		s.transitions = s.transitions[over:]
 	}
@@ -185,7 +193,7 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 	if err := s.append(ctx, record, nil); err != nil {
 		s.log(ctx).WithError(err).Warn("sandbox: a transition is not on record")
 	}
-	return s.fire(ctx, event, cause)
+	return s.fire(ctx, event, record.At, cause)
 }
 
 // run is what step sees of the sandbox now.
@@ -267,7 +275,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 	if err := s.engine.journal.Forget(ctx, s.key); err != nil {
 		return fmt.Errorf("failed to take sandbox %q off the ledger: %w", s.key.ID, err)
 	}
-	if err := s.fire(ctx, event, nil); err != nil {
+	if err := s.fire(ctx, event, time.Now().UTC(), nil); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -285,7 +293,7 @@ func (s *sandbox) background() context.Context {
 }
 
 func (s *sandbox) log(ctx context.Context) *log.Entry {
-	entry := log.G(ctx).WithFields(log.Fields{"sandbox": s.key.ID, "pod": s.req.Pod})
+	entry := log.G(ctx).WithField("sandbox", s.key.ID).WithField("pod", s.req.Pod)
 	if id := tracing.TraceID(ctx); id != "" {
 		entry = entry.WithField("trace", id)
 	}

@@ -51,6 +51,8 @@ type Ender interface {
 	Stop(ctx context.Context, r *Run) (Exit, error)
 	// Reap collects what the runtime keeps of a process that exited by itself. It is idempotent.
 	Reap(ctx context.Context, r *Run) error
+	// Exited says how a process that was started by an earlier daemon has ended; nil while it runs.
+	Exited(ctx context.Context, r *Run) (*Exit, error)
 }
 
 // Skipped is the result of a step that had nothing to do.

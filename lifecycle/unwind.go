@@ -19,7 +19,7 @@ func (s *sandbox) rollback(ctx context.Context, cause error) (err error) {
 	ctx, span := tracing.Start(ctx, tracing.SpanRollback, s.req.Attributes...)
 	defer func() { tracing.End(span, err) }()
 
-	if err := s.move(ctx, states.RollBack, cause); err != nil {
+	if err := s.enter(ctx, states.RollBack, states.RollingBack, cause); err != nil {
 		return err
 	}
 	return s.settle(ctx, states.RolledBack, func() error {
@@ -28,6 +28,14 @@ func (s *sandbox) rollback(ctx context.Context, cause error) (err error) {
 		}
 		return s.forget(ctx, states.FinishRollback)
 	})
+}
+
+// enter moves to state by event, unless a daemon before this one did.
+func (s *sandbox) enter(ctx context.Context, event states.Event, state states.State, cause error) error {
+	if s.state() == state {
+		return nil
+	}
+	return s.move(ctx, event, cause)
 }
 
 // halt ends the sandbox's process.
@@ -47,7 +55,7 @@ func (s *sandbox) halt(ctx context.Context) error {
 // stop ends the process and undoes what a stopped sandbox must not have.
 func (s *sandbox) stop(ctx context.Context) error {
 	switch s.state() {
-	case states.Stopped, states.Removing:
+	case states.Stopped, states.Removing, states.RolledBack, states.Removed:
 		return nil
 	case states.CleanupOwed:
 		if s.goal != states.Stopped {
@@ -84,13 +92,13 @@ func (s *sandbox) remove(ctx context.Context) error {
 		if s.goal == states.RolledBack {
 			return s.pay(ctx)
 		}
-	case states.Stopped, states.Quarantined:
+	case states.Stopped, states.Quarantined, states.Removing:
 	case states.RolledBack, states.Removed:
 		return nil
 	default:
 		return s.rollback(ctx, fmt.Errorf("removed before it was ready: %w", errdefs.ErrAborted))
 	}
-	if err := s.move(ctx, states.Remove, nil); err != nil {
+	if err := s.enter(ctx, states.Remove, states.Removing, nil); err != nil {
 		return err
 	}
 	return s.settle(ctx, states.Removed, func() error {

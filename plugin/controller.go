@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/api/types"
 	containerd "github.com/containerd/containerd/v2/client"
@@ -93,7 +94,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
 	c.exits = watchExits(events.(subscriber), c.engine)
-	return nil
+	return c.recover(ic.Context, client)
 }
 
 // Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
@@ -102,13 +103,19 @@ func (c *Controller) Close() error {
 		c.exits.close()
 	}
 	if c.engine != nil {
-		c.engine.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+		defer cancel()
+		c.engine.Close(ctx)
 	}
 	if c.ledger != nil {
 		return c.ledger.Close()
 	}
 	return nil
 }
+
+// closeTimeout is how long a stop of containerd waits for what is under way: requests have lost their callers by then and roll
+// back; what takes longer goes on after the next start.
+const closeTimeout = 10 * time.Second
 
 // refuse makes the controller refuse every pod because of err.
 func (c *Controller) refuse(err error) {
@@ -178,18 +185,25 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	if err != nil {
 		return err
 	}
-	err = c.engine.Create(inCallersTrace(ctx), key, lifecycle.Request{
-		Pod:        cri.PodName(config),
-		Spec:       spec,
-		Attributes: append(cri.Attributes(config, handlerName), tracing.SandboxID.String(info.ID)),
-	})
-	if err != nil {
+	if err := c.engine.Create(inCallersTrace(ctx), key, request(key, spec)); err != nil {
 		return err
 	}
 	if call := cri.FromContext(ctx); call != nil {
 		call.SandboxID = info.ID
 	}
 	return nil
+}
+
+// request is what the engine gets for a sandbox.
+func request(key journal.Key, spec *Spec) lifecycle.Request {
+	metadata := spec.Config.GetMetadata()
+	return lifecycle.Request{
+		// The parts are those of containerd's own names, which it forgets over a restart.
+		Name:       fmt.Sprintf("%s/%s_%s_%s_%d", key.Namespace, metadata.GetName(), metadata.GetNamespace(), metadata.GetUid(), metadata.GetAttempt()),
+		Pod:        cri.PodName(spec.Config),
+		Spec:       spec,
+		Attributes: append(cri.Attributes(spec.Config, spec.Handler), tracing.SandboxID.String(key.ID)),
+	}
 }
 
 // requested is the true configuration and the handler: beside the request where it came through the front, else inside it.
@@ -326,6 +340,9 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	}
 	spec := view.Spec.(*Spec)
 	pod := cri.Pod{Config: spec.Config}
+	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
+		pod.CreatedAt = started.CreatedAt
+	}
 	if attached, ok := networkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/selinux/go-selinux"
 
@@ -41,18 +42,24 @@ func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	container, err := s.containers.Create(ctx, request)
-	if err != nil {
-		return nil, err
-	}
-	result.CreatedAt = container.CreatedAt
-	if result.Pid, err = s.containers.CreateTask(ctx, r.Key.ID, spec.RuntimePath); err != nil {
-		return nil, err
-	}
-	if err := s.containers.Start(ctx, r.Key.ID); err != nil {
+	if err := s.run(ctx, request, spec.RuntimePath, result); err != nil {
+		selinux.ReleaseLabel(result.ProcessLabel)
 		return nil, err
 	}
 	return result, nil
+}
+
+// run makes the container and its process, and completes result.
+func (s *startPause) run(ctx context.Context, request pause.CreateRequest, runtimePath string, result *Pause) error {
+	container, err := s.containers.Create(ctx, request)
+	if err != nil {
+		return err
+	}
+	result.CreatedAt = container.CreatedAt
+	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, runtimePath); err != nil {
+		return err
+	}
+	return s.containers.Start(ctx, request.ID)
 }
 
 // describe builds pause's container, and makes nothing.
@@ -120,10 +127,29 @@ func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err := s.settings.Files.Remove(ctx, r.Key.ID); err != nil {
 		return err
 	}
-	if started, ok := r.Result(states.StartPause).(*Pause); ok {
+	// The label of a sandbox that was ready is containerd's service's to release.
+	if started, ok := r.Result(states.StartPause).(*Pause); ok && r.Result(states.DeclareReady) == nil {
 		selinux.ReleaseLabel(started.ProcessLabel)
 	}
 	return nil
+}
+
+// Exited asks containerd, which has found the shims of its predecessor again.
+func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.Exit, error) {
+	status, err := s.containers.Status(ctx, r.Key.ID)
+	switch {
+	case errdefs.IsNotFound(err):
+		return &lifecycle.Exit{Code: pause.UnknownStatus, At: time.Now()}, nil
+	case err != nil:
+		return nil, err
+	case status.State != containerd.Stopped:
+		return nil, nil
+	}
+	exit, err := s.containers.Wait(ctx, r.Key.ID)
+	if err != nil {
+		return nil, err
+	}
+	return &lifecycle.Exit{Code: exit.Status, At: exit.At}, nil
 }
 
 func (s *startPause) Probe(ctx context.Context, r *lifecycle.Run) (bool, error) {

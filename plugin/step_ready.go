@@ -13,12 +13,18 @@ type declareReady struct {
 	facts lifecycle.Facts
 }
 
+// Ready is the result of declareReady.
+type Ready struct{}
+
 func (s *declareReady) Facts() lifecycle.Facts { return s.facts }
 
 func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
-	return nil, runsAs(ctx, s.node, r.Key.ID, r.Result(states.StartPause).(*Pause).Pid)
+	if err := runsAs(ctx, s.node, r.Key.ID, r.Result(states.StartPause).(*Pause).Pid); err != nil {
+		return nil, err
+	}
+	return &Ready{}, nil
 }
 
 func (s *declareReady) Undo(context.Context, *lifecycle.Run) error { return nil }

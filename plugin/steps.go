@@ -111,6 +111,7 @@ func init() {
 	typeurl.Register(&Snapshot{}, typePrefix, "Snapshot")
 	typeurl.Register(&Pause{}, typePrefix, "Pause")
 	typeurl.Register(&NetNS{}, typePrefix, "NetNS")
+	typeurl.Register(&Ready{}, typePrefix, "Ready")
 	typeurl.Register(&Network{}, typePrefix, "Network")
 	typeurl.Register(&cni.Attachment{}, typePrefix, "cni.Attachment")
 	typeurl.Register(&cni.Progress{}, typePrefix, "cni.Progress")

@@ -27,6 +27,7 @@ const (
 	SpanRollback = "sandbox.rollback"
 	SpanStop     = "sandbox.stop"
 	SpanRemove   = "sandbox.remove"
+	SpanRecover  = "sandbox.recover" // what a restart found unfinished
 	SpanCleanup  = "sandbox.cleanup" // a later try at an owed cleanup
 	SpanCNIAdd   = "cni.add"
 	SpanCNIDel   = "cni.del"

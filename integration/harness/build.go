@@ -132,11 +132,12 @@ func (b *builder) once(what string, build func() error) error {
 		return err
 	}
 	start := time.Now()
+	slow := time.AfterFunc(time.Second, func() { fmt.Fprintf(os.Stderr, "building %s ...\n", what) })
 	err := build()
-	b.done[what] = err
-	if err == nil && time.Since(start) > time.Second {
-		fmt.Fprintf(os.Stderr, "built %s in %.1fs\n", what, time.Since(start).Seconds())
+	if !slow.Stop() && err == nil {
+		fmt.Fprintf(os.Stderr, "built %s in %.1f s\n", what, time.Since(start).Seconds())
 	}
+	b.done[what] = err
 	return err
 }
 

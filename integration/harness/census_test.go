@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -143,11 +144,13 @@ func TestCensusSeesEachLeak(t *testing.T) {
 	} {
 		t.Run(category, func(t *testing.T) {
 			uproot := plant(t)
-			after, err := n.Census(t.Context())
-			require.NoError(t, err)
-			require.NotEmpty(t, after[category])
-			require.Contains(t, "\n"+before.Diff(after), "\n"+category+":\n  + ")
+			// A process is seen a little after it was started.
+			found := assert.Eventually(t, func() bool {
+				after, err := n.Census(t.Context())
+				return err == nil && strings.Contains("\n"+before.Diff(after), "\n"+category+":\n  + ")
+			}, time.Second, 10*time.Millisecond)
 			uproot()
+			require.True(t, found)
 			n.RequireClean(t, before)
 		})
 	}

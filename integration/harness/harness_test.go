@@ -14,8 +14,15 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(harness.Main(m)) }
 
-func TestPod(t *testing.T) {
+func TestPods(t *testing.T) {
 	n, before := start(t, harness.Config{})
+	t.Run("in a user namespace", func(t *testing.T) { testUserNSPod(t, n) })
+	n.RequireClean(t, before)
+	t.Run("in the node's namespaces", func(t *testing.T) { testPodsThatShareTheNode(t, n) })
+	n.RequireClean(t, before)
+}
+
+func testUserNSPod(t *testing.T, n *harness.Node) {
 	ctx := t.Context()
 	events, err := n.Events(ctx)
 	require.NoError(t, err)
@@ -44,11 +51,9 @@ func TestPod(t *testing.T) {
 	})
 	require.NoError(t, err)
 	require.NoError(t, pod.StopAndRemove(ctx))
-	n.RequireClean(t, before)
 }
 
-func TestPodsThatShareTheNode(t *testing.T) {
-	n, before := start(t, harness.Config{})
+func testPodsThatShareTheNode(t *testing.T, n *harness.Node) {
 	ctx := t.Context()
 	hostUsers, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("host-users", harness.HostUsers()))
 	require.NoError(t, err)
@@ -68,7 +73,6 @@ func TestPodsThatShareTheNode(t *testing.T) {
 
 	require.NoError(t, hostUsers.StopAndRemove(ctx))
 	require.NoError(t, hostNetwork.StopAndRemove(ctx))
-	n.RequireClean(t, before)
 }
 
 func TestDaemonsSideBySide(t *testing.T) {
@@ -134,7 +138,7 @@ func TestTraces(t *testing.T) {
 	require.Contains(t, drawn, "- "+root+"\n  - ", "it has children")
 }
 
-func TestFaultsOfRealParts(t *testing.T) {
+func TestFaults(t *testing.T) {
 	n, before := start(t, harness.Config{})
 	run := func() error {
 		pod, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("faulty"))
@@ -143,8 +147,9 @@ func TestFaultsOfRealParts(t *testing.T) {
 		}
 		return err
 	}
+
 	for _, point := range []string{"runc.create", "runc.create.after", "runc.start", "bridge.ADD", "bridge.ADD.after", "host-local.ADD", "portmap.ADD"} {
-		t.Run(point, func(t *testing.T) {
+		t.Run("fail "+point, func(t *testing.T) {
 			require.NoError(t, n.Fault(point, "1*error(injected by a test)"))
 			require.ErrorContains(t, run(), "injected by a test")
 			n.RequireClean(t, before)
@@ -153,25 +158,16 @@ func TestFaultsOfRealParts(t *testing.T) {
 			n.RequireClean(t, before)
 		})
 	}
-}
-
-func TestBlockedPart(t *testing.T) {
-	n, before := start(t, harness.Config{})
 	for _, point := range []string{"runc.create", "bridge.ADD", "bridge.ADD.after"} {
-		t.Run(point, func(t *testing.T) {
+		t.Run("block "+point, func(t *testing.T) {
 			require.NoError(t, n.Fault(point, "block"))
 			done := make(chan error, 1)
-			go func() {
-				pod, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("blocked"))
-				if err == nil {
-					err = pod.StopAndRemove(t.Context())
-				}
-				done <- err
-			}()
+			go func() { done <- run() }()
 			require.NoError(t, n.Faults.WaitReached(soon(t), point, 1))
 			require.Empty(t, done)
 			require.NoError(t, n.Faults.Release(point))
 			require.NoError(t, <-done)
+			require.NoError(t, n.Heal())
 			n.RequireClean(t, before)
 		})
 	}

@@ -102,7 +102,10 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	if err := n.Start(ctx); err != nil {
 		return nil, err
 	}
-	return n, n.load(ctx, images)
+	if err := n.load(ctx, images); err != nil {
+		return nil, err
+	}
+	return n, nil
 }
 
 // prepare makes everything that is there before the daemon starts.
@@ -137,6 +140,9 @@ func (n *Node) prepare(ctx context.Context, c Config) error {
 
 // binary returns the path of a built program, such as "ctr".
 func (n *Node) binary(name string) string { return filepath.Join(n.repo, ".build/bin", name) }
+
+// CLI returns the path of the podfsm command line tool.
+func (n *Node) CLI() string { return filepath.Join(n.repo, "bin/podfsm") }
 
 // Dir returns the node's directory. All it has on the machine's filesystems is
 // below it, but for cgroups and libcni's default cache.

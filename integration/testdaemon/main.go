@@ -74,4 +74,8 @@ func (s *faultyEnder) Stop(ctx context.Context, r *lifecycle.Run) (exit lifecycl
 	return exit, err
 }
 
+func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.Exit, error) {
+	return s.ender.Exited(ctx, r)
+}
+
 func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error { return s.ender.Reap(ctx, r) }

@@ -1,0 +1,64 @@
+# Everything here works from any path, as root, as often as you like.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# What the targets need of Debian, each as PACKAGE:PROOF, where PROOF is a
+# program or a file that the package brings.
+packages := \
+	gcc:gcc \
+	libc6-dev:/usr/lib/$(shell uname -m)-linux-gnu/libc.a \
+	libseccomp-dev:/usr/include/seccomp.h \
+	pkg-config:pkg-config \
+	iptables:iptables-nft-save \
+	iproute2:ip \
+	util-linux:nsenter \
+	busybox-static:/usr/share/doc/busybox-static/copyright
+
+# Further flags for go test, such as -run or -v.
+TESTFLAGS ?=
+
+.PHONY: help
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: deps
+deps: ## Install the Debian packages that are missing
+	@missing=(); \
+	for entry in $(packages); do \
+		proof=$${entry#*:}; \
+		[ -e "$$proof" ] || command -v "$$proof" >/dev/null || missing+=("$${entry%%:*}"); \
+	done; \
+	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \
+	echo "installing $${missing[*]}"; \
+	if [ "$$(id -u)" -ne 0 ]; then echo "root is needed: apt-get install $${missing[*]}" >&2; exit 1; fi; \
+	apt-get update -qq; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null
+
+.PHONY: build
+build: deps ## Build bin/containerd-podfsm and bin/podfsm
+	@start=$$SECONDS; GOBIN='$(CURDIR)/bin' go install ./cmd/...; echo "built bin/ in $$((SECONDS - start)) s"
+
+.PHONY: demo
+demo: build ## Run pods on a containerd-podfsm of its own and show what happens
+	@go run ./integration/demo
+
+.PHONY: test
+test: unit integration ## Run all tests
+
+.PHONY: unit
+unit: deps ## Run the tests of the packages, with the race detector
+	go test -race $(TESTFLAGS) $$(go list ./... | grep -v '/integration$$\|/integration/harness$$')
+
+.PHONY: integration
+integration: deps ## Run the tests on real containerd, runc and CNI plugins
+	go test -p 1 -timeout 30m $(TESTFLAGS) ./integration ./integration/harness
+
+.PHONY: generate
+generate: ## Write what is generated: the API, the state diagram
+	go generate ./...
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf bin .build

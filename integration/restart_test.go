@@ -1,0 +1,118 @@
+package integration
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// sight is everything that the kubelet can read of some pods, as text.
+func sight(t *testing.T, n *harness.Node, pods ...*harness.Pod) string {
+	t.Helper()
+	text := func(m proto.Message) string {
+		out, err := protojson.MarshalOptions{Multiline: true}.Marshal(m)
+		require.NoError(t, err)
+		// protojson varies its white space on purpose.
+		var value any
+		require.NoError(t, json.Unmarshal(out, &value))
+		out, err = json.MarshalIndent(value, "", "  ")
+		require.NoError(t, err)
+		return string(out) + "\n"
+	}
+	list, err := n.Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
+	require.NoError(t, err)
+	list.Items = slices.DeleteFunc(list.Items, func(item *runtime.PodSandbox) bool {
+		return !slices.ContainsFunc(pods, func(p *harness.Pod) bool { return p.ID == item.GetId() })
+	})
+	slices.SortFunc(list.Items, func(a, b *runtime.PodSandbox) int { return int(a.CreatedAt - b.CreatedAt) })
+	seen := text(list)
+	for _, pod := range pods {
+		resp, err := n.Runtime.PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: pod.ID, Verbose: true})
+		require.NoError(t, err)
+		resp.Timestamp, resp.ContainersStatuses = 0, nil
+		seen += text(resp)
+		stats, err := n.Runtime.PodSandboxStats(t.Context(), &runtime.PodSandboxStatsRequest{PodSandboxId: pod.ID})
+		require.NoError(t, err)
+		seen += text(stats.GetStats().GetAttributes())
+	}
+	return seen
+}
+
+func TestRestart(t *testing.T) {
+	for name, stop := range map[string]func(*harness.Node, context.Context) error{
+		"SIGTERM": (*harness.Node).Stop,
+		"SIGKILL": (*harness.Node).Kill,
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := harness.StartNode(t, harness.Config{})
+			before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+			require.NoError(t, err)
+
+			t.Run("pods", func(t *testing.T) {
+				private := startPod(t, n, harness.PodfsmHandler, n.PodConfig("private"))
+				hostUsers := startPod(t, n, harness.PodfsmHandler, n.PodConfig("host-users", harness.HostUsers()))
+				hostNet := startPod(t, n, harness.PodfsmHandler, n.PodConfig("host-net", harness.HostNetwork()))
+				server := startContainer(t, private, "server", harness.Run("httpd", "-f", "-p", "80", "-h", "/www"))
+				startContainer(t, hostUsers, "main")
+				startContainer(t, hostNet, "main")
+				killed := startPod(t, n, harness.PodfsmHandler, n.PodConfig("killed"))
+				killedPid, err := killed.Pid(t.Context())
+				require.NoError(t, err)
+				pods := []*harness.Pod{private, hostUsers, hostNet}
+				seen := sight(t, n, pods...)
+
+				require.NoError(t, stop(n, t.Context()))
+				require.NoError(t, unix.Kill(killedPid, unix.SIGKILL)) // while nobody watches
+				require.NoError(t, n.Start(t.Context()))
+
+				now, err := killed.Status(t.Context())
+				require.NoError(t, err)
+				require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, now.GetState())
+				require.NoError(t, killed.StopAndRemove(t.Context()))
+				requireSame(t, seen, sight(t, n, pods...))
+
+				for _, pod := range pods {
+					_, err := n.RunPod(t.Context(), harness.PodfsmHandler, pod.Config)
+					require.Equal(t, codes.AlreadyExists, status.Code(err), "a duplicate is refused: %v", err)
+				}
+
+				require.Equal(t, "0\n", exec(t, server, "id", "-u"))
+				late := startContainer(t, private, "late")
+				require.Equal(t, harness.IndexPage, exec(t, late, "wget", "-qO-", "http://127.0.0.1/"))
+				pid, err := private.Pid(t.Context())
+				require.NoError(t, err)
+				require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+				require.Eventually(t, func() bool {
+					now, err := private.Status(t.Context())
+					return err == nil && now.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
+				}, waitFor, tick, "the exit of an adopted pod is seen")
+			})
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+// requireSame shows where two long texts begin to differ.
+func requireSame(t *testing.T, before, after string) {
+	t.Helper()
+	if before == after {
+		return
+	}
+	at := 0
+	for at < len(before) && at < len(after) && before[at] == after[at] {
+		at++
+	}
+	around := func(text string) string { return text[max(0, at-200):min(len(text), at+200)] }
+	t.Fatalf("before: …%s…\nafter: …%s…", around(before), around(after))
+}

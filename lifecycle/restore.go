@@ -1,0 +1,302 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// Past says how much of a sandbox's past is on record.
+type Past int
+
+const (
+	// Recorded is all of it.
+	Recorded Past = iota
+	// Lost is all but what was meant to last: the steps' own records are gone, and after a reboot what they made, too. What is
+	// left of any step is looked for by name.
+	Lost
+	// LostReady is a Lost past of a sandbox that was ready.
+	LostReady
+)
+
+// Describe makes the request of a sandbox again from the specification on record, which is nil when that can't be read.
+type Describe func(key journal.Key, spec any) (Request, Past)
+
+// Restore takes the sandboxes that the ledger knows into the engine, as they were. Nothing is done to them before
+// [Engine.Resume]. What can't be understood is quarantined, never an error.
+func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe Describe) {
+	for _, entry := range saved {
+		s, err := restored(e, entry, describe)
+		if err == nil {
+			err = e.add(s)
+		}
+		if err != nil {
+			log.G(ctx).WithField("sandbox", entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
+		}
+	}
+}
+
+// restored rebuilds a sandbox from its records.
+func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, error) {
+	s, err := newSandbox(e, saved.Key, Request{})
+	if err != nil {
+		return nil, err
+	}
+	history := &history{sandbox: s, state: states.New}
+	var unreadable []error
+	for i := range saved.Records {
+		if err := history.replay(&saved.Records[i]); err != nil {
+			unreadable = append(unreadable, err)
+		}
+	}
+	req, past := describe(saved.Key, history.spec)
+	s.req = req
+	if past != Recorded {
+		history.lose(past)
+	}
+	if history.spec == nil {
+		unreadable = append(unreadable, errors.New("its specification is not on record"))
+	}
+	if s.machine, err = states.NewMachine(history.state); err != nil {
+		return nil, err
+	}
+	if reason := errors.Join(unreadable...); reason != nil {
+		return s, s.quarantine(fmt.Errorf("the records of sandbox %q can't all be read: %w: %w", saved.Key.ID, reason, errdefs.ErrDataLoss))
+	}
+	return s, nil
+}
+
+// quarantine keeps a sandbox that isn't understood from anything but its removal. Every step counts as having acted, so that
+// the removal looks for all of them.
+func (s *sandbox) quarantine(reason error) error {
+	s.touchAll()
+	if s.state() == states.Quarantined {
+		return nil
+	}
+	return s.move(s.background(), states.Quarantine, reason)
+}
+
+func (s *sandbox) touchAll() {
+	for _, rec := range s.steps {
+		rec.touched = true
+	}
+}
+
+// history folds records into a sandbox.
+type history struct {
+	*sandbox
+	spec  any
+	state states.State
+}
+
+func (h *history) replay(record *journal.Record) error {
+	if record.Version != definitionVersion {
+		return fmt.Errorf("record %d was written by version %d of the steps, this is %d", record.Seq, record.Version, definitionVersion)
+	}
+	data, err := unpack(record)
+	if err != nil {
+		return err
+	}
+	if record.Kind == journal.Begun {
+		h.spec, h.created, h.traceParent = data, record.At, record.TraceParent
+		return nil
+	}
+	if record.Step == "" {
+		return h.replayMove(record, data)
+	}
+	rec, ok := h.steps[states.Event(record.Step)]
+	if !ok {
+		return fmt.Errorf("record %d is of an unknown step %q", record.Seq, record.Step)
+	}
+	switch record.Kind {
+	case journal.Intent:
+		rec.plan, rec.touched, rec.status, rec.started = data, true, StepRunning, record.At
+	case journal.Noted:
+		rec.notes = append(rec.notes, data)
+	case journal.Done:
+		rec.result, rec.status, rec.ended, rec.touched = data, StepDone, record.At, true
+		if _, skipped := data.(*Skipped); skipped {
+			rec.status = StepSkipped
+		}
+		h.advance(record.At)
+	case journal.UndoIntent:
+		rec.status = StepUndoing
+	case journal.Undone:
+		rec.status = StepUndone
+	default:
+		return fmt.Errorf("record %d is of an unknown kind %q", record.Seq, record.Kind)
+	}
+	return nil
+}
+
+func (h *history) replayMove(record *journal.Record, data any) error {
+	switch record.Kind {
+	case journal.Moved:
+		if !slices.Contains(states.All(), states.State(record.State)) {
+			return fmt.Errorf("record %d is of an unknown state %q", record.Seq, record.State)
+		}
+		h.enter(states.Event(record.Event), states.State(record.State), record)
+	case journal.Owed:
+		h.enter(states.OweCleanup, states.CleanupOwed, record)
+		h.goal = states.State(record.Goal)
+	case journal.Exited:
+		exit, ok := data.(*Exit)
+		if !ok {
+			return fmt.Errorf("record %d of an exit holds %T", record.Seq, data)
+		}
+		h.setExit(*exit)
+	default:
+		return fmt.Errorf("record %d is of an unknown kind %q", record.Seq, record.Kind)
+	}
+	return nil
+}
+
+// advance moves along the completed prefix, as the engine did.
+func (h *history) advance(at time.Time) {
+	for _, event := range states.CreationPath() {
+		if !h.steps[event].status.complete() {
+			return
+		}
+		if to, ok := states.Next(h.state, event); ok {
+			h.enter(event, to, &journal.Record{At: at})
+		}
+	}
+}
+
+func (h *history) enter(event states.Event, to states.State, record *journal.Record) {
+	var cause error
+	if record.Error != "" {
+		cause = errors.New(record.Error)
+		h.lastErr = cause
+	}
+	h.seq++
+	h.transitions = append(h.transitions, Transition{Seq: h.seq, At: record.At, Event: event, From: h.state, To: to, Err: cause})
+	if over := len(h.transitions) - keepTransitions; over > 0 {
+		h.transitions = h.transitions[over:]
+	}
+	h.state = to
+}
+
+// lose makes up for records that are gone: every step may have acted, and the process is no more.
+func (h *history) lose(past Past) {
+	h.touchAll()
+	if h.exit == nil {
+		h.setExit(Exit{Code: unknownExit, At: time.Now()})
+	}
+	if past == LostReady && slices.Contains(creating, h.state) {
+		h.enter(states.LosePause, states.NotReady, &journal.Record{At: h.exit.At})
+	}
+}
+
+// creating are the states before and at the end of the creation path.
+var creating = []states.State{
+	states.New, states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
+}
+
+func unpack(record *journal.Record) (any, error) {
+	if record.Data == nil {
+		return nil, nil
+	}
+	data, err := typeurl.UnmarshalAny(record.Data)
+	if err != nil {
+		return nil, fmt.Errorf("record %d (%s %s): %w", record.Seq, record.Kind, record.Step, err)
+	}
+	return data, nil
+}
+
+// Verdict is what becomes of a sandbox after a restart.
+type Verdict int
+
+const (
+	// Keep goes on with it: what was ready is adopted if its process lives, what was stopping is stopped.
+	Keep Verdict = iota
+	// Gone keeps the record of a sandbox whose process and namespaces can't be there any more, after a reboot: what is left is
+	// undone, and it stays stopped until it is removed.
+	Gone
+	// Discard removes it: nobody will ask for it again.
+	Discard
+)
+
+// Resume takes up a restored sandbox. A sandbox that was ready is probed before Resume returns; everything that has to be
+// undone is undone afterwards, in the sandbox's queue. A creation that a restart interrupted is rolled back in any case.
+func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) error {
+	s, err := e.lookup(key)
+	if err != nil {
+		return err
+	}
+	return <-s.ask(func(reply func(error)) { s.resumeAs(ctx, verdict, reply) })
+}
+
+func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(error)) {
+	state := s.state()
+	if state == states.Ready && verdict == Keep {
+		reply(s.adopt(ctx))
+		return
+	}
+	reply(nil)
+	work := s.next(verdict)
+	if work == nil {
+		return
+	}
+	ctx, span := tracing.StartLinked(s.background(), tracing.SpanRecover, s.traceParent, s.req.Attributes...)
+	err := work(ctx)
+	tracing.End(span, err)
+	if err != nil {
+		s.log(ctx).WithError(err).Warnf("sandbox: recovery of a sandbox that was %s", state)
+	}
+}
+
+// next is what a sandbox that isn't simply adopted still needs; nil for nothing.
+func (s *sandbox) next(verdict Verdict) func(context.Context) error {
+	switch state := s.state(); state {
+	case states.Ready, states.NotReady, states.Stopping, states.Stopped:
+		if verdict == Discard {
+			return s.remove
+		}
+		if state == states.Stopping || state != states.Stopped && verdict == Gone {
+			return s.stop
+		}
+		return nil
+	case states.Removing:
+		return s.remove
+	case states.CleanupOwed:
+		return s.pay
+	case states.Quarantined:
+		return nil
+	default:
+		return func(ctx context.Context) error { return s.rollback(ctx, errInterrupted) }
+	}
+}
+
+var errInterrupted = fmt.Errorf("containerd was restarted before the sandbox was ready: %w", errdefs.ErrAborted)
+
+// adopt makes sure that the process of a ready sandbox lives.
+func (s *sandbox) adopt(ctx context.Context) error {
+	for _, step := range s.engine.steps {
+		ender, ok := step.(Ender)
+		if !ok {
+			continue
+		}
+		exit, err := ender.Exited(ctx, s.run(step))
+		if err != nil {
+			return err
+		}
+		if exit != nil {
+			s.pauseExited(*exit)
+		}
+	}
+	return nil
+}
+
+// unknownExit is containerd's exit code for a process that nobody saw ending.
+const unknownExit = 255

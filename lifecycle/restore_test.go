@@ -1,0 +1,203 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// restart makes a new engine, with what there is of the old one's world, from the records of the old one.
+func (w *world) restart(t *testing.T, past Past) *world {
+	w.Close(context.Background())
+	next := newWorld(t)
+	next.node.exists, next.node.exited = w.left(), w.node.exited
+	next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
+		if spec == nil {
+			return Request{Pod: "ns/unknown", Spec: &testSpec{}}, past
+		}
+		return Request{Pod: "ns/" + spec.(*testSpec).Name, Spec: spec}, past
+	})
+	return next
+}
+
+// interrupted leaves a world as a kill does that comes while a step acts.
+func interrupted(t *testing.T, during states.Event) *world {
+	w := newWorld(t)
+	reached, killed := make(chan struct{}), make(chan struct{})
+	w.do[during] = func(context.Context) error {
+		close(reached)
+		<-killed
+		return errors.New("killed")
+	}
+	w.create(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = w.Start(context.Background(), testKey)
+	}()
+	<-reached
+	saved, left := w.book.saved(), w.left()
+	close(killed)
+	<-done
+	w.book.records = saved[0].Records
+	w.node.exists = left
+	return w
+}
+
+func TestRestartDuringEachStepRollsBack(t *testing.T) {
+	for _, during := range states.CreationPath() {
+		t.Run(string(during), func(t *testing.T) {
+			w := interrupted(t, during).restart(t, Recorded)
+			require.Contains(t, w.left(), during)
+			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+			require.Empty(t, w.left())
+			require.Equal(t, states.RolledBack, w.state(t))
+		})
+	}
+}
+
+func TestRestartOfAReadySandbox(t *testing.T) {
+	ready := func(t *testing.T) *world {
+		w := newWorld(t)
+		require.NoError(t, w.run(t))
+		return w
+	}
+	onlyLasting := func(w *world) *world {
+		w.book.records = slices.DeleteFunc(w.book.records, func(r journal.Record) bool { return !r.Durable })
+		return w
+	}
+	t.Run("adopts it", func(t *testing.T) {
+		before := ready(t)
+		old, err := before.Get(testKey)
+		require.NoError(t, err)
+		w := before.restart(t, Recorded)
+		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		view, err := w.Get(testKey)
+		require.NoError(t, err)
+		require.Equal(t, states.Ready, view.State)
+		require.Equal(t, old.Pod, view.Pod)
+		require.Equal(t, old.Spec, view.Spec)
+		require.Len(t, view.Transitions, len(old.Transitions))
+		for i, step := range view.Steps {
+			require.Equal(t, old.Steps[i].Status, step.Status)
+			require.Equal(t, old.Steps[i].Result, step.Result)
+		}
+		require.Empty(t, w.acted())
+		require.NoError(t, w.Remove(t.Context(), testKey))
+		require.Empty(t, w.left())
+	})
+	t.Run("sees that its process has ended", func(t *testing.T) {
+		before := ready(t)
+		before.node.exited = &Exit{Code: 7}
+		w := before.restart(t, Recorded)
+		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		require.Equal(t, states.NotReady, w.state(t))
+		exit, err := w.Wait(t.Context(), testKey)
+		require.NoError(t, err)
+		require.Equal(t, uint32(7), exit.Code)
+	})
+	t.Run("removes one that nobody asks for", func(t *testing.T) {
+		w := ready(t).restart(t, Recorded)
+		require.NoError(t, w.Resume(t.Context(), testKey, Discard))
+		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+		require.Empty(t, w.left())
+	})
+	t.Run("after a reboot it stays, stopped, with nothing on the network", func(t *testing.T) {
+		w := onlyLasting(ready(t)).restart(t, LostReady)
+		require.Equal(t, states.NotReady, w.state(t))
+		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
+		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
+		require.NotContains(t, w.left(), states.AttachNetwork)
+		require.NoError(t, w.Remove(t.Context(), testKey))
+		require.Empty(t, w.left())
+	})
+	t.Run("after a reboot an unfinished one goes", func(t *testing.T) {
+		w := onlyLasting(interrupted(t, states.AttachNetwork)).restart(t, Lost)
+		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
+		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+		require.Empty(t, w.left())
+	})
+}
+
+func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	full := w.book.all
+	begun := slices.IndexFunc(full, func(r journal.Record) bool { return r.Event == string(states.Stop) })
+	for cut := begun + 1; cut <= len(full); cut++ {
+		last := full[cut-1]
+		t.Run("after "+string(last.Kind)+" "+last.Step+last.Event, func(t *testing.T) {
+			old := newWorld(t)
+			for _, name := range states.CreationPath() {
+				undone := func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(name) }
+				if !slices.ContainsFunc(full[:cut], undone) {
+					old.node.exists = append(old.node.exists, name)
+				}
+			}
+			old.book.records = full[:cut]
+			w := old.restart(t, Recorded)
+			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			require.NoError(t, ignoreGone(w.Stop(t.Context(), testKey)))
+			require.NoError(t, w.Remove(t.Context(), testKey))
+			require.Empty(t, w.left())
+		})
+	}
+}
+
+func ignoreGone(err error) error {
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+func TestRestartPaysWhatIsOwed(t *testing.T) {
+	w := newWorld(t)
+	w.undo[states.StartPause] = func() error { return errors.New("no luck") }
+	w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+	require.Error(t, w.run(t))
+	w = w.restart(t, Recorded)
+	require.Equal(t, states.CleanupOwed, w.state(t))
+	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+	require.Empty(t, w.left())
+}
+
+func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
+	for name, spoil := range map[string]func([]journal.Record) []journal.Record{
+		"another version":  func(r []journal.Record) []journal.Record { r[3].Version++; return r },
+		"an unknown type":  func(r []journal.Record) []journal.Record { r[2].Data = &journal.Data{TypeURL: "x"}; return r },
+		"an unknown step":  func(r []journal.Record) []journal.Record { r[3].Step = "dance"; return r },
+		"an unknown kind":  func(r []journal.Record) []journal.Record { r[3].Kind = "sung"; return r },
+		"no specification": func(r []journal.Record) []journal.Record { return r[1:] },
+		"an unknown state": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, State: "Dancing", Version: definitionVersion})
+		},
+		"no exit": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Exited, Version: definitionVersion})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			old := newWorld(t)
+			require.NoError(t, old.run(t))
+			old.book.records = spoil(old.book.records)
+			w := old.restart(t, Recorded)
+			require.Equal(t, states.Quarantined, w.state(t))
+			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
+			require.NoError(t, w.Remove(t.Context(), testKey))
+			require.Empty(t, w.left())
+		})
+	}
+}

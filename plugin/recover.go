@@ -1,0 +1,144 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
+)
+
+const (
+	// recoverTimeout bounds all of recovery that containerd's start waits for; systemd gives a daemon 90 seconds in all.
+	recoverTimeout = 20 * time.Second
+	// probeTimeout bounds the look at one sandbox, so that one that hangs doesn't hold up the others.
+	probeTimeout = 5 * time.Second
+	// recoverParallel is how many sandboxes are looked at at a time.
+	recoverParallel = 16
+)
+
+// recover takes up what the daemon before this one left. It only looks, and adopts: what has to be undone is undone in the
+// background, while the CRI serves already.
+func (c *Controller) recover(ctx context.Context, client *containerd.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
+	defer cancel()
+	records, err := storedSandboxes(ctx, client)
+	if err != nil {
+		return err
+	}
+	rebooted := c.ledger.BootChanged()
+	c.engine.Restore(ctx, c.ledger.Sandboxes(), func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
+		record, listed := records[key]
+		past := lifecycle.Recorded
+		if rebooted {
+			past = lifecycle.Lost
+			if listed && record.Spec != nil { // containerd's service adds the spec once a start has succeeded
+				past = lifecycle.LostReady
+			}
+		}
+		if spec, ok := spec.(*Spec); ok {
+			return request(key, spec), past
+		}
+		return request(key, c.specOf(record)), past
+	})
+	c.resumeAll(ctx, client, records, rebooted)
+	return nil
+}
+
+// resumeAll decides what becomes of each restored sandbox, and sweeps what containerd keeps of sandboxes that won't stay.
+func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, rebooted bool) {
+	var group errgroup.Group
+	group.SetLimit(recoverParallel)
+	for _, view := range c.engine.List() {
+		_, listed := records[view.Key]
+		verdict := lifecycle.Keep
+		switch {
+		case !listed && view.Key.Namespace == cri.Namespace:
+			verdict = lifecycle.Discard // containerd's service doesn't know it any more, so nobody will ask for it
+		case rebooted:
+			verdict = lifecycle.Gone
+		}
+		if staysListed(view) {
+			delete(records, view.Key)
+		}
+		group.Go(func() error {
+			ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, view.Key.Namespace), probeTimeout)
+			defer cancel()
+			if err := c.engine.Resume(ctx, view.Key, verdict); err != nil {
+				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
+			}
+			return nil
+		})
+	}
+	_ = group.Wait()
+	for key := range records {
+		sweep(ctx, client, key)
+	}
+}
+
+// staysListed says whether containerd's service goes on listing the sandbox.
+func staysListed(view lifecycle.View) bool {
+	switch view.State {
+	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Removing, states.Quarantined:
+		return true
+	case states.CleanupOwed:
+		return view.Goal != states.RolledBack
+	default:
+		return false
+	}
+}
+
+// storedSandboxes are containerd's records of podfsm's sandboxes.
+func storedSandboxes(ctx context.Context, client *containerd.Client) (map[journal.Key]sandbox.Sandbox, error) {
+	all, err := client.NamespaceService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
+	}
+	records := map[journal.Key]sandbox.Sandbox{}
+	for _, namespace := range all {
+		stored, err := client.SandboxStore().List(namespaces.WithNamespace(ctx, namespace))
+		if err != nil {
+			return nil, fmt.Errorf("failed to list containerd's sandboxes: %w", err)
+		}
+		for _, record := range stored {
+			if record.Sandboxer == Name {
+				records[journal.Key{Namespace: namespace, ID: record.ID}] = record
+			}
+		}
+	}
+	return records, nil
+}
+
+// sweep deletes containerd's record and lease of a sandbox that a kill left unfinished: nobody else would, and containerd's
+// service would list it.
+func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
+	ctx = namespaces.WithNamespace(ctx, key.Namespace)
+	entry := log.G(ctx).WithField("sandbox", key.ID)
+	if err := client.SandboxStore().Delete(ctx, key.ID); err != nil && !errdefs.IsNotFound(err) {
+		entry.WithError(err).Warn("podfsm: failed to delete containerd's record of an unfinished sandbox")
+	}
+	if err := client.LeasesService().Delete(ctx, leases.Lease{ID: key.ID}); err != nil && !errdefs.IsNotFound(err) {
+		entry.WithError(err).Warn("podfsm: failed to delete the lease of an unfinished sandbox")
+	}
+}
+
+// specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.
+func (c *Controller) specOf(record sandbox.Sandbox) *Spec {
+	return &Spec{
+		Config:      &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: record.ID}},
+		RuntimeType: record.Runtime.Name,
+		Snapshotter: c.stock.image.Snapshotter,
+	}
+}
