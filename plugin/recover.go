@@ -61,6 +61,10 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, rebooted bool) {
 	var group errgroup.Group
 	group.SetLimit(recoverParallel)
+	doomed := map[journal.Key]bool{} // what containerd has of them goes
+	for key := range records {
+		doomed[key] = true
+	}
 	for _, view := range c.engine.List() {
 		_, listed := records[view.Key]
 		verdict := lifecycle.Keep
@@ -70,9 +74,7 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		case rebooted:
 			verdict = lifecycle.Gone
 		}
-		if staysListed(view) {
-			delete(records, view.Key)
-		}
+		doomed[view.Key] = !staysListed(view)
 		group.Go(func() error {
 			ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, view.Key.Namespace), probeTimeout)
 			defer cancel()
@@ -83,8 +85,10 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		})
 	}
 	_ = group.Wait()
-	for key := range records {
-		sweep(ctx, client, key)
+	for key, goes := range doomed {
+		if goes {
+			sweep(ctx, client, key)
+		}
 	}
 }
 
@@ -122,15 +126,15 @@ func storedSandboxes(ctx context.Context, client *containerd.Client) (map[journa
 }
 
 // sweep deletes containerd's record and lease of a sandbox that a kill left unfinished: nobody else would, and containerd's
-// service would list it.
+// service would list it. The record goes last, because the next start finds the rest by it.
 func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 	ctx = namespaces.WithNamespace(ctx, key.Namespace)
 	entry := log.G(ctx).WithField("sandbox", key.ID)
-	if err := client.SandboxStore().Delete(ctx, key.ID); err != nil && !errdefs.IsNotFound(err) {
-		entry.WithError(err).Warn("podfsm: failed to delete containerd's record of an unfinished sandbox")
-	}
 	if err := client.LeasesService().Delete(ctx, leases.Lease{ID: key.ID}); err != nil && !errdefs.IsNotFound(err) {
 		entry.WithError(err).Warn("podfsm: failed to delete the lease of an unfinished sandbox")
+	}
+	if err := client.SandboxStore().Delete(ctx, key.ID); err != nil && !errdefs.IsNotFound(err) {
+		entry.WithError(err).Warn("podfsm: failed to delete containerd's record of an unfinished sandbox")
 	}
 }
 

@@ -1,0 +1,73 @@
+package integration
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+var seed = flag.Uint64("seed", 0, "replay a soak; 0 takes a new seed")
+
+// full says whether the long matrices are run, as in CI, or a slice of them.
+func full() bool { return os.Getenv("PODFSM_FULL") != "" }
+
+// TestSoak kills containerd at random moments while several pods at a time are created, stopped and removed.
+func TestSoak(t *testing.T) {
+	kills := 8
+	if full() {
+		kills = 200
+	}
+	if *seed == 0 {
+		*seed = rand.Uint64()
+	}
+	t.Logf("replay with -seed %d", *seed)
+	random := rand.New(rand.NewPCG(*seed, 0))
+
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	var pods atomic.Int64
+	for i := range kills {
+		ctx, cancel := context.WithCancel(t.Context())
+		var workers sync.WaitGroup
+		for range 4 {
+			workers.Go(func() { churn(ctx, n, &pods) })
+		}
+		moment := time.NewTimer(time.Duration(random.IntN(1200)) * time.Millisecond)
+		<-moment.C
+		require.NoError(t, n.Kill(t.Context()))
+		cancel()
+		workers.Wait()
+		require.NoError(t, n.Start(t.Context()))
+		finish(t, n)
+		if i%10 == 9 || i == kills-1 {
+			n.RequireClean(t, before)
+		}
+	}
+}
+
+// churn runs pods with a container, and is rid of them again, until containerd is killed.
+func churn(ctx context.Context, n *harness.Node, pods *atomic.Int64) {
+	for ctx.Err() == nil {
+		pod, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", pods.Add(1))))
+		if err != nil {
+			return
+		}
+		if _, err := pod.StartContainer(ctx, "main"); err != nil {
+			return
+		}
+		if err := pod.StopAndRemove(ctx); err != nil {
+			return
+		}
+	}
+}
