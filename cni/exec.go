@@ -22,7 +22,7 @@ import (
 const (
 	// maxStdout bounds a result, in bytes. Real ones have a few KiB.
 	maxStdout = 1 << 20
-	// maxText bounds what is kept of stderr, and quoted of output that isn't understood, in bytes.
+	// maxText bounds what is kept of stderr and of the texts of errors, in bytes.
 	maxText = 4 << 10
 )
 
@@ -111,10 +111,20 @@ func pluginError(err error, stdout, stderr *tail) error {
 		failure.Msg = fmt.Sprintf("netplugin failed: %q: %v", stderr, err)
 	default:
 		if parseErr := json.Unmarshal(stdout.kept, failure); parseErr != nil {
-			failure.Msg = fmt.Sprintf("netplugin failed but error parsing its diagnostic message %q: %v", stdout.kept[:min(len(stdout.kept), maxText)], parseErr)
+			failure.Msg = fmt.Sprintf("netplugin failed but error parsing its diagnostic message %q: %v", clip(string(stdout.kept)), parseErr)
+			break
 		}
+		failure.Msg, failure.Details = clip(failure.Msg), clip(failure.Details)
 	}
 	return failure
+}
+
+// clip bounds a text, which becomes part of gRPC answers and Kubernetes events.
+func clip(text string) string {
+	if len(text) <= maxText {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxText], "") + "…"
 }
 
 // tail keeps the last bytes written to it.

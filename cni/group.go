@@ -94,9 +94,12 @@ func (g *group) waitForExit() {
 	}
 }
 
-// kill ends all processes of the group. It must not be called after the process was reaped.
+// kill ends all processes of the group, and the process itself if it has left it. It must not be called after the process was
+// reaped, when the number may be another's.
 func (g *group) kill() {
-	_ = unix.Kill(-g.cmd.Process.Pid, unix.SIGKILL) // only fails when all are zombies or gone
+	pid := g.cmd.Process.Pid
+	_ = unix.Kill(-pid, unix.SIGKILL) // fails only when there is none
+	_ = unix.Kill(pid, unix.SIGKILL)
 }
 
 // waitForGroupEnd returns when no process of a group whose leader was reaped lives. All have been killed, so it takes no longer

@@ -12,34 +12,49 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/log"
+	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
-const isolatedEnv = "CNI_TEST_ISOLATED"
+const (
+	isolatedEnv = "CNI_TEST_ISOLATED"
+	pluginsEnv  = "CNI_TEST_PLUGINS" // the directory for real plugins
+)
 
 // TestMain runs the tests in network and mount namespaces of their own: bridges, routes, iptables rules and mounts go with them,
 // whatever happens.
 func TestMain(m *testing.M) {
 	if os.Geteuid() != 0 || os.Getenv(isolatedEnv) != "" {
+		_ = log.SetLevel("error") // what plugins write to stderr is logged
 		goleak.VerifyTestMain(m)
 		return
 	}
+	code, err := runIsolated()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	os.Exit(code)
+}
+
+func runIsolated() (int, error) {
+	dir, err := os.MkdirTemp("", "cni-plugins-*")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(dir)
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), isolatedEnv+"=1")
+	cmd.Env = append(os.Environ(), isolatedEnv+"=1", pluginsEnv+"="+dir)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig is about the thread
-	err := cmd.Run()
-	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-		os.Exit(exit.ExitCode())
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		return 1, err
 	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	return cmd.ProcessState.ExitCode(), nil
 }
 
 func requireRoot(t *testing.T) {
@@ -141,4 +156,10 @@ func network(t *testing.T, name, version string, confs ...string) Network {
 	networks, err := Load(Config{ConfDir: dir})
 	require.NoError(t, err)
 	return networks[0]
+}
+
+// inNetNS runs f in a network namespace.
+func inNetNS(t *testing.T, path string, f func() error) {
+	t.Helper()
+	require.NoError(t, ns.WithNetNSPath(path, func(ns.NetNS) error { return f() }))
 }

@@ -105,3 +105,14 @@ func TestBandwidth(t *testing.T) {
 		})
 	}
 }
+
+// podConfig is a pod that uses all that plugins are told about.
+func podConfig() *runtime.PodSandboxConfig {
+	return &runtime.PodSandboxConfig{
+		Metadata:     &runtime.PodSandboxMetadata{Name: "web", Namespace: "shop", Uid: "u-1"},
+		Annotations:  map[string]string{ingressAnnotation: "10M"},
+		Linux:        &runtime.LinuxPodSandboxConfig{CgroupParent: "/kubepods/pod1"},
+		DnsConfig:    &runtime.DNSConfig{Servers: []string{"10.0.0.10"}},
+		PortMappings: []*runtime.PortMapping{{ContainerPort: 80, HostPort: 8080, HostIp: "127.0.0.1"}},
+	}
+}

@@ -46,8 +46,7 @@ type Pod struct {
 
 // Call travels in the context of a request through containerd's service to our controller, in the same process.
 type Call struct {
-	// Caller is the request's own context: it ends when the caller goes, and carries the request's span. The context around it
-	// doesn't end, so that what containerd's service has to clean up after a failure is cleaned up.
+	// Caller is the request's own context: it ends when the caller goes, and carries the request's span.
 	Caller context.Context
 	// Config is the true configuration of the sandbox to run; nil when the request runs none.
 	Config *runtime.PodSandboxConfig
@@ -67,10 +66,10 @@ func FromContext(ctx context.Context) *Call {
 	return call
 }
 
-// with puts call beside ctx, detached from its end.
+// with puts call into ctx.
 func with(ctx context.Context, call *Call) context.Context {
 	call.Caller = ctx
-	return context.WithValue(context.WithoutCancel(ctx), callKey{}, call)
+	return context.WithValue(ctx, callKey{}, call)
 }
 
 // service is the CRI as the front serves it.
@@ -96,7 +95,8 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 		return nil, err
 	}
 	call := &Call{Config: proto.CloneOf(r.GetConfig()), Handler: r.GetRuntimeHandler()}
-	resp, err := s.RuntimeServiceServer.RunPodSandbox(with(ctx, call), onNodeNetwork(r))
+	// containerd's service doesn't see its caller go, or it would not clean up after a failure; our controller does.
+	resp, err := s.RuntimeServiceServer.RunPodSandbox(context.WithoutCancel(with(ctx, call)), onNodeNetwork(r))
 	span.SetAttributes(tracing.SandboxID.String(call.SandboxID))
 	switch {
 	case err == nil:
@@ -245,10 +245,11 @@ func (s *service) restore(status *runtime.PodSandboxStatus) {
 	if !ok {
 		return
 	}
-	network := ensure(&status.Network)
-	network.Ip, network.AdditionalIps = pod.IP, nil
-	for _, ip := range pod.AdditionalIPs {
-		network.AdditionalIps = append(network.AdditionalIps, &runtime.PodIP{Ip: ip})
+	if network := ensure(&status.Network); pod.IP != "" {
+		network.Ip, network.AdditionalIps = pod.IP, nil
+		for _, ip := range pod.AdditionalIPs {
+			network.AdditionalIps = append(network.AdditionalIps, &runtime.PodIP{Ip: ip})
+		}
 	}
 	options := pod.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	ensure(&ensure(&status.Linux).Namespaces).Options = proto.CloneOf(options)

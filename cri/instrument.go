@@ -2,12 +2,16 @@ package cri
 
 import (
 	"context"
+	"errors"
+	"net/url"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -67,6 +71,8 @@ func answer(ctx context.Context, method string, req any, next grpc.UnaryHandler)
 	entry.Logf(level, "%s", method)
 	resp, err := next(ctx, req)
 	if err != nil {
+		err = withoutQueries(err)
+		trace.SpanFromContext(ctx).RecordError(err)
 		entry.WithError(err).Errorf("%s failed", method)
 		return resp, errgrpc.ToGRPC(err)
 	}
@@ -79,6 +85,30 @@ func answer(ctx context.Context, method string, req any, next grpc.UnaryHandler)
 	entry.Logf(level, "%s succeeded", method)
 	return resp, nil
 }
+
+// withoutQueries takes the queries out of the URLs in an error: registries put tokens there when they redirect. The class of
+// the error stays.
+func withoutQueries(err error) error {
+	var failed *url.Error
+	if !errors.As(err, &failed) {
+		return err
+	}
+	address, query, found := strings.Cut(failed.URL, "?")
+	if !found {
+		return err
+	}
+	return &redacted{err, strings.NewReplacer(failed.URL, address, query, "").Replace(err.Error())}
+}
+
+// redacted is an error with another text.
+type redacted struct {
+	error
+	text string
+}
+
+func (r *redacted) Error() string { return r.text }
+
+func (r *redacted) Unwrap() error { return r.error }
 
 // acting are the methods that change something an operator follows in the log; the kubelet's polling would drown them.
 var acting = []string{

@@ -22,11 +22,16 @@ type tcpRegistrar interface {
 	RegisterTCP(*grpc.Server) error
 }
 
-// server is the front as a plugin instance.
+// server is the front as a plugin instance. Who takes the instance to call the CRI in the same process comes to the front, too.
 type server struct {
-	inner
-	runtime runtime.RuntimeServiceServer
+	*service
+	runtime.ImageServiceServer
+	io.Closer
+	initialized func() bool
 }
+
+// IsInitialized says whether containerd's service serves yet.
+func (s *server) IsInitialized() bool { return s.initialized() }
 
 // serverWithTCP is the front where containerd's instance serves TCP, too.
 type serverWithTCP struct {
@@ -40,7 +45,12 @@ func New(instance any, sandboxes Sandboxes) (any, error) {
 	if !ok {
 		return nil, fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
 	}
-	s := &server{inner: in, runtime: &service{RuntimeServiceServer: in, sandboxes: sandboxes}}
+	s := &server{
+		service:            &service{RuntimeServiceServer: in, sandboxes: sandboxes},
+		ImageServiceServer: in,
+		Closer:             in,
+		initialized:        in.IsInitialized,
+	}
 	if _, ok := instance.(tcpRegistrar); ok {
 		return serverWithTCP{s}, nil
 	}
@@ -49,8 +59,8 @@ func New(instance any, sandboxes Sandboxes) (any, error) {
 
 // Register puts the CRI on containerd's socket.
 func (s *server) Register(g *grpc.Server) error {
-	g.RegisterService(instrumented(runtime.RuntimeService_ServiceDesc, s.IsInitialized), s.runtime)
-	g.RegisterService(instrumented(runtime.ImageService_ServiceDesc, s.IsInitialized), s.inner)
+	g.RegisterService(instrumented(runtime.RuntimeService_ServiceDesc, s.initialized), s.service)
+	g.RegisterService(instrumented(runtime.ImageService_ServiceDesc, s.initialized), s.ImageServiceServer)
 	return nil
 }
 

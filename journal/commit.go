@@ -112,9 +112,14 @@ func (l *Ledger) commit(ops []*operation) error {
 			delete(l.live, op.key)
 		}
 	}
-	return l.appendLog(frames)
+	if err := l.log.append(frames); err != nil {
+		return err
+	}
+	l.trimLog()
+	return nil
 }
 
+// findSuperseded does not see that one operation supersedes another of the same batch. Such a record stays until the next one.
 func (l *Ledger) findSuperseded(ops []*operation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -146,7 +146,6 @@ func attachDurable(f *os.File, records int) (*durableDB, error) {
 	d := &durableDB{f: f, records: records}
 	err := guarded(func() (err error) {
 		d.db, err = bbolt.Open(f.Name(), 0o600, &bbolt.Options{
-			Timeout:  lockWait, // not needed: the lock is ours already
 			OpenFile: func(string, int, os.FileMode) (*os.File, error) { return f, nil },
 		})
 		return err
@@ -165,15 +164,16 @@ func release(f *os.File) error {
 }
 
 // createDurable puts a new ledger.db with the given content in the place of the old one, if there is one.
-func createDurable(path string, h header, l live) (_ *durableDB, retErr error) {
+// If keep is set, the old one is kept aside under the name that is returned.
+func createDurable(path string, h header, l live, keep bool) (_ *durableDB, kept string, retErr error) {
 	temp := path + ".new"
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("failed to create %s: %w", temp, withClass(err))
+		return nil, "", fmt.Errorf("failed to create %s: %w", temp, withClass(err))
 	}
 	d, err := attachDurable(f, 0)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	defer func() {
 		if retErr != nil {
@@ -191,15 +191,20 @@ func createDurable(path string, h header, l live) (_ *durableDB, retErr error) {
 		}
 	}
 	if err := d.commit(h, ops); err != nil {
-		return nil, err
+		return nil, "", err
+	}
+	if keep {
+		if kept, err = keepAside(path); err != nil {
+			return nil, "", err
+		}
 	}
 	if err := os.Rename(temp, path); err != nil {
-		return nil, fmt.Errorf("failed to replace %s: %w", path, withClass(err))
+		return nil, "", fmt.Errorf("failed to replace %s: %w", path, withClass(err))
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return d, nil
+	return d, kept, nil
 }
 
 // commit applies the operations and the header in one fsynced transaction.

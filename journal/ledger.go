@@ -48,7 +48,7 @@ func Open(rootDir, stateDir string) (*Ledger, error) {
 	return open(rootDir, stateDir, bootIDFile)
 }
 
-func open(rootDir, stateDir, bootIDFile string) (_ *Ledger, retErr error) {
+func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 	bootID, err := readBootID(bootIDFile)
 	if err != nil {
 		return nil, err
@@ -58,30 +58,30 @@ func open(rootDir, stateDir, bootIDFile string) (_ *Ledger, retErr error) {
 			return nil, fmt.Errorf("failed to create the ledger's directory: %w", withClass(err))
 		}
 	}
-	dbFile, durable, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDWR, unix.LOCK_EX, lockWait)
+	dbFile, inDB, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDWR, unix.LOCK_EX, lockWait)
 	if err != nil {
 		return nil, err
 	}
-	log := readLog(filepath.Join(stateDir, logName))
-	r := replay(durable, log, bootID)
+	inLog := readLog(filepath.Join(stateDir, logName))
+	r := replay(inDB, inLog, bootID)
 
 	l := &Ledger{
 		bootID:        bootID,
 		bootSeq:       r.bootSeq,
 		bootChanged:   r.bootChanged,
 		live:          r.live,
-		log:           logWriter{path: log.path},
+		log:           logWriter{path: inLog.path},
 		queue:         newQueue(),
 		committerDone: make(chan struct{}),
 	}
 	l.seq.Store(r.lastSeq)
-	if err := l.openDurable(dbFile, durable); err != nil {
+	if err := l.openDurable(dbFile, inDB); err != nil {
 		return nil, err
 	}
-	if err := l.openLog(log); err != nil {
+	if err := l.openLog(inLog); err != nil {
 		return nil, errors.Join(err, l.durable.close())
 	}
-	l.damage = slices.Concat(durable.damage, log.damage)
+	l.damage = slices.Concat(inDB.damage, inLog.damage)
 	go l.runCommitter()
 	return l, nil
 }
@@ -95,23 +95,25 @@ func readBootID(path string) (string, error) {
 }
 
 // openDurable goes on with the ledger.db that was found, or makes a new one when it is damaged or missing.
-func (l *Ledger) openDurable(f *os.File, found *image) (err error) {
+func (l *Ledger) openDurable(f *os.File, found *image) error {
 	if found.complete {
-		if l.durable, err = attachDurable(f, len(found.records)); err == nil {
+		db, err := attachDurable(f, len(found.records))
+		if err == nil {
+			l.durable = db
 			return nil
 		}
 		found.damaged(Key{}, "%v", err)
 	}
 	if f != nil {
 		defer f.Close()
-		kept, err := keepAside(found.path)
-		if err != nil {
-			return err
-		}
-		found.keptAs(kept)
 	}
-	l.durable, err = createDurable(found.path, l.header(), l.live)
-	return err
+	db, kept, err := createDurable(found.path, l.header(), l.live, found.found)
+	if err != nil {
+		return err
+	}
+	l.durable = db
+	found.keptAs(kept)
+	return nil
 }
 
 // openLog rewrites the log with what is live. When that fails, a log that we may append to is better than no ledger.
@@ -169,13 +171,17 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return errClosed
+	}
 	if _, ok := l.live[r.Key]; !ok {
 		return errNotBegun
 	}
-	if err := l.appendLog(frame); err != nil {
+	if err := l.log.append(frame); err != nil {
 		return err
 	}
 	l.live.add(s)
+	l.trimLog()
 	return nil
 }
 
@@ -187,7 +193,10 @@ func (l *Ledger) admit(r *Record) error {
 		return fmt.Errorf("the record has no kind: %w", errdefs.ErrInvalidArgument)
 	}
 	if r.Kind == Begun {
-		return errors.Join(identifiers.Validate(r.Key.Namespace), identifiers.Validate(r.Key.ID))
+		if err := identifiers.Validate(r.Key.Namespace); err != nil {
+			return fmt.Errorf("namespace: %w", err)
+		}
+		return identifiers.Validate(r.Key.ID)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -217,30 +226,31 @@ func (l *Ledger) forget(ctx context.Context, k Key) error {
 	return l.submit(ctx, &operation{key: k, frame: frame})
 }
 
-// appendLog writes frames and rewrites the log when it has outgrown what is live. The caller holds mu.
-func (l *Ledger) appendLog(frames []byte) error {
-	if l.closed {
-		return errClosed
-	}
-	if err := l.log.append(frames); err != nil {
-		return err
-	}
+// trimLog rewrites the log when it has outgrown what is live. The caller holds mu and has filed in live all that is in the log.
+func (l *Ledger) trimLog() {
 	if l.log.size <= l.log.limit {
-		return nil
+		return
 	}
 	if _, err := l.log.rewrite(l.header(), l.live); err != nil {
-		l.log.limit = l.log.size + logSlack // not at each append
+		l.log.limit = l.log.size + logSlack // do not try at each append
 		log.L.WithError(err).Warn("failed to rewrite the ledger's log, going on with the old one")
 	}
-	return nil
 }
 
 // Sandboxes returns copies of all records of the sandboxes that are not forgotten, oldest sandbox first: what was found at Open
 // and what was appended since.
 func (l *Ledger) Sandboxes() []Sandbox {
+	return l.copyLive().sandboxes() // decodes for milliseconds: not under the lock
+}
+
+func (l *Ledger) copyLive() live {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.live.sandboxes()
+	c := make(live, len(l.live))
+	for k, history := range l.live {
+		c[k] = slices.Clone(history)
+	}
+	return c
 }
 
 // BootChanged says whether the node has booted since the ledger was last open; false if it is new, true if it can't be told.

@@ -228,6 +228,7 @@ func TestLogRewritesAreRare(t *testing.T) {
 	}
 	require.Contains(t, []int{1, 2}, rewrites)
 	require.Len(t, lines(l.Sandboxes()), 101)
+	require.Equal(t, l.Sandboxes(), d.image(t).open(t).Sandboxes(), "no record was lost in a rewrite")
 }
 
 // tinyTmpfs mounts a tmpfs of a few pages on the directory.

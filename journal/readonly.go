@@ -31,22 +31,22 @@ func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Sn
 	if err != nil {
 		return nil, err
 	}
-	f, durable, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDONLY, unix.LOCK_SH, wait)
+	f, inDB, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDONLY, unix.LOCK_SH, wait)
 	if err != nil {
 		return nil, err
 	}
 	if f != nil {
 		defer f.Close() // and with it the lock, which keeps a daemon from rewriting the log meanwhile
 	}
-	log := readLog(filepath.Join(stateDir, logName))
-	if !durable.found && !log.found {
+	inLog := readLog(filepath.Join(stateDir, logName))
+	if !inDB.found && !inLog.found {
 		return nil, fmt.Errorf("no ledger in %s and %s: %w", rootDir, stateDir, errdefs.ErrNotFound)
 	}
-	r := replay(durable, log, bootID)
+	r := replay(inDB, inLog, bootID)
 	return &Snapshot{
 		Sandboxes:   r.live.sandboxes(),
 		BootChanged: r.bootChanged,
 		BootSeq:     r.bootSeq,
-		Damage:      slices.Concat(durable.damage, log.damage),
+		Damage:      slices.Concat(inDB.damage, inLog.damage),
 	}, nil
 }

@@ -128,6 +128,34 @@ func TestCrashBetweenTheTwoFiles(t *testing.T) {
 	}
 }
 
+// The tombstone is lost in a crash and the id begins a new life: the old one's log records are not part of it.
+func TestReusedIDAfterLostTombstone(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Step: "of the first life"})
+	var between dirs
+	l.spy().beforeWrite = func() { between = d.image(t) }
+	require.NoError(t, l.Forget(context.Background(), key("a")))
+
+	// The node can't rewrite its log at the restart, so the old records stay there.
+	f, m, err := findDurable(between.db(), os.O_RDWR, unix.LOCK_EX, 0)
+	require.NoError(t, err)
+	db, err := attachDurable(f, len(m.records))
+	require.NoError(t, err)
+	r := &Record{Seq: 100, Key: key("a"), Kind: Begun, Durable: true}
+	frame, err := entry{Record: r}.frame()
+	require.NoError(t, err)
+	s := newStored(r, frame)
+	require.NoError(t, db.commit(*m.header, []*operation{{key: r.Key, put: &s}}))
+	require.NoError(t, db.close())
+
+	l = between.open(t)
+	require.Empty(t, l.Damage())
+	require.Equal(t, []string{"a begun"}, lines(l.Sandboxes()))
+	require.Equal(t, uint64(100), l.Sandboxes()[0].Records[0].Seq)
+}
+
 // What ledger.db has not taken must not be in the log: the log would be believed when ledger.db is lost.
 func TestFailedCommitLeavesTheLogAlone(t *testing.T) {
 	d := newDirs(t)
@@ -159,7 +187,8 @@ func TestFailedLogWrite(t *testing.T) {
 			spy := l.spy()
 			spy.fail, spy.failCut = unix.ENOSPC, failCut
 
-			err := l.Append(ctx, &Record{Key: key("a"), Kind: Intent, Step: "lost"})
+			// Half of it is longer than what comes after.
+			err := l.Append(ctx, &Record{Key: key("a"), Kind: Intent, Step: "lost", Data: &Data{Value: make([]byte, 4096)}})
 			require.True(t, errdefs.IsResourceExhausted(err), "%v", err)
 			err = l.Append(ctx, &Record{Key: key("b"), Kind: Begun})
 			require.Error(t, err)

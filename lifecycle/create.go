@@ -19,7 +19,8 @@ type creation struct {
 	cancel  context.CancelFunc
 	reply   func(error)
 	running int
-	err     error // why it failed, the first reason
+	err     error    // why it failed, the first reason
+	then    []func() // requests that wait for its end
 }
 
 // fail makes the creation end as soon as the steps that are running have returned.
@@ -221,9 +222,25 @@ func (s *sandbox) finishCreation() {
 		c.reply(nil)
 		return
 	}
+	err := c.err
 	if owed := s.rollback(context.WithoutCancel(c.ctx), c.err); owed != nil {
-		c.reply(errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed)))
+		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed))
+	}
+	c.reply(err)
+	for _, request := range c.then {
+		request()
+	}
+}
+
+// afterCreation handles a request that ends the sandbox. A creation that is under way fails because of it, and the request waits
+// until nothing of it runs any more.
+func (s *sandbox) afterCreation(request func()) {
+	if s.creation == nil {
+		request()
 		return
 	}
-	c.reply(c.err)
+	s.creation.then = append(s.creation.then, request)
+	s.creation.fail(errEnded)
 }
+
+var errEnded = fmt.Errorf("the sandbox was stopped or removed before it was ready: %w", errdefs.ErrAborted)

@@ -18,7 +18,7 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.goal, s.attempts, s.nextTry = "", 0, time.Time{}
+	s.goal, s.attempts, s.nextTry, s.lastErr = "", 0, time.Time{}, s.failure
 	s.stopTimerLocked()
 	return nil
 }
@@ -31,6 +31,9 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	}
 	if err := s.fire(ctx, states.OweCleanup, record.At, cause); err != nil {
 		s.log(ctx).WithError(err).Error("sandbox: owes its cleanup")
+	}
+	if goal == states.RolledBack {
+		s.engine.unname(s) // its caller was told that it failed, and tries again under the same name
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -234,7 +234,9 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 	if err != nil {
 		return err
 	}
-	done := s.ask(func(reply func(error)) { reply(f(s, context.WithoutCancel(ctx))) })
+	done := s.ask(func(reply func(error)) {
+		s.afterCreation(func() { reply(f(s, context.WithoutCancel(ctx))) })
+	})
 	select {
 	case err := <-done:
 		return err
@@ -270,9 +272,20 @@ func (e *Engine) drop(s *sandbox) {
 
 func (e *Engine) dropLocked(s *sandbox) {
 	delete(e.sandboxes, s.key)
+	e.unnameLocked(s)
+}
+
+func (e *Engine) unnameLocked(s *sandbox) {
 	if e.names[s.req.Name] == s {
 		delete(e.names, s.req.Name)
 	}
+}
+
+// unname lets another sandbox have the name.
+func (e *Engine) unname(s *sandbox) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unnameLocked(s)
 }
 
 // retire drops a sandbox that is gone and keeps its last view.

@@ -40,6 +40,9 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 		if err == nil {
 			err = e.add(s)
 		}
+		if err == nil && s.goal == states.RolledBack {
+			e.unname(s)
+		}
 		if err != nil {
 			log.G(ctx).WithField("sandbox", entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
 		}
@@ -234,7 +237,13 @@ func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) e
 	if err != nil {
 		return err
 	}
-	return <-s.ask(func(reply func(error)) { s.resumeAs(ctx, verdict, reply) })
+	done := s.ask(func(reply func(error)) { s.resumeAs(ctx, verdict, reply) })
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("sandbox %q is busy: %w", key.ID, context.Cause(ctx))
+	}
 }
 
 func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(error)) {

@@ -24,8 +24,9 @@ type stepRecord struct {
 	status         StepStatus
 	touched        bool // its intent is on record, so it may have acted
 	started, ended time.Time
-	err            error
-	attempts       int // failed undos
+	err            error // of Do
+	undoErr        error // of the last undo
+	attempts       int   // failed undos
 	owedSince      time.Time
 }
 
@@ -37,6 +38,8 @@ type sandbox struct {
 	req     Request
 	machine *states.Machine
 	exited  chan struct{} // closed when the process has ended, or never will run
+
+	exitOnce sync.Once // closes exited
 
 	queueMu  sync.Mutex
 	queue    []func()
@@ -56,6 +59,7 @@ type sandbox struct {
 	attempts    int
 	nextTry     time.Time
 	lastErr     error
+	failure     error // why it was rolled back
 	exit        *Exit
 }
 
@@ -217,6 +221,7 @@ func (s *sandbox) pauseExited(exit Exit) {
 	if s.state().Terminal() || !s.setExit(exit) {
 		return
 	}
+	defer s.announceExit()
 	ctx := s.background()
 	if err := s.append(ctx, &journal.Record{Kind: journal.Exited}, &exit); err != nil {
 		s.log(ctx).WithError(err).Warn("sandbox: the exit of pause is not on record")
@@ -231,6 +236,7 @@ func (s *sandbox) pauseExited(exit Exit) {
 			s.log(ctx).WithError(err).Error("sandbox: lost pause")
 		}
 	}
+	s.announceExit()
 	s.reap(ctx)
 }
 
@@ -257,8 +263,12 @@ func (s *sandbox) setExit(exit Exit) bool {
 		return false
 	}
 	s.exit = &exit
-	close(s.exited)
 	return true
+}
+
+// announceExit wakes who waits for the end of the process: when the state says so, too.
+func (s *sandbox) announceExit() {
+	s.exitOnce.Do(func() { close(s.exited) })
 }
 
 func (s *sandbox) exitStatus() (Exit, error) {
@@ -278,11 +288,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 	if err := s.fire(ctx, event, time.Now().UTC(), nil); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	if s.exit == nil {
-		close(s.exited)
-	}
-	s.mu.Unlock()
+	s.announceExit()
 	s.engine.retire(s)
 	return nil
 }

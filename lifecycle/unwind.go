@@ -7,8 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/containerd/errdefs"
-
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
@@ -21,6 +19,11 @@ func (s *sandbox) rollback(ctx context.Context, cause error) (err error) {
 
 	if err := s.enter(ctx, states.RollBack, states.RollingBack, cause); err != nil {
 		return err
+	}
+	if cause != nil {
+		s.mu.Lock()
+		s.failure = cause
+		s.mu.Unlock()
 	}
 	return s.settle(ctx, states.RolledBack, func() error {
 		if err := s.unwind(ctx, everyStep); err != nil {
@@ -67,18 +70,25 @@ func (s *sandbox) stop(ctx context.Context) error {
 			return err
 		}
 	case states.Stopping:
+	case states.Quarantined:
+		return s.detach(ctx) // it stays what it is, but the kubelet removes no sandbox that it can't stop
 	default:
-		return s.rollback(ctx, fmt.Errorf("stopped before it was ready: %w", errdefs.ErrAborted))
+		return s.rollback(ctx, errEnded)
 	}
 	return s.settle(ctx, states.Stopped, func() error {
-		if err := s.end(ctx); err != nil {
-			return err
-		}
-		if err := s.unwind(ctx, func(f Facts) bool { return f.AtStop }); err != nil {
+		if err := s.detach(ctx); err != nil {
 			return err
 		}
 		return s.move(ctx, states.FinishStop, nil)
 	})
+}
+
+// detach ends the process and undoes what a stopped sandbox must not have.
+func (s *sandbox) detach(ctx context.Context) error {
+	if err := s.end(ctx); err != nil {
+		return err
+	}
+	return s.unwind(ctx, func(f Facts) bool { return f.AtStop })
 }
 
 // remove undoes everything and forgets the sandbox.
@@ -96,7 +106,7 @@ func (s *sandbox) remove(ctx context.Context) error {
 	case states.RolledBack, states.Removed:
 		return nil
 	default:
-		return s.rollback(ctx, fmt.Errorf("removed before it was ready: %w", errdefs.ErrAborted))
+		return s.rollback(ctx, errEnded)
 	}
 	if err := s.enter(ctx, states.Remove, states.Removing, nil); err != nil {
 		return err
@@ -132,6 +142,7 @@ func (s *sandbox) end(ctx context.Context) error {
 			return err
 		}
 		s.setExit(exit)
+		s.announceExit()
 	}
 	s.ended = true
 	return nil
@@ -171,13 +182,13 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
 // is only made again, and finds nothing.
 func (s *sandbox) undo(ctx context.Context, step Step) error {
 	name := step.Facts().Name
-	s.setStatus(name, StepUndoing, s.steps[name].err)
+	s.setStatus(name, StepUndoing, nil)
 	s.record(ctx, &journal.Record{Kind: journal.UndoIntent, Step: string(name)})
 	if err := s.attempt(ctx, step, tracing.Undo(string(name)), step.Undo); err != nil {
 		return err
 	}
 	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name)})
-	s.setStatus(name, StepUndone, s.steps[name].err)
+	s.setStatus(name, StepUndone, nil)
 	return nil
 }
 
@@ -214,8 +225,8 @@ func (s *sandbox) record(ctx context.Context, r *journal.Record) {
 	}
 }
 
-func (s *sandbox) setStatus(name states.Event, status StepStatus, err error) {
+func (s *sandbox) setStatus(name states.Event, status StepStatus, undoErr error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[name].status, s.steps[name].err = status, err
+	s.steps[name].status, s.steps[name].undoErr = status, undoErr
 }

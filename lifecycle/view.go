@@ -87,6 +87,9 @@ func (s *sandbox) view() View {
 	if !tracing.FromParent(s.traceParent).IsValid() {
 		v.TraceID = ""
 	}
+	if v.State != states.CleanupOwed {
+		v.Goal, v.NextTry = "", time.Time{} // it is being paid
+	}
 	if n := len(s.transitions); n > 0 {
 		v.Since = s.transitions[n-1].At
 	}
@@ -98,6 +101,9 @@ func (s *sandbox) view() View {
 		name := step.Facts().Name
 		rec := s.steps[name]
 		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince, Result: rec.result}
+		if rec.status == StepOwed {
+			view.Err = rec.undoErr
+		}
 		if !rec.ended.IsZero() {
 			view.Duration = rec.ended.Sub(rec.started)
 		}

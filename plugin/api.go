@@ -204,7 +204,7 @@ func detail(result any) map[string]string {
 	case *NetNS:
 		return map[string]string{"path": r.Path, "inode": strconv.FormatUint(r.Inode, 10)}
 	case *Network:
-		return map[string]string{"ip": r.IP, "additional_ips": strings.Join(r.AdditionalIPs, ",")}
+		return map[string]string{"ips": strings.Join(append([]string{r.IP}, r.AdditionalIPs...), ",")}
 	default:
 		return nil
 	}

@@ -67,12 +67,13 @@ func initController(ic *plugin.InitContext) (instance any, _ error) {
 
 // open connects the controller to containerd, the ledger and the engine.
 func (c *Controller) open(ic *plugin.InitContext) error {
-	limits, err := ic.Config.(*Config).timeouts()
+	stock, err := readStockConfig(ic)
 	if err != nil {
 		return err
 	}
-	if c.stock, err = readStockConfig(ic); err != nil {
-		c.stock = &stockConfig{}
+	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
+	limits, err := ic.Config.(*Config).timeouts()
+	if err != nil {
 		return err
 	}
 	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
@@ -235,17 +236,29 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 		ctx, span = tracing.Start(ctx, tracing.SpanRun, tracing.SandboxID.String(id))
 		defer func() { tracing.End(span, err) }()
 	}
-	if err := c.engine.Start(ctx, key); err != nil {
-		if call != nil {
+	defer func() {
+		if err != nil && call != nil {
 			call.Err = err
 		}
+	}()
+	if err := c.engine.Start(ctx, key); err != nil {
 		return sandbox.ControllerInstance{}, err
 	}
+	started, err := c.instance(ctx, key)
+	if err != nil {
+		// Nobody else undoes a start that failed.
+		return started, errors.Join(err, c.engine.Remove(context.WithoutCancel(ctx), key))
+	}
+	return started, nil
+}
+
+// instance is what containerd's service keeps of a sandbox that was started.
+func (c *Controller) instance(ctx context.Context, key journal.Key) (sandbox.ControllerInstance, error) {
 	view, err := c.engine.Get(key)
 	if err != nil {
 		return sandbox.ControllerInstance{}, err
 	}
-	container, err := c.node.containers.Get(ctx, id)
+	container, err := c.node.containers.Get(ctx, key.ID)
 	if err != nil {
 		return sandbox.ControllerInstance{}, err
 	}
@@ -271,13 +284,15 @@ func (c *Controller) Stop(ctx context.Context, id string, _ ...sandbox.StopOpt) 
 }
 
 // Shutdown removes the sandbox. It is idempotent; an unknown id is success.
-func (c *Controller) Shutdown(ctx context.Context, id string) error {
-	if c.engine == nil {
-		return nil
-	}
-	key, err := keyOf(ctx, id)
+func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
+	key, err := c.known(ctx, id)
 	if err != nil {
 		return err
+	}
+	if cri.FromContext(ctx) == nil {
+		var span trace.Span
+		ctx, span = tracing.Start(ctx, tracing.SpanRemove, tracing.SandboxID.String(id))
+		defer func() { tracing.End(span, err) }()
 	}
 	return c.engine.Remove(ctx, key)
 }
@@ -363,10 +378,11 @@ func (c *Controller) RemovePod(ctx context.Context, id string) error {
 	return c.engine.Remove(ctx, journal.Key{Namespace: cri.Namespace, ID: id})
 }
 
-// known is the key of a sandbox by the containerd namespace of ctx; NotFound while there is no engine to know any.
+// known is the key of a sandbox by the containerd namespace of ctx. Without an engine it fails with Unavailable: a NotFound would
+// make containerd's service forget sandboxes that are on the ledger.
 func (c *Controller) known(ctx context.Context, id string) (journal.Key, error) {
 	if c.engine == nil {
-		return journal.Key{}, fmt.Errorf("sandbox %q: %w", id, errdefs.ErrNotFound)
+		return journal.Key{}, c.well()
 	}
 	return keyOf(ctx, id)
 }

@@ -2,7 +2,9 @@ package plugin
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -38,27 +40,50 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	if err != nil {
 		return err
 	}
-	rebooted := c.ledger.BootChanged()
-	c.engine.Restore(ctx, c.ledger.Sandboxes(), func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
-		record, listed := records[key]
+	saved := withUnknown(c.ledger.Sandboxes(), records)
+	lost := map[journal.Key]bool{}
+	for _, s := range saved {
+		lost[s.Key] = c.ledger.BootChanged() || onlyLasting(s)
+	}
+	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
 		past := lifecycle.Recorded
-		if rebooted {
+		switch record, listed := records[key]; {
+		case lost[key] && listed && ran(record):
+			past = lifecycle.LostReady
+		case lost[key]:
 			past = lifecycle.Lost
-			if listed && record.Spec != nil { // containerd's service adds the spec once a start has succeeded
-				past = lifecycle.LostReady
-			}
 		}
 		if spec, ok := spec.(*Spec); ok {
 			return request(key, spec), past
 		}
-		return request(key, c.specOf(record)), past
+		return request(key, c.specOf(records[key])), past
 	})
-	c.resumeAll(ctx, client, records, rebooted)
+	c.resumeAll(ctx, client, records, lost)
 	return nil
 }
 
+// onlyLasting says that the log in the state directory is gone, and with it all that the steps had recorded there.
+func onlyLasting(s journal.Sandbox) bool {
+	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
+}
+
+// ran says whether a sandbox was started: containerd's service adds the spec to its record then.
+func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec.GetTypeUrl() != "" }
+
+// withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
+// damaged. Their records are all that leads to pods that may well run; they come back quarantined.
+func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
+	for key, record := range records {
+		known := slices.ContainsFunc(saved, func(s journal.Sandbox) bool { return s.Key == key })
+		if !known && ran(record) {
+			saved = append(saved, journal.Sandbox{Key: key})
+		}
+	}
+	return saved
+}
+
 // resumeAll decides what becomes of each restored sandbox, and sweeps what containerd keeps of sandboxes that won't stay.
-func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, rebooted bool) {
+func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, lost map[journal.Key]bool) {
 	var group errgroup.Group
 	group.SetLimit(recoverParallel)
 	doomed := map[journal.Key]bool{} // what containerd has of them goes
@@ -71,7 +96,7 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		switch {
 		case !listed && view.Key.Namespace == cri.Namespace:
 			verdict = lifecycle.Discard // containerd's service doesn't know it any more, so nobody will ask for it
-		case rebooted:
+		case lost[view.Key]:
 			verdict = lifecycle.Gone
 		}
 		doomed[view.Key] = !staysListed(view)
@@ -140,9 +165,24 @@ func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 
 // specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.
 func (c *Controller) specOf(record sandbox.Sandbox) *Spec {
+	var metadata struct {
+		Metadata struct {
+			Config         *runtime.PodSandboxConfig
+			RuntimeHandler string
+		}
+	}
+	if extension, ok := record.Extensions["metadata"]; ok {
+		_ = json.Unmarshal(extension.GetValue(), &metadata) // what can't be read stays empty
+	}
+	config := metadata.Metadata.Config
+	if config.GetMetadata() == nil {
+		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: record.ID}}
+	}
+	h, _ := c.stock.handler(metadata.Metadata.RuntimeHandler)
 	return &Spec{
-		Config:      &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: record.ID}},
+		Config:      config,
+		Handler:     metadata.Metadata.RuntimeHandler,
 		RuntimeType: record.Runtime.Name,
-		Snapshotter: c.stock.image.Snapshotter,
+		Snapshotter: c.stock.snapshotter(h),
 	}
 }

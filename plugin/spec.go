@@ -6,6 +6,7 @@ import (
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
+	"github.com/distribution/reference"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cri"
@@ -60,12 +61,15 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 		return nil, fmt.Errorf("the configuration of pod %q has no Linux section: %w", cri.PodName(config), errdefs.ErrInvalidArgument)
 	}
 	namespaces := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
-	for name, mode := range map[string]runtime.NamespaceMode{
-		"network": namespaces.GetNetwork(),
-		"ipc":     namespaces.GetIpc(),
+	for _, namespace := range []struct {
+		name string
+		mode runtime.NamespaceMode
+	}{
+		{"network", namespaces.GetNetwork()},
+		{"ipc", namespaces.GetIpc()},
 	} {
-		if mode != runtime.NamespaceMode_POD && mode != runtime.NamespaceMode_NODE {
-			return nil, fmt.Errorf("pod %q asks for the %s namespace mode %s; a sandbox has POD or NODE: %w", cri.PodName(config), name, mode, errdefs.ErrInvalidArgument)
+		if namespace.mode != runtime.NamespaceMode_POD && namespace.mode != runtime.NamespaceMode_NODE {
+			return nil, fmt.Errorf("pod %q asks for the %s namespace mode %s; a sandbox has POD or NODE: %w", cri.PodName(config), namespace.name, namespace.mode, errdefs.ErrInvalidArgument)
 		}
 	}
 	if mode := namespaces.GetPid(); mode == runtime.NamespaceMode_TARGET {
@@ -92,9 +96,9 @@ func newSpec(stock *stockConfig, handlerName string, config *runtime.PodSandboxC
 	if h.Sandboxer != Name {
 		h = handler{}
 	}
-	image := stock.pauseImage()
-	if image == "" {
-		return nil, fmt.Errorf("containerd's CRI configuration pins no pause image; set pinned_images.sandbox: %w", errdefs.ErrFailedPrecondition)
+	image, err := reference.ParseDockerRef(stock.pauseImage()) // containerd keeps images by their full names
+	if err != nil {
+		return nil, fmt.Errorf("containerd's CRI configuration pins %q as pause image; set pinned_images.sandbox to one: %w: %w", stock.pauseImage(), err, errdefs.ErrFailedPrecondition)
 	}
 	spec := &Spec{
 		Config:         config,
@@ -105,9 +109,9 @@ func newSpec(stock *stockConfig, handlerName string, config *runtime.PodSandboxC
 		RuntimePath:    h.Path,
 		PodAnnotations: h.PodAnnotations,
 		Snapshotter:    stock.snapshotter(h),
-		Image:          image,
+		Image:          image.String(),
 	}
-	if options := info.Runtime.Options; options != nil {
+	if options := info.Runtime.Options; options != nil && options.GetTypeUrl() != "" {
 		spec.RuntimeOptions = &journal.Data{TypeURL: options.GetTypeUrl(), Value: options.GetValue()}
 	}
 	return spec, nil

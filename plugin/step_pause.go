@@ -82,7 +82,7 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 		NetNSPath:      spec.NetNSPath,
 		PodAnnotations: spec.PodAnnotations,
 		ImageConfig:    imageSpec.Config,
-		ImageRef:       spec.Image,
+		ImageRef:       s.stock.pauseImage(),
 	})
 	if err != nil {
 		return nil, pause.CreateRequest{}, err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -58,6 +59,10 @@ var parts = []install{
 	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
 }
 
+// kubelet is not a part: few tests need it, and its first build takes minutes.
+// Without symbols it is linked faster and a third smaller.
+var kubelet = install{"integration/tools/kubelet", ".build/bin", []string{"-ldflags=-s -w", "tool"}, "kubelet (minutes the first time)"}
+
 // path returns where a daemon's binary is, below the repository.
 func (d Daemon) path() string {
 	if d == PodfsmRace {
@@ -77,27 +82,16 @@ type builder struct {
 var builds builder
 
 // build brings the daemon, all parts and the images up to date, and returns the
-// repository's folder and the images. Progress goes to stderr. Builds run one
-// after another, in this process by mu and among the test processes of one
-// checkout by flock.
+// repository's folder and the images. Progress goes to stderr.
 func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images []byte, _ error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.repo == "" {
-		dir, err := repository(ctx)
-		if err != nil {
-			return "", nil, err
-		}
-		b.repo, b.done = dir, map[string]error{}
-	}
-	unlock, err := b.lock()
+	end, err := b.begin(ctx)
 	if err != nil {
 		return "", nil, err
 	}
-	defer unlock()
+	defer end()
 
-	for _, i := range append(parts, daemons[daemon]) {
-		if err := b.once(i.produces, func() error { return b.install(ctx, i) }); err != nil {
+	for _, i := range slices.Concat(parts, []install{daemons[daemon]}) {
+		if err := b.install(ctx, i); err != nil {
 			return "", nil, err
 		}
 	}
@@ -109,6 +103,41 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 		return err
 	})
 	return b.repo, b.images, err
+}
+
+// BuildKubelet brings the kubelet up to date and returns its path. Progress goes
+// to stderr.
+func BuildKubelet(ctx context.Context) (string, error) {
+	end, err := builds.begin(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer end()
+	return filepath.Join(builds.repo, kubelet.bin, "kubelet"), builds.install(ctx, kubelet)
+}
+
+// begin finds the repository and waits for its turn: builds run one after
+// another, in this process by mu and among the test processes of one checkout by
+// flock.
+func (b *builder) begin(ctx context.Context) (end func(), err error) {
+	b.mu.Lock()
+	defer func() {
+		if err != nil {
+			b.mu.Unlock()
+		}
+	}()
+	if b.repo == "" {
+		dir, err := repository(ctx)
+		if err != nil {
+			return nil, err
+		}
+		b.repo, b.done = dir, map[string]error{}
+	}
+	unlock, err := b.lock()
+	if err != nil {
+		return nil, err
+	}
+	return func() { unlock(); b.mu.Unlock() }, nil
 }
 
 func (b *builder) lock() (unlock func(), _ error) {
@@ -142,10 +171,12 @@ func (b *builder) once(what string, build func() error) error {
 }
 
 func (b *builder) install(ctx context.Context, i install) error {
-	cmd := exec.CommandContext(ctx, "go", append([]string{"install", "-buildvcs=false"}, i.args...)...)
-	cmd.Dir = filepath.Join(b.repo, i.module)
-	cmd.Env = append(os.Environ(), "GOBIN="+filepath.Join(b.repo, i.bin), "CGO_ENABLED=1", "GOWORK=off")
-	return run(cmd)
+	return b.once(i.produces, func() error {
+		cmd := exec.CommandContext(ctx, "go", append([]string{"install", "-buildvcs=false"}, i.args...)...)
+		cmd.Dir = filepath.Join(b.repo, i.module)
+		cmd.Env = append(os.Environ(), "GOBIN="+filepath.Join(b.repo, i.bin), "CGO_ENABLED=1", "GOWORK=off")
+		return run(cmd)
+	})
 }
 
 func (b *builder) pause(ctx context.Context) error {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -124,7 +125,9 @@ func TestCensusSeesEachLeak(t *testing.T) {
 		},
 		harness.Snapshots: func(t *testing.T) func() {
 			overlay := n.Containerd.SnapshotService("overlayfs")
-			_, err := overlay.Prepare(ctx, "leaked", "")
+			// Without the label, containerd would soon remove it as garbage.
+			root := map[string]string{"containerd.io/gc.root": "test"}
+			_, err := overlay.Prepare(ctx, "leaked", "", snapshots.WithLabels(root))
 			require.NoError(t, err)
 			return func() { require.NoError(t, overlay.Remove(ctx, "leaked")) }
 		},

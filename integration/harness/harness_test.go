@@ -103,6 +103,8 @@ func TestRestartAndKill(t *testing.T) {
 			ctx := t.Context()
 			pod, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("survivor"))
 			require.NoError(t, err)
+			_, err = pod.StartContainer(ctx, "busybox")
+			require.NoError(t, err)
 			pid := n.Pid()
 
 			require.NoError(t, end(n, ctx))

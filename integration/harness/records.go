@@ -9,6 +9,14 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+)
+
+const (
+	// snapshotter is the one that pods use by default.
+	snapshotter = "overlayfs"
+	// scratchKey names a snapshot that exists only to be removed.
+	scratchKey = "census-scratch"
 )
 
 // criNamespace is the containerd namespace of CRI.
@@ -75,8 +83,19 @@ func (n *Node) countNamespace(ctx context.Context, ns string, snapshotters []str
 
 // collectGarbage has containerd remove what nothing refers to any more, such as
 // the directories of removed snapshots, and returns when that is done.
+//
+// containerd looks for such directories only after it has removed a snapshot
+// itself: a daemon that was killed in between leaves them until the next one is
+// removed. So one is.
 func (n *Node) collectGarbage(ctx context.Context) error {
 	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	scratch := n.Containerd.SnapshotService(snapshotter)
+	if _, err := scratch.Prepare(ctx, scratchKey, ""); err != nil && !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("failed to prepare a snapshot to remove: %w", err)
+	}
+	if err := scratch.Remove(ctx, scratchKey); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("failed to remove a snapshot: %w", err)
+	}
 	lease, err := n.Containerd.LeasesService().Create(ctx, leases.WithRandomID())
 	if err != nil {
 		return fmt.Errorf("failed to create a lease: %w", err)

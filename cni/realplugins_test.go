@@ -1,0 +1,187 @@
+package cni
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// buildPlugins builds the reference plugins, once, from the module that go.mod names. They are built in that module, because the
+// versions of their dependencies are its own.
+var buildPlugins = sync.OnceValue(func() error {
+	const module = "github.com/containernetworking/plugins"
+	source, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
+	if err != nil {
+		return fmt.Errorf("failed to find %s: %w", module, err)
+	}
+	build := exec.Command("go", "build", "-o", os.Getenv(pluginsEnv)+"/", "./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local", "./plugins/meta/portmap")
+	build.Dir = strings.TrimSpace(string(source))
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("failed to build %s: %w: %s", module, err, out)
+	}
+	return nil
+})
+
+// realRig is an attachment to real networks. The test's own network namespace plays the host.
+type realRig struct {
+	*rig
+	ipam string // the directory of host-local
+}
+
+func newRealRig(t *testing.T, id string, confs ...string) *realRig {
+	t.Helper()
+	requireRoot(t)
+	require.NoError(t, buildPlugins())
+	ipam := t.TempDir()
+	files := map[string]string{}
+	for i, conf := range confs {
+		files[fmt.Sprintf("%d.conflist", i)] = strings.ReplaceAll(conf, "IPAMDIR", ipam)
+	}
+	config := Config{BinDirs: []string{os.Getenv(pluginsEnv)}, ConfDir: confDir(t, files)}
+	networks, err := Load(config)
+	require.NoError(t, err)
+	args, capabilities, err := PodArgs(id, podConfig())
+	require.NoError(t, err)
+	a, err := NewAttachment(config, networks, id, newNetNS(t), args, capabilities)
+	require.NoError(t, err)
+	return &realRig{&rig{ledger: &ledger{}, attachment: a, driver: NewDriver(Options{})}, ipam}
+}
+
+// addresses are those that host-local has given out.
+func (r *realRig) addresses(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(r.ipam, "*", "*"))
+	require.NoError(t, err)
+	var ips []string
+	for _, file := range files {
+		if ip := net.ParseIP(filepath.Base(file)); ip != nil {
+			ips = append(ips, ip.String())
+		}
+	}
+	return ips
+}
+
+const (
+	bridgeNet = `{"name":"bridgenet","cniVersion":"1.0.0","plugins":[
+		{"type":"bridge","bridge":"cni-test0","isGateway":true,"ipMasq":false,"ipam":{"type":"host-local","dataDir":"IPAMDIR","ranges":[[{"subnet":"10.88.71.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
+		{"type":"portmap","capabilities":{"portMappings":true},"snat":false}]}`
+	brokenNet = `{"name":"brokennet","cniVersion":"1.0.0","plugins":[
+		{"type":"bridge","bridge":"cni-test0","isGateway":true,"ipMasq":false,"ipam":{"type":"host-local","dataDir":"IPAMDIR","ranges":[[{"subnet":"10.88.71.0/24"}]]}},
+		{"type":"no-such-plugin"}]}`
+	ptpNet = `{"name":"ptpnet","cniVersion":"1.0.0","plugins":[
+		{"type":"ptp","ipMasq":false,"ipam":{"type":"host-local","dataDir":"IPAMDIR","ranges":[[{"subnet":"10.88.72.0/24"}]]}}]}`
+)
+
+func TestRealNetworks(t *testing.T) {
+	r := newRealRig(t, "real1", bridgeNet, ptpNet)
+	require.NoError(t, r.add(t.Context()))
+	t.Cleanup(func() { removeLink(t, "cni-test0") })
+
+	ip, additional, err := r.attachment.IPs("")
+	require.NoError(t, err)
+	require.Empty(t, additional)
+	require.True(t, strings.HasPrefix(ip, "10.88.71."), ip)
+	require.Len(t, r.addresses(t), 2)
+	require.Equal(t, []string{"eth0", "eth1", "lo"}, links(t, r.attachment.NetNSPath))
+	require.Contains(t, natRules(t), "real1")
+	require.Equal(t, "hello", talk(t, r.attachment.NetNSPath, ip))
+
+	require.NoError(t, r.del(t.Context()))
+	require.True(t, r.attachment.Settled())
+	require.Empty(t, r.addresses(t))
+	require.Equal(t, []string{"lo"}, links(t, r.attachment.NetNSPath))
+	require.NotContains(t, natRules(t), "real1")
+	require.NoError(t, r.del(t.Context()))
+}
+
+// The same pod tried again and again on a chain that is broken at its end: no address stays, with DEL failing nowhere.
+func TestRealChainFails(t *testing.T) {
+	r := newRealRig(t, "real2", brokenNet)
+	t.Cleanup(func() { removeLink(t, "cni-test0") })
+	for range 3 {
+		a, err := NewAttachment(Config{BinDirs: r.attachment.BinDirs}, r.attachment.Networks, "real2", r.attachment.NetNSPath, nil, nil)
+		require.NoError(t, err)
+		r.attachment = a
+		require.ErrorContains(t, r.add(t.Context()), `failed to find plugin "no-such-plugin"`)
+		require.Len(t, r.addresses(t), 1)
+		require.NoError(t, r.del(t.Context()))
+		require.Empty(t, r.addresses(t))
+		require.Equal(t, []string{"lo"}, links(t, r.attachment.NetNSPath))
+	}
+}
+
+// After a reboot, or when somebody has removed the namespace, what is outside of it is taken back all the same.
+func TestRealNetNSGone(t *testing.T) {
+	r := newRealRig(t, "real3", bridgeNet)
+	t.Cleanup(func() { removeLink(t, "cni-test0") })
+	require.NoError(t, r.add(t.Context()))
+	require.NoError(t, unix.Unmount(r.attachment.NetNSPath, unix.MNT_DETACH))
+	require.NoError(t, r.del(t.Context()))
+	require.True(t, r.attachment.Settled())
+	require.Empty(t, r.addresses(t))
+	require.NotContains(t, natRules(t), "real3")
+}
+
+func links(t *testing.T, netns string) (names []string) {
+	t.Helper()
+	inNetNS(t, netns, func() error {
+		list, err := netlink.LinkList()
+		for _, link := range list {
+			names = append(names, link.Attrs().Name)
+		}
+		return err
+	})
+	slices.Sort(names)
+	return names
+}
+
+func removeLink(t *testing.T, name string) {
+	link, err := netlink.LinkByName(name)
+	require.NoError(t, err)
+	require.NoError(t, netlink.LinkDel(link))
+}
+
+// natRules are the rules of the test's namespace, by which portmap publishes ports; their comments name the sandbox.
+func natRules(t *testing.T) string {
+	t.Helper()
+	out, err := exec.Command("iptables", "-t", "nat", "-S").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	return string(out)
+}
+
+// talk sends a word from a server in the pod to the host.
+func talk(t *testing.T, netns, ip string) string {
+	t.Helper()
+	var listener net.Listener
+	inNetNS(t, netns, func() (err error) {
+		listener, err = net.Listen("tcp", net.JoinHostPort(ip, "8000"))
+		return err
+	})
+	defer listener.Close()
+	var server sync.WaitGroup
+	defer server.Wait()
+	server.Go(func() {
+		if conn, err := listener.Accept(); err == nil {
+			io.WriteString(conn, "hello")
+			conn.Close()
+		}
+	})
+	client, err := net.DialTimeout("tcp", listener.Addr().String(), 10*time.Second)
+	require.NoError(t, err)
+	defer client.Close()
+	word, err := io.ReadAll(client)
+	require.NoError(t, err)
+	return string(word)
+}

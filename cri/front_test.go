@@ -1,0 +1,572 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/tracing"
+)
+
+var errUnknownHandler = fmt.Errorf("unknown handler: %w", errdefs.ErrInvalidArgument)
+
+type valueKey struct{}
+
+// requireEqual compares messages.
+func requireEqual(t *testing.T, want, got proto.Message, about ...any) {
+	t.Helper()
+	if !proto.Equal(want, got) {
+		require.Equal(t, fmt.Sprint(want), fmt.Sprint(got), about...)
+		require.Fail(t, "messages differ where their texts don't", about...)
+	}
+}
+
+func podConfig(change ...func(*runtime.NamespaceOption)) *runtime.PodSandboxConfig {
+	options := &runtime.NamespaceOption{
+		Pid: runtime.NamespaceMode_CONTAINER,
+		UsernsOptions: &runtime.UserNamespace{
+			Mode: runtime.NamespaceMode_POD,
+			Uids: []*runtime.IDMapping{{HostId: 100000, Length: 65536}},
+			Gids: []*runtime.IDMapping{{HostId: 100000, Length: 65536}},
+		},
+	}
+	for _, c := range change {
+		c(options)
+	}
+	return &runtime.PodSandboxConfig{
+		Metadata:    &runtime.PodSandboxMetadata{Name: "web", Namespace: "default", Uid: "u-1", Attempt: 2},
+		Hostname:    "web",
+		Labels:      map[string]string{"app": "web"},
+		Annotations: map[string]string{"note": "x"},
+		Linux: &runtime.LinuxPodSandboxConfig{
+			CgroupParent:    "/pods/web",
+			SecurityContext: &runtime.LinuxSandboxSecurityContext{NamespaceOptions: options},
+		},
+	}
+}
+
+func onNode(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_NODE }
+
+func TestRunPassesOtherPodsThrough(t *testing.T) {
+	for _, handler := range []string{"", "runc"} {
+		t.Run("handler "+handler, func(t *testing.T) {
+			request := &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: handler}
+			response := &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}
+			ctx := context.WithValue(t.Context(), valueKey{}, "caller")
+			s := &stock{run: func(got context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+				require.Equal(t, ctx, got)
+				require.Same(t, request, r)
+				require.Nil(t, FromContext(got))
+				return response, nil
+			}}
+			got, err := newService(s, &controller{admitErr: errors.New("not asked")}).RunPodSandbox(ctx, request)
+			require.NoError(t, err)
+			require.Same(t, response, got)
+		})
+	}
+
+	t.Run("failure", func(t *testing.T) {
+		failed := errors.New("no network")
+		s := &stock{run: func(context.Context, *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+			return nil, failed
+		}}
+		c := &controller{}
+		_, err := newService(s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "runc"})
+		require.Equal(t, failed, err)
+		require.Empty(t, c.calls)
+	})
+}
+
+// What can't work is refused before containerd's service hears of it: its run is nil here.
+func TestRunRefusesFirst(t *testing.T) {
+	c := &controller{admitErr: fmt.Errorf("no metadata: %w", errdefs.ErrInvalidArgument)}
+	_, err := newService(&stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "podfsm"})
+	require.Equal(t, c.admitErr, err)
+
+	_, err = newService(&stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
+	require.Equal(t, errUnknownHandler, err)
+	require.Empty(t, c.calls)
+}
+
+func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
+	for name, config := range map[string]*runtime.PodSandboxConfig{
+		"own network":    podConfig(),
+		"node's network": podConfig(onNode),
+		"no options":     {Linux: &runtime.LinuxPodSandboxConfig{SecurityContext: &runtime.LinuxSandboxSecurityContext{}}},
+		"no context":     {Linux: &runtime.LinuxPodSandboxConfig{}},
+		"no Linux":       {Metadata: &runtime.PodSandboxMetadata{Name: "web"}},
+		"nothing":        nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			request := &runtime.RunPodSandboxRequest{Config: config, RuntimeHandler: "podfsm"}
+			before := proto.CloneOf(request)
+			caller, cancel := context.WithCancel(context.WithValue(t.Context(), valueKey{}, "caller"))
+			defer cancel()
+			s := &stock{run: func(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+				require.Equal(t, "podfsm", r.GetRuntimeHandler())
+				require.True(t, OnNodeNetwork(r.GetConfig()))
+				want := proto.CloneOf(before)
+				ensure(&ensure(&ensure(&ensure(&want.Config).Linux).SecurityContext).NamespaceOptions).Network = runtime.NamespaceMode_NODE
+				requireEqual(t, want, r, "only the network mode differs")
+
+				call := FromContext(ctx)
+				require.NotNil(t, call)
+				require.Equal(t, "podfsm", call.Handler)
+				requireEqual(t, before.GetConfig(), call.Config, "the true configuration is beside it")
+				if config != nil {
+					require.NotSame(t, config, call.Config)
+				}
+				require.Equal(t, "caller", ctx.Value(valueKey{}))
+
+				cancel()
+				require.NoError(t, ctx.Err(), "containerd's service cleans up with this context")
+				require.Error(t, call.Caller.Err())
+				return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
+			}}
+			c := &controller{}
+			response, err := newService(s, c).RunPodSandbox(caller, request)
+			require.NoError(t, err)
+			require.Equal(t, "s1", response.GetPodSandboxId())
+			requireEqual(t, before, request, "the caller's request is not changed")
+			require.Empty(t, c.calls)
+		})
+	}
+}
+
+func TestRunThatFails(t *testing.T) {
+	pull := fmt.Errorf("failed to pull pause: %w", errdefs.ErrUnavailable)
+	step := fmt.Errorf("step attach_network failed: %w", errdefs.ErrResourceExhausted)
+	owed := errors.New("undo of attach_network failed")
+	for name, tc := range map[string]struct {
+		create, start error // what the controller does; nil create is success
+		stock         error
+		removal       error
+		want          []error
+		text          string
+		calls         []string
+	}{
+		"before the controller": {
+			create: errors.New("never came to it"), stock: pull, want: []error{pull}, text: pull.Error(),
+		},
+		"after Create": {
+			stock: pull, want: []error{pull}, text: pull.Error(), calls: []string{"remove s1"},
+		},
+		"after Create, and the cleanup too": {
+			stock: pull, removal: owed, want: []error{pull, owed}, calls: []string{"remove s1"},
+		},
+		"in the controller": {
+			start: step, stock: fmt.Errorf("failed to start sandbox %q: %w", "s1", step), want: []error{step}, text: step.Error(),
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spans := recordSpans(t)
+			caller, cancel := context.WithCancel(t.Context())
+			s := &stock{run: func(ctx context.Context, _ *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+				if call := FromContext(ctx); tc.create == nil {
+					call.SandboxID, call.Err = "s1", tc.start
+				}
+				cancel() // a caller that goes doesn't keep anything from being undone
+				return nil, tc.stock
+			}}
+			c := &controller{remove: func(ctx context.Context, _ string) error {
+				require.NoError(t, ctx.Err())
+				require.True(t, trace.SpanFromContext(ctx).IsRecording(), "the cleanup is part of the request's trace")
+				return tc.removal
+			}}
+			response, err := newService(s, c).RunPodSandbox(caller, &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+			require.Nil(t, response)
+			for _, want := range tc.want {
+				require.ErrorIs(t, err, want)
+			}
+			if tc.text != "" {
+				require.EqualError(t, err, tc.text)
+			}
+			require.Equal(t, tc.calls, c.calls)
+
+			ended := spans.Ended()
+			require.Len(t, ended, 1)
+			require.Equal(t, codes.Error, ended[0].Status().Code)
+		})
+	}
+}
+
+func TestRunSpan(t *testing.T) {
+	spans := recordSpans(t)
+	s := &stock{run: func(ctx context.Context, _ *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+		FromContext(ctx).SandboxID = "s1"
+		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
+	}}
+	_, err := newService(s, &controller{}).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+	require.NoError(t, err)
+
+	ended := spans.Ended()
+	require.Len(t, ended, 1)
+	require.Equal(t, tracing.SpanRun, ended[0].Name())
+	require.Equal(t, codes.Unset, ended[0].Status().Code)
+	for _, attribute := range append(Attributes(podConfig(), "podfsm"), tracing.SandboxID.String("s1")) {
+		require.Contains(t, ended[0].Attributes(), attribute)
+	}
+}
+
+// stopAndRemove are the two methods that end a pod, which the front treats alike.
+var stopAndRemove = map[string]struct {
+	// serve has containerd's service answer with do.
+	serve func(s *stock, do func(ctx context.Context, id string) error)
+	call  func(s *service, ctx context.Context, id string) error
+	span  string
+}{
+	"stop": {
+		serve: func(s *stock, do func(context.Context, string) error) {
+			s.stop = func(ctx context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
+				return &runtime.StopPodSandboxResponse{}, do(ctx, r.GetPodSandboxId())
+			}
+		},
+		call: func(s *service, ctx context.Context, id string) error {
+			_, err := s.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: id})
+			return err
+		},
+		span: tracing.SpanStop,
+	},
+	"remove": {
+		serve: func(s *stock, do func(context.Context, string) error) {
+			s.remove = func(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
+				return &runtime.RemovePodSandboxResponse{}, do(ctx, r.GetPodSandboxId())
+			}
+		},
+		call: func(s *service, ctx context.Context, id string) error {
+			_, err := s.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: id})
+			return err
+		},
+		span: tracing.SpanRemove,
+	},
+}
+
+func TestStopAndRemove(t *testing.T) {
+	failed := errors.New("no luck")
+	for method, m := range stopAndRemove {
+		for name, tc := range map[string]struct {
+			id         string
+			stock, own error
+			want       error
+			calls      []string
+		}{
+			"ours":                {id: "s1-long", calls: []string{"stock s1-long", method + " s1-long"}},
+			"ours, id shortened":  {id: "s1", calls: []string{"stock s1", method + " s1-long"}},
+			"containerd's fails":  {id: "s1-long", stock: failed, want: failed, calls: []string{"stock s1-long"}},
+			"ours fails":          {id: "s1-long", own: failed, want: failed, calls: []string{"stock s1-long", method + " s1-long"}},
+			"another's":           {id: "s2-long", calls: []string{"stock s2-long"}},
+			"another's, it fails": {id: "s2-long", stock: failed, want: failed, calls: []string{"stock s2-long"}},
+			"another's, id short": {id: "s2", calls: []string{"stock s2"}},
+			"ambiguous":           {id: "s", calls: []string{"stock s"}},
+			"unknown":             {id: "x", calls: []string{"stock x"}},
+			"no id":               {id: "", calls: []string{"stock "}},
+		} {
+			t.Run(method+"/"+name, func(t *testing.T) {
+				spans := recordSpans(t)
+				c := &controller{pods: map[string]Pod{"s1-long": {Config: podConfig()}}}
+				own := func(context.Context, string) error { return tc.own }
+				c.stop, c.remove = own, own
+				s := &stock{listed: []string{"s1-long", "s2-long"}}
+				ours := false
+				m.serve(s, func(ctx context.Context, id string) error {
+					c.calls = append(c.calls, "stock "+id)
+					if call := FromContext(ctx); call != nil {
+						ours = true
+						require.Nil(t, call.Config)
+						require.NotNil(t, call.Caller)
+					}
+					return tc.stock
+				})
+				err := m.call(newService(s, c), t.Context(), tc.id)
+				require.Equal(t, tc.want, err)
+				require.Equal(t, tc.calls, c.calls)
+				isOurs := tc.id == "s1" || tc.id == "s1-long"
+				require.Equal(t, isOurs, ours, "the controller knows by the call that the front does the rest")
+				if !isOurs {
+					require.Empty(t, spans.Ended())
+					return
+				}
+				require.Len(t, spans.Ended(), 1)
+				require.Equal(t, m.span, spans.Ended()[0].Name())
+				require.Contains(t, spans.Ended()[0].Attributes(), tracing.SandboxID.String("s1-long"))
+			})
+		}
+	}
+}
+
+// containerd's service waits for containers as long as its context lasts, while it keeps NRI plugins from registering: a
+// request must not outlive its caller, or each try of the kubelet leaves one more that hangs.
+func TestStopAndRemoveEndWithTheirCaller(t *testing.T) {
+	for method, m := range stopAndRemove {
+		t.Run(method, func(t *testing.T) {
+			c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}}}
+			s := &stock{}
+			hanging, release := make(chan struct{}), make(chan struct{})
+			m.serve(s, func(ctx context.Context, _ string) error {
+				close(hanging)
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-release:
+					return nil
+				}
+			})
+			ctx, cancel := context.WithCancel(t.Context())
+			result := make(chan error, 1)
+			go func() { result <- m.call(newService(s, c), ctx, "s1") }()
+			<-hanging
+			cancel()
+			select {
+			case err := <-result:
+				require.ErrorIs(t, err, context.Canceled)
+			case <-time.After(2 * time.Second):
+				close(release)
+				<-result
+				require.Fail(t, "containerd's service doesn't learn that the caller has gone")
+			}
+		})
+	}
+}
+
+func TestStatusIsRestored(t *testing.T) {
+	namespaces := podConfig().GetLinux().GetSecurityContext().GetNamespaceOptions()
+	stockNamespaces := &runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE}
+	for name, tc := range map[string]struct {
+		pod       *Pod
+		got, want *runtime.PodSandboxStatus
+	}{
+		"ours": {
+			pod: &Pod{Config: podConfig(), IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2", "10.1.0.2"}},
+			got: &runtime.PodSandboxStatus{
+				Id:      "s1",
+				State:   runtime.PodSandboxState_SANDBOX_READY,
+				Network: &runtime.PodSandboxNetworkStatus{},
+				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: stockNamespaces}},
+			},
+			want: &runtime.PodSandboxStatus{
+				Id:    "s1",
+				State: runtime.PodSandboxState_SANDBOX_READY,
+				Network: &runtime.PodSandboxNetworkStatus{
+					Ip: "10.0.0.2", AdditionalIps: []*runtime.PodIP{{Ip: "fd00::2"}, {Ip: "10.1.0.2"}},
+				},
+				Linux: &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
+			},
+		},
+		"ours, a bare status": {
+			pod: &Pod{Config: podConfig(), IP: "10.0.0.2"},
+			got: &runtime.PodSandboxStatus{Id: "s1"},
+			want: &runtime.PodSandboxStatus{
+				Id:      "s1",
+				Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.2"},
+				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
+			},
+		},
+		"ours, off its network": {
+			pod: &Pod{Config: podConfig()},
+			got: &runtime.PodSandboxStatus{Id: "s1", Network: &runtime.PodSandboxNetworkStatus{}},
+			want: &runtime.PodSandboxStatus{
+				Id:      "s1",
+				Network: &runtime.PodSandboxNetworkStatus{},
+				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
+			},
+		},
+		"ours, without namespace options": {
+			pod: &Pod{Config: &runtime.PodSandboxConfig{}},
+			got: &runtime.PodSandboxStatus{Id: "s1"},
+			want: &runtime.PodSandboxStatus{
+				Id:      "s1",
+				Network: &runtime.PodSandboxNetworkStatus{},
+				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{}},
+			},
+		},
+		"ours, on a network that containerd's service made": {
+			pod: &Pod{Config: podConfig()},
+			got: &runtime.PodSandboxStatus{
+				Id: "s1", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.9.0.2", AdditionalIps: []*runtime.PodIP{{Ip: "fd09::2"}}},
+			},
+			want: &runtime.PodSandboxStatus{
+				Id:      "s1",
+				Network: &runtime.PodSandboxNetworkStatus{Ip: "10.9.0.2", AdditionalIps: []*runtime.PodIP{{Ip: "fd09::2"}}},
+				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
+			},
+		},
+		"another's": {
+			got: &runtime.PodSandboxStatus{
+				Id: "s1", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.3", AdditionalIps: []*runtime.PodIP{{Ip: "fd00::3"}}},
+			},
+			want: &runtime.PodSandboxStatus{
+				Id: "s1", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.3", AdditionalIps: []*runtime.PodIP{{Ip: "fd00::3"}}},
+			},
+		},
+		"none": {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := &controller{pods: map[string]Pod{}}
+			if tc.pod != nil {
+				c.pods["s1"] = *tc.pod
+			}
+			s := &stock{status: func(_ context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
+				require.Equal(t, "s", r.GetPodSandboxId())
+				return &runtime.PodSandboxStatusResponse{Status: tc.got, Info: map[string]string{"podfsm": "x"}}, nil
+			}}
+			response, err := newService(s, c).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: "s"})
+			require.NoError(t, err)
+			requireEqual(t, tc.want, response.GetStatus())
+			require.Equal(t, map[string]string{"podfsm": "x"}, response.GetInfo())
+			if tc.pod != nil {
+				restored := response.GetStatus().GetLinux().GetNamespaces().GetOptions()
+				kept := tc.pod.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+				require.False(t, kept != nil && restored == kept, "the kept configuration isn't given away")
+			}
+		})
+	}
+
+	t.Run("failure", func(t *testing.T) {
+		failed := errors.New("no luck")
+		s := &stock{status: func(context.Context, *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
+			return nil, failed
+		}}
+		_, err := newService(s, &controller{}).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{})
+		require.Equal(t, failed, err)
+	})
+}
+
+// pieces collects a streamed list.
+type pieces struct {
+	grpc.ServerStream
+	items []*runtime.PodSandbox
+	err   error
+}
+
+func (p *pieces) Send(response *runtime.StreamPodSandboxesResponse) error {
+	p.items = append(p.items, response.GetPodSandboxes()...)
+	return p.err
+}
+
+func TestListsRestoreTimes(t *testing.T) {
+	s := &stock{listed: []string{"s1", "s2", "s3"}}
+	c := &controller{pods: map[string]Pod{
+		"s1": {Config: podConfig(), CreatedAt: time.Unix(7, 8)},
+		"s2": {Config: podConfig()}, // pause wasn't created yet
+	}}
+	front := newService(s, c)
+	want := map[string]int64{"s1": time.Unix(7, 8).UnixNano(), "s2": time.Second.Nanoseconds(), "s3": time.Second.Nanoseconds()}
+	times := func(items []*runtime.PodSandbox) map[string]int64 {
+		got := map[string]int64{}
+		for _, item := range items {
+			got[item.GetId()] = item.GetCreatedAt()
+		}
+		return got
+	}
+	response, err := front.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
+	require.NoError(t, err)
+	require.Equal(t, want, times(response.GetItems()))
+
+	out := &pieces{}
+	require.NoError(t, front.StreamPodSandboxes(&runtime.StreamPodSandboxesRequest{}, out))
+	require.Equal(t, want, times(out.items))
+	out.err = errors.New("the caller has gone")
+	require.Equal(t, out.err, front.StreamPodSandboxes(&runtime.StreamPodSandboxesRequest{}, out))
+}
+
+// sink is a subscriber of container events.
+type sink struct {
+	grpc.ServerStream
+	sent []*runtime.ContainerEventResponse
+	err  error
+}
+
+func (s *sink) Send(event *runtime.ContainerEventResponse) error {
+	s.sent = append(s.sent, event)
+	return s.err
+}
+
+func TestEventsAreRestoredInACopy(t *testing.T) {
+	ours := &runtime.ContainerEventResponse{
+		ContainerId:        "s1",
+		ContainerEventType: runtime.ContainerEventType_CONTAINER_STARTED_EVENT,
+		PodSandboxStatus:   &runtime.PodSandboxStatus{Id: "s1", Network: &runtime.PodSandboxNetworkStatus{}},
+		ContainersStatuses: []*runtime.ContainerStatus{{Id: "c1"}},
+	}
+	another := &runtime.ContainerEventResponse{PodSandboxStatus: &runtime.PodSandboxStatus{Id: "s2", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.3"}}}
+	bare := &runtime.ContainerEventResponse{ContainerId: "s1", ContainerEventType: runtime.ContainerEventType_CONTAINER_DELETED_EVENT}
+	before := proto.CloneOf(ours)
+	events := []*runtime.ContainerEventResponse{ours, another, bare}
+
+	request := &runtime.GetEventsRequest{}
+	s := &stock{events: func(r *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {
+		require.Same(t, request, r)
+		for _, event := range events {
+			if err := stream.Send(event); err != nil {
+				return err
+			}
+		}
+		return nil
+	}}
+	c := &controller{pods: map[string]Pod{"s1": {Config: podConfig(), IP: "10.0.0.2"}}}
+	out := &sink{}
+	require.NoError(t, newService(s, c).GetContainerEvents(request, out))
+
+	require.Len(t, out.sent, 3)
+	require.Equal(t, "10.0.0.2", out.sent[0].GetPodSandboxStatus().GetNetwork().GetIp())
+	require.Equal(t, runtime.NamespaceMode_POD, out.sent[0].GetPodSandboxStatus().GetLinux().GetNamespaces().GetOptions().GetNetwork())
+	require.Equal(t, before.GetContainerEventType(), out.sent[0].GetContainerEventType())
+	requireEqual(t, before.GetContainersStatuses()[0], out.sent[0].GetContainersStatuses()[0])
+	requireEqual(t, before, ours, "the event is every subscriber's")
+	require.Same(t, another, out.sent[1])
+	require.Same(t, bare, out.sent[2])
+
+	out.err = errors.New("the subscriber has gone")
+	require.Equal(t, out.err, newService(s, c).GetContainerEvents(request, out))
+}
+
+func TestPortForward(t *testing.T) {
+	for name, tc := range map[string]struct {
+		id      string
+		refused bool
+	}{
+		"own network":               {"own-1", true},
+		"own network, id shortened": {"own", true},
+		"node's network":            {"node-1", false},
+		"another's":                 {"other-1", false},
+		"unknown":                   {"x", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			forwarded := &runtime.PortForwardResponse{Url: "http://here"}
+			s := &stock{
+				listed: []string{"own-1", "node-1", "other-1"},
+				forward: func(_ context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
+					require.Equal(t, tc.id, r.GetPodSandboxId())
+					return forwarded, nil
+				},
+			}
+			c := &controller{pods: map[string]Pod{"own-1": {Config: podConfig()}, "node-1": {Config: podConfig(onNode)}}}
+			response, err := newService(s, c).PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: tc.id, Port: []int32{80}})
+			if tc.refused {
+				require.True(t, errdefs.IsNotImplemented(err), "%v", err)
+				require.ErrorContains(t, err, `"default/web"`)
+				require.Nil(t, response)
+				return
+			}
+			require.NoError(t, err)
+			require.Same(t, forwarded, response)
+		})
+	}
+}
+
+func TestAttributes(t *testing.T) {
+	require.NotPanics(t, func() { Attributes(nil, "") })
+	require.Len(t, Attributes(podConfig(), "podfsm"), len(Attributes(podConfig(), ""))+1, "an empty handler is left out")
+	require.Equal(t, "default/web", PodName(podConfig()))
+	require.False(t, OnNodeNetwork(nil))
+}

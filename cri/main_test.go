@@ -1,0 +1,151 @@
+package cri
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"go.opentelemetry.io/otel"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.uber.org/goleak"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// stock stands for containerd's CRI service: what a test doesn't set is not implemented.
+type stock struct {
+	runtime.UnimplementedRuntimeServiceServer
+	runtime.UnimplementedImageServiceServer
+
+	run     func(context.Context, *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error)
+	stop    func(context.Context, *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error)
+	remove  func(context.Context, *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error)
+	status  func(context.Context, *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error)
+	events  func(*runtime.GetEventsRequest, runtime.RuntimeService_GetContainerEventsServer) error
+	forward func(context.Context, *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
+	pull    func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error)
+
+	listed        []string // ids of sandboxes, made at the second 1
+	uninitialized bool
+	closed        int
+}
+
+func (s *stock) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+	return s.run(ctx, r)
+}
+
+func (s *stock) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
+	return s.stop(ctx, r)
+}
+
+func (s *stock) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
+	return s.remove(ctx, r)
+}
+
+func (s *stock) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
+	return s.status(ctx, r)
+}
+
+func (s *stock) GetContainerEvents(r *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {
+	return s.events(r, stream)
+}
+
+func (s *stock) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
+	return s.forward(ctx, r)
+}
+
+func (s *stock) PullImage(ctx context.Context, r *runtime.PullImageRequest) (*runtime.PullImageResponse, error) {
+	return s.pull(ctx, r)
+}
+
+// ListPodSandbox finds a sandbox by the start of its id when that is unambiguous, as containerd's does.
+func (s *stock) ListPodSandbox(_ context.Context, r *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
+	wanted := r.GetFilter().GetId()
+	var found []*runtime.PodSandbox
+	for _, id := range s.listed {
+		if len(id) >= len(wanted) && id[:len(wanted)] == wanted {
+			found = append(found, &runtime.PodSandbox{Id: id, CreatedAt: time.Second.Nanoseconds()})
+		}
+	}
+	if wanted != "" && len(found) != 1 {
+		found = nil
+	}
+	return &runtime.ListPodSandboxResponse{Items: found}, nil
+}
+
+func (s *stock) StreamPodSandboxes(_ *runtime.StreamPodSandboxesRequest, stream runtime.RuntimeService_StreamPodSandboxesServer) error {
+	for _, id := range s.listed {
+		item := &runtime.PodSandbox{Id: id, CreatedAt: time.Second.Nanoseconds()}
+		if err := stream.Send(&runtime.StreamPodSandboxesResponse{PodSandboxes: []*runtime.PodSandbox{item}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stock) Close() error {
+	s.closed++
+	return nil
+}
+
+func (s *stock) IsInitialized() bool { return !s.uninitialized }
+
+// controller stands for podfsm's: pods of the handler "podfsm" are its own.
+type controller struct {
+	pods     map[string]Pod
+	admitErr error
+	stop     func(ctx context.Context, id string) error
+	remove   func(ctx context.Context, id string) error
+	calls    []string
+}
+
+func (c *controller) Ours(handler string) (bool, error) {
+	switch handler {
+	case "podfsm":
+		return true, nil
+	case "", "runc":
+		return false, nil
+	default:
+		return false, errUnknownHandler
+	}
+}
+
+func (c *controller) Admit(context.Context, string, *runtime.PodSandboxConfig) error {
+	return c.admitErr
+}
+
+func (c *controller) Pod(id string) (Pod, bool) {
+	pod, ok := c.pods[id]
+	return pod, ok
+}
+
+func (c *controller) StopPod(ctx context.Context, id string) error {
+	c.calls = append(c.calls, "stop "+id)
+	if c.stop == nil {
+		return nil
+	}
+	return c.stop(ctx, id)
+}
+
+func (c *controller) RemovePod(ctx context.Context, id string) error {
+	c.calls = append(c.calls, "remove "+id)
+	if c.remove == nil {
+		return nil
+	}
+	return c.remove(ctx, id)
+}
+
+func newService(s *stock, c *controller) *service {
+	return &service{RuntimeServiceServer: s, sandboxes: c}
+}
+
+// recordSpans makes the global tracer provider one that keeps what has ended.
+func recordSpans(t *testing.T) *tracetest.SpanRecorder {
+	recorder := tracetest.NewSpanRecorder()
+	before := otel.GetTracerProvider()
+	otel.SetTracerProvider(sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder)))
+	t.Cleanup(func() { otel.SetTracerProvider(before) })
+	return recorder
+}

@@ -1,0 +1,100 @@
+package kubelet
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// A kubelet holds the machine for its own: it has fixed paths in /var, and sets
+// the kernel to reboot on an oops, among others. This one runs in a mount
+// namespace where private files stand in for them.
+
+// directories are where the kubelet has fixed paths: the socket for device
+// plugins in /var/lib/kubelet, and links to logs in /var/log/containers.
+var directories = []string{"/var/lib", "/var/log"}
+
+// settings are the kernel settings that the kubelet changes
+// (setupKernelTunables in pkg/kubelet/cm/container_manager_linux.go).
+var settings = []string{
+	"/proc/sys/vm/overcommit_memory", "/proc/sys/vm/panic_on_oom",
+	"/proc/sys/kernel/panic", "/proc/sys/kernel/panic_on_oops",
+	"/proc/sys/kernel/keys/root_maxkeys", "/proc/sys/kernel/keys/root_maxbytes",
+}
+
+// makeStandIns makes empty directories and copies of the kernel's settings.
+func (k *Kubelet) makeStandIns() error {
+	for _, dir := range directories {
+		if err := os.MkdirAll(k.standIn(dir), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, file := range settings {
+		value, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(filepath.Dir(k.standIn(file)), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(k.standIn(file), value, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// standIn returns the path of what stands in for path.
+func (k *Kubelet) standIn(path string) string { return filepath.Join(k.path("machine"), path) }
+
+// shareRoot makes the kubelet's root directory a mount of its own, from which
+// volumes that the kubelet mounts in its namespace reach the others.
+func (k *Kubelet) shareRoot() error {
+	root := k.path("root")
+	if err := unix.Mount(root, root, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("failed to bind %q: %w", root, err)
+	}
+	if err := unix.Mount("", root, "", unix.MS_SHARED, ""); err != nil {
+		return fmt.Errorf("failed to share the mounts in %q: %w", root, err)
+	}
+	return nil
+}
+
+// unshareRoot fails while a volume is mounted.
+func (k *Kubelet) unshareRoot() error {
+	err := unix.Unmount(k.path("root"), unix.UMOUNT_NOFOLLOW)
+	if err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: it is no mount, and was none
+		return fmt.Errorf("failed to unmount %q: %w", k.path("root"), err)
+	}
+	return nil
+}
+
+// enterView moves the calling thread for good to the kubelet's mount namespace.
+func (k *Kubelet) enterView() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("failed to make a mount namespace: %w", err)
+	}
+	root, err := unix.OpenTree(unix.AT_FDCWD, k.path("root"), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("failed to clone the mount %q: %w", k.path("root"), err)
+	}
+	defer unix.Close(root)
+	// What the machine mounts and unmounts is seen here, and nothing the other
+	// way round, but for the clone, which still is a peer.
+	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("failed to keep mounts from the machine: %w", err)
+	}
+	if err := unix.MoveMount(root, "", unix.AT_FDCWD, k.path("root"), unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("failed to mount %q: %w", k.path("root"), err)
+	}
+	for _, path := range slices.Concat(directories, settings) {
+		if err := unix.Mount(k.standIn(path), path, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("failed to put %q in the place of %q: %w", k.standIn(path), path, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,368 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// specConfig has both handlers pass some of a pod's annotations on.
+const specConfig = `
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  pod_annotations = ["example.com/*", "io.kubernetes.cri.*"]
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.podfsm]
+  pod_annotations = ["example.com/*", "io.kubernetes.cri.*"]
+`
+
+// Settings of the node that show in a pod without wishes of its own.
+const otherDefaults = specConfig + `
+[plugins.'io.containerd.cri.v1.runtime']
+  enable_unprivileged_ports = false
+  enable_unprivileged_icmp = false
+  unset_seccomp_profile = "runtime/default"
+`
+
+func security(c *runtime.PodSandboxConfig) *runtime.LinuxSandboxSecurityContext {
+	return c.Linux.SecurityContext
+}
+
+func nsOptions(c *runtime.PodSandboxConfig) *runtime.NamespaceOption {
+	return security(c).NamespaceOptions
+}
+
+// shapes are the pods that are run by both handlers. Wishes that don't meet share a pod.
+func shapes(seccompFile string) map[string]harness.PodOption {
+	int64Value := func(v int64) *runtime.Int64Value { return &runtime.Int64Value{Value: v} }
+	return map[string]harness.PodOption{
+		"plain":        func(*runtime.PodSandboxConfig) {},
+		"host users":   harness.HostUsers(),
+		"host network": harness.HostNetwork(),
+		"host network in a user namespace": func(c *runtime.PodSandboxConfig) {
+			nsOptions(c).Network = runtime.NamespaceMode_NODE
+			c.Hostname = ""
+		},
+		"no user namespace, seccomp profile, hostname and DNS named": func(c *runtime.PodSandboxConfig) {
+			nsOptions(c).UsernsOptions, security(c).Seccomp, c.Hostname, c.DnsConfig = nil, nil, "", nil
+		},
+		"no namespaces named": func(c *runtime.PodSandboxConfig) {
+			security(c).NamespaceOptions, c.DnsConfig = nil, &runtime.DNSConfig{}
+		},
+		"neither security context nor cgroup": func(c *runtime.PodSandboxConfig) {
+			c.Linux.SecurityContext, c.Linux.CgroupParent = nil, ""
+		},
+		"privileged in namespaces of the node": func(c *runtime.PodSandboxConfig) {
+			harness.HostUsers()(c)
+			nsOptions(c).Pid, nsOptions(c).Ipc, security(c).Privileged = runtime.NamespaceMode_NODE, runtime.NamespaceMode_NODE, true
+		},
+		"privileged on the node's network": func(c *runtime.PodSandboxConfig) {
+			harness.HostNetwork()(c)
+			security(c).Privileged = true
+		},
+		"everything asked for": func(c *runtime.PodSandboxConfig) {
+			c.Hostname = "web.shop"
+			c.DnsConfig = &runtime.DNSConfig{Servers: []string{"10.0.0.1", "fd00::1"}, Searches: []string{"shop", "svc"}}
+			c.Labels = map[string]string{"app": "web", "example.com/tier": ""}
+			c.Annotations = map[string]string{
+				"example.com/a": "1", "example.com/b/c": "2", "other.com/a": "3",
+				"containerd.io/snapshot/example": "4",
+			}
+			c.Linux.Sysctls = map[string]string{"kernel.shm_rmid_forced": "1", "net.ipv4.ip_local_port_range": "2000 65000"}
+			c.Linux.Overhead = &runtime.LinuxContainerResources{CpuShares: 10}
+			c.Linux.Resources = &runtime.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 50000, CpuShares: 512, MemoryLimitInBytes: 64 << 20}
+			security(c).RunAsUser, security(c).RunAsGroup = int64Value(1000), int64Value(2000)
+			security(c).SelinuxOptions = &runtime.SELinuxOption{Type: "container_t", Level: "s0:c1,c2"}
+			nsOptions(c).Pid = runtime.NamespaceMode_POD
+		},
+		"user without group, seccomp by file": func(c *runtime.PodSandboxConfig) {
+			security(c).RunAsUser = int64Value(1000)
+			security(c).Seccomp = &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_Localhost, LocalhostRef: seccompFile}
+		},
+		"groups, seccomp by the old field": func(c *runtime.PodSandboxConfig) {
+			security(c).SupplementalGroups = []int64{4000, 3000}
+			security(c).Seccomp, security(c).SeccompProfilePath = nil, "localhost/"+seccompFile //nolint:staticcheck // of older clients
+		},
+		"sysctls that the node has defaults for, seccomp off": func(c *runtime.PodSandboxConfig) {
+			harness.HostUsers()(c)
+			security(c).Seccomp = &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_Unconfined}
+			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "80", "net.ipv4.ping_group_range": "1 0"}
+		},
+		"annotations and labels that aren't a pod's to have": func(c *runtime.PodSandboxConfig) {
+			c.Linux.Resources = &runtime.LinuxContainerResources{MemoryLimitInBytes: 64 << 20}
+			c.Annotations = map[string]string{"io.kubernetes.cri.sandbox-id": "another", "io.kubernetes.cri.sandbox-memory": "999"}
+			c.Labels = map[string]string{"containerd.io/restart.status": "stopped"}
+		},
+	}
+}
+
+// deliberate are the differences between a stock pod and ours. Anything else fails.
+var deliberate = []struct {
+	field       string
+	stock, ours string // "" is a field that isn't there
+	when        func(*runtime.PodSandboxConfig) bool
+	why         string
+}{
+	{
+		field: "spec.linux.namespaces[network].path",
+		stock: "NODE/state/io.containerd.grpc.v1.cri/netns/NETNS",
+		when:  func(c *runtime.PodSandboxConfig) bool { return !onNodeNetwork(c) },
+		why:   "the runtime makes the network namespace, so that the pod's user namespace owns it",
+	},
+	{
+		field: "spec.linux.namespaces[user].path",
+		stock: "NODE/state/io.containerd.grpc.v1.cri/sandboxes/ID/pinned-namespaces/user",
+		when:  pinsUserNS,
+		why:   "the runtime makes the user namespace too, none is there before",
+	},
+	{
+		field: "state dir/pinned-namespaces",
+		stock: "drwxr-xr-x 0:0",
+		when:  pinsUserNS,
+		why:   "pause holds the user namespace, nothing pins it",
+	},
+	{
+		field: "state dir/pinned-namespaces/user",
+		stock: "-r--r--r-- 0:0",
+		when:  pinsUserNS,
+		why:   "as above",
+	},
+	{
+		field: "spec.process.user.additionalGids",
+		stock: "65535",
+		ours:  "3000 4000 65535",
+		when: func(c *runtime.PodSandboxConfig) bool {
+			return len(c.GetLinux().GetSecurityContext().GetSupplementalGroups()) > 0
+		},
+		why: "stock loses the supplemental groups of a pod whose image or security context names a user",
+	},
+	{
+		field: "spec.annotations.io.kubernetes.cri.sandbox-memory",
+		stock: "999",
+		ours:  "67108864",
+		when: func(c *runtime.PodSandboxConfig) bool {
+			return c.GetAnnotations()["io.kubernetes.cri.sandbox-memory"] != ""
+		},
+		why: "a pod's annotations must not replace what the runtime is told about it",
+	},
+	{
+		field: "container.labels.containerd.io/restart.status",
+		stock: "stopped",
+		when:  func(c *runtime.PodSandboxConfig) bool { return c.GetLabels()["containerd.io/restart.status"] != "" },
+		why:   "a pod's labels must not steer containerd's restart monitor",
+	},
+	{
+		field: "container.extensions",
+		stock: "io.cri-containerd.sandbox.metadata",
+		when:  always,
+		why:   "with it the stock controller would take the sandbox for its own",
+	},
+	{
+		field: "snapshot.labels.containerd.io/gc.root",
+		ours:  "TIME",
+		when:  always,
+		why:   "the snapshot is made before a container refers to it",
+	},
+}
+
+func always(*runtime.PodSandboxConfig) bool { return true }
+
+func onNodeNetwork(c *runtime.PodSandboxConfig) bool {
+	return c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork() == runtime.NamespaceMode_NODE
+}
+
+func inUserNS(c *runtime.PodSandboxConfig) bool {
+	return c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions().GetMode() == runtime.NamespaceMode_POD &&
+		c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions() != nil
+}
+
+// pinsUserNS says whether stock makes the pod's user namespace ahead of its pause.
+func pinsUserNS(c *runtime.PodSandboxConfig) bool { return inUserNS(c) && !onNodeNetwork(c) }
+
+// facts are the fields of what a pod is made of, by path.
+type facts map[string]string
+
+func TestPauseSpecLikeStock(t *testing.T) {
+	seccompFile := filepath.Join(t.TempDir(), "seccomp.json")
+	require.NoError(t, os.WriteFile(seccompFile, []byte(`{"defaultAction": "SCMP_ACT_LOG"}`), 0o644))
+
+	all := shapes(seccompFile)
+	t.Run("containerd's defaults", func(t *testing.T) {
+		n := harness.StartNode(t, harness.Config{TOML: specConfig})
+		comparePods(t, n, all)
+	})
+	t.Run("other defaults", func(t *testing.T) {
+		n := harness.StartNode(t, harness.Config{TOML: otherDefaults})
+		// What restrict_oom_score_adj keeps a pod from going below.
+		require.NoError(t, os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", n.Pid()), []byte("300"), 0o644))
+		maps.DeleteFunc(all, func(name string, _ harness.PodOption) bool {
+			return !slices.Contains([]string{"plain", "host network", "no user namespace, seccomp profile, hostname and DNS named", "everything asked for"}, name)
+		})
+		comparePods(t, n, all)
+	})
+}
+
+// comparePods runs each pod by the stock handler and then by podfsm's.
+func comparePods(t *testing.T, n *harness.Node, shapes map[string]harness.PodOption) {
+	// Any network will do, and this one is fast.
+	bridge := n.DefaultChain()[0]
+	bridge["ipMasq"] = false
+	require.NoError(t, n.SetChain(t.Context(), bridge))
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for name, shape := range shapes {
+		t.Run(name, func(t *testing.T) {
+			config := n.PodConfig("pod", shape)
+			stock, ours := factsOf(t, n, harness.StockHandler, config), factsOf(t, n, harness.PodfsmHandler, config)
+			want := map[string][2]string{}
+			for _, d := range deliberate {
+				if d.when(config) {
+					want[d.field] = [2]string{d.stock, d.ours}
+				}
+			}
+			require.Equal(t, want, stock.diff(ours), "fields that differ, stock's first")
+		})
+	}
+	n.RequireClean(t, before)
+}
+
+// diff are the fields that differ. One that isn't there is "".
+func (f facts) diff(other facts) map[string][2]string {
+	all := maps.Clone(f)
+	maps.Copy(all, other)
+	differ := map[string][2]string{}
+	for field := range all {
+		if f[field] != other[field] {
+			differ[field] = [2]string{f[field], other[field]}
+		}
+	}
+	return differ
+}
+
+// factsOf runs the pod for a moment and looks at it.
+func factsOf(t *testing.T, n *harness.Node, handler string, config *runtime.PodSandboxConfig) facts {
+	t.Helper()
+	pod, err := n.RunPod(t.Context(), handler, config)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, pod.StopAndRemove(t.Context())) }()
+
+	all := facts{}
+	all.addRecords(t, n, pod)
+	root := filepath.Join(n.Dir(), "root/io.containerd.grpc.v1.cri/sandboxes", pod.ID)
+	all.addFiles(t, "root dir", root)
+	state := filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/sandboxes", pod.ID)
+	all.addFiles(t, "state dir", state)
+	all.addMount(t, "shm", filepath.Join(state, "shm"))
+
+	normal := facts{}
+	normalise := strings.NewReplacer(pod.ID, "ID", n.Dir(), "NODE")
+	for field, value := range all {
+		normal[normalise.Replace(field)] = aTime.ReplaceAllString(stockNetNS.ReplaceAllString(normalise.Replace(value), "NETNS"), "TIME")
+	}
+	return normal
+}
+
+var (
+	stockNetNS = regexp.MustCompile(`cni-[0-9a-f-]{36}`)
+	aTime      = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$`)
+)
+
+// addRecords adds what containerd has on record of the pod's pause container: what its shim and runtime get.
+func (f facts) addRecords(t *testing.T, n *harness.Node, pod *harness.Pod) {
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	container, err := n.Containerd.ContainerService().Get(ctx, pod.ID)
+	require.NoError(t, err)
+	snapshot, err := n.Containerd.SnapshotService(container.Snapshotter).Stat(ctx, container.SnapshotKey)
+	require.NoError(t, err)
+	f.add(t, "container", map[string]any{
+		"labels": container.Labels, "image": container.Image, "snapshotter": container.Snapshotter, "key": container.SnapshotKey,
+		"runtime": container.Runtime.Name, "options": container.Runtime.Options.GetValue(), "options type": container.Runtime.Options.GetTypeUrl(),
+		"extensions": strings.Join(slices.Sorted(maps.Keys(container.Extensions)), " "),
+	})
+	f.add(t, "snapshot", map[string]any{"labels": snapshot.Labels, "parent": snapshot.Parent, "kind": snapshot.Kind})
+	f.add(t, "spec", json.RawMessage(container.Spec.GetValue()))
+}
+
+func (f facts) add(t *testing.T, name string, value any) {
+	text, err := json.Marshal(value)
+	require.NoError(t, err)
+	var plain any
+	require.NoError(t, json.Unmarshal(text, &plain))
+	f.flatten(name, plain)
+}
+
+// elements are the lists of objects that have a name, and the field that it is in. Other objects are known by their place.
+var elements = map[string]string{"spec.mounts": "destination", "spec.linux.namespaces": "type"}
+
+func (f facts) flatten(path string, value any) {
+	switch value := value.(type) {
+	case map[string]any:
+		for key, below := range value {
+			f.flatten(path+"."+key, below)
+		}
+	case []any:
+		var names []string
+		for i, below := range value {
+			name := fmt.Sprint(i)
+			object, ok := below.(map[string]any)
+			if !ok {
+				names = append(names, fmt.Sprint(below))
+				continue
+			}
+			if key, ok := elements[path]; ok {
+				name = object[key].(string)
+			}
+			names = append(names, name)
+			f.flatten(path+"["+name+"]", below)
+		}
+		f[path] = strings.Join(names, " ")
+	case nil:
+	default:
+		f[path] = fmt.Sprint(value)
+	}
+}
+
+// addFiles adds the tree at dir, but not what is below a mount.
+func (f facts) addFiles(t *testing.T, name, dir string) {
+	require.NoError(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		below := filepath.Join(name, strings.TrimPrefix(path, dir))
+		owner := info.Sys().(*syscall.Stat_t)
+		f[below] = fmt.Sprintf("%v %d:%d", info.Mode(), owner.Uid, owner.Gid)
+		if info.Size() > 0 && d.Type().IsRegular() { // a namespace has neither size nor content
+			content, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			f[below+" content"] = string(content)
+		}
+		return nil
+	}))
+}
+
+func (f facts) addMount(t *testing.T, name, path string) {
+	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+	require.NoError(t, err)
+	for _, m := range mounts {
+		f[name+" mount"] = strings.Join([]string{m.Source, m.FSType, m.Options, m.VFSOptions, m.Optional}, " ")
+	}
+}

@@ -1,0 +1,309 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	gocni "github.com/containerd/go-cni"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) }
+
+// podConfig is a pod with its own user namespace, changed as a test likes.
+func podConfig(change ...func(*runtime.PodSandboxConfig)) *runtime.PodSandboxConfig {
+	config := &runtime.PodSandboxConfig{
+		Metadata: &runtime.PodSandboxMetadata{Name: "web", Namespace: "default", Uid: "u-1", Attempt: 2},
+		Linux: &runtime.LinuxPodSandboxConfig{SecurityContext: &runtime.LinuxSandboxSecurityContext{
+			NamespaceOptions: &runtime.NamespaceOption{
+				Pid: runtime.NamespaceMode_CONTAINER,
+				UsernsOptions: &runtime.UserNamespace{
+					Mode: runtime.NamespaceMode_POD,
+					Uids: []*runtime.IDMapping{{HostId: 131072, Length: 65536}},
+					Gids: []*runtime.IDMapping{{HostId: 131072, Length: 65536}},
+				},
+			},
+		}},
+	}
+	for _, c := range change {
+		c(config)
+	}
+	return config
+}
+
+func options(config *runtime.PodSandboxConfig) *runtime.NamespaceOption {
+	return config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+}
+
+func named(name string) func(*runtime.PodSandboxConfig) {
+	return func(config *runtime.PodSandboxConfig) { config.Metadata.Name = name }
+}
+
+// stockWith is containerd's configuration with three handlers, of which "podfsm" is podfsm's.
+func stockWith(change ...func(*stockConfig)) *stockConfig {
+	stock := &stockConfig{}
+	stock.Containerd.DefaultRuntimeName = "runc"
+	stock.Containerd.Runtimes = map[string]handler{
+		"runc":   {Type: "io.containerd.runc.v2", Sandboxer: "podsandbox"},
+		"podfsm": {Type: "io.containerd.runc.v2", Sandboxer: Name},
+		"kata":   {Type: "io.containerd.kata.v2", Sandboxer: "shim"},
+	}
+	stock.CNI.ConfDir = "/etc/cni/net.d"
+	stock.image.Snapshotter = "overlayfs"
+	stock.image.PinnedImages = map[string]string{"sandbox": "registry.k8s.io/pause:3.10.1"}
+	for _, c := range change {
+		c(stock)
+	}
+	return stock
+}
+
+// book is a ledger that keeps nothing, and can be told to fail or to wait. As the real one, it takes no records of a sandbox that
+// was forgotten.
+type book struct {
+	mu        sync.Mutex
+	before    func(r *journal.Record) error
+	forgotten map[journal.Key]bool
+}
+
+func (b *book) Append(_ context.Context, r *journal.Record) error {
+	b.mu.Lock()
+	before, forgotten := b.before, b.forgotten[r.Key]
+	b.mu.Unlock()
+	if forgotten {
+		return fmt.Errorf("the sandbox was not begun or has been forgotten: %w", errdefs.ErrNotFound)
+	}
+	if before == nil {
+		return nil
+	}
+	return before(r)
+}
+
+func (b *book) Forget(_ context.Context, k journal.Key) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.forgotten[k] = true
+	return nil
+}
+
+// waitAt makes the ledger wait before it takes the next record of a kind: reached is closed then, until release is.
+func (b *book) waitAt(kind journal.Kind) (reached, release chan struct{}) {
+	reached, release = make(chan struct{}), make(chan struct{})
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.before = func(r *journal.Record) error {
+		if r.Kind == kind {
+			close(reached)
+			<-release
+		}
+		return nil
+	}
+	return reached, release
+}
+
+// host is the world that the steps of a test act on: what exists on it, by sandbox and step.
+type host struct {
+	mu     sync.Mutex
+	exists map[string][]states.Event
+	do     map[states.Event]func(ctx context.Context, id string) error
+	undo   map[states.Event]func(id string) error
+}
+
+func (h *host) left(id string) []states.Event {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.exists[id])
+}
+
+// fail makes the undo of a step fail until the test heals it.
+func (h *host) fail(step states.Event, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.undo[step] = func(string) error { return err }
+}
+
+func (h *host) heal(step states.Event) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.undo, step)
+}
+
+// fakeStep makes nothing but an entry in its host, and the result that the real step would have.
+type fakeStep struct {
+	host  *host
+	facts lifecycle.Facts
+}
+
+func (s *fakeStep) Facts() lifecycle.Facts { return s.facts }
+
+func (s *fakeStep) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+
+func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
+	s.host.mu.Lock()
+	s.host.exists[r.Key.ID] = append(s.host.exists[r.Key.ID], s.facts.Name)
+	hook := s.host.do[s.facts.Name]
+	s.host.mu.Unlock()
+	if hook != nil {
+		if err := hook(ctx, r.Key.ID); err != nil {
+			return nil, err
+		}
+	}
+	switch s.facts.Name {
+	case states.AllocateIDs:
+		return &userns.Mappings{UIDs: userns.Mapping{HostID: 131072, Length: 65536}, GIDs: userns.Mapping{HostID: 131072, Length: 65536}}, nil
+	case states.RemapSnapshot:
+		return &Snapshot{Snapshotter: "overlayfs", Parent: "sha256:1", Strategy: "idmap"}, nil
+	case states.StartPause:
+		return &Pause{Pid: 42, CreatedAt: time.Unix(7, 0).UTC(), CgroupPath: "/pods/web", Labels: map[string]string{"oci_runtime_type": "io.containerd.runc.v2"}}, nil
+	case states.CaptureNetNS:
+		return &NetNS{Path: "/run/netns/podfsm-" + r.Key.ID, Inode: 4026532000}, nil
+	case states.AttachNetwork:
+		return &Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2"}, Result: &gocni.Result{}}, nil
+	default:
+		return &Ready{}, nil
+	}
+}
+
+func (s *fakeStep) Undo(_ context.Context, r *lifecycle.Run) error {
+	s.host.mu.Lock()
+	hook := s.host.undo[s.facts.Name]
+	s.host.mu.Unlock()
+	if hook != nil {
+		if err := hook(r.Key.ID); err != nil {
+			return err
+		}
+	}
+	s.host.mu.Lock()
+	defer s.host.mu.Unlock()
+	s.host.exists[r.Key.ID] = slices.DeleteFunc(s.host.exists[r.Key.ID], func(e states.Event) bool { return e == s.facts.Name })
+	return nil
+}
+
+func (s *fakeStep) Probe(context.Context, *lifecycle.Run) (bool, error) { return false, nil }
+
+// fakePause is the step whose process is the sandbox's life.
+type fakePause struct{ fakeStep }
+
+func (s *fakePause) Stop(context.Context, *lifecycle.Run) (lifecycle.Exit, error) {
+	return lifecycle.Exit{Code: 137, At: time.Unix(9, 0).UTC()}, nil
+}
+
+func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, error) { return nil, nil }
+
+func (s *fakePause) Reap(context.Context, *lifecycle.Run) error { return nil }
+
+// records are the container records that containerd has.
+type records struct {
+	containers.Store
+	mu  sync.Mutex
+	err error
+}
+
+func (s *records) Get(_ context.Context, id string) (containers.Container, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return containers.Container{}, s.err
+	}
+	spec, err := typeurl.MarshalAny(&specs.Spec{
+		Version: specs.Version,
+		Linux:   &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.NetworkNamespace}, {Type: specs.UserNamespace}}},
+	})
+	return containers.Container{ID: id, Image: "pause", Spec: spec}, err
+}
+
+// world is a controller on a host of a test.
+type world struct {
+	*Controller
+	host    *host
+	book    *book
+	records *records
+}
+
+func newWorld(t *testing.T) *world {
+	b := &book{forgotten: map[journal.Key]bool{}}
+	w := newWorldWith(t, b)
+	w.book = b
+	return w
+}
+
+// newWorldWith has a ledger of the test's.
+func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
+	w := &world{
+		host: &host{
+			exists: map[string][]states.Event{},
+			do:     map[states.Event]func(context.Context, string) error{},
+			undo:   map[states.Event]func(string) error{},
+		},
+		records: &records{},
+	}
+	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records)))
+	require.NoError(t, err)
+	stock := stockWith()
+	n := &node{stock: stock, containers: pause.NewContainers(client)}
+
+	var steps []lifecycle.Step
+	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
+		fake := fakeStep{w.host, step.Facts()}
+		if _, ok := step.(lifecycle.Ender); ok {
+			steps = append(steps, &fakePause{fake})
+		} else {
+			steps = append(steps, &fake)
+		}
+	}
+	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return time.Hour }) // tests try again themselves
+	require.NoError(t, err)
+	w.Controller = &Controller{stock: stock, node: n, engine: engine}
+	t.Cleanup(func() { require.NoError(t, w.Close()) })
+	return w
+}
+
+// inCRI is a context as containerd's CRI service has it.
+func inCRI(t *testing.T) context.Context {
+	return namespaces.WithNamespace(t.Context(), cri.Namespace)
+}
+
+// create accepts a sandbox as the sandbox API does.
+func (w *world) create(t *testing.T, id string, change ...func(*runtime.PodSandboxConfig)) error {
+	info := sandbox.Sandbox{ID: id, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}}
+	return w.Create(inCRI(t), info, sandbox.WithOptions(podConfig(change...)))
+}
+
+// run makes a ready sandbox.
+func (w *world) run(t *testing.T, id string, change ...func(*runtime.PodSandboxConfig)) {
+	require.NoError(t, w.create(t, id, change...))
+	_, err := w.Start(inCRI(t), id)
+	require.NoError(t, err)
+}
+
+func (w *world) view(t *testing.T, id string) lifecycle.View {
+	view, ok := w.engine.Find(journal.Key{Namespace: cri.Namespace, ID: id})
+	require.True(t, ok, "sandbox %q", id)
+	return view
+}
+
+// waitFor waits until the sandbox is in a state.
+func (w *world) waitFor(t *testing.T, id string, want states.State) {
+	require.Eventually(t, func() bool { return w.view(t, id).State == want }, 10*time.Second, time.Millisecond, "sandbox %q is %s, not %s", id, w.view(t, id).State, want)
+}
+
+var errNoLuck = fmt.Errorf("no luck: %w", errdefs.ErrUnavailable)

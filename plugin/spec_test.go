@@ -1,0 +1,235 @@
+package plugin
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/containerd/containerd/api/types"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/userns"
+)
+
+func mappings(change func(*runtime.UserNamespace)) func(*runtime.PodSandboxConfig) {
+	return func(config *runtime.PodSandboxConfig) { change(options(config).UsernsOptions) }
+}
+
+func modes(change func(*runtime.NamespaceOption)) func(*runtime.PodSandboxConfig) {
+	return func(config *runtime.PodSandboxConfig) { change(options(config)) }
+}
+
+func TestCheckRefuses(t *testing.T) {
+	const top = 1 << 32
+	for name, tc := range map[string]struct {
+		change func(*runtime.PodSandboxConfig)
+		want   []string
+	}{
+		"no metadata":          {func(c *runtime.PodSandboxConfig) { c.Metadata = nil }, []string{"metadata"}},
+		"no Linux section":     {func(c *runtime.PodSandboxConfig) { c.Linux = nil }, []string{`"default/web"`, "Linux section"}},
+		"network CONTAINER":    {modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_CONTAINER }), []string{"network", "CONTAINER"}},
+		"network TARGET":       {modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_TARGET }), []string{"network", "TARGET"}},
+		"network of no name":   {modes(func(o *runtime.NamespaceOption) { o.Network = 9 }), []string{"network", "9"}},
+		"ipc CONTAINER":        {modes(func(o *runtime.NamespaceOption) { o.Ipc = runtime.NamespaceMode_CONTAINER }), []string{"ipc", "CONTAINER"}},
+		"ipc TARGET":           {modes(func(o *runtime.NamespaceOption) { o.Ipc = runtime.NamespaceMode_TARGET }), []string{"ipc", "TARGET"}},
+		"pid TARGET":           {modes(func(o *runtime.NamespaceOption) { o.Pid = runtime.NamespaceMode_TARGET }), []string{"pid", "TARGET"}},
+		"userns CONTAINER":     {mappings(func(u *runtime.UserNamespace) { u.Mode = runtime.NamespaceMode_CONTAINER }), []string{"CONTAINER"}},
+		"userns TARGET":        {mappings(func(u *runtime.UserNamespace) { u.Mode = runtime.NamespaceMode_TARGET }), []string{"TARGET"}},
+		"userns NODE, mapped":  {mappings(func(u *runtime.UserNamespace) { u.Mode = runtime.NamespaceMode_NODE }), []string{"NODE"}},
+		"no uid mapping":       {mappings(func(u *runtime.UserNamespace) { u.Uids = nil }), []string{"0 uid mappings"}},
+		"two uid mappings":     {mappings(func(u *runtime.UserNamespace) { u.Uids = append(u.Uids, u.Uids[0]) }), []string{"2 uid mappings"}},
+		"two gid mappings":     {mappings(func(u *runtime.UserNamespace) { u.Gids = append(u.Gids, u.Gids[0]) }), []string{"2 gid mappings"}},
+		"a nil mapping":        {mappings(func(u *runtime.UserNamespace) { u.Uids[0] = nil }), []string{"length 0"}},
+		"length 0":             {mappings(func(u *runtime.UserNamespace) { u.Uids[0].Length, u.Gids[0].Length = 0, 0 }), []string{"length 0"}},
+		"lengths that differ":  {mappings(func(u *runtime.UserNamespace) { u.Gids[0].Length = 1000 }), []string{"65536", "1000"}},
+		"not from 0":           {mappings(func(u *runtime.UserNamespace) { u.Gids[0].ContainerId = 1 }), []string{"gid", "container id 1"}},
+		"the node's own users": {mappings(func(u *runtime.UserNamespace) { u.Uids[0].HostId = 65535 }), []string{"65535"}},
+		"to 2^32-1":            {mappings(func(u *runtime.UserNamespace) { u.Uids[0].HostId = top - 65536 }), []string{fmt.Sprint(uint64(top - 1))}},
+		"past 2^32":            {mappings(func(u *runtime.UserNamespace) { u.Uids[0].HostId = top - 2 }), []string{"host ids"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := podConfig(tc.change)
+			before := proto.CloneOf(config)
+			mapping, err := check(config)
+			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+			require.Nil(t, mapping)
+			for _, want := range tc.want {
+				require.ErrorContains(t, err, want)
+			}
+			require.True(t, proto.Equal(before, config))
+		})
+	}
+	t.Run("nothing", func(t *testing.T) {
+		_, err := check(nil)
+		require.True(t, errdefs.IsInvalidArgument(err))
+	})
+}
+
+// The kubelet aggregates events by their text.
+func TestCheckAlwaysSaysTheSame(t *testing.T) {
+	config := podConfig(modes(func(o *runtime.NamespaceOption) {
+		o.Network, o.Ipc = runtime.NamespaceMode_TARGET, runtime.NamespaceMode_TARGET
+	}))
+	_, first := check(config)
+	for range 100 {
+		_, err := check(config)
+		require.EqualError(t, err, first.Error())
+	}
+}
+
+func TestCheckAccepts(t *testing.T) {
+	whole := &userns.Mappings{UIDs: userns.Mapping{HostID: 131072, Length: 65536}, GIDs: userns.Mapping{HostID: 131072, Length: 65536}}
+	for name, tc := range map[string]struct {
+		change func(*runtime.PodSandboxConfig)
+		want   *userns.Mappings
+	}{
+		"a user namespace": {func(*runtime.PodSandboxConfig) {}, whole},
+		"the host's":       {modes(func(o *runtime.NamespaceOption) { o.UsernsOptions = nil }), nil},
+		"the host's, said so": {modes(func(o *runtime.NamespaceOption) {
+			o.UsernsOptions = &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}
+		}), nil},
+		"all modes POD":          {modes(func(o *runtime.NamespaceOption) { o.Pid = runtime.NamespaceMode_POD }), whole},
+		"all modes NODE":         {modes(func(o *runtime.NamespaceOption) { o.Pid, o.Ipc, o.Network = 2, 2, 2 }), whole},
+		"no security context":    {func(c *runtime.PodSandboxConfig) { c.Linux.SecurityContext = nil }, nil},
+		"no namespace options":   {func(c *runtime.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions = nil }, nil},
+		"metadata without names": {func(c *runtime.PodSandboxConfig) { c.Metadata = &runtime.PodSandboxMetadata{} }, whole},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mapping, err := check(podConfig(tc.change))
+			require.NoError(t, err)
+			require.Equal(t, tc.want, mapping)
+		})
+	}
+}
+
+func TestNewSpec(t *testing.T) {
+	packed, err := typeurl.MarshalAny(&runcoptions.Options{BinaryName: "/usr/bin/crun"})
+	require.NoError(t, err)
+	info := sandbox.Sandbox{ID: "s1", Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2", Options: packed}}
+	stock := stockWith(func(s *stockConfig) {
+		s.Containerd.Runtimes["podfsm"] = handler{
+			Sandboxer: Name, Path: "/usr/bin/shim", PodAnnotations: []string{"a.*"}, Snapshotter: "stargz",
+		}
+		s.Containerd.Runtimes["runc"] = handler{Path: "/not/this", PodAnnotations: []string{"not.*"}, Snapshotter: "not-this"}
+	})
+
+	config := podConfig()
+	got, err := newSpec(stock, "podfsm", config, info, "/run/netns/own")
+	require.NoError(t, err)
+	require.Equal(t, &Spec{
+		Config:         config,
+		Handler:        "podfsm",
+		Mapping:        &userns.Mappings{UIDs: userns.Mapping{HostID: 131072, Length: 65536}, GIDs: userns.Mapping{HostID: 131072, Length: 65536}},
+		NetNSPath:      "/run/netns/own",
+		RuntimeType:    "io.containerd.runc.v2",
+		RuntimePath:    "/usr/bin/shim",
+		RuntimeOptions: &journal.Data{TypeURL: packed.GetTypeUrl(), Value: packed.GetValue()},
+		PodAnnotations: []string{"a.*"},
+		Snapshotter:    "stargz",
+		Image:          "registry.k8s.io/pause:3.10.1",
+	}, got)
+
+	t.Run("a caller that names no handler", func(t *testing.T) {
+		got, err := newSpec(stock, "", config, info, "")
+		require.NoError(t, err)
+		require.Equal(t, "overlayfs", got.Snapshotter, "the default handler isn't podfsm's: nothing is taken from it")
+		require.Empty(t, got.RuntimePath)
+		require.Empty(t, got.PodAnnotations)
+
+		stock := stockWith(func(s *stockConfig) { s.Containerd.DefaultRuntimeName = "podfsm" })
+		stock.Containerd.Runtimes["podfsm"] = handler{Sandboxer: Name, Snapshotter: "stargz"}
+		got, err = newSpec(stock, "", config, info, "")
+		require.NoError(t, err)
+		require.Equal(t, "stargz", got.Snapshotter)
+	})
+	t.Run("no runtime options", func(t *testing.T) {
+		got, err := newSpec(stock, "podfsm", config, sandbox.Sandbox{}, "")
+		require.NoError(t, err)
+		require.Nil(t, got.RuntimeOptions)
+		require.True(t, got.options() == nil, "a typed nil would be marshalled")
+
+		// What comes from containerd's store or over gRPC is such a typed nil.
+		info := sandbox.FromProto(&types.Sandbox{Runtime: &types.Sandbox_Runtime{Name: "io.containerd.runc.v2"}})
+		got, err = newSpec(stock, "podfsm", config, info, "")
+		require.NoError(t, err)
+		require.Nil(t, got.RuntimeOptions)
+	})
+	t.Run("no pause image", func(t *testing.T) {
+		stock := stockWith(func(s *stockConfig) { s.image.PinnedImages = nil })
+		_, err := newSpec(stock, "podfsm", config, info, "")
+		require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+		require.ErrorContains(t, err, "pinned_images")
+	})
+	t.Run("bad input", func(t *testing.T) {
+		_, err := newSpec(stock, "podfsm", nil, info, "")
+		require.True(t, errdefs.IsInvalidArgument(err))
+	})
+	t.Run("where the pod's network comes from", func(t *testing.T) {
+		onNode := podConfig(modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_NODE }))
+		for _, tc := range []struct {
+			config       *runtime.PodSandboxConfig
+			path         string
+			onNode, ours bool
+		}{
+			{config, "", false, true},
+			{config, "/run/netns/own", false, false},
+			{onNode, "", true, false},
+			{onNode, "/run/netns/own", false, false},
+		} {
+			got, err := newSpec(stock, "podfsm", tc.config, info, tc.path)
+			require.NoError(t, err)
+			require.Equal(t, tc.onNode, got.onNodeNetwork())
+			require.Equal(t, tc.ours, got.networkIsOurs())
+		}
+	})
+}
+
+// containerd's service keeps images under their full names, and its own controller looks for the pause image there: "pause" or
+// "rancher/mirrored-pause:3.6" (k3s) are fine references in its configuration.
+func TestPauseImageIsLookedForByItsFullName(t *testing.T) {
+	const digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	for reference, want := range map[string]string{
+		"registry.k8s.io/pause:3.10.1":                    "registry.k8s.io/pause:3.10.1",
+		"registry.k8s.io/pause:3.10.1@" + digest:          "registry.k8s.io/pause@" + digest,
+		"rancher/mirrored-pause:3.6":                      "docker.io/rancher/mirrored-pause:3.6",
+		"pause":                                           "docker.io/library/pause:latest",
+		"registry.example:5000/google_containers/pause":   "registry.example:5000/google_containers/pause:latest",
+		"localhost/pause:test":                            "localhost/pause:test",
+		"registry.example/pause@" + digest:                "registry.example/pause@" + digest,
+		"registry.k8s.io/google_containers/pause-amd64:1": "registry.k8s.io/google_containers/pause-amd64:1",
+	} {
+		t.Run(reference, func(t *testing.T) {
+			stock := stockWith(func(s *stockConfig) { s.image.PinnedImages["sandbox"] = reference })
+			got, err := newSpec(stock, "podfsm", podConfig(), sandbox.Sandbox{}, "")
+			require.NoError(t, err)
+			require.Equal(t, want, got.Image)
+		})
+	}
+}
+
+// What a restart reads back is what was recorded.
+func TestSpecInTheLedger(t *testing.T) {
+	packed, err := typeurl.MarshalAny(&runcoptions.Options{BinaryName: "/usr/bin/crun"})
+	require.NoError(t, err)
+	info := sandbox.Sandbox{Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2", Options: packed}}
+	spec, err := newSpec(stockWith(), "podfsm", podConfig(func(c *runtime.PodSandboxConfig) {
+		c.Annotations = map[string]string{"odd": "\"\u2028\x00</script>"}
+		c.PortMappings = []*runtime.PortMapping{{Protocol: runtime.Protocol_SCTP, ContainerPort: 80, HostPort: 8080}}
+		c.Linux.Resources = &runtime.LinuxContainerResources{CpuPeriod: 1 << 40, Unified: map[string]string{"memory.high": "1"}}
+	}), info, "/run/netns/own")
+	require.NoError(t, err)
+
+	data, err := journal.Marshal(spec)
+	require.NoError(t, err)
+	back := &Spec{}
+	require.NoError(t, (&journal.Record{Data: data}).Unmarshal(back))
+	require.True(t, proto.Equal(spec.Config, back.Config))
+	spec.Config, back.Config = nil, nil
+	require.Equal(t, spec, back)
+}
