@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -254,6 +255,35 @@ func TestTokensInURLsStayInside(t *testing.T) {
 		})
 	}
 }
+
+// The rest of the message stays readable, whatever stands in the query.
+func TestOnlyTheQueryIsTakenOut(t *testing.T) {
+	for query, want := range map[string]string{
+		"":   `failed to pull "a": Get "https://blobs.example/layer": a reset`,
+		"?":  `failed to pull "a": Get "https://blobs.example/layer": a reset`,
+		"?a": `failed to pull "a": Get "https://blobs.example/layer": a reset`,
+		"?e": `failed to pull "a": Get "https://blobs.example/layer": a reset`,
+	} {
+		failed := fmt.Errorf("failed to pull %q: %w", "a", &url.Error{
+			Op: "Get", URL: "https://blobs.example/layer" + query, Err: fmt.Errorf("a reset%w", errQuiet),
+		})
+		_, err := answer(t.Context(), "PullImage", nil, func(context.Context, any) (any, error) { return nil, failed })
+		require.Equal(t, codes.Unavailable, status.Code(err), "the class of the error stays")
+		message := status.Convert(err).Message()
+		if query != "" {
+			message = strings.ReplaceAll(message, `?"`, `"`) // what is left of the query is no matter
+		}
+		require.Equal(t, want, message, "%q", query)
+	}
+}
+
+// errQuiet has a class and no text.
+var errQuiet = quiet{}
+
+type quiet struct{}
+
+func (quiet) Error() string { return "" }
+func (quiet) Unavailable()  {}
 
 // containerd records the error of a CRI call on the span of its server, also for pods that aren't podfsm's.
 func TestErrorsAreOnTheServersSpan(t *testing.T) {

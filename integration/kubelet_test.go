@@ -23,7 +23,7 @@ const (
 	// kubeletWait is how long the kubelet may take for anything but its rare rounds.
 	kubeletWait = 60 * time.Second
 	// roundsWait is how long it may take until all of a pod is gone: it removes sandboxes once a minute.
-	roundsWait  = 90 * time.Second
+	roundsWait  = 2 * time.Minute
 	kubeletTick = 200 * time.Millisecond
 )
 

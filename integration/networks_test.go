@@ -121,14 +121,16 @@ const twoHandler = "podfsm-two"
 
 func TestNetworks(t *testing.T) {
 	confDir := t.TempDir()
-	n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
+	startNode := func() *harness.Node {
+		return harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]
   runtime_type = "io.containerd.runc.v2"
   sandboxer = "podfsm"
   cni_conf_dir = %q
   cni_max_conf_num = 2
 `, twoHandler, confDir)})
-
+	}
+	n := startNode()
 	for name, test := range map[string]func(*testing.T, *harness.Node){
 		"port mappings":                testPortMappings,
 		"bandwidth":                    testBandwidth,
@@ -139,7 +141,9 @@ func TestNetworks(t *testing.T) {
 		"ADD and DEL fail":             testAddAndDelFail,
 		"DEL doesn't find":             testDelNotFound,
 	} {
-		t.Run(name, func(t *testing.T) { test(t, n) })
+		if !t.Run(name, func(t *testing.T) { test(t, n) }) {
+			n = startNode() // a clean one for the others
+		}
 		require.NoError(t, n.Heal())
 		require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	}
@@ -316,7 +320,9 @@ func testTwoNetworks(t *testing.T, n *harness.Node, confDir string) {
 			}
 			done <- err
 		}()
-		require.NoError(t, n.Faults.WaitReached(t.Context(), "bridge.ADD", 2))
+		soon, cancel := context.WithTimeout(t.Context(), waitFor)
+		defer cancel()
+		require.NoError(t, n.Faults.WaitReached(soon, "bridge.ADD", 2))
 		require.NoError(t, n.Heal())
 		require.NoError(t, <-done)
 	})
@@ -487,12 +493,10 @@ func TestNetworkSettings(t *testing.T) {
 			before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 			require.NoError(t, err)
 			for _, handler := range []string{harness.StockHandler, harness.PodfsmHandler} {
-				t.Run(handler, func(t *testing.T) {
-					require.NoError(t, n.SetChain(t.Context(), bridge(n, "dual", v4, v6)))
-					requireDualStack(t, n, handler, tc.v4First)
-					require.NoError(t, n.SetChain(t.Context(), bridge(n, "dual", v6, v4)))
-					requireDualStack(t, n, handler, tc.v6First)
-				})
+				require.NoError(t, n.SetChain(t.Context(), bridge(n, "dual", v4, v6)))
+				t.Run(handler+" IPv4 first", func(t *testing.T) { requireDualStack(t, n, handler, tc.v4First) })
+				require.NoError(t, n.SetChain(t.Context(), bridge(n, "dual", v6, v4)))
+				t.Run(handler+" IPv6 first", func(t *testing.T) { requireDualStack(t, n, handler, tc.v6First) })
 				n.RequireClean(t, before)
 			}
 			require.NoError(t, n.SetChain(t.Context()))
@@ -505,8 +509,7 @@ func TestNetworkSettings(t *testing.T) {
 // requireDualStack runs a server in a pod and reaches it by both addresses, the main one of the wanted family.
 func requireDualStack(t *testing.T, n *harness.Node, handler, first string) {
 	t.Helper()
-	pod, err := n.RunPod(t.Context(), handler, n.PodConfig("pod"))
-	require.NoError(t, err)
+	pod := startPod(t, n, handler, n.PodConfig("pod"))
 	startContainer(t, pod, "server", harness.Run("httpd", "-f", "-p", "[::]:80", "-h", "/www"))
 	ips := podIPs(t, pod)
 	require.Len(t, ips, 2)
@@ -518,5 +521,4 @@ func requireDualStack(t *testing.T, n *harness.Node, handler, first string) {
 	for _, ip := range ips {
 		requirePage(t, n, net.JoinHostPort(ip, "80"))
 	}
-	require.NoError(t, pod.StopAndRemove(t.Context()))
 }

@@ -28,7 +28,10 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m, goleak.IgnoreCurrent()) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreCurrent(),
+		goleak.IgnoreTopFunction("github.com/docker/go-events.(*Broadcaster).run")) // containerd's event exchange has no end
+}
 
 // podConfig is a pod with its own user namespace, changed as a test likes.
 func podConfig(change ...func(*runtime.PodSandboxConfig)) *runtime.PodSandboxConfig {
@@ -77,25 +80,31 @@ func stockWith(change ...func(*stockConfig)) *stockConfig {
 	return stock
 }
 
-// book is a ledger that keeps nothing, and can be told to fail or to wait. As the real one, it takes no records of a sandbox that
+// book is a ledger that keeps nothing itself, and can be told to fail or to wait. As the real one, it takes no records of a sandbox that
 // was forgotten.
 type book struct {
 	mu        sync.Mutex
 	before    func(r *journal.Record) error
 	forgotten map[journal.Key]bool
+	into      *journal.Ledger // keeps the records all the same; nil for none
 }
 
-func (b *book) Append(_ context.Context, r *journal.Record) error {
+func (b *book) Append(ctx context.Context, r *journal.Record) error {
 	b.mu.Lock()
 	before, forgotten := b.before, b.forgotten[r.Key]
 	b.mu.Unlock()
 	if forgotten {
 		return fmt.Errorf("the sandbox was not begun or has been forgotten: %w", errdefs.ErrNotFound)
 	}
-	if before == nil {
-		return nil
+	if before != nil {
+		if err := before(r); err != nil {
+			return err
+		}
 	}
-	return before(r)
+	if b.into != nil {
+		return b.into.Append(ctx, r)
+	}
+	return nil
 }
 
 func (b *book) Forget(_ context.Context, k journal.Key) error {
@@ -123,6 +132,7 @@ func (b *book) waitAt(kind journal.Kind) (reached, release chan struct{}) {
 // host is the world that the steps of a test act on: what exists on it, by sandbox and step.
 type host struct {
 	mu     sync.Mutex
+	exited *lifecycle.Exit // how pause has ended, for a controller that starts
 	exists map[string][]states.Event
 	do     map[states.Event]func(ctx context.Context, id string) error
 	undo   map[states.Event]func(id string) error
@@ -207,7 +217,9 @@ func (s *fakePause) Stop(context.Context, *lifecycle.Run) (lifecycle.Exit, error
 	return lifecycle.Exit{Code: 137, At: time.Unix(9, 0).UTC()}, nil
 }
 
-func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, error) { return nil, nil }
+func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, error) {
+	return s.host.exited, nil
+}
 
 func (s *fakePause) Reap(context.Context, *lifecycle.Run) error { return nil }
 

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -19,6 +20,8 @@ import (
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
 )
 
 // cris are the containerd namespaces that there are: the CRI's.
@@ -80,8 +83,9 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 	}
 }
 
-// A log that is missing on a node that hasn't rebooted leaves a ledger that knows of the sandbox, but not what was made for it.
-func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
+// restart runs a sandbox, does something to the ledger's log when the controller has closed, and returns the controller that
+// finds it so.
+func restart(t *testing.T, spoil func(t *testing.T, stateDir string), change ...func(before *world)) *world {
 	rootDir, stateDir := t.TempDir(), t.TempDir()
 	client := newStores(t)
 	spec, err := typeurl.MarshalAny(&specs.Spec{})
@@ -93,23 +97,100 @@ func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
 
 	ledger, err := journal.Open(rootDir, stateDir)
 	require.NoError(t, err)
-	before := newWorldWith(t, ledger)
+	b := &book{forgotten: map[journal.Key]bool{}, into: ledger}
+	before := newWorldWith(t, b)
+	before.book = b
 	before.run(t, "s1")
+	for _, c := range change {
+		c(before)
+	}
 	require.NoError(t, before.Close())
 	require.NoError(t, ledger.Close())
-	require.NoError(t, os.RemoveAll(stateDir))
+	spoil(t, stateDir)
 
 	ledger, err = journal.Open(rootDir, stateDir)
 	require.NoError(t, err)
-	require.NotEmpty(t, ledger.Damage())
 	w := newWorldWith(t, ledger)
 	w.ledger = ledger
-	w.host.exists["s1"] = before.host.left("s1")
+	w.host.exists["s1"], w.host.exited = before.host.left("s1"), before.host.exited
 	require.NoError(t, w.recover(t.Context(), client))
+	return w
+}
 
+// A log that is damaged, on a node that hasn't rebooted, leaves a ledger that knows of the sandbox, but not of all that was made
+// for it.
+func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
 	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
-	require.NoError(t, w.Close()) // waits for what recovery has left to the background
-	if _, err := w.engine.Get(key); errdefs.IsNotFound(err) {
-		require.Empty(t, w.host.left("s1"), "nobody knows of it any more")
+	for name, spoil := range map[string]func(t *testing.T, stateDir string){
+		"missing": func(t *testing.T, stateDir string) { require.NoError(t, os.RemoveAll(stateDir)) },
+		"damaged in the middle": func(t *testing.T, stateDir string) {
+			files, err := filepath.Glob(filepath.Join(stateDir, "*"))
+			require.NoError(t, err)
+			require.Len(t, files, 1)
+			content, err := os.ReadFile(files[0])
+			require.NoError(t, err)
+			for i := len(content) / 3; i < len(content); i++ {
+				content[i] ^= 0xff
+			}
+			require.NoError(t, os.WriteFile(files[0], content, 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := restart(t, spoil)
+			require.NotEmpty(t, w.ledger.Damage())
+			require.NoError(t, w.Close()) // waits for what recovery has left to the background
+			view, err := w.engine.Get(key)
+			if errdefs.IsNotFound(err) {
+				require.Empty(t, w.host.left("s1"), "nobody knows of it any more")
+				return
+			}
+			require.NoError(t, err)
+			require.NotEqual(t, states.RolledBack, view.Goal, "it was ready: containerd lists it until the kubelet removes it")
+		})
 	}
+}
+
+// The daemon was killed when it had recorded that pause is gone, and not yet that the sandbox isn't ready any more.
+func TestRecoverAfterAnExitThatIsHalfOnRecord(t *testing.T) {
+	w := restart(t, func(*testing.T, string) {}, func(before *world) {
+		before.book.mu.Lock()
+		before.book.before = func(r *journal.Record) error {
+			if r.Kind == journal.Moved {
+				return errNoLuck
+			}
+			return nil
+		}
+		before.book.mu.Unlock()
+		before.host.exited = &lifecycle.Exit{Code: 9, At: time.Unix(8, 0).UTC()}
+		before.engine.PauseExited(journal.Key{Namespace: cri.Namespace, ID: "s1"}, *before.host.exited)
+		before.waitFor(t, "s1", states.NotReady)
+	})
+	got, err := w.Status(inCRI(t), "s1", false)
+	require.NoError(t, err)
+	require.Equal(t, "SANDBOX_NOTREADY", got.State)
+	ctx, cancel := context.WithTimeout(inCRI(t), 5*time.Second)
+	defer cancel()
+	exit, err := w.Wait(ctx, "s1")
+	require.NoError(t, err)
+	require.EqualValues(t, 9, exit.ExitStatus)
+}
+
+// What can't be read is quarantined, all of it, for an operator to see and remove.
+func TestRecoverKeepsAllThatItCantRead(t *testing.T) {
+	ledger, err := journal.Open(t.TempDir(), t.TempDir())
+	require.NoError(t, err)
+	ids := []string{"s1", "s2"}
+	for _, id := range ids {
+		require.NoError(t, ledger.Append(t.Context(), &journal.Record{
+			Key: journal.Key{Namespace: cri.Namespace, ID: id}, Kind: journal.Begun, Data: &journal.Data{TypeURL: "of a later version"},
+		}))
+	}
+	w := newWorldWith(t, ledger)
+	w.ledger = ledger
+	require.NoError(t, w.recover(t.Context(), newStores(t)))
+	for _, id := range ids {
+		require.Equal(t, states.Quarantined, w.view(t, id).State)
+		require.NoError(t, w.RemovePod(t.Context(), id))
+	}
+	require.Empty(t, ledger.Sandboxes())
 }

@@ -10,9 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Leftovers returns what the kubelet still has of pods that it no longer runs,
-// or that it is to run: their cgroups and directories. It removes them a little
-// after a pod's end.
+// Leftovers returns the directories and cgroups of pods. The kubelet removes a
+// pod's a little after its end.
 func (k *Kubelet) Leftovers() ([]string, error) {
 	left, err := filepath.Glob(k.path("root/pods/*"))
 	if err != nil {
