@@ -42,10 +42,13 @@ type Options struct {
 // An error before ADD keeps the plugin from being run, and any error fails the command.
 type Record func(context.Context, Progress) error
 
-// Driver runs CNI plugins. It has no state but its options, and is safe for concurrent use on different attachments.
+// Driver runs CNI plugins. It is safe for concurrent use on different attachments.
 type Driver struct {
 	addTimeout, delTimeout time.Duration
 	exec                   *executor
+
+	// run are the ids of sandboxes whose plugins this process has run, and waited for: none of an earlier process can be left.
+	run sync.Map
 }
 
 // NewDriver returns a driver.
@@ -69,6 +72,7 @@ func (d *Driver) Add(ctx context.Context, a *Attachment, record Record) error {
 	if err := BringUpLoopback(a.NetNSPath); err != nil {
 		return err
 	}
+	d.run.Store(a.ContainerID, nil)
 	if err := d.addNetworks(ctx, a, record); err != nil {
 		return err
 	}
@@ -118,6 +122,9 @@ func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
 	if a.Settled() {
 		return nil
 	}
+	if err := d.endSurvivors(ctx, a.ContainerID); err != nil {
+		return err
+	}
 	netns, err := a.livingNetNS()
 	if err != nil {
 		return err
@@ -126,7 +133,22 @@ func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
 	for n := len(a.Networks) - 1; n >= 0; n-- {
 		errs = append(errs, d.delNetwork(ctx, a, n, netns, record))
 	}
+	if a.Settled() {
+		d.run.Delete(a.ContainerID)
+	}
 	return errors.Join(errs...)
+}
+
+// endSurvivors ends what an earlier process has left running of a sandbox's plugins, once in the life of this one.
+func (d *Driver) endSurvivors(ctx context.Context, id string) error {
+	if _, ours := d.run.Load(id); ours {
+		return nil
+	}
+	if err := endSurvivors(ctx, id, d.delTimeout); err != nil {
+		return err
+	}
+	d.run.Store(id, nil)
+	return nil
 }
 
 func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, netns string, record Record) error {

@@ -93,11 +93,11 @@ func withoutQueries(err error) error {
 	if !errors.As(err, &failed) {
 		return err
 	}
-	address, query, found := strings.Cut(failed.URL, "?")
-	if !found {
+	_, query, _ := strings.Cut(failed.URL, "?")
+	if query == "" {
 		return err
 	}
-	return &redacted{err, strings.NewReplacer(failed.URL, address, query, "").Replace(err.Error())}
+	return &redacted{err, strings.ReplaceAll(err.Error(), "?"+query, "")}
 }
 
 // redacted is an error with another text.

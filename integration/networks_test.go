@@ -98,7 +98,7 @@ func requirePage(t *testing.T, n *harness.Node, address string) {
 
 // fetch tries for a moment only: a lost packet is sent again after a second or more.
 func fetch(ctx context.Context, n *harness.Node, address string) error {
-	ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/", nil)
 	if err != nil {
@@ -322,9 +322,10 @@ func testTwoNetworks(t *testing.T, n *harness.Node, confDir string) {
 		}()
 		soon, cancel := context.WithTimeout(t.Context(), waitFor)
 		defer cancel()
-		require.NoError(t, n.Faults.WaitReached(soon, "bridge.ADD", 2))
+		both := n.Faults.WaitReached(soon, "bridge.ADD", 2)
 		require.NoError(t, n.Heal())
 		require.NoError(t, <-done)
+		require.NoError(t, both)
 	})
 	n.RequireClean(t, before)
 

@@ -49,13 +49,10 @@ func nsOptions(c *runtime.PodSandboxConfig) *runtime.NamespaceOption {
 func shapes(seccompFile string) map[string]harness.PodOption {
 	int64Value := func(v int64) *runtime.Int64Value { return &runtime.Int64Value{Value: v} }
 	return map[string]harness.PodOption{
-		"plain":        func(*runtime.PodSandboxConfig) {},
-		"host users":   harness.HostUsers(),
-		"host network": harness.HostNetwork(),
-		"host network in a user namespace": func(c *runtime.PodSandboxConfig) {
-			nsOptions(c).Network = runtime.NamespaceMode_NODE
-			c.Hostname = ""
-		},
+		"plain":                            func(*runtime.PodSandboxConfig) {},
+		"host users":                       harness.HostUsers(),
+		"host network":                     harness.HostNetwork(),
+		"host network in a user namespace": hostNetworkUserNS,
 		"no user namespace, seccomp profile, hostname and DNS named": func(c *runtime.PodSandboxConfig) {
 			nsOptions(c).UsernsOptions, security(c).Seccomp, c.Hostname, c.DnsConfig = nil, nil, "", nil
 		},
@@ -184,13 +181,11 @@ func onNodeNetwork(c *runtime.PodSandboxConfig) bool {
 	return c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork() == runtime.NamespaceMode_NODE
 }
 
-func inUserNS(c *runtime.PodSandboxConfig) bool {
-	return c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions().GetMode() == runtime.NamespaceMode_POD &&
-		c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions() != nil
-}
-
 // pinsUserNS says whether stock makes the pod's user namespace ahead of its pause.
-func pinsUserNS(c *runtime.PodSandboxConfig) bool { return inUserNS(c) && !onNodeNetwork(c) }
+func pinsUserNS(c *runtime.PodSandboxConfig) bool {
+	users := c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
+	return users != nil && users.GetMode() == runtime.NamespaceMode_POD && !onNodeNetwork(c)
+}
 
 // facts are the fields of what a pod is made of, by path.
 type facts map[string]string
@@ -218,9 +213,7 @@ func TestPauseSpecLikeStock(t *testing.T) {
 // comparePods runs each pod by the stock handler and then by podfsm's.
 func comparePods(t *testing.T, n *harness.Node, shapes map[string]harness.PodOption) {
 	// Any network will do, and this one is fast.
-	bridge := n.DefaultChain()[0]
-	bridge["ipMasq"] = false
-	require.NoError(t, n.SetChain(t.Context(), bridge))
+	require.NoError(t, n.SetChain(t.Context(), bridge(n, "cni0", harness.Subnet)))
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	for name, shape := range shapes {
@@ -237,6 +230,19 @@ func comparePods(t *testing.T, n *harness.Node, shapes map[string]harness.PodOpt
 		})
 	}
 	n.RequireClean(t, before)
+	removeDefaultCgroups(t)
+}
+
+// removeDefaultCgroups removes where containerd has put the pods that name no cgroup, if it is empty.
+func removeDefaultCgroups(t *testing.T) {
+	t.Helper()
+	for _, pattern := range []string{"/sys/fs/cgroup/*/k8s.io", "/sys/fs/cgroup/k8s.io"} {
+		dirs, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		for _, dir := range dirs {
+			_ = os.Remove(dir) // fails for the one of a containerd that is in use
+		}
+	}
 }
 
 // diff are the fields that differ. One that isn't there is "".
@@ -363,6 +369,6 @@ func (f facts) addMount(t *testing.T, name, path string) {
 	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
 	require.NoError(t, err)
 	for _, m := range mounts {
-		f[name+" mount"] = strings.Join([]string{m.Source, m.FSType, m.Options, m.VFSOptions, m.Optional}, " ")
+		f[name+" mount"] = strings.Join([]string{m.Source, m.FSType, m.Options, m.VFSOptions}, " ")
 	}
 }

@@ -30,7 +30,7 @@
 //
 // # Damage
 //
-// bbolt panics, loops or faults on a file that was cut or altered. It is therefore never given one: ledger.db is first read
+// bbolt panics, loops or faults on a file that was cut or altered. So it never gets one: ledger.db is first read
 // page by page with bounds checks (see boltWalk). Whatever cannot be read is reported by Damage, a copy of the damaged file
 // is kept beside it as *.damaged-N, and a new file is written from what could be read. Damage is never an error of Open.
 package journal

@@ -77,14 +77,19 @@ func tryLocked(path string, flag, lock int) (_ *os.File, retErr error) {
 	if err := unix.Flock(int(f.Fd()), lock|unix.LOCK_NB); err != nil {
 		return nil, err
 	}
-	ours, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if current, err := os.Stat(path); err != nil || !os.SameFile(ours, current) {
-		return nil, unix.EWOULDBLOCK // replaced while we were about to lock it
+	if !isAt(f, path) {
+		return nil, unix.EWOULDBLOCK // replaced between open and lock: the lock that counts is another
 	}
 	return f, nil
+}
+
+func isAt(f *os.File, path string) bool {
+	ours, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	current, err := os.Stat(path)
+	return err == nil && os.SameFile(ours, current)
 }
 
 // findDurable locks and reads ledger.db. All that can be wrong with its content becomes damage. The file is nil when there is none.

@@ -125,14 +125,18 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
 	defer func() { tracing.End(span, out.err) }()
 	out.started = time.Now().UTC()
+	r := s.run(step)
 	defer func() {
+		if p := recover(); p != nil {
+			out.err = panicked(p)
+		}
+		out.notes = r.Notes()
 		if out.err != nil {
 			out.ended = time.Now().UTC()
 		}
 	}()
 
-	r := s.run(step)
-	if out.plan, out.err = protect(func() (any, error) { return step.Plan(ctx, r) }); out.err != nil {
+	if out.plan, out.err = step.Plan(ctx, r); out.err != nil {
 		return out
 	}
 	r.facts[f.Name] = out.recorded
@@ -142,8 +146,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	}
 	out.touched, out.started = true, intent.At
 
-	out.result, out.err = protect(func() (any, error) { return step.Do(ctx, r) })
-	out.notes = r.Notes()
+	out.result, out.err = step.Do(ctx, r)
 	if out.err != nil {
 		return out
 	}
@@ -161,11 +164,13 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 func protect(f func() (any, error)) (result any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+			err = panicked(p)
 		}
 	}()
 	return f()
 }
+
+func panicked(p any) error { return fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal) }
 
 // stepEnded handles the outcome of a step.
 func (s *sandbox) stepEnded(step Step, out outcome) {

@@ -178,9 +178,11 @@ func (e *Engine) Find(key journal.Key) (View, bool) {
 	if s, err := e.lookup(key); err == nil {
 		return s.view(), true
 	}
-	for _, view := range slices.Backward(e.Finished()) {
-		if view.Key == key {
-			return view, true
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i := len(e.finished) - 1; i >= 0; i-- {
+		if e.finished[i].Key == key {
+			return e.finished[i], true
 		}
 	}
 	return View{}, false

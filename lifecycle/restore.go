@@ -67,6 +67,12 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	if past != Recorded {
 		history.lose(past)
 	}
+	if s.exit != nil {
+		s.announceExit()
+		if history.state == states.Ready { // the kill came between the record of the exit and that of the move
+			history.enter(states.LosePause, states.NotReady, &journal.Record{At: s.exit.At})
+		}
+	}
 	if history.spec == nil {
 		unreadable = append(unreadable, errors.New("its specification is not on record"))
 	}

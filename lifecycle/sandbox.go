@@ -116,9 +116,15 @@ func (s *sandbox) handle() {
 
 // ask queues a request and returns where its answer will come.
 func (s *sandbox) ask(event func(reply func(error))) <-chan error {
-	answer := make(chan error, 1)
-	if !s.post(func() { event(func(err error) { answer <- err }) }) {
-		answer <- errClosed
+	answer := make(chan error, 2) // an answer, and a panic after it
+	reply := func(err error) { answer <- err }
+	posted := s.post(func() {
+		if _, err := protect(func() (any, error) { event(reply); return nil, nil }); err != nil {
+			reply(err)
+		}
+	})
+	if !posted {
+		reply(errClosed)
 	}
 	return answer
 }

@@ -91,11 +91,17 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
 	c.node = newNode(c.stock, client, limits)
-	if c.engine, err = lifecycle.New(c.node.steps(limits), c.ledger, lifecycle.DefaultBackoff); err != nil {
+	engine, err := lifecycle.New(c.node.steps(limits), c.ledger, lifecycle.DefaultBackoff)
+	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
-	c.exits = watchExits(events.(subscriber), c.engine)
-	return c.recover(ic.Context, client)
+	c.engine, c.exits = engine, watchExits(events.(subscriber), engine)
+	if err := c.recover(ic.Context, client); err != nil {
+		c.exits.close()
+		c.engine, c.exits = nil, nil // one that knows no sandbox would let containerd's service forget them all
+		return fmt.Errorf("failed to take up the sandboxes of the last run: %w", err)
+	}
+	return nil
 }
 
 // Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
@@ -144,11 +150,18 @@ func (c *Controller) Ours(name string) (bool, error) {
 	return h.Sandboxer == Name, err
 }
 
+// untrustedWorkload is an annotation of containerd's from before there were runtime handlers.
+const untrustedWorkload = "io.kubernetes.cri.untrusted-workload"
+
 // Admit refuses a pod before anything is made for it: InvalidArgument for what can never run, FailedPrecondition for what
 // the node lacks.
 func (c *Controller) Admit(_ context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
 	if err := c.well(); err != nil {
 		return err
+	}
+	if config.GetAnnotations()[untrustedWorkload] == "true" {
+		return fmt.Errorf("pod %q is annotated %s, for which containerd picks a handler of its own; name a handler instead: %w",
+			cri.PodName(config), untrustedWorkload, errdefs.ErrInvalidArgument)
 	}
 	spec, err := newSpec(c.stock, handlerName, config, sandbox.Sandbox{}, "")
 	if err != nil {
@@ -299,6 +312,11 @@ func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
 
 // Wait blocks until pause exits.
 func (c *Controller) Wait(ctx context.Context, id string) (sandbox.ExitStatus, error) {
+	if c.engine == nil {
+		// Nobody knows; an answer would make containerd's service take every sandbox for ended.
+		<-ctx.Done()
+		return sandbox.ExitStatus{}, ctx.Err()
+	}
 	key, err := c.known(ctx, id)
 	if err != nil {
 		return sandbox.ExitStatus{}, err

@@ -43,7 +43,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	saved := withUnknown(c.ledger.Sandboxes(), records)
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
-		lost[s.Key] = c.ledger.BootChanged() || onlyLasting(s)
+		lost[s.Key] = c.ledger.BootChanged() || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
 	}
 	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
 		past := lifecycle.Recorded
@@ -56,7 +56,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 		if spec, ok := spec.(*Spec); ok {
 			return request(key, spec), past
 		}
-		return request(key, c.specOf(records[key])), past
+		return request(key, c.specOf(key, records[key])), past
 	})
 	c.resumeAll(ctx, client, records, lost)
 	return nil
@@ -65,6 +65,22 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 // onlyLasting says that the log in the state directory is gone, and with it all that the steps had recorded there.
 func onlyLasting(s journal.Sandbox) bool {
 	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
+}
+
+// damaged says that records in the middle of the log may be missing of a sandbox. A torn end is no damage in this sense: what was
+// written last was about to be done.
+func damaged(all []journal.Damage, key journal.Key) bool {
+	return slices.ContainsFunc(all, func(d journal.Damage) bool { return !d.Torn && (d.Key == key || d.Key == journal.Key{}) })
+}
+
+// wholeCreation says that the result of every step is on record: what is missing can only be of its end, which is found out by looking.
+func wholeCreation(s journal.Sandbox) bool {
+	for _, step := range states.CreationPath() {
+		if !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return r.Kind == journal.Done && r.Step == string(step) }) {
+			return false
+		}
+	}
+	return true
 }
 
 // ran says whether a sandbox was started: containerd's service adds the spec to its record then.
@@ -164,7 +180,7 @@ func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 }
 
 // specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.
-func (c *Controller) specOf(record sandbox.Sandbox) *Spec {
+func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
 	var metadata struct {
 		Metadata struct {
 			Config         *runtime.PodSandboxConfig
@@ -176,7 +192,7 @@ func (c *Controller) specOf(record sandbox.Sandbox) *Spec {
 	}
 	config := metadata.Metadata.Config
 	if config.GetMetadata() == nil {
-		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: record.ID}}
+		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}
 	}
 	h, _ := c.stock.handler(metadata.Metadata.RuntimeHandler)
 	return &Spec{

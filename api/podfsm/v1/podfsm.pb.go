@@ -160,8 +160,8 @@ type InspectResponse struct {
 	Steps []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
 	// The most recent transitions, the oldest first.
 	Transitions []*Transition `protobuf:"bytes,3,rep,name=transitions,proto3" json:"transitions,omitempty"`
-	// The result of the last CNI plugin as JSON, in the version of the network's
-	// configuration. Empty when no network is attached.
+	// What the CNI plugins returned, as JSON in the form of containerd's verbose
+	// status. Empty when no network is attached.
 	CniResult     string `protobuf:"bytes,4,opt,name=cni_result,json=cniResult,proto3" json:"cni_result,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
