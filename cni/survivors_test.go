@@ -12,7 +12,7 @@ import (
 
 // plugin is a shell with a child: both carry the marker, as a plugin and its IPAM plugin do. It ends when its stdin does.
 func plugin(t *testing.T, env ...string) (cmd *exec.Cmd, finish func()) {
-	cmd = exec.Command("sh", "-c", "cat & wait")
+	cmd = exec.Command("sh", "-c", "cat; :")
 	cmd.Env = append([]string{"PATH=/usr/bin:/bin"}, env...)
 	in, out := io.Pipe()
 	cmd.Stdin = in

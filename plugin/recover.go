@@ -43,7 +43,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	saved := withUnknown(c.ledger.Sandboxes(), records)
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
-		lost[s.Key] = c.ledger.BootChanged() || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
+		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
 	}
 	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
 		past := lifecycle.Recorded
@@ -60,6 +60,12 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	})
 	c.resumeAll(ctx, client, records, lost)
 	return nil
+}
+
+// fromBefore says that a sandbox was begun before this boot: nothing of it that the kernel had is there any more, also when a daemon
+// that was killed since has begun to recover it.
+func fromBefore(s journal.Sandbox, bootSeq uint64) bool {
+	return len(s.Records) > 0 && s.Records[0].Seq < bootSeq
 }
 
 // onlyLasting says that the log in the state directory is gone, and with it all that the steps had recorded there.
