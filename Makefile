@@ -14,7 +14,8 @@ packages := \
 	iptables:iptables-nft-save \
 	iproute2:ip \
 	util-linux:nsenter \
-	busybox-static:/usr/share/doc/busybox-static/copyright
+	busybox-static:/usr/share/doc/busybox-static/copyright \
+	crun:crun
 
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=

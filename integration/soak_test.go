@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -50,6 +52,7 @@ func TestSoak(t *testing.T) {
 		workers.Wait()
 		require.NoError(t, n.Start(t.Context()))
 		finish(t, n)
+		removeContainerCgroups(t, n)
 		if i%10 == 9 || i == kills-1 {
 			n.RequireClean(t, before)
 		}
@@ -68,6 +71,21 @@ func churn(ctx context.Context, n *harness.Node, pods *atomic.Int64) {
 		}
 		if err := pod.StopAndRemove(ctx); err != nil {
 			return
+		}
+	}
+}
+
+// removeContainerCgroups does for the pods that are gone what the kubelet does: containerd's service, killed while it starts a
+// container of a pod, leaves that container's cgroup below the pod's. Those of pause are podfsm's to remove.
+func removeContainerCgroups(t *testing.T, n *harness.Node) {
+	t.Helper()
+	dirs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", filepath.Base(n.Dir()), "pod*", "*/cgroup.procs"))
+	require.NoError(t, err)
+	log := n.Log()
+	for _, procs := range dirs {
+		dir := filepath.Dir(procs)
+		if strings.Contains(log, fmt.Sprintf(`Generated id \"%s\" for container`, filepath.Base(dir))) {
+			require.NoError(t, os.Remove(dir))
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
@@ -33,6 +35,10 @@ const (
 // concurrent use on different sandboxes. Their errors keep containerd's classes.
 type Containers struct {
 	client *containerd.Client
+
+	// started are the ids of sandboxes whose tasks this process has made:
+	// containerd knows all of their shims.
+	started sync.Map
 }
 
 // NewContainers returns the pause containers of a containerd client.
@@ -124,6 +130,7 @@ func (c *Containers) CreateTask(ctx context.Context, id, runtimePath string) (ui
 	if err != nil {
 		return 0, fmt.Errorf("failed to create the pause task of sandbox %q: %w", id, err)
 	}
+	c.started.Store(id, nil)
 	return task.Pid(), nil
 }
 
@@ -202,16 +209,27 @@ func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
 	return exit, nil
 }
 
-// Delete kills pause as Kill does, and deletes the container's record. The
-// snapshot stays. It succeeds when there is nothing to delete.
+// Delete kills pause as Kill does, ends shims that an earlier containerd has left
+// without a note of them, and deletes the container's record. The snapshot stays.
+// It succeeds when there is nothing to delete.
 func (c *Containers) Delete(ctx context.Context, id string) error {
 	if _, err := c.Kill(ctx, id); err != nil {
 		return err
+	}
+	if _, started := c.started.Load(id); !started {
+		namespace, err := namespaces.NamespaceRequired(ctx)
+		if err != nil {
+			return err
+		}
+		if err := endShims(ctx, namespace, id); err != nil {
+			return err
+		}
 	}
 	err := c.client.ContainerService().Delete(ctx, id)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("failed to delete the pause container of sandbox %q: %w", id, err)
 	}
+	c.started.Delete(id)
 	return nil
 }
 

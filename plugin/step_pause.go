@@ -124,6 +124,9 @@ func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err := s.containers.Delete(ctx, r.Key.ID); err != nil {
 		return err
 	}
+	if err := pause.RemoveCgroup(ctx, pause.CgroupPath(r.Spec.(*Spec).Config, r.Key.Namespace, r.Key.ID)); err != nil {
+		return err
+	}
 	if err := s.settings.Files.Remove(ctx, r.Key.ID); err != nil {
 		return err
 	}

@@ -1,0 +1,41 @@
+package pause
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+)
+
+func TestRemoveCgroup(t *testing.T) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	require.NoError(t, err)
+	require.NotEmpty(t, mounts)
+	parent := "/podfsm-test-" + strconv.Itoa(os.Getpid())
+	path := filepath.Join(parent, "pause")
+	for _, m := range mounts {
+		dir := filepath.Join(m.Mountpoint, parent)
+		require.NoError(t, os.MkdirAll(filepath.Join(m.Mountpoint, path), 0o755))
+		t.Cleanup(func() { require.NoError(t, os.Remove(dir)) })
+	}
+	process := exec.Command("sleep", "600")
+	require.NoError(t, process.Start())
+	procs := filepath.Join(mounts[len(mounts)-1].Mountpoint, path, "cgroup.procs")
+	require.NoError(t, os.WriteFile(procs, []byte(strconv.Itoa(process.Process.Pid)), 0o644))
+	reaped := make(chan error, 1)
+	go func() { reaped <- process.Wait() }()
+
+	require.NoError(t, RemoveCgroup(t.Context(), path))
+	require.ErrorContains(t, <-reaped, "killed")
+	for _, m := range mounts {
+		require.NoDirExists(t, filepath.Join(m.Mountpoint, path))
+	}
+	require.NoError(t, RemoveCgroup(t.Context(), path), "there is none")
+	for _, other := range []string{"", "/", "//", "kubepods.slice:cri-containerd:s1", "relative"} {
+		require.NoError(t, RemoveCgroup(t.Context(), other), other)
+	}
+}

@@ -1,0 +1,151 @@
+package pause
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// shimGrace is how long a shim that nobody knows has to end by itself.
+	shimGrace = 2 * time.Second
+
+	// shimPoll is how often a wait for a shim looks at its context.
+	shimPoll = 100 * time.Millisecond
+)
+
+// endShims ends the shims of a sandbox that containerd doesn't know of, and
+// removes their sockets. A containerd that was killed between a shim's start and
+// its own note of it leaves such a shim, which has no task and never ends; it is
+// known by the arguments that every shim built on containerd's pkg/shim has.
+func endShims(ctx context.Context, namespace, id string) error {
+	shims, err := shimsOf(namespace, id)
+	if err != nil {
+		return err
+	}
+	for _, pid := range shims {
+		if err := endShim(ctx, pid); err != nil {
+			return fmt.Errorf("failed to end shim %d of sandbox %q: %w", pid, id, err)
+		}
+	}
+	return nil
+}
+
+func shimsOf(namespace, id string) ([]int, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("failed to look for shims of sandbox %q: %w", id, err)
+	}
+	var shims []int
+	for _, entry := range entries {
+		pid, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			continue
+		}
+		cmdline, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cmdline"))
+		if err != nil {
+			continue // it has ended
+		}
+		args := strings.Split(string(bytes.TrimSuffix(cmdline, []byte{0})), "\x00")
+		if hasFlag(args, "-namespace", namespace) && hasFlag(args, "-id", id) {
+			shims = append(shims, pid)
+		}
+	}
+	return shims, nil
+}
+
+func hasFlag(args []string, name, value string) bool {
+	i := slices.Index(args, name)
+	return i >= 0 && i+1 < len(args) && args[i+1] == value
+}
+
+// endShim ends a process and removes the sockets that it listened on.
+func endShim(ctx context.Context, pid int) error {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(pidfd)
+	sockets, err := socketsOf(pid)
+	if err != nil {
+		return err
+	}
+	patient, cancel := context.WithTimeout(ctx, shimGrace)
+	defer cancel()
+	if err := signalAndWait(patient, pidfd, unix.SIGTERM); err != nil && ctx.Err() == nil {
+		err = signalAndWait(ctx, pidfd, unix.SIGKILL)
+		if err != nil {
+			return err
+		}
+	}
+	for _, socket := range sockets {
+		if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// signalAndWait returns when the process has ended: its pidfd is readable then
+// (pidfd_open(2)).
+func signalAndWait(ctx context.Context, pidfd int, signal unix.Signal) error {
+	if err := unix.PidfdSendSignal(pidfd, signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	for ctx.Err() == nil {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(shimPoll/time.Millisecond))
+		if n > 0 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+	return context.Cause(ctx)
+}
+
+// socketsOf returns the paths of a process's unix sockets that have one, from
+// its descriptors and /proc/net/unix (proc(5)).
+func socketsOf(pid int) ([]string, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	descriptors, err := os.ReadDir(dir)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	inodes := map[string]bool{}
+	for _, descriptor := range descriptors {
+		target, err := os.Readlink(filepath.Join(dir, descriptor.Name()))
+		if inode, ok := strings.CutPrefix(target, "socket:["); ok && err == nil {
+			inodes[strings.TrimSuffix(inode, "]")] = true
+		}
+	}
+	table, err := os.Open(fmt.Sprintf("/proc/%d/net/unix", pid))
+	if err != nil {
+		return nil, err
+	}
+	defer table.Close()
+	var paths []string
+	for lines := bufio.NewScanner(table); lines.Scan(); {
+		// Num RefCount Protocol Flags Type St Inode Path
+		if fields := strings.Fields(lines.Text()); len(fields) == 8 && inodes[fields[6]] && filepath.IsAbs(fields[7]) {
+			paths = append(paths, fields[7])
+		}
+	}
+	return paths, nil
+}
