@@ -54,7 +54,7 @@ unit: deps ## Run the tests of the packages, with the race detector
 
 .PHONY: integration
 integration: deps ## Run the tests on real containerd, runc and CNI plugins
-	go test -p 1 -timeout 30m $(TESTFLAGS) ./integration ./integration/harness
+	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram
