@@ -58,7 +58,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		},
-		Commands: []*cli.Command{psCommand(), inspectCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())

@@ -91,6 +91,18 @@ func TestPs(t *testing.T) {
 	requireGolden(t, "ps.json", []byte(out))
 }
 
+func TestDebtsAreOnlyThoseThatOwe(t *testing.T) {
+	address := serve(t, fakeSandboxes{})
+	out, err := podfsm(t, "--address", address, "debts")
+	require.NoError(t, err)
+	require.Contains(t, out, "attach_network")
+	require.NotContains(t, out, "default/web")
+
+	out, err = podfsm(t, "--address", address, "debts", "-o", "json")
+	require.NoError(t, err)
+	require.NotContains(t, out, ready.GetId())
+}
+
 func TestInspect(t *testing.T) {
 	address := serve(t, fakeSandboxes{inspect: func(_ context.Context, ref string) (*podfsmv1.InspectResponse, error) {
 		if ref != "default/web" && ref != "help" {
@@ -191,6 +203,7 @@ func TestUsageErrors(t *testing.T) {
 	}{
 		{[]string{"sp"}, `unknown command "sp"`},
 		{[]string{"ps", "x"}, "ps takes no arguments"},
+		{[]string{"debts", "x"}, "debts takes no arguments"},
 		{[]string{"ps", "-o", "yaml"}, "must be wide or json"},
 		{[]string{"ps", "--colour"}, "not defined: -colour"},
 		{[]string{"inspect"}, "inspect takes one argument"},

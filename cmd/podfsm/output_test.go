@@ -46,6 +46,12 @@ func TestList(t *testing.T) {
 	}
 }
 
+func TestDebts(t *testing.T) {
+	var b bytes.Buffer
+	require.NoError(t, writeDebts(&b, []*podfsmv1.Sandbox{ready, owing}, now))
+	requireGolden(t, "debts.txt", b.Bytes())
+}
+
 func TestInspection(t *testing.T) {
 	for _, tc := range []struct {
 		golden   string

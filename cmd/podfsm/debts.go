@@ -1,0 +1,53 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/urfave/cli/v3"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+)
+
+func debtsCommand() *cli.Command {
+	return &cli.Command{
+		Name:            "debts",
+		Usage:           "list what is owed: undos that have failed and will be tried again",
+		HideHelpCommand: true,
+		Flags:           []cli.Flag{outputFlag("json")},
+		Action: func(ctx context.Context, cmd *cli.Command) error {
+			if cmd.Args().Present() {
+				return errors.New("debts takes no arguments")
+			}
+			response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
+			if err != nil {
+				return err
+			}
+			response.Sandboxes = slices.DeleteFunc(response.Sandboxes, func(s *podfsmv1.Sandbox) bool { return len(s.GetDebts()) == 0 })
+			if cmd.String("output") == "json" {
+				return writeJSON(cmd.Root().Writer, response)
+			}
+			return writeDebts(cmd.Root().Writer, response.GetSandboxes(), time.Now())
+		},
+	}
+}
+
+// writeDebts has a line for each step that is owed.
+func writeDebts(w io.Writer, sandboxes []*podfsmv1.Sandbox, now time.Time) error {
+	var b bytes.Buffer
+	t := newTable(&b, "SANDBOX", "POD", "STATE", "STEP", "SINCE", "TRIES", "NEXT TRY", "ERROR")
+	for _, s := range sandboxes {
+		for _, d := range s.GetDebts() {
+			t.row(shorten(s.GetId()), podOf(s), stateOf(s), d.GetStep(), age(d.GetSince(), now),
+				strconv.FormatUint(uint64(d.GetAttempts()), 10), nextTry(d, now), d.GetError())
+		}
+	}
+	t.flush()
+	_, err := w.Write(b.Bytes())
+	return err
+}
