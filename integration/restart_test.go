@@ -67,6 +67,9 @@ func TestRestart(t *testing.T) {
 				startContainer(t, hostUsers, "main")
 				startContainer(t, hostNet, "main")
 				killed := startPod(t, n, harness.PodfsmHandler, n.PodConfig("killed"))
+				// Without containers: a shim that lives on for them after its pause was killed can't find its sockets any more when
+				// they are in a directory of their own, as the harness has them.
+				quiet := startPod(t, n, harness.PodfsmHandler, n.PodConfig("quiet"))
 				killedPid, err := killed.Pid(t.Context())
 				require.NoError(t, err)
 				pods := []*harness.Pod{private, hostUsers, hostNet}
@@ -90,11 +93,11 @@ func TestRestart(t *testing.T) {
 				require.Equal(t, "0\n", exec(t, server, "id", "-u"))
 				late := startContainer(t, private, "late")
 				require.Equal(t, harness.IndexPage, exec(t, late, "wget", "-qO-", "http://127.0.0.1/"))
-				pid, err := private.Pid(t.Context())
+				pid, err := quiet.Pid(t.Context())
 				require.NoError(t, err)
 				require.NoError(t, unix.Kill(pid, unix.SIGKILL))
 				require.Eventually(t, func() bool {
-					now, err := private.Status(t.Context())
+					now, err := quiet.Status(t.Context())
 					return err == nil && now.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
 				}, waitFor, tick, "the exit of an adopted pod is seen")
 			})

@@ -52,7 +52,7 @@ func TestSoak(t *testing.T) {
 		workers.Wait()
 		require.NoError(t, n.Start(t.Context()))
 		finish(t, n)
-		removeContainerCgroups(t, n)
+		removeContainers(t, n)
 		if i%10 == 9 || i == kills-1 {
 			n.RequireClean(t, before)
 		}
@@ -75,17 +75,27 @@ func churn(ctx context.Context, n *harness.Node, pods *atomic.Int64) {
 	}
 }
 
-// removeContainerCgroups does for the pods that are gone what the kubelet does: containerd's service, killed while it starts a
-// container of a pod, leaves that container's cgroup below the pod's. Those of pause are podfsm's to remove.
-func removeContainerCgroups(t *testing.T, n *harness.Node) {
+// removeContainers removes what containerd's own service, killed while it starts or ends a container of a pod, leaves of that
+// container: its cgroup, which the kubelet would remove with the pod's, and its bundle on the way to be deleted. Those of pause are
+// podfsm's to remove.
+func removeContainers(t *testing.T, n *harness.Node) {
 	t.Helper()
-	dirs, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", filepath.Base(n.Dir()), "pod*", "*/cgroup.procs"))
-	require.NoError(t, err)
 	log := n.Log()
-	for _, procs := range dirs {
-		dir := filepath.Dir(procs)
-		if strings.Contains(log, fmt.Sprintf(`Generated id \"%s\" for container`, filepath.Base(dir))) {
+	ofContainer := func(id string) bool {
+		return strings.Contains(log, fmt.Sprintf(`Generated id \"%s\" for container`, id))
+	}
+	cgroups, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", filepath.Base(n.Dir()), "pod*", "*/cgroup.procs"))
+	require.NoError(t, err)
+	for _, procs := range cgroups {
+		if dir := filepath.Dir(procs); ofContainer(filepath.Base(dir)) {
 			require.NoError(t, os.Remove(dir))
+		}
+	}
+	bundles, err := filepath.Glob(filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io/.*"))
+	require.NoError(t, err)
+	for _, bundle := range bundles {
+		if ofContainer(strings.TrimPrefix(filepath.Base(bundle), ".")) {
+			require.NoError(t, os.RemoveAll(bundle))
 		}
 	}
 }

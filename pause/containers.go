@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,16 +35,19 @@ const (
 // Its methods take a context with a containerd namespace, and are safe for
 // concurrent use on different sandboxes. Their errors keep containerd's classes.
 type Containers struct {
-	client *containerd.Client
+	client  *containerd.Client
+	bundles string
 
 	// started are the ids of sandboxes whose tasks this process has made:
 	// containerd knows all of their shims.
 	started sync.Map
 }
 
-// NewContainers returns the pause containers of a containerd client.
-func NewContainers(client *containerd.Client) *Containers {
-	return &Containers{client: client}
+// NewContainers returns the pause containers of a containerd client. bundles is
+// the directory where that containerd keeps the bundles of its tasks, by
+// namespace.
+func NewContainers(client *containerd.Client, bundles string) *Containers {
+	return &Containers{client: client, bundles: bundles}
 }
 
 // CreateRequest is what a pause container is made of.
@@ -209,19 +213,16 @@ func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
 	return exit, nil
 }
 
-// Delete kills pause as Kill does, ends shims that an earlier containerd has left
-// without a note of them, and deletes the container's record. The snapshot stays.
-// It succeeds when there is nothing to delete.
+// Delete kills pause as Kill does and deletes the container's record; of a sandbox
+// that an earlier containerd started, it also removes what that one, killed, has
+// left and containerd never looks for again. The snapshot stays. It succeeds when
+// there is nothing to delete.
 func (c *Containers) Delete(ctx context.Context, id string) error {
 	if _, err := c.Kill(ctx, id); err != nil {
 		return err
 	}
 	if _, started := c.started.Load(id); !started {
-		namespace, err := namespaces.NamespaceRequired(ctx)
-		if err != nil {
-			return err
-		}
-		if err := endShims(ctx, namespace, id); err != nil {
+		if err := c.removeRemnants(ctx, id); err != nil {
 			return err
 		}
 	}
@@ -230,6 +231,26 @@ func (c *Containers) Delete(ctx context.Context, id string) error {
 		return fmt.Errorf("failed to delete the pause container of sandbox %q: %w", id, err)
 	}
 	c.started.Delete(id)
+	return nil
+}
+
+// removeRemnants ends shims that containerd has no note of, and removes a bundle
+// that it was about to delete: it renames bundles to ".id" first and skips those
+// when it starts.
+func (c *Containers) removeRemnants(ctx context.Context, id string) error {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	if err := validateID(id); err != nil {
+		return err
+	}
+	if err := endShims(ctx, namespace, id); err != nil {
+		return err
+	}
+	if err := removeTrees(filepath.Join(c.bundles, namespace, "."+id)); err != nil {
+		return fmt.Errorf("failed to remove the half-deleted bundle of sandbox %q: %w", id, err)
+	}
 	return nil
 }
 

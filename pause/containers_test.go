@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 	"testing/synctest"
@@ -171,7 +172,7 @@ func newPause(t *testing.T, ctx context.Context, client *containerd.Client) *Con
 	t.Helper()
 	_, err := client.SnapshotService("native").Prepare(ctx, "sandbox", "")
 	require.NoError(t, err)
-	containers := NewContainers(client)
+	containers := NewContainers(client, t.TempDir())
 	_, err = containers.Create(ctx, testCreateRequest(t, ctx))
 	require.NoError(t, err)
 	return containers
@@ -199,7 +200,7 @@ func testCreateRequest(t *testing.T, ctx context.Context) CreateRequest {
 
 func TestCreate(t *testing.T) {
 	ctx, client := newTestClient(t, &fakeShim{})
-	containers := NewContainers(client)
+	containers := NewContainers(client, t.TempDir())
 	request := testCreateRequest(t, ctx)
 
 	_, err := containers.Create(ctx, request)
@@ -240,7 +241,7 @@ func TestCreateWithoutRuntimeOptions(t *testing.T) {
 	require.NoError(t, err)
 	request := testCreateRequest(t, ctx)
 	request.RuntimeOptions = nil
-	record, err := NewContainers(client).Create(ctx, request)
+	record, err := NewContainers(client, t.TempDir()).Create(ctx, request)
 	require.NoError(t, err)
 	require.Nil(t, record.Runtime.Options)
 }
@@ -280,7 +281,7 @@ func TestTask(t *testing.T) {
 func TestTaskErrors(t *testing.T) {
 	shim := &fakeShim{}
 	ctx, client := newTestClient(t, shim)
-	containers := NewContainers(client)
+	containers := NewContainers(client, t.TempDir())
 	_, err := containers.CreateTask(ctx, "sandbox", "")
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.ErrorContains(t, err, `sandbox "sandbox"`)
@@ -302,7 +303,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	ctx, client := newTestClient(t, newFakeShim(task.Status_RUNNING))
 	ctx, cancel := context.WithCancel(ctx)
 	cancel()
-	_, err := NewContainers(client).Wait(ctx, "sandbox")
+	_, err := NewContainers(client, t.TempDir()).Wait(ctx, "sandbox")
 	require.ErrorIs(t, err, context.Canceled)
 }
 
@@ -366,6 +367,19 @@ func TestDeleteWithATask(t *testing.T) {
 	require.NoError(t, containers.Delete(ctx, "sandbox"))
 	require.Equal(t, []string{"kill", "wait", "delete"}, f.calls)
 	require.False(t, f.shim)
+}
+
+func TestDeleteRemovesABundleThatWasBeingDeleted(t *testing.T) {
+	ctx, client := newTestClient(t, newFakeShim(task.Status_RUNNING))
+	containers := newPause(t, ctx, client)
+	mine := filepath.Join(containers.bundles, "k8s.io", ".sandbox")
+	other := filepath.Join(containers.bundles, "k8s.io", ".another")
+	require.NoError(t, os.MkdirAll(filepath.Join(mine, "rootfs"), 0o755))
+	require.NoError(t, os.MkdirAll(other, 0o755))
+	require.NoError(t, containers.Delete(ctx, "sandbox"))
+	require.NoDirExists(t, mine)
+	require.DirExists(t, other)
+	require.ErrorIs(t, containers.Delete(ctx, "../k8s.io"), errdefs.ErrInvalidArgument)
 }
 
 func TestDeleteKeepsTheRecordOfALivingShim(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -90,7 +91,8 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	for _, damage := range c.ledger.Damage() {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
-	c.node = newNode(c.stock, client, limits)
+	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
+	c.node = newNode(c.stock, client, bundles, limits)
 	engine, err := lifecycle.New(c.node.steps(limits), c.ledger, lifecycle.DefaultBackoff)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)

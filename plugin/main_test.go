@@ -271,7 +271,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records)))
 	require.NoError(t, err)
 	stock := stockWith()
-	n := &node{stock: stock, containers: pause.NewContainers(client)}
+	n := &node{stock: stock, containers: pause.NewContainers(client, t.TempDir())}
 
 	var steps []lifecycle.Step
 	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {

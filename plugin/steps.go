@@ -25,7 +25,7 @@ type node struct {
 	driver     *cni.Driver
 }
 
-func newNode(stock *stockConfig, client *containerd.Client, limits timeouts) *node {
+func newNode(stock *stockConfig, client *containerd.Client, bundles string, limits timeouts) *node {
 	return &node{
 		stock:  stock,
 		client: client,
@@ -36,7 +36,7 @@ func newNode(stock *stockConfig, client *containerd.Client, limits timeouts) *no
 			RestrictOOMScoreAdj:     stock.RestrictOOMScoreAdj,
 			UnsetSeccompProfile:     stock.UnsetSeccompProfile,
 		},
-		containers: pause.NewContainers(client),
+		containers: pause.NewContainers(client, bundles),
 		snapshots:  snapshot.NewPreparer(client),
 		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel}),
 	}
