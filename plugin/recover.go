@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"regexp"
 	"slices"
 	"time"
 
@@ -38,6 +39,9 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	defer cancel()
 	records, err := storedSandboxes(ctx, client)
 	if err != nil {
+		return err
+	}
+	if err := sweepLeases(ctx, client); err != nil {
 		return err
 	}
 	saved := withUnknown(c.ledger.Sandboxes(), records)
@@ -150,6 +154,28 @@ func staysListed(view lifecycle.View) bool {
 		return false
 	}
 }
+
+// sweepLeases deletes the leases that containerd's service took for sandboxes right before it was killed: it makes the lease first,
+// then its record of the sandbox, and never looks for a lease without one. They are known by their ids, those of sandboxes.
+func sweepLeases(ctx context.Context, client *containerd.Client) error {
+	ctx = namespaces.WithNamespace(ctx, cri.Namespace)
+	held, err := client.LeasesService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("failed to list containerd's leases: %w", err)
+	}
+	for _, lease := range held {
+		if !sandboxID.MatchString(lease.ID) || len(lease.Labels) > 0 {
+			continue
+		}
+		if _, err := client.SandboxStore().Get(ctx, lease.ID); errdefs.IsNotFound(err) {
+			sweep(ctx, client, journal.Key{Namespace: cri.Namespace, ID: lease.ID})
+		}
+	}
+	return nil
+}
+
+// sandboxID is the form of the ids that containerd's CRI service makes.
+var sandboxID = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
 // storedSandboxes are containerd's records of podfsm's sandboxes.
 func storedSandboxes(ctx context.Context, client *containerd.Client) (map[journal.Key]sandbox.Sandbox, error) {

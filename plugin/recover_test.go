@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"os"
+	"strings"
 	"path/filepath"
 	"testing"
 	"time"
@@ -119,6 +120,29 @@ func restart(t *testing.T, spoil func(t *testing.T, stateDir string), change ...
 
 // A log that is damaged, on a node that hasn't rebooted, leaves a ledger that knows of the sandbox, but not of all that was made
 // for it.
+func TestRecoverSweepsLeasesWithoutASandbox(t *testing.T) {
+	w := newWorld(t)
+	var err error
+	w.ledger, err = journal.Open(t.TempDir(), t.TempDir())
+	require.NoError(t, err)
+	client, ctx := newStores(t), inCRI(t)
+	orphan, sandboxs := strings.Repeat("a", 64), strings.Repeat("b", 64)
+	_, err = client.SandboxStore().Create(ctx, sandbox.Sandbox{ID: sandboxs, Sandboxer: "podsandbox", Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
+	require.NoError(t, err)
+	for _, id := range []string{orphan, sandboxs, "somebody's"} {
+		_, err = client.LeasesService().Create(ctx, leases.WithID(id))
+		require.NoError(t, err)
+	}
+	require.NoError(t, w.recover(t.Context(), client))
+	left, err := client.LeasesService().List(ctx)
+	require.NoError(t, err)
+	ids := make([]string, len(left))
+	for i, lease := range left {
+		ids[i] = lease.ID
+	}
+	require.ElementsMatch(t, []string{sandboxs, "somebody's"}, ids)
+}
+
 func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
 	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
 	for name, spoil := range map[string]func(t *testing.T, stateDir string){
