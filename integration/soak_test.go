@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/stretchr/testify/require"
 
 	"github.com/podfsm/podfsm/integration/harness"
@@ -76,8 +77,8 @@ func churn(ctx context.Context, n *harness.Node, pods *atomic.Int64) {
 }
 
 // removeContainers removes what containerd's own service, killed while it starts or ends a container of a pod, leaves of that
-// container: its cgroup, which the kubelet would remove with the pod's, and its bundle on the way to be deleted. Those of pause are
-// podfsm's to remove.
+// container: its cgroup, which the kubelet would remove with the pod's, its bundle on the way to be deleted, and the lease on its
+// snapshot, which ends after a day. Those of pause are podfsm's to remove.
 func removeContainers(t *testing.T, n *harness.Node) {
 	t.Helper()
 	log := n.Log()
@@ -89,6 +90,14 @@ func removeContainers(t *testing.T, n *harness.Node) {
 	for _, procs := range cgroups {
 		if dir := filepath.Dir(procs); ofContainer(filepath.Base(dir)) {
 			require.NoError(t, os.Remove(dir))
+		}
+	}
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	held, err := n.Containerd.LeasesService().List(ctx)
+	require.NoError(t, err)
+	for _, lease := range held {
+		if _, expires := lease.Labels["containerd.io/gc.expire"]; expires {
+			require.NoError(t, n.Containerd.LeasesService().Delete(ctx, lease))
 		}
 	}
 	bundles, err := filepath.Glob(filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io/.*"))

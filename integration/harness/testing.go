@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -52,9 +53,24 @@ func StartNode(t testing.TB, c Config) *Node {
 		}
 		if t.Failed() {
 			t.Logf("the end of containerd's log:\n%s", tail(log, 100))
+			if file, err := n.keepLog(t.Name(), log); err != nil {
+				t.Logf("failed to keep containerd's log: %v", err)
+			} else {
+				t.Logf("all of it is in %s", file)
+			}
 		}
 	})
 	return n
+}
+
+// keepLog writes the log of a failed test into the build folder.
+func (n *Node) keepLog(test, log string) (string, error) {
+	dir := filepath.Join(n.repo, ".build/failed")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	file := filepath.Join(dir, strings.ReplaceAll(test, "/", "_")+".log")
+	return file, os.WriteFile(file, []byte(log), 0o644)
 }
 
 // RequireClean fails the test unless the node soon is as it was before.
