@@ -25,6 +25,8 @@ type Sandboxes interface {
 	Ours(handler string) (bool, error)
 	// Admit refuses, before anything is made, what can't work: bad input, and everything while podfsm itself isn't well.
 	Admit(ctx context.Context, handler string, config *runtime.PodSandboxConfig) error
+	// PauseImage is the reference of the image that sandboxes are made from.
+	PauseImage() string
 	// Pod is a sandbox of ours by its full id, also for a while after it has gone.
 	Pod(id string) (Pod, bool)
 	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
@@ -74,7 +76,8 @@ func with(ctx context.Context, call *Call) context.Context {
 
 // service is the CRI as the front serves it.
 type service struct {
-	runtime.RuntimeServiceServer // containerd's own
+	runtime.RuntimeServiceServer                            // containerd's own
+	images                       runtime.ImageServiceServer // likewise
 	sandboxes                    Sandboxes
 }
 
@@ -94,6 +97,9 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 	if err := s.sandboxes.Admit(ctx, r.GetRuntimeHandler(), r.GetConfig()); err != nil {
 		return nil, err
 	}
+	if err := s.ensurePauseImage(ctx, r); err != nil {
+		return nil, err
+	}
 	call := &Call{Config: proto.CloneOf(r.GetConfig()), Handler: r.GetRuntimeHandler()}
 	// containerd's service doesn't see its caller go, or it would not clean up after a failure; our controller does.
 	resp, err := s.RuntimeServiceServer.RunPodSandbox(context.WithoutCancel(with(ctx, call)), onNodeNetwork(r))
@@ -104,12 +110,30 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 	case call.Err != nil:
 		return nil, call.Err
 	case call.SandboxID != "":
-		// It failed around the controller: the pull of the pause image, NRI, the store. Nobody else undoes what we have.
+		// It failed around the controller: NRI, the store. Nobody else undoes what we have.
 		if owed := s.sandboxes.RemovePod(context.WithoutCancel(ctx), call.SandboxID); owed != nil {
 			return nil, fmt.Errorf("%w (the cleanup is owed and will be tried again: %w)", err, owed)
 		}
 	}
 	return nil, err
+}
+
+// ensurePauseImage pulls the pause image if it isn't there, before anything is made for the pod; containerd's service would do so
+// after it has made half of it. It fails with the class of the pull's error, else with Unavailable.
+func (s *service) ensurePauseImage(ctx context.Context, r *runtime.RunPodSandboxRequest) error {
+	image := &runtime.ImageSpec{Image: s.sandboxes.PauseImage(), RuntimeHandler: r.GetRuntimeHandler()}
+	found, err := s.images.ImageStatus(ctx, &runtime.ImageStatusRequest{Image: image})
+	if err == nil && found.GetImage() != nil {
+		return nil
+	}
+	if err == nil {
+		_, err = s.images.PullImage(ctx, &runtime.PullImageRequest{Image: image, SandboxConfig: r.GetConfig()})
+	}
+	if err != nil {
+		return fmt.Errorf("pod %q needs the pause image %q, which can't be had; check pinned_images.sandbox or import it: %w: %w",
+			PodName(r.GetConfig()), image.GetImage(), err, errdefs.ErrUnavailable)
+	}
+	return nil
 }
 
 // onNodeNetwork is a copy of the request with the network mode NODE, which makes containerd's service leave the network alone.

@@ -8,10 +8,12 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -96,6 +98,32 @@ func TestRunRefusesFirst(t *testing.T) {
 	_, err = newService(&stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
 	require.Equal(t, errUnknownHandler, err)
 	require.Empty(t, c.calls)
+}
+
+// The pause image is had before anything is made; containerd's service hears of the pod only then.
+func TestRunHasThePauseImageFirst(t *testing.T) {
+	request := &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"}
+	s := &stock{noPause: true}
+	for class, err := range map[string]error{"Unavailable": errors.New("no route"), "NotFound": fmt.Errorf("no such tag: %w", errdefs.ErrNotFound)} {
+		s.pull = func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error) { return nil, err }
+		_, got := newService(s, &controller{}).RunPodSandbox(t.Context(), request)
+		require.ErrorIs(t, got, err)
+		require.ErrorContains(t, got, pauseImage)
+		require.Equal(t, class, status.Code(errgrpc.ToGRPC(got)).String())
+	}
+	pulled := false
+	s.pull = func(_ context.Context, r *runtime.PullImageRequest) (*runtime.PullImageResponse, error) {
+		require.Equal(t, pauseImage, r.GetImage().GetImage())
+		require.Equal(t, "podfsm", r.GetImage().GetRuntimeHandler())
+		pulled = true
+		return &runtime.PullImageResponse{}, nil
+	}
+	s.run = func(context.Context, *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+		require.True(t, pulled)
+		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
+	}
+	_, err := newService(s, &controller{}).RunPodSandbox(t.Context(), request)
+	require.NoError(t, err)
 }
 
 func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {

@@ -27,6 +27,8 @@ type stock struct {
 	forward func(context.Context, *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
 	pull    func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error)
 
+	noPause bool // the pause image isn't there
+
 	listed        []string // ids of sandboxes, made at the second 1
 	uninitialized bool
 	closed        int
@@ -54,6 +56,14 @@ func (s *stock) GetContainerEvents(r *runtime.GetEventsRequest, stream runtime.R
 
 func (s *stock) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
 	return s.forward(ctx, r)
+}
+
+// ImageStatus knows every image, unless a test takes the pause image away.
+func (s *stock) ImageStatus(_ context.Context, r *runtime.ImageStatusRequest) (*runtime.ImageStatusResponse, error) {
+	if s.noPause && r.GetImage().GetImage() == pauseImage {
+		return &runtime.ImageStatusResponse{}, nil
+	}
+	return &runtime.ImageStatusResponse{Image: &runtime.Image{Id: r.GetImage().GetImage()}}, nil
 }
 
 func (s *stock) PullImage(ctx context.Context, r *runtime.PullImageRequest) (*runtime.PullImageResponse, error) {
@@ -101,6 +111,10 @@ type controller struct {
 	calls    []string
 }
 
+const pauseImage = "example/pause:1"
+
+func (c *controller) PauseImage() string { return pauseImage }
+
 func (c *controller) Ours(handler string) (bool, error) {
 	switch handler {
 	case "podfsm":
@@ -138,7 +152,7 @@ func (c *controller) RemovePod(ctx context.Context, id string) error {
 }
 
 func newService(s *stock, c *controller) *service {
-	return &service{RuntimeServiceServer: s, sandboxes: c}
+	return &service{RuntimeServiceServer: s, images: s, sandboxes: c}
 }
 
 // recordSpans makes the global tracer provider one that keeps what has ended.

@@ -46,7 +46,7 @@ func New(instance any, sandboxes Sandboxes) (any, error) {
 		return nil, fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
 	}
 	s := &server{
-		service:            &service{RuntimeServiceServer: in, sandboxes: sandboxes},
+		service:            &service{RuntimeServiceServer: in, images: in, sandboxes: sandboxes},
 		ImageServiceServer: in,
 		Closer:             in,
 		initialized:        in.IsInitialized,

@@ -364,6 +364,9 @@ func (c *Controller) Metrics(ctx context.Context, id string) (*types.Metric, err
 	return podMetrics(id, view.Spec.(*Spec).Config.GetLinux().GetCgroupParent())
 }
 
+// PauseImage is the reference of the pause image, as containerd's configuration pins it.
+func (c *Controller) PauseImage() string { return c.stock.pauseImage() }
+
 // Pod is a sandbox of ours that came by CRI, for the front.
 func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	if c.engine == nil {

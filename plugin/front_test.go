@@ -25,6 +25,10 @@ func (r *runner) RunPodSandbox(ctx context.Context, _ *runtime.RunPodSandboxRequ
 	return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, r.do(ctx)
 }
 
+func (*runner) ImageStatus(context.Context, *runtime.ImageStatusRequest) (*runtime.ImageStatusResponse, error) {
+	return &runtime.ImageStatusResponse{Image: &runtime.Image{}}, nil
+}
+
 func (*runner) Close() error        { return nil }
 func (*runner) IsInitialized() bool { return true }
 
