@@ -93,6 +93,9 @@ func TestRestart(t *testing.T) {
 				require.Equal(t, "0\n", exec(t, server, "id", "-u"))
 				late := startContainer(t, private, "late")
 				require.Equal(t, harness.IndexPage, exec(t, late, "wget", "-qO-", "http://127.0.0.1/"))
+				events, err := n.Events(t.Context())
+				require.NoError(t, err)
+				defer events.Close()
 				pid, err := quiet.Pid(t.Context())
 				require.NoError(t, err)
 				require.NoError(t, unix.Kill(pid, unix.SIGKILL))
@@ -100,6 +103,15 @@ func TestRestart(t *testing.T) {
 					now, err := quiet.Status(t.Context())
 					return err == nil && now.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
 				}, waitFor, tick, "the exit of an adopted pod is seen")
+				stopped := func(all []*runtime.ContainerEventResponse) []*runtime.ContainerEventResponse {
+					return harness.OfType(all, quiet.ID, runtime.ContainerEventType_CONTAINER_STOPPED_EVENT)
+				}
+				all, err := events.WaitFor(t.Context(), func(all []*runtime.ContainerEventResponse) bool { return len(stopped(all)) > 0 })
+				require.NoError(t, err)
+				require.Len(t, stopped(all), 1)
+				told := stopped(all)[0].GetPodSandboxStatus()
+				require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, told.GetState())
+				require.Equal(t, runtime.NamespaceMode_POD, told.GetLinux().GetNamespaces().GetOptions().GetNetwork())
 			})
 			n.RequireClean(t, before)
 		})
