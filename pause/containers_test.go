@@ -190,7 +190,7 @@ func testCreateRequest(t *testing.T, ctx context.Context) CreateRequest {
 		ID:             "sandbox",
 		Spec:           spec,
 		Labels:         Labels(map[string]string{"app": "web"}, nil),
-		ImageName:      "registry.k8s.io/pause:3.10.1",
+		ImageName:      "registry.example/pause:3.10.1",
 		Snapshotter:    "native",
 		SnapshotKey:    "sandbox",
 		Runtime:        "io.containerd.runc.v2",
@@ -216,7 +216,7 @@ func TestCreate(t *testing.T) {
 	require.Equal(t, "sandbox", record.ID)
 	require.Equal(t, "sandbox", record.SnapshotKey)
 	require.Equal(t, "native", record.Snapshotter)
-	require.Equal(t, "registry.k8s.io/pause:3.10.1", record.Image)
+	require.Equal(t, "registry.example/pause:3.10.1", record.Image)
 	require.Equal(t, "io.containerd.runc.v2", record.Runtime.Name)
 	require.Equal(t, request.RuntimeOptions.GetValue(), record.Runtime.Options.GetValue())
 	require.Equal(t, map[string]string{"app": "web", "io.cri-containerd.kind": "sandbox"}, record.Labels)

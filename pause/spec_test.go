@@ -40,7 +40,7 @@ func testPod() Pod {
 			},
 		},
 		ImageConfig: imagespec.ImageConfig{Entrypoint: []string{"/pause"}, Env: []string{"PATH=/bin"}},
-		ImageRef:    "registry.k8s.io/pause:3.10.1",
+		ImageRef:    "registry.example/pause:3.10.1",
 	}
 }
 
@@ -266,7 +266,7 @@ func TestSpec(t *testing.T) {
 					"io.kubernetes.cri.sandbox-namespace":     "shop",
 					"io.kubernetes.cri.sandbox-uid":           "uid-1",
 					"io.kubernetes.cri.sandbox-log-directory": "/var/log/pods/web",
-					"io.kubernetes.cri.podsandbox.image-name": "registry.k8s.io/pause:3.10.1",
+					"io.kubernetes.cri.podsandbox.image-name": "registry.example/pause:3.10.1",
 				}, s.Annotations)
 			},
 		},
@@ -425,7 +425,7 @@ func TestSpecRefuses(t *testing.T) {
 		text     string
 	}{
 		"hostile id":  {pod: func(p *Pod) { p.ID = "../x" }, text: "invalid sandbox id"},
-		"empty image": {pod: func(p *Pod) { p.ImageConfig.Entrypoint = nil }, text: `"registry.k8s.io/pause:3.10.1" has neither entrypoint nor command`},
+		"empty image": {pod: func(p *Pod) { p.ImageConfig.Entrypoint = nil }, text: `"registry.example/pause:3.10.1" has neither entrypoint nor command`},
 		"network namespace of another user namespace": {
 			pod:  func(p *Pod) { p.UIDs, p.GIDs, p.NetNSPath = podUIDs, podGIDs, "/run/netns/mine" },
 			text: `network namespace "/run/netns/mine" can't be used with a new user namespace`,

@@ -73,7 +73,7 @@ func stockWith(change ...func(*stockConfig)) *stockConfig {
 	}
 	stock.CNI.ConfDir = "/etc/cni/net.d"
 	stock.image.Snapshotter = "overlayfs"
-	stock.image.PinnedImages = map[string]string{"sandbox": "registry.k8s.io/pause:3.10.1"}
+	stock.image.PinnedImages = map[string]string{"sandbox": "registry.example/pause:3.10.1"}
 	for _, c := range change {
 		c(stock)
 	}

@@ -132,7 +132,7 @@ func TestNewSpec(t *testing.T) {
 		RuntimeOptions: &journal.Data{TypeURL: packed.GetTypeUrl(), Value: packed.GetValue()},
 		PodAnnotations: []string{"a.*"},
 		Snapshotter:    "stargz",
-		Image:          "registry.k8s.io/pause:3.10.1",
+		Image:          "registry.example/pause:3.10.1",
 	}, got)
 
 	t.Run("a caller that names no handler", func(t *testing.T) {
@@ -195,14 +195,14 @@ func TestNewSpec(t *testing.T) {
 func TestPauseImageIsLookedForByItsFullName(t *testing.T) {
 	const digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 	for reference, want := range map[string]string{
-		"registry.k8s.io/pause:3.10.1":                    "registry.k8s.io/pause:3.10.1",
-		"registry.k8s.io/pause:3.10.1@" + digest:          "registry.k8s.io/pause@" + digest,
-		"rancher/mirrored-pause:3.6":                      "docker.io/rancher/mirrored-pause:3.6",
-		"pause":                                           "docker.io/library/pause:latest",
-		"registry.example:5000/google_containers/pause":   "registry.example:5000/google_containers/pause:latest",
-		"localhost/pause:test":                            "localhost/pause:test",
-		"registry.example/pause@" + digest:                "registry.example/pause@" + digest,
-		"registry.k8s.io/google_containers/pause-amd64:1": "registry.k8s.io/google_containers/pause-amd64:1",
+		"registry.example/pause:3.10.1":                    "registry.example/pause:3.10.1",
+		"registry.example/pause:3.10.1@" + digest:          "registry.example/pause@" + digest,
+		"rancher/mirrored-pause:3.6":                       "docker.io/rancher/mirrored-pause:3.6",
+		"pause":                                            "docker.io/library/pause:latest",
+		"registry.example:5000/google_containers/pause":    "registry.example:5000/google_containers/pause:latest",
+		"localhost/pause:test":                             "localhost/pause:test",
+		"registry.example/pause@" + digest:                 "registry.example/pause@" + digest,
+		"registry.example/google_containers/pause-amd64:1": "registry.example/google_containers/pause-amd64:1",
 	} {
 		t.Run(reference, func(t *testing.T) {
 			stock := stockWith(func(s *stockConfig) { s.image.PinnedImages["sandbox"] = reference })
