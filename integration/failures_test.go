@@ -260,7 +260,14 @@ func TestBadInput(t *testing.T) {
 	t.Run("no pause image", func(t *testing.T) {
 		_, err := n.Images.RemoveImage(t.Context(), &runtime.RemoveImageRequest{Image: &runtime.ImageSpec{Image: harness.PauseImage}})
 		require.NoError(t, err)
+		without, err := n.Census(t.Context())
+		require.NoError(t, err)
 		err = failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
+		after, censusErr := n.Census(t.Context())
+		require.NoError(t, censusErr)
+		for _, category := range []string{harness.Containers, harness.Leases, harness.Sandboxes, harness.Tasks, harness.Shims, harness.SandboxDirs, harness.Cgroups, harness.Ledger} {
+			require.Equal(t, without[category], after[category], category)
+		}
 		require.Equal(t, codes.Unavailable, status.Code(err), "%v", err)
 		require.ErrorContains(t, err, harness.PauseImage)
 		require.ErrorContains(t, err, "pinned_images.sandbox")

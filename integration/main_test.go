@@ -1,3 +1,4 @@
+// Package integration tests podfsm from outside, on real containerd, runc, CNI plugins, kubelet and kernel namespaces.
 package integration
 
 import (

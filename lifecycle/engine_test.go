@@ -90,6 +90,7 @@ type node struct {
 	exists []states.Event // what has been made and not undone, in the order of making
 	acts   []string
 	exited *Exit
+	still  states.Event // what is there though it was undone
 	do     map[states.Event]func(ctx context.Context) error
 	undo   map[states.Event]func() error
 }
@@ -156,7 +157,11 @@ func (s *fakeStep) Undo(context.Context, *Run) error {
 	return nil
 }
 
-func (s *fakeStep) Probe(context.Context, *Run) (bool, error) { return false, nil }
+func (s *fakeStep) Probe(context.Context, *Run) (bool, error) {
+	s.node.mu.Lock()
+	defer s.node.mu.Unlock()
+	return s.node.still == s.facts.Name, nil
+}
 
 type fakeEnder struct{ fakeStep }
 
@@ -359,6 +364,8 @@ func TestFailedUndoHoldsWhatItUses(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, states.RolledBack, view.Goal)
 	require.Equal(t, StepOwed, view.Step(states.AllocateIDs).Status)
+	require.EqualError(t, view.Step(states.AllocateIDs).Err, "waits for the undo of start_pause")
+	require.False(t, view.Step(states.AllocateIDs).OwedSince.IsZero())
 	require.ErrorIs(t, view.Step(states.StartPause).Err, failed)
 	require.Equal(t, StepUndone, view.Step(states.AttachNetwork).Status)
 	require.Error(t, w.Remove(t.Context(), testKey), "a sandbox that owes stays")

@@ -55,6 +55,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	if err != nil {
 		return nil, err
 	}
+	s.restored = true
 	history := &history{sandbox: s, state: states.New}
 	var unreadable []error
 	for i := range saved.Records {
@@ -158,6 +159,11 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 	case journal.Owed:
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
 		h.goal = states.State(record.Goal)
+		for _, rec := range h.steps {
+			if rec.touched && rec.status != StepUndone && rec.owedSince.IsZero() {
+				rec.owedSince = record.At
+			}
+		}
 	case journal.Exited:
 		exit, ok := data.(*Exit)
 		if !ok {

@@ -169,9 +169,27 @@ func TestRestartPaysWhatIsOwed(t *testing.T) {
 	require.Error(t, w.run(t))
 	w = w.restart(t, Recorded)
 	require.Equal(t, states.CleanupOwed, w.state(t))
+	view, err := w.Get(testKey)
+	require.NoError(t, err)
+	require.False(t, view.Step(states.StartPause).OwedSince.IsZero(), "since when is on record")
 	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
+}
+
+// What an earlier daemon made is looked for after its undo: an undo that only says that it succeeded isn't enough.
+func TestRestartLooksForWhatItUndid(t *testing.T) {
+	w := interrupted(t, states.AttachNetwork).restart(t, Recorded)
+	w.node.still = states.CaptureNetNS
+	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.Eventually(t, func() bool {
+		view, err := w.Get(testKey)
+		return err == nil && view.State == states.CleanupOwed
+	}, 10*time.Second, time.Millisecond)
+	w.node.mu.Lock()
+	w.node.still = ""
+	w.node.mu.Unlock()
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 }
 
 func TestRestartQuarantinesWhatItCantRead(t *testing.T) {

@@ -41,7 +41,7 @@ type Step interface {
 	Do(ctx context.Context, r *Run) (result any, err error)
 	// Undo takes back what Do did or may have half done. It is idempotent: nothing there is success.
 	Undo(ctx context.Context, r *Run) error
-	// Probe says whether anything of the step exists on this host.
+	// Probe says whether anything of the step exists on this host. It is asked after the undo of what an earlier daemon made.
 	Probe(ctx context.Context, r *Run) (bool, error)
 }
 

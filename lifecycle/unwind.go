@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
@@ -154,25 +156,24 @@ func everyStep(Facts) bool { return true }
 // go on. All errors are returned, joined.
 func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
 	var failed []error
-	held := map[states.Event]bool{}
+	held := map[states.Event]states.Event{} // by what
 	for _, step := range slices.Backward(s.engine.steps) {
 		f := step.Facts()
 		rec := s.steps[f.Name]
 		if !chosen(f) || !rec.touched || rec.status == StepUndone {
 			continue
 		}
-		var err error
-		if !held[f.Name] {
-			err = s.undo(ctx, step)
+		holder, waits := held[f.Name]
+		if waits {
+			s.setOwed(f.Name, fmt.Errorf("waits for the undo of %s", holder))
+		} else if err := s.undo(ctx, step); err != nil {
+			s.setOwed(f.Name, err)
+			failed, holder = append(failed, err), f.Name
+		} else {
+			continue
 		}
-		if held[f.Name] || err != nil {
-			s.setStatus(f.Name, StepOwed, err)
-			for _, name := range f.Holds {
-				held[name] = true
-			}
-		}
-		if err != nil {
-			failed = append(failed, err)
+		for _, name := range f.Holds {
+			held[name] = holder
 		}
 	}
 	return errors.Join(failed...)
@@ -182,14 +183,31 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
 // is only made again, and finds nothing.
 func (s *sandbox) undo(ctx context.Context, step Step) error {
 	name := step.Facts().Name
-	s.setStatus(name, StepUndoing, nil)
+	s.setStatus(name, StepUndoing)
 	s.record(ctx, &journal.Record{Kind: journal.UndoIntent, Step: string(name)})
-	if err := s.attempt(ctx, step, tracing.Undo(string(name)), step.Undo); err != nil {
+	if err := s.attempt(ctx, step, tracing.Undo(string(name)), s.undoOf(step)); err != nil {
 		return err
 	}
 	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name)})
-	s.setStatus(name, StepUndone, nil)
+	s.setStatus(name, StepUndone)
 	return nil
+}
+
+// undoOf is step's undo. What an earlier daemon has made is also looked for afterwards: its records may not say all that it did.
+func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
+	if !s.restored {
+		return step.Undo
+	}
+	return func(ctx context.Context, r *Run) error {
+		if err := step.Undo(ctx, r); err != nil {
+			return err
+		}
+		there, err := step.Probe(ctx, r)
+		if err == nil && there {
+			err = fmt.Errorf("something of it is still there: %w", errdefs.ErrFailedPrecondition)
+		}
+		return err
+	}
 }
 
 // attempt makes one bounded and traced try at an undo.
@@ -207,9 +225,6 @@ func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(co
 	rec.notes = r.Notes()
 	if err != nil {
 		rec.attempts++
-		if rec.attempts == 1 {
-			rec.owedSince = time.Now()
-		}
 	}
 	s.mu.Unlock()
 	if err != nil {
@@ -225,8 +240,19 @@ func (s *sandbox) record(ctx context.Context, r *journal.Record) {
 	}
 }
 
-func (s *sandbox) setStatus(name states.Event, status StepStatus, undoErr error) {
+func (s *sandbox) setStatus(name states.Event, status StepStatus) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[name].status, s.steps[name].undoErr = status, undoErr
+	s.steps[name].status = status
+}
+
+// setOwed keeps why a step's undo is owed, and since when.
+func (s *sandbox) setOwed(name states.Event, reason error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rec := s.steps[name]
+	rec.status, rec.undoErr = StepOwed, reason
+	if rec.owedSince.IsZero() {
+		rec.owedSince = time.Now().UTC()
+	}
 }

@@ -159,11 +159,19 @@ func (a *api) sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 		case lifecycle.StepOwed:
 			s.Debts = append(s.Debts, &podfsmv1.Debt{
 				Step: string(step.Name), Error: text(step.Err), Attempts: uint32(step.Attempts),
-				NextTry: timestamppb.New(view.NextTry), Since: timestamppb.New(step.OwedSince),
+				NextTry: timestamp(view.NextTry), Since: timestamp(step.OwedSince),
 			})
 		}
 	}
 	return s
+}
+
+// timestamp is nil for no time.
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
 }
 
 func mappingOf(m *userns.Mappings) *podfsmv1.UserNamespace {

@@ -161,7 +161,11 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 		info.CNIResult = attached.Result
 	}
 	if !spec.onNodeNetwork() {
-		pinned, err := netns.Inspect(n.netNSPath(view.Key.ID))
+		path := n.netNSPath(view.Key.ID)
+		if spec.NetNSPath != "" {
+			path = spec.NetNSPath
+		}
+		pinned, err := netns.Inspect(path)
 		if err != nil {
 			return nil, err
 		}

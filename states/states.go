@@ -79,7 +79,7 @@ var stateMeanings = []struct {
 	meaning string
 }{
 	{New, "The sandbox is recorded; nothing has been made for it."},
-	{IDsAllocated, "Its user and group id ranges are validated and reserved."},
+	{IDsAllocated, "Its user and group id ranges are validated and on record."},
 	{SnapshotRemapped, "The rootfs of its pause container is owned by those ids."},
 	{PauseStarted, "Its pause process runs in the pod's namespaces."},
 	{NetNSCaptured, "The pause process's network namespace is proven to be the pod's own, and pinned."},
@@ -93,7 +93,7 @@ var stateMeanings = []struct {
 	{Stopped, "It has no process and no network; its record and files remain."},
 	{Removing, "Its last files and records are being removed."},
 	{Removed, "Nothing of it is left on the host."},
-	{Quarantined, "Its record cannot be trusted; nothing is done to it until it is removed."},
+	{Quarantined, "Its record cannot be trusted; nothing is done to it until it is stopped or removed."},
 }
 
 // rules is the transition table. A self-transition must not enter it:
@@ -104,7 +104,7 @@ var rules = []struct {
 	to      State
 	meaning string
 }{
-	{AllocateIDs, []State{New}, IDsAllocated, "The id ranges were reserved."},
+	{AllocateIDs, []State{New}, IDsAllocated, "The id ranges were put on record."},
 	{RemapSnapshot, []State{IDsAllocated}, SnapshotRemapped, "The pause rootfs was remapped to them."},
 	{StartPause, []State{SnapshotRemapped}, PauseStarted, "The pause process was started in its new namespaces."},
 	{CaptureNetNS, []State{PauseStarted}, NetNSCaptured, "Its network namespace was captured and pinned."},

@@ -42,9 +42,7 @@ const (
 
 	PodAttempt     = attribute.Key("podfsm.pod.attempt")
 	SandboxID      = attribute.Key("podfsm.sandbox.id")
-	SandboxState   = attribute.Key("podfsm.sandbox.state")
 	RuntimeHandler = attribute.Key("podfsm.runtime.handler")
-	StepName       = attribute.Key("podfsm.step")
 	StepSkipped    = attribute.Key("podfsm.step.skipped")
 	CNIPlugin      = attribute.Key("podfsm.cni.plugin")
 	CNINetwork     = attribute.Key("podfsm.cni.network")

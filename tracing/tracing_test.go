@@ -25,7 +25,7 @@ func record(t *testing.T) *tracetest.SpanRecorder {
 
 func TestEndRecordsTheError(t *testing.T) {
 	spans := record(t)
-	_, span := Start(context.Background(), Step("start_pause"), StepName.String("start_pause"))
+	_, span := Start(context.Background(), Step("start_pause"), StepSkipped.Bool(true))
 	End(span, fmt.Errorf("failed to start: %w", errdefs.ErrUnavailable))
 	_, span = Start(context.Background(), SpanRun)
 	End(span, nil)
