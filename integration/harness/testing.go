@@ -26,12 +26,25 @@ func Main(m *testing.M) int {
 		return 1
 	}
 	code := m.Run()
+	removeEmptyDirs()
 	left, err := Leftovers()
 	if err != nil || len(left) > 0 {
 		fmt.Fprintf(os.Stderr, "nodes have left something on the machine: %v\n%s\n", err, strings.Join(left, "\n"))
 		return 1
 	}
 	return code
+}
+
+// removeEmptyDirs removes the directories that stock pods and pods without a
+// cgroup parent share with those of other containerds, unless something is in
+// there: libcni's cache, and the cgroup named by containerd's namespace. Who
+// needs them makes them anew.
+func removeEmptyDirs() {
+	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/" + criNamespace) // a pattern that is well-formed
+	dirs = append(dirs, "/sys/fs/cgroup/"+criNamespace, cniCacheDir, filepath.Dir(cniCacheDir))
+	for _, dir := range dirs {
+		_ = os.Remove(dir) // fails unless it is empty
+	}
 }
 
 // StartNode makes a node for the test and closes it at its end. When the test
