@@ -197,7 +197,9 @@ func (s *service) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxSta
 	if err != nil {
 		return nil, err
 	}
-	s.restore(resp.GetStatus())
+	if pod, ok := s.sandboxes.Pod(resp.GetStatus().GetId()); ok {
+		restore(resp.Status, pod)
+	}
 	return resp, nil
 }
 
@@ -246,9 +248,9 @@ type eventStream struct {
 }
 
 func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
-	if _, ok := e.service.sandboxes.Pod(event.GetPodSandboxStatus().GetId()); ok {
+	if pod, ok := e.service.sandboxes.Pod(event.GetPodSandboxStatus().GetId()); ok {
 		event = proto.CloneOf(event)
-		e.service.restore(event.PodSandboxStatus)
+		restore(event.PodSandboxStatus, pod)
 	}
 	return e.RuntimeService_GetContainerEventsServer.Send(event)
 }
@@ -263,12 +265,8 @@ func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest
 	return s.RuntimeServiceServer.PortForward(ctx, r)
 }
 
-// restore puts back into a status what containerd's service doesn't know.
-func (s *service) restore(status *runtime.PodSandboxStatus) {
-	pod, ok := s.sandboxes.Pod(status.GetId())
-	if !ok {
-		return
-	}
+// restore puts back into a pod's status what containerd's service doesn't know.
+func restore(status *runtime.PodSandboxStatus, pod Pod) {
 	if network := ensure(&status.Network); pod.IP != "" {
 		network.Ip, network.AdditionalIps = pod.IP, nil
 		for _, ip := range pod.AdditionalIPs {

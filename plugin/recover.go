@@ -32,16 +32,16 @@ const (
 	recoverParallel = 16
 )
 
-// recover takes up what the daemon before this one left. It only looks, and adopts: what has to be undone is undone in the
-// background, while the CRI serves already.
+// recover takes up what the daemon before this one left. containerd's start waits for the look at each sandbox, and for the sweep of
+// containerd's own records and leases; what else has to be undone is undone in the background.
 func (c *Controller) recover(ctx context.Context, client *containerd.Client) error {
 	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
 	defer cancel()
-	records, err := storedSandboxes(ctx, client)
+	records, others, err := storedSandboxes(ctx, client)
 	if err != nil {
 		return err
 	}
-	if err := sweepLeases(ctx, client); err != nil {
+	if err := sweepLeases(ctx, client, records, others); err != nil {
 		return err
 	}
 	saved := withUnknown(c.ledger.Sandboxes(), records)
@@ -99,9 +99,12 @@ func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec
 // withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
 // damaged. Their records are all that leads to pods that may well run; they come back quarantined.
 func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
+	known := make(map[journal.Key]bool, len(saved))
+	for _, s := range saved {
+		known[s.Key] = true
+	}
 	for key, record := range records {
-		known := slices.ContainsFunc(saved, func(s journal.Sandbox) bool { return s.Key == key })
-		if !known && ran(record) {
+		if !known[key] && ran(record) {
 			saved = append(saved, journal.Sandbox{Key: key})
 		}
 	}
@@ -157,7 +160,7 @@ func staysListed(view lifecycle.View) bool {
 
 // sweepLeases deletes the leases that containerd's service took for sandboxes right before it was killed: it makes the lease first,
 // then its record of the sandbox, and never looks for a lease without one. They are known by their ids, those of sandboxes.
-func sweepLeases(ctx context.Context, client *containerd.Client) error {
+func sweepLeases(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool) error {
 	ctx = namespaces.WithNamespace(ctx, cri.Namespace)
 	held, err := client.LeasesService().List(ctx)
 	if err != nil {
@@ -167,8 +170,9 @@ func sweepLeases(ctx context.Context, client *containerd.Client) error {
 		if !sandboxID.MatchString(lease.ID) || len(lease.Labels) > 0 {
 			continue
 		}
-		if _, err := client.SandboxStore().Get(ctx, lease.ID); errdefs.IsNotFound(err) {
-			sweep(ctx, client, journal.Key{Namespace: cri.Namespace, ID: lease.ID})
+		key := journal.Key{Namespace: cri.Namespace, ID: lease.ID}
+		if _, ours := records[key]; !ours && !others[key] {
+			sweep(ctx, client, key)
 		}
 	}
 	return nil
@@ -177,25 +181,28 @@ func sweepLeases(ctx context.Context, client *containerd.Client) error {
 // sandboxID is the form of the ids that containerd's CRI service makes.
 var sandboxID = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
-// storedSandboxes are containerd's records of podfsm's sandboxes.
-func storedSandboxes(ctx context.Context, client *containerd.Client) (map[journal.Key]sandbox.Sandbox, error) {
+// storedSandboxes are containerd's records of podfsm's sandboxes, and the keys of those of other controllers.
+func storedSandboxes(ctx context.Context, client *containerd.Client) (records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool, err error) {
 	all, err := client.NamespaceService().List(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
+		return nil, nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
 	}
-	records := map[journal.Key]sandbox.Sandbox{}
+	records, others = map[journal.Key]sandbox.Sandbox{}, map[journal.Key]bool{}
 	for _, namespace := range all {
 		stored, err := client.SandboxStore().List(namespaces.WithNamespace(ctx, namespace))
 		if err != nil {
-			return nil, fmt.Errorf("failed to list containerd's sandboxes: %w", err)
+			return nil, nil, fmt.Errorf("failed to list containerd's sandboxes: %w", err)
 		}
 		for _, record := range stored {
+			key := journal.Key{Namespace: namespace, ID: record.ID}
 			if record.Sandboxer == Name {
-				records[journal.Key{Namespace: namespace, ID: record.ID}] = record
+				records[key] = record
+			} else {
+				others[key] = true
 			}
 		}
 	}
-	return records, nil
+	return records, others, nil
 }
 
 // sweep deletes containerd's record and lease of a sandbox that a kill left unfinished: nobody else would, and containerd's
