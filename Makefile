@@ -56,6 +56,13 @@ unit: deps ## Run the tests of the packages, with the race detector
 integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
+# Tests that have more cells, kills or rounds with PODFSM_FULL=1.
+long_tests := TestSoak
+
+.PHONY: long
+long: deps ## Run the long matrices, which make test runs a part of
+	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration
+
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram
 	go generate ./...

@@ -9,3 +9,6 @@ import (
 )
 
 func TestMain(m *testing.M) { os.Exit(harness.Main(m)) }
+
+// full says whether the long variants of tests are wanted: all cells of a matrix, and many kills or rounds.
+func full() bool { return os.Getenv("PODFSM_FULL") != "" }

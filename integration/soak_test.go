@@ -21,9 +21,6 @@ import (
 
 var seed = flag.Uint64("seed", 0, "replay a soak; 0 takes a new seed")
 
-// full says whether the soak kills 200 times instead of 8.
-func full() bool { return os.Getenv("PODFSM_FULL") != "" }
-
 // TestSoak kills containerd at random moments while several pods at a time are created, stopped and removed.
 func TestSoak(t *testing.T) {
 	kills := 8
