@@ -18,21 +18,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// buildPlugins builds the reference plugins, once, from the module that go.mod names. They are built in that module, because the
-// versions of their dependencies are its own.
-var buildPlugins = sync.OnceValue(func() error {
+// buildPlugins links the reference plugins, once.
+var buildPlugins = sync.OnceValue(func() error { return compilePlugins("-o", os.Getenv(pluginsEnv)+"/") })
+
+// compilePlugins builds the reference plugins from the module that go.mod names. They are built in that module, because the versions
+// of their dependencies are its own. Without flags nothing is linked or kept, but in Go's caches.
+func compilePlugins(flags ...string) error {
 	const module = "github.com/containernetworking/plugins"
 	source, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
 	if err != nil {
 		return fmt.Errorf("failed to find %s: %w", module, err)
 	}
-	build := exec.Command("go", "build", "-o", os.Getenv(pluginsEnv)+"/", "./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local", "./plugins/meta/portmap")
+	args := append([]string{"build"}, flags...)
+	build := exec.Command("go", append(args, "./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local", "./plugins/meta/portmap")...)
 	build.Dir = strings.TrimSpace(string(source))
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("failed to build %s: %w: %s", module, err, out)
 	}
 	return nil
-})
+}
 
 // realRig is an attachment to real networks. The test's own network namespace plays the host.
 type realRig struct {
