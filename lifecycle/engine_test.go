@@ -93,6 +93,7 @@ type node struct {
 	still  states.Event // what is there though it was undone
 	do     map[states.Event]func(ctx context.Context) error
 	undo   map[states.Event]func() error
+	stop   error
 }
 
 func newNode() *node {
@@ -167,6 +168,11 @@ type fakeEnder struct{ fakeStep }
 
 func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
 	s.node.act("stop %s", s.facts.Name)
+	s.node.mu.Lock()
+	defer s.node.mu.Unlock()
+	if s.node.stop != nil {
+		return Exit{}, s.node.stop
+	}
 	return Exit{Code: 137, At: time.Now()}, nil
 }
 

@@ -49,6 +49,28 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	}
 }
 
+// Replay is what the sandboxes of a ledger are by their records, for who only looks at them. What can't be understood is shown as
+// quarantined; it fails only for what a ledger can't hold.
+func Replay(saved []journal.Sandbox, describe Describe) ([]View, error) {
+	e := &Engine{journal: unwritten{}}
+	views := make([]View, 0, len(saved))
+	for _, entry := range saved {
+		s, err := restored(e, entry, describe)
+		if err != nil {
+			return nil, fmt.Errorf("failed to read the records of sandbox %q: %w", entry.Key, err)
+		}
+		views = append(views, s.view())
+	}
+	return views, nil
+}
+
+// unwritten is a journal for who only reads one.
+type unwritten struct{}
+
+func (unwritten) Append(context.Context, *journal.Record) error { return nil }
+
+func (unwritten) Forget(context.Context, journal.Key) error { return nil }
+
 // restored rebuilds a sandbox from its records.
 func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, error) {
 	s, err := newSandbox(e, saved.Key, Request{})
@@ -156,14 +178,13 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 			return fmt.Errorf("record %d is of an unknown state %q", record.Seq, record.State)
 		}
 		h.enter(states.Event(record.Event), states.State(record.State), record)
+		if h.state == states.Stopped {
+			h.settle()
+		}
 	case journal.Owed:
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
 		h.goal = states.State(record.Goal)
-		for _, rec := range h.steps {
-			if rec.touched && rec.status != StepUndone && rec.owedSince.IsZero() {
-				rec.owedSince = record.At
-			}
-		}
+		h.owe(record)
 	case journal.Exited:
 		exit, ok := data.(*Exit)
 		if !ok {
@@ -175,6 +196,38 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 	}
 	return nil
 }
+
+// owe finds what a debt is of. A step whose undo was begun is owed; when nothing of the sandbox may stay, so is every step that
+// may have acted. Where no undo was begun, it was the process that could not be ended.
+func (h *history) owe(record *journal.Record) {
+	all := states.State(record.Goal) != states.Stopped
+	begun := false
+	for _, name := range slices.Backward(states.CreationPath()) {
+		rec := h.steps[name]
+		if !rec.touched || rec.status == StepUndone {
+			continue
+		}
+		switch {
+		case rec.status == StepUndoing || rec.status == StepOwed:
+			begun = true
+			rec.owedFrom(record.At, errors.New(record.Error))
+		case all:
+			rec.owedFrom(record.At, errWaits)
+		}
+	}
+	if started := h.steps[states.StartPause]; !begun && started.touched {
+		started.owedFrom(record.At, errors.New(record.Error))
+	}
+}
+
+// settle takes back what was owed for a stop: what stays until the removal stands as it did.
+func (h *history) settle() {
+	for name := range h.steps {
+		h.settleStep(name)
+	}
+}
+
+var errWaits = errors.New("waits for the others")
 
 // advance moves along the completed prefix, as the engine did.
 func (h *history) advance(at time.Time) {

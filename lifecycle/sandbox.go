@@ -73,10 +73,10 @@ func newSandbox(e *Engine, key journal.Key, req Request) (*sandbox, error) {
 		engine: e, key: key, req: req, machine: machine,
 		exited:  make(chan struct{}),
 		created: time.Now(),
-		steps:   make(map[states.Event]*stepRecord, len(e.steps)),
+		steps:   map[states.Event]*stepRecord{},
 	}
-	for _, step := range e.steps {
-		s.steps[step.Facts().Name] = &stepRecord{status: StepPending}
+	for _, name := range states.CreationPath() {
+		s.steps[name] = &stepRecord{status: StepPending}
 	}
 	return s, nil
 }

@@ -135,14 +135,17 @@ func (s *sandbox) end(ctx context.Context) error {
 			continue
 		}
 		var exit Exit
-		span := tracing.Stop(string(step.Facts().Name))
+		name := step.Facts().Name
+		span := tracing.Stop(string(name))
 		err := s.attempt(ctx, step, span, func(ctx context.Context, r *Run) (err error) {
 			exit, err = ender.Stop(ctx, r)
 			return err
 		})
 		if err != nil {
+			s.setOwed(name, err)
 			return err
 		}
+		s.settleStep(name)
 		s.setExit(exit)
 		s.announceExit()
 	}
@@ -246,13 +249,26 @@ func (s *sandbox) setStatus(name states.Event, status StepStatus) {
 	s.steps[name].status = status
 }
 
+// settleStep takes back that a step's process could not be ended; the step itself stands until it is undone.
+func (s *sandbox) settleStep(name states.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if rec := s.steps[name]; rec.status == StepOwed {
+		rec.status, rec.undoErr = StepDone, nil
+	}
+}
+
 // setOwed keeps why a step's undo is owed, and since when.
 func (s *sandbox) setOwed(name states.Event, reason error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	rec := s.steps[name]
-	rec.status, rec.undoErr = StepOwed, reason
-	if rec.owedSince.IsZero() {
-		rec.owedSince = time.Now().UTC()
+	s.steps[name].owedFrom(time.Now().UTC(), reason)
+}
+
+// owedFrom keeps why the step's undo is owed, and the first time as since when.
+func (r *stepRecord) owedFrom(at time.Time, reason error) {
+	r.status, r.undoErr = StepOwed, reason
+	if r.owedSince.IsZero() {
+		r.owedSince = at
 	}
 }

@@ -97,8 +97,7 @@ func (s *sandbox) view() View {
 		exit := *s.exit
 		v.Exit = &exit
 	}
-	for _, step := range s.engine.steps {
-		name := step.Facts().Name
+	for _, name := range states.CreationPath() {
 		rec := s.steps[name]
 		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince, Result: rec.result}
 		if rec.status == StepOwed {

@@ -16,7 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -48,7 +48,7 @@ func TestFind(t *testing.T) {
 		"default/gone-too": "aaa3",
 		"aaa3":             "aaa3",
 	} {
-		view, err := find(w.engine, ref)
+		view, err := records.Find(ref, w.engine.List(), w.engine.Finished())
 		require.NoError(t, err, "%q", ref)
 		require.Equal(t, want, view.Key.ID, "%q", ref)
 	}
@@ -62,10 +62,10 @@ func TestFind(t *testing.T) {
 		"eb":         errdefs.IsNotFound,
 		"x":          errdefs.IsNotFound,
 	} {
-		_, err := find(w.engine, ref)
+		_, err := records.Find(ref, w.engine.List(), w.engine.Finished())
 		require.True(t, is(err), "%q: %v", ref, err)
 	}
-	_, err := find(w.engine, "aaa")
+	_, err := records.Find("aaa", w.engine.List(), w.engine.Finished())
 	require.ErrorContains(t, err, "aaa1 (default/web)")
 	require.ErrorContains(t, err, "aaa2 (default/db)")
 	require.NotContains(t, err.Error(), "aaa3")
@@ -76,7 +76,7 @@ func TestFindNamesOnlySome(t *testing.T) {
 	for i := range 12 {
 		require.NoError(t, w.create(t, fmt.Sprintf("a%02d", i), named(fmt.Sprint("pod-", i))))
 	}
-	_, err := find(w.engine, "a")
+	_, err := records.Find("a", w.engine.List(), w.engine.Finished())
 	require.True(t, errdefs.IsInvalidArgument(err))
 	require.ErrorContains(t, err, "12 sandboxes")
 	require.ErrorContains(t, err, "…")
@@ -229,12 +229,4 @@ func TestAPIWhileDegraded(t *testing.T) {
 	require.ErrorContains(t, err, "the ledger can't be opened")
 	_, err = service.Inspect(t.Context(), &podfsmv1.InspectRequest{Ref: "x"})
 	require.Equal(t, codes.Unavailable, grpcstatus.Code(err))
-}
-
-func TestDetail(t *testing.T) {
-	require.Nil(t, detail(nil))
-	require.Equal(t, map[string]string{"skipped": "why"}, detail(&lifecycle.Skipped{Reason: "why"}))
-	require.Equal(t, "7", detail(&Pause{Pid: 7})["pid"])
-	require.Contains(t, fmt.Sprint(detail(&Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2", "10.1.0.2"}})), "fd00::2,10.1.0.2")
-	require.Equal(t, "", text(nil))
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -169,7 +170,7 @@ func (c *Controller) Admit(_ context.Context, handlerName string, config *runtim
 	if err != nil {
 		return err
 	}
-	if spec.onNodeNetwork() {
+	if spec.OnNodeNetwork() {
 		return nil
 	}
 	if _, err := cni.Load(networkConfig(c.stock, spec)); err != nil {
@@ -381,7 +382,7 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
 		pod.CreatedAt = started.CreatedAt
 	}
-	if attached, ok := networkOf(view); ok {
+	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}
 	return pod, true
@@ -424,11 +425,4 @@ func inCallersTrace(ctx context.Context) context.Context {
 		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
 	}
 	return ctx
-}
-
-// networkOf is the network a sandbox is attached to, if it is.
-func networkOf(view lifecycle.View) (*Network, bool) {
-	step := view.Step(states.AttachNetwork)
-	attached, ok := step.Result.(*Network)
-	return attached, ok && step.Status == lifecycle.StepDone
 }

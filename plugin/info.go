@@ -21,6 +21,7 @@ import (
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -157,10 +158,10 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 	case !errdefs.IsNotFound(err):
 		return nil, err
 	}
-	if attached, ok := networkOf(view); ok {
+	if attached, ok := records.NetworkOf(view); ok {
 		info.CNIResult = attached.Result
 	}
-	if !spec.onNodeNetwork() {
+	if !spec.OnNodeNetwork() {
 		path := n.netNSPath(view.Key.ID)
 		if spec.NetNSPath != "" {
 			path = spec.NetNSPath
@@ -177,10 +178,10 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 func own(view lifecycle.View) ownInfo {
 	info := ownInfo{State: view.State, TraceID: view.TraceID, Steps: map[string]ownInfoRun{}}
 	for _, t := range view.Transitions {
-		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At, Event: t.Event, To: t.To, Error: text(t.Err)})
+		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At, Event: t.Event, To: t.To, Error: records.Text(t.Err)})
 	}
 	for _, step := range view.Steps {
-		info.Steps[string(step.Name)] = ownInfoRun{Status: step.Status, Seconds: step.Duration.Seconds(), Error: text(step.Err)}
+		info.Steps[string(step.Name)] = ownInfoRun{Status: step.Status, Seconds: step.Duration.Seconds(), Error: records.Text(step.Err)}
 	}
 	return info
 }

@@ -223,14 +223,14 @@ func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, er
 
 func (s *fakePause) Reap(context.Context, *lifecycle.Run) error { return nil }
 
-// records are the container records that containerd has.
-type records struct {
+// containerRecords are those that containerd has.
+type containerRecords struct {
 	containers.Store
 	mu  sync.Mutex
 	err error
 }
 
-func (s *records) Get(_ context.Context, id string) (containers.Container, error) {
+func (s *containerRecords) Get(_ context.Context, id string) (containers.Container, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {
@@ -248,7 +248,7 @@ type world struct {
 	*Controller
 	host    *host
 	book    *book
-	records *records
+	records *containerRecords
 }
 
 func newWorld(t *testing.T) *world {
@@ -266,7 +266,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 			do:     map[states.Event]func(context.Context, string) error{},
 			undo:   map[states.Event]func(string) error{},
 		},
-		records: &records{},
+		records: &containerRecords{},
 	}
 	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records)))
 	require.NoError(t, err)

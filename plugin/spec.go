@@ -5,52 +5,13 @@ import (
 
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/typeurl/v2"
 	"github.com/distribution/reference"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
-	"github.com/podfsm/podfsm/tracing"
 	"github.com/podfsm/podfsm/userns"
 )
-
-// Spec is what a sandbox is created with, as it stands in the ledger.
-type Spec struct {
-	// Config is the caller's true configuration.
-	Config *runtime.PodSandboxConfig
-	// Handler is the runtime handler as the caller named it; "" is the default one.
-	Handler string
-	// Mapping is the pod's user namespace; nil for a pod on the host's.
-	Mapping *userns.Mappings
-	// NetNSPath is a network namespace that the caller made itself; "" when pause is to get a new one.
-	NetNSPath string
-
-	RuntimeType    string
-	RuntimePath    string
-	RuntimeOptions *journal.Data
-	PodAnnotations []string // patterns of annotations that are passed on to the runtime
-	Snapshotter    string
-	Image          string
-}
-
-func init() {
-	typeurl.Register(&Spec{}, typePrefix, "Spec")
-}
-
-// typePrefix starts the type URL of everything that podfsm records.
-const typePrefix = tracing.Name
-
-// options are the runtime options as containerd's client wants them.
-func (s *Spec) options() typeurl.Any {
-	if s.RuntimeOptions == nil {
-		return nil
-	}
-	return s.RuntimeOptions
-}
-
-// onNodeNetwork says whether the pod shares the node's network.
-func (s *Spec) onNodeNetwork() bool { return s.NetNSPath == "" && cri.OnNodeNetwork(s.Config) }
 
 // check refuses a pod that can never run, before anything is made. All errors are InvalidArgument.
 func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {

@@ -152,7 +152,7 @@ func TestNewSpec(t *testing.T) {
 		got, err := newSpec(stock, "podfsm", config, sandbox.Sandbox{}, "")
 		require.NoError(t, err)
 		require.Nil(t, got.RuntimeOptions)
-		require.True(t, got.options() == nil, "a typed nil would be marshalled")
+		require.True(t, got.Options() == nil, "a typed nil would be marshalled")
 
 		// What comes from containerd's store or over gRPC is such a typed nil.
 		info := sandbox.FromProto(&types.Sandbox{Runtime: &types.Sandbox_Runtime{Name: "io.containerd.runc.v2"}})
@@ -184,8 +184,8 @@ func TestNewSpec(t *testing.T) {
 		} {
 			got, err := newSpec(stock, "podfsm", tc.config, info, tc.path)
 			require.NoError(t, err)
-			require.Equal(t, tc.onNode, got.onNodeNetwork())
-			require.Equal(t, tc.ours, got.networkIsOurs())
+			require.Equal(t, tc.onNode, got.OnNodeNetwork())
+			require.Equal(t, tc.ours, got.NetworkIsOurs())
 		}
 	})
 }

@@ -19,19 +19,13 @@ type captureNetNS struct {
 	facts lifecycle.Facts
 }
 
-// NetNS is the result of captureNetNS.
-type NetNS struct {
-	Path  string
-	Inode uint64
-}
-
 func (s *captureNetNS) Facts() lifecycle.Facts { return s.facts }
 
 func (s *captureNetNS) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *captureNetNS) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
-	if spec.onNodeNetwork() {
+	if spec.OnNodeNetwork() {
 		return &lifecycle.Skipped{Reason: "the pod is on the node's network"}, nil
 	}
 	if spec.NetNSPath != "" {

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 
-	gocni "github.com/containerd/go-cni"
-
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
 )
@@ -18,13 +16,6 @@ type attachNetwork struct {
 }
 
 func (s *attachNetwork) Facts() lifecycle.Facts { return s.facts }
-
-// Network is the result of attachNetwork.
-type Network struct {
-	IP            string
-	AdditionalIPs []string
-	Result        *gocni.Result
-}
 
 // networkConfig is where the networks of a pod are configured.
 func networkConfig(stock *stockConfig, spec *Spec) cni.Config {
@@ -38,14 +29,10 @@ func networkConfig(stock *stockConfig, spec *Spec) cni.Config {
 	}
 }
 
-// networkIsOurs says whether the pod's network is for podfsm to attach: not where the pod is on the node's, nor where the
-// caller made the namespace, and so the network in it.
-func (s *Spec) networkIsOurs() bool { return !s.onNodeNetwork() && s.NetNSPath == "" }
-
 // Plan returns the *cni.Attachment that ADD is going to make, and DEL to take back, whatever the configuration is by then.
 func (s *attachNetwork) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
-	if !spec.networkIsOurs() {
+	if !spec.NetworkIsOurs() {
 		return nil, nil
 	}
 	config := networkConfig(s.stock, spec)

@@ -20,15 +20,6 @@ type startPause struct {
 	facts lifecycle.Facts
 }
 
-// Pause is the result of startPause.
-type Pause struct {
-	Pid          uint32
-	CreatedAt    time.Time
-	CgroupPath   string // the OCI spec's linux.cgroupsPath
-	ProcessLabel string // SELinux
-	Labels       map[string]string
-}
-
 func (s *startPause) Facts() lifecycle.Facts { return s.facts }
 
 func (s *startPause) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
@@ -73,7 +64,7 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 	if err != nil {
 		return nil, pause.CreateRequest{}, fmt.Errorf("failed to read the configuration of the pause image %q: %w", spec.Image, err)
 	}
-	uids, gids := spec.mapping()
+	uids, gids := spec.LinuxMapping()
 	oci, err := s.settings.Spec(ctx, pause.Pod{
 		ID:             r.Key.ID,
 		Config:         spec.Config,
@@ -101,7 +92,7 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 		Snapshotter:    spec.Snapshotter,
 		SnapshotKey:    r.Key.ID,
 		Runtime:        spec.RuntimeType,
-		RuntimeOptions: spec.options(),
+		RuntimeOptions: spec.Options(),
 	}, nil
 }
 

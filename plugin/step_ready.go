@@ -13,9 +13,6 @@ type declareReady struct {
 	facts lifecycle.Facts
 }
 
-// Ready is the result of declareReady.
-type Ready struct{}
-
 func (s *declareReady) Facts() lifecycle.Facts { return s.facts }
 
 func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }

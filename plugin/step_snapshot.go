@@ -14,13 +14,6 @@ type remapSnapshot struct {
 	facts lifecycle.Facts
 }
 
-// Snapshot is the result of remapSnapshot.
-type Snapshot struct {
-	Snapshotter string
-	Parent      string
-	Strategy    string
-}
-
 func (s *remapSnapshot) Facts() lifecycle.Facts { return s.facts }
 
 func (s *remapSnapshot) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
@@ -31,7 +24,7 @@ func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to get the pause image %q: %w", spec.Image, err)
 	}
-	uids, gids := spec.mapping()
+	uids, gids := spec.LinuxMapping()
 	made, err := s.snapshots.Prepare(ctx, snapshot.Request{
 		Key:                    r.Key.ID,
 		Snapshotter:            spec.Snapshotter,

@@ -4,15 +4,23 @@ import (
 	"path/filepath"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/typeurl/v2"
-	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot"
 	"github.com/podfsm/podfsm/states"
-	"github.com/podfsm/podfsm/userns"
+)
+
+// What is on record of a sandbox.
+type (
+	Spec     = records.Spec
+	Snapshot = records.Snapshot
+	Pause    = records.Pause
+	NetNS    = records.NetNS
+	Network  = records.Network
+	Ready    = records.Ready
 )
 
 // node is what the steps work with; it is the same for all sandboxes.
@@ -93,26 +101,7 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 	return steps
 }
 
-// mapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
-func (s *Spec) mapping() (uids, gids []specs.LinuxIDMapping) {
-	if s.Mapping == nil {
-		return nil, nil
-	}
-	return s.Mapping.Linux()
-}
-
 // netNSPath is where a sandbox's network namespace is pinned.
 func (n *node) netNSPath(id string) string {
 	return filepath.Join(n.stock.netNSDir(), "podfsm-"+id)
-}
-
-func init() {
-	typeurl.Register(&userns.Mappings{}, typePrefix, "userns.Mappings")
-	typeurl.Register(&Snapshot{}, typePrefix, "Snapshot")
-	typeurl.Register(&Pause{}, typePrefix, "Pause")
-	typeurl.Register(&NetNS{}, typePrefix, "NetNS")
-	typeurl.Register(&Ready{}, typePrefix, "Ready")
-	typeurl.Register(&Network{}, typePrefix, "Network")
-	typeurl.Register(&cni.Attachment{}, typePrefix, "cni.Attachment")
-	typeurl.Register(&cni.Progress{}, typePrefix, "cni.Progress")
 }

@@ -1,0 +1,120 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// debts are the steps that a sandbox owes.
+func debts(view View) (owed []states.Event) {
+	for _, step := range view.Steps {
+		if step.Status == StepOwed {
+			owed = append(owed, step.Name)
+		}
+	}
+	return owed
+}
+
+// replayed is what the world's ledger says without an engine.
+func (w *world) replayed(t *testing.T) View {
+	t.Helper()
+	views, err := Replay(w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
+		return Request{Pod: "ns/pod", Spec: spec}, Recorded
+	})
+	require.NoError(t, err)
+	require.Len(t, views, 1)
+	return views[0]
+}
+
+// What is owed is the same for the engine and for who only reads its ledger.
+func TestReplayShowsWhatIsOwed(t *testing.T) {
+	fail := func() error { return errors.New("no luck") }
+	for _, tc := range []struct {
+		name string
+		act  func(t *testing.T, w *world) error
+		goal states.State
+		// owed with the failing one first
+		owed []states.Event
+	}{
+		{"a rollback", func(t *testing.T, w *world) error {
+			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.undo[states.StartPause] = fail
+			return w.run(t)
+		}, states.RolledBack, []states.Event{states.StartPause, states.AllocateIDs, states.RemapSnapshot}},
+		{"a stop", func(t *testing.T, w *world) error {
+			require.NoError(t, w.run(t))
+			w.undo[states.AttachNetwork] = fail
+			return w.Stop(t.Context(), testKey)
+		}, states.Stopped, []states.Event{states.AttachNetwork, states.CaptureNetNS}},
+		{"a process that can't be ended", func(t *testing.T, w *world) error {
+			require.NoError(t, w.run(t))
+			w.stop = errors.New("no luck")
+			return w.Stop(t.Context(), testKey)
+		}, states.Stopped, []states.Event{states.StartPause}},
+		{"a removal", func(t *testing.T, w *world) error {
+			require.NoError(t, w.run(t))
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			w.undo[states.AllocateIDs] = fail
+			return w.Remove(t.Context(), testKey)
+		}, states.Removed, []states.Event{states.AllocateIDs}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.backoff = func(int) time.Duration { return time.Hour }
+			require.ErrorContains(t, tc.act(t, w), "no luck")
+			live, err := w.Get(testKey)
+			require.NoError(t, err)
+			read := w.replayed(t)
+			require.ElementsMatch(t, tc.owed, debts(live))
+			failed := live.Step(tc.owed[0])
+			require.ErrorContains(t, failed.Err, "no luck")
+
+			require.Equal(t, states.CleanupOwed, read.State)
+			require.Equal(t, tc.goal, read.Goal)
+			require.Equal(t, live.Transitions[len(live.Transitions)-1].At, read.Since)
+			require.Subset(t, debts(read), tc.owed[:1])
+			if tc.goal != states.Stopped { // which steps wait for others at a stop isn't on record
+				require.Subset(t, debts(read), tc.owed)
+			}
+			require.ErrorContains(t, read.Step(tc.owed[0]).Err, "no luck")
+			require.WithinDuration(t, failed.OwedSince, read.Step(tc.owed[0]).OwedSince, time.Second)
+
+			w.mend()
+			if tc.goal == states.Stopped {
+				require.NoError(t, w.Stop(t.Context(), testKey))
+				live, err = w.Get(testKey)
+				require.NoError(t, err)
+				require.Empty(t, debts(live))
+				require.Empty(t, debts(w.replayed(t)))
+			}
+			require.NoError(t, w.Remove(t.Context(), testKey))
+			require.Empty(t, w.left())
+		})
+	}
+}
+
+// mend takes all faults out of the node.
+func (n *node) mend() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	clear(n.do)
+	clear(n.undo)
+	n.stop = nil
+}
+
+func TestReplayWritesNothing(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	w.book.records[3].Kind = "sung"
+	before := len(w.book.all)
+	require.Equal(t, states.Quarantined, w.replayed(t).State)
+	require.Len(t, w.book.all, before)
+	require.Equal(t, states.Ready, w.state(t))
+}

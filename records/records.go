@@ -1,0 +1,107 @@
+// Package records holds the types of what podfsm records of a sandbox, and shows a sandbox as the API does. It is apart from the
+// plugin so that the command line tool can read a ledger while no daemon runs, without containerd in it.
+package records
+
+import (
+	"time"
+
+	gocni "github.com/containerd/go-cni"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/tracing"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// Spec is what a sandbox is created with, as it stands in the ledger.
+type Spec struct {
+	// Config is the caller's true configuration.
+	Config *runtime.PodSandboxConfig
+	// Handler is the runtime handler as the caller named it; "" is the default one.
+	Handler string
+	// Mapping is the pod's user namespace; nil for a pod on the host's.
+	Mapping *userns.Mappings
+	// NetNSPath is a network namespace that the caller made itself; "" when pause is to get a new one.
+	NetNSPath string
+
+	RuntimeType    string
+	RuntimePath    string
+	RuntimeOptions *journal.Data
+	PodAnnotations []string // patterns of annotations that are passed on to the runtime
+	Snapshotter    string
+	Image          string
+}
+
+// Options are the runtime options as containerd's client wants them.
+func (s *Spec) Options() typeurl.Any {
+	if s.RuntimeOptions == nil {
+		return nil
+	}
+	return s.RuntimeOptions
+}
+
+// OnNodeNetwork says whether the pod shares the node's network.
+func (s *Spec) OnNodeNetwork() bool { return s.NetNSPath == "" && cri.OnNodeNetwork(s.Config) }
+
+// NetworkIsOurs says whether the pod's network is for podfsm to attach: not where the pod is on the node's, nor where the
+// caller made the namespace, and so the network in it.
+func (s *Spec) NetworkIsOurs() bool { return !s.OnNodeNetwork() && s.NetNSPath == "" }
+
+// LinuxMapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
+func (s *Spec) LinuxMapping() (uids, gids []specs.LinuxIDMapping) {
+	if s.Mapping == nil {
+		return nil, nil
+	}
+	return s.Mapping.Linux()
+}
+
+// Snapshot is the result of the step remap_snapshot.
+type Snapshot struct {
+	Snapshotter string
+	Parent      string
+	Strategy    string
+}
+
+// Pause is the result of the step start_pause.
+type Pause struct {
+	Pid          uint32
+	CreatedAt    time.Time
+	CgroupPath   string // the OCI spec's linux.cgroupsPath
+	ProcessLabel string // SELinux
+	Labels       map[string]string
+}
+
+// NetNS is the result of the step capture_netns.
+type NetNS struct {
+	Path  string
+	Inode uint64
+}
+
+// Network is the result of the step attach_network.
+type Network struct {
+	IP            string
+	AdditionalIPs []string
+	Result        *gocni.Result
+}
+
+// Ready is the result of the step declare_ready.
+type Ready struct{}
+
+// typePrefix starts the type URL of everything that podfsm records.
+const typePrefix = tracing.Name
+
+func init() {
+	typeurl.Register(&Spec{}, typePrefix, "Spec")
+	typeurl.Register(&userns.Mappings{}, typePrefix, "userns.Mappings")
+	typeurl.Register(&Snapshot{}, typePrefix, "Snapshot")
+	typeurl.Register(&Pause{}, typePrefix, "Pause")
+	typeurl.Register(&NetNS{}, typePrefix, "NetNS")
+	typeurl.Register(&Ready{}, typePrefix, "Ready")
+	typeurl.Register(&Network{}, typePrefix, "Network")
+	typeurl.Register(&cni.Attachment{}, typePrefix, "cni.Attachment")
+	typeurl.Register(&cni.Progress{}, typePrefix, "cni.Progress")
+}
