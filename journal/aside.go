@@ -2,6 +2,7 @@ package journal
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -35,6 +36,21 @@ func keepAside(path string) (string, error) {
 		kept = kept[1:]
 	}
 	return aside, nil
+}
+
+// asideIn returns the paths of all damaged files that are kept in a ledger's directories.
+func asideIn(rootDir, stateDir string) ([]string, error) {
+	var paths []string
+	for _, path := range []string{filepath.Join(rootDir, durableName), filepath.Join(stateDir, logName)} {
+		kept, err := listAside(path)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		for _, n := range kept {
+			paths = append(paths, asideName(path, n))
+		}
+	}
+	return paths, nil
 }
 
 func asideName(path string, n int) string { return path + ".damaged-" + strconv.Itoa(n) }

@@ -24,6 +24,8 @@ const bootIDFile = "/proc/sys/kernel/random/boot_id"
 // Ledger is an open ledger. All methods are safe for concurrent use, but Append and Forget of one sandbox must not run at the
 // same time: which of them wins is not defined.
 type Ledger struct {
+	rootDir     string
+	stateDir    string
 	bootID      string
 	bootSeq     uint64
 	bootChanged bool
@@ -66,6 +68,8 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 	r := replay(inDB, inLog, bootID)
 
 	l := &Ledger{
+		rootDir:       rootDir,
+		stateDir:      stateDir,
 		bootID:        bootID,
 		bootSeq:       r.bootSeq,
 		bootChanged:   r.bootChanged,
@@ -262,6 +266,9 @@ func (l *Ledger) BootSeq() uint64 { return l.bootSeq }
 
 // Damage returns what Open could not read.
 func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }
+
+// Aside returns the paths of the damaged files that are kept for somebody to look at; nothing else removes them but newer ones.
+func (l *Ledger) Aside() ([]string, error) { return asideIn(l.rootDir, l.stateDir) }
 
 // Close waits for the writes under way and closes the files. Closing twice is no error.
 func (l *Ledger) Close() error {

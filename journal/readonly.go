@@ -17,6 +17,8 @@ type Snapshot struct {
 	BootChanged bool      // see Ledger.BootChanged
 	BootSeq     uint64    // see Ledger.BootSeq
 	Damage      []Damage
+	Aside       []string  // see Ledger.Aside
+	Written     time.Time // when a file of the ledger was last written to
 }
 
 // OpenReadOnly reads the ledger without changing anything, for use while no daemon runs. It holds no file when it returns.
@@ -42,11 +44,27 @@ func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Sn
 	if !inDB.found && !inLog.found {
 		return nil, fmt.Errorf("no ledger in %s and %s: %w", rootDir, stateDir, errdefs.ErrNotFound)
 	}
+	aside, err := asideIn(rootDir, stateDir)
+	if err != nil {
+		return nil, err
+	}
 	r := replay(inDB, inLog, bootID)
 	return &Snapshot{
 		Sandboxes:   r.live.sandboxes(),
 		BootChanged: r.bootChanged,
 		BootSeq:     r.bootSeq,
 		Damage:      slices.Concat(inDB.damage, inLog.damage),
+		Aside:       aside,
+		Written:     lastWritten(inDB.path, inLog.path),
 	}, nil
+}
+
+// lastWritten is the newest modification of the files; zero when there is none.
+func lastWritten(paths ...string) (newest time.Time) {
+	for _, path := range paths {
+		if info, err := os.Stat(path); err == nil && info.ModTime().After(newest) {
+			newest = info.ModTime()
+		}
+	}
+	return newest
 }

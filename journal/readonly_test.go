@@ -99,3 +99,27 @@ func TestReadOnlyWithOneFile(t *testing.T) {
 		require.Equal(t, lost(d), s.Damage[0].File)
 	}
 }
+
+func TestReadOnlyTellsWhatIsKeptAsideAndWhenItWasWritten(t *testing.T) {
+	d := newDirs(t)
+	smallLedger(t, d, 20)
+	require.NoError(t, os.Truncate(d.db(), 5000))
+	written := time.Now().Add(-time.Hour).Truncate(time.Second)
+	for _, file := range []string{d.db(), d.log()} {
+		require.NoError(t, os.Chtimes(file, written, written))
+	}
+	s, err := d.read(0)
+	require.NoError(t, err)
+	require.Empty(t, s.Aside)
+	require.True(t, s.Written.Equal(written), "%s", s.Written)
+
+	l := d.open(t)
+	aside, err := l.Aside()
+	require.NoError(t, err)
+	require.Equal(t, []string{d.db() + ".damaged-1"}, aside)
+	require.NoError(t, l.Close())
+	s, err = d.read(0)
+	require.NoError(t, err)
+	require.Equal(t, aside, s.Aside)
+	require.True(t, s.Written.After(written))
+}

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,6 +38,50 @@ func RemoveCgroup(ctx context.Context, cgroupsPath string) error {
 		if err := removeCgroup(ctx, filepath.Join(mount.Mountpoint, cgroupsPath)); err != nil {
 			return fmt.Errorf("failed to remove cgroup %q: %w", cgroupsPath, err)
 		}
+	}
+	return nil
+}
+
+// Cgroups returns the directories of cgroups, in every hierarchy, that have the
+// name of one of the containers. Those of the systemd driver have other names:
+// systemd removes them.
+func Cgroups(ids []string) ([]string, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+	}
+	var found []string
+	for _, mount := range mounts {
+		err := filepath.WalkDir(mount.Mountpoint, func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || !entry.IsDir() {
+				return ignoreGone(err)
+			}
+			if slices.Contains(ids, entry.Name()) {
+				found = append(found, path)
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("failed to look for cgroups: %w", err)
+		}
+	}
+	slices.Sort(found)
+	return slices.Compact(found), nil
+}
+
+// ignoreGone takes a cgroup that has been removed meanwhile (ENODEV is of one
+// that was open) for none.
+func ignoreGone(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+// RemoveCgroupDir is RemoveCgroup for a directory from Cgroups.
+func RemoveCgroupDir(ctx context.Context, dir string) error {
+	if err := removeCgroup(ctx, dir); err != nil {
+		return fmt.Errorf("failed to remove cgroup %q: %w", dir, err)
 	}
 	return nil
 }

@@ -29,6 +29,11 @@ func TestRemoveCgroup(t *testing.T) {
 	reaped := make(chan error, 1)
 	go func() { reaped <- process.Wait() }()
 
+	found, err := Cgroups([]string{filepath.Base(parent), "none"})
+	require.NoError(t, err)
+	require.Len(t, found, len(mounts))
+	require.Contains(t, found, filepath.Join(mounts[0].Mountpoint, parent))
+
 	require.NoError(t, RemoveCgroup(t.Context(), path))
 	require.ErrorContains(t, <-reaped, "killed")
 	for _, m := range mounts {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -252,6 +253,69 @@ func (c *Containers) removeRemnants(ctx context.Context, id string) error {
 		return fmt.Errorf("failed to remove the half-deleted bundle of sandbox %q: %w", id, err)
 	}
 	return nil
+}
+
+// Purge deletes all of a sandbox that nobody knows any more: what Delete does,
+// whoever started it, and its bundle. containerd itself removes the bundle of a
+// shim that it has seen ending, within its own time; Purge waits for that.
+func (c *Containers) Purge(ctx context.Context, id string) error {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	if err := validateID(id); err != nil {
+		return err
+	}
+	c.started.Delete(id)
+	shims, err := shimsOf(namespace, id)
+	if err != nil {
+		return err
+	}
+	if err := c.Delete(ctx, id); err != nil {
+		return err
+	}
+	bundle := filepath.Join(c.bundles, namespace, id)
+	if len(shims) > 0 {
+		awaitRemoval(ctx, bundle)
+	}
+	if err := removeTrees(bundle); err != nil {
+		return fmt.Errorf("failed to remove the bundle of sandbox %q: %w", id, err)
+	}
+	return nil
+}
+
+// awaitRemoval returns when containerd has removed a directory, or has had the
+// time to.
+func awaitRemoval(ctx context.Context, dir string) {
+	deadline := time.Now().Add(shimCleanupTimeout)
+	for ctx.Err() == nil && time.Now().Before(deadline) {
+		if _, err := os.Lstat(dir); errors.Is(err, os.ErrNotExist) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(lastRetryDelay):
+		}
+	}
+}
+
+// Bundle is the directory of a task, of a sandbox or of a container.
+type Bundle struct {
+	Path, ID string
+}
+
+// Bundles returns the bundles of a containerd namespace in a containerd's
+// directory of bundles, also those that it was about to delete.
+func Bundles(bundles, namespace string) ([]Bundle, error) {
+	names, err := subdirs(filepath.Join(bundles, namespace))
+	if err != nil {
+		return nil, fmt.Errorf("failed to list bundles: %w", err)
+	}
+	all := make([]Bundle, 0, len(names))
+	for _, name := range names {
+		all = append(all, Bundle{Path: filepath.Join(bundles, namespace, name), ID: strings.TrimPrefix(name, ".")})
+	}
+	return all, nil
 }
 
 // callShim calls again while the connection to a shim is closed but containerd

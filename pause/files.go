@@ -84,6 +84,36 @@ func (f Files) UnmountShm(id string) error {
 	return nil
 }
 
+// List returns the names of the sandboxes that have a directory, each once, in
+// order.
+func (f Files) List() ([]string, error) {
+	var ids []string
+	for _, dir := range []string{f.RootDir, f.StateDir} {
+		below, err := subdirs(filepath.Join(dir, "sandboxes"))
+		if err != nil {
+			return nil, fmt.Errorf("failed to list the files of sandboxes: %w", err)
+		}
+		ids = append(ids, below...)
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
+// subdirs returns the names of the directories in dir, none if it does not exist.
+func subdirs(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var names []string
+	for _, entry := range entries {
+		if entry.IsDir() {
+			names = append(names, entry.Name())
+		}
+	}
+	return names, nil
+}
+
 func (f Files) rootDir(id string) string    { return filepath.Join(f.RootDir, "sandboxes", id) }
 func (f Files) stateDir(id string) string   { return filepath.Join(f.StateDir, "sandboxes", id) }
 func (f Files) hostname(id string) string   { return filepath.Join(f.rootDir(id), "hostname") }

@@ -282,3 +282,17 @@ func TestRetryBusyEndsWithItsContext(t *testing.T) {
 		require.Equal(t, busyDelay*3/2, time.Since(start))
 	})
 }
+
+func TestListFiles(t *testing.T) {
+	files := Files{RootDir: filepath.Join(t.TempDir(), "root"), StateDir: filepath.Join(t.TempDir(), "state")}
+	ids, err := files.List()
+	require.NoError(t, err)
+	require.Empty(t, ids)
+	for _, dir := range []string{files.rootDir("s2"), files.rootDir("s1"), files.stateDir("s1"), files.stateDir("s3")} {
+		require.NoError(t, os.MkdirAll(dir, 0o755))
+	}
+	require.NoError(t, os.WriteFile(files.rootDir("file"), nil, 0o644))
+	ids, err = files.List()
+	require.NoError(t, err)
+	require.Equal(t, []string{"s1", "s2", "s3"}, ids)
+}

@@ -3,6 +3,7 @@ package pause
 import (
 	"maps"
 
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/labels"
 )
 
@@ -12,6 +13,9 @@ const (
 	// have no container of kind "sandbox".
 	labelKind        = labels.CRIContainerdPrefix + ".kind"
 	labelKindSandbox = "sandbox"
+
+	// extensionStock marks a pause container of containerd's own controller.
+	extensionStock = labels.CRIContainerdPrefix + ".sandbox.metadata"
 
 	// The CRI service takes these two from a sandbox's instance labels.
 	labelRuntimeType  = "oci_runtime_type"
@@ -35,6 +39,13 @@ func Labels(pod, image map[string]string) map[string]string {
 	maps.DeleteFunc(all, func(key, _ string) bool { return labels.IsReserved(key) })
 	all[labelKind] = labelKindSandbox
 	return all
+}
+
+// IsPause tells whether a container's record is of a pause container that this
+// package makes: containerd's own have the same kind, and an extension.
+func IsPause(record containers.Container) bool {
+	_, stock := record.Extensions[extensionStock]
+	return record.Labels[labelKind] == labelKindSandbox && !stock
 }
 
 // InstanceLabels returns the labels of a sandbox's instance, as the CRI service

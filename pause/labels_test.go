@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/require"
 )
 
@@ -41,4 +43,14 @@ func TestInstanceLabels(t *testing.T) {
 	}, InstanceLabels(container, "io.containerd.runc.v2", "system_u:system_r:container_t:s0:c1,c2"))
 	require.Equal(t, "too", container["oci_runtime_type"], "the container's labels are only read")
 	require.Equal(t, map[string]string{"oci_runtime_type": "r", "selinux_label": ""}, InstanceLabels(nil, "r", ""))
+}
+
+func TestIsPause(t *testing.T) {
+	ours := containers.Container{Labels: Labels(nil, nil)}
+	stock := containers.Container{Labels: ours.Labels, Extensions: map[string]typeurl.Any{"io.cri-containerd.sandbox.metadata": nil}}
+	app := containers.Container{Labels: map[string]string{"io.cri-containerd.kind": "container"}}
+	require.True(t, IsPause(ours))
+	require.False(t, IsPause(stock))
+	require.False(t, IsPause(app))
+	require.False(t, IsPause(containers.Container{}))
 }

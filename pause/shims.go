@@ -42,11 +42,54 @@ func endShims(ctx context.Context, namespace, id string) error {
 }
 
 func shimsOf(namespace, id string) ([]int, error) {
-	entries, err := os.ReadDir("/proc")
+	all, err := allShims()
 	if err != nil {
 		return nil, fmt.Errorf("failed to look for shims of sandbox %q: %w", id, err)
 	}
 	var shims []int
+	for _, shim := range all {
+		if shim.Namespace == namespace && shim.ID == id {
+			shims = append(shims, shim.Pid)
+		}
+	}
+	return shims, nil
+}
+
+// Shim is a process of a shim, of a sandbox or of a container.
+type Shim struct {
+	Pid           int
+	Namespace, ID string
+}
+
+// Shims returns the shims that work in a containerd's directory of bundles.
+// Those of a containerd with a root directory of its own, where the same paths
+// are others, are left out.
+func Shims(bundles string) ([]Shim, error) {
+	all, err := allShims()
+	if err != nil {
+		return nil, fmt.Errorf("failed to look for shims: %w", err)
+	}
+	root, err := os.Stat("/")
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(shim Shim) bool {
+		dir := filepath.Join("/proc", strconv.Itoa(shim.Pid))
+		cwd, err := os.Readlink(filepath.Join(dir, "cwd"))
+		if err != nil || !strings.HasPrefix(cwd, filepath.Join(bundles, shim.Namespace)+"/") {
+			return true
+		}
+		theirs, err := os.Stat(filepath.Join(dir, "root"))
+		return err != nil || !os.SameFile(root, theirs)
+	}), nil
+}
+
+func allShims() ([]Shim, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var shims []Shim
 	for _, entry := range entries {
 		pid, err := strconv.Atoi(entry.Name())
 		if err != nil {
@@ -57,16 +100,20 @@ func shimsOf(namespace, id string) ([]int, error) {
 			continue // it has ended
 		}
 		args := strings.Split(string(bytes.TrimSuffix(cmdline, []byte{0})), "\x00")
-		if hasFlag(args, "-namespace", namespace) && hasFlag(args, "-id", id) {
-			shims = append(shims, pid)
+		namespace, id := flag(args, "-namespace"), flag(args, "-id")
+		if namespace != "" && id != "" {
+			shims = append(shims, Shim{Pid: pid, Namespace: namespace, ID: id})
 		}
 	}
 	return shims, nil
 }
 
-func hasFlag(args []string, name, value string) bool {
-	i := slices.Index(args, name)
-	return i >= 0 && i+1 < len(args) && args[i+1] == value
+// flag returns the value of a flag, "" when it is not given.
+func flag(args []string, name string) string {
+	if i := slices.Index(args, name); i >= 0 && i+1 < len(args) {
+		return args[i+1]
+	}
+	return ""
 }
 
 // endShim ends a process and removes the sockets that it listened on.

@@ -52,3 +52,40 @@ func TestEndShims(t *testing.T) {
 		})
 	}
 }
+
+func TestShimsAreOfOneContainerd(t *testing.T) {
+	bundles := t.TempDir()
+	start := func(dir, id string) int {
+		require.NoError(t, os.MkdirAll(dir, 0o755))
+		cmd := exec.Command("sh", "-c", "read line", "shim", "-namespace", "test", "-id", id)
+		cmd.Dir = dir
+		in, err := cmd.StdinPipe()
+		require.NoError(t, err)
+		require.NoError(t, cmd.Start())
+		t.Cleanup(func() {
+			in.Close()
+			_ = cmd.Wait()
+		})
+		return cmd.Process.Pid
+	}
+	ours := start(filepath.Join(bundles, "test", "s1"), "s1")
+	gone := start(filepath.Join(bundles, "test", "s2"), "s2")
+	require.NoError(t, os.Remove(filepath.Join(bundles, "test", "s2")))
+	start(t.TempDir(), "s3")
+	start(filepath.Join(bundles, "another", "s4"), "s4")
+
+	shims, err := Shims(bundles)
+	require.NoError(t, err)
+	require.ElementsMatch(t, []Shim{{ours, "test", "s1"}, {gone, "test", "s2"}}, shims)
+
+	require.NoError(t, os.Mkdir(filepath.Join(bundles, "test", ".s5"), 0o755))
+	found, err := Bundles(bundles, "test")
+	require.NoError(t, err)
+	require.Equal(t, []Bundle{
+		{Path: filepath.Join(bundles, "test", ".s5"), ID: "s5"},
+		{Path: filepath.Join(bundles, "test", "s1"), ID: "s1"},
+	}, found)
+	found, err = Bundles(bundles, "nobody")
+	require.NoError(t, err)
+	require.Empty(t, found)
+}

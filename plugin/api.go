@@ -1,7 +1,9 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
+	"slices"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"google.golang.org/grpc"
@@ -47,6 +49,43 @@ func (a *api) Inspect(_ context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return response, nil
+}
+
+// Leaks answers with what belongs to nobody, and removes it when asked to. What is gone afterwards is found out by looking.
+func (a *api) Leaks(ctx context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.LeaksResponse, error) {
+	if _, err := a.engine(); err != nil {
+		return nil, err
+	}
+	response, err := a.leaks(ctx, r.GetFix())
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return response, nil
+}
+
+func (a *api) leaks(ctx context.Context, fix bool) (*podfsmv1.LeaksResponse, error) {
+	found, err := a.controller.leaks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	left, failed := found, map[string]error{}
+	if fix && len(found) > 0 {
+		failed = a.controller.fix(ctx, found)
+		if left, err = a.controller.leaks(ctx); err != nil {
+			return nil, err
+		}
+	}
+	response := &podfsmv1.LeaksResponse{}
+	for _, thing := range found {
+		leak := records.Leak(thing)
+		leak.Removed = !slices.Contains(left, thing)
+		if fix && !leak.Removed {
+			leak.Error = cmp.Or(records.Text(failed[thing.ID]), "it is still there")
+		}
+		response.Leaks = append(response.Leaks, leak)
+	}
+	response.DamagedLedgerFiles, err = a.controller.ledger.Aside()
+	return response, err
 }
 
 func (a *api) engine() (*lifecycle.Engine, error) {

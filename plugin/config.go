@@ -159,6 +159,18 @@ func (c *stockConfig) snapshotter(h handler) string {
 	return c.image.Snapshotter
 }
 
+// snapshotters are those of all handlers that are podfsm's, each once.
+func (c *stockConfig) snapshotters() []string {
+	var names []string
+	for _, h := range c.Containerd.Runtimes {
+		if h.Sandboxer == Name {
+			names = append(names, c.snapshotter(h))
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
 // pauseImage is the reference of the pause image. containerd's default configuration pins one.
 func (c *stockConfig) pauseImage() string { return c.image.PinnedImages["sandbox"] }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"regexp"
 	"slices"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -167,7 +167,7 @@ func sweepLeases(ctx context.Context, client *containerd.Client, records map[jou
 		return fmt.Errorf("failed to list containerd's leases: %w", err)
 	}
 	for _, lease := range held {
-		if !sandboxID.MatchString(lease.ID) || len(lease.Labels) > 0 {
+		if !leaks.SandboxID.MatchString(lease.ID) || len(lease.Labels) > 0 {
 			continue
 		}
 		key := journal.Key{Namespace: cri.Namespace, ID: lease.ID}
@@ -177,9 +177,6 @@ func sweepLeases(ctx context.Context, client *containerd.Client, records map[jou
 	}
 	return nil
 }
-
-// sandboxID is the form of the ids that containerd's CRI service makes.
-var sandboxID = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
 // storedSandboxes are containerd's records of podfsm's sandboxes, and the keys of those of other controllers.
 func storedSandboxes(ctx context.Context, client *containerd.Client) (records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool, err error) {

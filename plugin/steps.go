@@ -6,6 +6,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/records"
@@ -27,6 +28,7 @@ type (
 type node struct {
 	stock      *stockConfig
 	client     *containerd.Client
+	bundles    string // of tasks, by containerd namespace
 	settings   pause.Settings
 	containers *pause.Containers
 	snapshots  *snapshot.Preparer
@@ -35,8 +37,9 @@ type node struct {
 
 func newNode(stock *stockConfig, client *containerd.Client, bundles string, limits timeouts) *node {
 	return &node{
-		stock:  stock,
-		client: client,
+		stock:   stock,
+		client:  client,
+		bundles: bundles,
 		settings: pause.Settings{
 			Files:                   pause.Files{RootDir: stock.RootDir, StateDir: stock.StateDir},
 			EnableUnprivilegedPorts: stock.EnableUnprivilegedPorts,
@@ -103,5 +106,5 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 
 // netNSPath is where a sandbox's network namespace is pinned.
 func (n *node) netNSPath(id string) string {
-	return filepath.Join(n.stock.netNSDir(), "podfsm-"+id)
+	return filepath.Join(n.stock.netNSDir(), leaks.Pin(id))
 }

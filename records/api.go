@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
@@ -130,6 +131,11 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 		}
 	}
 	return s
+}
+
+// Leak is something that has leaked, in the words of the API.
+func Leak(thing leaks.Thing) *podfsmv1.Leak {
+	return &podfsmv1.Leak{SandboxId: thing.ID, Kind: string(thing.Kind), Name: thing.Name}
 }
 
 // timestamp is nil for no time.

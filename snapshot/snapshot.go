@@ -124,6 +124,27 @@ func (p *Preparer) Exists(ctx context.Context, snapshotter, key string) (bool, e
 	return true, nil
 }
 
+// Keys returns the keys of the snapshots that Prepare has made in a snapshotter,
+// as far as that can be told: of writable snapshots that the garbage collector
+// has to leave alone.
+func (p *Preparer) Keys(ctx context.Context, snapshotter string) ([]string, error) {
+	sn, err := p.snapshotter(snapshotter)
+	if err != nil {
+		return nil, fmt.Errorf("failed to list snapshots: %w", err)
+	}
+	var keys []string
+	err = sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Kind == snapshots.KindActive && info.Labels[labelGCRoot] != "" {
+			keys = append(keys, info.Name)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("failed to list the snapshots of %q: %w", snapshotter, err)
+	}
+	return keys, nil
+}
+
 func (p *Preparer) prepare(ctx context.Context, r Request) (Result, error) {
 	sn, err := p.snapshotter(r.Snapshotter)
 	if err != nil {

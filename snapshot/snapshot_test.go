@@ -222,6 +222,13 @@ func TestPrepare(t *testing.T) {
 		require.EqualValues(t, 7, uid)
 		require.EqualValues(t, 8, gid)
 	}
+	_, err = n.client.SnapshotService(overlayfs).Prepare(n.ctx, "somebody's", n.chainIDs[1])
+	require.NoError(t, err)
+	keys, err := p.Keys(n.ctx, overlayfs)
+	require.NoError(t, err)
+	require.Equal(t, []string{"pod"}, keys)
+	_, err = p.Keys(n.ctx, "none")
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
 
 	require.NoError(t, p.Remove(n.ctx, overlayfs, "pod"))
 	require.False(t, n.exists(t, "pod"))

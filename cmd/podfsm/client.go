@@ -72,9 +72,9 @@ func (d *dialer) dial(ctx context.Context, _ string) (net.Conn, error) {
 func explainDial(address string, err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("no socket at %s: is the daemon running? (--address names another)", address)
+		return downError{fmt.Errorf("no socket at %s: is the daemon running? (--address names another)", address)}
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("nothing listens on %s: is the daemon running?", address)
+		return downError{fmt.Errorf("nothing listens on %s: is the daemon running?", address)}
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("permission denied on %s: run podfsm as root", address)
 	}

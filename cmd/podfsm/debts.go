@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/urfave/cli/v3"
@@ -24,7 +23,7 @@ func debtsCommand() *cli.Command {
 			if cmd.Args().Present() {
 				return errors.New("debts takes no arguments")
 			}
-			response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
+			response, err := list(ctx, cmd)
 			if err != nil {
 				return err
 			}
@@ -44,7 +43,7 @@ func writeDebts(w io.Writer, sandboxes []*podfsmv1.Sandbox, now time.Time) error
 	for _, s := range sandboxes {
 		for _, d := range s.GetDebts() {
 			t.row(shorten(s.GetId()), podOf(s), stateOf(s), d.GetStep(), age(d.GetSince(), now),
-				strconv.FormatUint(uint64(d.GetAttempts()), 10), nextTry(d, now), d.GetError())
+				tries(d), nextTry(d, now), d.GetError())
 		}
 	}
 	t.flush()

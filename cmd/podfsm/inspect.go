@@ -69,9 +69,18 @@ func addDebts(b *bytes.Buffer, debts []*podfsmv1.Debt, now time.Time) {
 	b.WriteString("\nOwed\n")
 	t := newTable(b, "STEP", "SINCE", "TRIES", "NEXT TRY", "ERROR")
 	for _, d := range debts {
-		t.row(d.GetStep(), age(d.GetSince(), now), strconv.FormatUint(uint64(d.GetAttempts()), 10), nextTry(d, now), d.GetError())
+		t.row(d.GetStep(), age(d.GetSince(), now), tries(d), nextTry(d, now), d.GetError())
 	}
 	t.flush()
+}
+
+// tries is empty for a step that waits for others, and where the tries were an
+// earlier daemon's.
+func tries(d *podfsmv1.Debt) string {
+	if d.GetAttempts() == 0 {
+		return ""
+	}
+	return strconv.FormatUint(uint64(d.GetAttempts()), 10)
 }
 
 func nextTry(d *podfsmv1.Debt, now time.Time) string {

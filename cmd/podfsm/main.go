@@ -1,5 +1,6 @@
 // Command podfsm shows an operator the pod sandboxes that podfsm runs in
-// containerd: their states, their steps and what is owed for them.
+// containerd: their states, their steps, what is owed for them and what has
+// leaked. While the daemon is down it reads its ledger.
 package main
 
 import (
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
@@ -21,10 +23,19 @@ import (
 const defaultTimeout = 10 * time.Second
 
 func main() {
+	_ = log.SetLevel(log.PanicLevel.String()) // of the engine's own, which tell a daemon's log what the output says here
 	if err := run(context.Background(), os.Args, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintf(os.Stderr, "podfsm: %v\n", err)
-		os.Exit(1)
+		os.Exit(exitStatus(err))
 	}
+}
+
+// exitStatus is 2 for leaks and 1 for whatever has failed.
+func exitStatus(err error) int {
+	if errors.As(err, new(leftError)) {
+		return 2
+	}
+	return 1
 }
 
 // run is the whole program; args starts with the program's name.
@@ -34,7 +45,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		Usage:     "show the pod sandboxes that podfsm runs in containerd",
 		Writer:    stdout,
 		ErrWriter: stderr,
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.StringFlag{
 				Name:    "address",
 				Usage:   "containerd's gRPC socket",
@@ -57,8 +68,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Usage: "print the version of podfsm and of the containerd it was built with",
 				Local: true,
 			},
-		},
-		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand()},
+		}, directoryFlags()...),
+		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand(), leaksCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())
@@ -86,7 +97,7 @@ func psCommand() *cli.Command {
 			if cmd.Args().Present() {
 				return errors.New("ps takes no arguments")
 			}
-			response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
+			response, err := list(ctx, cmd)
 			if err != nil {
 				return err
 			}
@@ -97,6 +108,19 @@ func psCommand() *cli.Command {
 			return writeList(cmd.Root().Writer, response.GetSandboxes(), output == "wide", time.Now())
 		},
 	}
+}
+
+// list asks the daemon, or its ledger while that is down.
+func list(ctx context.Context, cmd *cli.Command) (*podfsmv1.ListResponse, error) {
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
+	if err == nil {
+		return response, nil
+	}
+	found, err := readLedger(cmd, err)
+	if err != nil {
+		return nil, err
+	}
+	return found.list(), nil
 }
 
 func inspectCommand() *cli.Command {
@@ -112,7 +136,7 @@ func inspectCommand() *cli.Command {
 			if cmd.NArg() != 1 {
 				return errors.New("inspect takes one argument: a sandbox id, a prefix of one, or a pod's namespace/name or name")
 			}
-			response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Inspect, &podfsmv1.InspectRequest{Ref: cmd.Args().First()})
+			response, err := inspect(ctx, cmd, cmd.Args().First())
 			if err != nil {
 				return err
 			}
@@ -122,6 +146,19 @@ func inspectCommand() *cli.Command {
 			return writeInspection(cmd.Root().Writer, response, time.Now())
 		},
 	}
+}
+
+// inspect asks the daemon, or its ledger while that is down.
+func inspect(ctx context.Context, cmd *cli.Command, ref string) (*podfsmv1.InspectResponse, error) {
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Inspect, &podfsmv1.InspectRequest{Ref: ref})
+	if err == nil {
+		return response, nil
+	}
+	found, err := readLedger(cmd, err)
+	if err != nil {
+		return nil, err
+	}
+	return found.inspect(ref)
 }
 
 func outputFlag(formats ...string) cli.Flag {

@@ -38,6 +38,7 @@ func TestMain(m *testing.M) {
 type fakeSandboxes struct {
 	podfsmv1.UnimplementedSandboxesServer
 	inspect func(ctx context.Context, ref string) (*podfsmv1.InspectResponse, error)
+	leaks   func(fix bool) *podfsmv1.LeaksResponse
 }
 
 func (fakeSandboxes) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
@@ -46,6 +47,10 @@ func (fakeSandboxes) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.Lis
 
 func (f fakeSandboxes) Inspect(ctx context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.InspectResponse, error) {
 	return f.inspect(ctx, r.GetRef())
+}
+
+func (f fakeSandboxes) Leaks(_ context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.LeaksResponse, error) {
+	return f.leaks(r.GetFix()), nil
 }
 
 // serve starts a daemon on a socket of its own and returns the socket's path.
@@ -177,17 +182,18 @@ func TestOddSocketPath(t *testing.T) {
 }
 
 func TestDialErrors(t *testing.T) {
-	missing := filepath.Join(t.TempDir(), "none.sock")
-	_, err := podfsm(t, "--address", missing, "ps")
-	require.EqualError(t, err, "no socket at "+missing+": is the daemon running? (--address names another)")
+	none := t.TempDir()
+	missing := filepath.Join(none, "none.sock")
+	_, err := podfsm(t, "--root", none, "--state", none, "--address", missing, "ps")
+	require.ErrorContains(t, err, "no socket at "+missing+": is the daemon running? (--address names another)")
 
 	dead := filepath.Join(t.TempDir(), "dead.sock")
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
 	require.NoError(t, err)
 	listener.SetUnlinkOnClose(false)
 	require.NoError(t, listener.Close())
-	_, err = podfsm(t, "--address", dead, "ps")
-	require.EqualError(t, err, "nothing listens on "+dead+": is the daemon running?")
+	_, err = podfsm(t, "--root", none, "--state", none, "--address", dead, "ps")
+	require.ErrorContains(t, err, "nothing listens on "+dead+": is the daemon running?")
 
 	// Root is never refused, so these two can't be had from the kernel.
 	refused := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
@@ -204,6 +210,7 @@ func TestUsageErrors(t *testing.T) {
 		{[]string{"sp"}, `unknown command "sp"`},
 		{[]string{"ps", "x"}, "ps takes no arguments"},
 		{[]string{"debts", "x"}, "debts takes no arguments"},
+		{[]string{"leaks", "x"}, "leaks takes no arguments"},
 		{[]string{"ps", "-o", "yaml"}, "must be wide or json"},
 		{[]string{"ps", "--colour"}, "not defined: -colour"},
 		{[]string{"inspect"}, "inspect takes one argument"},
@@ -253,24 +260,27 @@ func TestDescribe(t *testing.T) {
 	}
 }
 
-func TestExitCode(t *testing.T) {
-	program := func(args ...string) (stdout, stderr string, code int) {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
-		cmd.Env = append(os.Environ(), asProgram+"=1")
-		var out, errOut bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &errOut
-		var exit *exec.ExitError
-		if err := cmd.Run(); err != nil {
-			require.ErrorAs(t, err, &exit)
-		}
-		return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+// program runs the command line tool as a program of its own.
+func program(t *testing.T, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = append(os.Environ(), asProgram+"=1")
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	var exit *exec.ExitError
+	if err := cmd.Run(); err != nil {
+		require.ErrorAs(t, err, &exit)
 	}
-	stdout, stderr, code := program("ps", "--address", serve(t, fakeSandboxes{}))
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+func TestExitCode(t *testing.T) {
+	stdout, stderr, code := program(t, "ps", "--address", serve(t, fakeSandboxes{}))
 	require.Equal(t, 0, code)
 	require.Contains(t, stdout, "default/web")
 	require.Empty(t, stderr)
 
-	stdout, stderr, code = program("ps", "x")
+	stdout, stderr, code = program(t, "ps", "x")
 	require.Equal(t, 1, code)
 	require.Empty(t, stdout)
 	require.Equal(t, "podfsm: ps takes no arguments\n", stderr)

@@ -44,7 +44,7 @@ var daemons = map[Daemon]install{
 	Podfsm:     {".", "bin", []string{"./cmd/..."}, "containerd-podfsm, podfsm"},
 	PodfsmRace: {".", ".build/race", []string{"-race", "./cmd/containerd-podfsm"}, "containerd-podfsm with the race detector"},
 	Stock:      {".", ".build/bin", []string{"github.com/containerd/containerd/v2/cmd/containerd"}, "containerd"},
-	TestDaemon: {".", ".build/bin", []string{"./integration/testdaemon"}, "testdaemon"},
+	TestDaemon: {".", ".build/bin", []string{"./integration/testdaemon", "./cmd/podfsm"}, "testdaemon, podfsm"},
 }
 
 // parts are what every daemon needs around it. The tools have modules of their

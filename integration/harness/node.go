@@ -142,7 +142,7 @@ func (n *Node) prepare(ctx context.Context, c Config) error {
 func (n *Node) binary(name string) string { return filepath.Join(n.repo, ".build/bin", name) }
 
 // CLI returns the path of the podfsm command line tool.
-func (n *Node) CLI() string { return filepath.Join(n.repo, "bin/podfsm") }
+func (n *Node) CLI() string { return filepath.Join(filepath.Dir(n.executable), "podfsm") }
 
 // Dir returns the node's directory. All it has on the machine's filesystems is
 // below it, but for cgroups and libcni's default cache.

@@ -5,8 +5,8 @@
 // source: podfsm/v1/podfsm.proto
 
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
-// read-only, served on containerd's own socket, and needs no containerd
-// namespace: it answers for all of them.
+// served on containerd's own socket, and needs no containerd namespace: it
+// answers for all of them. Only Leaks changes anything, and only when asked to.
 
 package podfsmv1
 
@@ -27,6 +27,188 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type LeaksRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Remove what is found. The response says what was, and why the rest was not.
+	Fix           bool `protobuf:"varint,1,opt,name=fix,proto3" json:"fix,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaksRequest) Reset() {
+	*x = LeaksRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaksRequest) ProtoMessage() {}
+
+func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaksRequest.ProtoReflect.Descriptor instead.
+func (*LeaksRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *LeaksRequest) GetFix() bool {
+	if x != nil {
+		return x.Fix
+	}
+	return false
+}
+
+type LeaksResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By sandbox, and then in the order in which they have to go.
+	Leaks []*Leak `protobuf:"bytes,1,rep,name=leaks,proto3" json:"leaks,omitempty"`
+	// Damaged files of the ledger that are kept for somebody to look at. They are
+	// no leaks, and stay.
+	DamagedLedgerFiles []string `protobuf:"bytes,2,rep,name=damaged_ledger_files,json=damagedLedgerFiles,proto3" json:"damaged_ledger_files,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *LeaksResponse) Reset() {
+	*x = LeaksResponse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaksResponse) ProtoMessage() {}
+
+func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaksResponse.ProtoReflect.Descriptor instead.
+func (*LeaksResponse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *LeaksResponse) GetLeaks() []*Leak {
+	if x != nil {
+		return x.Leaks
+	}
+	return nil
+}
+
+func (x *LeaksResponse) GetDamagedLedgerFiles() []string {
+	if x != nil {
+		return x.DamagedLedgerFiles
+	}
+	return nil
+}
+
+// Leak is something that belongs to no sandbox that is known.
+type Leak struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// One of "CNI plugin", "pause container", "shim", "bundle", "cgroup",
+	// "snapshot", "files", "netns", "lease" and "sandbox record".
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// A path, a pid, or a name in one of containerd's stores.
+	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	// It was there and is gone.
+	Removed bool `protobuf:"varint,4,opt,name=removed,proto3" json:"removed,omitempty"`
+	// Why it could not be removed. Empty when nobody has tried.
+	Error         string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Leak) Reset() {
+	*x = Leak{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Leak) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Leak) ProtoMessage() {}
+
+func (x *Leak) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Leak.ProtoReflect.Descriptor instead.
+func (*Leak) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Leak) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *Leak) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Leak) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Leak) GetRemoved() bool {
+	if x != nil {
+		return x.Removed
+	}
+	return false
+}
+
+func (x *Leak) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -35,7 +217,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -47,7 +229,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -60,7 +242,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
 }
 
 type ListResponse struct {
@@ -72,7 +254,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -84,7 +266,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -97,7 +279,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
@@ -118,7 +300,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -130,7 +312,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -143,7 +325,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *InspectRequest) GetRef() string {
@@ -169,7 +351,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -181,7 +363,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -194,7 +376,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *InspectResponse) GetSandbox() *Sandbox {
@@ -272,7 +454,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -284,7 +466,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -297,7 +479,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Sandbox) GetId() string {
@@ -458,7 +640,7 @@ type UserNamespace struct {
 
 func (x *UserNamespace) Reset() {
 	*x = UserNamespace{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -470,7 +652,7 @@ func (x *UserNamespace) String() string {
 func (*UserNamespace) ProtoMessage() {}
 
 func (x *UserNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -483,7 +665,7 @@ func (x *UserNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
 func (*UserNamespace) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *UserNamespace) GetUids() []*IDMapping {
@@ -511,7 +693,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -523,7 +705,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -536,7 +718,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -566,7 +748,7 @@ type Debt struct {
 	Step  string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
 	// The error of the last attempt.
 	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	// How many attempts have failed.
+	// How many attempts have failed since the daemon started.
 	Attempts uint32                 `protobuf:"varint,3,opt,name=attempts,proto3" json:"attempts,omitempty"`
 	NextTry  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`
 	// When the first attempt failed.
@@ -577,7 +759,7 @@ type Debt struct {
 
 func (x *Debt) Reset() {
 	*x = Debt{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -589,7 +771,7 @@ func (x *Debt) String() string {
 func (*Debt) ProtoMessage() {}
 
 func (x *Debt) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -602,7 +784,7 @@ func (x *Debt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Debt.ProtoReflect.Descriptor instead.
 func (*Debt) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Debt) GetStep() string {
@@ -660,7 +842,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -672,7 +854,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -685,7 +867,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Step) GetName() string {
@@ -747,7 +929,7 @@ type Transition struct {
 
 func (x *Transition) Reset() {
 	*x = Transition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -759,7 +941,7 @@ func (x *Transition) String() string {
 func (*Transition) ProtoMessage() {}
 
 func (x *Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -772,7 +954,7 @@ func (x *Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transition.ProtoReflect.Descriptor instead.
 func (*Transition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Transition) GetSeq() uint64 {
@@ -821,7 +1003,19 @@ var File_podfsm_v1_podfsm_proto protoreflect.FileDescriptor
 
 const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\n" +
-	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\r\n" +
+	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\" \n" +
+	"\fLeaksRequest\x12\x10\n" +
+	"\x03fix\x18\x01 \x01(\bR\x03fix\"h\n" +
+	"\rLeaksResponse\x12%\n" +
+	"\x05leaks\x18\x01 \x03(\v2\x0f.podfsm.v1.LeakR\x05leaks\x120\n" +
+	"\x14damaged_ledger_files\x18\x02 \x03(\tR\x12damagedLedgerFiles\"}\n" +
+	"\x04Leak\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x18\n" +
+	"\aremoved\x18\x04 \x01(\bR\aremoved\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\r\n" +
 	"\vListRequest\"@\n" +
 	"\fListResponse\x120\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x12.podfsm.v1.SandboxR\tsandboxes\"\"\n" +
@@ -890,10 +1084,11 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x05event\x18\x03 \x01(\tR\x05event\x12\x12\n" +
 	"\x04from\x18\x04 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x05 \x01(\tR\x02to\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error2\x86\x01\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error2\xc2\x01\n" +
 	"\tSandboxes\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
-	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
+	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x12:\n" +
+	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
 
 var (
 	file_podfsm_v1_podfsm_proto_rawDescOnce sync.Once
@@ -907,48 +1102,54 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
-	(*ListRequest)(nil),           // 0: podfsm.v1.ListRequest
-	(*ListResponse)(nil),          // 1: podfsm.v1.ListResponse
-	(*InspectRequest)(nil),        // 2: podfsm.v1.InspectRequest
-	(*InspectResponse)(nil),       // 3: podfsm.v1.InspectResponse
-	(*Sandbox)(nil),               // 4: podfsm.v1.Sandbox
-	(*UserNamespace)(nil),         // 5: podfsm.v1.UserNamespace
-	(*IDMapping)(nil),             // 6: podfsm.v1.IDMapping
-	(*Debt)(nil),                  // 7: podfsm.v1.Debt
-	(*Step)(nil),                  // 8: podfsm.v1.Step
-	(*Transition)(nil),            // 9: podfsm.v1.Transition
-	nil,                           // 10: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 12: google.protobuf.Duration
+	(*LeaksRequest)(nil),          // 0: podfsm.v1.LeaksRequest
+	(*LeaksResponse)(nil),         // 1: podfsm.v1.LeaksResponse
+	(*Leak)(nil),                  // 2: podfsm.v1.Leak
+	(*ListRequest)(nil),           // 3: podfsm.v1.ListRequest
+	(*ListResponse)(nil),          // 4: podfsm.v1.ListResponse
+	(*InspectRequest)(nil),        // 5: podfsm.v1.InspectRequest
+	(*InspectResponse)(nil),       // 6: podfsm.v1.InspectResponse
+	(*Sandbox)(nil),               // 7: podfsm.v1.Sandbox
+	(*UserNamespace)(nil),         // 8: podfsm.v1.UserNamespace
+	(*IDMapping)(nil),             // 9: podfsm.v1.IDMapping
+	(*Debt)(nil),                  // 10: podfsm.v1.Debt
+	(*Step)(nil),                  // 11: podfsm.v1.Step
+	(*Transition)(nil),            // 12: podfsm.v1.Transition
+	nil,                           // 13: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 15: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
-	4,  // 0: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
-	4,  // 1: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	8,  // 2: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
-	9,  // 3: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	11, // 4: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	11, // 5: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
-	5,  // 6: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
-	7,  // 7: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
-	6,  // 8: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
-	6,  // 9: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	11, // 10: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	11, // 11: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	11, // 12: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	12, // 13: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	10, // 14: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	11, // 15: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	0,  // 16: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	2,  // 17: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	1,  // 18: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	3,  // 19: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	18, // [18:20] is the sub-list for method output_type
-	16, // [16:18] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	2,  // 0: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
+	7,  // 1: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
+	7,  // 2: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	11, // 3: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
+	12, // 4: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
+	14, // 5: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	14, // 6: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	8,  // 7: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
+	10, // 8: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
+	9,  // 9: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
+	9,  // 10: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
+	14, // 11: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
+	14, // 12: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
+	14, // 13: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	15, // 14: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	13, // 15: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	14, // 16: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	3,  // 17: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	5,  // 18: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	0,  // 19: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	4,  // 20: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	6,  // 21: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	1,  // 22: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	20, // [20:23] is the sub-list for method output_type
+	17, // [17:20] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -962,7 +1163,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

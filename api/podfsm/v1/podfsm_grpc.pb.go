@@ -5,8 +5,8 @@
 // source: podfsm/v1/podfsm.proto
 
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
-// read-only, served on containerd's own socket, and needs no containerd
-// namespace: it answers for all of them.
+// served on containerd's own socket, and needs no containerd namespace: it
+// answers for all of them. Only Leaks changes anything, and only when asked to.
 
 package podfsmv1
 
@@ -25,6 +25,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Sandboxes_List_FullMethodName    = "/podfsm.v1.Sandboxes/List"
 	Sandboxes_Inspect_FullMethodName = "/podfsm.v1.Sandboxes/Inspect"
+	Sandboxes_Leaks_FullMethodName   = "/podfsm.v1.Sandboxes/Leaks"
 )
 
 // SandboxesClient is the client API for Sandboxes service.
@@ -40,6 +41,10 @@ type SandboxesClient interface {
 	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
 	// several; the message then names them.
 	Inspect(ctx context.Context, in *InspectRequest, opts ...grpc.CallOption) (*InspectResponse, error)
+	// Leaks returns what stands on the host, or in containerd's stores, under the
+	// name of a sandbox that nobody knows. It takes some seconds where there is
+	// any: it looks twice.
+	Leaks(ctx context.Context, in *LeaksRequest, opts ...grpc.CallOption) (*LeaksResponse, error)
 }
 
 type sandboxesClient struct {
@@ -70,6 +75,16 @@ func (c *sandboxesClient) Inspect(ctx context.Context, in *InspectRequest, opts 
 	return out, nil
 }
 
+func (c *sandboxesClient) Leaks(ctx context.Context, in *LeaksRequest, opts ...grpc.CallOption) (*LeaksResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LeaksResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_Leaks_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxesServer is the server API for Sandboxes service.
 // All implementations must embed UnimplementedSandboxesServer
 // for forward compatibility.
@@ -83,6 +98,10 @@ type SandboxesServer interface {
 	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
 	// several; the message then names them.
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
+	// Leaks returns what stands on the host, or in containerd's stores, under the
+	// name of a sandbox that nobody knows. It takes some seconds where there is
+	// any: it looks twice.
+	Leaks(context.Context, *LeaksRequest) (*LeaksResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
 
@@ -98,6 +117,9 @@ func (UnimplementedSandboxesServer) List(context.Context, *ListRequest) (*ListRe
 }
 func (UnimplementedSandboxesServer) Inspect(context.Context, *InspectRequest) (*InspectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Inspect not implemented")
+}
+func (UnimplementedSandboxesServer) Leaks(context.Context, *LeaksRequest) (*LeaksResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Leaks not implemented")
 }
 func (UnimplementedSandboxesServer) mustEmbedUnimplementedSandboxesServer() {}
 func (UnimplementedSandboxesServer) testEmbeddedByValue()                   {}
@@ -156,6 +178,24 @@ func _Sandboxes_Inspect_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxes_Leaks_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LeaksRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).Leaks(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_Leaks_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).Leaks(ctx, req.(*LeaksRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxes_ServiceDesc is the grpc.ServiceDesc for Sandboxes service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -170,6 +210,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Inspect",
 			Handler:    _Sandboxes_Inspect_Handler,
+		},
+		{
+			MethodName: "Leaks",
+			Handler:    _Sandboxes_Leaks_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/errdefs"
+	"github.com/urfave/cli/v3"
+	"k8s.io/apimachinery/pkg/util/duration"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/records"
+)
+
+// Where containerd's plugins have their directories, below its root and state.
+const (
+	ledgerDir  = "io.containerd.podsandbox.controller.v1.podfsm"
+	criDir     = "io.containerd.grpc.v1.cri"
+	bundlesDir = "io.containerd.runtime.v2.task"
+)
+
+// directoryFlags say where the daemon keeps its ledger, for when it is down.
+func directoryFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{
+			Name:  "root",
+			Usage: "containerd's root directory, read while the daemon is down",
+			Value: defaults.DefaultRootDir,
+		},
+		&cli.StringFlag{
+			Name:  "state",
+			Usage: "containerd's state directory, read while the daemon is down",
+			Value: defaults.DefaultStateDir,
+		},
+	}
+}
+
+// downError says that no daemon listens.
+type downError struct{ error }
+
+// ledger is what a daemon that is down has left on record.
+type ledger struct {
+	journal.Snapshot
+	views []lifecycle.View
+	host  leaks.Host
+}
+
+// readLedger reads the ledger if err says that the daemon is down, and tells
+// the operator so; else it returns err.
+func readLedger(cmd *cli.Command, err error) (*ledger, error) {
+	var down downError
+	if !errors.As(err, &down) {
+		return nil, err
+	}
+	root, state := cmd.String("root"), cmd.String("state")
+	saved, err := journal.OpenReadOnly(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
+	if err != nil {
+		return nil, explainLedger(down, root, state, err)
+	}
+	views, err := records.Replay(saved.Sandboxes)
+	if err != nil {
+		return nil, err
+	}
+	w := cmd.Root().ErrWriter
+	fmt.Fprintf(w, "podfsm: %v\n", down)
+	fmt.Fprintf(w, "podfsm: the daemon is down; this is its ledger, last written %s ago\n", duration.HumanDuration(time.Since(saved.Written)))
+	for _, damage := range saved.Damage {
+		fmt.Fprintf(w, "podfsm: the ledger is damaged, sandboxes may be missing: %s: %s\n", damage.File, printable(damage.Reason))
+	}
+	return &ledger{
+		Snapshot: *saved,
+		views:    views,
+		host: leaks.Host{
+			// The daemon's configuration says which of them; podfsm's names are in no other.
+			NetNSDirs: []string{"/var/run/netns", filepath.Join(state, criDir, "netns")},
+			Files:     pause.Files{RootDir: filepath.Join(root, criDir), StateDir: filepath.Join(state, criDir)},
+			Bundles:   filepath.Join(state, bundlesDir),
+			Namespace: cri.Namespace,
+		},
+	}, nil
+}
+
+func explainLedger(down downError, root, state string, err error) error {
+	switch {
+	case errdefs.IsNotFound(err):
+		return fmt.Errorf("%w\nthere is no ledger in %s and %s either (--root and --state name containerd's directories)", down, root, state)
+	case errdefs.IsUnavailable(err):
+		return fmt.Errorf("%w\nbut a daemon has the ledger in %s open: it starts, hangs, or listens elsewhere", down, root)
+	}
+	return fmt.Errorf("%w\nand its ledger can't be read: %w", down, err)
+}
+
+func (l *ledger) list() *podfsmv1.ListResponse {
+	return records.List(l.views)
+}
+
+func (l *ledger) inspect(ref string) (*podfsmv1.InspectResponse, error) {
+	view, err := records.Find(ref, l.views)
+	if err != nil {
+		return nil, err
+	}
+	return records.Inspection(view)
+}
+
+// leaks are those that can be seen without containerd.
+func (l *ledger) leaks() (*podfsmv1.LeaksResponse, error) {
+	known := map[string]bool{}
+	for _, s := range l.Sandboxes {
+		known[s.Key.ID] = true
+	}
+	things, err := l.host.WithoutStores(func(id string) bool { return known[id] })
+	if err != nil {
+		return nil, err
+	}
+	response := &podfsmv1.LeaksResponse{DamagedLedgerFiles: l.Aside}
+	for _, thing := range things {
+		response.Leaks = append(response.Leaks, records.Leak(thing))
+	}
+	return response, nil
+}

@@ -1,0 +1,63 @@
+package leaks
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/pause"
+)
+
+func TestThingsGoInOrder(t *testing.T) {
+	first, second := strings.Repeat("0a", 32), strings.Repeat("0b", 32)
+	things := []Thing{{NetNS, second, "n"}, {Record, first, "r"}, {Plugin, second, "2"}, {Cgroup, second, "b"}, {Cgroup, second, "a"}, {Lease, first, "l"}}
+	Sort(things)
+	require.Equal(t, []Thing{
+		{Lease, first, "l"}, {Record, first, "r"},
+		{Plugin, second, "2"}, {Cgroup, second, "a"}, {Cgroup, second, "b"}, {NetNS, second, "n"},
+	}, things)
+	require.Equal(t, []string{first, second}, IDs(things))
+}
+
+func TestOnlyIDsOfTheCRIAreLookedAt(t *testing.T) {
+	id := strings.Repeat("0a", 32)
+	require.Len(t, add(nil, Files, id, id), 1)
+	for _, other := range []string{"", "web", id[1:], id + "0", strings.ToUpper(id), id[1:] + "\n", "../" + id[3:]} {
+		require.Empty(t, add(nil, Files, other, other), "%q", other)
+	}
+}
+
+// Without containerd's stores, what has the same name whoever made it is a leak only beside what is podfsm's for sure.
+func TestWithoutStores(t *testing.T) {
+	dir := t.TempDir()
+	h := Host{
+		NetNSDirs: []string{filepath.Join(dir, "none"), filepath.Join(dir, "netns")},
+		Files:     pause.Files{RootDir: filepath.Join(dir, "root"), StateDir: filepath.Join(dir, "state")},
+		Bundles:   filepath.Join(dir, "bundles"),
+		Namespace: "test",
+	}
+	things, err := h.WithoutStores(func(string) bool { return false })
+	require.NoError(t, err)
+	require.Empty(t, things)
+
+	lost, known, stock := strings.Repeat("0a", 32), strings.Repeat("0b", 32), strings.Repeat("0c", 32)
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "netns"), 0o755))
+	for _, name := range []string{Pin(lost), Pin(known), stock} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "netns", name), nil, 0o444))
+	}
+	for _, id := range []string{lost, known, stock} {
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, "root/sandboxes", id), 0o755))
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, "bundles/test", id), 0o755))
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, "bundles/another", id), 0o755))
+	}
+	things, err = h.WithoutStores(func(id string) bool { return id == known })
+	require.NoError(t, err)
+	require.Equal(t, []Thing{
+		{Bundle, lost, filepath.Join(dir, "bundles/test", lost)},
+		{Files, lost, lost},
+		{NetNS, lost, filepath.Join(dir, "netns", Pin(lost))},
+	}, things)
+}

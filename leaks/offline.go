@@ -1,0 +1,26 @@
+package leaks
+
+import "slices"
+
+// WithoutStores returns what has leaked, as far as the host alone can tell, without containerd's stores: things that bear podfsm's
+// mark, and what else their sandboxes have. known are the ids of the sandboxes that are on record.
+func (h Host) WithoutStores(known func(id string) bool) ([]Thing, error) {
+	marked, err := h.Marked()
+	if err != nil {
+		return nil, err
+	}
+	marked = slices.DeleteFunc(marked, func(t Thing) bool { return known(t.ID) })
+	unmarked, err := h.Unmarked()
+	if err != nil {
+		return nil, err
+	}
+	cgroups, err := Cgroups(marked)
+	if err != nil {
+		return nil, err
+	}
+	ids := IDs(marked)
+	unmarked = slices.DeleteFunc(unmarked, func(t Thing) bool { return !slices.Contains(ids, t.ID) })
+	things := slices.Concat(marked, unmarked, cgroups)
+	Sort(things)
+	return things, nil
+}

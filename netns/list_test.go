@@ -1,0 +1,40 @@
+package netns
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func TestPinsAndUsers(t *testing.T) {
+	requireRoot(t)
+	path := pinPath(t)
+	dir := filepath.Dir(path)
+	pins, err := Pins(dir)
+	require.NoError(t, err)
+	require.Empty(t, pins, "there is no directory")
+
+	p := startPod(t, shimOptions{Flags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET})
+	h, err := Capture(t.Context(), p.expect())
+	require.NoError(t, err)
+	defer h.Close()
+	require.NoError(t, h.Pin(path))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "empty"), nil, 0o444))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "full"), []byte("x"), 0o444))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "directory"), 0o755))
+	require.NoError(t, os.Symlink(path, filepath.Join(dir, "link")))
+	pins, err = Pins(dir)
+	require.NoError(t, err)
+	require.Equal(t, []string{"empty", "pin"}, pins)
+
+	users, err := Users(path)
+	require.NoError(t, err)
+	require.Contains(t, users, p.pid)
+	require.NotContains(t, users, os.Getpid())
+	users, err = Users(filepath.Join(dir, "empty"))
+	require.NoError(t, err)
+	require.Empty(t, users)
+}
