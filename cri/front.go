@@ -8,13 +8,17 @@ package cri
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -31,12 +35,34 @@ type Sandboxes interface {
 	Pod(id string) (Pod, bool)
 	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
 	StopPod(ctx context.Context, id string) error
+	// Named is the sandbox that there is of a pod and its attempt.
+	Named(metadata *runtime.PodSandboxMetadata) (Pod, bool)
+	// Settle waits until what is under way for a sandbox of an earlier daemon has ended, or ctx has.
+	Settle(ctx context.Context, id string) error
+	// Claim marks a sandbox as shown or taken. It says whether it may be; it may not once it is discarded. An unknown id may.
+	Claim(ctx context.Context, id string, claim lifecycle.Claim) bool
+	// Discard marks a sandbox with at most a claim as discarded. It says whether it is.
+	Discard(id string, most lifecycle.Claim) bool
+	// Unclaimed are the finished sandboxes that nobody has claimed.
+	Unclaimed() []string
 	// RemovePod undoes whatever there is of the sandbox. It is idempotent; an unknown id is success.
 	RemovePod(ctx context.Context, id string) error
 }
 
 // Pod is what containerd's CRI service doesn't know of a sandbox of ours.
 type Pod struct {
+	// ID is the sandbox's full id.
+	ID string
+	// Handler is the runtime handler that the caller named.
+	Handler string
+	// State is the sandbox's state, and Claim who may use it.
+	State states.State
+	Claim lifecycle.Claim
+	// Step is the step that is under way, and Since when it began; "" for none.
+	Step  string
+	Since time.Time
+	// TraceParent is the W3C traceparent of the span that it was created under.
+	TraceParent string
 	// Config is the configuration as the caller gave it. It must not be changed.
 	Config *runtime.PodSandboxConfig
 	// CreatedAt is when pause was created; zero before. containerd's service forgets it over a restart.
@@ -48,7 +74,7 @@ type Pod struct {
 
 // Call travels in the context of a request through containerd's service to our controller, in the same process.
 type Call struct {
-	// Caller is the request's own context: it ends when the caller goes, and carries the request's span.
+	// Caller is the context of the creation, or of any other request: it ends when that shall, and carries its span.
 	Caller context.Context
 	// Config is the true configuration of the sandbox to run; nil when the request runs none.
 	Config *runtime.PodSandboxConfig
@@ -79,11 +105,13 @@ type service struct {
 	runtime.RuntimeServiceServer                            // containerd's own
 	images                       runtime.ImageServiceServer // likewise
 	sandboxes                    Sandboxes
+	creations                    *creations
+	initialized                  func() bool // whether containerd's service serves yet
 }
 
-// RunPodSandbox runs a pod of ours through containerd's service. When it returns an error, nothing of the pod is left, or
-// podfsm has what is left on its books.
-func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequest) (_ *runtime.RunPodSandboxResponse, err error) {
+// RunPodSandbox runs a pod of ours through containerd's service, detached from its callers: see [service.join]. When it returns an
+// error that isn't the caller's own, nothing of the pod is left, or podfsm has what is left on its books.
+func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
 	ours, err := s.sandboxes.Ours(r.GetRuntimeHandler())
 	if err != nil {
 		return nil, err
@@ -91,31 +119,34 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 	if !ours {
 		return s.RuntimeServiceServer.RunPodSandbox(ctx, r)
 	}
-	ctx, span := tracing.Start(ctx, tracing.SpanRun, Attributes(r.GetConfig(), r.GetRuntimeHandler())...)
-	defer func() { tracing.End(span, err) }()
-
 	if err := s.sandboxes.Admit(ctx, r.GetRuntimeHandler(), r.GetConfig()); err != nil {
 		return nil, err
 	}
-	if err := s.ensurePauseImage(ctx, r); err != nil {
+	id, err := s.join(ctx, r)
+	if err != nil {
 		return nil, err
 	}
+	return &runtime.RunPodSandboxResponse{PodSandboxId: id}, nil
+}
+
+// runOnStock runs a pod of ours through containerd's service. A ctx that ends ends it, too: what was made is undone.
+func (s *service) runOnStock(ctx context.Context, r *runtime.RunPodSandboxRequest) (id string, err error) {
 	call := &Call{Config: proto.CloneOf(r.GetConfig()), Handler: r.GetRuntimeHandler()}
-	// containerd's service doesn't see its caller go, or it would not clean up after a failure; our controller does.
+	// containerd's service doesn't see ctx end, or it would not clean up after a failure; our controller does.
 	resp, err := s.RuntimeServiceServer.RunPodSandbox(context.WithoutCancel(with(ctx, call)), onNodeNetwork(r))
-	span.SetAttributes(tracing.SandboxID.String(call.SandboxID))
+	trace.SpanFromContext(ctx).SetAttributes(tracing.SandboxID.String(call.SandboxID))
 	switch {
 	case err == nil:
-		return resp, nil
+		return resp.GetPodSandboxId(), nil
 	case call.Err != nil:
-		return nil, call.Err
+		err = call.Err
 	case call.SandboxID != "":
 		// It failed around the controller: NRI, the store. Nobody else undoes what we have.
 		if owed := s.sandboxes.RemovePod(context.WithoutCancel(ctx), call.SandboxID); owed != nil {
-			return nil, fmt.Errorf("%w (the cleanup is owed and will be tried again: %w)", err, owed)
+			err = fmt.Errorf("%w (the cleanup is owed and will be tried again: %w)", err, owed)
 		}
 	}
-	return nil, err
+	return "", &failure{err, call.SandboxID}
 }
 
 // ensurePauseImage pulls the pause image if it isn't there, before anything is made for the pod; containerd's service would do so
@@ -191,25 +222,34 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	return resp, nil
 }
 
+// show says whether a sandbox may be shown to somebody, who may use it from then on. One that is discarded may not: it goes.
+func (s *service) show(ctx context.Context, id string) bool {
+	return s.sandboxes.Claim(ctx, id, lifecycle.Shown)
+}
+
 // PodSandboxStatus restores the network and the namespace modes.
 func (s *service) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
 	resp, err := s.RuntimeServiceServer.PodSandboxStatus(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	if pod, ok := s.sandboxes.Pod(resp.GetStatus().GetId()); ok {
+	id := resp.GetStatus().GetId()
+	if !s.show(ctx, id) {
+		return nil, fmt.Errorf("sandbox %q is being discarded, because nobody has asked for it: %w", id, errdefs.ErrNotFound)
+	}
+	if pod, ok := s.sandboxes.Pod(id); ok {
 		restore(resp.Status, pod)
 	}
 	return resp, nil
 }
 
-// ListPodSandbox restores the times of creation.
+// ListPodSandbox restores the times of creation, and leaves out what is discarded.
 func (s *service) ListPodSandbox(ctx context.Context, r *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
 	resp, err := s.RuntimeServiceServer.ListPodSandbox(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	s.restoreTimes(resp.GetItems())
+	resp.Items = s.presentable(ctx, resp.GetItems())
 	return resp, nil
 }
 
@@ -224,20 +264,22 @@ type listStream struct {
 }
 
 func (l *listStream) Send(resp *runtime.StreamPodSandboxesResponse) error {
-	l.service.restoreTimes(resp.GetPodSandboxes())
+	resp.PodSandboxes = l.service.presentable(l.Context(), resp.GetPodSandboxes())
 	return l.RuntimeService_StreamPodSandboxesServer.Send(resp)
 }
 
-// restoreTimes puts back when sandboxes of ours were created. The messages are made for one answer.
-func (s *service) restoreTimes(items []*runtime.PodSandbox) {
+// presentable are the items that may be shown, with the times when sandboxes of ours were created. The messages are made for one answer.
+func (s *service) presentable(ctx context.Context, items []*runtime.PodSandbox) []*runtime.PodSandbox {
+	items = slices.DeleteFunc(items, func(item *runtime.PodSandbox) bool { return !s.show(ctx, item.GetId()) })
 	for _, item := range items {
 		if pod, ok := s.sandboxes.Pod(item.GetId()); ok && !pod.CreatedAt.IsZero() {
 			item.CreatedAt = pod.CreatedAt.UnixNano()
 		}
 	}
+	return items
 }
 
-// GetContainerEvents restores the sandbox status in every event. Events are shared between subscribers, so a copy is sent.
+// GetContainerEvents restores the sandbox status in every event, and leaves out those of discarded sandboxes. Events are shared between subscribers, so a copy is sent.
 func (s *service) GetContainerEvents(r *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {
 	return s.RuntimeServiceServer.GetContainerEvents(r, &eventStream{stream, s})
 }
@@ -248,7 +290,11 @@ type eventStream struct {
 }
 
 func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
-	if pod, ok := e.service.sandboxes.Pod(event.GetPodSandboxStatus().GetId()); ok {
+	id := event.GetPodSandboxStatus().GetId()
+	if id != "" && !e.service.show(e.Context(), id) {
+		return nil
+	}
+	if pod, ok := e.service.sandboxes.Pod(id); ok {
 		event = proto.CloneOf(event)
 		restore(event.PodSandboxStatus, pod)
 	}

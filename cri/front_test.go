@@ -71,7 +71,7 @@ func TestRunPassesOtherPodsThrough(t *testing.T) {
 				require.Nil(t, FromContext(got))
 				return response, nil
 			}}
-			got, err := newService(s, &controller{admitErr: errors.New("not asked")}).RunPodSandbox(ctx, request)
+			got, err := newFront(t, s, &controller{admitErr: errors.New("not asked")}).RunPodSandbox(ctx, request)
 			require.NoError(t, err)
 			require.Same(t, response, got)
 		})
@@ -83,7 +83,7 @@ func TestRunPassesOtherPodsThrough(t *testing.T) {
 			return nil, failed
 		}}
 		c := &controller{}
-		_, err := newService(s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "runc"})
+		_, err := newFront(t, s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "runc"})
 		require.Equal(t, failed, err)
 		require.Empty(t, c.calls)
 	})
@@ -92,10 +92,10 @@ func TestRunPassesOtherPodsThrough(t *testing.T) {
 // What can't work is refused before containerd's service hears of it: its run is nil here.
 func TestRunRefusesFirst(t *testing.T) {
 	c := &controller{admitErr: fmt.Errorf("no metadata: %w", errdefs.ErrInvalidArgument)}
-	_, err := newService(&stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "podfsm"})
+	_, err := newFront(t, &stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "podfsm"})
 	require.Equal(t, c.admitErr, err)
 
-	_, err = newService(&stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
+	_, err = newFront(t, &stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
 	require.Equal(t, errUnknownHandler, err)
 	require.Empty(t, c.calls)
 }
@@ -106,7 +106,7 @@ func TestRunHasThePauseImageFirst(t *testing.T) {
 	s := &stock{noPause: true}
 	for class, err := range map[string]error{"Unavailable": errors.New("no route"), "NotFound": fmt.Errorf("no such tag: %w", errdefs.ErrNotFound)} {
 		s.pull = func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error) { return nil, err }
-		_, got := newService(s, &controller{}).RunPodSandbox(t.Context(), request)
+		_, got := newFront(t, s, &controller{}).RunPodSandbox(t.Context(), request)
 		require.ErrorIs(t, got, err)
 		require.ErrorContains(t, got, pauseImage)
 		require.Equal(t, class, status.Code(errgrpc.ToGRPC(got)).String())
@@ -122,7 +122,7 @@ func TestRunHasThePauseImageFirst(t *testing.T) {
 		require.True(t, pulled)
 		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
 	}
-	_, err := newService(s, &controller{}).RunPodSandbox(t.Context(), request)
+	_, err := newFront(t, s, &controller{}).RunPodSandbox(t.Context(), request)
 	require.NoError(t, err)
 }
 
@@ -138,8 +138,7 @@ func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			request := &runtime.RunPodSandboxRequest{Config: config, RuntimeHandler: "podfsm"}
 			before := proto.CloneOf(request)
-			caller, cancel := context.WithCancel(context.WithValue(t.Context(), valueKey{}, "caller"))
-			defer cancel()
+			caller := context.WithValue(t.Context(), valueKey{}, "caller")
 			s := &stock{run: func(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
 				require.Equal(t, "podfsm", r.GetRuntimeHandler())
 				require.True(t, OnNodeNetwork(r.GetConfig()))
@@ -155,14 +154,10 @@ func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
 					require.NotSame(t, config, call.Config)
 				}
 				require.Equal(t, "caller", ctx.Value(valueKey{}))
-
-				cancel()
-				require.NoError(t, ctx.Err(), "containerd's service cleans up with this context")
-				require.Error(t, call.Caller.Err())
 				return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
 			}}
 			c := &controller{}
-			response, err := newService(s, c).RunPodSandbox(caller, request)
+			response, err := newFront(t, s, c).RunPodSandbox(caller, request)
 			require.NoError(t, err)
 			require.Equal(t, "s1", response.GetPodSandboxId())
 			requireEqual(t, before, request, "the caller's request is not changed")
@@ -198,12 +193,10 @@ func TestRunThatFails(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			spans := recordSpans(t)
-			caller, cancel := context.WithCancel(t.Context())
 			s := &stock{run: func(ctx context.Context, _ *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
 				if call := FromContext(ctx); tc.create == nil {
 					call.SandboxID, call.Err = "s1", tc.start
 				}
-				cancel() // a caller that goes doesn't keep anything from being undone
 				return nil, tc.stock
 			}}
 			c := &controller{remove: func(ctx context.Context, _ string) error {
@@ -211,7 +204,7 @@ func TestRunThatFails(t *testing.T) {
 				require.True(t, trace.SpanFromContext(ctx).IsRecording(), "the cleanup is part of the request's trace")
 				return tc.removal
 			}}
-			response, err := newService(s, c).RunPodSandbox(caller, &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+			response, err := newFront(t, s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
 			require.Nil(t, response)
 			for _, want := range tc.want {
 				require.ErrorIs(t, err, want)
@@ -234,7 +227,7 @@ func TestRunSpan(t *testing.T) {
 		FromContext(ctx).SandboxID = "s1"
 		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
 	}}
-	_, err := newService(s, &controller{}).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+	_, err := newFront(t, s, &controller{}).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
 	require.NoError(t, err)
 
 	ended := spans.Ended()
@@ -315,7 +308,7 @@ func TestStopAndRemove(t *testing.T) {
 					}
 					return tc.stock
 				})
-				err := m.call(newService(s, c), t.Context(), tc.id)
+				err := m.call(newFront(t, s, c), t.Context(), tc.id)
 				require.Equal(t, tc.want, err)
 				require.Equal(t, tc.calls, c.calls)
 				isOurs := tc.id == "s1" || tc.id == "s1-long"
@@ -351,7 +344,7 @@ func TestStopAndRemoveEndWithTheirCaller(t *testing.T) {
 			})
 			ctx, cancel := context.WithCancel(t.Context())
 			result := make(chan error, 1)
-			go func() { result <- m.call(newService(s, c), ctx, "s1") }()
+			go func() { result <- m.call(newFront(t, s, c), ctx, "s1") }()
 			<-hanging
 			cancel()
 			select {
@@ -447,7 +440,7 @@ func TestStatusIsRestored(t *testing.T) {
 				require.Equal(t, "s", r.GetPodSandboxId())
 				return &runtime.PodSandboxStatusResponse{Status: tc.got, Info: map[string]string{"podfsm": "x"}}, nil
 			}}
-			response, err := newService(s, c).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: "s"})
+			response, err := newFront(t, s, c).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: "s"})
 			require.NoError(t, err)
 			requireEqual(t, tc.want, response.GetStatus())
 			require.Equal(t, map[string]string{"podfsm": "x"}, response.GetInfo())
@@ -464,7 +457,7 @@ func TestStatusIsRestored(t *testing.T) {
 		s := &stock{status: func(context.Context, *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
 			return nil, failed
 		}}
-		_, err := newService(s, &controller{}).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{})
+		_, err := newFront(t, s, &controller{}).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{})
 		require.Equal(t, failed, err)
 	})
 }
@@ -475,6 +468,8 @@ type pieces struct {
 	items []*runtime.PodSandbox
 	err   error
 }
+
+func (p *pieces) Context() context.Context { return context.Background() }
 
 func (p *pieces) Send(response *runtime.StreamPodSandboxesResponse) error {
 	p.items = append(p.items, response.GetPodSandboxes()...)
@@ -487,7 +482,7 @@ func TestListsRestoreTimes(t *testing.T) {
 		"s1": {Config: podConfig(), CreatedAt: time.Unix(7, 8)},
 		"s2": {Config: podConfig()}, // pause wasn't created yet
 	}}
-	front := newService(s, c)
+	front := newFront(t, s, c)
 	want := map[string]int64{"s1": time.Unix(7, 8).UnixNano(), "s2": time.Second.Nanoseconds(), "s3": time.Second.Nanoseconds()}
 	times := func(items []*runtime.PodSandbox) map[string]int64 {
 		got := map[string]int64{}
@@ -513,6 +508,8 @@ type sink struct {
 	sent []*runtime.ContainerEventResponse
 	err  error
 }
+
+func (s *sink) Context() context.Context { return context.Background() }
 
 func (s *sink) Send(event *runtime.ContainerEventResponse) error {
 	s.sent = append(s.sent, event)
@@ -543,7 +540,7 @@ func TestEventsAreRestoredInACopy(t *testing.T) {
 	}}
 	c := &controller{pods: map[string]Pod{"s1": {Config: podConfig(), IP: "10.0.0.2"}}}
 	out := &sink{}
-	require.NoError(t, newService(s, c).GetContainerEvents(request, out))
+	require.NoError(t, newFront(t, s, c).GetContainerEvents(request, out))
 
 	require.Len(t, out.sent, 3)
 	require.Equal(t, "10.0.0.2", out.sent[0].GetPodSandboxStatus().GetNetwork().GetIp())
@@ -555,7 +552,7 @@ func TestEventsAreRestoredInACopy(t *testing.T) {
 	require.Same(t, bare, out.sent[2])
 
 	out.err = errors.New("the subscriber has gone")
-	require.Equal(t, out.err, newService(s, c).GetContainerEvents(request, out))
+	require.Equal(t, out.err, newFront(t, s, c).GetContainerEvents(request, out))
 }
 
 func TestPortForward(t *testing.T) {
@@ -579,7 +576,7 @@ func TestPortForward(t *testing.T) {
 				},
 			}
 			c := &controller{pods: map[string]Pod{"own-1": {Config: podConfig()}, "node-1": {Config: podConfig(onNode)}}}
-			response, err := newService(s, c).PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: tc.id, Port: []int32{80}})
+			response, err := newFront(t, s, c).PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: tc.id, Port: []int32{80}})
 			if tc.refused {
 				require.True(t, errdefs.IsNotImplemented(err), "%v", err)
 				require.ErrorContains(t, err, `"default/web"`)

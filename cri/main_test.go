@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"time"
 
@@ -10,6 +11,8 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.uber.org/goleak"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/lifecycle"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -108,7 +111,14 @@ type controller struct {
 	admitErr error
 	stop     func(ctx context.Context, id string) error
 	remove   func(ctx context.Context, id string) error
+	settle   func(ctx context.Context, id string) error
 	calls    []string
+
+	unclaimed []string
+
+	mu     sync.Mutex
+	named  map[string]Pod // by the pod's name
+	claims map[string]lifecycle.Claim
 }
 
 const pauseImage = "example/pause:1"
@@ -135,6 +145,47 @@ func (c *controller) Pod(id string) (Pod, bool) {
 	return pod, ok
 }
 
+func (c *controller) Named(m *runtime.PodSandboxMetadata) (Pod, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	pod, ok := c.named[m.GetName()]
+	return pod, ok
+}
+
+func (c *controller) Settle(ctx context.Context, id string) error {
+	if c.settle == nil {
+		return nil
+	}
+	return c.settle(ctx, id)
+}
+
+func (c *controller) Claim(_ context.Context, id string, claim lifecycle.Claim) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.claims[id] == lifecycle.Discarded {
+		return false
+	}
+	if c.claims == nil {
+		c.claims = map[string]lifecycle.Claim{}
+	}
+	c.claims[id] = max(c.claims[id], claim)
+	return true
+}
+
+func (c *controller) Discard(id string, most lifecycle.Claim) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.claims[id] <= most {
+		if c.claims == nil {
+			c.claims = map[string]lifecycle.Claim{}
+		}
+		c.claims[id] = lifecycle.Discarded
+	}
+	return c.claims[id] == lifecycle.Discarded
+}
+
+func (c *controller) Unclaimed() []string { return c.unclaimed }
+
 func (c *controller) StopPod(ctx context.Context, id string) error {
 	c.calls = append(c.calls, "stop "+id)
 	if c.stop == nil {
@@ -151,8 +202,11 @@ func (c *controller) RemovePod(ctx context.Context, id string) error {
 	return c.remove(ctx, id)
 }
 
-func newService(s *stock, c *controller) *service {
-	return &service{RuntimeServiceServer: s, images: s, sandboxes: c}
+// newFront is a front that ends with the test.
+func newFront(t *testing.T, s *stock, c *controller) *service {
+	front := newService(s, c, time.Hour)
+	t.Cleanup(front.close)
+	return front
 }
 
 // recordSpans makes the global tracer provider one that keeps what has ended.

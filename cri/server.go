@@ -3,6 +3,7 @@ package cri
 import (
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -26,8 +27,13 @@ type tcpRegistrar interface {
 type server struct {
 	*service
 	runtime.ImageServiceServer
-	io.Closer
-	initialized func() bool
+	stock io.Closer
+}
+
+// Close ends the creations that are under way, then containerd's service.
+func (s *server) Close() error {
+	s.close()
+	return s.stock.Close()
 }
 
 // IsInitialized says whether containerd's service serves yet.
@@ -39,22 +45,31 @@ type serverWithTCP struct {
 }
 
 // New puts the front on instance, which is containerd's CRI plugin. What it returns registers the CRI on containerd's
-// servers in its place.
-func New(instance any, sandboxes Sandboxes) (any, error) {
+// servers in its place. unclaimed is how long a finished sandbox waits for somebody to claim it.
+func New(instance any, sandboxes Sandboxes, unclaimed time.Duration) (any, error) {
 	in, ok := instance.(inner)
 	if !ok {
 		return nil, fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
 	}
-	s := &server{
-		service:            &service{RuntimeServiceServer: in, images: in, sandboxes: sandboxes},
-		ImageServiceServer: in,
-		Closer:             in,
-		initialized:        in.IsInitialized,
+	front := newService(in, sandboxes, unclaimed)
+	for _, id := range sandboxes.Unclaimed() {
+		front.expireAfter(unclaimed, id)
 	}
+	s := &server{service: front, ImageServiceServer: in, stock: in}
 	if _, ok := instance.(tcpRegistrar); ok {
 		return serverWithTCP{s}, nil
 	}
 	return s, nil
+}
+
+func newService(in inner, sandboxes Sandboxes, unclaimed time.Duration) *service {
+	return &service{
+		RuntimeServiceServer: in,
+		images:               in,
+		sandboxes:            sandboxes,
+		creations:            newCreations(unclaimed),
+		initialized:          in.IsInitialized,
+	}
 }
 
 // Register puts the CRI on containerd's socket.

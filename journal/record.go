@@ -30,6 +30,7 @@ const (
 	Undone     Kind = "undone"      // a step was undone
 	Moved      Kind = "moved"       // a state transition: State is the new state, Event the event
 	Exited     Kind = "exited"      // pause exited; Data is the exit status
+	Claimed    Kind = "claimed"     // somebody has seen the sandbox, or has it, or it is discarded: Claim says which
 	Owed       Kind = "owed"        // an undo failed and is owed; Error says why, Goal what for. Always durable.
 )
 
@@ -45,6 +46,7 @@ type Record struct {
 	Event string `json:"event,omitempty"`
 	State string `json:"state,omitempty"`
 	Goal  string `json:"goal,omitempty"`
+	Claim string `json:"claim,omitempty"`
 
 	// Version is the definition version of the step list that wrote the record.
 	Version int `json:"version,omitempty"`

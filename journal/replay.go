@@ -72,11 +72,11 @@ type stored struct {
 
 // saying is what makes two records of a sandbox say the same.
 type saying struct {
-	kind                     Kind
-	step, event, state, goal string
-	version                  int
-	typeURL, value           string
-	durable                  bool
+	kind                            Kind
+	step, event, state, goal, claim string
+	version                         int
+	typeURL, value                  string
+	durable                         bool
 }
 
 var sayingSeed = maphash.MakeSeed()
@@ -87,7 +87,7 @@ func newStored(r *Record, frame []byte) stored {
 		seq: r.Seq,
 		says: maphash.Comparable(sayingSeed, saying{
 			kind: r.Kind,
-			step: r.Step, event: r.Event, state: r.State, goal: r.Goal,
+			step: r.Step, event: r.Event, state: r.State, goal: r.Goal, claim: r.Claim,
 			version: r.Version,
 			typeURL: r.Data.GetTypeUrl(), value: string(r.Data.GetValue()),
 			durable: r.Durable,

@@ -112,6 +112,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 // the removal looks for all of them.
 func (s *sandbox) quarantine(reason error) error {
 	s.touchAll()
+	s.raise(Taken, Taken)
 	if s.state() == states.Quarantined {
 		return nil
 	}
@@ -185,6 +186,12 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
 		h.goal = states.State(record.Goal)
 		h.owe(record)
+	case journal.Claimed:
+		claim, err := parseClaim(record.Claim)
+		if err != nil {
+			return fmt.Errorf("record %d: %w", record.Seq, err)
+		}
+		h.raise(claim, Taken)
 	case journal.Exited:
 		exit, ok := data.(*Exit)
 		if !ok {
@@ -255,9 +262,10 @@ func (h *history) enter(event states.Event, to states.State, record *journal.Rec
 	h.state = to
 }
 
-// lose makes up for records that are gone: every step may have acted, and the process is no more.
+// lose makes up for records that are gone: every step may have acted, the process is no more, and somebody may know of the sandbox.
 func (h *history) lose(past Past) {
 	h.touchAll()
+	h.raise(Taken, Taken)
 	if h.exit == nil {
 		h.setExit(Exit{Code: unknownExit, At: time.Now()})
 	}

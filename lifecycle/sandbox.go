@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -39,7 +40,8 @@ type sandbox struct {
 	machine *states.Machine
 	exited  chan struct{} // closed when the process has ended, or never will run
 
-	exitOnce sync.Once // closes exited
+	exitOnce sync.Once    // closes exited
+	claim    atomic.Int32 // a Claim
 
 	queueMu  sync.Mutex
 	queue    []func()

@@ -55,7 +55,9 @@ type View struct {
 	Goal        states.State // what the owed cleanup leads to, "" when nothing is owed
 	Created     time.Time
 	Since       time.Time // when the state was entered
+	TraceParent string    // of the span it was created under, a W3C traceparent
 	TraceID     string
+	Claim       Claim
 	Steps       []StepView // in the order of the creation path
 	Transitions []Transition
 	NextTry     time.Time // of the owed cleanup
@@ -81,6 +83,8 @@ func (s *sandbox) view() View {
 		State: s.state(), Goal: s.goal,
 		Created: s.created, Since: s.created,
 		TraceID:     tracing.FromParent(s.traceParent).TraceID().String(),
+		TraceParent: s.traceParent,
+		Claim:       Claim(s.claim.Load()),
 		Transitions: slices.Clone(s.transitions),
 		NextTry:     s.nextTry, Err: s.lastErr,
 	}

@@ -24,14 +24,17 @@ type Config struct {
 	CNIDelTimeout string `toml:"cni_del_timeout"`
 	// RuntimeTimeout bounds each of the other steps: the snapshot, the runtime's create and start. Default: "2m".
 	RuntimeTimeout string `toml:"runtime_timeout"`
+	// UnclaimedTimeout is how long a sandbox that was finished after its caller had gone waits for a retry, or for anybody who looks
+	// at it, before it is removed. Default: "2m".
+	UnclaimedTimeout string `toml:"unclaimed_timeout"`
 }
 
 func defaultConfig() *Config {
-	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m"}
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m"}
 }
 
 // timeouts are the parsed durations of a Config, all positive.
-type timeouts struct{ cniAdd, cniDel, runtime time.Duration }
+type timeouts struct{ cniAdd, cniDel, runtime, unclaimed time.Duration }
 
 func (c *Config) timeouts() (t timeouts, err error) {
 	for _, option := range []struct {
@@ -41,6 +44,7 @@ func (c *Config) timeouts() (t timeouts, err error) {
 		{"cni_add_timeout", c.CNIAddTimeout, &t.cniAdd},
 		{"cni_del_timeout", c.CNIDelTimeout, &t.cniDel},
 		{"runtime_timeout", c.RuntimeTimeout, &t.runtime},
+		{"unclaimed_timeout", c.UnclaimedTimeout, &t.unclaimed},
 	} {
 		if *option.into, err = positive(option.key, option.text); err != nil {
 			return timeouts{}, err

@@ -20,14 +20,15 @@ import (
 func TestDefaultConfig(t *testing.T) {
 	got, err := defaultConfig().timeouts()
 	require.NoError(t, err)
-	require.Equal(t, timeouts{cniAdd: 3 * time.Minute, cniDel: 90 * time.Second, runtime: 2 * time.Minute}, got)
+	require.Equal(t, timeouts{cniAdd: 3 * time.Minute, cniDel: 90 * time.Second, runtime: 2 * time.Minute, unclaimed: 2 * time.Minute}, got)
 }
 
 func TestTimeouts(t *testing.T) {
 	for key, set := range map[string]func(*Config, string){
-		"cni_add_timeout": func(c *Config, v string) { c.CNIAddTimeout = v },
-		"cni_del_timeout": func(c *Config, v string) { c.CNIDelTimeout = v },
-		"runtime_timeout": func(c *Config, v string) { c.RuntimeTimeout = v },
+		"cni_add_timeout":   func(c *Config, v string) { c.CNIAddTimeout = v },
+		"cni_del_timeout":   func(c *Config, v string) { c.CNIDelTimeout = v },
+		"runtime_timeout":   func(c *Config, v string) { c.RuntimeTimeout = v },
+		"unclaimed_timeout": func(c *Config, v string) { c.UnclaimedTimeout = v },
 	} {
 		for _, bad := range []string{"", "0", "0s", "-1s", "3", "soon", "1e400s", "9999999h"} {
 			t.Run(key+"="+bad, func(t *testing.T) {
@@ -44,7 +45,7 @@ func TestTimeouts(t *testing.T) {
 		set(config, "1h1ms")
 		got, err := config.timeouts()
 		require.NoError(t, err)
-		require.Contains(t, []time.Duration{got.cniAdd, got.cniDel, got.runtime}, time.Hour+time.Millisecond)
+		require.Contains(t, []time.Duration{got.cniAdd, got.cniDel, got.runtime, got.unclaimed}, time.Hour+time.Millisecond)
 	}
 }
 

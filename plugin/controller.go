@@ -34,6 +34,7 @@ import (
 // Controller is containerd's sandbox controller "podfsm". Its methods may be called by many goroutines.
 type Controller struct {
 	stock  *stockConfig
+	limits timeouts
 	node   *node
 	ledger *journal.Ledger
 	engine *lifecycle.Engine
@@ -74,8 +75,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
-	limits, err := ic.Config.(*Config).timeouts()
-	if err != nil {
+	if c.limits, err = ic.Config.(*Config).timeouts(); err != nil {
 		return err
 	}
 	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
@@ -93,8 +93,8 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
-	c.node = newNode(c.stock, client, bundles, limits)
-	engine, err := lifecycle.New(c.node.steps(limits), c.ledger, lifecycle.DefaultBackoff)
+	c.node = newNode(c.stock, client, bundles, c.limits)
+	engine, err := lifecycle.New(c.node.steps(c.limits), c.ledger, lifecycle.DefaultBackoff)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
@@ -213,14 +213,18 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 
 // request is what the engine gets for a sandbox.
 func request(key journal.Key, spec *Spec) lifecycle.Request {
-	metadata := spec.Config.GetMetadata()
 	return lifecycle.Request{
-		// The parts are those of containerd's own names, which it forgets over a restart.
-		Name:       fmt.Sprintf("%s/%s_%s_%s_%d", key.Namespace, metadata.GetName(), metadata.GetNamespace(), metadata.GetUid(), metadata.GetAttempt()),
+		Name:       nameOf(key.Namespace, spec.Config.GetMetadata()),
 		Pod:        cri.PodName(spec.Config),
 		Spec:       spec,
 		Attributes: append(cri.Attributes(spec.Config, spec.Handler), tracing.SandboxID.String(key.ID)),
 	}
+}
+
+// nameOf is the name that a pod's attempt has in a containerd namespace. The parts are those of containerd's own names, which it forgets
+// over a restart.
+func nameOf(namespace string, metadata *runtime.PodSandboxMetadata) string {
+	return fmt.Sprintf("%s/%s_%s_%s_%d", namespace, metadata.GetName(), metadata.GetNamespace(), metadata.GetUid(), metadata.GetAttempt())
 }
 
 // requested is the true configuration and the handler: beside the request where it came through the front, else inside it.
@@ -259,6 +263,9 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 	}()
 	if err := c.engine.Start(ctx, key); err != nil {
 		return sandbox.ControllerInstance{}, err
+	}
+	if call == nil {
+		c.engine.Claim(ctx, key, lifecycle.Taken) // the caller has it
 	}
 	started, err := c.instance(ctx, key)
 	if err != nil {
@@ -373,24 +380,82 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	if c.engine == nil {
 		return cri.Pod{}, false
 	}
-	view, ok := c.engine.Find(journal.Key{Namespace: cri.Namespace, ID: id})
+	view, ok := c.engine.Find(inFront(id))
 	if !ok {
 		return cri.Pod{}, false
 	}
+	return podOf(view), true
+}
+
+// Named is the sandbox of a pod's attempt, for the front.
+func (c *Controller) Named(metadata *runtime.PodSandboxMetadata) (cri.Pod, bool) {
+	if c.engine == nil {
+		return cri.Pod{}, false
+	}
+	view, ok := c.engine.Named(nameOf(cri.Namespace, metadata))
+	if !ok {
+		return cri.Pod{}, false
+	}
+	return podOf(view), true
+}
+
+// podOf is a sandbox as the front knows it.
+func podOf(view lifecycle.View) cri.Pod {
 	spec := view.Spec.(*Spec)
-	pod := cri.Pod{Config: spec.Config}
+	pod := cri.Pod{
+		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler,
+		State: view.State, Claim: view.Claim, TraceParent: view.TraceParent,
+	}
+	for _, step := range view.Steps {
+		if step.Status == lifecycle.StepRunning || step.Status == lifecycle.StepUndoing {
+			pod.Step, pod.Since = string(step.Name), step.Started
+		}
+	}
 	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
 		pod.CreatedAt = started.CreatedAt
 	}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}
-	return pod, true
+	return pod
+}
+
+// inFront is the key of a sandbox that came by CRI.
+func inFront(id string) journal.Key { return journal.Key{Namespace: cri.Namespace, ID: id} }
+
+// Settle waits for what is under way for a sandbox, for the front.
+func (c *Controller) Settle(ctx context.Context, id string) error {
+	return c.engine.Settle(ctx, inFront(id))
+}
+
+// Claim marks a sandbox as shown or taken, for the front.
+func (c *Controller) Claim(ctx context.Context, id string, claim lifecycle.Claim) bool {
+	return c.engine == nil || c.engine.Claim(ctx, inFront(id), claim)
+}
+
+// Discard marks a sandbox as discarded, for the front.
+func (c *Controller) Discard(id string, most lifecycle.Claim) bool {
+	return c.engine != nil && c.engine.Discard(inFront(id), most)
+}
+
+// Unclaimed are the finished sandboxes that nobody has claimed, for the front.
+func (c *Controller) Unclaimed() []string {
+	if c.engine == nil {
+		return nil
+	}
+	var ids []string
+	for _, view := range c.engine.List() {
+		finished := view.State == states.Ready || view.State == states.NotReady
+		if finished && view.Claim == lifecycle.Unclaimed && view.Key.Namespace == cri.Namespace {
+			ids = append(ids, view.Key.ID)
+		}
+	}
+	return ids
 }
 
 // StopPod takes a sandbox off its network, for the front.
 func (c *Controller) StopPod(ctx context.Context, id string) error {
-	err := c.engine.Stop(ctx, journal.Key{Namespace: cri.Namespace, ID: id})
+	err := c.engine.Stop(ctx, inFront(id))
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
@@ -399,7 +464,7 @@ func (c *Controller) StopPod(ctx context.Context, id string) error {
 
 // RemovePod undoes whatever there is of a sandbox, for the front.
 func (c *Controller) RemovePod(ctx context.Context, id string) error {
-	return c.engine.Remove(ctx, journal.Key{Namespace: cri.Namespace, ID: id})
+	return c.engine.Remove(ctx, inFront(id))
 }
 
 // known is the key of a sandbox by the containerd namespace of ctx. Without an engine it fails with Unavailable: a NotFound would

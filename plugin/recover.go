@@ -125,10 +125,15 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		switch {
 		case !listed && view.Key.Namespace == cri.Namespace:
 			verdict = lifecycle.Discard // containerd's service doesn't know it any more, so nobody will ask for it
+		case view.Claim == lifecycle.Discarded:
+			verdict = lifecycle.Discard
 		case lost[view.Key]:
 			verdict = lifecycle.Gone
 		}
 		doomed[view.Key] = !staysListed(view)
+		if damaged(c.ledger.Damage(), view.Key) {
+			c.engine.Claim(ctx, view.Key, lifecycle.Taken) // who has claimed it may have been on record
+		}
 		group.Go(func() error {
 			ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, view.Key.Namespace), probeTimeout)
 			defer cancel()
@@ -148,6 +153,9 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 
 // staysListed says whether containerd's service goes on listing the sandbox.
 func staysListed(view lifecycle.View) bool {
+	if view.Claim == lifecycle.Discarded {
+		return false // nobody may see it again
+	}
 	switch view.State {
 	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Removing, states.Quarantined:
 		return true

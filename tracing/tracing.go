@@ -27,6 +27,7 @@ const (
 	SpanRollback = "sandbox.rollback"
 	SpanStop     = "sandbox.stop"
 	SpanRemove   = "sandbox.remove"
+	SpanDiscard  = "sandbox.discard" // the end of a sandbox that nobody has claimed
 	SpanRecover  = "sandbox.recover" // what a restart found unfinished
 	SpanCleanup  = "sandbox.cleanup" // a later try at an owed cleanup
 	SpanCNIAdd   = "cni.add"
@@ -44,6 +45,7 @@ const (
 	SandboxID      = attribute.Key("podfsm.sandbox.id")
 	RuntimeHandler = attribute.Key("podfsm.runtime.handler")
 	StepSkipped    = attribute.Key("podfsm.step.skipped")
+	Joined         = attribute.Key("podfsm.joined") // the span is of a retry; its link leads to the creation
 	CNIPlugin      = attribute.Key("podfsm.cni.plugin")
 	CNINetwork     = attribute.Key("podfsm.cni.network")
 	CNIIfName      = attribute.Key("podfsm.cni.interface")
@@ -131,12 +133,16 @@ func TraceID(ctx context.Context) string {
 	return ""
 }
 
+// Link leads to the span that a W3C traceparent names; there is none when the text is invalid.
+func Link(traceparent string) []trace.Link {
+	if origin := FromParent(traceparent); origin.IsValid() {
+		return []trace.Link{{SpanContext: origin}}
+	}
+	return nil
+}
+
 // StartLinked starts a trace of its own for work that a traced request of an earlier time led to, linked to it by its W3C
 // traceparent.
 func StartLinked(ctx context.Context, name, traceparent string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {
-	opts := []trace.SpanStartOption{trace.WithNewRoot(), trace.WithAttributes(attrs...)}
-	if origin := FromParent(traceparent); origin.IsValid() {
-		opts = append(opts, trace.WithLinks(trace.Link{SpanContext: origin}))
-	}
-	return otel.Tracer(Name).Start(ctx, name, opts...)
+	return otel.Tracer(Name).Start(ctx, name, trace.WithNewRoot(), trace.WithAttributes(attrs...), trace.WithLinks(Link(traceparent)...))
 }
