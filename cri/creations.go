@@ -220,8 +220,8 @@ func (s *service) make(c *creation) (id string, err error) {
 	return s.runOnStock(c.ctx, c.request)
 }
 
-// present is the sandbox of c's pod and attempt that is there already, if its retry may have it. What is in its way is waited for or
-// ended first. When there is none, and when somebody has taken it, it is ""; containerd's service refuses a second one then.
+// present is the sandbox of c's pod and attempt that is there already, if its retry may have it; "" when there is none. What is in the
+// way of a new one is waited for or ended first. It fails with AlreadyExists when somebody has taken it.
 func (s *service) present(c *creation) (string, error) {
 	waitedFor := ""
 	for c.ctx.Err() == nil {
@@ -245,7 +245,8 @@ func (s *service) present(c *creation) (string, error) {
 				return "", &failure{err, pod.ID}
 			}
 		default:
-			return "", nil
+			return "", fmt.Errorf("pod %q has sandbox %q for its attempt %d already; a new sandbox needs a new attempt: %w",
+				PodName(c.request.GetConfig()), pod.ID, c.request.GetConfig().GetMetadata().GetAttempt(), errdefs.ErrAlreadyExists)
 		}
 	}
 	return "", context.Cause(c.ctx)

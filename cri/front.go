@@ -290,6 +290,9 @@ type eventStream struct {
 }
 
 func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
+	if err := e.Context().Err(); err != nil {
+		return err // containerd's service doesn't notice, and nobody sees this event
+	}
 	id := event.GetPodSandboxStatus().GetId()
 	if id != "" && !e.service.show(e.Context(), id) {
 		return nil
