@@ -72,7 +72,7 @@ type creation struct {
 	request *runtime.RunPodSandboxRequest
 	ctx     context.Context // of its span; it ends, with a cause, when the creation shall
 	cancel  context.CancelCauseFunc
-	ended   chan struct{} // closed once id or err is set: of a failed creation nothing is left then, or it is owed
+	ended   chan struct{} // closed once id and err are set: of a failed creation nothing is left then, or it is owed
 	id      string
 	err     error
 }
@@ -192,7 +192,7 @@ func (s *service) run(c *creation) {
 		err = fmt.Errorf("the creation of pod %q was ended: %w", PodName(c.request.GetConfig()), cause)
 	}
 	tracing.End(trace.SpanFromContext(c.ctx), err)
-	c.id, c.err = id, constant(err)
+	c.id, c.err = id, constant(err, id)
 
 	s.creations.mu.Lock()
 	delete(s.creations.underWay, attemptOf(c.request.GetConfig()))
@@ -204,7 +204,8 @@ func (s *service) run(c *creation) {
 	c.cancel(nil)
 }
 
-// make returns the sandbox of c's pod and attempt that is there already, or runs a new one.
+// make returns the sandbox of c's pod and attempt that is there already, or runs a new one. An error comes with the id of the sandbox
+// that it is about, if there was one.
 func (s *service) make(c *creation) (id string, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -237,12 +238,12 @@ func (s *service) present(c *creation) (string, error) {
 			return pod.ID, nil
 		case pod.Claim == lifecycle.Discarded, finished && s.sandboxes.Discard(pod.ID, lifecycle.Shown):
 			if err := s.discard(c.ctx, pod.ID); err != nil {
-				return "", &failure{err, pod.ID}
+				return pod.ID, err
 			}
 		case !finished && waitedFor != pod.ID:
 			waitedFor = pod.ID
 			if err := s.sandboxes.Settle(c.ctx, pod.ID); err != nil {
-				return "", &failure{err, pod.ID}
+				return pod.ID, err
 			}
 		default:
 			return "", fmt.Errorf("pod %q has sandbox %q for its attempt %d already; a new sandbox needs a new attempt: %w",

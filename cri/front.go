@@ -129,7 +129,8 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 	return &runtime.RunPodSandboxResponse{PodSandboxId: id}, nil
 }
 
-// runOnStock runs a pod of ours through containerd's service. A ctx that ends ends it, too: what was made is undone.
+// runOnStock runs a pod of ours through containerd's service. A ctx that ends ends it, too: what was made is undone. The id comes
+// with an error, too, as soon as there is one.
 func (s *service) runOnStock(ctx context.Context, r *runtime.RunPodSandboxRequest) (id string, err error) {
 	call := &Call{Config: proto.CloneOf(r.GetConfig()), Handler: r.GetRuntimeHandler()}
 	// containerd's service doesn't see ctx end, or it would not clean up after a failure; our controller does.
@@ -146,7 +147,7 @@ func (s *service) runOnStock(ctx context.Context, r *runtime.RunPodSandboxReques
 			err = fmt.Errorf("%w (the cleanup is owed and will be tried again: %w)", err, owed)
 		}
 	}
-	return "", &failure{err, call.SandboxID}
+	return call.SandboxID, err
 }
 
 // ensurePauseImage pulls the pause image if it isn't there, before anything is made for the pod; containerd's service would do so

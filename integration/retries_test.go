@@ -2,6 +2,9 @@ package integration
 
 import (
 	"context"
+	"os"
+	osexec "os/exec"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -33,11 +36,12 @@ func runFor(t *testing.T, n *harness.Node, patience time.Duration, config *runti
 }
 
 // leaveBehind asks for a pod whose creation stops at a point until that is released, and goes.
-func leaveBehind(t *testing.T, n *harness.Node, point string, config *runtime.PodSandboxConfig) {
+func leaveBehind(ctx context.Context, t *testing.T, n *harness.Node, point string, config *runtime.PodSandboxConfig) {
 	t.Helper()
 	require.NoError(t, n.Fault(point, "1*block"))
 	gone := make(chan error, 1)
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	go func() {
 		_, err := n.RunPod(ctx, harness.PodfsmHandler, config)
 		gone <- err
@@ -50,7 +54,7 @@ func leaveBehind(t *testing.T, n *harness.Node, point string, config *runtime.Po
 // leaveFinished leaves a finished pod behind that nobody has, and returns its id. Nothing of CRI is asked for that.
 func leaveFinished(t *testing.T, n *harness.Node, config *runtime.PodSandboxConfig) string {
 	t.Helper()
-	leaveBehind(t, n, "bridge.ADD", config)
+	leaveBehind(t.Context(), t, n, "bridge.ADD", config)
 	require.NoError(t, n.Faults.Release("bridge.ADD"))
 	var id string
 	require.Eventually(t, func() bool {
@@ -119,7 +123,7 @@ func TestRetriesJoin(t *testing.T) {
 
 	t.Run("the second caller has time", func(t *testing.T) {
 		config := n.PodConfig("patient")
-		leaveBehind(t, n, "bridge.ADD", config)
+		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
 		config.Labels["changed"] = "meanwhile"
 		config.Annotations["changed"] = "meanwhile"
 		joined := make(chan *harness.Pod, 1)
@@ -145,7 +149,7 @@ func TestRetriesJoin(t *testing.T) {
 
 	t.Run("twenty at once", func(t *testing.T) {
 		config := n.PodConfig("wanted")
-		leaveBehind(t, n, "bridge.ADD", config)
+		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
 		pods := make([]*harness.Pod, 20)
 		var callers sync.WaitGroup
 		for i := range pods {
@@ -195,7 +199,7 @@ func TestRetrySupersedes(t *testing.T) {
 
 	t.Run("a creation under way", func(t *testing.T) {
 		config := n.PodConfig("pod")
-		leaveBehind(t, n, "bridge.ADD", config)
+		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
 		old, ok := find(t, n, config)
 		require.True(t, ok)
 		waits := make(chan error, 1)
@@ -229,7 +233,7 @@ func TestRetrySupersedes(t *testing.T) {
 	t.Run("one that is rolling back", func(t *testing.T) {
 		config := n.PodConfig("pod")
 		require.NoError(t, n.Fault("declare_ready.do.after", "1*error(injected)"))
-		leaveBehind(t, n, "attach_network.undo.before", config)
+		leaveBehind(t.Context(), t, n, "attach_network.undo.before", config)
 		results := make(chan error, 1)
 		var pod *harness.Pod
 		go func() {
@@ -361,7 +365,7 @@ func TestRetryAfterRestart(t *testing.T) {
 
 	t.Run("killed", func(t *testing.T) {
 		config := n.PodConfig("pod")
-		leaveBehind(t, n, "declare_ready.do.before", config)
+		leaveBehind(t.Context(), t, n, "declare_ready.do.before", config)
 		old, ok := find(t, n, config)
 		require.True(t, ok)
 		require.NoError(t, n.Kill(t.Context()))
@@ -387,7 +391,7 @@ func TestRetryAfterRestart(t *testing.T) {
 
 	t.Run("stopped", func(t *testing.T) {
 		config := n.PodConfig("pod")
-		leaveBehind(t, n, "bridge.ADD", config)
+		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
 		require.NoError(t, n.Stop(t.Context()))
 		require.NoError(t, n.Heal())
 		require.NoError(t, n.Start(t.Context()))
@@ -398,3 +402,68 @@ func TestRetryAfterRestart(t *testing.T) {
 	})
 }
 
+// The kubelet aggregates events by their texts, so a failure says the same each time.
+func TestErrorTexts(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{TOML: `
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm']
+  cni_add_timeout = "1s"
+`})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for name, tc := range map[string]struct {
+		fail   func(t *testing.T)
+		option harness.PodOption
+		text   string
+	}{
+		"runc": {
+			option: func(c *runtime.PodSandboxConfig) { c.Linux.Sysctls = map[string]string{"net.core.no": "1"} },
+			text:   `failed to create the pause task of sandbox "ID"`,
+		},
+		"runc is killed": {
+			fail: func(t *testing.T) { require.NoError(t, n.Fault("runc.create", "die")) },
+			text: "/ID/log.json",
+		},
+		"a missing plugin": {
+			fail: func(t *testing.T) {
+				require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "missing"})...))
+			},
+			text: `failed to find plugin "missing"`,
+		},
+		"a plugin without an answer": {
+			fail: func(t *testing.T) { require.NoError(t, n.Fault("bridge.ADD", "block")) },
+			text: "no answer within 1s",
+		},
+		"iptables": {
+			fail: func(t *testing.T) { breakIPTables(t, n) },
+			text: `-A CNI-CHAIN -d IP/16 -j ACCEPT`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := n.PodConfig("pod")
+			if tc.option != nil {
+				tc.option(config)
+			}
+			if tc.fail != nil {
+				tc.fail(t)
+			}
+			first := failRun(t, n, harness.PodfsmHandler, config)
+			require.ErrorContains(t, first, tc.text)
+			for range 2 {
+				require.EqualError(t, failRun(t, n, harness.PodfsmHandler, config), first.Error())
+			}
+			require.NoError(t, n.Heal())
+			require.NoError(t, os.RemoveAll(filepath.Join(n.Dir(), "bin/iptables")))
+			require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+// breakIPTables makes the first rule of a pod's own chain fail.
+func breakIPTables(t *testing.T, n *harness.Node) {
+	t.Helper()
+	real, err := osexec.LookPath("iptables")
+	require.NoError(t, err)
+	script := "#!/bin/sh\ncase \"$*\" in *'-A CNI-'*) echo broken >&2; exit 4;; esac\nexec " + real + " \"$@\"\n"
+	require.NoError(t, os.WriteFile(filepath.Join(n.Dir(), "bin/iptables"), []byte(script), 0o755))
+}

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"flag"
 	"os"
 	"path/filepath"
@@ -8,8 +9,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/podfsm/podfsm/integration/harness"
 	"github.com/podfsm/podfsm/integration/traces"
@@ -73,6 +77,43 @@ func TestTraces(t *testing.T) {
 		spans, err = n.Traces.WaitFor(t.Context(), id, traces.Finished("sandbox.stop", "sandbox.remove", "runtime.v1.RuntimeService/RemovePodSandbox"))
 		require.NoError(t, err)
 		requireGolden(t, "stop-and-remove", spans)
+	})
+
+	t.Run("retries", func(t *testing.T) {
+		config := n.PodConfig("pod")
+		ctx, creation := traces.NewContext(t.Context())
+		leaveBehind(ctx, t, n, "bridge.ADD", config)
+		leads := func(spans []traces.Span) string {
+			require.Len(t, ours(spans), 1)
+			require.Len(t, ours(spans)[0].Links, 1)
+			return ours(spans)[0].Links[0].SpanID
+		}
+
+		ctx, cancel := context.WithCancel(t.Context()) // a deadline may end at the daemon or at the client first
+		defer time.AfterFunc(impatient, cancel).Stop()
+		ctx, id := traces.NewContext(ctx)
+		_, err := n.RunPod(ctx, harness.PodfsmHandler, config)
+		require.Equal(t, codes.Canceled, status.Code(err), "%v", err)
+		joined, err := n.Traces.WaitFor(t.Context(), id, traces.Finished("sandbox.run", "runtime.v1.RuntimeService/RunPodSandbox"))
+		require.NoError(t, err)
+		requireGolden(t, "retry-that-goes", joined)
+
+		require.NoError(t, n.Faults.Release("bridge.ADD"))
+		spans, err := n.Traces.WaitFor(t.Context(), creation, traces.Finished("sandbox.run"))
+		require.NoError(t, err)
+		requireGolden(t, "run", spans) // its caller has gone long since
+		run := slices.IndexFunc(spans, func(s traces.Span) bool { return s.Name == "sandbox.run" })
+		require.Equal(t, spans[run].SpanID, leads(joined))
+
+		ctx, id = traces.NewContext(t.Context())
+		pod, err := n.RunPod(ctx, harness.PodfsmHandler, config)
+		require.NoError(t, err)
+		taken, err := n.Traces.WaitFor(t.Context(), id, traces.Finished("sandbox.run", "runtime.v1.RuntimeService/RunPodSandbox"))
+		require.NoError(t, err)
+		requireGolden(t, "retry-that-takes", taken)
+		require.Equal(t, spans[run].SpanID, leads(taken))
+		require.NoError(t, pod.StopAndRemove(t.Context()))
+		require.NoError(t, n.Heal())
 	})
 
 	t.Run("CNI failure", func(t *testing.T) {
