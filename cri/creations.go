@@ -198,6 +198,7 @@ func (s *service) run(c *creation) {
 	delete(s.creations.underWay, attemptOf(c.request.GetConfig()))
 	s.creations.mu.Unlock()
 	if err == nil {
+		log.G(c.ctx).WithField("pod", PodName(c.request.GetConfig())).WithField("sandbox", id).Debug("podfsm: a sandbox waits to be claimed")
 		s.expireAfter(s.creations.timeout, id)
 	}
 	close(c.ended)

@@ -5,6 +5,7 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"regexp"
 	"sync"
 	"testing"
 	"time"
@@ -58,9 +59,10 @@ func leaveFinished(t *testing.T, n *harness.Node, config *runtime.PodSandboxConf
 	require.NoError(t, n.Faults.Release("bridge.ADD"))
 	var id string
 	require.Eventually(t, func() bool {
-		sandbox, ok := find(t, n, config)
+		sandbox, _ := find(t, n, config)
 		id = sandbox.GetId()
-		return ok && sandbox.GetState() == "Ready"
+		// podfsm's own state comes a moment before containerd's service has the sandbox.
+		return id != "" && regexp.MustCompile("a sandbox waits to be claimed.*"+id).MatchString(n.Log())
 	}, waitFor, tick)
 	require.NoError(t, n.Heal())
 	return id

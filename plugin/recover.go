@@ -125,12 +125,12 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		switch {
 		case !listed && view.Key.Namespace == cri.Namespace:
 			verdict = lifecycle.Discard // containerd's service doesn't know it any more, so nobody will ask for it
-		case view.Claim == lifecycle.Discarded:
+		case neverShown(view, records[view.Key]):
 			verdict = lifecycle.Discard
 		case lost[view.Key]:
 			verdict = lifecycle.Gone
 		}
-		doomed[view.Key] = !staysListed(view)
+		doomed[view.Key] = !staysListed(view) || neverShown(view, records[view.Key])
 		if damaged(c.ledger.Damage(), view.Key) {
 			c.engine.Claim(ctx, view.Key, lifecycle.Taken) // who has claimed it may have been on record
 		}
@@ -151,11 +151,14 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 	}
 }
 
+// neverShown says that nobody can know of a sandbox of the CRI's: it was discarded, or containerd's service hadn't taken it over yet from
+// the creation.
+func neverShown(view lifecycle.View, record sandbox.Sandbox) bool {
+	return view.Claim == lifecycle.Discarded || view.Claim == lifecycle.Unclaimed && !ran(record)
+}
+
 // staysListed says whether containerd's service goes on listing the sandbox.
 func staysListed(view lifecycle.View) bool {
-	if view.Claim == lifecycle.Discarded {
-		return false // nobody may see it again
-	}
 	switch view.State {
 	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Removing, states.Quarantined:
 		return true
