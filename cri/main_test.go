@@ -117,7 +117,7 @@ type controller struct {
 	unclaimed []string
 
 	mu     sync.Mutex
-	named  map[string]Pod // by the pod's name
+	named  map[attempt]Pod
 	claims map[string]lifecycle.Claim
 }
 
@@ -145,10 +145,17 @@ func (c *controller) Pod(id string) (Pod, bool) {
 	return pod, ok
 }
 
+// note keeps what was called.
+func (c *controller) note(call string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calls = append(c.calls, call)
+}
+
 func (c *controller) Named(m *runtime.PodSandboxMetadata) (Pod, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	pod, ok := c.named[m.GetName()]
+	pod, ok := c.named[attemptOf(&runtime.PodSandboxConfig{Metadata: m})]
 	return pod, ok
 }
 
@@ -187,7 +194,7 @@ func (c *controller) Discard(id string, most lifecycle.Claim) bool {
 func (c *controller) Unclaimed() []string { return c.unclaimed }
 
 func (c *controller) StopPod(ctx context.Context, id string) error {
-	c.calls = append(c.calls, "stop "+id)
+	c.note("stop " + id)
 	if c.stop == nil {
 		return nil
 	}
@@ -195,7 +202,7 @@ func (c *controller) StopPod(ctx context.Context, id string) error {
 }
 
 func (c *controller) RemovePod(ctx context.Context, id string) error {
-	c.calls = append(c.calls, "remove "+id)
+	c.note("remove " + id)
 	if c.remove == nil {
 		return nil
 	}
