@@ -172,7 +172,10 @@ func claimOf(ctx context.Context) lifecycle.Claim {
 // goes is the answer to a caller that ended before the creation did. What differs from try to try is in the log only.
 func (s *service) goes(ctx context.Context, c *creation) error {
 	name := PodName(c.request.GetConfig())
-	entry := log.G(ctx).WithField("pod", name).WithField("trace", tracing.TraceID(c.ctx))
+	entry := log.G(ctx).WithField("pod", name)
+	if id := tracing.TraceID(c.ctx); id != "" {
+		entry = entry.WithField("trace", id)
+	}
 	if pod, ok := s.sandboxes.Named(c.request.GetConfig().GetMetadata()); ok {
 		entry = entry.WithField("sandbox", pod.ID).WithField("state", pod.State)
 		if pod.Step != "" {

@@ -97,7 +97,7 @@ func TestKubelet(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{TOML: podfsmForAll})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
-	k := startKubelet(t, n)
+	k := startKubelet(t, n, nil)
 
 	for name, manifest := range manifests {
 		require.NoError(t, k.Run(name, manifest))
@@ -130,6 +130,40 @@ func TestKubelet(t *testing.T) {
 	}
 	require.EventuallyWithT(t, func(c *assert.CollectT) { requireGone(t.Context(), c, n, k) }, roundsWait, kubeletTick)
 	require.NoError(t, k.Close(t.Context()))
+	n.RequireClean(t, before)
+}
+
+// A kubelet whose calls time out before the network is there asks again, with the same attempt, and gets the one sandbox that was made. Pain 2.
+func TestKubeletOnASlowNode(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{TOML: podfsmForAll})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	k := startKubelet(t, n, map[string]any{"runtimeRequestTimeout": "2s"}) // RunPodSandbox gets twice of it
+	require.NoError(t, n.Fault("bridge.ADD", "delay(11000)"))              // enough for three calls
+	require.NoError(t, k.Run("private", manifests["private"]))
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		pod := kubeletPods(t.Context(), c, k)["private"]
+		require.NotNil(c, pod)
+		require.True(c, pod.Ready())
+	}, kubeletWait, kubeletTick)
+
+	pod := look(t, n, k)["private"] // of attempt 0, and there is one sandbox
+	hits, err := n.Faults.Hits("bridge.ADD")
+	require.NoError(t, err)
+	require.Equal(t, 1, hits, "nor was there ever another")
+	require.Contains(t, k.Log(), "DeadlineExceeded")
+	require.NotContains(t, k.Log(), "is reserved")
+	require.Greater(t, strings.Count(n.Log(), "a caller has gone before its pod was ready"), 0)
+	require.Greater(t, strings.Count(n.Log(), `msg=RunPodSandbox request="name:\"private-`), 1, "the kubelet did ask again")
+
+	require.NoError(t, k.Remove("private"))
+	require.EventuallyWithT(t, func(c *assert.CollectT) { require.Empty(c, kubeletPods(t.Context(), c, k)) }, kubeletWait, kubeletTick)
+	// The kubelet would do this within a minute.
+	_, err = n.Runtime.RemovePodSandbox(t.Context(), &runtime.RemovePodSandboxRequest{PodSandboxId: pod.ID})
+	require.NoError(t, err)
+	require.EventuallyWithT(t, func(c *assert.CollectT) { requireGone(t.Context(), c, n, k) }, roundsWait, kubeletTick)
+	require.NoError(t, k.Close(t.Context()))
+	require.NoError(t, n.Heal())
 	n.RequireClean(t, before)
 }
 
@@ -189,9 +223,9 @@ func requireProbes(t *testing.T, n *harness.Node, server string) {
 }
 
 // startKubelet starts a kubelet that ends with the test. When the test has failed, the end of its log is shown.
-func startKubelet(t *testing.T, n *harness.Node) *kubelet.Kubelet {
+func startKubelet(t *testing.T, n *harness.Node, settings map[string]any) *kubelet.Kubelet {
 	t.Helper()
-	k, err := kubelet.Start(t.Context(), n)
+	k, err := kubelet.Start(t.Context(), n, settings)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		err := k.Close(context.WithoutCancel(t.Context()))

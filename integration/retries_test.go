@@ -116,7 +116,7 @@ func TestRetriesJoin(t *testing.T) {
 		hits, err := n.Faults.Hits("bridge.ADD")
 		require.NoError(t, err)
 		require.Equal(t, 1, hits, "one ADD for all tries")
-		require.NotContains(t, n.Log(), "reserve")
+		require.NotContains(t, n.Log(), "is reserved")
 		requireOnly(t, n, pod)
 		require.NoError(t, pod.StopAndRemove(t.Context()))
 		require.NoError(t, n.Heal())

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -47,8 +48,9 @@ type Kubelet struct {
 // Start builds the kubelet, which takes minutes the first time, and starts it on
 // a node that has run a pod, and so has a bridge, whose address is the node's,
 // and the cgroup for those of the kubelet. It returns when the kubelet's API
-// serves. The caller ends it with Close.
-func Start(ctx context.Context, n *harness.Node) (_ *Kubelet, err error) {
+// serves. Settings are added to its KubeletConfiguration. The caller ends it with
+// Close.
+func Start(ctx context.Context, n *harness.Node, settings map[string]any) (_ *Kubelet, err error) {
 	executable, err := harness.BuildKubelet(ctx)
 	if err != nil {
 		return nil, err
@@ -64,7 +66,7 @@ func Start(ctx context.Context, n *harness.Node) (_ *Kubelet, err error) {
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		}},
 	}
-	if err := k.prepare(); err != nil {
+	if err := k.prepare(settings); err != nil {
 		return nil, fmt.Errorf("failed to prepare the kubelet: %w", err)
 	}
 	if err := k.launch(executable); err != nil {
@@ -77,13 +79,15 @@ func Start(ctx context.Context, n *harness.Node) (_ *Kubelet, err error) {
 }
 
 // prepare makes everything that is there before the kubelet starts.
-func (k *Kubelet) prepare() error {
+func (k *Kubelet) prepare(settings map[string]any) error {
 	for _, below := range []string{"pods", "root", "logs", "plugins"} {
 		if err := os.MkdirAll(k.path(below), 0o711); err != nil {
 			return err
 		}
 	}
-	config, err := json.MarshalIndent(k.config(), "", "  ")
+	all := k.config()
+	maps.Copy(all, settings)
+	config, err := json.MarshalIndent(all, "", "  ")
 	if err != nil {
 		return err
 	}
