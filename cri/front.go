@@ -327,8 +327,17 @@ func restore(status *runtime.PodSandboxStatus, pod Pod) {
 	ensure(&ensure(&status.Linux).Namespaces).Options = proto.CloneOf(options)
 }
 
-// resolve finds the sandbox of ours that a possibly shortened id means, as containerd's service would.
+// resolve finds the sandbox of ours that a request names, by an id that may be shortened, as containerd's service would. Who names one
+// has it.
 func (s *service) resolve(ctx context.Context, id string) (string, Pod, bool) {
+	full, pod, ok := s.find(ctx, id)
+	if ok {
+		s.sandboxes.Claim(ctx, full, lifecycle.Taken)
+	}
+	return full, pod, ok
+}
+
+func (s *service) find(ctx context.Context, id string) (string, Pod, bool) {
 	if pod, ok := s.sandboxes.Pod(id); ok || id == "" {
 		return id, pod, ok
 	}

@@ -29,11 +29,11 @@ const shortUnclaimed = `
 `
 
 // runFor runs a pod with a deadline, as the kubelet does.
-func runFor(t *testing.T, n *harness.Node, patience time.Duration, config *runtime.PodSandboxConfig) (*harness.Pod, error) {
+func runFor(t *testing.T, n *harness.Node, handler string, patience time.Duration, config *runtime.PodSandboxConfig) (*harness.Pod, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	return n.RunPod(ctx, harness.PodfsmHandler, config)
+	return n.RunPod(ctx, handler, config)
 }
 
 // leaveBehind asks for a pod whose creation stops at a point until that is released, and goes.
@@ -96,7 +96,7 @@ func requireOnly(t *testing.T, n *harness.Node, pod *harness.Pod) {
 // The kubelet's client has a deadline, and asks again with the same attempt. Pain 2.
 func TestRetriesJoin(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{})
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	before, err := n.WarmUp(t.Context(), harness.StockHandler)
 	require.NoError(t, err)
 
 	t.Run("slow CNI", func(t *testing.T) {
@@ -106,7 +106,7 @@ func TestRetriesJoin(t *testing.T) {
 		tries := 0
 		for pod == nil {
 			tries++
-			got, err := runFor(t, n, 2*time.Second, config)
+			got, err := runFor(t, n, harness.PodfsmHandler, 2*time.Second, config)
 			if err != nil {
 				require.Equal(t, codes.DeadlineExceeded, status.Code(err), "only the client's own deadline: %v", err)
 			}
@@ -119,6 +119,17 @@ func TestRetriesJoin(t *testing.T) {
 		require.NotContains(t, n.Log(), "is reserved")
 		requireOnly(t, n, pod)
 		require.NoError(t, pod.StopAndRemove(t.Context()))
+		require.NoError(t, n.Heal())
+		n.RequireClean(t, before)
+	})
+
+	t.Run("on containerd's own handler they don't", func(t *testing.T) {
+		config := n.PodConfig("slow")
+		require.NoError(t, n.Fault("bridge.ADD", "block"))
+		_, err := runFor(t, n, harness.StockHandler, impatient, config)
+		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
+		_, err = runFor(t, n, harness.StockHandler, waitFor, config)
+		require.ErrorContains(t, err, "failed to reserve sandbox name")
 		require.NoError(t, n.Heal())
 		n.RequireClean(t, before)
 	})
@@ -136,7 +147,7 @@ func TestRetriesJoin(t *testing.T) {
 			}
 			joined <- pod
 		}()
-		_, err := runFor(t, n, impatient, config)
+		_, err := runFor(t, n, harness.PodfsmHandler, impatient, config)
 		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
 		require.NoError(t, n.Faults.Release("bridge.ADD"))
 		pod := <-joined
@@ -243,7 +254,7 @@ func TestRetrySupersedes(t *testing.T) {
 			pod, err = n.RunPod(t.Context(), harness.PodfsmHandler, other(config))
 			results <- err
 		}()
-		_, err := runFor(t, n, impatient, config)
+		_, err := runFor(t, n, harness.PodfsmHandler, impatient, config)
 		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "nobody gets an answer before the rollback has ended: %v", err)
 		require.Empty(t, results)
 		require.NoError(t, n.Faults.Release("attach_network.undo.before"))
@@ -373,7 +384,7 @@ func TestRetryAfterRestart(t *testing.T) {
 		require.NoError(t, n.Kill(t.Context()))
 		require.NoError(t, n.Fault("attach_network.undo.before", "1*block"))
 		require.NoError(t, n.Start(t.Context()))
-		_, err := runFor(t, n, impatient, config)
+		_, err := runFor(t, n, harness.PodfsmHandler, impatient, config)
 		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
 		results := make(chan error, 1)
 		var pod *harness.Pod

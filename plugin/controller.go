@@ -123,7 +123,7 @@ func (c *Controller) Close() error {
 	return nil
 }
 
-// closeTimeout is how long a stop of containerd waits for what is under way: requests have lost their callers by then and roll
+// closeTimeout is how long a stop of containerd waits for what is under way: the front has ended its creations by then, and they roll
 // back; what takes longer goes on after the next start.
 const closeTimeout = 10 * time.Second
 
