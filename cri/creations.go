@@ -80,14 +80,17 @@ type creation struct {
 // join returns the sandbox of the pod and attempt that r asks for: that of the creation that is under way, one that was finished and
 // that nobody has taken, or a new one. A caller that goes leaves the creation alone. If what shapes the sandbox differs, the older
 // creation is rolled back first.
-func (s *service) join(ctx context.Context, r *runtime.RunPodSandboxRequest) (id string, err error) {
+func (s *service) join(ctx context.Context, r *runtime.RunPodSandboxRequest) (string, error) {
 	for {
 		c, joined, err := s.enter(ctx, r)
 		if err != nil {
 			return "", err
 		}
 		if !joined || sameShape(c.request, r) {
-			return s.wait(ctx, c, joined)
+			if id, err := s.wait(ctx, c, joined); id != "" || err != nil {
+				return id, err
+			}
+			continue
 		}
 		c.cancel(errSuperseded)
 		select {
@@ -132,7 +135,8 @@ func (s *service) enter(ctx context.Context, r *runtime.RunPodSandboxRequest) (_
 	return c, false, nil
 }
 
-// wait returns the outcome of a creation, unless ctx ends first. The caller has then taken the sandbox.
+// wait returns the outcome of a creation, unless ctx ends first. The caller has then taken the sandbox. When it was discarded before
+// that, which only a moment allows, wait returns nothing.
 func (s *service) wait(ctx context.Context, c *creation, joined bool) (id string, err error) {
 	if joined {
 		var span trace.Span
@@ -151,7 +155,7 @@ func (s *service) wait(ctx context.Context, c *creation, joined bool) (id string
 	case claim == lifecycle.Unclaimed:
 		return "", s.goes(ctx, c)
 	case !s.sandboxes.Claim(ctx, c.id, claim):
-		return "", fmt.Errorf("pod %q: %w", PodName(c.request.GetConfig()), errSuperseded)
+		return "", nil
 	default:
 		return c.id, nil
 	}

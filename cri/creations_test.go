@@ -161,6 +161,31 @@ func TestSameShape(t *testing.T) {
 	requireEqual(t, asks(), request, "it changes nothing")
 }
 
+// A sandbox that expires at the moment when a retry is given it, is not what the retry gets.
+func TestDiscardedBeforeItIsTaken(t *testing.T) {
+	c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}}}
+	r := newRuns(c)
+	close(r.release)
+	c.claims = map[string]lifecycle.Claim{"s1": lifecycle.Discarded}
+	c.remove = func(context.Context, string) error {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		clear(c.named)
+		return nil
+	}
+	front := newFront(t, endable(&stock{run: func(ctx context.Context, request *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+		response, err := r.run(ctx, request)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		pod := c.named[attemptOf(podConfig())]
+		pod.Claim = c.claims[pod.ID]
+		c.named[attemptOf(podConfig())] = pod
+		return response, err
+	}}), c)
+	require.Equal(t, outcome{id: "s2"}, <-runPod(front, t.Context(), asks()))
+	require.Equal(t, []string{"stop s1", "remove s1"}, c.calls)
+}
+
 // Attempts and pods don't stand in each other's way.
 func TestOtherAttemptsDoNotJoin(t *testing.T) {
 	c := &controller{}

@@ -218,3 +218,66 @@ func TestRecoverKeepsAllThatItCantRead(t *testing.T) {
 	}
 	require.Empty(t, ledger.Sandboxes())
 }
+
+// A creation that was finished stays for who asks for it again. It goes when nobody can know of it: discarded already, or not yet
+// containerd's service's when the daemon was killed.
+func TestRecoverOfFinishedCreations(t *testing.T) {
+	spec, err := typeurl.MarshalAny(&specs.Spec{})
+	require.NoError(t, err)
+	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
+	for name, tc := range map[string]struct {
+		claim     lifecycle.Claim
+		handed    bool // to containerd's service
+		goes      bool
+		unclaimed []string
+	}{
+		"unclaimed":                     {handed: true, unclaimed: []string{"s1"}},
+		"shown":                         {claim: lifecycle.Shown, handed: true},
+		"taken":                         {claim: lifecycle.Taken, handed: true},
+		"discarded":                     {claim: lifecycle.Discarded, handed: true, goes: true},
+		"killed before it was handed":   {goes: true},
+		"shown, whatever the record is": {claim: lifecycle.Shown},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rootDir, stateDir, client := t.TempDir(), t.TempDir(), newStores(t)
+			record := sandbox.Sandbox{ID: "s1", Sandboxer: Name, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}}
+			if tc.handed {
+				record.Spec = spec
+			}
+			_, err := client.SandboxStore().Create(inCRI(t), record)
+			require.NoError(t, err)
+			ledger, err := journal.Open(rootDir, stateDir)
+			require.NoError(t, err)
+			before := newWorldWith(t, ledger)
+			require.NoError(t, before.engine.Create(inCRI(t), key, request(key, &Spec{Config: podConfig()})))
+			require.NoError(t, before.engine.Start(inCRI(t), key))
+			if tc.claim == lifecycle.Discarded {
+				require.True(t, before.Discard("s1", lifecycle.Unclaimed))
+			} else {
+				require.True(t, before.Claim(inCRI(t), "s1", tc.claim))
+			}
+			require.NoError(t, before.Close())
+			require.NoError(t, ledger.Close())
+
+			ledger, err = journal.Open(rootDir, stateDir)
+			require.NoError(t, err)
+			w := newWorldWith(t, ledger)
+			w.ledger = ledger
+			w.host.exists["s1"] = before.host.left("s1")
+			require.NoError(t, w.recover(t.Context(), client))
+			require.Equal(t, tc.unclaimed, w.Unclaimed())
+			_, err = client.SandboxStore().Get(inCRI(t), "s1")
+			if tc.goes {
+				w.waitFor(t, "s1", states.Removed)
+				require.Empty(t, w.host.left("s1"))
+				require.True(t, errdefs.IsNotFound(err), "containerd's service doesn't list it: %v", err)
+				return
+			}
+			require.NoError(t, err)
+			pod, ok := w.Named(podConfig().GetMetadata())
+			require.True(t, ok)
+			require.Equal(t, states.Ready, pod.State)
+			require.Equal(t, tc.claim, pod.Claim)
+		})
+	}
+}
