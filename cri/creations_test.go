@@ -408,3 +408,12 @@ func TestOneCreationAtATime(t *testing.T) {
 	require.NoError(t, err)
 	require.EqualValues(t, 1, most.Load())
 }
+
+// A sandbox can't be ended before containerd's service serves, which is after the front was made.
+func TestExpiryWaitsForContainerdsService(t *testing.T) {
+	c := &controller{pods: map[string]Pod{"s0": {Config: podConfig()}}}
+	front := newFront(t, endable(&stock{uninitialized: true}), c)
+	front.expire("s0")
+	require.Empty(t, c.calls)
+	require.Contains(t, front.creations.timers, "s0")
+}
