@@ -126,7 +126,7 @@ func (s *service) enter(ctx context.Context, r *runtime.RunPodSandboxRequest) (_
 	if c, ok := s.creations.underWay[key]; ok {
 		return c, true, nil
 	}
-	c := &creation{request: r, ended: make(chan struct{})}
+	c := &creation{request: proto.CloneOf(r), ended: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	c.ctx, _ = tracing.Start(c.ctx, tracing.SpanRun, Attributes(r.GetConfig(), r.GetRuntimeHandler())...)
 	s.creations.underWay[key] = c

@@ -20,7 +20,7 @@ import (
 )
 
 // impatient is how long a caller waits that goes before its pod is ready.
-const impatient = 300 * time.Millisecond
+const impatient = time.Second
 
 // shortUnclaimed makes podfsm wait for a claim no longer than a test can.
 const shortUnclaimed = `
@@ -419,7 +419,7 @@ func TestRetryAfterRestart(t *testing.T) {
 func TestErrorTexts(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{TOML: `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  cni_add_timeout = "1s"
+  cni_add_timeout = "3s"
 `})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
@@ -444,7 +444,7 @@ func TestErrorTexts(t *testing.T) {
 		},
 		"a plugin without an answer": {
 			fail: func(t *testing.T) { require.NoError(t, n.Fault("bridge.ADD", "block")) },
-			text: "no answer within 1s",
+			text: "no answer within 3s",
 		},
 		"iptables": {
 			fail: func(t *testing.T) { breakIPTables(t, n) },
