@@ -24,10 +24,13 @@ type Config struct {
 	CNIDelTimeout string `toml:"cni_del_timeout"`
 	// RuntimeTimeout bounds each of the other steps: the snapshot, the runtime's create and start. Default: "2m".
 	RuntimeTimeout string `toml:"runtime_timeout"`
+	// CNIGC is "auto" for a CNI GC at containerd's start of the networks that no other runtime seems to share, or "off". Default:
+	// "auto".
+	CNIGC string `toml:"cni_gc"`
 }
 
 func defaultConfig() *Config {
-	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m"}
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", CNIGC: "auto"}
 }
 
 // timeouts are the parsed durations of a Config, all positive.
@@ -47,6 +50,18 @@ func (c *Config) timeouts() (t timeouts, err error) {
 		}
 	}
 	return t, nil
+}
+
+// gc says whether networks are collected.
+func (c *Config) gc() (bool, error) {
+	switch c.CNIGC {
+	case "auto":
+		return true, nil
+	case "off":
+		return false, nil
+	default:
+		return false, fmt.Errorf("cni_gc = %q is neither \"auto\" nor \"off\": %w", c.CNIGC, errdefs.ErrInvalidArgument)
+	}
 }
 
 func positive(key, text string) (time.Duration, error) {
@@ -149,6 +164,12 @@ func (c *stockConfig) cniConf(name string) (dir string, max int) {
 		}
 	}
 	return dir, max
+}
+
+// hasOwnCNIConf says whether pods of a handler find their networks elsewhere than where containerd's service looks when it says
+// whether the node's network is ready.
+func (c *stockConfig) hasOwnCNIConf(name string) bool {
+	return c.Containerd.Runtimes[name].ConfDir != ""
 }
 
 // snapshotter is the one a handler uses.
