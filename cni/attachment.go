@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -35,6 +36,7 @@ type PluginState struct {
 	Phase   Phase           `json:"phase,omitempty"`
 	Result  json.RawMessage `json:"result,omitempty"` // of ADD, in the CNI version of the list
 	Error   string          `json:"error,omitempty"`  // of the last command, if it failed
+	Took    time.Duration   `json:"took,omitempty"`   // of ADD, in nanoseconds, when it has succeeded
 }
 
 // Phase is what has happened to a plugin.
@@ -61,6 +63,7 @@ type Progress struct {
 	Phase   Phase           `json:"phase"`
 	Result  json.RawMessage `json:"result,omitempty"`
 	Error   string          `json:"error,omitempty"`
+	Took    time.Duration   `json:"took,omitempty"`
 }
 
 // NewAttachment prepares an attachment of a pod to the networks; nothing is done yet. netnsPath is where the pod's network
@@ -110,7 +113,7 @@ func (a *Attachment) Apply(p Progress) error {
 	state.Phase = p.Phase
 	state.Error = p.Error
 	if p.Result != nil {
-		state.Result = p.Result
+		state.Result, state.Took = p.Result, p.Took
 	}
 	return nil
 }
@@ -118,6 +121,13 @@ func (a *Attachment) Apply(p Progress) error {
 // Settled reports whether there is nothing to delete: no ADD was started whose DEL has not succeeded.
 func (a *Attachment) Settled() bool {
 	return !slices.ContainsFunc(a.Plugins, PluginState.owed)
+}
+
+// Suspect makes an attachment that nothing is known of one whose every ADD may have been started: DEL runs for all plugins.
+func (a *Attachment) Suspect() {
+	for i := range a.Plugins {
+		a.Plugins[i].Phase = Adding
+	}
 }
 
 // owed tells whether the plugin's DEL has to succeed yet.

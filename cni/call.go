@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strings"
 	"time"
@@ -21,7 +22,7 @@ import (
 // sandboxEnv marks the processes of a sandbox's plugins, and what they start, by the sandbox's id.
 const sandboxEnv = "PODFSM_SANDBOX"
 
-// call is the use of one plugin of one network.
+// call is the use of one plugin of one network for a pod.
 type call struct {
 	driver     *Driver
 	attachment *Attachment
@@ -44,6 +45,7 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 	if err := c.advance(ctx, Progress{Phase: Adding}); err != nil {
 		return nil, err
 	}
+	begun := time.Now()
 	result, raw, err := c.execAdd(ctx, path, conf)
 
 	// What has happened is recorded, also if nobody waits for it any more.
@@ -52,10 +54,12 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 		outcome := Progress{Phase: Adding, Error: err.Error()}
 		if errors.As(err, new(*notStartedError)) {
 			outcome.Phase = Pending
+		} else {
+			c.driver.run.Delete(c.attachment.ContainerID) // what has left its group may live: DEL ends it first
 		}
 		return nil, errors.Join(c.failed("add", err), c.advance(ctx, outcome))
 	}
-	return result, c.advance(ctx, Progress{Phase: Added, Result: raw})
+	return result, c.advance(ctx, Progress{Phase: Added, Result: raw, Took: time.Since(begun)})
 }
 
 // execAdd returns the result as an object and as it is recorded.
@@ -86,6 +90,7 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	if err != nil {
 		outcome = Progress{Phase: c.state().Phase, Error: err.Error()}
 		err = c.failed("delete", err)
+		c.driver.run.Delete(c.attachment.ContainerID)
 	}
 	return errors.Join(err, c.advance(context.WithoutCancel(ctx), outcome))
 }
@@ -100,22 +105,46 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 	return invoke.ExecPluginWithoutResult(ctx, path, conf, c.environment("DEL"), c.driver.exec)
 }
 
-// prepare finds the plugin and derives its request configuration (CNI specification, section 3, "Deriving request configuration").
-// Nothing that fails here has touched the network.
+// check runs the plugin's CHECK on the result that ADD had.
+func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
+	ctx, span := c.startSpan(ctx, tracing.SpanCNICheck, "CHECK")
+	defer func() { tracing.End(span, retErr) }()
+
+	path, conf, err := c.prepare(prev)
+	if err != nil {
+		return c.failed("check", err)
+	}
+	ctx, cancel := withTimeout(ctx, checkTimeout)
+	defer cancel()
+	if err := invoke.ExecPluginWithoutResult(ctx, path, conf, c.environment("CHECK"), c.driver.exec); err != nil {
+		return c.failed("check", err)
+	}
+	return nil
+}
+
+// prepare finds the plugin and derives its request configuration. Nothing that fails here has touched the network.
 func (c call) prepare(prev types.Result) (path string, conf []byte, err error) {
 	plugin := c.list.Plugins[c.plugin]
-	path, err = invoke.FindInPath(plugin.Network.Type, c.attachment.BinDirs)
-	if err != nil {
-		return "", nil, fmt.Errorf("%w: install it there: %w", err, errdefs.ErrFailedPrecondition)
-	}
-	values := map[string]any{"name": c.list.Name, "cniVersion": c.list.CNIVersion}
+	values := map[string]any{}
 	if prev != nil {
 		values["prevResult"] = prev
 	}
 	if given := c.attachment.capabilities(plugin.Network); len(given) > 0 {
 		values["runtimeConfig"] = given
 	}
-	request, err := libcni.InjectConf(plugin, values)
+	return prepare(c.list, plugin, c.attachment.BinDirs, values)
+}
+
+// prepare finds a plugin of a list in binDirs and derives its request configuration, with values in it (CNI specification, section
+// 3, "Deriving request configuration").
+func prepare(list *libcni.NetworkConfigList, plugin *libcni.PluginConfig, binDirs []string, values map[string]any) (path string, conf []byte, err error) {
+	path, err = invoke.FindInPath(plugin.Network.Type, binDirs)
+	if err != nil {
+		return "", nil, fmt.Errorf("%w: install it there: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	injected := map[string]any{"name": list.Name, "cniVersion": list.CNIVersion}
+	maps.Copy(injected, values)
+	request, err := libcni.InjectConf(plugin, injected)
 	if err != nil {
 		return "", nil, fmt.Errorf("failed to derive its configuration: %w", err)
 	}
@@ -133,9 +162,13 @@ func (c call) advance(ctx context.Context, p Progress) error {
 
 func (c call) state() *PluginState { return c.attachment.state(c.network, c.plugin) }
 
-// failed gives a plugin's error the words of libcni.
 func (c call) failed(command string, err error) error {
-	return fmt.Errorf("plugin type=%q name=%q failed (%s): %w", c.state().Type, c.list.Name, command, err)
+	return failed(c.list, c.state().Type, command, err)
+}
+
+// failed gives a plugin's error the words of libcni.
+func failed(list *libcni.NetworkConfigList, plugin, command string, err error) error {
+	return fmt.Errorf("plugin type=%q name=%q failed (%s): %w", plugin, list.Name, command, err)
 }
 
 func (c call) startSpan(ctx context.Context, name, command string) (context.Context, trace.Span) {
@@ -150,6 +183,7 @@ func (c call) startSpan(ctx context.Context, name, command string) (context.Cont
 // environment is a plugin's environment: containerd's own, the CNI parameters, and the sandbox's mark.
 type environment struct {
 	invoke.Args
+	mark string
 }
 
 func (c call) environment(command string) environment {
@@ -159,13 +193,16 @@ func (c call) environment(command string) environment {
 		NetNS:       c.netns,
 		IfName:      c.attachment.Networks[c.network].IfName,
 		PluginArgs:  c.attachment.Args,
-		Path:        strings.Join(c.attachment.BinDirs, string(os.PathListSeparator)),
-	}}
+		Path:        pathOf(c.attachment.BinDirs),
+	}, c.attachment.ContainerID}
 }
+
+// pathOf is CNI_PATH.
+func pathOf(binDirs []string) string { return strings.Join(binDirs, string(os.PathListSeparator)) }
 
 // AsEnv implements invoke.CNIArgs.
 func (e environment) AsEnv() []string {
-	return append(e.Args.AsEnv(), sandboxEnv+"="+e.ContainerID)
+	return append(e.Args.AsEnv(), sandboxEnv+"="+e.mark)
 }
 
 // withTimeout names the deadline in the error of what it ends.

@@ -9,6 +9,7 @@
 //   - DEL gets the last result that ADD had, also when the chain has failed. libcni then gives none, and plugins such as firewall
 //     take that for nothing to do.
 //   - A plugin runs in its own process group, under a deadline, and neither ADD nor DEL returns while a process of that group lives.
+//     What has left the group of a plugin that then failed is ended before DEL.
 //   - No cache directory is written; the ledger has it all.
 package cni
 
@@ -47,8 +48,11 @@ type Driver struct {
 	addTimeout, delTimeout time.Duration
 	exec                   *executor
 
-	// run are the ids of sandboxes whose plugins this process has run, and waited for: none of an earlier process can be left.
+	// run are the ids of sandboxes whose plugins this process has run, and waited for: none of an earlier process can be left. It has
+	// no more of them than there are attachments that aren't settled.
 	run sync.Map
+
+	answers answers // of STATUS
 }
 
 // NewDriver returns a driver.
@@ -119,6 +123,11 @@ func (d *Driver) addNetwork(ctx context.Context, a *Attachment, network int, rec
 //
 // Errors: those of all plugins joined, as for Add.
 func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
+	defer func() {
+		if a.Settled() {
+			d.run.Delete(a.ContainerID)
+		}
+	}()
 	if a.Settled() {
 		return nil
 	}
@@ -133,13 +142,11 @@ func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
 	for n := len(a.Networks) - 1; n >= 0; n-- {
 		errs = append(errs, d.delNetwork(ctx, a, n, netns, record))
 	}
-	if a.Settled() {
-		d.run.Delete(a.ContainerID)
-	}
 	return errors.Join(errs...)
 }
 
-// endSurvivors ends what an earlier process has left running of a sandbox's plugins, once in the life of this one.
+// endSurvivors ends what an earlier process has left running of a sandbox's plugins, once in the life of this one, and what a plugin
+// that failed may have left in a session of its own.
 func (d *Driver) endSurvivors(ctx context.Context, id string) error {
 	if _, ours := d.run.Load(id); ours {
 		return nil

@@ -22,18 +22,26 @@ import (
 var buildPlugins = sync.OnceValue(func() error { return compilePlugins("-o", os.Getenv(pluginsEnv)+"/") })
 
 // compilePlugins builds the reference plugins from the module that go.mod names. They are built in that module, because the versions
-// of their dependencies are its own. Without flags nothing is linked or kept, but in Go's caches.
+// of their dependencies are its own. So is the plugin that delegates, from this module. Without flags nothing is linked or kept, but in
+// Go's caches.
 func compilePlugins(flags ...string) error {
 	const module = "github.com/containernetworking/plugins"
 	source, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
 	if err != nil {
 		return fmt.Errorf("failed to find %s: %w", module, err)
 	}
-	args := append([]string{"build"}, flags...)
-	build := exec.Command("go", append(args, "./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local", "./plugins/meta/portmap")...)
-	build.Dir = strings.TrimSpace(string(source))
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("failed to build %s: %w: %s", module, err, out)
+	for dir, packages := range map[string][]string{
+		strings.TrimSpace(string(source)): {
+			"./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local",
+			"./plugins/meta/portmap", "./plugins/meta/bandwidth", "./plugins/meta/firewall", "./plugins/meta/tuning",
+		},
+		"..": {"./integration/delegate", "./integration/faults"}, // the second keeps a build without flags from leaving a file
+	} {
+		build := exec.Command("go", slices.Concat([]string{"build"}, flags, packages)...)
+		build.Dir = dir
+		if out, err := build.CombinedOutput(); err != nil {
+			return fmt.Errorf("failed to build CNI plugins: %w: %s", err, out)
+		}
 	}
 	return nil
 }

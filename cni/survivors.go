@@ -46,26 +46,37 @@ type survivor struct {
 
 // survivors are the processes with the marker of a sandbox, without those that have ended and wait for their parents.
 func survivors(id string) ([]survivor, error) {
-	entries, err := os.ReadDir("/proc")
+	marker := []byte(sandboxEnv + "=" + id)
+	var found []survivor
+	err := eachProcess(func(pid int, environ [][]byte) {
+		if contains(environ, marker) {
+			found = append(found, survivor{pid, contains(environ, []byte("CNI_COMMAND=DEL"))})
+		}
+	})
 	if err != nil {
 		return nil, fmt.Errorf("failed to look for CNI plugins of sandbox %q: %w", id, err)
 	}
-	marker := []byte(sandboxEnv + "=" + id)
-	var found []survivor
+	return found, nil
+}
+
+// eachProcess visits the processes with their environments, but for those that have none any more because they have ended.
+func eachProcess(visit func(pid int, environ [][]byte)) error {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return err
+	}
 	for _, entry := range entries {
 		pid, err := strconv.Atoi(entry.Name())
 		if err != nil {
 			continue
 		}
 		environ, err := os.ReadFile("/proc/" + entry.Name() + "/environ")
-		if err != nil {
+		if err != nil || len(environ) == 0 {
 			continue // it has ended, or is a kernel thread
 		}
-		if variables := bytes.Split(environ, []byte{0}); contains(variables, marker) {
-			found = append(found, survivor{pid, contains(variables, []byte("CNI_COMMAND=DEL"))})
-		}
+		visit(pid, bytes.Split(environ, []byte{0}))
 	}
-	return found, nil
+	return nil
 }
 
 func contains(variables [][]byte, wanted []byte) bool {

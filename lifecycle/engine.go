@@ -3,7 +3,7 @@
 // A sandbox is a queue of events: requests, the results of steps, the exit of pause, retry timers. One goroutine at a time
 // handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. Steps run beside
 // the queue, as many at once as their needs allow, and their results come back as events. What is undone is undone inside the
-// queue, one step after the other, newest first.
+// queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which ends as soon as another comes.
 //
 // Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
 package lifecycle
@@ -11,6 +11,7 @@ package lifecycle
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -215,10 +216,12 @@ func (e *Engine) Finished() []View {
 func (e *Engine) Close(ctx context.Context) {
 	e.mu.Lock()
 	e.closed = true
-	for _, s := range e.sandboxes {
-		s.stopTimer()
-	}
+	all := slices.Collect(maps.Values(e.sandboxes))
 	e.mu.Unlock()
+	for _, s := range all {
+		s.stopTimer()
+		s.giveWay() // takes the lock of the queue, under which e.mu is taken elsewhere
+	}
 	idle := make(chan struct{})
 	go func() {
 		e.work.Wait()

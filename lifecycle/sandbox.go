@@ -27,6 +27,7 @@ type stepRecord struct {
 	started, ended time.Time
 	err            error // of Do
 	undoErr        error // of the last undo
+	checkErr       error // of the last check, of what is done
 	attempts       int   // failed undos
 	owedSince      time.Time
 }
@@ -43,9 +44,10 @@ type sandbox struct {
 	exitOnce sync.Once    // closes exited
 	claim    atomic.Int32 // a Claim
 
-	queueMu  sync.Mutex
-	queue    []func()
-	handling bool
+	queueMu   sync.Mutex
+	queue     []func()
+	handling  bool
+	interrupt context.CancelFunc // ends the event that is handled, as soon as another waits; nil for one that must not be
 
 	creation *creation   // the run of the creation path that is under way; of the queue's goroutine alone
 	restored bool        // it is an earlier daemon's; set before the sandbox is known to anyone
@@ -95,7 +97,40 @@ func (s *sandbox) post(event func()) bool {
 		go s.handle()
 	}
 	s.queue = append(s.queue, event)
+	s.interruptLocked()
 	return true
+}
+
+// giveWay ends the event that is handled, if it is one that gives way.
+func (s *sandbox) giveWay() {
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	s.interruptLocked()
+}
+
+func (s *sandbox) interruptLocked() {
+	if s.interrupt != nil {
+		s.interrupt()
+	}
+}
+
+// interruptibly does work in the queue that gives way to every other event: its context ends when one comes, or when the engine closes.
+func (s *sandbox) interruptibly(ctx context.Context, work func(context.Context)) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.queueMu.Lock()
+	waiting := len(s.queue) > 0
+	if !waiting {
+		s.interrupt = cancel
+	}
+	s.queueMu.Unlock()
+	if waiting {
+		return
+	}
+	work(ctx)
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	s.interrupt = nil
 }
 
 func (s *sandbox) handle() {

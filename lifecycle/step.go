@@ -55,6 +55,12 @@ type Ender interface {
 	Exited(ctx context.Context, r *Run) (*Exit, error)
 }
 
+// Checker is a step that can tell whether what it made is still as it should be. Its sandbox is ready, and stays so whatever it says.
+type Checker interface {
+	// Check looks, and changes nothing. It must return soon after ctx has ended: requests for the sandbox wait for it.
+	Check(ctx context.Context, r *Run) error
+}
+
 // Skipped is the result of a step that had nothing to do.
 type Skipped struct {
 	Reason string

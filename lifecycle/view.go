@@ -31,9 +31,9 @@ type StepView struct {
 	Status    StepStatus
 	Started   time.Time     // zero when it never ran
 	Duration  time.Duration // of the last Do; zero while it runs
-	Err       error
-	Attempts  int       // failed tries at undoing it
-	OwedSince time.Time // when the first of them failed
+	Err       error         // of Do, of the last undo while it is owed, or of the last check of what is done
+	Attempts  int           // failed tries at undoing it
+	OwedSince time.Time     // when the first of them failed
 	Result    any
 }
 
@@ -104,8 +104,14 @@ func (s *sandbox) view() View {
 	for _, name := range states.CreationPath() {
 		rec := s.steps[name]
 		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince, Result: rec.result}
-		if rec.status == StepOwed {
+		switch {
+		case rec.status == StepOwed:
 			view.Err = rec.undoErr
+		case rec.status == StepDone && rec.checkErr != nil:
+			view.Err = rec.checkErr
+			if v.Err == nil {
+				v.Err = rec.checkErr
+			}
 		}
 		if !rec.ended.IsZero() {
 			view.Duration = rec.ended.Sub(rec.started)

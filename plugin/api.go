@@ -19,9 +19,10 @@ type api struct {
 	controller *Controller
 }
 
-// Register puts the service on containerd's gRPC server.
+// Register puts the service on containerd's gRPC server, which is about to serve: all plugins have been loaded.
 func (a *api) Register(server *grpc.Server) error {
 	podfsmv1.RegisterSandboxesServer(server, a)
+	a.controller.checkAdopted()
 	return nil
 }
 

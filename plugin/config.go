@@ -27,10 +27,13 @@ type Config struct {
 	// UnclaimedTimeout is how long a sandbox that was finished after its caller had gone waits for a retry, or for anybody who looks
 	// at it, before it is removed. Default: "2m".
 	UnclaimedTimeout string `toml:"unclaimed_timeout"`
+	// CNIGC is "auto" for a CNI GC at containerd's start of the networks that no other runtime seems to share, or "off". Default:
+	// "auto".
+	CNIGC string `toml:"cni_gc"`
 }
 
 func defaultConfig() *Config {
-	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m"}
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto"}
 }
 
 // timeouts are the parsed durations of a Config, all positive.
@@ -51,6 +54,18 @@ func (c *Config) timeouts() (t timeouts, err error) {
 		}
 	}
 	return t, nil
+}
+
+// gc says whether networks are collected.
+func (c *Config) gc() (bool, error) {
+	switch c.CNIGC {
+	case "auto":
+		return true, nil
+	case "off":
+		return false, nil
+	default:
+		return false, fmt.Errorf("cni_gc = %q is neither \"auto\" nor \"off\": %w", c.CNIGC, errdefs.ErrInvalidArgument)
+	}
 }
 
 func positive(key, text string) (time.Duration, error) {
@@ -153,6 +168,12 @@ func (c *stockConfig) cniConf(name string) (dir string, max int) {
 		}
 	}
 	return dir, max
+}
+
+// hasOwnCNIConf says whether pods of a handler find their networks elsewhere than where containerd's service looks when it says
+// whether the node's network is ready.
+func (c *stockConfig) hasOwnCNIConf(name string) bool {
+	return c.Containerd.Runtimes[name].ConfDir != ""
 }
 
 // snapshotter is the one a handler uses.

@@ -49,6 +49,22 @@ func TestTimeouts(t *testing.T) {
 	}
 }
 
+func TestGCOption(t *testing.T) {
+	for text, want := range map[string]bool{"auto": true, "off": false} {
+		got, err := (&Config{CNIGC: text}).gc()
+		require.NoError(t, err)
+		require.Equal(t, want, got)
+	}
+	for _, bad := range []string{"", "on", "OFF", "true"} {
+		_, err := (&Config{CNIGC: bad}).gc()
+		require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+		require.ErrorContains(t, err, `cni_gc = "`+bad+`"`)
+	}
+	wanted, err := defaultConfig().gc()
+	require.NoError(t, err)
+	require.True(t, wanted)
+}
+
 type good struct{ config any }
 
 func (g good) Config() any { return g.config }

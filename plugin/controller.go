@@ -22,7 +22,6 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -39,6 +38,7 @@ type Controller struct {
 	ledger *journal.Ledger
 	engine *lifecycle.Engine
 	exits  *exitWatch
+	checks checks
 
 	refusalMu sync.Mutex
 	refusal   error // why no sandbox can be run; nil when all is well
@@ -75,7 +75,12 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
-	if c.limits, err = ic.Config.(*Config).timeouts(); err != nil {
+	config := ic.Config.(*Config)
+	if c.limits, err = config.timeouts(); err != nil {
+		return err
+	}
+	gc, err := config.gc()
+	if err != nil {
 		return err
 	}
 	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
@@ -99,7 +104,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
 	c.engine, c.exits = engine, watchExits(events.(subscriber), engine)
-	if err := c.recover(ic.Context, client); err != nil {
+	if err := c.recover(ic.Context, client, gc); err != nil {
 		c.exits.close()
 		c.engine, c.exits = nil, nil // one that knows no sandbox would let containerd's service forget them all
 		return fmt.Errorf("failed to take up the sandboxes of the last run: %w", err)
@@ -109,6 +114,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 
 // Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
 func (c *Controller) Close() error {
+	c.checks.close()
 	if c.exits != nil {
 		c.exits.close()
 	}
@@ -157,8 +163,8 @@ func (c *Controller) Ours(name string) (bool, error) {
 const untrustedWorkload = "io.kubernetes.cri.untrusted-workload"
 
 // Admit refuses a pod before anything is made for it: InvalidArgument for what can never run, FailedPrecondition for what
-// the node lacks.
-func (c *Controller) Admit(_ context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
+// the node lacks, Unavailable for what is to come.
+func (c *Controller) Admit(ctx context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
 	if err := c.well(); err != nil {
 		return err
 	}
@@ -173,7 +179,7 @@ func (c *Controller) Admit(_ context.Context, handlerName string, config *runtim
 	if spec.OnNodeNetwork() {
 		return nil
 	}
-	if _, err := cni.Load(networkConfig(c.stock, spec)); err != nil {
+	if err := c.networkReady(ctx, spec); err != nil {
 		return fmt.Errorf("pod %q has no network to be attached to: %w", cri.PodName(config), err)
 	}
 	return nil

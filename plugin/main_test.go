@@ -136,6 +136,7 @@ type host struct {
 	exists map[string][]states.Event
 	do     map[states.Event]func(ctx context.Context, id string) error
 	undo   map[states.Event]func(id string) error
+	check  func(ctx context.Context, id string) error // of the network; nil finds nothing wrong
 }
 
 func (h *host) left(id string) []states.Event {
@@ -223,6 +224,16 @@ func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, er
 
 func (s *fakePause) Reap(context.Context, *lifecycle.Run) error { return nil }
 
+// fakeNetwork is the step that can be asked.
+type fakeNetwork struct{ fakeStep }
+
+func (s *fakeNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
+	if s.host.check == nil {
+		return nil
+	}
+	return s.host.check(ctx, r.Key.ID)
+}
+
 // containerRecords are those that containerd has.
 type containerRecords struct {
 	containers.Store
@@ -276,9 +287,12 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	var steps []lifecycle.Step
 	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
 		fake := fakeStep{w.host, step.Facts()}
-		if _, ok := step.(lifecycle.Ender); ok {
+		switch step.(type) {
+		case lifecycle.Ender:
 			steps = append(steps, &fakePause{fake})
-		} else {
+		case lifecycle.Checker:
+			steps = append(steps, &fakeNetwork{fake})
+		default:
 			steps = append(steps, &fake)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -34,7 +35,7 @@ const (
 
 // recover takes up what the daemon before this one left. containerd's start waits for the look at each sandbox, and for the sweep of
 // containerd's own records and leases; what else has to be undone is undone in the background.
-func (c *Controller) recover(ctx context.Context, client *containerd.Client) error {
+func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc bool) error {
 	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
 	defer cancel()
 	records, others, err := storedSandboxes(ctx, client)
@@ -62,6 +63,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 		}
 		return request(key, c.specOf(key, records[key])), past
 	})
+	c.collectNetworks(ctx, client, gc, sandboxIDs(saved, records, others))
 	c.resumeAll(ctx, client, records, lost)
 	return nil
 }
@@ -241,11 +243,27 @@ func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
 	if config.GetMetadata() == nil {
 		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}
 	}
+	// What the front has passed to containerd's service says the node's network.
+	if hasNetNS(record) {
+		if options := config.GetLinux().GetSecurityContext().GetNamespaceOptions(); options != nil {
+			options.Network = runtime.NamespaceMode_POD
+		}
+	}
 	h, _ := c.stock.handler(metadata.Metadata.RuntimeHandler)
 	return &Spec{
+		Guessed:     true,
 		Config:      config,
 		Handler:     metadata.Metadata.RuntimeHandler,
 		RuntimeType: record.Runtime.Name,
 		Snapshotter: c.stock.snapshotter(h),
 	}
+}
+
+// hasNetNS says whether a sandbox that was started has a network namespace of its own, by what [instance] told containerd's service.
+func hasNetNS(record sandbox.Sandbox) bool {
+	var spec specs.Spec
+	if !ran(record) || json.Unmarshal(record.Spec.GetValue(), &spec) != nil || spec.Linux == nil {
+		return false
+	}
+	return slices.ContainsFunc(spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.NetworkNamespace })
 }

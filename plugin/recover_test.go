@@ -39,6 +39,7 @@ func newStores(t *testing.T) *containerd.Client {
 	client, err := containerd.New("", containerd.WithServices(
 		containerd.WithNamespaceService(cris{}),
 		containerd.WithSandboxStore(metadata.NewSandboxStore(db)),
+		containerd.WithContainerStore(metadata.NewContainerStore(db)),
 		containerd.WithLeasesService(metadata.NewLeaseManager(db)),
 	))
 	require.NoError(t, err)
@@ -68,7 +69,7 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 			_, err = client.LeasesService().Create(ctx, leases.WithID("s1"))
 			require.NoError(t, err)
 
-			require.NoError(t, w.recover(t.Context(), client))
+			require.NoError(t, w.recover(t.Context(), client, true))
 
 			_, err = client.SandboxStore().Get(ctx, "s1")
 			left, listErr := client.LeasesService().List(ctx)
@@ -114,7 +115,7 @@ func restart(t *testing.T, spoil func(t *testing.T, stateDir string), change ...
 	w := newWorldWith(t, ledger)
 	w.ledger = ledger
 	w.host.exists["s1"], w.host.exited = before.host.left("s1"), before.host.exited
-	require.NoError(t, w.recover(t.Context(), client))
+	require.NoError(t, w.recover(t.Context(), client, true))
 	return w
 }
 
@@ -133,7 +134,7 @@ func TestRecoverSweepsLeasesWithoutASandbox(t *testing.T) {
 		_, err = client.LeasesService().Create(ctx, leases.WithID(id))
 		require.NoError(t, err)
 	}
-	require.NoError(t, w.recover(t.Context(), client))
+	require.NoError(t, w.recover(t.Context(), client, true))
 	left, err := client.LeasesService().List(ctx)
 	require.NoError(t, err)
 	ids := make([]string, len(left))
@@ -211,7 +212,7 @@ func TestRecoverKeepsAllThatItCantRead(t *testing.T) {
 	}
 	w := newWorldWith(t, ledger)
 	w.ledger = ledger
-	require.NoError(t, w.recover(t.Context(), newStores(t)))
+	require.NoError(t, w.recover(t.Context(), newStores(t), true))
 	for _, id := range ids {
 		require.Equal(t, states.Quarantined, w.view(t, id).State)
 		require.NoError(t, w.RemovePod(t.Context(), id))
@@ -264,7 +265,7 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 			w := newWorldWith(t, ledger)
 			w.ledger = ledger
 			w.host.exists["s1"] = before.host.left("s1")
-			require.NoError(t, w.recover(t.Context(), client))
+			require.NoError(t, w.recover(t.Context(), client, true))
 			require.Equal(t, tc.unclaimed, w.Unclaimed())
 			_, err = client.SandboxStore().Get(inCRI(t), "s1")
 			if tc.goes {

@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"github.com/containerd/log"
+
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
 )
 
 // attachNetwork runs the pod's CNI chains.
@@ -14,6 +17,8 @@ type attachNetwork struct {
 	*node
 	facts lifecycle.Facts
 }
+
+var _ lifecycle.Checker = (*attachNetwork)(nil)
 
 func (s *attachNetwork) Facts() lifecycle.Facts { return s.facts }
 
@@ -27,6 +32,26 @@ func networkConfig(stock *stockConfig, spec *Spec) cni.Config {
 		Serial:       stock.CNI.SetupSerially,
 		IPPreference: stock.CNI.IPPreference,
 	}
+}
+
+// networkReady fails unless a pod has networks to be attached to that take pods now. Of the node's own networks containerd's service
+// says that with every status, and the kubelet sends no pods meanwhile; a handler's are asked by nobody else.
+func (c *Controller) networkReady(ctx context.Context, spec *Spec) error {
+	config := networkConfig(c.stock, spec)
+	networks, err := cni.Load(config)
+	if err != nil || !c.stock.hasOwnCNIConf(spec.Handler) {
+		return err
+	}
+	return c.node.driver.Status(ctx, config, networks)
+}
+
+// pluginTimes are how long the plugins took, in the order of the chains.
+func pluginTimes(attachment *cni.Attachment) []records.PluginTime {
+	var times []records.PluginTime
+	for _, plugin := range attachment.Plugins {
+		times = append(times, records.PluginTime{Network: attachment.Networks[plugin.Network].Name, Type: plugin.Type, Took: plugin.Took})
+	}
+	return times
 }
 
 // Plan returns the *cni.Attachment that ADD is going to make, and DEL to take back, whatever the configuration is by then.
@@ -67,18 +92,44 @@ func (s *attachNetwork) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Network{IP: ip, AdditionalIPs: additional, Result: result}, nil
+	return &Network{IP: ip, AdditionalIPs: additional, Result: result, Plugins: pluginTimes(attachment)}, nil
 }
 
 func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if r.Plan() == nil {
-		return nil
+		return s.detachUnrecorded(ctx, r)
 	}
 	attachment, err := s.attachment(r)
 	if err != nil {
 		return err
 	}
 	return s.driver.Del(ctx, attachment, recorder(r))
+}
+
+// detachUnrecorded detaches a pod whose plan is lost from the networks as they are configured today: the best guess there is. Without
+// any configuration nothing more can be done for it, and what it has is left to the next GC.
+func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) error {
+	spec := r.Spec.(*Spec)
+	if !spec.Guessed || !spec.NetworkIsOurs() {
+		return nil
+	}
+	plan, err := s.Plan(ctx, r)
+	if err != nil {
+		log.G(ctx).WithField("sandbox", r.Key.ID).WithError(err).Warn("podfsm: the records of a pod's network are lost, and it can't be detached from any of today")
+		return nil
+	}
+	attachment := plan.(*cni.Attachment)
+	attachment.Suspect()
+	return s.driver.Del(ctx, attachment, func(context.Context, cni.Progress) error { return nil }) // there is no plan to keep notes for
+}
+
+// Check asks the plugins, where their specification has a command for it.
+func (s *attachNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
+	attachment, err := s.attachment(r)
+	if err != nil {
+		return err
+	}
+	return s.driver.Check(ctx, attachment)
 }
 
 func (s *attachNetwork) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {

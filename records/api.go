@@ -184,10 +184,23 @@ func detail(result any) map[string]string {
 	case *NetNS:
 		return map[string]string{"path": r.Path, "inode": strconv.FormatUint(r.Inode, 10)}
 	case *Network:
-		return map[string]string{"ips": strings.Join(append([]string{r.IP}, r.AdditionalIPs...), ",")}
+		of := map[string]string{"ips": strings.Join(append([]string{r.IP}, r.AdditionalIPs...), ",")}
+		if len(r.Plugins) > 0 {
+			of["plugins"] = pluginsOf(r)
+		}
+		return of
 	default:
 		return nil
 	}
+}
+
+// pluginsOf says how long each plugin took, as "network/plugin=12ms", in the order of the chains.
+func pluginsOf(r *Network) string {
+	var times []string
+	for _, p := range r.Plugins {
+		times = append(times, fmt.Sprintf("%s/%s=%s", p.Network, p.Type, p.Took.Round(time.Microsecond)))
+	}
+	return strings.ToValidUTF8(strings.Join(times, ","), "\uFFFD")
 }
 
 // Text is an error as a message that protobuf takes: plugins write what they like.

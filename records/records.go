@@ -34,6 +34,9 @@ type Spec struct {
 	PodAnnotations []string // patterns of annotations that are passed on to the runtime
 	Snapshotter    string
 	Image          string
+
+	// Guessed says that the sandbox's own records are lost and this is made from containerd's. It is never on record.
+	Guessed bool `json:"-"`
 }
 
 // Options are the runtime options as containerd's client wants them.
@@ -86,6 +89,13 @@ type Network struct {
 	IP            string
 	AdditionalIPs []string
 	Result        *gocni.Result
+	Plugins       []PluginTime `json:",omitempty"`
+}
+
+// PluginTime is how long one plugin's ADD took.
+type PluginTime struct {
+	Network, Type string
+	Took          time.Duration
 }
 
 // Ready is the result of the step declare_ready.

@@ -23,15 +23,19 @@ const Name = "github.com/podfsm/podfsm"
 
 // Span names. The spans of a step are named by [Step] and [Undo].
 const (
-	SpanRun      = "sandbox.run"
-	SpanRollback = "sandbox.rollback"
-	SpanStop     = "sandbox.stop"
-	SpanRemove   = "sandbox.remove"
-	SpanDiscard  = "sandbox.discard" // the end of a sandbox that nobody has claimed
-	SpanRecover  = "sandbox.recover" // what a restart found unfinished
-	SpanCleanup  = "sandbox.cleanup" // a later try at an owed cleanup
-	SpanCNIAdd   = "cni.add"
-	SpanCNIDel   = "cni.del"
+	SpanRun       = "sandbox.run"
+	SpanRollback  = "sandbox.rollback"
+	SpanStop      = "sandbox.stop"
+	SpanRemove    = "sandbox.remove"
+	SpanDiscard   = "sandbox.discard" // the end of a sandbox that nobody has claimed
+	SpanRecover   = "sandbox.recover" // what a restart found unfinished
+	SpanCleanup   = "sandbox.cleanup" // a later try at an owed cleanup
+	SpanCNIAdd    = "cni.add"
+	SpanCNIDel    = "cni.del"
+	SpanCNICheck  = "cni.check"
+	SpanCNIStatus = "cni.status"
+	SpanCNIGC     = "cni.gc"
+	SpanCheck     = "sandbox.check" // the look at an adopted sandbox
 )
 
 // Attribute keys. Where OpenTelemetry has a semantic convention, it is used.

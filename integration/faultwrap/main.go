@@ -21,9 +21,12 @@ import (
 	"github.com/podfsm/podfsm/integration/faults"
 )
 
-// cniCodeFailure is in the range that the CNI specification leaves to plugins
-// (section 5, "Error": 100 and above).
-const cniCodeFailure = 100
+// The CNI specification leaves codes from 100 on to plugins, and has one of its
+// own for a plugin that can't take pods (section 5, "Error").
+const (
+	cniCodeFailure     = 100
+	cniCodeUnavailable = 50
+)
 
 var runcCommands = []string{"create", "start", "kill", "delete", "state", "exec", "ps", "pause", "resume", "update", "features", "run"}
 
@@ -95,6 +98,9 @@ func command() string {
 // stdout, runc by a line in its log, which the shim asked for in JSON.
 func fail(err error) int {
 	out, answer := os.Stdout, map[string]any{"cniVersion": "1.0.0", "code": cniCodeFailure, "msg": err.Error()}
+	if os.Getenv("CNI_COMMAND") == "STATUS" {
+		answer["code"] = cniCodeUnavailable
+	}
 	if !isPlugin() {
 		out, answer = runcLog(), map[string]any{"level": "error", "msg": err.Error()}
 	}

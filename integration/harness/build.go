@@ -54,7 +54,8 @@ var parts = []install{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
 		"github.com/containerd/containerd/v2/cmd/ctr",
 		"./integration/faultwrap",
-	}, "containerd-shim-runc-v2, ctr, faultwrap"},
+		"./integration/delegate",
+	}, "containerd-shim-runc-v2, ctr, faultwrap, delegate"},
 	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
 	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
 }

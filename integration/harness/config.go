@@ -139,6 +139,11 @@ func (n *Node) DefaultChain() []Plugin {
 // name: libcni's default cache is shared by all daemons of a machine, keyed by
 // network.
 func (n *Node) SetChain(ctx context.Context, plugins ...Plugin) error {
+	return n.SetChainOf(ctx, "1.0.0", plugins...)
+}
+
+// SetChainOf is SetChain in a version of the CNI specification.
+func (n *Node) SetChainOf(ctx context.Context, cniVersion string, plugins ...Plugin) error {
 	var list []byte
 	path := filepath.Join(n.CNIConfDir(), "10-pods.conflist")
 	if len(plugins) == 0 {
@@ -147,7 +152,7 @@ func (n *Node) SetChain(ctx context.Context, plugins ...Plugin) error {
 		}
 	} else {
 		var err error
-		list, err = json.MarshalIndent(map[string]any{"cniVersion": "1.0.0", "name": n.name, "plugins": plugins}, "", "  ")
+		list, err = json.MarshalIndent(map[string]any{"cniVersion": cniVersion, "name": n.name, "plugins": plugins}, "", "  ")
 		if err != nil {
 			return err
 		}

@@ -13,10 +13,12 @@ var wrappable = map[string]string{
 	"runc":       "bin",
 	"bandwidth":  "cni/bin",
 	"bridge":     "cni/bin",
+	"delegate":   "cni/bin",
 	"firewall":   "cni/bin",
 	"host-local": "cni/bin",
 	"loopback":   "cni/bin",
 	"portmap":    "cni/bin",
+	"ptp":        "cni/bin",
 	"tuning":     "cni/bin",
 }
 

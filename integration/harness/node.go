@@ -176,7 +176,7 @@ func (n *Node) Start(ctx context.Context) error {
 	if err := n.connect(); err != nil {
 		return err
 	}
-	if err := n.waitReady(ctx); err != nil {
+	if err := n.waitReady(ctx, daemon); err != nil {
 		return fmt.Errorf("containerd of node %q does not serve: %w; the end of its log:\n%s", n.name, err, tail(n.Log(), 30))
 	}
 	return nil
@@ -244,11 +244,12 @@ func (n *Node) connect() error {
 	return err
 }
 
-func (n *Node) waitReady(ctx context.Context) error {
+// waitReady waits for a daemon that may be killed meanwhile.
+func (n *Node) waitReady(ctx context.Context, daemon *process) error {
 	return poll(ctx, pollInterval, func() error {
 		select {
-		case <-n.daemon.exited:
-			return final{fmt.Errorf("it ended: %v", n.daemon.cmd.ProcessState)}
+		case <-daemon.exited:
+			return final{fmt.Errorf("it ended: %v", daemon.cmd.ProcessState)}
 		default:
 		}
 		_, err := n.Runtime.Status(ctx, &runtime.StatusRequest{})

@@ -32,6 +32,9 @@ func withFaults(step lifecycle.Step) lifecycle.Step {
 	if ender, ok := step.(lifecycle.Ender); ok {
 		return &faultyEnder{faulty, ender}
 	}
+	if checker, ok := step.(lifecycle.Checker); ok {
+		return &faultyChecker{faulty, checker}
+	}
 	return faulty
 }
 
@@ -79,3 +82,12 @@ func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.
 }
 
 func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error { return s.ender.Reap(ctx, r) }
+
+type faultyChecker struct {
+	*faultyStep
+	checker lifecycle.Checker
+}
+
+func (s *faultyChecker) Check(ctx context.Context, r *lifecycle.Run) error {
+	return s.checker.Check(ctx, r)
+}

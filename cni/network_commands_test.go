@@ -1,0 +1,314 @@
+package cni
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func TestCheckCallsPlugins(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	p.script("second", good("10.1.2.4"))
+	r := newRig(t, p, Config{}, network(t, "net", "1.0.0",
+		`{"type":"first","capabilities":{"bandwidth":true}}`, `{"type":"second"}`))
+	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment)), "it isn't attached")
+	require.NoError(t, r.add(t.Context()))
+	r.calls()
+	before := r.phases()
+	require.NoError(t, r.driver.Check(t.Context(), r.attachment))
+	require.Equal(t, []string{"CHECK first eth0", "CHECK second eth0"}, r.calls())
+	require.Equal(t, before, r.phases(), "it changes nothing")
+	request := r.stdin("first", "CHECK")
+	require.Equal(t, "10.1.2.4/24", request["prevResult"].(map[string]any)["ips"].([]any)[0].(map[string]any)["address"], "the last plugin's result")
+	require.NotEmpty(t, request["runtimeConfig"])
+	require.Contains(t, r.read("first.CHECK.env"), "CNI_NETNS="+r.attachment.NetNSPath)
+
+	p.script("first", `echo '{"code":100,"msg":"the route is gone"}'; exit 1`)
+	err := r.driver.Check(t.Context(), r.attachment)
+	require.EqualError(t, err, `plugin type="first" name="net" failed (check): the route is gone`)
+	require.Equal(t, []string{"CHECK first eth0"}, r.calls())
+
+	p.script("first", good("10.1.2.3"))
+	require.NoError(t, r.del(t.Context()))
+	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment)))
+}
+
+func TestCheckLeavesOut(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	for name, conflist := range map[string]string{
+		"before 0.4.0": `{"name":"net","cniVersion":"0.3.1","plugins":[{"type":"first"}]}`,
+		"disableCheck": `{"name":"net","cniVersion":"1.0.0","disableCheck":true,"plugins":[{"type":"first"}]}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			networks, err := Load(Config{ConfDir: confDir(t, map[string]string{"net.conflist": conflist})})
+			require.NoError(t, err)
+			r := newRig(t, p, Config{}, networks...)
+			require.NoError(t, r.add(t.Context()))
+			r.calls()
+			require.NoError(t, r.driver.Check(t.Context(), r.attachment))
+			require.Empty(t, r.calls())
+		})
+	}
+}
+
+// statusRig is a network whose second plugin says that it isn't ready while a file is there.
+func statusRig(t *testing.T, version string) (p *plugins, ask func(*Driver) error) {
+	p = newPlugins(t)
+	p.script("first", "exit 0")
+	p.script("second", `[ -e $dir/unready ] || exit 0
+echo '{"code":50,"msg":"the agent is starting"}'; exit 1`)
+	networks := []Network{network(t, "net", version, `{"type":"first"}`, `{"type":"second"}`)}
+	return p, func(d *Driver) error { return d.Status(t.Context(), Config{BinDirs: []string{p.dir}}, networks) }
+}
+
+func TestStatus(t *testing.T) {
+	p, ask := statusRig(t, "1.1.0")
+	d := NewDriver(Options{})
+	require.NoError(t, ask(d))
+	require.Equal(t, []string{"STATUS first ", "STATUS second"}, p.calls())
+	require.Equal(t, map[string]any{"type": "second", "name": "net", "cniVersion": "1.1.0"}, p.stdin("second", "STATUS"))
+	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "unready"), nil, 0o600))
+	require.NoError(t, ask(d), "an answer counts for a while")
+	require.Empty(t, p.calls())
+
+	d = NewDriver(Options{})
+	for range 2 {
+		err := ask(d)
+		require.EqualError(t, err, `CNI network "net" takes no pods now: plugin type="second" name="net" failed (status): the agent is starting: unavailable`)
+		require.True(t, errdefs.IsUnavailable(err))
+	}
+	require.Len(t, p.calls(), 2, "that answer, too")
+
+	// Once it is old, they are asked again, and it is forgotten.
+	for key, known := range d.answers.known {
+		known.at = known.at.Add(-statusAge)
+		d.answers.known[key], d.answers.known["of another"] = known, known
+	}
+	require.NoError(t, os.Remove(filepath.Join(p.dir, "unready")))
+	require.NoError(t, ask(d))
+	require.Len(t, p.calls(), 2)
+	require.Len(t, d.answers.known, 1)
+
+	require.NoError(t, os.Remove(filepath.Join(p.dir, "first")))
+	require.True(t, errdefs.IsFailedPrecondition(ask(NewDriver(Options{}))), "a plugin is missing")
+}
+
+func TestStatusIsNotAskedBefore11(t *testing.T) {
+	p, ask := statusRig(t, "1.0.0")
+	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "unready"), nil, 0o600))
+	require.NoError(t, ask(NewDriver(Options{})))
+	require.Empty(t, p.calls())
+}
+
+func TestStatusIsAskedOnce(t *testing.T) {
+	p, ask := statusRig(t, "1.1.0")
+	d := NewDriver(Options{})
+	var callers sync.WaitGroup
+	for range 8 {
+		callers.Go(func() {
+			if err := ask(d); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	callers.Wait()
+	require.Len(t, p.calls(), 2)
+}
+
+// Who goes is not held up, and who stays gets the answer.
+func TestStatusCallerGoes(t *testing.T) {
+	p := newPlugins(t)
+	for _, fifo := range []string{"started", "go"} {
+		require.NoError(t, unix.Mkfifo(filepath.Join(p.dir, fifo), 0o600))
+	}
+	p.script("slow", "echo > $dir/started; cat $dir/go > /dev/null")
+	d, networks := NewDriver(Options{}), []Network{network(t, "net", "1.1.0", `{"type":"slow"}`)}
+	ask := func(ctx context.Context) <-chan error {
+		answer := make(chan error, 1)
+		go func() { answer <- d.Status(ctx, Config{BinDirs: []string{p.dir}}, networks) }()
+		return answer
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	goes, stays := ask(ctx), ask(t.Context())
+	_, err := os.ReadFile(filepath.Join(p.dir, "started"))
+	require.NoError(t, err)
+	cancel()
+	require.ErrorIs(t, <-goes, context.Canceled)
+	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "go"), nil, 0))
+	require.NoError(t, <-stays)
+	require.Equal(t, []string{"STATUS slow"}, p.calls())
+}
+
+func TestGC(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", `echo '{"code":100,"msg":"the disk is full"}'; exit 1`)
+	p.script("second", "exit 0")
+	config := Config{BinDirs: []string{p.dir}}
+	d := NewDriver(Options{})
+	networks := []Network{network(t, "net", "1.1.0", `{"type":"first"}`, `{"type":"second"}`)}
+	require.True(t, networks[0].Collected())
+
+	err := d.GC(t.Context(), config, networks[0], []Attached{{ContainerID: "c1", IfName: "eth0"}}, "gc:test")
+	require.EqualError(t, err, `plugin type="first" name="net" failed (gc): the disk is full`)
+	require.Equal(t, []string{"GC first ", "GC second"}, p.calls(), "all are run")
+	valid := []any{map[string]any{"containerID": "c1", "ifname": "eth0"}}
+	require.Equal(t, map[string]any{
+		"type": "second", "name": "net", "cniVersion": "1.1.0", "cni.dev/valid-attachments": valid, "cni.dev/attachments": valid,
+	}, p.stdin("second", "GC"))
+	require.Contains(t, p.read("second.GC.env"), "PODFSM_SANDBOX=gc:test")
+
+	require.Error(t, d.GC(t.Context(), config, networks[0], nil, ""))
+	require.Equal(t, []any{}, p.stdin("second", "GC")["cni.dev/valid-attachments"], "nothing is valid")
+	p.calls()
+
+	for _, conflist := range []string{
+		`{"name":"net","cniVersion":"1.0.0","plugins":[{"type":"first"}]}`,
+		`{"name":"net","cniVersion":"1.1.0","disableGC":true,"plugins":[{"type":"first"}]}`,
+	} {
+		networks, err := Load(Config{ConfDir: confDir(t, map[string]string{"net.conflist": conflist})})
+		require.NoError(t, err)
+		require.False(t, networks[0].Collected())
+		require.NoError(t, d.GC(t.Context(), config, networks[0], nil, ""))
+		require.Empty(t, p.calls())
+	}
+}
+
+// A GC of a daemon that was killed must not go on beside the pods of the next one.
+func TestEndGC(t *testing.T) {
+	p := newPlugins(t)
+	fifo := filepath.Join(p.dir, "started")
+	require.NoError(t, unix.Mkfifo(fifo, 0o600))
+	p.script("hang", "echo > $dir/started; exec sleep 600")
+	done := make(chan error)
+	go func() {
+		done <- NewDriver(Options{}).GC(context.Background(), Config{BinDirs: []string{p.dir}}, network(t, "net", "1.1.0", `{"type":"hang"}`), nil, "gc:"+p.dir)
+	}()
+	_, err := os.ReadFile(fifo)
+	require.NoError(t, err)
+	require.NoError(t, EndGC(t.Context(), "gc:another"))
+	select {
+	case err := <-done:
+		t.Fatal("another's was ended", err)
+	default:
+	}
+	require.NoError(t, EndGC(t.Context(), "gc:"+p.dir))
+	require.ErrorContains(t, <-done, "killed")
+}
+
+func TestCached(t *testing.T) {
+	dir := t.TempDir()
+	none, err := cachedIn(dir)
+	require.NoError(t, err)
+	require.Empty(t, none)
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "results"), 0o700))
+	for file, content := range map[string]string{
+		"net-c1-eth0": `{"kind":"cniCacheV1","containerId":"c1","networkName":"net","ifName":"eth0","config":""}`,
+		"net-c2-eth1": `{"kind":"cniCacheV1","containerId":"c2","networkName":"net","ifName":"eth1","config":""}`,
+		"oth-c3-eth0": `{"kind":"cniCacheV1","containerId":"c3","networkName":"oth","ifName":"eth0","config":""}`,
+		"net-c4-eth0": `{"kind":`,
+	} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "results", file), []byte(content), 0o600))
+	}
+	cached, err := cachedIn(dir)
+	require.NoError(t, err)
+	require.Equal(t, map[string][]Attached{
+		"net": {{ContainerID: "c1", IfName: "eth0"}, {ContainerID: "c2", IfName: "eth1"}},
+		"oth": {{ContainerID: "c3", IfName: "eth0"}},
+	}, cached)
+}
+
+func TestInFlight(t *testing.T) {
+	elsewhere := Config{BinDirs: []string{"/opt/cni/elsewhere"}}
+	pid, err := InFlight(elsewhere)
+	require.NoError(t, err)
+	require.Zero(t, pid)
+
+	here, finishHere := plugin(t, "CNI_COMMAND=ADD", "CNI_PATH=/opt/cni/bin")
+	pid, err = InFlight(elsewhere)
+	require.NoError(t, err)
+	require.NotZero(t, pid, "whatever its directories are: it is in the same network namespace")
+	finishHere()
+	require.NoError(t, here.Wait())
+
+	check, finishCheck := plugin(t, "CNI_COMMAND=CHECK", "CNI_PATH=/opt/cni/elsewhere")
+	pid, err = InFlight(elsewhere)
+	require.NoError(t, err)
+	require.Zero(t, pid, "it takes and frees nothing")
+	finishCheck()
+	require.NoError(t, check.Wait())
+
+	// In a pod's namespace.
+	netns := newNetNS(t)
+	var there interface{ Wait() error }
+	var finishThere func()
+	inNetNS(t, netns, func() error {
+		there, finishThere = plugin(t, "CNI_COMMAND=DEL", "CNI_PATH=/opt/cni/elsewhere")
+		return nil
+	})
+	pid, err = InFlight(elsewhere)
+	require.NoError(t, err)
+	require.NotZero(t, pid)
+	pid, err = InFlight(Config{BinDirs: []string{"/opt/cni/bin"}})
+	require.NoError(t, err)
+	require.Zero(t, pid)
+	finishThere()
+	require.NoError(t, there.Wait())
+}
+
+// The entries of sandboxes that are done with go, however they ended.
+func TestRunForgets(t *testing.T) {
+	count := func(d *Driver) (n int) {
+		d.run.Range(func(any, any) bool { n++; return true })
+		return n
+	}
+	for name, body := range map[string]string{
+		"attached": good("10.1.2.3"),
+		"failed":   "[ $CNI_COMMAND = DEL ] || exit 1",
+		"missing":  "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlugins(t)
+			if body != "" {
+				p.script("first", body)
+			}
+			r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
+			err := r.add(t.Context())
+			require.Equal(t, name == "attached", err == nil)
+			require.NoError(t, r.del(t.Context()))
+			require.Zero(t, count(r.driver))
+			require.NoError(t, r.del(t.Context()))
+			require.Zero(t, count(r.driver))
+		})
+	}
+}
+
+// A child that has left the group of a plugin which is killed at its deadline, and holds its pipes, is ended before DEL.
+func TestAddDeadlineLeavesNothing(t *testing.T) {
+	r, started := hangRig(t, `if [ $CNI_COMMAND = DEL ]; then
+	kill -0 $(cat $dir/child) 2> /dev/null && [ $(ps -o state= -p $(cat $dir/child)) != Z ] && echo alive > $dir/seen
+	exit 0
+fi
+setsid sh -c 'echo $$ > $0; echo > $1; sleep 600' $dir/child $dir/started &
+echo $$ > $dir/parent
+wait; sleep 600`)
+	r.driver = NewDriver(Options{AddTimeout: time.Second, PipeTimeout: 100 * time.Millisecond})
+	errs := make(chan error)
+	go func() { errs <- r.add(t.Context()) }()
+	started()
+	require.True(t, errdefs.IsDeadlineExceeded(<-errs))
+	requireDead(t, r.pid("parent"))
+	require.NoError(t, unix.Kill(r.pid("child"), 0), "it is in a session of its own")
+	require.NoError(t, r.del(t.Context()))
+	requireDead(t, r.pid("child"))
+	require.NoFileExists(t, filepath.Join(r.dir, "seen"), "DEL never runs beside it")
+	require.True(t, r.attachment.Settled())
+}

@@ -1,0 +1,40 @@
+package cni
+
+import (
+	"context"
+	"strings"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// request is a command to one plugin of a network that is about no single pod.
+type request struct {
+	driver  *Driver
+	list    *libcni.NetworkConfigList
+	plugin  *libcni.PluginConfig
+	binDirs []string
+	values  map[string]any // of the configuration, besides the list's
+	mark    string         // of the processes
+}
+
+func (r request) run(ctx context.Context, spanName, command string) (retErr error) {
+	ctx, span := tracing.Start(ctx, spanName,
+		tracing.CNICommand.String(command),
+		tracing.CNIPlugin.String(r.plugin.Network.Type),
+		tracing.CNINetwork.String(r.list.Name),
+	)
+	defer func() { tracing.End(span, retErr) }()
+
+	path, conf, err := prepare(r.list, r.plugin, r.binDirs, r.values)
+	if err == nil {
+		environ := environment{invoke.Args{Command: command, Path: pathOf(r.binDirs)}, r.mark}
+		err = invoke.ExecPluginWithoutResult(ctx, path, conf, environ, r.driver.exec)
+	}
+	if err != nil {
+		return failed(r.list, r.plugin.Network.Type, strings.ToLower(command), err)
+	}
+	return nil
+}

@@ -1,0 +1,67 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// Check has the steps of a ready sandbox look at what they have made. What they find wrong changes nothing but the sandbox's view,
+// until the step is undone or looks again, and is logged. Any other event of the sandbox ends the look at once. A sandbox that isn't
+// ready is not looked at. Check waits until the look has ended, or ctx has.
+//
+// It fails with NotFound for an unknown sandbox, and otherwise with what ended the look, or what was found.
+func (e *Engine) Check(ctx context.Context, key journal.Key) error {
+	s, err := e.lookup(key)
+	if err != nil {
+		return err
+	}
+	done := s.ask(func(reply func(error)) { reply(s.check(ctx)) })
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("the look at sandbox %q was ended: %w", key.ID, context.Cause(ctx))
+	}
+}
+
+func (s *sandbox) check(ctx context.Context) (err error) {
+	if s.state() != states.Ready {
+		return nil
+	}
+	s.interruptibly(ctx, func(ctx context.Context) {
+		ctx, span := tracing.StartLinked(ctx, tracing.SpanCheck, s.traceParent, s.req.Attributes...)
+		defer func() { tracing.End(span, err) }()
+		var errs []error
+		for _, step := range s.engine.steps {
+			if checker, ok := step.(Checker); ok && s.steps[step.Facts().Name].status == StepDone {
+				errs = append(errs, s.checkStep(ctx, step, checker))
+			}
+		}
+		err = errors.Join(errs...)
+	})
+	return err
+}
+
+func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) error {
+	facts := step.Facts()
+	bounded, cancel := context.WithTimeout(ctx, facts.Deadline)
+	defer cancel()
+	r := s.run(step)
+	_, err := protect(func() (any, error) { return nil, checker.Check(bounded, r) })
+	if ctx.Err() != nil && err != nil {
+		return err // it gave way, and says nothing of the step
+	}
+	if err != nil {
+		err = fmt.Errorf("check of step %s of pod %q failed: %w", facts.Name, s.req.Pod, err)
+		s.log(ctx).WithError(err).Warn("sandbox: is ready, but not as it should be")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.steps[facts.Name].checkErr = err
+	return err
+}

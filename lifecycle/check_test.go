@@ -1,0 +1,112 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/states"
+)
+
+// fakeChecker is a step that can be asked.
+type fakeChecker struct {
+	fakeStep
+	check func(context.Context) error
+}
+
+func (s *fakeChecker) Check(ctx context.Context, _ *Run) error {
+	s.node.act("check %s", s.facts.Name)
+	return s.check(ctx)
+}
+
+// checked is a world whose network can be asked.
+func checked(t *testing.T, check func(context.Context) error) *world {
+	w := newWorld(t)
+	for i, step := range w.Engine.steps {
+		if f := step.Facts(); f.Name == states.AttachNetwork {
+			w.Engine.steps[i] = &fakeChecker{*step.(*fakeStep), check}
+		}
+	}
+	return w
+}
+
+// A check that fails is seen, and changes nothing else.
+func TestCheckFails(t *testing.T) {
+	broken := errors.New("its route is gone")
+	var answer error
+	w := checked(t, func(context.Context) error { return answer })
+	require.True(t, errdefs.IsNotFound(w.Check(t.Context(), testKey)))
+	require.NoError(t, w.run(t))
+	written := w.book.read()
+
+	answer = broken
+	err := w.Check(t.Context(), testKey)
+	require.EqualError(t, err, `check of step attach_network of pod "ns/pod" failed: its route is gone`)
+	view, err := w.Get(testKey)
+	require.NoError(t, err)
+	require.ErrorIs(t, view.Err, broken)
+	require.ErrorIs(t, view.Step(states.AttachNetwork).Err, broken)
+	require.Equal(t, StepDone, view.Step(states.AttachNetwork).Status)
+	require.Equal(t, states.Ready, view.State)
+	require.Equal(t, written, w.book.read())
+
+	answer = nil
+	require.NoError(t, w.Check(t.Context(), testKey))
+	view, err = w.Get(testKey)
+	require.NoError(t, err)
+	require.NoError(t, view.Err)
+	require.NoError(t, view.Step(states.AttachNetwork).Err)
+
+	answer = broken
+	require.Error(t, w.Check(t.Context(), testKey))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	view, err = w.Get(testKey)
+	require.NoError(t, err)
+	require.NoError(t, view.Err, "what was wrong went with the network")
+	require.NoError(t, view.Step(states.AttachNetwork).Err)
+	asked := len(w.acted())
+	require.NoError(t, w.Check(t.Context(), testKey))
+	require.Len(t, w.acted(), asked, "only what is ready is asked")
+}
+
+func TestCheckPanics(t *testing.T) {
+	w := checked(t, func(context.Context) error { panic("a bug") })
+	require.NoError(t, w.run(t))
+	require.True(t, errdefs.IsInternal(w.Check(t.Context(), testKey)))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+}
+
+// A check gives way to whatever else is to be done, and is over before that begins.
+func TestCheckGivesWay(t *testing.T) {
+	for name, event := range map[string]func(t *testing.T, w *world){
+		"a stop":            func(t *testing.T, w *world) { require.NoError(t, w.Stop(t.Context(), testKey)) },
+		"the exit of pause": func(_ *testing.T, w *world) { w.PauseExited(testKey, Exit{At: time.Now()}) },
+		"the engine's end":  func(_ *testing.T, w *world) { w.Close(context.Background()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			reached := make(chan struct{})
+			var w *world
+			w = checked(t, func(ctx context.Context) error {
+				close(reached)
+				<-ctx.Done()
+				w.act("check ended")
+				return context.Cause(ctx)
+			})
+			require.NoError(t, w.run(t))
+			done := make(chan error, 1)
+			go func() { done <- w.Check(t.Context(), testKey) }()
+			<-reached
+			event(t, w)
+			require.ErrorIs(t, <-done, context.Canceled)
+			acts := w.acted()
+			require.Equal(t, []string{"check attach_network", "check ended"}, acts[len(states.CreationPath()):][:2])
+			if view, err := w.Get(testKey); err == nil {
+				require.NoError(t, view.Step(states.AttachNetwork).Err, "it says nothing of the network")
+			}
+		})
+	}
+}

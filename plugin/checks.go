@@ -1,0 +1,79 @@
+package plugin
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
+)
+
+// checkParallel is how many adopted sandboxes are checked at a time.
+const checkParallel = 2
+
+// checks are the looks at the sandboxes that a restart has adopted, in the background.
+type checks struct {
+	once   sync.Once
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+}
+
+// checkAdopted asks of all ready sandboxes, once, whether they are as they were made. It must be called when all have been adopted, and
+// does not wait.
+func (c *Controller) checkAdopted() {
+	if c.engine == nil {
+		return
+	}
+	c.checks.once.Do(func() {
+		var ctx context.Context
+		ctx, c.checks.cancel = context.WithCancel(context.Background())
+		c.checks.work.Go(func() { c.checkAll(ctx) })
+	})
+}
+
+func (c *Controller) checkAll(ctx context.Context) {
+	begun, adopted := time.Now(), 0
+	var group errgroup.Group
+	group.SetLimit(checkParallel)
+	for _, view := range c.engine.List() {
+		if view.State == states.Ready {
+			adopted++
+			group.Go(func() error {
+				c.check(ctx, view)
+				return nil
+			})
+		}
+	}
+	_ = group.Wait()
+	if adopted > 0 && ctx.Err() == nil {
+		log.G(ctx).Infof("podfsm: checked %d adopted sandboxes in %s", adopted, time.Since(begun).Round(time.Millisecond))
+	}
+}
+
+// check checks one sandbox, and rests for as long as that took: what the pods want of the node comes first. The engine keeps and logs
+// what is wrong.
+func (c *Controller) check(ctx context.Context, view lifecycle.View) {
+	if ctx.Err() != nil {
+		return
+	}
+	begun := time.Now()
+	_ = c.engine.Check(ctx, view.Key)
+	rest := time.NewTimer(time.Since(begun))
+	defer rest.Stop()
+	select {
+	case <-rest.C:
+	case <-ctx.Done():
+	}
+}
+
+// close ends the checks and waits for them.
+func (c *checks) close() {
+	if c.cancel != nil {
+		c.cancel()
+	}
+	c.work.Wait()
+}

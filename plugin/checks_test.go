@@ -1,0 +1,78 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/states"
+)
+
+// All adopted sandboxes are checked, few at a time and with rests between them, and what is wrong with one is seen.
+func TestCheckAdopted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		const pods = 20
+		for i := range pods {
+			w.run(t, fmt.Sprintf("pod%d", i), named(fmt.Sprintf("pod%d", i)))
+		}
+		require.NoError(t, w.Controller.Stop(inCRI(t), "pod0"))
+		var now, most, all atomic.Int64
+		w.host.check = func(_ context.Context, id string) error {
+			all.Add(1)
+			if running := now.Add(1); running > most.Load() {
+				most.Store(running)
+			}
+			time.Sleep(time.Second)
+			now.Add(-1)
+			if id == "pod7" {
+				return errors.New("its route is gone")
+			}
+			return nil
+		}
+		begun := time.Now()
+		for range 2 { // the second does nothing
+			w.checkAdopted()
+		}
+		w.checks.work.Wait()
+		require.EqualValues(t, pods-1, all.Load())
+		require.EqualValues(t, checkParallel, most.Load())
+		require.Equal(t, 20*time.Second, time.Since(begun), "half of the time they rest")
+		require.ErrorContains(t, w.view(t, "pod7").Err, "its route is gone")
+		require.Equal(t, states.Ready, w.view(t, "pod7").State)
+		require.NoError(t, w.view(t, "pod8").Err)
+		require.NoError(t, w.Close())
+	})
+}
+
+// containerd's stop ends them at once.
+func TestCheckAdoptedEnds(t *testing.T) {
+	w := newWorld(t)
+	for _, id := range []string{"pod1", "pod2", "pod3"} {
+		w.run(t, id, named(id))
+	}
+	reached := make(chan struct{}, 3)
+	w.host.check = func(ctx context.Context, _ string) error {
+		reached <- struct{}{}
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	w.checkAdopted()
+	<-reached
+	<-reached
+	require.NoError(t, w.Close())
+	require.Empty(t, reached)
+}
+
+// A controller without an engine, or that is closed before it has checked anything, has nothing to end.
+func TestCheckAdoptedWithoutEngine(t *testing.T) {
+	c := &Controller{}
+	c.checkAdopted()
+	require.NoError(t, c.Close())
+}
