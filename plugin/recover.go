@@ -44,7 +44,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	if err := sweepLeases(ctx, client, records, others); err != nil {
 		return err
 	}
-	saved := withUnknown(c.ledger.Sandboxes(), records)
+	saved := withUnknown(c.ledger.Sandboxes(), records, c.ledger.Incomplete())
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
 		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
@@ -97,14 +97,15 @@ func wholeCreation(s journal.Sandbox) bool {
 func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec.GetTypeUrl() != "" }
 
 // withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
-// damaged. Their records are all that leads to pods that may well run; they come back quarantined.
-func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
+// damaged. Their records are all that leads to pods that may well run; they come back quarantined. So do those that weren't started
+// yet, when the ledger is incomplete: else they were never begun, and nothing of them is there.
+func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox, incomplete bool) []journal.Sandbox {
 	known := make(map[journal.Key]bool, len(saved))
 	for _, s := range saved {
 		known[s.Key] = true
 	}
 	for key, record := range records {
-		if !known[key] && ran(record) {
+		if !known[key] && (incomplete || ran(record)) {
 			saved = append(saved, journal.Sandbox{Key: key})
 		}
 	}

@@ -50,17 +50,26 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 	require.NoError(t, err)
 	for name, tc := range map[string]struct {
 		record sandbox.Sandbox
+		lost   bool // the ledger
 		stays  bool
 	}{
 		"killed before Create": {record: sandbox.Sandbox{Sandboxer: Name}},
-		"another's":            {record: sandbox.Sandbox{Sandboxer: "podsandbox"}, stays: true},
+		// Or after it: only the ledger would know.
+		"killed before Create or after it": {record: sandbox.Sandbox{Sandboxer: Name}, lost: true, stays: true},
+		"another's":                        {record: sandbox.Sandbox{Sandboxer: "podsandbox"}, stays: true},
 		// The ledger was lost, or set aside as damaged: the pod may well run, and only this record leads to it.
 		"ran, but isn't on the ledger": {record: sandbox.Sandbox{Sandboxer: Name, Spec: ran}, stays: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
-			w.ledger, err = journal.Open(t.TempDir(), t.TempDir())
+			rootDir, stateDir := t.TempDir(), t.TempDir()
+			w.ledger, err = journal.Open(rootDir, stateDir)
 			require.NoError(t, err)
+			if !tc.lost {
+				require.NoError(t, w.ledger.Close())
+				w.ledger, err = journal.Open(rootDir, stateDir)
+				require.NoError(t, err)
+			}
 			client, ctx := newStores(t), inCRI(t)
 			tc.record.ID, tc.record.Runtime.Name = "s1", "io.containerd.runc.v2"
 			_, err := client.SandboxStore().Create(ctx, tc.record)
