@@ -47,7 +47,9 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	saved := withUnknown(c.ledger.Sandboxes(), records, c.ledger.Incomplete())
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
-		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
+		// What was started was ready: a result that is missing was on record.
+		missing := !wholeCreation(s) && (ran(records[s.Key]) || damaged(c.ledger.Damage(), s.Key))
+		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || missing
 	}
 	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
 		past := lifecycle.Recorded
@@ -77,10 +79,9 @@ func onlyLasting(s journal.Sandbox) bool {
 	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
 }
 
-// damaged says that records in the middle of the log may be missing of a sandbox. A torn end is no damage in this sense: what was
-// written last was about to be done.
+// damaged says that records of a sandbox may be missing.
 func damaged(all []journal.Damage, key journal.Key) bool {
-	return slices.ContainsFunc(all, func(d journal.Damage) bool { return !d.Torn && (d.Key == key || d.Key == journal.Key{}) })
+	return slices.ContainsFunc(all, func(d journal.Damage) bool { return d.Key == key || d.Key == journal.Key{} })
 }
 
 // wholeCreation says that the result of every step is on record: what is missing can only be of its end, which is found out by looking.
