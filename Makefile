@@ -63,6 +63,10 @@ long_tests := TestSoak|TestMemory|TestLedgerDamage
 long: deps ## Run the long matrices, which make test runs a part of
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration
 
+.PHONY: compare
+compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
+	@go run ./integration/compare
+
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram
 	go generate ./...

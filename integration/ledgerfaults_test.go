@@ -105,7 +105,7 @@ func TestLedgerDamage(t *testing.T) {
 
 				require.Equal(t, "0\n", exec(t, visitor, "id", "-u"))
 				for _, pod := range pods {
-					requireListed(t, n, pod)
+					requireKnown(t, n, pod)
 				}
 				removeOurs(t, n)
 				removeKept(t, n)
@@ -148,8 +148,8 @@ func interrupt(t *testing.T, n *harness.Node, point string) {
 	<-done
 }
 
-// requireListed says that a pod is known to CRI and to podfsm.
-func requireListed(t *testing.T, n *harness.Node, pod *harness.Pod) {
+// requireKnown says that a pod is known to CRI and to podfsm.
+func requireKnown(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	t.Helper()
 	list, err := n.Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{Id: pod.ID}})
 	require.NoError(t, err)

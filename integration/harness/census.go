@@ -114,11 +114,11 @@ func (n *Node) WarmUp(ctx context.Context, handler string) (Census, error) {
 	if err := pod.StopAndRemove(ctx); err != nil {
 		return nil, err
 	}
-	return n.settle(ctx)
+	return n.Settle(ctx)
 }
 
-// settle returns the census of a node without pods once it is at rest.
-func (n *Node) settle(ctx context.Context) (Census, error) {
+// Settle returns the census of a node without pods once it is at rest.
+func (n *Node) Settle(ctx context.Context) (Census, error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
 	var last Census
@@ -139,6 +139,11 @@ func (n *Node) settle(ctx context.Context) (Census, error) {
 		return nil
 	})
 	return last, err
+}
+
+// Added returns the items of a category that are only in after.
+func (before Census) Added(after Census, category string) []string {
+	return difference(after[category], before[category])
 }
 
 // Diff returns what differs, in lines "+ item" for what is only in after and

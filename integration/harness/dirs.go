@@ -76,8 +76,8 @@ func Sweep(ctx context.Context) error {
 	var errs []error
 	for _, dir := range dirs {
 		lock, err := lockDir(dir)
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			continue
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, os.ErrNotExist) {
+			continue // in use, or closed meanwhile
 		}
 		if err != nil {
 			errs = append(errs, err)
