@@ -80,6 +80,12 @@ var faults = []fault{
 		happen:  diskFull,
 	},
 	{
+		name: "reboot",
+		what: "two pods run, and a third is being created, when all processes, mounts, network namespaces, links, cgroups and the state " +
+			"directory go; the disk stays.",
+		happen: reboot,
+	},
+	{
 		name: "one bad record",
 		what: "two pods run. The record of a sandbox container is there twice, under another id; and a byte of podfsm's ledger is " +
 			"wrong. Then containerd is restarted. At the end the second record is deleted.",
@@ -274,6 +280,31 @@ func diskFull(ctx context.Context, s *scene) error {
 	}
 	s.start(ctx)
 	return os.Remove(filler.Name())
+}
+
+func reboot(ctx context.Context, s *scene) error {
+	for range 2 {
+		if _, err := s.run(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.Fault("portmap.ADD", "1*block"); err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = s.run(ctx) // the call ends with the daemon
+	}()
+	if err := s.Faults.WaitReached(ctx, "portmap.ADD", 1); err != nil {
+		return err
+	}
+	err := s.Reboot(ctx, false)
+	<-done
+	if err != nil {
+		return err
+	}
+	return s.Start(ctx)
 }
 
 // badID is the id of a container that is a copy of another one.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"path/filepath"
 	"strings"
@@ -17,14 +18,14 @@ var things = []struct {
 	name      func(item string) string
 }{
 	{"address", "addresses", harness.IPAM, address},
-	{"network namespace", "network namespaces", harness.NetNSMounts, itself},
+	{"network namespace", "network namespaces", harness.NetNSMounts, mountPoint},
 	{"network link", "network links", harness.Links, itself},
 	{"iptables rule", "iptables rules", harness.IPTables, itself},
 	{"process", "processes", harness.Processes, itself},
 	{"shim", "shims", harness.Shims, itself},
 	{"task", "tasks", harness.Tasks, itself},
 	{"cgroup", "cgroups", harness.Cgroups, cgroup},
-	{"mount", "mounts", harness.Mounts, itself},
+	{"mount", "mounts", harness.Mounts, mountPoint},
 	{"container record", "container records", harness.Containers, itself},
 	{"sandbox record", "sandbox records", harness.Sandboxes, itself},
 	{"ledger entry", "ledger entries", harness.Ledger, itself},
@@ -34,6 +35,7 @@ var things = []struct {
 	{"CNI cache entry", "CNI cache entries", harness.CNICache, itself},
 	{"shim socket", "shim sockets", harness.ShimSockets, itself},
 	{"namespace held open", "namespaces held open", harness.Descriptors, itself},
+	{"bundle directory", "bundle directories", harness.Files, bundle},
 	{"temporary directory", "temporary directories", harness.Files, temporary},
 	{"other file", "other files", harness.Files, file},
 }
@@ -42,24 +44,37 @@ var things = []struct {
 func words(before, after harness.Census) string {
 	var left []string
 	for _, thing := range things {
-		names := map[string]bool{}
-		for _, item := range before.Added(after, thing.category) {
-			if name := thing.name(item); name != "" {
-				names[name] = true
-			}
-		}
-		switch len(names) {
+		old := names(before[thing.category], thing.name)
+		now := names(after[thing.category], thing.name)
+		maps.DeleteFunc(now, func(name string, _ bool) bool { return old[name] })
+		switch len(now) {
 		case 0:
 		case 1:
 			left = append(left, "1 "+thing.one)
 		default:
-			left = append(left, fmt.Sprint(len(names), " ", thing.many))
+			left = append(left, fmt.Sprint(len(now), " ", thing.many))
 		}
 	}
 	if len(left) == 0 {
 		return "nothing"
 	}
 	return strings.Join(left, ", ")
+}
+
+func names(items []string, name func(string) string) map[string]bool {
+	all := map[string]bool{}
+	for _, item := range items {
+		if n := name(item); n != "" {
+			all[n] = true
+		}
+	}
+	return all
+}
+
+// mountPoint is where something is mounted; what it is may be new after a reboot.
+func mountPoint(item string) string {
+	path, _, _ := strings.Cut(item, " ")
+	return path
 }
 
 func itself(item string) string { return item }
@@ -96,13 +111,22 @@ func temporary(item string) string {
 	return ""
 }
 
-// file leaves out what belongs to another thing on the list: a shim's bundle, a snapshot's directory, a pinned namespace's mount point.
+// bundle is the shim's directory of one container, of which there are two, with several files.
+func bundle(item string) string {
+	if _, below, found := strings.Cut(item, "/io.containerd.runtime.v2.task/k8s.io/"); found {
+		id, _, _ := strings.Cut(below, "/")
+		return id
+	}
+	return ""
+}
+
+// file leaves out what belongs to another thing on the list: a snapshot's directory, a pinned namespace's mount point.
 // Damaged files that podfsm sets aside are for the operator.
 func file(item string) string {
-	if temporary(item) != "" {
+	if temporary(item)+bundle(item) != "" {
 		return ""
 	}
-	for _, part := range []string{"/io.containerd.runtime.v2.task/", "/snapshots/", "/netns/", ".damaged-"} {
+	for _, part := range []string{"/snapshots/", "/netns/", ".damaged-"} {
 		if strings.Contains(item, part) {
 			return ""
 		}

@@ -141,11 +141,6 @@ func (n *Node) Settle(ctx context.Context) (Census, error) {
 	return last, err
 }
 
-// Added returns the items of a category that are only in after.
-func (before Census) Added(after Census, category string) []string {
-	return difference(after[category], before[category])
-}
-
 // Diff returns what differs, in lines "+ item" for what is only in after and
 // "- item" for what is only in before, below the name of their category. It is
 // empty when nothing differs.
