@@ -114,7 +114,7 @@ type crash struct {
 // TestCrashAnywhere runs random operations on a ledger and on the model, and kills the daemon at every point of each: what a restart
 // finds is what the model says. From time to time the operations go on after one of these kills.
 func TestCrashAnywhere(t *testing.T) {
-	const sequences, operations = 12, 14
+	const sequences, operations = 8, 12
 	for seed := range uint64(sequences) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			t.Parallel()

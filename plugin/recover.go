@@ -47,8 +47,9 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	saved := withUnknown(c.ledger.Sandboxes(), records, c.ledger.Incomplete())
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
-		// What was started was ready: a result that is missing was on record.
-		missing := !wholeCreation(s) && (ran(records[s.Key]) || damaged(c.ledger.Damage(), s.Key))
+		// What containerd's service knows as started was ready: a result that is missing was on record.
+		wasReady := s.Key.Namespace == cri.Namespace && ran(records[s.Key])
+		missing := !wholeCreation(s) && (wasReady || damaged(c.ledger.Damage(), s.Key))
 		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || missing
 	}
 	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
