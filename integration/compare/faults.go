@@ -61,9 +61,9 @@ var faults = []fault{
 	},
 	{
 		name: "runc hangs",
-		what: "`runc create` hangs; the kubelet gives up after 3 s (in truth 4 minutes; podfsm's `runtime_timeout` is 2 s here), and tries again. " +
+		what: "`runc create` hangs; the kubelet gives up after 25 s (in truth 4 minutes; podfsm's `runtime_timeout` is 20 s here), and tries once more. " +
 			"At last runc goes on.",
-		config: harness.Config{TOML: fmt.Sprintf("[plugins.'io.containerd.podsandbox.controller.v1.podfsm']\n  runtime_timeout = %q\n", "2s")},
+		config: harness.Config{TOML: fmt.Sprintf("[plugins.'io.containerd.podsandbox.controller.v1.podfsm']\n  runtime_timeout = %q\n", "20s")},
 		happen: runcHangs,
 	},
 	{
@@ -223,7 +223,7 @@ func runcHangs(ctx context.Context, s *scene) error {
 		return err
 	}
 	for range 2 {
-		ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, 25*time.Second)
 		_, err := s.run(ctx)
 		cancel()
 		if err == nil {

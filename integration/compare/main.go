@@ -11,9 +11,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/integration/harness"
@@ -21,6 +23,9 @@ import (
 
 // details says that all that is left is shown, one by one.
 var details bool
+
+// parallel is how many cells are measured at a time, each on a node of its own.
+const parallel = 4
 
 const page = "docs/stock-beside-ours.md"
 
@@ -40,23 +45,29 @@ func run(ctx context.Context, only string) error {
 	if err := harness.Sweep(ctx); err != nil {
 		return err
 	}
-	var rows strings.Builder
-	for i, f := range faults {
-		if !strings.Contains(f.name, only) {
-			continue
-		}
-		details = only != ""
-		cells := make([]string, 2)
+	details = only != ""
+	chosen := slices.DeleteFunc(slices.Clone(faults), func(f fault) bool { return !strings.Contains(f.name, only) })
+	table := make([][2]string, len(chosen))
+	cells, ctx := errgroup.WithContext(ctx)
+	cells.SetLimit(parallel)
+	for i, f := range chosen {
 		for j, handler := range []string{harness.StockHandler, harness.PodfsmHandler} {
-			start := time.Now()
-			left, err := measure(ctx, f, handler)
-			if err != nil {
-				return fmt.Errorf("failed to measure %q with handler %q: %w", f.name, handler, err)
-			}
-			cells[j] = left
-			fmt.Printf("%2d/%d %s, %s: %s (%.0f s)\n", i+1, len(faults), f.name, handler, left, time.Since(start).Seconds())
+			cells.Go(func() (err error) {
+				start := time.Now()
+				if table[i][j], err = measure(ctx, f, handler); err != nil {
+					return fmt.Errorf("failed to measure %q with handler %q: %w", f.name, handler, err)
+				}
+				fmt.Printf("%d/%d %s, %s: %s (%.0f s)\n", i+1, len(chosen), f.name, handler, table[i][j], time.Since(start).Seconds())
+				return nil
+			})
 		}
-		fmt.Fprintf(&rows, "| %s | %s | %s |\n", f.name+note(f), cells[0], cells[1])
+	}
+	if err := cells.Wait(); err != nil {
+		return err
+	}
+	var rows strings.Builder
+	for i, f := range chosen {
+		fmt.Fprintf(&rows, "| %s | %s | %s |\n", f.name+note(f), table[i][0], table[i][1])
 	}
 	if only != "" {
 		return nil
