@@ -23,7 +23,7 @@ type fault struct {
 	config     harness.Config
 	prepare    func(ctx context.Context, s *scene) error // before the first look at the node
 	happen     func(ctx context.Context, s *scene) error
-	clear      func(ctx context.Context, s *scene) error // what an operator does at the end
+	clear      func(ctx context.Context, s *scene) error // what else happens before the last restart
 	fatal      bool                                      // containerd may not start any more
 	varies     bool
 	measure    func(ctx context.Context, handler string) (left string, err error) // instead of all that
@@ -82,8 +82,9 @@ var faults = []fault{
 	{
 		name: "reboot",
 		what: "two pods run, and a third is being created, when all processes, mounts, network namespaces, links, cgroups and the state " +
-			"directory go; the disk stays.",
+			"directory go; the disk stays. At the end another pod comes and goes.",
 		happen: reboot,
+		clear:  runAnother,
 	},
 	{
 		name: "one bad record",
@@ -305,6 +306,15 @@ func reboot(ctx context.Context, s *scene) error {
 		return err
 	}
 	return s.Start(ctx)
+}
+
+// runAnother runs and removes a pod. containerd then clears up, at its next start, what it finds of tasks on disk.
+func runAnother(ctx context.Context, s *scene) error {
+	pod, err := s.run(ctx)
+	if err != nil {
+		return err
+	}
+	return pod.StopAndRemove(ctx)
 }
 
 // badID is the id of a container that is a copy of another one.
