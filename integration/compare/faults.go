@@ -96,7 +96,7 @@ var faults = []fault{
 	},
 	{
 		name: "starts that fail, by the hundred",
-		what: fmt.Sprintf("%d pods fail in the runtime, which is a fake here, after %d that did so before; the heap is looked at after a garbage "+
+		what: fmt.Sprintf("%d pods on host users fail in the runtime, which is a fake here, after %d that did so before; the heap is looked at after a garbage "+
 			"collection. Less than %d bytes a start can't be told from nothing.", moreStarts, firstStarts, heapNoise/moreStarts),
 		measure: heapOfFailedStarts,
 		varies:  true,
