@@ -29,6 +29,7 @@ type Ledger struct {
 	bootID      string
 	bootSeq     uint64
 	bootChanged bool
+	incomplete  bool
 	damage      []Damage
 	seq         atomic.Uint64 // the last one given
 
@@ -73,6 +74,7 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 		bootID:        bootID,
 		bootSeq:       r.bootSeq,
 		bootChanged:   r.bootChanged,
+		incomplete:    !inDB.complete && !inLog.complete,
 		live:          r.live,
 		log:           logWriter{path: inLog.path},
 		queue:         newQueue(),
@@ -263,6 +265,10 @@ func (l *Ledger) BootChanged() bool { return l.bootChanged }
 
 // BootSeq is the first sequence number of the present boot: of what a record with a lower one tells, only files are left.
 func (l *Ledger) BootSeq() uint64 { return l.bootSeq }
+
+// Incomplete says that neither file was there as it was written, so there may be sandboxes that the ledger doesn't know. A new ledger
+// is incomplete.
+func (l *Ledger) Incomplete() bool { return l.incomplete }
 
 // Damage returns what Open could not read.
 func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }

@@ -178,7 +178,7 @@ func nextFrame(b []byte, from int) int {
 // withClass gives an error of the operating system the class that its caller should see.
 func withClass(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("%w: %w", errdefs.ErrResourceExhausted, err)
+		return fmt.Errorf("%w: free some space there: %w", errdefs.ErrResourceExhausted, err)
 	}
 	return fmt.Errorf("%w: %w", errdefs.ErrInternal, err)
 }

@@ -269,6 +269,21 @@ func (e *Engine) add(s *sandbox) error {
 	return nil
 }
 
+// addRestored takes a sandbox that is on record. Two with one name can only come of a ledger that was damaged, where one that has
+// gone comes back: the newer one has the name then.
+func (e *Engine) addRestored(s *sandbox) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if _, ok := e.sandboxes[s.key]; ok {
+		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
+	}
+	e.sandboxes[s.key] = s
+	if s.req.Name != "" && s.goal != states.RolledBack {
+		e.names[s.req.Name] = s
+	}
+	return nil
+}
+
 func (e *Engine) drop(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -173,10 +173,15 @@ func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
 	if s.node.stop != nil {
 		return Exit{}, s.node.stop
 	}
-	return Exit{Code: 137, At: time.Now()}, nil
+	s.node.exited = &Exit{Code: 137, At: time.Now()}
+	return *s.node.exited, nil
 }
 
-func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) { return s.node.exited, nil }
+func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) {
+	s.node.mu.Lock()
+	defer s.node.mu.Unlock()
+	return s.node.exited, nil
+}
 
 func (s *fakeEnder) Reap(context.Context, *Run) error {
 	s.node.act("reap %s", s.facts.Name)
@@ -194,7 +199,15 @@ type world struct {
 
 // newWorld has steps in a line, as the real ones are, unless needs say otherwise.
 func newWorld(t *testing.T, change ...func(*Facts)) *world {
-	w := &world{node: newNode(), book: &book{}}
+	b := &book{}
+	w := newWorldOn(t, b, newNode(), change...)
+	w.book = b
+	return w
+}
+
+// newWorldOn has an engine over a ledger and a node that there are.
+func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *world {
+	w := &world{node: n}
 	var steps []Step
 	var before []states.Event
 	for _, name := range states.CreationPath() {
@@ -223,7 +236,7 @@ func newWorld(t *testing.T, change ...func(*Facts)) *world {
 			steps = append(steps, &fakeStep{f, w.node})
 		}
 	}
-	engine, err := New(steps, w.book, func(int) time.Duration { return time.Millisecond })
+	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond })
 	require.NoError(t, err)
 	w.Engine = engine
 	t.Cleanup(func() { engine.Close(context.Background()) })

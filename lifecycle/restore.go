@@ -38,10 +38,7 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	for _, entry := range saved {
 		s, err := restored(e, entry, describe)
 		if err == nil {
-			err = e.add(s)
-		}
-		if err == nil && s.goal == states.RolledBack {
-			e.unname(s)
+			err = e.addRestored(s)
 		}
 		if err != nil {
 			log.G(ctx).WithField("sandbox", entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")

@@ -219,3 +219,22 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 		})
 	}
 }
+
+// A damaged ledger may bring back a sandbox that had gone, of a pod that has another one now.
+func TestRestoreTakesTwoOfOneName(t *testing.T) {
+	w := newWorld(t)
+	var saved []journal.Sandbox
+	for _, id := range []string{"gone", "lives"} {
+		spec, err := journal.Marshal(&testSpec{"pod"})
+		require.NoError(t, err)
+		key := journal.Key{Namespace: "k8s.io", ID: id}
+		saved = append(saved, journal.Sandbox{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun, Version: definitionVersion, Data: spec}}})
+	}
+	w.Restore(t.Context(), saved, func(journal.Key, any) (Request, Past) {
+		return Request{Name: "ns/pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}, Recorded
+	})
+	require.Len(t, w.List(), 2)
+	require.NoError(t, w.Remove(t.Context(), saved[0].Key))
+	err := w.Create(t.Context(), testKey, Request{Name: "ns/pod", Spec: &testSpec{"pod"}})
+	require.ErrorContains(t, err, `reserved for sandbox "lives"`)
+}

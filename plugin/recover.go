@@ -45,10 +45,13 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 	if err := sweepLeases(ctx, client, records, others); err != nil {
 		return err
 	}
-	saved := withUnknown(c.ledger.Sandboxes(), records)
+	saved := withUnknown(c.ledger.Sandboxes(), records, c.ledger.Incomplete())
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
-		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
+		// What containerd's service knows as started was ready: a result that is missing was on record.
+		wasReady := s.Key.Namespace == cri.Namespace && ran(records[s.Key])
+		missing := !wholeCreation(s) && (wasReady || damaged(c.ledger.Damage(), s.Key))
+		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || missing
 	}
 	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
 		past := lifecycle.Recorded
@@ -79,10 +82,9 @@ func onlyLasting(s journal.Sandbox) bool {
 	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
 }
 
-// damaged says that records in the middle of the log may be missing of a sandbox. A torn end is no damage in this sense: what was
-// written last was about to be done.
+// damaged says that records of a sandbox may be missing.
 func damaged(all []journal.Damage, key journal.Key) bool {
-	return slices.ContainsFunc(all, func(d journal.Damage) bool { return !d.Torn && (d.Key == key || d.Key == journal.Key{}) })
+	return slices.ContainsFunc(all, func(d journal.Damage) bool { return d.Key == key || d.Key == journal.Key{} })
 }
 
 // wholeCreation says that the result of every step is on record: what is missing can only be of its end, which is found out by looking.
@@ -99,14 +101,15 @@ func wholeCreation(s journal.Sandbox) bool {
 func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec.GetTypeUrl() != "" }
 
 // withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
-// damaged. Their records are all that leads to pods that may well run; they come back quarantined.
-func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
+// damaged. Their records are all that leads to pods that may well run; they come back quarantined. So do those that weren't started
+// yet, when the ledger is incomplete: else they were never begun, and nothing of them is there.
+func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox, incomplete bool) []journal.Sandbox {
 	known := make(map[journal.Key]bool, len(saved))
 	for _, s := range saved {
 		known[s.Key] = true
 	}
 	for key, record := range records {
-		if !known[key] && ran(record) {
+		if !known[key] && (incomplete || ran(record)) {
 			saved = append(saved, journal.Sandbox{Key: key})
 		}
 	}

@@ -1,0 +1,174 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// failure is a way in which a write to the ledger fails.
+type failure struct {
+	name    string
+	written bool // the record is there, though the write has failed
+	lasting bool // all writes after it fail, too
+}
+
+var failures = []failure{
+	{name: "nothing is written"},
+	{name: "it is written all the same", written: true},
+	{name: "nothing is written any more", lasting: true},
+	{name: "all is written, and fails", written: true, lasting: true},
+}
+
+// faultyLedger fails the write numbered at, from 1.
+type faultyLedger struct {
+	*journal.Ledger
+	failure
+	at int
+
+	mu    sync.Mutex
+	count int
+}
+
+func (l *faultyLedger) write(do func() error) error {
+	l.mu.Lock()
+	l.count++
+	fails := l.count == l.at || l.lasting && l.count > l.at
+	l.mu.Unlock()
+	if !fails {
+		return do()
+	}
+	if l.written {
+		if err := do(); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
+}
+
+func (l *faultyLedger) Append(ctx context.Context, r *journal.Record) error {
+	return l.write(func() error { return l.Ledger.Append(ctx, r) })
+}
+
+func (l *faultyLedger) Forget(ctx context.Context, k journal.Key) error {
+	return l.write(func() error { return l.Ledger.Forget(ctx, k) })
+}
+
+// Every single write of a sandbox's life fails once, in each way; then containerd is killed and starts again.
+func TestEachWriteFails(t *testing.T) {
+	for name, act := range map[string]func(t *testing.T, w *world) (ready bool){
+		"create, stop, remove": func(t *testing.T, w *world) bool {
+			ready := create(t, w) == nil
+			// The kubelet repeats what fails; here the restart comes first.
+			_ = w.Stop(t.Context(), testKey)
+			_ = w.Remove(t.Context(), testKey)
+			return ready
+		},
+		"a creation that is rolled back": func(t *testing.T, w *world) bool {
+			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			require.Error(t, create(t, w))
+			return false
+		},
+		"an undo that is owed": func(t *testing.T, w *world) bool {
+			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.undo[states.AttachNetwork] = func() error { return errors.New("no luck") }
+			require.Error(t, create(t, w))
+			return false
+		},
+	} {
+		for _, how := range failures {
+			t.Run(name+"/"+how.name, func(t *testing.T) {
+				for at := 1; failsAt(t, how, at, act); at++ {
+				}
+			})
+		}
+	}
+}
+
+func create(t *testing.T, w *world) error {
+	if err := w.Create(t.Context(), testKey, Request{Pod: "ns/pod", Spec: &testSpec{"pod"}}); err != nil {
+		return err
+	}
+	return w.Start(t.Context(), testKey)
+}
+
+// failsAt runs act with a failing write, and what comes after. It returns false when act has fewer writes.
+func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world) (ready bool)) bool {
+	t.Helper()
+	root, state := t.TempDir(), t.TempDir()
+	open := func() *journal.Ledger {
+		ledger, err := journal.Open(root, state)
+		require.NoError(t, err)
+		require.Empty(t, ledger.Damage())
+		return ledger
+	}
+
+	ledger := &faultyLedger{Ledger: open(), failure: how, at: at}
+	w := newWorldOn(t, ledger, newNode())
+	ready := act(t, w)
+	w.Close(context.Background())
+	require.NoError(t, ledger.Close())
+	if ledger.count < at {
+		return false
+	}
+
+	again := open()
+	defer func() { require.NoError(t, again.Close()) }()
+	requireTrue(t, again.Sandboxes(), w, at)
+	next := newWorldOn(t, again, w.node)
+	next.do, next.undo = nil, nil
+	next.Restore(t.Context(), again.Sandboxes(), func(_ journal.Key, spec any) (Request, Past) {
+		return Request{Pod: "ns/pod", Spec: spec}, Recorded
+	})
+	if len(again.Sandboxes()) > 0 {
+		verdict := Keep
+		if !ready {
+			verdict = Discard // containerd's service has forgotten what it couldn't start
+		}
+		require.NoError(t, next.Resume(t.Context(), testKey, verdict))
+		if view, err := next.Get(testKey); err == nil && view.State == states.Ready {
+			require.Len(t, next.left(), len(states.CreationPath()), "write %d: it is ready, and something of it is missing", at)
+		}
+	}
+	if ready {
+		require.NoError(t, ignoreGone(next.Stop(t.Context(), testKey)))
+		require.NoError(t, next.Remove(t.Context(), testKey))
+	}
+	require.Eventually(t, next.gone, 10*time.Second, time.Millisecond, "write %d", at)
+	require.Empty(t, next.left(), "write %d", at)
+	require.Empty(t, again.Sandboxes(), "write %d", at)
+	next.Close(context.Background())
+	return true
+}
+
+// requireTrue holds what the ledger says against what there is: whatever exists is on record, and nothing is on record as made that
+// never was, or as undone that exists. What was undone may still be on record as made: it is undone once more then.
+func requireTrue(t *testing.T, saved []journal.Sandbox, w *world, at int) {
+	t.Helper()
+	newest := map[states.Event]journal.Kind{}
+	for _, s := range saved {
+		for _, r := range s.Records {
+			if r.Step != "" {
+				newest[states.Event(r.Step)] = r.Kind
+			}
+		}
+	}
+	for _, step := range w.left() {
+		require.Contains(t, newest, step, "write %d: it exists, and isn't on record", at)
+		require.NotEqual(t, journal.Undone, newest[step], "write %d: %s is on record as undone, and exists", at, step)
+	}
+	for step, kind := range newest {
+		if kind == journal.Done {
+			require.Contains(t, w.acted(), "do "+string(step), "write %d: it is on record as done, and was never made", at)
+		}
+	}
+}
