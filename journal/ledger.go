@@ -18,8 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bootIDFile: see proc_sys_kernel(5), random/boot_id. The id is made anew at each boot.
-const bootIDFile = "/proc/sys/kernel/random/boot_id"
+// BootIDFile: see proc_sys_kernel(5), random/boot_id. The id is made anew at each boot. It is a variable for tests that reboot,
+// and must be set before anything is opened.
+var BootIDFile = "/proc/sys/kernel/random/boot_id"
 
 // Ledger is an open ledger. All methods are safe for concurrent use, but Append and Forget of one sandbox must not run at the
 // same time: which of them wins is not defined.
@@ -30,7 +31,8 @@ type Ledger struct {
 	bootSeq     uint64
 	bootChanged bool
 	damage      []Damage
-	seq         atomic.Uint64 // the last one given
+	forgot      map[Key]uint64 // the tombstones that Open found
+	seq         atomic.Uint64  // the last one given
 
 	queue         *queue
 	committerDone chan struct{}
@@ -47,7 +49,7 @@ type Ledger struct {
 // stateDir may be a tmpfs. Damage is never a reason to fail. It returns Unavailable when another process keeps ledger.db locked for
 // some seconds, and other errors when files can't be created (ResourceExhausted for a full disk).
 func Open(rootDir, stateDir string) (*Ledger, error) {
-	return open(rootDir, stateDir, bootIDFile)
+	return open(rootDir, stateDir, BootIDFile)
 }
 
 func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
@@ -74,6 +76,7 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 		bootSeq:       r.bootSeq,
 		bootChanged:   r.bootChanged,
 		live:          r.live,
+		forgot:        inLog.forgot,
 		log:           logWriter{path: inLog.path},
 		queue:         newQueue(),
 		committerDone: make(chan struct{}),
@@ -263,6 +266,13 @@ func (l *Ledger) BootChanged() bool { return l.bootChanged }
 
 // BootSeq is the first sequence number of the present boot: of what a record with a lower one tells, only files are left.
 func (l *Ledger) BootSeq() uint64 { return l.bootSeq }
+
+// Forgotten says that a sandbox was forgotten before Open, for sure: of those that Open doesn't find, others may have been lost.
+// It knows of those that were forgotten since the log was last rewritten, at least since the Open before.
+func (l *Ledger) Forgotten(k Key) bool {
+	_, ok := l.forgot[k]
+	return ok
+}
 
 // Damage returns what Open could not read.
 func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }

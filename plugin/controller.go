@@ -378,10 +378,7 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 		return cri.Pod{}, false
 	}
 	spec := view.Spec.(*Spec)
-	pod := cri.Pod{Config: spec.Config}
-	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
-		pod.CreatedAt = started.CreatedAt
-	}
+	pod := cri.Pod{Config: spec.Config, CreatedAt: view.Created}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}

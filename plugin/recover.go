@@ -44,7 +44,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 	if err := sweepLeases(ctx, client, records, others); err != nil {
 		return err
 	}
-	saved := withUnknown(c.ledger.Sandboxes(), records)
+	saved := c.withUnknown(c.ledger.Sandboxes(), records)
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
 		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || damaged(c.ledger.Damage(), s.Key) && !wholeCreation(s)
@@ -60,7 +60,9 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 		if spec, ok := spec.(*Spec); ok {
 			return request(key, spec), past
 		}
-		return request(key, c.specOf(key, records[key])), past
+		req := request(key, c.specOf(key, records[key]))
+		req.Created = records[key].CreatedAt
+		return req, past
 	})
 	c.resumeAll(ctx, client, records, lost)
 	return nil
@@ -97,14 +99,15 @@ func wholeCreation(s journal.Sandbox) bool {
 func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec.GetTypeUrl() != "" }
 
 // withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
-// damaged. Their records are all that leads to pods that may well run; they come back quarantined.
-func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
+// damaged. Their records are all that leads to pods that may well run; they come back quarantined. Those of sandboxes that were
+// removed are left over from a kill.
+func (c *Controller) withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
 	known := make(map[journal.Key]bool, len(saved))
 	for _, s := range saved {
 		known[s.Key] = true
 	}
 	for key, record := range records {
-		if !known[key] && ran(record) {
+		if !known[key] && ran(record) && !c.ledger.Forgotten(key) {
 			saved = append(saved, journal.Sandbox{Key: key})
 		}
 	}
@@ -146,13 +149,14 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 	}
 }
 
-// staysListed says whether containerd's service goes on listing the sandbox.
+// staysListed says whether containerd's service goes on listing the sandbox. One whose removal was begun is podfsm's alone to finish:
+// its containers and its network are gone, and a record that outlives podfsm's own would bring it back.
 func staysListed(view lifecycle.View) bool {
 	switch view.State {
-	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Removing, states.Quarantined:
+	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Quarantined:
 		return true
 	case states.CleanupOwed:
-		return view.Goal != states.RolledBack
+		return view.Goal == states.Stopped
 	default:
 		return false
 	}

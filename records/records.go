@@ -3,8 +3,6 @@
 package records
 
 import (
-	"time"
-
 	gocni "github.com/containerd/go-cni"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -69,7 +67,6 @@ type Snapshot struct {
 // Pause is the result of the step start_pause.
 type Pause struct {
 	Pid          uint32
-	CreatedAt    time.Time
 	CgroupPath   string // the OCI spec's linux.cgroupsPath
 	ProcessLabel string // SELinux
 	Labels       map[string]string
