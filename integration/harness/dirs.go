@@ -98,17 +98,22 @@ func remove(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
 	defer cancel()
 	// Processes hold the rest. Nothing is removed through a mount.
+	if err := powerOff(ctx, dir); err != nil {
+		return err
+	}
+	return errors.Join(removeCNICache(dir), os.RemoveAll(dir))
+}
+
+// powerOff ends all of a node that isn't on disk: processes, then mounts, then
+// cgroups.
+func powerOff(ctx context.Context, dir string) error {
 	if err := poll(ctx, pollInterval, func() error { return killAll(dir) }); err != nil {
 		return err
 	}
 	if err := unmountAll(dir); err != nil {
 		return err
 	}
-	return errors.Join(
-		poll(ctx, pollInterval, func() error { return removeCgroups(filepath.Base(dir)) }),
-		removeCNICache(dir),
-		os.RemoveAll(dir),
-	)
+	return poll(ctx, pollInterval, func() error { return removeCgroups(filepath.Base(dir)) })
 }
 
 // killAll kills every process of the node, and fails while there are any.
