@@ -45,6 +45,7 @@ func TestSoak(t *testing.T) {
 		requireSound(t, s.n)
 		if last := round == rounds-1; last || random.IntN(3) > 0 {
 			s.finish(t)
+			settled(t, s.n)
 			removeContainers(t, s.n)
 			s.n.RequireClean(t, before)
 		} // else the next round takes over what is there
