@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +32,7 @@ type Ledger struct {
 	bootSeq     uint64
 	bootChanged bool
 	damage      []Damage
-	forgot      map[Key]uint64 // the tombstones that Open found
+	forgot      map[Key]uint64 // those that Open has found to be forgotten, by their last sequence numbers
 	seq         atomic.Uint64  // the last one given
 
 	queue         *queue
@@ -76,7 +77,7 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 		bootSeq:       r.bootSeq,
 		bootChanged:   r.bootChanged,
 		live:          r.live,
-		forgot:        inLog.forgot,
+		forgot:        forgotten(inDB, inLog),
 		log:           logWriter{path: inLog.path},
 		queue:         newQueue(),
 		committerDone: make(chan struct{}),
@@ -91,6 +92,22 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 	l.damage = slices.Concat(inDB.damage, inLog.damage)
 	go l.runCommitter()
 	return l, nil
+}
+
+// forgotten are the sandboxes that are forgotten for sure: by their tombstones, or because a whole ledger.db lacks what the log knows,
+// when a crash came before the tombstone.
+func forgotten(inDB, inLog *image) map[Key]uint64 {
+	forgot := maps.Clone(inLog.forgot)
+	if !inDB.complete {
+		return forgot
+	}
+	for _, s := range inLog.records {
+		forgot[s.key] = max(forgot[s.key], s.seq)
+	}
+	for _, s := range inDB.records {
+		delete(forgot, s.key)
+	}
+	return forgot
 }
 
 func readBootID(path string) (string, error) {
