@@ -15,7 +15,8 @@ packages := \
 	iproute2:ip \
 	util-linux:nsenter \
 	busybox-static:/usr/share/doc/busybox-static/copyright \
-	crun:crun
+	crun:crun \
+	strace:strace
 
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=
@@ -57,7 +58,7 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage
+long_tests := TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of
@@ -66,6 +67,10 @@ long: deps ## Run the long matrices, which make test runs a part of
 .PHONY: compare
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
 	@go run ./integration/compare
+
+.PHONY: kill-matrix
+kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
+	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs
 
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram

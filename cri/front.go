@@ -65,7 +65,7 @@ type Pod struct {
 	TraceParent string
 	// Config is the configuration as the caller gave it. It must not be changed.
 	Config *runtime.PodSandboxConfig
-	// CreatedAt is when pause was created; zero before. containerd's service forgets it over a restart.
+	// CreatedAt is when the sandbox was begun. containerd's service forgets it over a restart.
 	CreatedAt time.Time
 	// IP and AdditionalIPs are empty once the pod is off its network.
 	IP            string

@@ -291,7 +291,7 @@ func TestGC(t *testing.T) {
 				require.NotContains(t, reserved(t, n), stray)
 			}
 			require.NoError(t, n.Heal())
-			finish(t, n)
+			removePods(t, n)
 			waitForPlugins(t, n)
 			restart(t)
 			n.RequireClean(t, before)

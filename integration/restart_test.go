@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -42,6 +43,9 @@ func sight(t *testing.T, n *harness.Node, pods ...*harness.Pod) string {
 		require.NoError(t, err)
 		resp.Timestamp, resp.ContainersStatuses = 0, nil
 		seen += text(resp)
+		if resp.GetStatus().GetState() != runtime.PodSandboxState_SANDBOX_READY {
+			continue // it has no stats
+		}
 		stats, err := n.Runtime.PodSandboxStats(t.Context(), &runtime.PodSandboxStatsRequest{PodSandboxId: pod.ID})
 		require.NoError(t, err)
 		seen += text(stats.GetStats().GetAttributes())
@@ -130,4 +134,38 @@ func requireSame(t *testing.T, before, after string) {
 	}
 	around := func(text string) string { return text[max(0, at-200):min(len(text), at+200)] }
 	t.Fatalf("before: …%s…\nafter: …%s…", around(before), around(after))
+}
+
+// The look at one pod hangs at the restart: the others are taken up, CRI serves in time, and the one is looked at again.
+func TestRestartWhileALookHangs(t *testing.T) {
+	n, before := warmNode(t)
+	pods := []*harness.Pod{runPod(t, n, n.PodConfig("a")), runPod(t, n, n.PodConfig("b")), runPod(t, n, n.PodConfig("c"))}
+	ended := func() (count int) {
+		for _, item := range listed(t, n) {
+			if item.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY {
+				count++
+			}
+		}
+		return count
+	}
+	pids := make([]int, len(pods))
+	for i, pod := range pods {
+		pid, err := pod.Pid(t.Context())
+		require.NoError(t, err)
+		pids[i] = pid
+	}
+	require.NoError(t, n.Kill(t.Context()))
+	for _, pid := range pids {
+		require.NoError(t, unix.Kill(pid, unix.SIGKILL)) // so that each look has something to find
+	}
+	require.NoError(t, n.Fault("start_pause.exited.before", "1*block"))
+	start := time.Now()
+	require.NoError(t, n.Start(t.Context()))
+	require.Less(t, time.Since(start), 20*time.Second)
+	require.Equal(t, len(pods)-1, ended(), "of one nobody knows")
+	require.Eventually(t, func() bool { return ended() == len(pods) }, waitFor, tick, "it is looked at again")
+	for _, pod := range pods {
+		require.NoError(t, pod.StopAndRemove(t.Context()))
+	}
+	n.RequireClean(t, before)
 }

@@ -9,67 +9,155 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
 var seed = flag.Uint64("seed", 0, "replay a soak; 0 takes a new seed")
 
-// TestSoak kills containerd at random moments while several pods at a time are created, stopped and removed.
+// TestSoak kills containerd at random moments while several pods at a time are created, stopped and removed, and while it recovers.
+// A seed gives the same decisions; the moments at which they meet are the machine's.
 func TestSoak(t *testing.T) {
-	kills := 8
+	rounds := 8
 	if full() {
-		kills = 200
+		rounds = 200
 	}
 	if *seed == 0 {
 		*seed = rand.Uint64()
 	}
 	t.Logf("replay with -seed %d", *seed)
-	random := rand.New(rand.NewPCG(*seed, 0))
 
-	n := harness.StartNode(t, harness.Config{})
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	s := &soak{n: harness.StartNode(t, harness.Config{}), interrupted: map[string]int{}}
+	before, err := s.n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
-	var pods atomic.Int64
-	for i := range kills {
-		ctx, cancel := context.WithCancel(t.Context())
-		var workers sync.WaitGroup
-		for range 4 {
-			workers.Go(func() { churn(ctx, n, &pods) })
+	for round := range rounds {
+		random := rand.New(rand.NewPCG(*seed, uint64(round)))
+		s.killChurn(t, random, round)
+		if random.IntN(4) == 0 {
+			s.killRecovery(t, random)
 		}
-		moment := time.NewTimer(time.Duration(random.IntN(1200)) * time.Millisecond)
-		<-moment.C
-		require.NoError(t, n.Kill(t.Context()))
-		cancel()
-		workers.Wait()
-		require.NoError(t, n.Start(t.Context()))
-		finish(t, n)
-		removeContainers(t, n)
-		if i%10 == 9 || i == kills-1 {
-			n.RequireClean(t, before)
+		requireSound(t, s.n)
+		if last := round == rounds-1; last || random.IntN(3) > 0 {
+			removePods(t, n)
+			settled(t, s.n)
+			removeContainers(t, s.n)
+			s.n.RequireClean(t, before)
+		} // else the next round takes over what is there
+	}
+	t.Logf("under way at the kills: %v", s.interrupted)
+	if full() {
+		for _, call := range []string{"create", "container", "stop", "remove"} {
+			require.NotZero(t, s.interrupted[call], "no kill has hit a %s: %v", call, s.interrupted)
 		}
 	}
 }
 
-// churn runs pods with a container, and is rid of them again, until containerd is killed.
-func churn(ctx context.Context, n *harness.Node, pods *atomic.Int64) {
-	for ctx.Err() == nil {
-		pod, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", pods.Add(1))))
-		if err != nil {
-			return
+type soak struct {
+	n *harness.Node
+
+	mu          sync.Mutex
+	interrupted map[string]int // how often a kill came while this was under way
+}
+
+// killChurn kills containerd while several workers run pods and are rid of them again, those of the round before first.
+func (s *soak) killChurn(t *testing.T, random *rand.Rand, round int) {
+	const workers = 4
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	takenOver := make([][]*harness.Pod, workers)
+	for i, item := range listed(t, s.n) {
+		takenOver[i%workers] = append(takenOver[i%workers], s.n.FindPod(item.GetId(), nil))
+	}
+	var churning sync.WaitGroup
+	for i := range workers {
+		own := rand.New(rand.NewPCG(random.Uint64(), uint64(i)))
+		churning.Go(func() {
+			for _, pod := range takenOver[i] {
+				if !s.end(ctx, pod, own) {
+					return
+				}
+			}
+			for pod := 0; s.churn(ctx, own, fmt.Sprintf("pod-%d-%d-%d", round, i, pod)); pod++ {
+			}
+		})
+	}
+	<-time.After(time.Duration(random.IntN(1200)) * time.Millisecond)
+	require.NoError(t, s.n.Kill(t.Context()))
+	cancel()
+	churning.Wait()
+	require.NoError(t, s.n.Start(t.Context()))
+}
+
+// killRecovery kills containerd while it undoes what the kill before has left.
+func (s *soak) killRecovery(t *testing.T, random *rand.Rand) {
+	<-time.After(time.Duration(random.IntN(100)) * time.Millisecond)
+	require.NoError(t, s.n.Kill(t.Context()))
+	require.NoError(t, s.n.Start(t.Context()))
+}
+
+// churn runs a pod of a random kind with some containers and is rid of it again; false when containerd was killed meanwhile.
+func (s *soak) churn(ctx context.Context, random *rand.Rand, name string) bool {
+	kinds := []harness.PodOption{func(*runtime.PodSandboxConfig) {}, harness.HostUsers(), harness.HostNetwork()}
+	config := s.n.PodConfig(name, kinds[random.IntN(len(kinds))])
+	containers := random.IntN(3)
+	var pod *harness.Pod
+	ok := s.call("create", func() (err error) {
+		pod, err = s.n.RunPod(ctx, harness.PodfsmHandler, config)
+		return err
+	})
+	for i := 0; ok && i < containers; i++ {
+		ok = s.call("container", func() error {
+			_, err := pod.StartContainer(ctx, fmt.Sprint("c", i))
+			return err
+		})
+	}
+	return ok && s.end(ctx, pod, random)
+}
+
+// end stops and removes a pod, or removes it as it is.
+func (s *soak) end(ctx context.Context, pod *harness.Pod, random *rand.Rand) bool {
+	if random.IntN(4) > 0 && !s.call("stop", func() error { return pod.Stop(ctx) }) {
+		return false
+	}
+	return s.call("remove", func() error { return pod.Remove(ctx) })
+}
+
+// call counts the calls that fail: by a kill, because nothing else makes them.
+func (s *soak) call(what string, f func() error) bool {
+	if err := f(); err == nil {
+		return true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.interrupted[what]++
+	return false
+}
+
+// requireSound sees that pods that are listed as ready have the address that they need.
+func requireSound(t *testing.T, n *harness.Node) {
+	t.Helper()
+	for _, item := range listed(t, n) {
+		if item.GetState() != runtime.PodSandboxState_SANDBOX_READY {
+			continue
 		}
-		if _, err := pod.StartContainer(ctx, "main"); err != nil {
-			return
-		}
-		if err := pod.StopAndRemove(ctx); err != nil {
-			return
-		}
+		status, err := n.FindPod(item.GetId(), nil).Status(t.Context())
+		require.NoError(t, err)
+		onNode := status.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtime.NamespaceMode_NODE
+		require.Equal(t, onNode, status.GetNetwork().GetIp() == "", "%v", status)
+	}
+}
+
+// removePods does what the kubelet does to be rid of all pods.
+func removePods(t *testing.T, n *harness.Node) {
+	t.Helper()
+	for _, item := range listed(t, n) {
+		require.NoError(t, n.FindPod(item.GetId(), &runtime.PodSandboxConfig{Metadata: item.GetMetadata()}).StopAndRemove(t.Context()))
 	}
 }
 

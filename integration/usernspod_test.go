@@ -253,3 +253,13 @@ func TestUserNSPodsAreApart(t *testing.T) {
 	})
 	n.RequireClean(t, before)
 }
+
+// eventually says whether something came true in time.
+func eventually(is func() bool) bool {
+	for deadline := time.Now().Add(waitFor); time.Now().Before(deadline); time.Sleep(tick) {
+		if is() {
+			return true
+		}
+	}
+	return is()
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,8 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bootIDFile: see proc_sys_kernel(5), random/boot_id. The id is made anew at each boot.
-const bootIDFile = "/proc/sys/kernel/random/boot_id"
+// BootIDFile: see proc_sys_kernel(5), random/boot_id. The id is made anew at each boot. It is a variable for tests that reboot,
+// and must be set before anything is opened.
+var BootIDFile = "/proc/sys/kernel/random/boot_id"
 
 // Ledger is an open ledger. All methods are safe for concurrent use, but Append and Forget of one sandbox must not run at the
 // same time: which of them wins is not defined.
@@ -31,7 +33,8 @@ type Ledger struct {
 	bootChanged bool
 	incomplete  bool
 	damage      []Damage
-	seq         atomic.Uint64 // the last one given
+	forgot      map[Key]uint64 // those that Open has found to be forgotten, by their last sequence numbers
+	seq         atomic.Uint64  // the last one given
 
 	queue         *queue
 	committerDone chan struct{}
@@ -48,7 +51,7 @@ type Ledger struct {
 // stateDir may be a tmpfs. Damage is never a reason to fail. It returns Unavailable when another process keeps ledger.db locked for
 // some seconds, and other errors when files can't be created (ResourceExhausted for a full disk).
 func Open(rootDir, stateDir string) (*Ledger, error) {
-	return open(rootDir, stateDir, bootIDFile)
+	return open(rootDir, stateDir, BootIDFile)
 }
 
 func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
@@ -76,6 +79,7 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 		bootChanged:   r.bootChanged,
 		incomplete:    !inDB.complete && !inLog.complete,
 		live:          r.live,
+		forgot:        forgotten(inDB, inLog),
 		log:           logWriter{path: inLog.path},
 		queue:         newQueue(),
 		committerDone: make(chan struct{}),
@@ -90,6 +94,22 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 	l.damage = slices.Concat(inDB.damage, inLog.damage)
 	go l.runCommitter()
 	return l, nil
+}
+
+// forgotten are the sandboxes that are forgotten for sure: by their tombstones, or because a whole ledger.db lacks what the log knows,
+// when a crash came before the tombstone.
+func forgotten(inDB, inLog *image) map[Key]uint64 {
+	forgot := maps.Clone(inLog.forgot)
+	if !inDB.complete {
+		return forgot
+	}
+	for _, s := range inLog.records {
+		forgot[s.key] = max(forgot[s.key], s.seq)
+	}
+	for _, s := range inDB.records {
+		delete(forgot, s.key)
+	}
+	return forgot
 }
 
 func readBootID(path string) (string, error) {
@@ -269,6 +289,13 @@ func (l *Ledger) BootSeq() uint64 { return l.bootSeq }
 // Incomplete says that neither file was there as it was written, so there may be sandboxes that the ledger doesn't know. A new ledger
 // is incomplete.
 func (l *Ledger) Incomplete() bool { return l.incomplete }
+
+// Forgotten says that a sandbox was forgotten before Open, for sure: of those that Open doesn't find, others may have been lost.
+// It knows of those that were forgotten since the log was last rewritten, at least since the Open before.
+func (l *Ledger) Forgotten(k Key) bool {
+	_, ok := l.forgot[k]
+	return ok
+}
 
 // Damage returns what Open could not read.
 func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }

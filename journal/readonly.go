@@ -25,7 +25,7 @@ type Snapshot struct {
 // It returns Unavailable when a daemon has the ledger open (after waiting some seconds for it to go), and NotFound when there is
 // no ledger.
 func OpenReadOnly(rootDir, stateDir string) (*Snapshot, error) {
-	return openReadOnly(rootDir, stateDir, bootIDFile, lockWait)
+	return openReadOnly(rootDir, stateDir, BootIDFile, lockWait)
 }
 
 func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Snapshot, error) {

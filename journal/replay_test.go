@@ -273,3 +273,16 @@ func TestBoot(t *testing.T) {
 		require.ErrorIs(t, err, os.ErrNotExist)
 	})
 }
+
+// The crash came between the commit of a Forget and its tombstone: the log knows more of the sandbox than a whole ledger.db.
+func TestForgottenWithoutATombstone(t *testing.T) {
+	k := Key{Namespace: "k8s.io", ID: "s1"}
+	log, db := newImage("log"), newImage("db")
+	log.records = []stored{newStored(&Record{Seq: 3, Key: k, Kind: Begun, Durable: true}, nil)}
+	db.complete = true
+	require.Contains(t, forgotten(db, log), k)
+	db.complete = false
+	require.NotContains(t, forgotten(db, log), k, "ledger.db may have lost it")
+	db.complete, db.records = true, log.records
+	require.NotContains(t, forgotten(db, log), k, "it is there")
+}

@@ -46,7 +46,7 @@ func (e *StepError) Unwrap() error { return e.Err }
 
 // start handles the request to run the creation path.
 func (s *sandbox) start(ctx context.Context, reply func(error)) {
-	if s.state() != states.New || s.creation != nil {
+	if s.state() != states.New || s.creation != nil || s.restored {
 		reply(fmt.Errorf("sandbox %q is %s and can't be started again: %w", s.key.ID, s.state(), errdefs.ErrFailedPrecondition))
 		return
 	}

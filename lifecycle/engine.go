@@ -50,7 +50,8 @@ type Engine struct {
 	journal Journal
 	backoff Backoff
 
-	work sync.WaitGroup // queues and steps that are running
+	work     sync.WaitGroup // queues and steps that are running
+	resuming turns          // of restored sandboxes that are being undone
 
 	mu        sync.Mutex
 	closed    bool
@@ -79,7 +80,11 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 			return nil, fmt.Errorf("step %q has no deadline: %w", f.Name, errdefs.ErrInvalidArgument)
 		}
 	}
-	return &Engine{steps: steps, journal: j, backoff: backoff, sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}}, nil
+	return &Engine{
+		steps: steps, journal: j, backoff: backoff,
+		resuming:  turns{free: resumeParallel},
+		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+	}, nil
 }
 
 // Request is what a sandbox is created with.
@@ -92,6 +97,8 @@ type Request struct {
 	Spec any
 	// Attributes go on every span of the sandbox.
 	Attributes []attribute.KeyValue
+	// Created is when the sandbox was begun, for a restored one whose records don't say so.
+	Created time.Time
 }
 
 // Create accepts a sandbox: it is on record from here on, and nothing of it exists yet.

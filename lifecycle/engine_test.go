@@ -86,14 +86,15 @@ func (b *book) read() []string {
 
 // node is the world that the steps of a test act on.
 type node struct {
-	mu     sync.Mutex
-	exists []states.Event // what has been made and not undone, in the order of making
-	acts   []string
-	exited *Exit
-	still  states.Event // what is there though it was undone
-	do     map[states.Event]func(ctx context.Context) error
-	undo   map[states.Event]func() error
-	stop   error
+	mu      sync.Mutex
+	exists  []states.Event // what has been made and not undone, in the order of making
+	acts    []string
+	exited  *Exit
+	unknown error        // nobody knows whether it has exited
+	still   states.Event // what is there though it was undone
+	do      map[states.Event]func(ctx context.Context) error
+	undo    map[states.Event]func() error
+	stop    error
 }
 
 func newNode() *node {
@@ -180,7 +181,7 @@ func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
 func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) {
 	s.node.mu.Lock()
 	defer s.node.mu.Unlock()
-	return s.node.exited, nil
+	return s.node.exited, s.node.unknown
 }
 
 func (s *fakeEnder) Reap(context.Context, *Run) error {
@@ -300,7 +301,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 		"intent capture_netns", "done capture_netns",
 		"intent attach_network", "done attach_network",
 		"intent declare_ready", "done declare_ready",
-		"moved stop",
+		"moved stop", "exited",
 		"undo-intent attach_network", "undone attach_network",
 		"undo-intent capture_netns", "undone capture_netns",
 		"moved finish_stop",

@@ -84,6 +84,9 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	}
 	req, past := describe(saved.Key, history.spec)
 	s.req = req
+	if !history.begun && !req.Created.IsZero() {
+		s.created = req.Created
+	}
 	if past != Recorded {
 		history.lose(past)
 	}
@@ -125,6 +128,7 @@ func (s *sandbox) touchAll() {
 // history folds records into a sandbox.
 type history struct {
 	*sandbox
+	begun bool // that is on record
 	spec  any
 	state states.State
 }
@@ -138,7 +142,7 @@ func (h *history) replay(record *journal.Record) error {
 		return err
 	}
 	if record.Kind == journal.Begun {
-		h.spec, h.created, h.traceParent = data, record.At, record.TraceParent
+		h.begun, h.spec, h.created, h.traceParent = true, data, record.At, record.TraceParent
 		return nil
 	}
 	if record.Step == "" {
@@ -300,8 +304,13 @@ const (
 	Discard
 )
 
-// Resume takes up a restored sandbox. A sandbox that was ready is probed before Resume returns; everything that has to be
-// undone is undone afterwards, in the sandbox's queue. A creation that a restart interrupted is rolled back in any case.
+// resumeParallel is how many restored sandboxes are undone at a time.
+const resumeParallel = 8
+
+// Resume takes up a restored sandbox. A sandbox that was ready is looked at before Resume returns; everything that has to be
+// undone is undone afterwards, some sandboxes at a time. A request for a sandbox doesn't wait for its turn. A creation that a
+// restart interrupted is rolled back in any case. An error means that nobody knows whether a ready sandbox's process lives: it
+// stays as it is, and is looked at again.
 func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) error {
 	s, err := e.lookup(key)
 	if err != nil {
@@ -317,12 +326,25 @@ func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) e
 }
 
 func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(error)) {
-	state := s.state()
-	if state == states.Ready && verdict == Keep {
-		reply(s.adopt(ctx))
+	if s.state() == states.Ready && verdict == Keep {
+		reply(s.look(ctx, 1))
 		return
 	}
 	reply(nil)
+	if s.next(verdict) == nil {
+		return
+	}
+	turns := &s.engine.resuming
+	turns.take(func() {
+		if !s.post(func() { defer turns.give(); s.goOn(verdict) }) {
+			turns.give()
+		}
+	})
+}
+
+// goOn does what a restored sandbox still needs, if nobody has asked for it meanwhile.
+func (s *sandbox) goOn(verdict Verdict) {
+	state := s.state()
 	work := s.next(verdict)
 	if work == nil {
 		return
@@ -350,7 +372,7 @@ func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 		return s.remove
 	case states.CleanupOwed:
 		return s.pay
-	case states.Quarantined:
+	case states.Quarantined, states.RolledBack, states.Removed:
 		return nil
 	default:
 		return func(ctx context.Context) error { return s.rollback(ctx, errInterrupted) }
@@ -359,8 +381,33 @@ func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 
 var errInterrupted = fmt.Errorf("containerd was restarted before the sandbox was ready: %w", errdefs.ErrAborted)
 
-// adopt makes sure that the process of a ready sandbox lives.
+// lookTimeout bounds one look at a process.
+const lookTimeout = 5 * time.Second
+
+// look makes sure that the process of a ready sandbox lives. When that can't be told it looks again later, as many attempts as it takes.
+func (s *sandbox) look(ctx context.Context, attempts int) error {
+	err := s.adopt(ctx)
+	if err == nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.post(func() { s.lookAgain(attempts + 1) }) })
+	return err
+}
+
+func (s *sandbox) lookAgain(attempts int) {
+	if s.state() != states.Ready {
+		return
+	}
+	if err := s.look(s.background(), attempts); err != nil {
+		s.log(s.background()).WithError(err).Warn("sandbox: nobody knows whether its process lives")
+	}
+}
+
 func (s *sandbox) adopt(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
 	for _, step := range s.engine.steps {
 		ender, ok := step.(Ender)
 		if !ok {

@@ -3,7 +3,9 @@ package lifecycle
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -105,6 +107,27 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, uint32(7), exit.Code)
 	})
+	t.Run("looks again when nobody knows whether its process has ended", func(t *testing.T) {
+		w := ready(t).restart(t, Recorded)
+		w.node.unknown = errors.New("no answer")
+		require.ErrorContains(t, w.Resume(t.Context(), testKey, Keep), "no answer")
+		require.Equal(t, states.Ready, w.state(t))
+		w.node.mu.Lock()
+		w.node.unknown, w.node.exited = nil, &Exit{Code: 7}
+		w.node.mu.Unlock()
+		require.Eventually(t, func() bool { return w.state(t) == states.NotReady }, 10*time.Second, time.Millisecond)
+	})
+	t.Run("knows how the process of a stopped one has ended", func(t *testing.T) {
+		before := ready(t)
+		require.NoError(t, before.Stop(t.Context(), testKey))
+		old, err := before.Get(testKey)
+		require.NoError(t, err)
+		w := before.restart(t, Recorded)
+		view, err := w.Get(testKey)
+		require.NoError(t, err)
+		require.Equal(t, old.Exit.Code, view.Exit.Code)
+		require.True(t, old.Exit.At.Equal(view.Exit.At))
+	})
 	t.Run("removes one that nobody asks for", func(t *testing.T) {
 		w := ready(t).restart(t, Recorded)
 		require.NoError(t, w.Resume(t.Context(), testKey, Discard))
@@ -126,6 +149,41 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 		require.Empty(t, w.left())
 	})
+}
+
+// What a restart has left undone is undone some sandboxes at a time, and one whose undo hangs keeps nobody else from being stopped.
+func TestRestartUndoesSomeAtATime(t *testing.T) {
+	const sandboxes = 3 * resumeParallel
+	old := interrupted(t, states.AttachNetwork)
+	w := newWorld(t)
+	saved := make([]journal.Sandbox, sandboxes)
+	for i := range saved {
+		saved[i] = journal.Sandbox{Key: journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}, Records: old.book.saved()[0].Records}
+	}
+	w.Restore(t.Context(), saved, func(_ journal.Key, spec any) (Request, Past) { return Request{Spec: spec}, Recorded })
+	release := make(chan struct{})
+	var undoing, most atomic.Int32
+	w.undo[states.AttachNetwork] = func() error {
+		if now := undoing.Add(1); now > most.Load() {
+			most.Store(now)
+		}
+		defer undoing.Add(-1)
+		<-release
+		return nil
+	}
+	for _, s := range saved {
+		require.NoError(t, w.Resume(t.Context(), s.Key, Keep))
+	}
+	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel }, 10*time.Second, time.Millisecond)
+	require.Len(t, w.List(), sandboxes)
+
+	asked := make(chan error)
+	go func() { asked <- w.Stop(t.Context(), saved[sandboxes-1].Key) }()
+	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel+1 }, 10*time.Second, time.Millisecond, "a request doesn't wait for its turn")
+	close(release)
+	require.NoError(t, <-asked)
+	require.Eventually(t, func() bool { return len(w.List()) == 0 }, 10*time.Second, time.Millisecond)
+	require.EqualValues(t, resumeParallel+1, most.Load())
 }
 
 func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {

@@ -262,14 +262,11 @@ func (s *sandbox) run(step Step) *Run {
 
 // pauseExited handles the end of the sandbox's process.
 func (s *sandbox) pauseExited(exit Exit) {
-	if s.state().Terminal() || !s.setExit(exit) {
+	ctx := s.background()
+	if s.state().Terminal() || !s.recordExit(ctx, exit) {
 		return
 	}
 	defer s.announceExit()
-	ctx := s.background()
-	if err := s.append(ctx, &journal.Record{Kind: journal.Exited}, &exit); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: the exit of pause is not on record")
-	}
 	cause := fmt.Errorf("pause exited with code %d: %w", exit.Code, errdefs.ErrUnavailable)
 	if s.creation != nil {
 		s.creation.fail(cause)
@@ -297,6 +294,17 @@ func (s *sandbox) reap(ctx context.Context) {
 		}
 		cancel()
 	}
+}
+
+// recordExit keeps how the process ended, the first time, also on record; it says whether it was.
+func (s *sandbox) recordExit(ctx context.Context, exit Exit) bool {
+	if !s.setExit(exit) {
+		return false
+	}
+	if err := s.append(ctx, &journal.Record{Kind: journal.Exited}, &exit); err != nil {
+		s.log(ctx).WithError(err).Warn("sandbox: the exit of pause is not on record")
+	}
+	return true
 }
 
 // setExit keeps how the process ended, the first time; it says whether it was.

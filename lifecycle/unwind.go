@@ -146,7 +146,7 @@ func (s *sandbox) end(ctx context.Context) error {
 			return err
 		}
 		s.settleStep(name)
-		s.setExit(exit)
+		s.recordExit(ctx, exit)
 		s.announceExit()
 	}
 	s.ended = true

@@ -30,6 +30,10 @@ const (
 	lastRetryDelay     = 320 * time.Millisecond
 )
 
+// createGrace is how long a shim has to make the task that a containerd asked it
+// for which was killed since.
+const createGrace = 3 * time.Second
+
 // Containers makes and ends pause containers and their tasks. A container's id
 // is its sandbox's.
 //
@@ -219,10 +223,16 @@ func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
 // left and containerd never looks for again. The snapshot stays. It succeeds when
 // there is nothing to delete.
 func (c *Containers) Delete(ctx context.Context, id string) error {
+	_, started := c.started.Load(id)
+	if !started {
+		if err := c.awaitCreate(ctx, id); err != nil {
+			return err
+		}
+	}
 	if _, err := c.Kill(ctx, id); err != nil {
 		return err
 	}
-	if _, started := c.started.Load(id); !started {
+	if !started {
 		if err := c.removeRemnants(ctx, id); err != nil {
 			return err
 		}
@@ -233,6 +243,32 @@ func (c *Containers) Delete(ctx context.Context, id string) error {
 	}
 	c.started.Delete(id)
 	return nil
+}
+
+// awaitCreate gives a shim without a task the time to make one. The containerd
+// that was killed may have asked it to, and a shim that is ended while it mounts
+// a rootfs leaves temporary mounts that nobody looks for again.
+func (c *Containers) awaitCreate(ctx context.Context, id string) error {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	shims, err := shimsOf(namespace, id)
+	if err != nil || len(shims) == 0 {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, createGrace)
+	defer cancel()
+	for delay := firstRetryDelay; ; delay = min(2*delay, lastRetryDelay) {
+		if _, err := c.Status(ctx, id); !errdefs.IsNotFound(err) {
+			return nil // what else may be wrong, Kill finds out
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(delay):
+		}
+	}
 }
 
 // removeRemnants ends shims that containerd has no note of, and removes a bundle

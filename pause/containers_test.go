@@ -40,6 +40,7 @@ type fakeShim struct {
 	shim   bool        // runs
 	status task.Status // UNKNOWN: the shim has no task
 	exited chan struct{}
+	making int // looks until the task is there that an earlier containerd has asked for
 	closed int // calls that still find the shim's connection closed; then the shim is gone
 
 	killErr, waitErr, deleteErr error
@@ -85,6 +86,11 @@ func (f *fakeShim) Start(context.Context, *tasks.StartRequest, ...grpc.CallOptio
 }
 
 func (f *fakeShim) Get(context.Context, *tasks.GetRequest, ...grpc.CallOption) (*tasks.GetResponse, error) {
+	if f.making > 0 {
+		if f.making--; f.making == 0 {
+			f.status = task.Status_CREATED
+		}
+	}
 	if err := f.enter("get", true); err != nil {
 		return nil, err
 	}
@@ -367,6 +373,20 @@ func TestDeleteWithATask(t *testing.T) {
 	require.NoError(t, containers.Delete(ctx, "sandbox"))
 	require.Equal(t, []string{"kill", "wait", "delete"}, f.calls)
 	require.False(t, f.shim)
+}
+
+// A containerd was killed when it had asked the shim for the task. To end the shim then would leave mounts of its own behind.
+func TestDeleteLetsAShimMakeItsTask(t *testing.T) {
+	shim := startShim(t, "sandbox", filepath.Join(t.TempDir(), "socket"), false)
+	reaped := make(chan error, 1)
+	go func() { reaped <- shim.Wait() }()
+	f := newFakeShim(task.Status_UNKNOWN)
+	f.making = 3
+	ctx, client := newTestClient(t, f)
+	containers := newPause(t, ctx, client)
+	require.NoError(t, containers.Delete(namespaces.WithNamespace(ctx, "test"), "sandbox"), "in the shim's namespace")
+	require.Equal(t, []string{"get", "get", "get", "kill", "wait", "delete"}, f.calls)
+	require.Error(t, <-reaped)
 }
 
 func TestDeleteRemovesABundleThatWasBeingDeleted(t *testing.T) {

@@ -20,6 +20,9 @@ const (
 	// shimGrace is how long a shim that nobody knows has to end by itself.
 	shimGrace = 2 * time.Second
 
+	// starterGrace is how long the start of a shim may take on a busy machine.
+	starterGrace = 10 * time.Second
+
 	// shimPoll is how often a wait for a shim looks at its context.
 	shimPoll = 100 * time.Millisecond
 )
@@ -29,6 +32,9 @@ const (
 // its own note of it leaves such a shim, which has no task and never ends; it is
 // known by the arguments that every shim built on containerd's pkg/shim has.
 func endShims(ctx context.Context, namespace, id string) error {
+	if err := awaitStarter(ctx, namespace, id); err != nil {
+		return err
+	}
 	shims, err := shimsOf(namespace, id)
 	if err != nil {
 		return err
@@ -39,6 +45,36 @@ func endShims(ctx context.Context, namespace, id string) error {
 		}
 	}
 	return nil
+}
+
+// awaitStarter lets the process end that starts a shim, "shim start", which
+// outlives a containerd that was killed. Ended half-way it would leave the
+// socket that it has made, and the shim would come after it was looked for.
+func awaitStarter(ctx context.Context, namespace, id string) error {
+	all, err := allShims()
+	if err != nil {
+		return fmt.Errorf("failed to look for shims of sandbox %q: %w", id, err)
+	}
+	patient, cancel := context.WithTimeout(ctx, starterGrace)
+	defer cancel()
+	for _, shim := range all {
+		if shim.Namespace != namespace || shim.ID != id || !shim.starter {
+			continue
+		}
+		pidfd, err := unix.PidfdOpen(shim.Pid, 0)
+		if errors.Is(err, unix.ESRCH) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		err = waitForEnd(patient, pidfd)
+		unix.Close(pidfd)
+		if err != nil && patient.Err() == nil {
+			return err
+		}
+	}
+	return ctx.Err()
 }
 
 func shimsOf(namespace, id string) ([]int, error) {
@@ -59,6 +95,8 @@ func shimsOf(namespace, id string) ([]int, error) {
 type Shim struct {
 	Pid           int
 	Namespace, ID string
+
+	starter bool // it starts the shim, and ends then
 }
 
 // Shims returns the shims that work in a containerd's directory of bundles.
@@ -102,7 +140,7 @@ func allShims() ([]Shim, error) {
 		args := strings.Split(string(bytes.TrimSuffix(cmdline, []byte{0})), "\x00")
 		namespace, id := flag(args, "-namespace"), flag(args, "-id")
 		if namespace != "" && id != "" {
-			shims = append(shims, Shim{Pid: pid, Namespace: namespace, ID: id})
+			shims = append(shims, Shim{Pid: pid, Namespace: namespace, ID: id, starter: slices.Contains(args, "start")})
 		}
 	}
 	return shims, nil
@@ -146,12 +184,17 @@ func endShim(ctx context.Context, pid int) error {
 	return ctx.Err()
 }
 
-// signalAndWait returns when the process has ended: its pidfd is readable then
-// (pidfd_open(2)).
+// signalAndWait returns when the process has ended.
 func signalAndWait(ctx context.Context, pidfd int, signal unix.Signal) error {
 	if err := unix.PidfdSendSignal(pidfd, signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return err
 	}
+	return waitForEnd(ctx, pidfd)
+}
+
+// waitForEnd returns when a process has ended: its pidfd is readable then
+// (pidfd_open(2)).
+func waitForEnd(ctx context.Context, pidfd int) error {
 	for ctx.Err() == nil {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(shimPoll/time.Millisecond))
 		if n > 0 {

@@ -76,7 +76,7 @@ func TestShimsAreOfOneContainerd(t *testing.T) {
 
 	shims, err := Shims(bundles)
 	require.NoError(t, err)
-	require.ElementsMatch(t, []Shim{{ours, "test", "s1"}, {gone, "test", "s2"}}, shims)
+	require.ElementsMatch(t, []Shim{{Pid: ours, Namespace: "test", ID: "s1"}, {Pid: gone, Namespace: "test", ID: "s2"}}, shims)
 
 	require.NoError(t, os.Mkdir(filepath.Join(bundles, "test", ".s5"), 0o755))
 	found, err := Bundles(bundles, "test")
@@ -88,4 +88,25 @@ func TestShimsAreOfOneContainerd(t *testing.T) {
 	found, err = Bundles(bundles, "nobody")
 	require.NoError(t, err)
 	require.Empty(t, found)
+}
+
+// The process that starts a shim outlives the containerd that was killed. Its shim comes later, with the socket.
+func TestEndShimsWaitsForOneThatIsBeingStarted(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "socket")
+	starter := exec.Command("sh", "-c", "read line", "shim", "-namespace", "test", "-id", "s2", "start")
+	line, err := starter.StdinPipe()
+	require.NoError(t, err)
+	require.NoError(t, starter.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- endShims(t.Context(), "test", "s2") }()
+
+	shim := startShim(t, "s2", socket, false)
+	reaped := make(chan error, 1)
+	go func() { reaped <- shim.Wait() }()
+	_, err = line.Write([]byte("done\n"))
+	require.NoError(t, err)
+	require.NoError(t, starter.Wait(), "it was let finish")
+	require.NoError(t, <-ended)
+	require.Error(t, <-reaped)
+	require.NoFileExists(t, socket)
 }

@@ -409,16 +409,13 @@ func (c *Controller) Named(metadata *runtime.PodSandboxMetadata) (cri.Pod, bool)
 func podOf(view lifecycle.View) cri.Pod {
 	spec := view.Spec.(*Spec)
 	pod := cri.Pod{
-		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler,
+		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler, CreatedAt: view.Created,
 		State: view.State, Claim: view.Claim, TraceParent: view.TraceParent,
 	}
 	for _, step := range view.Steps {
 		if step.Status == lifecycle.StepRunning || step.Status == lifecycle.StepUndoing {
 			pod.Step, pod.Since = string(step.Name), step.Started
 		}
-	}
-	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
-		pod.CreatedAt = started.CreatedAt
 	}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs

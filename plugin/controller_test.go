@@ -133,7 +133,7 @@ func TestStartReturnsTheInstance(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "s1", instance.SandboxID)
 	require.EqualValues(t, 42, instance.Pid)
-	require.Equal(t, time.Unix(7, 0).UTC(), instance.CreatedAt)
+	require.Equal(t, w.view(t, "s1").Created, instance.CreatedAt)
 	require.Empty(t, instance.Address)
 	require.Equal(t, "io.containerd.runc.v2", instance.Labels["oci_runtime_type"])
 
@@ -266,19 +266,20 @@ func TestStatus(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "SANDBOX_NOTREADY", got.State)
 	require.False(t, got.CreatedAt.IsZero(), "the CRI allows no zero time")
+	created := got.CreatedAt
 
 	_, err = w.Start(inCRI(t), "s1")
 	require.NoError(t, err)
 	got, err = w.Status(inCRI(t), "s1", false)
 	require.NoError(t, err)
-	require.Equal(t, sandbox.ControllerStatus{SandboxID: "s1", Pid: 42, State: "SANDBOX_READY", CreatedAt: time.Unix(7, 0).UTC()}, got)
+	require.Equal(t, sandbox.ControllerStatus{SandboxID: "s1", Pid: 42, State: "SANDBOX_READY", CreatedAt: created}, got)
 
 	at := time.Unix(8, 0).UTC()
 	w.engine.PauseExited(journal.Key{Namespace: cri.Namespace, ID: "s1"}, lifecycle.Exit{Code: 9, At: at})
 	w.waitFor(t, "s1", states.NotReady)
 	got, err = w.Status(inCRI(t), "s1", false)
 	require.NoError(t, err)
-	require.Equal(t, sandbox.ControllerStatus{SandboxID: "s1", State: "SANDBOX_NOTREADY", CreatedAt: time.Unix(7, 0).UTC(), ExitedAt: at}, got)
+	require.Equal(t, sandbox.ControllerStatus{SandboxID: "s1", State: "SANDBOX_NOTREADY", CreatedAt: created, ExitedAt: at}, got)
 }
 
 // containerd's service sends the event of the exit as soon as Wait returns, with the status that it is given then: the kubelet

@@ -39,7 +39,7 @@ func instance(view lifecycle.View, container containers.Container) (sandbox.Cont
 	return sandbox.ControllerInstance{
 		SandboxID: view.Key.ID,
 		Pid:       started.Pid,
-		CreatedAt: started.CreatedAt,
+		CreatedAt: view.Created,
 		Labels:    started.Labels,
 		Spec:      packed,
 	}, nil
@@ -70,11 +70,8 @@ func status(ctx context.Context, n *node, view lifecycle.View, verbose bool) (sa
 		State:     runtime.PodSandboxState_SANDBOX_NOTREADY.String(),
 		CreatedAt: view.Created,
 	}
-	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
-		s.CreatedAt = started.CreatedAt
-		if view.Exit == nil {
-			s.Pid = started.Pid
-		}
+	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok && view.Exit == nil {
+		s.Pid = started.Pid
 	}
 	if view.State == states.Ready {
 		s.State = runtime.PodSandboxState_SANDBOX_READY.String()

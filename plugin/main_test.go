@@ -184,7 +184,7 @@ func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	case states.RemapSnapshot:
 		return &Snapshot{Snapshotter: "overlayfs", Parent: "sha256:1", Strategy: "idmap"}, nil
 	case states.StartPause:
-		return &Pause{Pid: 42, CreatedAt: time.Unix(7, 0).UTC(), CgroupPath: "/pods/web", Labels: map[string]string{"oci_runtime_type": "io.containerd.runc.v2"}}, nil
+		return &Pause{Pid: 42, CgroupPath: "/pods/web", Labels: map[string]string{"oci_runtime_type": "io.containerd.runc.v2"}}, nil
 	case states.CaptureNetNS:
 		return &NetNS{Path: "/run/netns/podfsm-" + r.Key.ID, Inode: 4026532000}, nil
 	case states.AttachNetwork:

@@ -45,7 +45,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 	if err := sweepLeases(ctx, client, records, others); err != nil {
 		return err
 	}
-	saved := withUnknown(c.ledger.Sandboxes(), records, c.ledger.Incomplete())
+	saved := c.withUnknown(c.ledger.Sandboxes(), records)
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
 		// What containerd's service knows as started was ready: a result that is missing was on record.
@@ -64,7 +64,9 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 		if spec, ok := spec.(*Spec); ok {
 			return request(key, spec), past
 		}
-		return request(key, c.specOf(key, records[key])), past
+		req := request(key, c.specOf(key, records[key]))
+		req.Created = records[key].CreatedAt
+		return req, past
 	})
 	c.collectNetworks(ctx, client, gc, sandboxIDs(saved, records, others))
 	c.resumeAll(ctx, client, records, lost)
@@ -102,14 +104,15 @@ func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec
 
 // withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
 // damaged. Their records are all that leads to pods that may well run; they come back quarantined. So do those that weren't started
-// yet, when the ledger is incomplete: else they were never begun, and nothing of them is there.
-func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox, incomplete bool) []journal.Sandbox {
+// yet, when the ledger is incomplete: else they were never begun, and nothing of them is there. Those of sandboxes that were removed are
+// left over from a kill.
+func (c *Controller) withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
 	known := make(map[journal.Key]bool, len(saved))
 	for _, s := range saved {
 		known[s.Key] = true
 	}
 	for key, record := range records {
-		if !known[key] && (incomplete || ran(record)) {
+		if !known[key] && (ran(record) || c.ledger.Incomplete()) && !c.ledger.Forgotten(key) {
 			saved = append(saved, journal.Sandbox{Key: key})
 		}
 	}
@@ -162,13 +165,14 @@ func neverShown(view lifecycle.View, record sandbox.Sandbox) bool {
 	return view.Claim == lifecycle.Discarded || view.Claim == lifecycle.Unclaimed && !ran(record)
 }
 
-// staysListed says whether containerd's service goes on listing the sandbox.
+// staysListed says whether containerd's service goes on listing the sandbox. One whose removal was begun is podfsm's alone to finish:
+// its containers and its network are gone, and a record that outlives podfsm's own would bring it back.
 func staysListed(view lifecycle.View) bool {
 	switch view.State {
-	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Removing, states.Quarantined:
+	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Quarantined:
 		return true
 	case states.CleanupOwed:
-		return view.Goal != states.RolledBack
+		return view.Goal == states.Stopped
 	default:
 		return false
 	}

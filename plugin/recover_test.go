@@ -80,11 +80,14 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 
 			require.NoError(t, w.recover(t.Context(), client, true))
 
-			_, err = client.SandboxStore().Get(ctx, "s1")
+			record, err := client.SandboxStore().Get(ctx, "s1")
 			left, listErr := client.LeasesService().List(ctx)
 			require.NoError(t, listErr)
 			if tc.stays {
 				require.NoError(t, err)
+				for _, view := range w.engine.List() {
+					require.True(t, record.CreatedAt.Equal(view.Created), "it is as old as it was")
+				}
 				require.Len(t, left, 1)
 				return
 			}
@@ -92,6 +95,29 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 			require.Empty(t, left)
 		})
 	}
+}
+
+// The daemon was killed when the ledger had lost a removed sandbox, and containerd's store not yet.
+func TestRecoverSweepsWhatWasRemoved(t *testing.T) {
+	rootDir, stateDir, key := t.TempDir(), t.TempDir(), journal.Key{Namespace: cri.Namespace, ID: "s1"}
+	ledger, err := journal.Open(rootDir, stateDir)
+	require.NoError(t, err)
+	require.NoError(t, ledger.Append(t.Context(), &journal.Record{Key: key, Kind: journal.Begun}))
+	require.NoError(t, ledger.Forget(t.Context(), key))
+	require.NoError(t, ledger.Close())
+	ran, err := typeurl.MarshalAny(&specs.Spec{})
+	require.NoError(t, err)
+	client := newStores(t)
+	_, err = client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: "s1", Sandboxer: Name, Spec: ran, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
+	require.NoError(t, err)
+
+	w := newWorld(t)
+	w.ledger, err = journal.Open(rootDir, stateDir)
+	require.NoError(t, err)
+	require.NoError(t, w.recover(t.Context(), client, true))
+	_, err = client.SandboxStore().Get(inCRI(t), "s1")
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
+	require.Empty(t, w.engine.List())
 }
 
 // restart runs a sandbox, does something to the ledger's log when the controller has closed, and returns the controller that

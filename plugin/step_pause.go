@@ -41,12 +41,10 @@ func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 }
 
 // run makes the container and its process, and completes result.
-func (s *startPause) run(ctx context.Context, request pause.CreateRequest, runtimePath string, result *Pause) error {
-	container, err := s.containers.Create(ctx, request)
-	if err != nil {
+func (s *startPause) run(ctx context.Context, request pause.CreateRequest, runtimePath string, result *Pause) (err error) {
+	if _, err = s.containers.Create(ctx, request); err != nil {
 		return err
 	}
-	result.CreatedAt = container.CreatedAt
 	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, runtimePath); err != nil {
 		return err
 	}

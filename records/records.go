@@ -72,7 +72,6 @@ type Snapshot struct {
 // Pause is the result of the step start_pause.
 type Pause struct {
 	Pid          uint32
-	CreatedAt    time.Time
 	CgroupPath   string // the OCI spec's linux.cgroupsPath
 	ProcessLabel string // SELinux
 	Labels       map[string]string

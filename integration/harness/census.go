@@ -74,7 +74,7 @@ func (n *Node) WaitClean(ctx context.Context, before Census) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, cleanTimeout, fmt.Errorf("not as before within %v", cleanTimeout))
 	defer cancel()
 	return poll(ctx, censusInterval, func() error {
-		after, err := n.tidyCensus(ctx)
+		after, err := n.TidyCensus(ctx)
 		if err != nil {
 			return err
 		}
@@ -85,9 +85,9 @@ func (n *Node) WaitClean(ctx context.Context, before Census) error {
 	})
 }
 
-// tidyCensus takes a census without containerd's garbage, which it would collect
+// TidyCensus takes a census without containerd's garbage, which it would collect
 // some time later. It does not end with ctx: its error would hide what differs.
-func (n *Node) tidyCensus(ctx context.Context) (Census, error) {
+func (n *Node) TidyCensus(ctx context.Context) (Census, error) {
 	ctx = context.WithoutCancel(ctx)
 	if err := n.collectGarbage(ctx); err != nil {
 		return nil, err
@@ -125,7 +125,7 @@ func (n *Node) Settle(ctx context.Context) (Census, error) {
 	err := poll(ctx, censusInterval, func() error {
 		before := last
 		var err error
-		if last, err = n.tidyCensus(ctx); err != nil {
+		if last, err = n.TidyCensus(ctx); err != nil {
 			return err
 		}
 		for _, category := range idle {

@@ -78,8 +78,10 @@ type Node struct {
 	runc       string // the program that is the node's runc
 	env        []string
 	daemon     *process
+	tracer     *exec.Cmd // strace, which stalls the daemon
 	conn       *grpc.ClientConn
 	ranges     atomic.Uint32 // id ranges given to pods
+	boots      int
 }
 
 // NewNode makes a node, starts its daemon and gives it the images. The caller
@@ -123,7 +125,11 @@ func (n *Node) prepare(ctx context.Context, c Config) error {
 		"PATH=" + n.path("bin") + ":" + n.binary("") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"TMPDIR=" + n.path("tmp"),
 		faults.Env + "=" + string(n.Faults),
+		bootIDEnv + "=" + n.path("boot-id"),
 	}, c.Env...)
+	if err := n.boot(); err != nil {
+		return err
+	}
 	if c.Traces {
 		l, err := n.Listen()
 		if err != nil {
@@ -279,6 +285,7 @@ func (n *Node) end(ctx context.Context, signal syscall.Signal) error {
 	if err := n.daemon.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("failed to signal containerd of node %q: %w", n.name, err)
 	}
+	n.endStall()
 	select {
 	case <-n.daemon.exited:
 		n.daemon = nil

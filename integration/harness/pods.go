@@ -114,6 +114,12 @@ func (p *Pod) IP(ctx context.Context) (string, error) {
 	return status.GetNetwork().GetIp(), err
 }
 
+// FindPod returns the pod that has this id, which an earlier call was asked to
+// run from config.
+func (n *Node) FindPod(id string, config *runtime.PodSandboxConfig) *Pod {
+	return &Pod{ID: id, Config: config, node: n}
+}
+
 // Pid returns the host pid of the pod's pause process.
 func (p *Pod) Pid(ctx context.Context) (int, error) { return p.node.taskPid(ctx, p.ID) }
 

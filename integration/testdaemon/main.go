@@ -1,7 +1,11 @@
 // Command testdaemon is containerd-podfsm with a fault point before and after everything that a step does. It is for tests only.
 //
 // The points are STEP.do.before, STEP.do.after, STEP.undo.before, STEP.undo.after, STEP.stop.before and STEP.stop.after, where
-// STEP is a step's name as in the ledger. The step between them is the real one.
+// STEP is a step's name as in the ledger, and start_pause.exited.before and .after around the look at a pause that an earlier
+// daemon started. The step between them is the real one. Likewise leases.create, sandboxes.create, .update and .delete, and
+// snapshotter.prepare and .remove, around containerd's own stores.
+//
+// The boot id is read from the file that the environment variable PODFSM_BOOT_ID_FILE names, so that a test can reboot.
 package main
 
 import (
@@ -13,13 +17,17 @@ import (
 
 	_ "github.com/containerd/containerd/v2/cmd/containerd/builtins"
 
-	"github.com/podfsm/podfsm/integration/faults"
+	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/plugin"
 )
 
 func main() {
 	plugin.DecorateSteps(withFaults)
+	wrapStores()
+	if file := os.Getenv("PODFSM_BOOT_ID_FILE"); file != "" {
+		journal.BootIDFile = file
+	}
 	if err := command.App().Run(context.Background(), os.Args); err != nil {
 		_, _ = fmt.Fprintln(os.Stderr, "testdaemon:", err)
 		os.Exit(1)
@@ -54,14 +62,7 @@ func (s *faultyStep) Undo(ctx context.Context, r *lifecycle.Run) error {
 
 // between runs act between the points before and after it.
 func (s *faultyStep) between(ctx context.Context, what string, act func() error) error {
-	point := string(s.Facts().Name) + "." + what
-	if err := faults.Hit(ctx, point+".before"); err != nil {
-		return err
-	}
-	if err := act(); err != nil {
-		return err
-	}
-	return faults.Hit(ctx, point+".after")
+	return between(ctx, string(s.Facts().Name)+"."+what, act)
 }
 
 type faultyEnder struct {
@@ -77,8 +78,12 @@ func (s *faultyEnder) Stop(ctx context.Context, r *lifecycle.Run) (exit lifecycl
 	return exit, err
 }
 
-func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.Exit, error) {
-	return s.ender.Exited(ctx, r)
+func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (exit *lifecycle.Exit, err error) {
+	err = s.between(ctx, "exited", func() (err error) {
+		exit, err = s.ender.Exited(ctx, r)
+		return err
+	})
+	return exit, err
 }
 
 func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error { return s.ender.Reap(ctx, r) }
