@@ -119,6 +119,11 @@ func (d *Driver) addNetwork(ctx context.Context, a *Attachment, network int, rec
 //
 // Errors: those of all plugins joined, as for Add.
 func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
+	defer func() {
+		if a.Settled() {
+			d.run.Delete(a.ContainerID)
+		}
+	}()
 	if a.Settled() {
 		return nil
 	}
@@ -132,9 +137,6 @@ func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
 	var errs []error
 	for n := len(a.Networks) - 1; n >= 0; n-- {
 		errs = append(errs, d.delNetwork(ctx, a, n, netns, record))
-	}
-	if a.Settled() {
-		d.run.Delete(a.ContainerID)
 	}
 	return errors.Join(errs...)
 }

@@ -90,6 +90,15 @@ func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
 func (r *rig) add(ctx context.Context) error { return r.driver.Add(ctx, r.attachment, r.record) }
 func (r *rig) del(ctx context.Context) error { return r.driver.Del(ctx, r.attachment, r.record) }
 
+// requireForgotten checks that the driver holds nothing of a sandbox that is settled.
+func (r *rig) requireForgotten(t *testing.T) {
+	t.Helper()
+	r.driver.run.Range(func(id, _ any) bool {
+		require.Fail(t, "the driver still knows a sandbox", id)
+		return true
+	})
+}
+
 // requireReplay checks that the ledger tells what the attachment is.
 func (r *rig) requireReplay(t *testing.T) {
 	t.Helper()
@@ -383,6 +392,8 @@ func TestAddWhilePluginIsInstalled(t *testing.T) {
 	require.ErrorIs(t, err, unix.ETXTBSY)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.True(t, r.attachment.Settled(), "it never ran")
+	require.NoError(t, r.del(t.Context()))
+	r.requireForgotten(t)
 }
 
 func TestAddTwice(t *testing.T) {
@@ -433,6 +444,7 @@ func TestRecordFails(t *testing.T) {
 			r.fail = nil
 			require.NoError(t, r.del(t.Context()))
 			require.Equal(t, test.owed, r.calls())
+			r.requireForgotten(t)
 		})
 	}
 	t.Run("after DEL", func(t *testing.T) {

@@ -53,8 +53,9 @@ var parts = []install{
 	{".", ".build/bin", []string{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
 		"github.com/containerd/containerd/v2/cmd/ctr",
+		"./integration/fakerunc",
 		"./integration/faultwrap",
-	}, "containerd-shim-runc-v2, ctr, faultwrap"},
+	}, "containerd-shim-runc-v2, ctr, fakerunc, faultwrap"},
 	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
 	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
 }

@@ -56,6 +56,7 @@ func (n *Node) config() settings {
 			"io.containerd.server.v1.grpc":           settings{"address": n.Socket()},
 			"io.containerd.server.v1.ttrpc":          settings{"address": n.Socket() + ".ttrpc"},
 			"io.containerd.server.v1.metrics":        settings{"address": MetricsAddress},
+			"io.containerd.server.v1.debug":          settings{"address": n.debugSocket()},
 			"io.containerd.shim.v1.manager":          settings{"socket_dir": n.path("s")}, // default: /run/containerd/s
 			"io.containerd.internal.v1.opt":          settings{"path": n.path("opt")},
 			"io.containerd.image-verifier.v1.bindir": settings{"bin_dir": n.path("opt/image-verifier")},

@@ -44,7 +44,7 @@ func (n *Node) Heal() error {
 		errs = append(errs, n.Faults.Clear(point))
 	}
 	for part := range wrappable {
-		errs = append(errs, n.install(part, n.binary(part)))
+		errs = append(errs, n.install(part, n.real(part)))
 	}
 	return errors.Join(errs...)
 }
@@ -53,14 +53,22 @@ func (n *Node) Heal() error {
 // them.
 func (n *Node) installParts() error {
 	for part := range wrappable {
-		if err := n.install(part, n.binary(part)); err != nil {
+		if err := n.install(part, n.real(part)); err != nil {
 			return err
 		}
-		if err := os.Symlink(n.binary(part), n.path("faults/real/"+part)); err != nil {
+		if err := os.Symlink(n.real(part), n.path("faults/real/"+part)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// real is the program that a part of the node is while nothing wraps it.
+func (n *Node) real(part string) string {
+	if part == "runc" {
+		part = n.runc
+	}
+	return n.binary(part)
 }
 
 // install makes a part of the node a link to program. A daemon that runs the

@@ -51,6 +51,8 @@ type Config struct {
 	TOML   string   // merged over the harness's config.toml
 	Env    []string // added to the daemon's environment, as KEY=value
 	Traces bool     // receive the daemon's spans
+	// FakeRuntime has fakerunc in the place of runc, for thousands of sandboxes. Pods can't have containers then.
+	FakeRuntime bool
 }
 
 // Node is one containerd with everything that is its own: directories, sockets,
@@ -73,6 +75,7 @@ type Node struct {
 	repo       string
 	lock       *os.File // held for as long as this process may use dir
 	executable string
+	runc       string // the program that is the node's runc
 	env        []string
 	daemon     *process
 	conn       *grpc.ClientConn
@@ -87,7 +90,10 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{repo: repo, executable: filepath.Join(repo, daemon.path())}
+	n := &Node{repo: repo, executable: filepath.Join(repo, daemon.path()), runc: "runc"}
+	if c.FakeRuntime {
+		n.runc = "fakerunc"
+	}
 	if err := n.makeDir(); err != nil {
 		return nil, err
 	}
@@ -147,6 +153,9 @@ func (n *Node) CLI() string { return filepath.Join(filepath.Dir(n.executable), "
 // Dir returns the node's directory. All it has on the machine's filesystems is
 // below it, but for cgroups and libcni's default cache.
 func (n *Node) Dir() string { return n.dir }
+
+// Name returns the node's name, which its CNI network and its cgroups bear.
+func (n *Node) Name() string { return n.name }
 
 // Socket returns the path of the daemon's gRPC socket.
 func (n *Node) Socket() string { return n.path("containerd.sock") }
