@@ -109,6 +109,7 @@ type controller struct {
 	stop     func(ctx context.Context, id string) error
 	remove   func(ctx context.Context, id string) error
 	calls    []string
+	heard    []string // of pods of other handlers
 }
 
 const pauseImage = "example/pause:1"
@@ -150,6 +151,13 @@ func (c *controller) RemovePod(ctx context.Context, id string) error {
 	}
 	return c.remove(ctx, id)
 }
+
+func (c *controller) StockRuns(*runtime.PodSandboxConfig) func(string) {
+	c.heard = append(c.heard, "stock runs")
+	return func(id string) { c.heard = append(c.heard, "stock ran "+id) }
+}
+
+func (c *controller) StockRemoved(id string) { c.heard = append(c.heard, "stock removed "+id) }
 
 func newService(s *stock, c *controller) *service {
 	return &service{RuntimeServiceServer: s, images: s, sandboxes: c}

@@ -24,6 +24,10 @@ type Config struct {
 	CNIDelTimeout string `toml:"cni_del_timeout"`
 	// RuntimeTimeout bounds each of the other steps: the snapshot, the runtime's create and start. Default: "2m".
 	RuntimeTimeout string `toml:"runtime_timeout"`
+	// UserNS says, by runtime handler, who chooses the id mappings of pods.
+	UserNS map[string]UserNSConfig `toml:"userns"`
+	// Pool holds the host ids that mode "auto" gives to pods.
+	Pool PoolConfig `toml:"userns_pool"`
 }
 
 func defaultConfig() *Config {
@@ -125,11 +129,17 @@ func readConfigOf(instance, into any) error {
 	return json.Unmarshal(text, into)
 }
 
+// handlerName is the name of a runtime handler; "" is the default one's.
+func (c *stockConfig) handlerName(name string) string {
+	if name == "" {
+		return c.Containerd.DefaultRuntimeName
+	}
+	return name
+}
+
 // handler finds a runtime handler; "" is the default one. An unknown handler is InvalidArgument.
 func (c *stockConfig) handler(name string) (handler, error) {
-	if name == "" {
-		name = c.Containerd.DefaultRuntimeName
-	}
+	name = c.handlerName(name)
 	h, ok := c.Containerd.Runtimes[name]
 	if !ok {
 		known := strings.Join(slices.Sorted(maps.Keys(c.Containerd.Runtimes)), ", ")

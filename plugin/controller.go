@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/api/types"
@@ -29,15 +30,19 @@ import (
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
+	"github.com/podfsm/podfsm/userns"
 )
 
 // Controller is containerd's sandbox controller "podfsm". Its methods may be called by many goroutines.
 type Controller struct {
-	stock  *stockConfig
-	node   *node
-	ledger *journal.Ledger
-	engine *lifecycle.Engine
-	exits  *exitWatch
+	stock    *stockConfig
+	policies policies
+	node     *node
+	ledger   *journal.Ledger
+	engine   *lifecycle.Engine
+	exits    *exitWatch
+
+	passing atomic.Uint64 // pods of other controllers that have passed the front
 
 	refusalMu sync.Mutex
 	refusal   error // why no sandbox can be run; nil when all is well
@@ -78,6 +83,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err != nil {
 		return err
 	}
+	if c.policies, err = ic.Config.(*Config).policies(stock); err != nil {
+		return err
+	}
 	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
 	if err != nil {
 		return fmt.Errorf("failed to connect to containerd's services: %w", err)
@@ -94,6 +102,12 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
 	c.node = newNode(c.stock, client, bundles, limits)
+	c.node.policies = c.policies
+	pool, err := ic.Config.(*Config).Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
+	if err != nil {
+		return err
+	}
+	c.node.ids = userns.New(idHost{c}, pool)
 	engine, err := lifecycle.New(c.node.steps(limits), c.ledger, lifecycle.DefaultBackoff)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
@@ -139,7 +153,7 @@ func (c *Controller) well() error {
 	c.refusalMu.Lock()
 	defer c.refusalMu.Unlock()
 	if c.refusal != nil {
-		return fmt.Errorf("podfsm runs no pods: %w: %w", c.refusal, errdefs.ErrUnavailable)
+		return fmt.Errorf("podfsm runs no pods: %s: %w", c.refusal, errdefs.ErrUnavailable) // whatever class the reason has
 	}
 	return nil
 }
@@ -158,7 +172,7 @@ const untrustedWorkload = "io.kubernetes.cri.untrusted-workload"
 
 // Admit refuses a pod before anything is made for it: InvalidArgument for what can never run, FailedPrecondition for what
 // the node lacks.
-func (c *Controller) Admit(_ context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
+func (c *Controller) Admit(ctx context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
 	if err := c.well(); err != nil {
 		return err
 	}
@@ -166,9 +180,12 @@ func (c *Controller) Admit(_ context.Context, handlerName string, config *runtim
 		return fmt.Errorf("pod %q is annotated %s, for which containerd picks a handler of its own; name a handler instead: %w",
 			cri.PodName(config), untrustedWorkload, errdefs.ErrInvalidArgument)
 	}
-	spec, err := newSpec(c.stock, handlerName, config, sandbox.Sandbox{}, "")
+	spec, err := c.specFor(handlerName, config, sandbox.Sandbox{}, "")
 	if err != nil {
 		return err
+	}
+	if err := c.admitIDs(ctx, spec); err != nil {
+		return fmt.Errorf("pod %q can't have its ids: %w", cri.PodName(config), err)
 	}
 	if spec.OnNodeNetwork() {
 		return nil
@@ -194,7 +211,7 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	if err != nil {
 		return err
 	}
-	spec, err := newSpec(c.stock, handlerName, config, info, options.NetNSPath)
+	spec, err := c.specFor(handlerName, config, info, options.NetNSPath)
 	if err != nil {
 		return err
 	}
@@ -385,6 +402,7 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}
+	pod.UserNS = chosenUserNS(view)
 	return pod, true
 }
 

@@ -62,6 +62,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client) err
 		}
 		return request(key, c.specOf(key, records[key])), past
 	})
+	c.restoreIDs(ctx, lost, others)
 	c.resumeAll(ctx, client, records, lost)
 	return nil
 }
@@ -160,7 +161,7 @@ func staysListed(view lifecycle.View) bool {
 
 // sweepLeases deletes the leases that containerd's service took for sandboxes right before it was killed: it makes the lease first,
 // then its record of the sandbox, and never looks for a lease without one. They are known by their ids, those of sandboxes.
-func sweepLeases(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool) error {
+func sweepLeases(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, others map[journal.Key]sandbox.Sandbox) error {
 	ctx = namespaces.WithNamespace(ctx, cri.Namespace)
 	held, err := client.LeasesService().List(ctx)
 	if err != nil {
@@ -171,20 +172,21 @@ func sweepLeases(ctx context.Context, client *containerd.Client, records map[jou
 			continue
 		}
 		key := journal.Key{Namespace: cri.Namespace, ID: lease.ID}
-		if _, ours := records[key]; !ours && !others[key] {
+		_, ours := records[key]
+		if _, theirs := others[key]; !ours && !theirs {
 			sweep(ctx, client, key)
 		}
 	}
 	return nil
 }
 
-// storedSandboxes are containerd's records of podfsm's sandboxes, and the keys of those of other controllers.
-func storedSandboxes(ctx context.Context, client *containerd.Client) (records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool, err error) {
+// storedSandboxes are containerd's records of podfsm's sandboxes, and of those of other controllers.
+func storedSandboxes(ctx context.Context, client *containerd.Client) (records, others map[journal.Key]sandbox.Sandbox, err error) {
 	all, err := client.NamespaceService().List(ctx)
 	if err != nil {
 		return nil, nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
 	}
-	records, others = map[journal.Key]sandbox.Sandbox{}, map[journal.Key]bool{}
+	records, others = map[journal.Key]sandbox.Sandbox{}, map[journal.Key]sandbox.Sandbox{}
 	for _, namespace := range all {
 		stored, err := client.SandboxStore().List(namespaces.WithNamespace(ctx, namespace))
 		if err != nil {
@@ -195,7 +197,7 @@ func storedSandboxes(ctx context.Context, client *containerd.Client) (records ma
 			if record.Sandboxer == Name {
 				records[key] = record
 			} else {
-				others[key] = true
+				others[key] = record
 			}
 		}
 	}
@@ -217,6 +219,23 @@ func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 
 // specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.
 func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
+	config, handlerName := requestOf(record)
+	if config.GetMetadata() == nil {
+		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}
+	}
+	h, _ := c.stock.handler(handlerName)
+	mapping, _ := mappingsOfRecord(record) // nil where it can't be read, too
+	return &Spec{
+		Config:      config,
+		Handler:     handlerName,
+		Mapping:     mapping,
+		RuntimeType: record.Runtime.Name,
+		Snapshotter: c.stock.snapshotter(h),
+	}
+}
+
+// requestOf is what containerd's service was asked for, by its record of the sandbox; empty where that can't be read.
+func requestOf(record sandbox.Sandbox) (config *runtime.PodSandboxConfig, handlerName string) {
 	var metadata struct {
 		Metadata struct {
 			Config         *runtime.PodSandboxConfig
@@ -224,17 +243,7 @@ func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
 		}
 	}
 	if extension, ok := record.Extensions["metadata"]; ok {
-		_ = json.Unmarshal(extension.GetValue(), &metadata) // what can't be read stays empty
+		_ = json.Unmarshal(extension.GetValue(), &metadata)
 	}
-	config := metadata.Metadata.Config
-	if config.GetMetadata() == nil {
-		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}
-	}
-	h, _ := c.stock.handler(metadata.Metadata.RuntimeHandler)
-	return &Spec{
-		Config:      config,
-		Handler:     metadata.Metadata.RuntimeHandler,
-		RuntimeType: record.Runtime.Name,
-		Snapshotter: c.stock.snapshotter(h),
-	}
+	return metadata.Metadata.Config, metadata.Metadata.RuntimeHandler
 }
