@@ -57,7 +57,7 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestSoak|TestMemory
+long_tests := TestSoak|TestMemory|TestThousandSandboxes
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of
