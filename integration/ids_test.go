@@ -80,6 +80,9 @@ func TestIDRangesAreApart(t *testing.T) {
 				requireRefused(t, n, n.PodConfig("thief", other), codes.InvalidArgument, `pod "default/thief"`, `pod "default/holder" (sandbox "k8s.io/`+holder.ID)
 			})
 		}
+		now, err := n.Census(t.Context())
+		require.NoError(t, err)
+		require.Len(t, now[harness.HostIDs], 1, "a census that can't see a holder would be worthless")
 		beside := startPod(t, n, harness.PodfsmHandler, n.PodConfig("beside", ids(65536, 65536)))
 		require.Equal(t, uint32(first+65536), hostUID(t, n, beside))
 		again := startPod(t, n, harness.PodfsmHandler, n.PodConfig("holder", attempt(1), ids(0, 65536)))

@@ -141,11 +141,6 @@ func TestCensusSeesEachLeak(t *testing.T) {
 			require.NoError(t, err)
 			return func() { require.NoError(t, n.Containerd.SandboxStore().Delete(ctx, "leaked")) }
 		},
-		harness.HostIDs: func(t *testing.T) func() {
-			pod, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig("holder"))
-			require.NoError(t, err)
-			return func() { require.NoError(t, pod.StopAndRemove(ctx)) }
-		},
 		harness.Tasks:       func(t *testing.T) func() { return runTask(t, n) },
 		harness.Shims:       func(t *testing.T) func() { return runTask(t, n) },
 		harness.ShimSockets: func(t *testing.T) func() { return runTask(t, n) },
