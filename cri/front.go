@@ -47,6 +47,11 @@ type Sandboxes interface {
 	Unclaimed() []string
 	// RemovePod undoes whatever there is of the sandbox. It is idempotent; an unknown id is success.
 	RemovePod(ctx context.Context, id string) error
+	// StockRuns tells of a pod of another handler before containerd's service runs it. What it returns is called when that has ended,
+	// with the sandbox's id, "" after a failure.
+	StockRuns(config *runtime.PodSandboxConfig) (ended func(id string))
+	// StockRemoved tells that containerd's service has removed such a pod.
+	StockRemoved(id string)
 }
 
 // Pod is what containerd's CRI service doesn't know of a sandbox of ours.
@@ -70,6 +75,9 @@ type Pod struct {
 	// IP and AdditionalIPs are empty once the pod is off its network.
 	IP            string
 	AdditionalIPs []string
+	// UserNS is the user namespace that podfsm has chosen for the pod, in mode POD; nil where the pod's own configuration stands. It
+	// must not be changed.
+	UserNS *runtime.UserNamespace
 }
 
 // Call travels in the context of a request through containerd's service to our controller, in the same process.
@@ -117,7 +125,7 @@ func (s *service) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxReq
 		return nil, err
 	}
 	if !ours {
-		return s.RuntimeServiceServer.RunPodSandbox(ctx, r)
+		return s.runStock(ctx, r)
 	}
 	if err := s.sandboxes.Admit(ctx, r.GetRuntimeHandler(), r.GetConfig()); err != nil {
 		return nil, err
@@ -207,7 +215,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (_ *runtime.RemovePodSandboxResponse, err error) {
 	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
 	if !ok {
-		return s.RuntimeServiceServer.RemovePodSandbox(ctx, r)
+		return s.removeStock(ctx, r)
 	}
 	ctx, span := tracing.Start(ctx, tracing.SpanRemove, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()

@@ -113,6 +113,7 @@ type controller struct {
 	remove   func(ctx context.Context, id string) error
 	settle   func(ctx context.Context, id string) error
 	calls    []string
+	heard    []string // of pods of other handlers
 
 	unclaimed []string
 
@@ -208,6 +209,13 @@ func (c *controller) RemovePod(ctx context.Context, id string) error {
 	}
 	return c.remove(ctx, id)
 }
+
+func (c *controller) StockRuns(*runtime.PodSandboxConfig) func(string) {
+	c.heard = append(c.heard, "stock runs")
+	return func(id string) { c.heard = append(c.heard, "stock ran "+id) }
+}
+
+func (c *controller) StockRemoved(id string) { c.heard = append(c.heard, "stock removed "+id) }
 
 // newFront is a front that ends with the test.
 func newFront(t *testing.T, s *stock, c *controller) *service {

@@ -475,7 +475,7 @@ func TestPluginOutlivesDaemon(t *testing.T) {
 	require.NoError(t, err)
 	for _, point := range []string{"bridge.ADD", "host-local.ADD", "host-local.ADD.after", "bridge.ADD.after"} {
 		t.Run(point, func(t *testing.T) {
-			killAt(t, n, kill{creating, point})
+			interrupt(t, n, point)
 			require.NoError(t, n.Start(t.Context()))
 			waitForPlugins(t, n) // nobody lets it go on
 			require.NoError(t, n.Heal())

@@ -44,7 +44,7 @@ func TestSoak(t *testing.T) {
 		}
 		requireSound(t, s.n)
 		if last := round == rounds-1; last || random.IntN(3) > 0 {
-			removePods(t, n)
+			removePods(t, s.n)
 			settled(t, s.n)
 			removeContainers(t, s.n)
 			s.n.RequireClean(t, before)

@@ -139,6 +139,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	if out.plan, out.err = step.Plan(ctx, r); out.err != nil {
 		return out
 	}
+	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error
 	r.facts[f.Name] = out.recorded
 	intent := &journal.Record{Kind: journal.Intent, Step: string(f.Name), Durable: f.Lasting && out.plan != nil}
 	if out.err = s.append(ctx, intent, out.plan); out.err != nil {
@@ -154,7 +155,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	if skipped {
 		span.SetAttributes(tracing.StepSkipped.Bool(true))
 	}
-	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: f.Lasting && !skipped}
+	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: intent.Durable && !skipped}
 	out.err = s.append(context.WithoutCancel(ctx), done, out.result)
 	out.ended = done.At
 	return out

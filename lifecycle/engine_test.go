@@ -94,6 +94,7 @@ type node struct {
 	still   states.Event // what is there though it was undone
 	do      map[states.Event]func(ctx context.Context) error
 	undo    map[states.Event]func() error
+	plans   map[states.Event]any // set before anything runs
 	stop    error
 }
 
@@ -126,7 +127,7 @@ type fakeStep struct {
 
 func (s *fakeStep) Facts() Facts { return s.facts }
 
-func (s *fakeStep) Plan(context.Context, *Run) (any, error) { return nil, nil }
+func (s *fakeStep) Plan(context.Context, *Run) (any, error) { return s.node.plans[s.facts.Name], nil }
 
 // Do makes the thing first and fails then: a step that fails may have acted.
 func (s *fakeStep) Do(ctx context.Context, _ *Run) (any, error) {
@@ -439,6 +440,19 @@ func TestRecordThatFails(t *testing.T) {
 			require.Empty(t, w.left())
 		})
 	}
+	t.Run("intent with a plan", func(t *testing.T) {
+		w := newWorld(t)
+		w.plans = map[states.Event]any{states.AllocateIDs: &testResult{states.AllocateIDs}}
+		w.book.refuse = func(r *journal.Record) error {
+			if r.Kind == journal.Intent {
+				return full
+			}
+			return nil
+		}
+		require.ErrorIs(t, w.run(t), full)
+		require.Equal(t, []string{"undo allocate_ids"}, w.acted(), "what the plan has set aside is given back")
+		require.True(t, w.gone())
+	})
 	t.Run("begun", func(t *testing.T) {
 		w := newWorld(t)
 		w.book.refuse = func(*journal.Record) error { return full }

@@ -24,7 +24,7 @@ type Facts struct {
 	Holds []states.Event
 	// AtStop says that the step is undone when the sandbox stops, not only when it is removed.
 	AtStop bool
-	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too.
+	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan.
 	Lasting bool
 	// Deadline bounds Plan and Do, UndoDeadline bounds Undo, Stop and Reap.
 	Deadline, UndoDeadline time.Duration

@@ -30,6 +30,10 @@ type Config struct {
 	// CNIGC is "auto" for a CNI GC at containerd's start of the networks that no other runtime seems to share, or "off". Default:
 	// "auto".
 	CNIGC string `toml:"cni_gc"`
+	// UserNS says, by runtime handler, who chooses the id mappings of pods.
+	UserNS map[string]UserNSConfig `toml:"userns"`
+	// Pool holds the host ids that mode "auto" gives to pods.
+	Pool PoolConfig `toml:"userns_pool"`
 }
 
 func defaultConfig() *Config {
@@ -144,11 +148,17 @@ func readConfigOf(instance, into any) error {
 	return json.Unmarshal(text, into)
 }
 
+// handlerName is the name of a runtime handler; "" is the default one's.
+func (c *stockConfig) handlerName(name string) string {
+	if name == "" {
+		return c.Containerd.DefaultRuntimeName
+	}
+	return name
+}
+
 // handler finds a runtime handler; "" is the default one. An unknown handler is InvalidArgument.
 func (c *stockConfig) handler(name string) (handler, error) {
-	if name == "" {
-		name = c.Containerd.DefaultRuntimeName
-	}
+	name = c.handlerName(name)
 	h, ok := c.Containerd.Runtimes[name]
 	if !ok {
 		known := strings.Join(slices.Sorted(maps.Keys(c.Containerd.Runtimes)), ", ")

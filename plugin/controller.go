@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/api/types"
@@ -28,17 +29,21 @@ import (
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
+	"github.com/podfsm/podfsm/userns"
 )
 
 // Controller is containerd's sandbox controller "podfsm". Its methods may be called by many goroutines.
 type Controller struct {
-	stock  *stockConfig
-	limits timeouts
-	node   *node
-	ledger *journal.Ledger
-	engine *lifecycle.Engine
-	exits  *exitWatch
-	checks checks
+	stock    *stockConfig
+	limits   timeouts
+	policies policies
+	node     *node
+	ledger   *journal.Ledger
+	engine   *lifecycle.Engine
+	exits    *exitWatch
+	checks   checks
+
+	passing atomic.Uint64 // pods of other controllers that have passed the front
 
 	refusalMu sync.Mutex
 	refusal   error // why no sandbox can be run; nil when all is well
@@ -83,6 +88,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err != nil {
 		return err
 	}
+	if c.policies, err = config.policies(stock); err != nil {
+		return err
+	}
 	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
 	if err != nil {
 		return fmt.Errorf("failed to connect to containerd's services: %w", err)
@@ -99,6 +107,12 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
 	c.node = newNode(c.stock, client, bundles, c.limits)
+	c.node.policies = c.policies
+	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
+	if err != nil {
+		return err
+	}
+	c.node.ids = userns.New(idHost{c}, pool)
 	engine, err := lifecycle.New(c.node.steps(c.limits), c.ledger, lifecycle.DefaultBackoff)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
@@ -145,7 +159,7 @@ func (c *Controller) well() error {
 	c.refusalMu.Lock()
 	defer c.refusalMu.Unlock()
 	if c.refusal != nil {
-		return fmt.Errorf("podfsm runs no pods: %w: %w", c.refusal, errdefs.ErrUnavailable)
+		return fmt.Errorf("podfsm runs no pods: %s: %w", c.refusal, errdefs.ErrUnavailable) // whatever class the reason has
 	}
 	return nil
 }
@@ -172,9 +186,12 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 		return fmt.Errorf("pod %q is annotated %s, for which containerd picks a handler of its own; name a handler instead: %w",
 			cri.PodName(config), untrustedWorkload, errdefs.ErrInvalidArgument)
 	}
-	spec, err := newSpec(c.stock, handlerName, config, sandbox.Sandbox{}, "")
+	spec, err := c.specFor(handlerName, config, sandbox.Sandbox{}, "")
 	if err != nil {
 		return err
+	}
+	if err := c.admitIDs(ctx, spec); err != nil {
+		return fmt.Errorf("pod %q can't have its ids: %w", cri.PodName(config), err)
 	}
 	if spec.OnNodeNetwork() {
 		return nil
@@ -200,7 +217,7 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	if err != nil {
 		return err
 	}
-	spec, err := newSpec(c.stock, handlerName, config, info, options.NetNSPath)
+	spec, err := c.specFor(handlerName, config, info, options.NetNSPath)
 	if err != nil {
 		return err
 	}
@@ -420,6 +437,7 @@ func podOf(view lifecycle.View) cri.Pod {
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}
+	pod.UserNS = chosenUserNS(view)
 	return pod
 }
 

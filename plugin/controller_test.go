@@ -11,18 +11,22 @@ import (
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/otel"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
 )
 
 func failing(context.Context, string) error { return errNoLuck }
@@ -245,16 +249,16 @@ func TestOurs(t *testing.T) {
 }
 
 func TestAdmit(t *testing.T) {
-	c := &Controller{stock: stockWith(func(s *stockConfig) { s.CNI.ConfDir = t.TempDir() })}
+	c := &Controller{stock: stockWith(func(s *stockConfig) { s.CNI.ConfDir = t.TempDir() }), node: &node{ids: userns.New(nil, nil)}}
 	err := c.Admit(t.Context(), "podfsm", podConfig())
 	require.True(t, errdefs.IsFailedPrecondition(err), "no network is configured: %v", err)
 	require.ErrorContains(t, err, `"default/web"`)
 	require.NoError(t, c.Admit(t.Context(), "podfsm", podConfig(onNode)))
 	require.True(t, errdefs.IsInvalidArgument(c.Admit(t.Context(), "podfsm", nil)))
 	c.refuse(errors.New("first"))
-	c.refuse(errors.New("second"))
+	c.refuse(fmt.Errorf("second: %w", errdefs.ErrInvalidArgument))
 	err = c.Admit(t.Context(), "podfsm", nil)
-	require.True(t, errdefs.IsUnavailable(err))
+	require.Equal(t, codes.Unavailable, grpcstatus.Code(errgrpc.ToGRPC(err)), "whatever the reason's class")
 	require.ErrorContains(t, err, "first")
 	require.ErrorContains(t, err, "second")
 }

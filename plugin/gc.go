@@ -125,7 +125,7 @@ func (c *Controller) networks(ctx context.Context) []configured {
 }
 
 // sandboxIDs are the ids of all sandboxes on the ledger and in containerd's store, ours and others.
-func sandboxIDs(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool) map[string]bool {
+func sandboxIDs(saved []journal.Sandbox, records, others map[journal.Key]sandbox.Sandbox) map[string]bool {
 	ids := map[string]bool{}
 	for _, s := range saved {
 		ids[s.Key.ID] = true

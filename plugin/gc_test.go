@@ -44,7 +44,7 @@ func TestKnownIDs(t *testing.T) {
 		ID: "c1", Runtime: containers.RuntimeInfo{Name: "io.containerd.runc.v2"}, Spec: &anypb.Any{},
 	})
 	require.NoError(t, err)
-	sandboxes := sandboxIDs([]journal.Sandbox{{Key: key("owed")}}, map[journal.Key]sandbox.Sandbox{key("ours"): {}}, map[journal.Key]bool{key("stock"): true})
+	sandboxes := sandboxIDs([]journal.Sandbox{{Key: key("owed")}}, map[journal.Key]sandbox.Sandbox{key("ours"): {}}, map[journal.Key]sandbox.Sandbox{key("stock"): {}})
 	known, err := knownIDs(t.Context(), client, sandboxes)
 	require.NoError(t, err)
 	require.Equal(t, map[string]bool{"owed": true, "ours": true, "stock": true, "c1": true, "k8s.io-c1": true}, known)

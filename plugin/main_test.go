@@ -282,7 +282,9 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records)))
 	require.NoError(t, err)
 	stock := stockWith()
-	n := &node{stock: stock, containers: pause.NewContainers(client, t.TempDir())}
+	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir())}
+	w.Controller = &Controller{stock: stock, node: n}
+	n.ids = userns.New(idHost{w.Controller}, nil)
 
 	var steps []lifecycle.Step
 	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
@@ -298,7 +300,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	}
 	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return time.Hour }) // tests try again themselves
 	require.NoError(t, err)
-	w.Controller = &Controller{stock: stock, node: n, engine: engine}
+	w.engine = engine
 	t.Cleanup(func() { require.NoError(t, w.Close()) })
 	return w
 }

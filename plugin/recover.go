@@ -68,6 +68,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 		req.Created = records[key].CreatedAt
 		return req, past
 	})
+	c.restoreIDs(ctx, lost, others)
 	c.collectNetworks(ctx, client, gc, sandboxIDs(saved, records, others))
 	c.resumeAll(ctx, client, records, lost)
 	return nil
@@ -180,7 +181,7 @@ func staysListed(view lifecycle.View) bool {
 
 // sweepLeases deletes the leases that containerd's service took for sandboxes right before it was killed: it makes the lease first,
 // then its record of the sandbox, and never looks for a lease without one. They are known by their ids, those of sandboxes.
-func sweepLeases(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool) error {
+func sweepLeases(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, others map[journal.Key]sandbox.Sandbox) error {
 	ctx = namespaces.WithNamespace(ctx, cri.Namespace)
 	held, err := client.LeasesService().List(ctx)
 	if err != nil {
@@ -191,20 +192,21 @@ func sweepLeases(ctx context.Context, client *containerd.Client, records map[jou
 			continue
 		}
 		key := journal.Key{Namespace: cri.Namespace, ID: lease.ID}
-		if _, ours := records[key]; !ours && !others[key] {
+		_, ours := records[key]
+		if _, theirs := others[key]; !ours && !theirs {
 			sweep(ctx, client, key)
 		}
 	}
 	return nil
 }
 
-// storedSandboxes are containerd's records of podfsm's sandboxes, and the keys of those of other controllers.
-func storedSandboxes(ctx context.Context, client *containerd.Client) (records map[journal.Key]sandbox.Sandbox, others map[journal.Key]bool, err error) {
+// storedSandboxes are containerd's records of podfsm's sandboxes, and of those of other controllers.
+func storedSandboxes(ctx context.Context, client *containerd.Client) (records, others map[journal.Key]sandbox.Sandbox, err error) {
 	all, err := client.NamespaceService().List(ctx)
 	if err != nil {
 		return nil, nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
 	}
-	records, others = map[journal.Key]sandbox.Sandbox{}, map[journal.Key]bool{}
+	records, others = map[journal.Key]sandbox.Sandbox{}, map[journal.Key]sandbox.Sandbox{}
 	for _, namespace := range all {
 		stored, err := client.SandboxStore().List(namespaces.WithNamespace(ctx, namespace))
 		if err != nil {
@@ -215,7 +217,7 @@ func storedSandboxes(ctx context.Context, client *containerd.Client) (records ma
 			if record.Sandboxer == Name {
 				records[key] = record
 			} else {
-				others[key] = true
+				others[key] = record
 			}
 		}
 	}
@@ -237,16 +239,7 @@ func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 
 // specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.
 func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
-	var metadata struct {
-		Metadata struct {
-			Config         *runtime.PodSandboxConfig
-			RuntimeHandler string
-		}
-	}
-	if extension, ok := record.Extensions["metadata"]; ok {
-		_ = json.Unmarshal(extension.GetValue(), &metadata) // what can't be read stays empty
-	}
-	config := metadata.Metadata.Config
+	config, handlerName := requestOf(record)
 	if config.GetMetadata() == nil {
 		config = &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}
 	}
@@ -256,14 +249,30 @@ func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
 			options.Network = runtime.NamespaceMode_POD
 		}
 	}
-	h, _ := c.stock.handler(metadata.Metadata.RuntimeHandler)
+	h, _ := c.stock.handler(handlerName)
+	mapping, _ := mappingsOfRecord(record) // nil where it can't be read, too
 	return &Spec{
 		Guessed:     true,
 		Config:      config,
-		Handler:     metadata.Metadata.RuntimeHandler,
+		Handler:     handlerName,
+		Mapping:     mapping,
 		RuntimeType: record.Runtime.Name,
 		Snapshotter: c.stock.snapshotter(h),
 	}
+}
+
+// requestOf is what containerd's service was asked for, by its record of the sandbox; empty where that can't be read.
+func requestOf(record sandbox.Sandbox) (config *runtime.PodSandboxConfig, handlerName string) {
+	var metadata struct {
+		Metadata struct {
+			Config         *runtime.PodSandboxConfig
+			RuntimeHandler string
+		}
+	}
+	if extension, ok := record.Extensions["metadata"]; ok {
+		_ = json.Unmarshal(extension.GetValue(), &metadata)
+	}
+	return metadata.Metadata.Config, metadata.Metadata.RuntimeHandler
 }
 
 // hasNetNS says whether a sandbox that was started has a network namespace of its own, by what [instance] told containerd's service.

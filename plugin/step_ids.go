@@ -4,26 +4,57 @@ import (
 	"context"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/userns"
 )
 
-// allocateIDs takes the pod's id mapping. The mapping was validated and is on record, durably, since the sandbox was created;
-// a range that podfsm picks itself will be picked here.
-type allocateIDs struct{ facts lifecycle.Facts }
+// allocateIDs takes the pod's id mapping from the request, or chooses one.
+type allocateIDs struct {
+	*node
+	facts lifecycle.Facts
+}
 
 func (s *allocateIDs) Facts() lifecycle.Facts { return s.facts }
 
-func (s *allocateIDs) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
-
-// Do returns the *userns.Mappings.
-func (s *allocateIDs) Do(_ context.Context, r *lifecycle.Run) (any, error) {
-	mapping := r.Spec.(*Spec).Mapping
-	if mapping == nil {
-		return &lifecycle.Skipped{Reason: "the pod is in the host's user namespace"}, nil
+// Plan returns the *userns.Mappings that podfsm has chosen, a range of the pool being the pod's from here on; nil for a pod whose
+// request says it all.
+func (s *allocateIDs) Plan(ctx context.Context, r *lifecycle.Run) (any, error) {
+	switch spec := r.Spec.(*Spec); spec.Choose {
+	case userns.ModeAuto:
+		m, err := s.ids.Allocate(ctx, holder(r.Key, spec))
+		if err != nil {
+			return nil, err
+		}
+		return &m, nil
+	case userns.ModeNode:
+		return s.policies.of(s.stock.handlerName(spec.Handler)).NodeWide, nil
+	default:
+		return nil, nil
 	}
-	return mapping, nil
 }
 
-func (s *allocateIDs) Undo(context.Context, *lifecycle.Run) error { return nil }
+// Do returns the *userns.Mappings, which no pod of another uid holds, unless they are the node's.
+func (s *allocateIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
+	spec := r.Spec.(*Spec)
+	h := holder(r.Key, spec)
+	switch chosen, planned := r.Plan().(*userns.Mappings); {
+	case spec.Choose == userns.ModeAuto && planned:
+		return chosen, nil
+	case planned:
+		h = ofNode(h, *chosen)
+	case spec.Mapping == nil:
+		return &lifecycle.Skipped{Reason: "the pod is in the host's user namespace"}, nil
+	}
+	if err := s.ids.Hold(ctx, h); err != nil {
+		return nil, err
+	}
+	return &h.Mappings, nil
+}
+
+// Undo gives the ids back: it comes after the undos of all that uses them.
+func (s *allocateIDs) Undo(_ context.Context, r *lifecycle.Run) error {
+	s.releaseIDs(holderID(r.Key))
+	return nil
+}
 
 // Probe finds nothing: a mapping is on record, not on the host.
 func (s *allocateIDs) Probe(context.Context, *lifecycle.Run) (bool, error) { return false, nil }

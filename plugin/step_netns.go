@@ -65,8 +65,8 @@ func (s *captureNetNS) expect(r *lifecycle.Run) netns.Expect {
 			return runsAs(ctx, s.node, r.Key.ID, started.Pid)
 		},
 	}
-	if mapping := r.Spec.(*Spec).Mapping; mapping != nil {
-		expect.UIDs, expect.GIDs = extent(mapping.UIDs), extent(mapping.GIDs)
+	if allocated, ok := r.Result(states.AllocateIDs).(*userns.Mappings); ok {
+		expect.UIDs, expect.GIDs = extent(allocated.UIDs), extent(allocated.GIDs)
 	}
 	return expect
 }

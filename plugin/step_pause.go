@@ -62,7 +62,7 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 	if err != nil {
 		return nil, pause.CreateRequest{}, fmt.Errorf("failed to read the configuration of the pause image %q: %w", spec.Image, err)
 	}
-	uids, gids := spec.LinuxMapping()
+	uids, gids := mapping(r)
 	oci, err := s.settings.Spec(ctx, pause.Pod{
 		ID:             r.Key.ID,
 		Config:         spec.Config,

@@ -24,7 +24,7 @@ func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to get the pause image %q: %w", spec.Image, err)
 	}
-	uids, gids := spec.LinuxMapping()
+	uids, gids := mapping(r)
 	made, err := s.snapshots.Prepare(ctx, snapshot.Request{
 		Key:                    r.Key.ID,
 		Snapshotter:            spec.Snapshotter,

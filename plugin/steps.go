@@ -4,6 +4,7 @@ import (
 	"path/filepath"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/leaks"
@@ -12,6 +13,7 @@ import (
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
 )
 
 // What is on record of a sandbox.
@@ -27,6 +29,8 @@ type (
 // node is what the steps work with; it is the same for all sandboxes.
 type node struct {
 	stock      *stockConfig
+	policies   policies
+	ids        *userns.Allocator
 	client     *containerd.Client
 	bundles    string // of tasks, by containerd namespace
 	settings   pause.Settings
@@ -66,7 +70,7 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 		return f
 	}
 	steps := []lifecycle.Step{
-		&allocateIDs{bounds(lifecycle.Facts{Name: states.AllocateIDs})},
+		&allocateIDs{n, bounds(lifecycle.Facts{Name: states.AllocateIDs, Lasting: true})},
 		&remapSnapshot{n, bounds(lifecycle.Facts{
 			Name:  states.RemapSnapshot,
 			Needs: []states.Event{states.AllocateIDs},
@@ -102,6 +106,14 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 		steps[i] = decorate(step)
 	}
 	return steps
+}
+
+// mapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
+func mapping(r *lifecycle.Run) (uids, gids []specs.LinuxIDMapping) {
+	if allocated, ok := r.Result(states.AllocateIDs).(*userns.Mappings); ok {
+		return allocated.Linux()
+	}
+	return nil, nil
 }
 
 // netNSPath is where a sandbox's network namespace is pinned.

@@ -105,7 +105,7 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 		Goal:                string(view.Goal),
 		CreatedAt:           timestamppb.New(view.Created),
 		Since:               timestamppb.New(view.Since),
-		Userns:              mappingOf(spec.Mapping),
+		Userns:              mappingOf(MappingsOf(view)),
 		TraceId:             view.TraceID,
 		Error:               Text(view.Err),
 	}

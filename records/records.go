@@ -7,7 +7,6 @@ import (
 
 	gocni "github.com/containerd/go-cni"
 	"github.com/containerd/typeurl/v2"
-	"github.com/opencontainers/runtime-spec/specs-go"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cni"
@@ -23,8 +22,10 @@ type Spec struct {
 	Config *runtime.PodSandboxConfig
 	// Handler is the runtime handler as the caller named it; "" is the default one.
 	Handler string
-	// Mapping is the pod's user namespace; nil for a pod on the host's.
+	// Mapping is the user namespace that the request gives; nil when it gives none. What the pod has is the result of allocate_ids.
 	Mapping *userns.Mappings
+	// Choose is who chooses the mapping: podfsm in modes auto and node, the request in any other.
+	Choose userns.Mode
 	// NetNSPath is a network namespace that the caller made itself; "" when pause is to get a new one.
 	NetNSPath string
 
@@ -53,14 +54,6 @@ func (s *Spec) OnNodeNetwork() bool { return s.NetNSPath == "" && cri.OnNodeNetw
 // NetworkIsOurs says whether the pod's network is for podfsm to attach: not where the pod is on the node's, nor where the
 // caller made the namespace, and so the network in it.
 func (s *Spec) NetworkIsOurs() bool { return !s.OnNodeNetwork() && s.NetNSPath == "" }
-
-// LinuxMapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
-func (s *Spec) LinuxMapping() (uids, gids []specs.LinuxIDMapping) {
-	if s.Mapping == nil {
-		return nil, nil
-	}
-	return s.Mapping.Linux()
-}
 
 // Snapshot is the result of the step remap_snapshot.
 type Snapshot struct {

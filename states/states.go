@@ -79,7 +79,7 @@ var stateMeanings = []struct {
 	meaning string
 }{
 	{New, "The sandbox is recorded; nothing has been made for it."},
-	{IDsAllocated, "Its user and group id ranges are validated and on record."},
+	{IDsAllocated, "Its user and group id ranges are its pod's alone, unless they are the node's, and on record."},
 	{SnapshotRemapped, "The rootfs of its pause container is owned by those ids."},
 	{PauseStarted, "Its pause process runs in the pod's namespaces."},
 	{NetNSCaptured, "The pause process's network namespace is proven to be the pod's own, and pinned."},

@@ -60,53 +60,89 @@ func FromCRI(opts *runtime.UserNamespace) (*Mappings, error) {
 	}
 }
 
+// CRI returns the mappings as a CRI request writes them.
+func (m Mappings) CRI() *runtime.UserNamespace {
+	return &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD, Uids: m.UIDs.cri(), Gids: m.GIDs.cri()}
+}
+
 // Linux returns the mappings as the OCI runtime specification writes them.
 func (m Mappings) Linux() (uids, gids []specs.LinuxIDMapping) {
 	return m.UIDs.linux(), m.GIDs.linux()
+}
+
+// of is the uid or the gid map; kind is "uid" or "gid".
+func (m Mappings) of(kind string) Mapping {
+	if kind == "uid" {
+		return m.UIDs
+	}
+	return m.GIDs
 }
 
 func (m Mapping) linux() []specs.LinuxIDMapping {
 	return []specs.LinuxIDMapping{{ContainerID: m.ContainerID, HostID: m.HostID, Size: m.Length}}
 }
 
-func podMappings(uids, gids []*runtime.IDMapping) (*Mappings, error) {
-	u, err := extent("uid", uids)
-	if err != nil {
-		return nil, err
-	}
-	g, err := extent("gid", gids)
-	if err != nil {
-		return nil, err
-	}
-	if u.Length != g.Length {
-		return nil, invalid("the uid mapping is %d ids long and the gid mapping %d: give both the same length", u.Length, g.Length)
-	}
-	return &Mappings{UIDs: u, GIDs: g}, nil
+func (m Mapping) cri() []*runtime.IDMapping {
+	return []*runtime.IDMapping{{ContainerId: m.ContainerID, HostId: m.HostID, Length: m.Length}}
 }
 
-// extent checks the only extent of one id map; kind is "uid" or "gid".
-func extent(kind string, extents []*runtime.IDMapping) (Mapping, error) {
-	if len(extents) != 1 {
-		return Mapping{}, invalid("user namespace mode POD came with %d %s mappings: give exactly one", len(extents), kind)
+func podMappings(uids, gids []*runtime.IDMapping) (*Mappings, error) {
+	u, err := single("uid", uids)
+	if err != nil {
+		return nil, err
 	}
-	m := Mapping{
-		ContainerID: extents[0].GetContainerId(),
-		HostID:      extents[0].GetHostId(),
-		Length:      extents[0].GetLength(),
+	g, err := single("gid", gids)
+	if err != nil {
+		return nil, err
 	}
-	if m.ContainerID != 0 {
-		return Mapping{}, invalid("the %s mapping starts at container id %d: let it start at 0", kind, m.ContainerID)
-	}
-	if m.Length == 0 {
-		return Mapping{}, invalid("the %s mapping has length 0: map at least one id", kind)
-	}
-	// Added as 64 bits wide, because the sum may not fit into 32.
-	last := uint64(m.HostID) + uint64(m.Length) - 1
-	if m.HostID < minHostID || last > maxHostID {
-		return Mapping{}, invalid("the %s mapping takes host ids %d to %d: choose a range within %d to %d", kind, m.HostID, last, minHostID, maxHostID)
+	m := &Mappings{UIDs: u, GIDs: g}
+	if err := m.Validate(); err != nil {
+		return nil, err
 	}
 	return m, nil
 }
+
+// single is the only extent of one id map; kind is "uid" or "gid".
+func single(kind string, extents []*runtime.IDMapping) (Mapping, error) {
+	if len(extents) != 1 {
+		return Mapping{}, invalid("user namespace mode POD came with %d %s mappings: give exactly one", len(extents), kind)
+	}
+	return Mapping{
+		ContainerID: extents[0].GetContainerId(),
+		HostID:      extents[0].GetHostId(),
+		Length:      extents[0].GetLength(),
+	}, nil
+}
+
+// Validate fails with InvalidArgument for mappings that no pod may have.
+func (m Mappings) Validate() error {
+	if err := m.UIDs.validate("uid"); err != nil {
+		return err
+	}
+	if err := m.GIDs.validate("gid"); err != nil {
+		return err
+	}
+	if m.UIDs.Length != m.GIDs.Length {
+		return invalid("the uid mapping is %d ids long and the gid mapping %d: give both the same length", m.UIDs.Length, m.GIDs.Length)
+	}
+	return nil
+}
+
+func (m Mapping) validate(kind string) error {
+	if m.ContainerID != 0 {
+		return invalid("the %s mapping starts at container id %d: let it start at 0", kind, m.ContainerID)
+	}
+	if m.Length == 0 {
+		return invalid("the %s mapping has length 0: map at least one id", kind)
+	}
+	if m.HostID < minHostID || m.last() > maxHostID {
+		return invalid("the %s mapping takes host ids %d to %d: choose a range within %d to %d", kind, m.HostID, m.last(), minHostID, maxHostID)
+	}
+	return nil
+}
+
+// last is the last host id, as 64 bits wide, because the sum may not fit into 32.
+func (m Mapping) last() uint64 { return uint64(m.HostID) + uint64(m.Length) - 1 }
 
 func invalid(format string, args ...any) error {
 	return fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), errdefs.ErrInvalidArgument)

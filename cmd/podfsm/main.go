@@ -69,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand(), leaksCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand(), idsCommand(), leaksCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())

@@ -29,6 +29,7 @@ const (
 	Descriptors = "namespaces held by containerd"
 	Fifos       = "fifos"
 	Files       = "files"
+	HostIDs     = "host ids held"
 	IPAM        = "IPAM files"
 	IPTables    = "iptables rules"
 	Ledger      = "ledger entries"
@@ -55,7 +56,7 @@ func (n *Node) Census(ctx context.Context) (Census, error) {
 	c := Census{}
 	looks := []func(context.Context, Census) error{
 		n.countCgroups, n.countMounts, n.countProcesses, n.countFiles, n.countCNICache,
-		n.countLinks, n.countIPTables, n.countDescriptors, n.countRecords, n.countLedger,
+		n.countLinks, n.countIPTables, n.countDescriptors, n.countRecords, n.countLedger, n.countHostIDs,
 	}
 	for _, look := range looks {
 		if err := look(ctx, c); err != nil {
@@ -96,7 +97,7 @@ func (n *Node) TidyCensus(ctx context.Context) (Census, error) {
 }
 
 // idle are the categories that are empty on a node without pods.
-var idle = []string{Cgroups, CNICache, Containers, Descriptors, Fifos, Leases, Ledger, Processes, SandboxDirs, Sandboxes, ShimSockets, Shims, Tasks}
+var idle = []string{Cgroups, CNICache, Containers, Descriptors, Fifos, HostIDs, Leases, Ledger, Processes, SandboxDirs, Sandboxes, ShimSockets, Shims, Tasks}
 
 // WarmUp runs and removes a pod, with a container unless the runtime is a fake, on a node without pods, and
 // returns the census after it: the first pod makes what stays, such as the

@@ -27,3 +27,18 @@ func (n *Node) countLedger(ctx context.Context, c Census) error {
 	}
 	return nil
 }
+
+// countHostIDs lists who holds ids of the host, by podfsm's books.
+func (n *Node) countHostIDs(ctx context.Context, c Census) error {
+	ids, err := n.Sandboxes().IDs(ctx, &podfsmv1.IDsRequest{})
+	if status.Code(err) == codes.Unimplemented {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("failed to list the holders of ids: %w", err)
+	}
+	for _, h := range ids.GetHolders() {
+		c.add(HostIDs, "%s/%s %s/%s %s", h.GetContainerdNamespace(), h.GetSandboxId(), h.GetPodNamespace(), h.GetPodName(), h.GetUserns())
+	}
+	return nil
+}

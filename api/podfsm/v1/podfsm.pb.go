@@ -999,6 +999,421 @@ func (x *Transition) GetError() string {
 	return ""
 }
 
+type IDsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDsRequest) Reset() {
+	*x = IDsRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDsRequest) ProtoMessage() {}
+
+func (x *IDsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDsRequest.ProtoReflect.Descriptor instead.
+func (*IDsRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
+}
+
+type IDsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Absent when no pool is configured.
+	Pool *IDPool `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
+	// In the order of their uids.
+	Holders []*IDHolder `protobuf:"bytes,2,rep,name=holders,proto3" json:"holders,omitempty"`
+	// The most recent refusals, the oldest first.
+	Refusals []*IDRefusal `protobuf:"bytes,3,rep,name=refusals,proto3" json:"refusals,omitempty"`
+	// Why the host could not be searched. Empty when it was.
+	SearchError   string `protobuf:"bytes,4,opt,name=search_error,json=searchError,proto3" json:"search_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDsResponse) Reset() {
+	*x = IDsResponse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDsResponse) ProtoMessage() {}
+
+func (x *IDsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDsResponse.ProtoReflect.Descriptor instead.
+func (*IDsResponse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *IDsResponse) GetPool() *IDPool {
+	if x != nil {
+		return x.Pool
+	}
+	return nil
+}
+
+func (x *IDsResponse) GetHolders() []*IDHolder {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *IDsResponse) GetRefusals() []*IDRefusal {
+	if x != nil {
+		return x.Refusals
+	}
+	return nil
+}
+
+func (x *IDsResponse) GetSearchError() string {
+	if x != nil {
+		return x.SearchError
+	}
+	return ""
+}
+
+// IDPool is the ranges of 65536 ids each that mode "auto" gives to pods.
+type IDPool struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where the ranges come from.
+	Source string `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Ranges uint32 `protobuf:"varint,2,opt,name=ranges,proto3" json:"ranges,omitempty"`
+	Held   uint32 `protobuf:"varint,3,opt,name=held,proto3" json:"held,omitempty"`
+	Free   uint32 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
+	// The ranges in quarantine, the least recently used first.
+	Quarantine    []*QuarantinedIDs `protobuf:"bytes,5,rep,name=quarantine,proto3" json:"quarantine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDPool) Reset() {
+	*x = IDPool{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDPool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDPool) ProtoMessage() {}
+
+func (x *IDPool) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDPool.ProtoReflect.Descriptor instead.
+func (*IDPool) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *IDPool) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *IDPool) GetRanges() uint32 {
+	if x != nil {
+		return x.Ranges
+	}
+	return 0
+}
+
+func (x *IDPool) GetHeld() uint32 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
+}
+
+func (x *IDPool) GetFree() uint32 {
+	if x != nil {
+		return x.Free
+	}
+	return 0
+}
+
+func (x *IDPool) GetQuarantine() []*QuarantinedIDs {
+	if x != nil {
+		return x.Quarantine
+	}
+	return nil
+}
+
+// QuarantinedIDs is a range that nobody holds and that may still be in use.
+type QuarantinedIDs struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Userns *UserNamespace         `protobuf:"bytes,1,opt,name=userns,proto3" json:"userns,omitempty"`
+	// The process, mount or snapshot that was seen to use it.
+	UsedBy        string `protobuf:"bytes,2,opt,name=used_by,json=usedBy,proto3" json:"used_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuarantinedIDs) Reset() {
+	*x = QuarantinedIDs{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantinedIDs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantinedIDs) ProtoMessage() {}
+
+func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantinedIDs.ProtoReflect.Descriptor instead.
+func (*QuarantinedIDs) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *QuarantinedIDs) GetUserns() *UserNamespace {
+	if x != nil {
+		return x.Userns
+	}
+	return nil
+}
+
+func (x *QuarantinedIDs) GetUsedBy() string {
+	if x != nil {
+		return x.UsedBy
+	}
+	return ""
+}
+
+// IDHolder is a sandbox that holds host ids.
+type IDHolder struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId           string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	PodName             string                 `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	PodNamespace        string                 `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	// Who chose them: "request", "auto", "node", or "stock" for the request of a
+	// sandbox that another controller runs.
+	Origin        string                 `protobuf:"bytes,5,opt,name=origin,proto3" json:"origin,omitempty"`
+	Userns        *UserNamespace         `protobuf:"bytes,6,opt,name=userns,proto3" json:"userns,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDHolder) Reset() {
+	*x = IDHolder{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDHolder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDHolder) ProtoMessage() {}
+
+func (x *IDHolder) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDHolder.ProtoReflect.Descriptor instead.
+func (*IDHolder) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *IDHolder) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *IDHolder) GetContainerdNamespace() string {
+	if x != nil {
+		return x.ContainerdNamespace
+	}
+	return ""
+}
+
+func (x *IDHolder) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *IDHolder) GetPodNamespace() string {
+	if x != nil {
+		return x.PodNamespace
+	}
+	return ""
+}
+
+func (x *IDHolder) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *IDHolder) GetUserns() *UserNamespace {
+	if x != nil {
+		return x.Userns
+	}
+	return nil
+}
+
+func (x *IDHolder) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+// IDRefusal is a request that was refused for the ids it asked for, or because
+// there were none.
+type IDRefusal struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	PodName      string                 `protobuf:"bytes,1,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	PodNamespace string                 `protobuf:"bytes,2,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	Reason       string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The last time, and how many times.
+	At            *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
+	Count         uint32                 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDRefusal) Reset() {
+	*x = IDRefusal{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDRefusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDRefusal) ProtoMessage() {}
+
+func (x *IDRefusal) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDRefusal.ProtoReflect.Descriptor instead.
+func (*IDRefusal) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *IDRefusal) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *IDRefusal) GetPodNamespace() string {
+	if x != nil {
+		return x.PodNamespace
+	}
+	return ""
+}
+
+func (x *IDRefusal) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *IDRefusal) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *IDRefusal) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 var File_podfsm_v1_podfsm_proto protoreflect.FileDescriptor
 
 const file_podfsm_v1_podfsm_proto_rawDesc = "" +
@@ -1084,10 +1499,44 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x05event\x18\x03 \x01(\tR\x05event\x12\x12\n" +
 	"\x04from\x18\x04 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x05 \x01(\tR\x02to\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error2\xc2\x01\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\"\f\n" +
+	"\n" +
+	"IDsRequest\"\xb8\x01\n" +
+	"\vIDsResponse\x12%\n" +
+	"\x04pool\x18\x01 \x01(\v2\x11.podfsm.v1.IDPoolR\x04pool\x12-\n" +
+	"\aholders\x18\x02 \x03(\v2\x13.podfsm.v1.IDHolderR\aholders\x120\n" +
+	"\brefusals\x18\x03 \x03(\v2\x14.podfsm.v1.IDRefusalR\brefusals\x12!\n" +
+	"\fsearch_error\x18\x04 \x01(\tR\vsearchError\"\x9b\x01\n" +
+	"\x06IDPool\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
+	"\x06ranges\x18\x02 \x01(\rR\x06ranges\x12\x12\n" +
+	"\x04held\x18\x03 \x01(\rR\x04held\x12\x12\n" +
+	"\x04free\x18\x04 \x01(\rR\x04free\x129\n" +
+	"\n" +
+	"quarantine\x18\x05 \x03(\v2\x19.podfsm.v1.QuarantinedIDsR\n" +
+	"quarantine\"[\n" +
+	"\x0eQuarantinedIDs\x120\n" +
+	"\x06userns\x18\x01 \x01(\v2\x18.podfsm.v1.UserNamespaceR\x06userns\x12\x17\n" +
+	"\aused_by\x18\x02 \x01(\tR\x06usedBy\"\x98\x02\n" +
+	"\bIDHolder\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x121\n" +
+	"\x14containerd_namespace\x18\x02 \x01(\tR\x13containerdNamespace\x12\x19\n" +
+	"\bpod_name\x18\x03 \x01(\tR\apodName\x12#\n" +
+	"\rpod_namespace\x18\x04 \x01(\tR\fpodNamespace\x12\x16\n" +
+	"\x06origin\x18\x05 \x01(\tR\x06origin\x120\n" +
+	"\x06userns\x18\x06 \x01(\v2\x18.podfsm.v1.UserNamespaceR\x06userns\x120\n" +
+	"\x05since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\xa5\x01\n" +
+	"\tIDRefusal\x12\x19\n" +
+	"\bpod_name\x18\x01 \x01(\tR\apodName\x12#\n" +
+	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
+	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
+	"\x05count\x18\x05 \x01(\rR\x05count2\xf8\x01\n" +
 	"\tSandboxes\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
-	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x12:\n" +
+	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x124\n" +
+	"\x03IDs\x12\x15.podfsm.v1.IDsRequest\x1a\x16.podfsm.v1.IDsResponse\x12:\n" +
 	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
 
 var (
@@ -1102,7 +1551,7 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
 	(*LeaksRequest)(nil),          // 0: podfsm.v1.LeaksRequest
 	(*LeaksResponse)(nil),         // 1: podfsm.v1.LeaksResponse
@@ -1117,9 +1566,15 @@ var file_podfsm_v1_podfsm_proto_goTypes = []any{
 	(*Debt)(nil),                  // 10: podfsm.v1.Debt
 	(*Step)(nil),                  // 11: podfsm.v1.Step
 	(*Transition)(nil),            // 12: podfsm.v1.Transition
-	nil,                           // 13: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 15: google.protobuf.Duration
+	(*IDsRequest)(nil),            // 13: podfsm.v1.IDsRequest
+	(*IDsResponse)(nil),           // 14: podfsm.v1.IDsResponse
+	(*IDPool)(nil),                // 15: podfsm.v1.IDPool
+	(*QuarantinedIDs)(nil),        // 16: podfsm.v1.QuarantinedIDs
+	(*IDHolder)(nil),              // 17: podfsm.v1.IDHolder
+	(*IDRefusal)(nil),             // 18: podfsm.v1.IDRefusal
+	nil,                           // 19: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
 	2,  // 0: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
@@ -1127,29 +1582,39 @@ var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
 	7,  // 2: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
 	11, // 3: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
 	12, // 4: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	14, // 5: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	14, // 6: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	20, // 5: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	20, // 6: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
 	8,  // 7: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
 	10, // 8: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
 	9,  // 9: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
 	9,  // 10: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	14, // 11: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	14, // 12: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	14, // 13: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	15, // 14: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	13, // 15: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	14, // 16: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	3,  // 17: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	5,  // 18: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	0,  // 19: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
-	4,  // 20: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	6,  // 21: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	1,  // 22: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
-	20, // [20:23] is the sub-list for method output_type
-	17, // [17:20] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	20, // 11: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
+	20, // 12: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
+	20, // 13: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	21, // 14: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	19, // 15: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	20, // 16: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	15, // 17: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
+	17, // 18: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
+	18, // 19: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
+	16, // 20: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
+	8,  // 21: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
+	8,  // 22: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
+	20, // 23: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
+	20, // 24: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
+	3,  // 25: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	5,  // 26: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	13, // 27: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
+	0,  // 28: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	4,  // 29: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	6,  // 30: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	14, // 31: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
+	1,  // 32: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	29, // [29:33] is the sub-list for method output_type
+	25, // [25:29] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -1163,7 +1628,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,6 +25,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Sandboxes_List_FullMethodName    = "/podfsm.v1.Sandboxes/List"
 	Sandboxes_Inspect_FullMethodName = "/podfsm.v1.Sandboxes/Inspect"
+	Sandboxes_IDs_FullMethodName     = "/podfsm.v1.Sandboxes/IDs"
 	Sandboxes_Leaks_FullMethodName   = "/podfsm.v1.Sandboxes/Leaks"
 )
 
@@ -41,6 +42,10 @@ type SandboxesClient interface {
 	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
 	// several; the message then names them.
 	Inspect(ctx context.Context, in *InspectRequest, opts ...grpc.CallOption) (*InspectResponse, error)
+	// IDs returns which sandbox holds which host ids, and how the pool of mode
+	// "auto" stands. It searches the host for what uses the ranges in quarantine,
+	// and frees those that nothing uses.
+	IDs(ctx context.Context, in *IDsRequest, opts ...grpc.CallOption) (*IDsResponse, error)
 	// Leaks returns what stands on the host, or in containerd's stores, under the
 	// name of a sandbox that nobody knows. It takes some seconds where there is
 	// any: it looks twice.
@@ -75,6 +80,16 @@ func (c *sandboxesClient) Inspect(ctx context.Context, in *InspectRequest, opts 
 	return out, nil
 }
 
+func (c *sandboxesClient) IDs(ctx context.Context, in *IDsRequest, opts ...grpc.CallOption) (*IDsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IDsResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_IDs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *sandboxesClient) Leaks(ctx context.Context, in *LeaksRequest, opts ...grpc.CallOption) (*LeaksResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(LeaksResponse)
@@ -98,6 +113,10 @@ type SandboxesServer interface {
 	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
 	// several; the message then names them.
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
+	// IDs returns which sandbox holds which host ids, and how the pool of mode
+	// "auto" stands. It searches the host for what uses the ranges in quarantine,
+	// and frees those that nothing uses.
+	IDs(context.Context, *IDsRequest) (*IDsResponse, error)
 	// Leaks returns what stands on the host, or in containerd's stores, under the
 	// name of a sandbox that nobody knows. It takes some seconds where there is
 	// any: it looks twice.
@@ -117,6 +136,9 @@ func (UnimplementedSandboxesServer) List(context.Context, *ListRequest) (*ListRe
 }
 func (UnimplementedSandboxesServer) Inspect(context.Context, *InspectRequest) (*InspectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Inspect not implemented")
+}
+func (UnimplementedSandboxesServer) IDs(context.Context, *IDsRequest) (*IDsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IDs not implemented")
 }
 func (UnimplementedSandboxesServer) Leaks(context.Context, *LeaksRequest) (*LeaksResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Leaks not implemented")
@@ -178,6 +200,24 @@ func _Sandboxes_Inspect_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxes_IDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IDsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).IDs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_IDs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).IDs(ctx, req.(*IDsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Sandboxes_Leaks_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(LeaksRequest)
 	if err := dec(in); err != nil {
@@ -210,6 +250,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Inspect",
 			Handler:    _Sandboxes_Inspect_Handler,
+		},
+		{
+			MethodName: "IDs",
+			Handler:    _Sandboxes_IDs_Handler,
 		},
 		{
 			MethodName: "Leaks",

@@ -1,0 +1,331 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	osexec "os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// usernsTOML is podfsm's configuration of user namespaces for the handler of the tests, and its pool.
+func usernsTOML(handler, pool string) string {
+	const section = `[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.`
+	return section + "userns.podfsm]\n" + handler + "\n" + section + "userns_pool]\n" + pool + "\n"
+}
+
+// poolOf is a pool of some ranges, far from those that other tests use.
+func poolOf(ranges int) string {
+	return fmt.Sprintf("ranges = [{ host_id = 1000013824, size = %d }]", ranges*65536)
+}
+
+// attempt makes a pod's configuration that of a later attempt.
+func attempt(number uint32) harness.PodOption {
+	return func(c *runtime.PodSandboxConfig) { c.Metadata.Attempt = number }
+}
+
+// requireRefused wants a pod to be refused with a code, for reasons that name each of the texts.
+func requireRefused(t *testing.T, n *harness.Node, config *runtime.PodSandboxConfig, code codes.Code, texts ...string) {
+	t.Helper()
+	err := failRun(t, n, harness.PodfsmHandler, config)
+	require.Equal(t, code, status.Code(err), "%v", err)
+	for _, text := range texts {
+		require.ErrorContains(t, err, text)
+	}
+}
+
+// hostUID is the first host uid of a sandbox, 0 for one in the host's user namespace.
+func hostUID(t *testing.T, n *harness.Node, pod *harness.Pod) uint32 {
+	t.Helper()
+	uids := inspect(t, n, pod.ID).GetSandbox().GetUserns().GetUids()
+	if len(uids) == 0 {
+		return 0
+	}
+	pid, err := pod.Pid(t.Context())
+	require.NoError(t, err)
+	for _, file := range []string{"uid_map", "gid_map"} {
+		content, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
+		require.NoError(t, err)
+		require.Equal(t, []string{"0", fmt.Sprint(uids[0].GetHostId()), fmt.Sprint(uids[0].GetLength())}, strings.Fields(string(content)))
+	}
+	return uids[0].GetHostId()
+}
+
+func TestIDRangesAreApart(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	const first = 500 << 16
+	ids := func(from, length uint32) harness.PodOption { return harness.UserNS(first+from, length) }
+
+	t.Run("while a pod runs, only its own attempts get its ids", func(t *testing.T) {
+		holder := startPod(t, n, harness.PodfsmHandler, n.PodConfig("holder", ids(0, 65536)))
+		for name, other := range map[string]harness.PodOption{
+			"the same":    ids(0, 65536),
+			"the end":     ids(65535, 65536),
+			"the middle":  ids(1000, 1),
+			"all of them": harness.UserNS(65536, 1<<31),
+		} {
+			t.Run(name, func(t *testing.T) {
+				requireRefused(t, n, n.PodConfig("thief", other), codes.InvalidArgument, `pod "default/thief"`, `pod "default/holder" (sandbox "k8s.io/`+holder.ID)
+			})
+		}
+		now, err := n.Census(t.Context())
+		require.NoError(t, err)
+		require.Len(t, now[harness.HostIDs], 1, "a census that can't see a holder would be worthless")
+		beside := startPod(t, n, harness.PodfsmHandler, n.PodConfig("beside", ids(65536, 65536)))
+		require.Equal(t, uint32(first+65536), hostUID(t, n, beside))
+		again := startPod(t, n, harness.PodfsmHandler, n.PodConfig("holder", attempt(1), ids(0, 65536)))
+		require.Equal(t, hostUID(t, n, holder), hostUID(t, n, again))
+
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		requireRefused(t, n, n.PodConfig("thief", ids(0, 65536)), codes.InvalidArgument, `pod "default/holder"`)
+	})
+	n.RequireClean(t, before)
+
+	t.Run("so while an undo is owed", func(t *testing.T) {
+		config := n.PodConfig("debtor", ids(0, 65536))
+		require.NoError(t, n.Fault("declare_ready.do.before", "1*error(not ready)"))
+		require.NoError(t, n.Fault("remap_snapshot.undo.before", "error(injected)"))
+		require.ErrorContains(t, failRun(t, n, harness.PodfsmHandler, config), "the cleanup is owed")
+		for range 2 {
+			requireRefused(t, n, n.PodConfig("thief", ids(0, 65536)), codes.InvalidArgument, `pod "default/debtor"`)
+			require.NoError(t, n.Kill(t.Context()))
+			require.NoError(t, n.Start(t.Context()))
+		}
+		next := startPod(t, n, harness.PodfsmHandler, n.PodConfig("debtor", attempt(1), ids(0, 65536)))
+		require.Equal(t, uint32(first), hostUID(t, n, next))
+		require.NoError(t, n.Heal())
+	})
+	n.RequireClean(t, before)
+	runOnce(t, n, n.PodConfig("thief", ids(0, 65536)))
+
+	t.Run("a stopped pod has lost its ids", func(t *testing.T) {
+		stopped := startPod(t, n, harness.PodfsmHandler, n.PodConfig("stopped", ids(0, 65536)))
+		require.NoError(t, stopped.Stop(t.Context()))
+		next := startPod(t, n, harness.PodfsmHandler, n.PodConfig("next", ids(0, 65536)))
+		require.Equal(t, uint32(first), hostUID(t, n, next))
+	})
+	n.RequireClean(t, before)
+
+	t.Run("unless a process has them", func(t *testing.T) {
+		stopped := startPod(t, n, harness.PodfsmHandler, n.PodConfig("stopped", ids(0, 65536)))
+		require.NoError(t, stopped.Stop(t.Context()))
+		end := processWith(t, first, 65536)
+		requireRefused(t, n, n.PodConfig("next", ids(0, 65536)), codes.InvalidArgument, `pod "default/stopped"`)
+		end()
+		runOnce(t, n, n.PodConfig("next", ids(0, 65536)))
+	})
+	n.RequireClean(t, before)
+
+	t.Run("pods of another controller keep others off theirs", func(t *testing.T) {
+		stock := startPod(t, n, harness.StockHandler, n.PodConfig("stock", ids(0, 65536)))
+		thief := n.PodConfig("thief", ids(0, 65536))
+		requireRefused(t, n, thief, codes.InvalidArgument, `pod "default/stock"`)
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		requireRefused(t, n, thief, codes.InvalidArgument, `pod "default/stock" (sandbox "k8s.io/`+stock.ID)
+		require.NoError(t, stock.Stop(t.Context()))
+		runOnce(t, n, thief)
+		require.NoError(t, stock.Remove(t.Context()))
+		runOnce(t, n, thief)
+
+		// Stock containerd itself keeps nobody apart.
+		for _, name := range []string{"stock-a", "stock-b"} {
+			startPod(t, n, harness.StockHandler, n.PodConfig(name, ids(0, 65536)))
+		}
+		requireRefused(t, n, thief, codes.InvalidArgument, `pod "default/stock-`)
+	})
+	n.RequireClean(t, before)
+}
+
+// processWith runs a process of the machine in a user namespace until end is called.
+func processWith(t *testing.T, hostID, length int) (end func()) {
+	t.Helper()
+	mapping := []syscall.SysProcIDMap{{ContainerID: 0, HostID: hostID, Size: length}}
+	cmd := osexec.Command("cat")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: mapping, GidMappings: mapping}
+	stdin, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	ended := false
+	end = func() {
+		if !ended {
+			ended = true
+			stdin.Close()
+			require.NoError(t, cmd.Wait())
+		}
+	}
+	t.Cleanup(end)
+	return end
+}
+
+func TestAutoUserNS(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon, TOML: usernsTOML(`mode = "auto"`, poolOf(3))})
+	const first = 1000013824
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	config := func(name string, options ...harness.PodOption) *runtime.PodSandboxConfig {
+		return n.PodConfig(name, append([]harness.PodOption{harness.HostUsers()}, options...)...)
+	}
+
+	t.Run("pods", func(t *testing.T) {
+		a := startPod(t, n, harness.PodfsmHandler, config("a"))
+		b := startPod(t, n, harness.PodfsmHandler, config("b"))
+		unset := startPod(t, n, harness.PodfsmHandler, config("unset", func(c *runtime.PodSandboxConfig) {
+			c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = nil
+		}))
+		pods := []*harness.Pod{a, b, unset}
+		given := map[uint32]bool{}
+		for _, pod := range pods {
+			uid := hostUID(t, n, pod)
+			require.GreaterOrEqual(t, uid, uint32(first))
+			require.Zero(t, (uid-first)%65536)
+			given[uid] = true
+		}
+		require.Len(t, given, 3, "each has its own")
+		requireRefused(t, n, config("d"), codes.ResourceExhausted, "of 3 ranges, 3 are held, 0 are in quarantine")
+		requireRefused(t, n, n.PodConfig("thief", harness.UserNS(first+1, 65536)), codes.InvalidArgument, `pod "default/`)
+		asked := startPod(t, n, harness.PodfsmHandler, n.PodConfig("asked"))
+		require.Less(t, hostUID(t, n, asked), uint32(first), "who asks for a range has it")
+
+		uid := hostUID(t, n, a)
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		require.Equal(t, uid, hostUID(t, n, a))
+		requireRefused(t, n, config("d"), codes.ResourceExhausted, "3 are held")
+
+		require.NoError(t, a.Stop(t.Context()))
+		requireRefused(t, n, config("d"), codes.ResourceExhausted, "3 are held")
+		end := processWith(t, int(uid)+7, 1)
+		require.NoError(t, a.Remove(t.Context()))
+		requireRefused(t, n, config("d"), codes.ResourceExhausted, "2 are held, 1 are in quarantine")
+		seen, err := n.Sandboxes().IDs(t.Context(), &podfsmv1.IDsRequest{})
+		require.NoError(t, err)
+		require.Equal(t, []uint32{3, 2, 0}, []uint32{seen.GetPool().GetRanges(), seen.GetPool().GetHeld(), seen.GetPool().GetFree()})
+		require.Len(t, seen.GetPool().GetQuarantine(), 1)
+		require.Regexp(t, `^process \d+ \(cat\)$`, seen.GetPool().GetQuarantine()[0].GetUsedBy())
+		require.Len(t, seen.GetHolders(), 3)
+		require.Equal(t, "request", seen.GetHolders()[0].GetOrigin())
+		require.Equal(t, asked.ID, seen.GetHolders()[0].GetSandboxId())
+		require.Equal(t, "auto", seen.GetHolders()[1].GetOrigin())
+		require.Contains(t, seen.GetRefusals()[len(seen.GetRefusals())-1].GetReason(), "1 are in quarantine")
+		end()
+		d := startPod(t, n, harness.PodfsmHandler, config("d"))
+		require.Equal(t, uid, hostUID(t, n, d))
+	})
+	n.RequireClean(t, before)
+
+	t.Run("what can't be mapped is refused", func(t *testing.T) {
+		for name, option := range map[string]harness.PodOption{
+			"is privileged":                   func(c *runtime.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true },
+			"shares the node's network":       harness.HostNetwork(),
+			"shares the node's pid namespace": func(c *runtime.PodSandboxConfig) { options(c).Pid = runtime.NamespaceMode_NODE },
+			"shares the node's ipc namespace": func(c *runtime.PodSandboxConfig) { options(c).Ipc = runtime.NamespaceMode_NODE },
+		} {
+			requireRefused(t, n, config("pod", option), codes.InvalidArgument, `pod "default/pod"`, name, `unmappable = "host"`)
+		}
+	})
+	n.RequireClean(t, before)
+
+	// Last, because nobody can detach a pod whose network is on no record any more.
+	for _, lost := range []string{"state", "root"} { // the log of the steps, then the lasting half of the ledger, too
+		t.Run("the ledger's "+lost+" is lost", func(t *testing.T) {
+			a := startPod(t, n, harness.PodfsmHandler, config("a"))
+			uid := hostUID(t, n, a)
+			require.NoError(t, n.Kill(t.Context()))
+			require.NoError(t, os.RemoveAll(filepath.Join(n.Dir(), "state", "io.containerd.podsandbox.controller.v1.podfsm")))
+			require.NoError(t, os.RemoveAll(filepath.Join(n.Dir(), lost, "io.containerd.podsandbox.controller.v1.podfsm")))
+			require.NoError(t, n.Start(t.Context()))
+			for _, name := range []string{"b", "c"} {
+				require.NotEqual(t, uid, hostUID(t, n, startPod(t, n, harness.PodfsmHandler, config(name))))
+			}
+			requireRefused(t, n, config("d"), codes.ResourceExhausted, "of 3 ranges")
+			requireRefused(t, n, n.PodConfig("thief", harness.UserNS(uid, 65536)), codes.InvalidArgument, `which pod "default/a"`)
+		})
+		if lost == "state" {
+			n.RequireClean(t, before)
+		}
+	}
+}
+
+// TestKillsWithRangesOfThePool kills containerd around the steps that give a range out and take it back.
+func TestKillsWithRangesOfThePool(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon, TOML: usernsTOML(`mode = "auto"`, poolOf(2))})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	config := n.PodConfig("pod", harness.HostUsers())
+	for _, point := range []string{
+		"allocate_ids.do.before", "allocate_ids.do.after", "remap_snapshot.do.after", "start_pause.do.after",
+		"remap_snapshot.undo.after", "allocate_ids.undo.before", "allocate_ids.undo.after",
+	} {
+		t.Run(point, func(t *testing.T) {
+			if strings.Contains(point, ".undo.") {
+				pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, config)
+				require.NoError(t, err)
+				require.NoError(t, n.Fault(point, "1*die"))
+				require.Error(t, pod.StopAndRemove(t.Context()))
+			} else {
+				require.NoError(t, n.Fault(point, "1*die"))
+				failRun(t, n, harness.PodfsmHandler, config)
+			}
+			require.NoError(t, n.Kill(t.Context())) // which is dead
+			require.NoError(t, n.Start(t.Context()))
+			removePods(t, n)
+			n.RequireClean(t, before)
+			seen, err := n.Sandboxes().IDs(t.Context(), &podfsmv1.IDsRequest{})
+			require.NoError(t, err)
+			require.EqualValues(t, 2, seen.GetPool().GetFree(), "%v", seen.GetPool().GetQuarantine())
+		})
+	}
+}
+
+func options(c *runtime.PodSandboxConfig) *runtime.NamespaceOption {
+	return c.GetLinux().GetSecurityContext().GetNamespaceOptions()
+}
+
+func TestNodeUserNS(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{TOML: usernsTOML(`mode = "node"
+unmappable = "host"
+node_wide_uid_mapping = { container_id = 0, host_id = 2000000000, size = 131072 }
+node_wide_gid_mapping = { container_id = 0, host_id = 2100000000, size = 131072 }`, "")})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	t.Run("pods", func(t *testing.T) {
+		for _, name := range []string{"a", "b"} {
+			pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig(name, harness.HostUsers()))
+			sandbox := inspect(t, n, pod.ID).GetSandbox()
+			require.Equal(t, `uids:{host_id:2000000000 length:131072} gids:{host_id:2100000000 length:131072}`,
+				strings.ReplaceAll(sandbox.GetUserns().String(), "  ", " "))
+			pid, err := pod.Pid(t.Context())
+			require.NoError(t, err)
+			content, err := os.ReadFile(fmt.Sprintf("/proc/%d/gid_map", pid))
+			require.NoError(t, err)
+			require.Equal(t, []string{"0", "2100000000", "131072"}, strings.Fields(string(content)))
+		}
+		requireRefused(t, n, n.PodConfig("thief", harness.UserNS(2000131071, 65536)), codes.InvalidArgument, `which pod "default/`)
+		require.NotZero(t, hostUID(t, n, startPod(t, n, harness.PodfsmHandler, n.PodConfig("asked"))))
+		require.Zero(t, hostUID(t, n, startPod(t, n, harness.PodfsmHandler, n.PodConfig("on-host", harness.HostNetwork()))))
+	})
+	n.RequireClean(t, before)
+}
+
+func TestBadUserNSConfig(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{TOML: usernsTOML(`mode = "auto"`, "")})
+	requireRefused(t, n, n.PodConfig("pod"), codes.Unavailable, `userns.podfsm: mode "auto" needs a pool`)
+	stock, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("stock"))
+	require.NoError(t, err, "all else works")
+	require.NoError(t, stock.StopAndRemove(t.Context()))
+}

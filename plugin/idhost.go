@@ -1,0 +1,161 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// idHost looks at the host, containerd and the engine for the allocator of ids.
+type idHost struct{ *Controller }
+
+// Standing is what has become of a holder's sandbox.
+func (h idHost) Standing(ctx context.Context, holder userns.Holder) (userns.Standing, error) {
+	key, err := keyOfHolder(holder.ID)
+	if err != nil {
+		return userns.Lives, err
+	}
+	if holder.Origin == userns.OriginStock {
+		return h.stockStanding(namespaces.WithNamespace(ctx, key.Namespace), key.ID)
+	}
+	view, err := h.engine.Get(key)
+	switch {
+	case errdefs.IsNotFound(err):
+		return userns.Gone, nil
+	case err != nil:
+		return userns.Lives, err
+	case view.State == states.Stopped || view.State == states.Removing:
+		return userns.Ended, nil
+	default:
+		return userns.Lives, nil
+	}
+}
+
+// stockStanding asks containerd's store for a sandbox of another controller.
+func (h idHost) stockStanding(ctx context.Context, id string) (userns.Standing, error) {
+	if strings.HasPrefix(id, passingID) {
+		return userns.Lives, nil
+	}
+	if _, err := h.node.client.SandboxStore().Get(ctx, id); errdefs.IsNotFound(err) {
+		return userns.Gone, nil
+	} else if err != nil {
+		return userns.Lives, fmt.Errorf("failed to look for sandbox %q: %w", id, err)
+	}
+	status, err := h.node.containers.Status(ctx, id)
+	switch {
+	case errdefs.IsNotFound(err):
+		return userns.Ended, nil
+	case err != nil:
+		return userns.Lives, err
+	case status.State == containerd.Stopped:
+		return userns.Ended, nil
+	default:
+		return userns.Lives, nil
+	}
+}
+
+// Processes are the uses of ids by processes.
+func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) { return userns.Processes(ctx) }
+
+// Uses are the uses of ids by processes, mounts and snapshots.
+func (h idHost) Uses(ctx context.Context) (uses []userns.Use, err error) {
+	for _, look := range []func(context.Context) ([]userns.Use, error){userns.Processes, userns.Mounts, h.snapshots} {
+		found, err := look(ctx)
+		if err != nil {
+			return nil, err
+		}
+		uses = append(uses, found...)
+	}
+	return uses, nil
+}
+
+// snapshots are the uses of ids by the snapshots that containerd mounts with id maps.
+func (h idHost) snapshots(ctx context.Context) (uses []userns.Use, err error) {
+	all, err := h.node.client.NamespaceService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
+	}
+	for _, namespace := range all {
+		ctx := namespaces.WithNamespace(ctx, namespace)
+		for _, snapshotter := range h.stock.snapshotters() {
+			service := h.node.client.SnapshotService(snapshotter)
+			if service == nil {
+				continue // it isn't loaded, so it has none
+			}
+			err := service.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+				if use, err := useOfSnapshot(info); err == nil { // a label that can't be read, by an annotation of a pod, can't be mounted
+					uses = append(uses, use)
+				}
+				return nil
+			}, fmt.Sprintf("labels.%q", snapshots.LabelSnapshotUIDMapping))
+			if err != nil {
+				return nil, fmt.Errorf("failed to look at the snapshots of %q: %w", snapshotter, err)
+			}
+		}
+	}
+	return uses, nil
+}
+
+func useOfSnapshot(info snapshots.Info) (use userns.Use, err error) {
+	use.By = fmt.Sprintf("snapshot %q", info.Name)
+	if use.UIDs, err = userns.ParseLabel(info.Labels[snapshots.LabelSnapshotUIDMapping]); err != nil {
+		return use, err
+	}
+	use.GIDs, err = userns.ParseLabel(info.Labels[snapshots.LabelSnapshotGIDMapping])
+	return use, err
+}
+
+// holderID names a sandbox among the holders of ids.
+func holderID(key journal.Key) string { return key.Namespace + "/" + key.ID }
+
+func keyOfHolder(id string) (journal.Key, error) {
+	namespace, id, ok := strings.Cut(id, "/")
+	if !ok {
+		return journal.Key{}, fmt.Errorf("%q names no sandbox: %w", id, errdefs.ErrInternal)
+	}
+	return journal.Key{Namespace: namespace, ID: id}, nil
+}
+
+// passingID starts the id of a holder whose sandbox containerd's service is making: it has no id yet that we know.
+const passingID = "passing-"
+
+// mappingsOfRecord are the id mappings of a sandbox by containerd's own record of it: those that its pause was started with, else those
+// of the request; nil for one in the host's user namespace.
+func mappingsOfRecord(record sandbox.Sandbox) (*userns.Mappings, error) {
+	if !ran(record) {
+		config, _ := requestOf(record)
+		return userns.FromCRI(config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions())
+	}
+	unpacked, err := typeurl.UnmarshalAny(record.Spec)
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the spec of sandbox %q: %w", record.ID, err)
+	}
+	spec, ok := unpacked.(*specs.Spec)
+	if !ok || spec.Linux == nil {
+		return nil, nil
+	}
+	uids, gids := spec.Linux.UIDMappings, spec.Linux.GIDMappings
+	switch {
+	case len(uids) == 0 && len(gids) == 0:
+		return nil, nil
+	case len(uids) != 1 || len(gids) != 1:
+		return nil, fmt.Errorf("sandbox %q has %d uid and %d gid mappings: %w", record.ID, len(uids), len(gids), errdefs.ErrInvalidArgument)
+	}
+	return &userns.Mappings{UIDs: mappingOfSpec(uids[0]), GIDs: mappingOfSpec(gids[0])}, nil
+}
+
+func mappingOfSpec(m specs.LinuxIDMapping) userns.Mapping {
+	return userns.Mapping{ContainerID: m.ContainerID, HostID: m.HostID, Length: m.Size}
+}

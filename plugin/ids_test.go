@@ -1,0 +1,122 @@
+package plugin
+
+import (
+	"encoding/json"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// private are the mappings that podConfig asks for.
+var private = userns.Mappings{UIDs: userns.Mapping{HostID: 131072, Length: 65536}, GIDs: userns.Mapping{HostID: 131072, Length: 65536}}
+
+func onHostUsers(config *runtime.PodSandboxConfig) {
+	options(config).UsernsOptions = &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}
+}
+
+func TestMappingsOfRecord(t *testing.T) {
+	pack := func(v any) typeurl.Any {
+		packed, err := typeurl.MarshalAny(v)
+		require.NoError(t, err)
+		return packed
+	}
+	request := func(change ...func(*runtime.PodSandboxConfig)) sandbox.Sandbox {
+		text, err := json.Marshal(map[string]any{"Metadata": map[string]any{"Config": podConfig(change...)}})
+		require.NoError(t, err)
+		return sandbox.Sandbox{ID: "s1", Extensions: map[string]typeurl.Any{"metadata": &journal.Data{TypeURL: "x", Value: text}}}
+	}
+	started := func(uids, gids []specs.LinuxIDMapping) sandbox.Sandbox {
+		record := request()
+		record.Spec = pack(&specs.Spec{Linux: &specs.Linux{UIDMappings: uids, GIDMappings: gids}})
+		return record
+	}
+	auto := userns.Mappings{UIDs: userns.Mapping{HostID: 1 << 30, Length: 65536}, GIDs: userns.Mapping{HostID: 1 << 29, Length: 65536}}
+	uids, gids := auto.Linux()
+	for name, tc := range map[string]struct {
+		record sandbox.Sandbox
+		want   *userns.Mappings
+		fails  bool
+	}{
+		"not started":                  {record: request(), want: &private},
+		"not started, on host users":   {record: request(onHostUsers)},
+		"nothing in it":                {record: sandbox.Sandbox{ID: "s1"}},
+		"started":                      {record: started(uids, gids), want: &auto}, // what it runs with counts, not what it asked for
+		"started, on host users":       {record: started(nil, nil)},
+		"started, many extents":        {record: started(append(uids, uids...), gids), fails: true},
+		"started, a spec that is none": {record: sandbox.Sandbox{ID: "s1", Spec: &journal.Data{TypeURL: "types.containerd.io/nothing", Value: []byte("{")}}, fails: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := mappingsOfRecord(tc.record)
+			require.Equal(t, tc.fails, err != nil, "%v", err)
+			require.Equal(t, tc.want, got)
+		})
+	}
+}
+
+func TestStockPodsHoldTheirIDs(t *testing.T) {
+	w := newWorld(t)
+	taken := func() error {
+		return w.admitIDs(t.Context(), &Spec{Config: podConfig(named("other"), func(c *runtime.PodSandboxConfig) { c.Metadata.Uid = "u-2" }), Mapping: &private})
+	}
+	require.NoError(t, taken())
+	ended := w.StockRuns(podConfig())
+	require.True(t, errdefs.IsInvalidArgument(taken()), "while it starts")
+	ended("")
+	require.NoError(t, taken(), "it has failed")
+
+	ended = w.StockRuns(podConfig())
+	ended("s1")
+	overview, err := w.node.ids.Overview(t.Context())
+	require.NoError(t, err)
+	require.Len(t, overview.Holders, 1)
+	require.Equal(t, "k8s.io/s1", overview.Holders[0].ID)
+	require.Equal(t, userns.OriginStock, overview.Holders[0].Origin)
+	w.StockRemoved("s1")
+	require.NoError(t, taken())
+
+	for name, config := range map[string]*runtime.PodSandboxConfig{
+		"none":          nil,
+		"on host users": podConfig(onHostUsers),
+		"bad":           podConfig(mappings(func(u *runtime.UserNamespace) { u.Uids = nil })),
+	} {
+		w.StockRuns(config)("s2")
+		require.NoError(t, taken(), name)
+	}
+}
+
+func TestRestoredHolders(t *testing.T) {
+	w := newWorld(t)
+	w.run(t, "ready")
+	require.NoError(t, w.create(t, "new", named("new"), func(c *runtime.PodSandboxConfig) { c.Metadata.Uid = "u-2" }))
+	view := w.view(t, "ready")
+	require.True(t, mayHold(view, false))
+	require.False(t, mayHold(w.view(t, "new"), false), "nothing has been made")
+	require.True(t, mayHold(w.view(t, "new"), true), "who knows")
+	require.NoError(t, w.Shutdown(inCRI(t), "ready"))
+	require.False(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: states.AllocateIDs, Status: lifecycle.StepUndone}}}, true))
+
+	other := sandbox.Sandbox{ID: "stock"}
+	packed, err := typeurl.MarshalAny(&specs.Spec{Linux: &specs.Linux{
+		UIDMappings: []specs.LinuxIDMapping{{HostID: 1 << 20, Size: 65536}}, GIDMappings: []specs.LinuxIDMapping{{HostID: 1 << 20, Size: 65536}},
+	}})
+	require.NoError(t, err)
+	other.Spec = packed
+	w.restoreIDs(t.Context(), map[journal.Key]bool{{Namespace: "k8s.io", ID: "new"}: true}, map[journal.Key]sandbox.Sandbox{{Namespace: "k8s.io", ID: "stock"}: other})
+	overview, err := w.node.ids.Overview(t.Context())
+	require.NoError(t, err)
+	var holders []string
+	for _, h := range overview.Holders {
+		holders = append(holders, h.ID+" "+string(h.Origin)+" "+h.Mappings.UIDs.String())
+	}
+	require.Equal(t, []string{"k8s.io/new request 0:131072:65536", "k8s.io/stock stock 0:1048576:65536"}, holders)
+}

@@ -1,0 +1,355 @@
+package userns
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Standing is what has become of a holder's sandbox.
+type Standing int
+
+const (
+	// Lives: it may have processes, or get some.
+	Lives Standing = iota
+	// Ended: it is stopped, and gets no process any more.
+	Ended
+	// Gone: there is no such sandbox.
+	Gone
+)
+
+// Host is the outside world, as far as the allocator has to look at it.
+type Host interface {
+	// Standing is asked when a holder is in the way of another.
+	Standing(ctx context.Context, h Holder) (Standing, error)
+	// Uses are all uses of host ids by user namespaces, mounts and snapshots.
+	Uses(ctx context.Context) ([]Use, error)
+	// Processes are the uses by processes alone.
+	Processes(ctx context.Context) ([]Use, error)
+}
+
+// Use says by whom a range of host uids and gids is used; a nil side is not used.
+type Use struct {
+	UIDs, GIDs []Mapping
+	By         string
+}
+
+// touches says whether the use is of any id of m.
+func (u Use) touches(m Mappings) bool {
+	return slices.ContainsFunc(u.UIDs, m.UIDs.overlaps) || slices.ContainsFunc(u.GIDs, m.GIDs.overlaps)
+}
+
+// Allocator keeps the id ranges of pods apart. Its methods may be called by many goroutines.
+type Allocator struct {
+	host Host
+
+	mu       sync.Mutex
+	pool     *Pool // nil for none
+	holdings *holdings
+	refusals []Refusal
+
+	searching sync.Mutex // one search for uses at a time; taken before mu
+}
+
+// New makes an allocator without holders. pool may be nil.
+func New(host Host, pool *Pool) *Allocator {
+	return &Allocator{host: host, pool: pool, holdings: newHoldings()}
+}
+
+// Restore makes a holder of a sandbox that holds its ids already.
+func (a *Allocator) Restore(h Holder) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.holdings.add(h)
+	if a.pool != nil && h.Origin == OriginAuto {
+		a.pool.restore(h.ID, h.Mappings)
+	}
+}
+
+// Check fails as [Allocator.Hold] or, for a holder without mappings, [Allocator.Allocate] would now, and holds nothing. A pod that has a
+// range of the pool needs no other one yet: the request may be a retry for the sandbox that has it.
+func (a *Allocator) Check(ctx context.Context, h Holder) error {
+	if h.Origin != OriginAuto {
+		return a.hold(ctx, h, false)
+	}
+	if _, ok := a.tryAllocate(h, false); ok || a.hasRange(h.Owner) {
+		return nil
+	}
+	_, err := a.allocate(ctx, h, false)
+	return err
+}
+
+func (a *Allocator) hasRange(owner string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id := range a.pool.held {
+		if held, ok := a.holdings.byID[id]; ok && held.Owner == owner {
+			return true
+		}
+	}
+	return false
+}
+
+// Hold makes h a holder of its mappings. It is idempotent. Ids of another owner are an InvalidArgument error that names the pod;
+// those of a sandbox that is stopped and has no process left are given away, unless they are the pool's.
+func (a *Allocator) Hold(ctx context.Context, h Holder) error { return a.hold(ctx, h, true) }
+
+func (a *Allocator) hold(ctx context.Context, h Holder, keep bool) error {
+	for {
+		rival, kind := a.tryHold(h, keep)
+		if rival == nil {
+			return nil
+		}
+		yields, err := a.yields(ctx, *rival)
+		if err != nil || !yields {
+			return a.refuse(h, conflict(h, *rival, kind, err))
+		}
+	}
+}
+
+// tryHold makes h a holder, if there is no rival and it shall be kept; else it says who the rival is, and for which kind of id.
+func (a *Allocator) tryHold(h Holder, keep bool) (*Holder, string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if rival, kind := a.holdings.rival(h.Mappings, h.Owner); rival != nil {
+		holder := rival.Holder
+		return &holder, kind
+	}
+	if keep {
+		a.holdings.add(h)
+	}
+	return nil, ""
+}
+
+// yields looks whether a rival needs its ids no more, and takes them from it if so.
+func (a *Allocator) yields(ctx context.Context, rival Holder) (bool, error) {
+	standing, err := a.host.Standing(ctx, rival)
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case standing == Gone:
+		return true, a.Release(rival.ID)
+	case standing == Lives, rival.Origin == OriginAuto: // a range of the pool waits for snapshots and mounts, too
+		return false, nil
+	}
+	uses, err := a.host.Processes(ctx)
+	if err != nil {
+		return false, err
+	}
+	if i := slices.IndexFunc(uses, func(u Use) bool { return u.touches(rival.Mappings) }); i >= 0 {
+		return false, nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if held, ok := a.holdings.byID[rival.ID]; ok {
+		held.spent = true
+	}
+	return true, nil
+}
+
+func conflict(h, rival Holder, kind string, err error) error {
+	asked, taken := h.Mappings.of(kind), rival.Mappings.of(kind)
+	text := fmt.Sprintf("host %ss %d to %d of pod %q overlap %d to %d, which pod %q (sandbox %q) holds",
+		kind, asked.HostID, asked.last(), h.Pod, taken.HostID, taken.last(), rival.Pod, rival.ID)
+	if err != nil {
+		text = fmt.Sprintf("%s, as far as can be seen (%s)", text, err)
+	}
+	return invalid("%s; give each pod a range of its own", text)
+}
+
+// Allocate gives h a range of the pool, and makes it its holder. A holder that has one keeps it. It fails with ResourceExhausted when
+// no range is free, also after a search of the host for those in quarantine.
+func (a *Allocator) Allocate(ctx context.Context, h Holder) (Mappings, error) {
+	return a.allocate(ctx, h, true)
+}
+
+func (a *Allocator) allocate(ctx context.Context, h Holder, keep bool) (Mappings, error) {
+	if m, ok := a.tryAllocate(h, keep); ok {
+		return m, nil
+	}
+	_, failed := a.search(ctx)
+	if m, ok := a.tryAllocate(h, keep); ok {
+		return m, nil
+	}
+	a.mu.Lock()
+	err := a.pool.exhausted(failed)
+	a.mu.Unlock()
+	return Mappings{}, a.refuse(h, err)
+}
+
+func (a *Allocator) tryAllocate(h Holder, keep bool) (Mappings, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if s, ok := a.pool.held[h.ID]; ok {
+		return s.mappings, true
+	}
+	s := a.pool.next(func(m Mappings) bool { return a.holdings.uids.taken(m.UIDs) || a.holdings.gids.taken(m.GIDs) })
+	if s == nil {
+		return Mappings{}, false
+	}
+	if keep {
+		a.pool.take(h.ID, s)
+		h.Mappings = s.mappings
+		a.holdings.add(h)
+	}
+	return s.mappings, true
+}
+
+// search frees the ranges in quarantine that nothing on the host uses. It returns what uses the others.
+func (a *Allocator) search(ctx context.Context) (map[Mappings]string, error) {
+	a.searching.Lock()
+	defer a.searching.Unlock()
+	a.mu.Lock()
+	suspects := a.pool.quarantined() // before the search: what comes into quarantine later may have been used later
+	a.mu.Unlock()
+	if len(suspects) == 0 {
+		return nil, nil
+	}
+	uses, err := a.host.Uses(ctx)
+	if err != nil {
+		return nil, err
+	}
+	users, unused := sortOut(suspects, uses)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, m := range unused {
+		a.pool.clear(m)
+	}
+	return users, nil
+}
+
+// sortOut says by whom each of the suspects is used, and which are not. It looks at each use once, by the blocks that it touches,
+// because a pool may have tens of thousands of ranges.
+func sortOut(suspects []Mappings, uses []Use) (users map[Mappings]string, unused []Mappings) {
+	uids, gids := map[uint32][]Use{}, map[uint32][]Use{}
+	for _, u := range uses {
+		for _, side := range []struct {
+			extents []Mapping
+			into    map[uint32][]Use
+		}{{u.UIDs, uids}, {u.GIDs, gids}} {
+			for _, m := range side.extents {
+				for first, last := blocks(m); first <= last; first++ {
+					side.into[first] = append(side.into[first], u)
+				}
+			}
+		}
+	}
+	users = map[Mappings]string{}
+	for _, m := range suspects {
+		if by, used := userOf(m, near(m.UIDs, uids), near(m.GIDs, gids)); used {
+			users[m] = by
+		} else {
+			unused = append(unused, m)
+		}
+	}
+	return users, unused
+}
+
+// near are the uses in the blocks of m.
+func near(m Mapping, byBlock map[uint32][]Use) (uses []Use) {
+	for first, last := blocks(m); first <= last; first++ {
+		uses = append(uses, byBlock[first]...)
+	}
+	return uses
+}
+
+// userOf is by whom a range is used, if it is.
+func userOf(m Mappings, uses ...[]Use) (string, bool) {
+	for _, some := range uses {
+		if i := slices.IndexFunc(some, func(u Use) bool { return u.touches(m) }); i >= 0 {
+			return some[i].By, true
+		}
+	}
+	return "", false
+}
+
+// Release ends a holding. It is idempotent. A range of the pool goes into quarantine. An error says that the order in which ranges
+// are used may be lost over a restart, and nothing else.
+func (a *Allocator) Release(id string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.holdings.remove(id)
+	if a.pool == nil {
+		return nil
+	}
+	return a.pool.release(id)
+}
+
+// Refusal is a request that was refused for its ids.
+type Refusal struct {
+	Pod    string
+	Reason string
+	At     time.Time // the last time
+	Count  int
+}
+
+// keepRefusals is how many different refusals are kept.
+const keepRefusals = 64
+
+// refuse keeps err as the reason why h was refused, and returns it.
+func (a *Allocator) refuse(h Holder, err error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	r := Refusal{Pod: h.Pod, Reason: err.Error(), Count: 1, At: time.Now()}
+	if i := slices.IndexFunc(a.refusals, func(old Refusal) bool { return old.Pod == r.Pod && old.Reason == r.Reason }); i >= 0 {
+		r.Count += a.refusals[i].Count
+		a.refusals = slices.Delete(a.refusals, i, i+1)
+	}
+	a.refusals = append(a.refusals, r)
+	if over := len(a.refusals) - keepRefusals; over > 0 {
+		a.refusals = slices.Delete(a.refusals, 0, over)
+	}
+	return err
+}
+
+// Overview is the allocator at one moment.
+type Overview struct {
+	Holders  []Holder // in the order of their uids
+	Refusals []Refusal
+	Pool     *PoolOverview // nil for none
+}
+
+// PoolOverview is the pool at one moment.
+type PoolOverview struct {
+	Source             string
+	Ranges, Held, Free int
+	// Quarantined are the ranges in quarantine.
+	Quarantined []Quarantined
+}
+
+// Quarantined is a range in quarantine, and what was seen to use it.
+type Quarantined struct {
+	Mappings Mappings
+	UsedBy   string
+}
+
+// Overview searches the host for what uses the ranges in quarantine, and returns how things stand. An error of the search is returned
+// with the overview.
+func (a *Allocator) Overview(ctx context.Context) (Overview, error) {
+	var users map[Mappings]string
+	var err error
+	if a.pool != nil {
+		users, err = a.search(ctx)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	o := Overview{Refusals: slices.Clone(a.refusals)}
+	for _, h := range a.holdings.byID {
+		o.Holders = append(o.Holders, h.Holder)
+	}
+	slices.SortFunc(o.Holders, func(x, y Holder) int {
+		return cmp.Or(cmp.Compare(x.Mappings.UIDs.HostID, y.Mappings.UIDs.HostID), cmp.Compare(x.ID, y.ID))
+	})
+	if a.pool == nil {
+		return o, err
+	}
+	o.Pool = &PoolOverview{Source: a.pool.Source, Ranges: len(a.pool.slots), Held: len(a.pool.held), Free: len(a.pool.free)}
+	for _, m := range a.pool.quarantined() {
+		o.Pool.Quarantined = append(o.Pool.Quarantined, Quarantined{Mappings: m, UsedBy: users[m]})
+	}
+	return o, err
+}

@@ -1,0 +1,125 @@
+package userns
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"unsafe"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Mounts are the host ids that idmapped mounts of this mount namespace map to. The kernel tells which since 6.15; before, an idmapped
+// mount counts as using all ids that pods may have.
+func Mounts(ctx context.Context) ([]Use, error) {
+	uses, err := listedMounts(ctx)
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, errUntold) {
+		return flaggedMounts()
+	}
+	return uses, err
+}
+
+// errUntold says that the kernel doesn't tell the id maps of mounts.
+var errUntold = errors.New("statmount(2) knows no id maps")
+
+// flaggedMounts are the idmapped mounts of mountinfo, each with all ids.
+func flaggedMounts() (uses []Use, err error) {
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return !slices.Contains(strings.Split(m.Options, ","), "idmapped"), false
+	})
+	if err != nil {
+		return nil, fmt.Errorf("failed to list mounts: %w", err)
+	}
+	all := []Mapping{{HostID: minHostID, Length: maxHostID - minHostID + 1}}
+	for _, m := range mounts {
+		uses = append(uses, Use{UIDs: all, GIDs: all, By: fmt.Sprintf("mount %s, of whose id map this kernel doesn't tell", m.Mountpoint)})
+	}
+	return uses, nil
+}
+
+// What listmount(2) and statmount(2) take and give, as in linux/mount.h.
+const (
+	lsmtRoot        = ^uint64(0)
+	mountAttrIDMap  = 0x00100000
+	statMountBasic  = 0x2
+	statMountPoint  = 0x10
+	statMountUIDMap = 0x2000
+	statMountGIDMap = 0x4000
+)
+
+// mountRequest is struct mnt_id_req of its first version.
+type mountRequest struct {
+	size, spare uint32
+	id, param   uint64
+}
+
+const mountRequestSize = uint32(unsafe.Sizeof(mountRequest{}))
+
+// listedMounts are the idmapped mounts by listmount(2) and statmount(2).
+func listedMounts(ctx context.Context) (uses []Use, err error) {
+	var last uint64
+	ids, reply := make([]uint64, 512), make([]byte, 1<<16) // 340 extents, the most there can be, are 11 KiB
+	for {
+		request := mountRequest{size: mountRequestSize, id: lsmtRoot, param: last}
+		n, _, errno := unix.Syscall6(unix.SYS_LISTMOUNT, uintptr(unsafe.Pointer(&request)), uintptr(unsafe.Pointer(&ids[0])), uintptr(len(ids)), 0, 0, 0)
+		if errno != 0 {
+			return nil, fmt.Errorf("failed to list mounts: %w", errno)
+		}
+		for _, id := range ids[:n] {
+			if err := ctx.Err(); err != nil {
+				return nil, fmt.Errorf("failed to look at mounts: %w", err)
+			}
+			use, idmapped, err := statMount(id, reply)
+			if err != nil {
+				return nil, err
+			}
+			if idmapped {
+				uses = append(uses, use)
+			}
+		}
+		if int(n) < len(ids) {
+			return uses, nil
+		}
+		last = ids[n-1]
+	}
+}
+
+// statMount says what one mount maps to, if it is idmapped. A mount that has gone is not.
+func statMount(id uint64, reply []byte) (use Use, idmapped bool, err error) {
+	request := mountRequest{size: mountRequestSize, id: id, param: statMountBasic | statMountPoint | statMountUIDMap | statMountGIDMap}
+	_, _, errno := unix.Syscall6(unix.SYS_STATMOUNT, uintptr(unsafe.Pointer(&request)), uintptr(unsafe.Pointer(&reply[0])), uintptr(len(reply)), 0, 0, 0)
+	switch {
+	case errno == unix.ENOENT:
+		return use, false, nil
+	case errno != 0:
+		return use, false, fmt.Errorf("failed to look at mount %d: %w", id, errno)
+	}
+	return parseStatMount(reply)
+}
+
+// parseStatMount reads struct statmount, whose strings stand behind its 512 bytes.
+func parseStatMount(reply []byte) (use Use, idmapped bool, err error) {
+	word := func(offset int) uint32 { return binary.NativeEndian.Uint32(reply[offset:]) }
+	texts := func(offset, n uint32) string {
+		rest := reply[512+offset:]
+		var all []byte
+		for range n {
+			text, after, _ := bytes.Cut(rest, []byte{0})
+			all, rest = append(append(all, text...), '\n'), after
+		}
+		return string(all)
+	}
+	if binary.NativeEndian.Uint64(reply[64:])&mountAttrIDMap == 0 {
+		return use, false, nil
+	}
+	if mask := binary.NativeEndian.Uint64(reply[8:]); mask&statMountUIDMap == 0 || mask&statMountGIDMap == 0 {
+		return use, false, errUntold
+	}
+	use.By = "mount " + strings.TrimSpace(texts(word(108), 1))
+	return use, true, use.addMaps(texts(word(156), word(152)), texts(word(164), word(160)))
+}
