@@ -14,6 +14,7 @@ packages := \
 	iptables:iptables-nft-save \
 	iproute2:ip \
 	util-linux:nsenter \
+	e2fsprogs:mkfs.ext4 \
 	busybox-static:/usr/share/doc/busybox-static/copyright \
 	crun:crun \
 	strace:strace

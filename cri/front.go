@@ -8,6 +8,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -47,6 +48,11 @@ type Sandboxes interface {
 	Unclaimed() []string
 	// RemovePod undoes whatever there is of the sandbox. It is idempotent; an unknown id is success.
 	RemovePod(ctx context.Context, id string) error
+	// CheckVolume fails, with FailedPrecondition, when the node's files at an absolute path can't be shown in the sandbox under its own
+	// ids. It changes nothing.
+	CheckVolume(id, path string) error
+	// StatusInfo is what podfsm adds to the verbose status of the runtime.
+	StatusInfo() (map[string]string, error)
 	// StockRuns tells of a pod of another handler before containerd's service runs it. What it returns is called when that has ended,
 	// with the sandbox's id, "" after a failure.
 	StockRuns(config *runtime.PodSandboxConfig) (ended func(id string))
@@ -309,8 +315,30 @@ func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
 	if pod, ok := e.service.sandboxes.Pod(id); ok {
 		event = proto.CloneOf(event)
 		restore(event.PodSandboxStatus, pod)
+		if pod.UserNS != nil {
+			for _, status := range event.ContainersStatuses {
+				restoreMounts(status)
+			}
+		}
 	}
 	return e.RuntimeService_GetContainerEventsServer.Send(event)
+}
+
+// Status tells, when verbose, what podfsm does for its handlers.
+func (s *service) Status(ctx context.Context, r *runtime.StatusRequest) (*runtime.StatusResponse, error) {
+	resp, err := s.RuntimeServiceServer.Status(ctx, r)
+	if err != nil || !r.GetVerbose() {
+		return resp, err
+	}
+	info, err := s.sandboxes.StatusInfo()
+	if err != nil {
+		return nil, err
+	}
+	if resp.Info == nil {
+		resp.Info = map[string]string{}
+	}
+	maps.Copy(resp.Info, info)
+	return resp, nil
 }
 
 // PortForward is refused for pods of ours that have a network of their own: containerd's service takes them for pods on the

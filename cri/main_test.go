@@ -2,10 +2,13 @@ package cri
 
 import (
 	"context"
+	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"go.opentelemetry.io/otel"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
@@ -29,6 +32,11 @@ type stock struct {
 	events  func(*runtime.GetEventsRequest, runtime.RuntimeService_GetContainerEventsServer) error
 	forward func(context.Context, *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
 	pull    func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error)
+	create  func(context.Context, *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error)
+
+	runtimeStatus   *runtime.StatusResponse
+	containers      map[string]string // the sandbox's id by the container's
+	containerStatus *runtime.ContainerStatusResponse
 
 	noPause bool // the pause image isn't there
 
@@ -59,6 +67,27 @@ func (s *stock) GetContainerEvents(r *runtime.GetEventsRequest, stream runtime.R
 
 func (s *stock) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
 	return s.forward(ctx, r)
+}
+
+func (s *stock) CreateContainer(ctx context.Context, r *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error) {
+	return s.create(ctx, r)
+}
+
+func (s *stock) Status(context.Context, *runtime.StatusRequest) (*runtime.StatusResponse, error) {
+	return s.runtimeStatus, nil
+}
+
+func (s *stock) ContainerStatus(context.Context, *runtime.ContainerStatusRequest) (*runtime.ContainerStatusResponse, error) {
+	return s.containerStatus, nil
+}
+
+func (s *stock) ListContainers(_ context.Context, r *runtime.ListContainersRequest) (*runtime.ListContainersResponse, error) {
+	id := r.GetFilter().GetId()
+	pod, ok := s.containers[id]
+	if !ok {
+		return &runtime.ListContainersResponse{}, nil
+	}
+	return &runtime.ListContainersResponse{Containers: []*runtime.Container{{Id: id, PodSandboxId: pod}}}, nil
 }
 
 // ImageStatus knows every image, unless a test takes the pause image away.
@@ -120,6 +149,21 @@ type controller struct {
 	mu     sync.Mutex
 	named  map[attempt]Pod
 	claims map[string]lifecycle.Claim
+}
+
+var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
+
+// CheckVolume refuses the volumes below /ramfs.
+func (c *controller) CheckVolume(id, path string) error {
+	c.calls = append(c.calls, "check "+id+" "+path)
+	if strings.HasPrefix(path, "/ramfs") {
+		return errUnmappable
+	}
+	return nil
+}
+
+func (c *controller) StatusInfo() (map[string]string, error) {
+	return map[string]string{"podfsm": "of podfsm"}, nil
 }
 
 const pauseImage = "example/pause:1"

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -92,11 +91,12 @@ spec:
 `,
 }
 
-// The kubelet runs pods on podfsm as on any other runtime, and when containerd is killed and comes back, it has nothing to do.
+// The kubelet runs pods on podfsm as on any other runtime, and when containerd is killed and comes back, it has nothing to do. Nor does
+// it notice that a pod which asks for no user namespace gets one.
 func TestKubelet(t *testing.T) {
-	n := harness.StartNode(t, harness.Config{TOML: podfsmForAll})
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
-	require.NoError(t, err)
+	n, before := startNodeWithPool(t, harness.Config{Handlers: []string{autoHandler}, TOML: podfsmForAll + usersOf(harness.PodfsmHandler, `
+		mode = "auto"
+		unmappable = "host"`)})
 	k := startKubelet(t, n, nil)
 
 	for name, manifest := range manifests {
@@ -187,10 +187,10 @@ func requireAsInManifests(t *testing.T, n *harness.Node, k *kubelet.Kubelet, pod
 	crashing := pods["crashing"].Containers["main"]
 	require.Equal(t, 2, crashing.Restarts)
 	require.Contains(t, k.Log(), "back-off 1s restarting failed container=main")
-	ours, err := os.ReadFile("/proc/self/uid_map")
-	require.NoError(t, err)
-	require.Equal(t, string(ours), execIn(t.Context(), t, n, crashing.ID, "cat", "/proc/self/uid_map"), "the node's user namespace")
+	require.GreaterOrEqual(t, mappingOf(t, containerPid(t, n, crashing.ID)), uint32(poolStart), "a range of the pool")
+	require.Equal(t, "0\n", execIn(t.Context(), t, n, crashing.ID, "stat", "-c", "%u", "/runs/runs"))
 
+	require.Zero(t, mappingOf(t, containerPid(t, n, pods["host-network"].Containers["server"].ID)), "the node's user namespace")
 	require.Empty(t, pods["host-network"].IP) // without an API server the kubelet names none for such a pod, and probes localhost
 	require.Contains(t, execIn(t.Context(), t, n, pods["host-network"].Containers["server"].ID, "ls", "/sys/class/net"), "cni0")
 }

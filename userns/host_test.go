@@ -17,7 +17,7 @@ import (
 )
 
 // inUserNS runs a process of this machine in a user namespace, until the test ends.
-func inUserNS(t *testing.T, uids, gids Mapping) int {
+func inUserNS(t testing.TB, uids, gids Mapping) int {
 	t.Helper()
 	maps := func(m Mapping) []syscall.SysProcIDMap {
 		return []syscall.SysProcIDMap{{ContainerID: int(m.ContainerID), HostID: int(m.HostID), Size: int(m.Length)}}

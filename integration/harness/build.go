@@ -53,10 +53,11 @@ var parts = []install{
 	{".", ".build/bin", []string{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
 		"github.com/containerd/containerd/v2/cmd/ctr",
+		"./integration/attack",
 		"./integration/fakerunc",
 		"./integration/faultwrap",
 		"./integration/delegate",
-	}, "containerd-shim-runc-v2, ctr, fakerunc, faultwrap, delegate"},
+	}, "containerd-shim-runc-v2, ctr, attack, fakerunc, faultwrap, delegate"},
 	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
 	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
 }

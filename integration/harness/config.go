@@ -26,12 +26,12 @@ const (
 type settings = map[string]any
 
 // writeConfig writes config.toml: containerd's own defaults, with every path
-// inside the node's directory, and extra merged over it.
-func (n *Node) writeConfig(extra string) error {
-	config := n.config()
-	if extra != "" {
+// inside the node's directory, and c's own merged over it.
+func (n *Node) writeConfig(c Config) error {
+	config := n.config(c.Handlers)
+	if c.TOML != "" {
 		var more settings
-		if err := toml.Unmarshal([]byte(extra), &more); err != nil {
+		if err := toml.Unmarshal([]byte(c.TOML), &more); err != nil {
 			return fmt.Errorf("failed to parse the extra configuration: %w", err)
 		}
 		merge(config, more)
@@ -43,7 +43,7 @@ func (n *Node) writeConfig(extra string) error {
 	return os.WriteFile(n.path("config.toml"), data, 0o644)
 }
 
-func (n *Node) config() settings {
+func (n *Node) config(handlers []string) settings {
 	return settings{
 		"version":          4,
 		"root":             n.path("root"),
@@ -65,12 +65,12 @@ func (n *Node) config() settings {
 			// Garbage is collected after every removal, at up to half of the time:
 			// what nothing protects is soon lost.
 			"io.containerd.gc.v1.scheduler": settings{"deletion_threshold": 1, "pause_threshold": 0.5},
-			"io.containerd.cri.v1.runtime":  n.criConfig(),
+			"io.containerd.cri.v1.runtime":  n.criConfig(handlers),
 		},
 	}
 }
 
-func (n *Node) criConfig() settings {
+func (n *Node) criConfig(handlers []string) settings {
 	handler := func(sandboxer string) settings {
 		return settings{
 			"runtime_type": "io.containerd.runc.v2",
@@ -81,6 +81,13 @@ func (n *Node) criConfig() settings {
 				"SystemdCgroup": false,
 			},
 		}
+	}
+	runtimes := settings{
+		StockHandler:  handler("podsandbox"),
+		PodfsmHandler: handler("podfsm"),
+	}
+	for _, name := range handlers {
+		runtimes[name] = handler("podfsm")
 	}
 	return settings{
 		"cdi_spec_dirs":                []string{n.path("cdi")},
@@ -94,10 +101,7 @@ func (n *Node) criConfig() settings {
 		},
 		"containerd": settings{
 			"default_runtime_name": StockHandler,
-			"runtimes": settings{
-				StockHandler:  handler("podsandbox"),
-				PodfsmHandler: handler("podfsm"),
-			},
+			"runtimes":             runtimes,
 		},
 	}
 }

@@ -51,6 +51,8 @@ type Config struct {
 	TOML   string   // merged over the harness's config.toml
 	Env    []string // added to the daemon's environment, as KEY=value
 	Traces bool     // receive the daemon's spans
+	// Handlers are runtime handlers of podfsm besides PodfsmHandler.
+	Handlers []string
 	// FakeRuntime has fakerunc in the place of runc, for thousands of sandboxes. Pods can't have containers then.
 	FakeRuntime bool
 }
@@ -147,7 +149,7 @@ func (n *Node) prepare(ctx context.Context, c Config) error {
 	if err := n.SetChain(ctx, n.DefaultChain()...); err != nil {
 		return err
 	}
-	return n.writeConfig(c.TOML)
+	return n.writeConfig(c)
 }
 
 // binary returns the path of a built program, such as "ctr".
@@ -155,6 +157,9 @@ func (n *Node) binary(name string) string { return filepath.Join(n.repo, ".build
 
 // CLI returns the path of the podfsm command line tool.
 func (n *Node) CLI() string { return filepath.Join(filepath.Dir(n.executable), "podfsm") }
+
+// Attack returns the path of the program that does what a pod must not be able to.
+func (n *Node) Attack() string { return n.binary("attack") }
 
 // Dir returns the node's directory. All it has on the machine's filesystems is
 // below it, but for cgroups and libcni's default cache.

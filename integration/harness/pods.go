@@ -154,6 +154,17 @@ func Run(command ...string) ContainerOption {
 	return func(c *runtime.ContainerConfig) { c.Command = command }
 }
 
+// Volume mounts a file or directory of the machine into a container, under the
+// pod's ids where it has its own, as the kubelet does.
+func Volume(hostPath, containerPath string) ContainerOption {
+	return func(c *runtime.ContainerConfig) {
+		users := c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
+		c.Mounts = append(c.Mounts, &runtime.Mount{
+			HostPath: hostPath, ContainerPath: containerPath, UidMappings: users.GetUids(), GidMappings: users.GetGids(),
+		})
+	}
+}
+
 // Container is a container that was started.
 type Container struct {
 	ID  string

@@ -1,0 +1,468 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// userMode is a way in which pods get their user namespace.
+type userMode struct {
+	name    string
+	handler string
+	option  harness.PodOption
+	shared  bool // by all pods, by design
+}
+
+// hostUsers is the control of all that a user namespace keeps from a pod: a pod without one.
+var hostUsers = userMode{"host users", harness.PodfsmHandler, harness.HostUsers(), false}
+
+// userModes are those with a user namespace.
+var userModes = []userMode{
+	{"kubelet", harness.PodfsmHandler, func(*runtime.PodSandboxConfig) {}, false},
+	{"auto", autoHandler, harness.HostUsers(), false},
+	{"node", nodeHandler, harness.HostUsers(), true},
+}
+
+// Handlers of podfsm that map pods which ask for nothing.
+const (
+	autoHandler = "podfsm-auto"
+	nodeHandler = "podfsm-node"
+)
+
+// usersOf is the configuration of a handler's user namespaces.
+func usersOf(handler, settings string) string {
+	return fmt.Sprintf("[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns.%s]\n%s\n", handler, settings)
+}
+
+// poolStart is the first host id of the tests' pool. No range of the kubelet's mode reaches that far.
+const poolStart = 3_000_000_000
+
+// startNodeWithPool returns a node whose handlers have a pool of ranges, and its census without pods. One of its handlers is autoHandler.
+func startNodeWithPool(t *testing.T, c harness.Config) (*harness.Node, harness.Census) {
+	t.Helper()
+	c.TOML += usersOf(autoHandler, `mode = "auto"`) +
+		fmt.Sprintf("[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns_pool]\nranges = [{host_id = %d, size = 6553600}]\n", poolStart)
+	n := harness.StartNode(t, c)
+	first, err := n.RunPod(t.Context(), autoHandler, n.PodConfig("first", harness.HostUsers())) // makes the pool's own file
+	require.NoError(t, err)
+	require.NoError(t, first.StopAndRemove(t.Context()))
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	return n, before
+}
+
+// startNodeWithModes returns one with a handler for each of userModes.
+func startNodeWithModes(t *testing.T) (*harness.Node, harness.Census) {
+	t.Helper()
+	return startNodeWithPool(t, harness.Config{Handlers: []string{autoHandler, nodeHandler}, TOML: usersOf(nodeHandler, `
+		mode = "node"
+		node_wide_uid_mapping = {container_id = 0, host_id = 2000000000, size = 65536}
+		node_wide_gid_mapping = {container_id = 0, host_id = 2000000000, size = 65536}`)})
+}
+
+// volumes are directories and files of the host, below one directory.
+type volumes string
+
+// groupID is a group that owns a volume, as fsGroup has it.
+const groupID = 4711
+
+func (v volumes) path(name string) string { return filepath.Join(string(v), name) }
+
+// makeVolumes makes one volume of each kind in the node's directory.
+func makeVolumes(t *testing.T, n *harness.Node, name string) volumes {
+	t.Helper()
+	v := volumes(filepath.Join(n.Dir(), name))
+	write := func(file, content string) {
+		require.NoError(t, os.MkdirAll(filepath.Dir(v.path(file)), 0o755))
+		require.NoError(t, os.WriteFile(v.path(file), []byte(content), 0o644))
+	}
+	write("dir/of-host", "from the host")
+	write("single/file", "one file")
+	write("read-only/file", "look, don't touch")
+	// What the kubelet makes of a ConfigMap.
+	write("config/..2026_01/key", "first")
+	require.NoError(t, os.Symlink("..2026_01", v.path("config/..data")))
+	require.NoError(t, os.Symlink("..data/key", v.path("config/key")))
+
+	require.NoError(t, os.Mkdir(v.path("memory"), 0o755))
+	require.NoError(t, unix.Mount("tmpfs", v.path("memory"), "tmpfs", 0, "size=1M,mode=0777"))
+
+	require.NoError(t, os.Mkdir(v.path("group"), 0o755))
+	require.NoError(t, os.Chown(v.path("group"), 0, groupID))
+	require.NoError(t, os.Chmod(v.path("group"), 0o775|os.ModeSetgid))
+
+	// A directory of the kubelet's that only root may pass.
+	require.NoError(t, os.MkdirAll(v.path("closed/below"), 0o777))
+	require.NoError(t, os.Chmod(v.path("closed/below"), 0o777))
+	require.NoError(t, os.Chmod(v.path("closed"), 0o750))
+
+	l, err := net.Listen("unix", v.path("socket"))
+	require.NoError(t, err)
+	t.Cleanup(func() { l.Close() })
+	return v
+}
+
+// mounted are the volumes as a container has them.
+func (v volumes) mounted(c *runtime.ContainerConfig) {
+	for _, name := range []string{"dir", "single/file", "config", "memory", "group", "closed/below", "socket", "missing"} {
+		harness.Volume(v.path(name), "/volumes/"+name)(c)
+	}
+	harness.Volume(v.path("read-only"), "/volumes/read-only")(c)
+	c.Mounts[len(c.Mounts)-1].Readonly = true
+	// One that comes without a mapping stays as it is, except where podfsm maps the pod.
+	c.Mounts = append(c.Mounts, &runtime.Mount{HostPath: v.path("closed/below"), ContainerPath: "/volumes/unmapped"})
+	harness.Volume("", "/volumes/image")(c)
+	c.Mounts[len(c.Mounts)-1].Image = &runtime.ImageSpec{Image: harness.BusyboxImage}
+	c.Mounts[len(c.Mounts)-1].Readonly = true
+}
+
+// requireOwner sees who owns a file, on the host.
+func requireOwner(t *testing.T, path string, uid, gid uint32) {
+	t.Helper()
+	var stat unix.Stat_t
+	require.NoError(t, unix.Lstat(path, &stat))
+	require.Equal(t, []uint32{uid, gid}, []uint32{stat.Uid, stat.Gid}, path)
+}
+
+// mappingOf is the host's user id that id 0 of a process's user namespace is; 0 in the node's own.
+func mappingOf(t *testing.T, pid int) uint32 {
+	t.Helper()
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/uid_map", pid))
+	require.NoError(t, err)
+	var container, host, length uint32
+	_, err = fmt.Sscan(string(content), &container, &host, &length)
+	require.NoError(t, err)
+	require.Zero(t, container)
+	return host
+}
+
+// upperDir is where the host has what a container writes into its root filesystem.
+func upperDir(t *testing.T, n *harness.Node, container *harness.Container) string {
+	t.Helper()
+	rootfs := filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io", container.ID, "rootfs")
+	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(rootfs))
+	require.NoError(t, err)
+	require.Len(t, mounts, 1)
+	_, upper, _ := strings.Cut(mounts[0].VFSOptions, "upperdir=")
+	upper, _, _ = strings.Cut(upper, ",")
+	return upper
+}
+
+// Pods of all modes with volumes of all kinds: who owns what, inside and outside, and what the kubelet is shown.
+func TestUserModes(t *testing.T) {
+	n, _ := startNodeWithModes(t)
+	// containerd makes this with the first volume from an image, and leaves it.
+	require.NoError(t, os.Mkdir(filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/image-volumes"), 0o755))
+	before, err := n.Census(t.Context())
+	require.NoError(t, err)
+	for _, mode := range append([]userMode{hostUsers}, userModes...) {
+		t.Run(mode.name, func(t *testing.T) {
+			files := makeVolumes(t, n, strings.ReplaceAll(mode.name, " ", "-"))
+			before, err := n.Census(t.Context())
+			require.NoError(t, err)
+			t.Run("pod", func(t *testing.T) { requirePodWithVolumes(t, n, mode, files) })
+			require.DirExists(t, files.path("missing"), "as containerd makes it")
+			require.NoError(t, os.Remove(files.path("missing")))
+			require.NoError(t, os.Remove(files.path("memory/shared")))
+			n.RequireClean(t, before)
+			require.NoError(t, unix.Unmount(files.path("memory"), 0))
+			require.NoError(t, os.RemoveAll(string(files)))
+		})
+	}
+	n.RequireClean(t, before)
+}
+
+func requirePodWithVolumes(t *testing.T, n *harness.Node, mode userMode, files volumes) {
+	t.Helper()
+	config := n.PodConfig("pod", mode.option)
+	pod := startPod(t, n, mode.handler, config)
+	pause, err := pod.Pid(t.Context())
+	require.NoError(t, err)
+	root := mappingOf(t, pause)
+	require.Equal(t, mode.name == hostUsers.name, root == 0)
+
+	var sent *runtime.ContainerConfig
+	first := startContainer(t, pod, "first", files.mounted, func(c *runtime.ContainerConfig) {
+		c.Command = []string{"sh", "-c", `trap 'echo ended > /volumes/dir/end; exit 7' TERM; touch /volumes/dir/ready; while :; do sleep 0.05; done`}
+		sent = c
+	})
+	second := startContainer(t, pod, "second", files.mounted, func(c *runtime.ContainerConfig) {
+		c.Linux.SecurityContext.RunAsUser = &runtime.Int64Value{Value: 1000}
+		c.Linux.SecurityContext.RunAsGroup = &runtime.Int64Value{Value: 1000}
+		c.Linux.SecurityContext.SupplementalGroups = []int64{groupID}
+	})
+
+	t.Run("processes", func(t *testing.T) {
+		for container, id := range map[*harness.Container]uint32{first: root, second: root + 1000} {
+			pid, err := container.Pid(t.Context())
+			require.NoError(t, err)
+			requireOwner(t, fmt.Sprintf("/proc/%d", pid), id, id)
+			require.Equal(t, inode(t, nsPath(pause, "user")), inode(t, nsPath(pid, "user")))
+		}
+		require.Equal(t, "uid=0(root) gid=0(root) groups=0(root)\n", exec(t, first, "id"))
+		require.Equal(t, fmt.Sprintf("uid=1000 gid=1000 groups=%d\n", groupID), strings.ReplaceAll(exec(t, second, "id"), "groups=1000,", "groups="))
+	})
+
+	t.Run("root filesystem", func(t *testing.T) {
+		for _, file := range []string{"/bin/busybox", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/volumes/image/bin/busybox"} {
+			require.Equal(t, "0:0\n", exec(t, first, "stat", "-c", "%u:%g", file), file)
+		}
+		exec(t, first, "touch", "/root/mine")
+		requireOwner(t, filepath.Join(upperDir(t, n, first), "root/mine"), root, root)
+		exec(t, second, "touch", "/tmp/mine")
+		requireOwner(t, filepath.Join(upperDir(t, n, second), "tmp/mine"), root+1000, root+1000)
+	})
+
+	t.Run("directory", func(t *testing.T) {
+		require.Equal(t, "0:0\n", exec(t, first, "stat", "-c", "%u:%g", "/volumes/dir/of-host"))
+		exec(t, first, "sh", "-c", "echo from first > /volumes/dir/first")
+		require.Equal(t, "from first\n", exec(t, second, "cat", "/volumes/dir/first"))
+		requireOwner(t, files.path("dir/first"), 0, 0)
+		_, err := second.Exec(t.Context(), "touch", "/volumes/dir/second")
+		require.ErrorContains(t, err, "Permission denied", "root's directory")
+	})
+
+	t.Run("file", func(t *testing.T) {
+		exec(t, first, "sh", "-c", "echo changed > /volumes/single/file")
+		content, err := os.ReadFile(files.path("single/file"))
+		require.NoError(t, err)
+		require.Equal(t, "changed\n", string(content))
+		requireOwner(t, files.path("single/file"), 0, 0)
+	})
+
+	t.Run("memory", func(t *testing.T) {
+		exec(t, second, "touch", "/volumes/memory/shared")
+		require.Equal(t, "1000:1000\n", exec(t, first, "stat", "-c", "%u:%g", "/volumes/memory/shared"))
+		requireOwner(t, files.path("memory/shared"), 1000, 1000)
+		exec(t, second, "touch", "/dev/shm/greeting")
+		require.Equal(t, "1000:1000\n", exec(t, first, "stat", "-c", "%u:%g", "/dev/shm/greeting"))
+		requireOwner(t, filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/sandboxes", pod.ID, "shm/greeting"), root+1000, root+1000)
+	})
+
+	t.Run("read-only", func(t *testing.T) {
+		require.Equal(t, "look, don't touch", exec(t, first, "cat", "/volumes/read-only/file"))
+		for _, file := range []string{"/volumes/read-only/new", "/volumes/image/new"} {
+			_, err := first.Exec(t.Context(), "touch", file)
+			require.ErrorContains(t, err, "Read-only file system")
+		}
+	})
+
+	t.Run("configuration", func(t *testing.T) {
+		require.Equal(t, "first", exec(t, second, "cat", "/volumes/config/key"))
+		require.Equal(t, "0:0\n", exec(t, second, "stat", "-L", "-c", "%u:%g", "/volumes/config/key"))
+		require.NoError(t, os.Mkdir(files.path("config/..2026_02"), 0o755))
+		require.NoError(t, os.WriteFile(files.path("config/..2026_02/key"), []byte("second"), 0o644))
+		require.NoError(t, os.Symlink("..2026_02", files.path("config/..next")))
+		require.NoError(t, os.Rename(files.path("config/..next"), files.path("config/..data")))
+		require.Equal(t, "second", exec(t, second, "cat", "/volumes/config/key"), "as the kubelet renews it")
+	})
+
+	t.Run("group", func(t *testing.T) {
+		exec(t, second, "touch", "/volumes/group/file")
+		requireOwner(t, files.path("group/file"), 1000, groupID)
+		require.Equal(t, fmt.Sprintf("1000:%d\n", groupID), exec(t, first, "stat", "-c", "%u:%g", "/volumes/group/file"))
+	})
+
+	t.Run("below a directory that only the host's root may pass", func(t *testing.T) {
+		exec(t, second, "touch", "/volumes/closed/below/file")
+		requireOwner(t, files.path("closed/below/file"), 1000, 1000)
+		exec(t, second, "test", "-e", "/volumes/unmapped/file")
+		groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.Pid()))
+		require.NoError(t, err)
+		require.Regexp(t, `(?m)^Groups:\s*$`, string(groups), "containerd has no group that would let it pass")
+	})
+
+	t.Run("socket and missing directory", func(t *testing.T) {
+		require.Equal(t, "socket 0:0\n", exec(t, first, "stat", "-c", "%F %u:%g", "/volumes/socket"))
+		require.Equal(t, "directory 0:0\n", exec(t, first, "stat", "-c", "%F %u:%g", "/volumes/missing"))
+	})
+
+	t.Run("devices", func(t *testing.T) {
+		require.Equal(t, "4\n", exec(t, second, "sh", "-c", "echo > /dev/null && head -c 4 /dev/urandom | wc -c"))
+	})
+
+	t.Run("resources", func(t *testing.T) {
+		_, err := n.Runtime.UpdateContainerResources(t.Context(), &runtime.UpdateContainerResourcesRequest{
+			ContainerId: first.ID, Linux: &runtime.LinuxContainerResources{CpuShares: 512},
+		})
+		require.NoError(t, err)
+	})
+
+	t.Run("shown as sent", func(t *testing.T) {
+		shown, err := first.Status(t.Context())
+		require.NoError(t, err)
+		require.Len(t, shown.GetMounts(), len(sent.GetMounts()))
+		for i, m := range sent.GetMounts() {
+			got := shown.GetMounts()[i]
+			if m.GetImage() != nil {
+				// containerd's service writes where it has mounted the image, and takes the mapping off.
+				require.NotEmpty(t, got.GetHostPath())
+				require.Empty(t, got.GetUidMappings())
+				continue
+			}
+			require.Equal(t, m.String(), got.String())
+		}
+		verbose, err := n.Runtime.ContainerStatus(t.Context(), &runtime.ContainerStatusRequest{ContainerId: first.ID, Verbose: true})
+		require.NoError(t, err)
+		var info struct {
+			Config      *runtime.ContainerConfig
+			RuntimeSpec struct {
+				Linux struct{ UIDMappings []struct{ HostID uint32 } }
+			}
+		}
+		require.NoError(t, json.Unmarshal([]byte(verbose.GetInfo()["info"]), &info))
+		asked := nsOptions(config).GetUsernsOptions()
+		require.Equal(t, asked.String(), info.Config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions().String())
+		if root != 0 {
+			require.Equal(t, root, info.RuntimeSpec.Linux.UIDMappings[0].HostID, "the OCI spec tells the truth")
+		}
+		podStatus, err := pod.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, asked.String(), podStatus.GetLinux().GetNamespaces().GetOptions().GetUsernsOptions().String())
+	})
+
+	t.Run("signals", func(t *testing.T) {
+		require.Eventually(t, func() bool {
+			_, err := os.Stat(files.path("dir/ready"))
+			return err == nil
+		}, waitFor, tick)
+		require.NoError(t, first.Stop(t.Context(), 10*time.Second))
+		ended, err := first.Status(t.Context())
+		require.NoError(t, err)
+		require.EqualValues(t, 7, ended.GetExitCode())
+		requireOwner(t, files.path("dir/end"), 0, 0)
+	})
+}
+
+// Mappings outlive containerd: those of a pod's containers are the same before and after a restart.
+func TestUserModesOverRestart(t *testing.T) {
+	n, before := startNodeWithModes(t)
+	t.Run("pods", func(t *testing.T) {
+		type of struct {
+			pod  *harness.Pod
+			root uint32
+		}
+		var all []of
+		var pods []*harness.Pod
+		for _, mode := range userModes {
+			pod := startPod(t, n, mode.handler, n.PodConfig(mode.name, mode.option))
+			startContainer(t, pod, "first")
+			pause, err := pod.Pid(t.Context())
+			require.NoError(t, err)
+			all, pods = append(all, of{pod, mappingOf(t, pause)}), append(pods, pod)
+		}
+		seen := sight(t, n, pods...)
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		requireSame(t, seen, sight(t, n, pods...))
+		for _, was := range all {
+			late := startContainer(t, was.pod, "late")
+			pid, err := late.Pid(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, was.root, mappingOf(t, pid))
+			requireOwner(t, fmt.Sprintf("/proc/%d", pid), was.root, was.root)
+			require.Equal(t, "0:0\n", exec(t, late, "stat", "-c", "%u:%g", "/bin/busybox"))
+		}
+		next := startPod(t, n, autoHandler, n.PodConfig("next", harness.HostUsers()))
+		pause, err := next.Pid(t.Context())
+		require.NoError(t, err)
+		for _, was := range all {
+			require.NotEqual(t, was.root, mappingOf(t, pause))
+		}
+	})
+	n.RequireClean(t, before)
+}
+
+// What can't have a user namespace is refused, with the remedy, or stays on the node's users, as the handler says.
+func TestUnmappablePods(t *testing.T) {
+	const keepHandler = "podfsm-keep"
+	n, before := startNodeWithPool(t, harness.Config{Handlers: []string{autoHandler, keepHandler}, TOML: usersOf(keepHandler, `
+		mode = "auto"
+		unmappable = "host"`)})
+
+	privileged := func(c *runtime.PodSandboxConfig) {
+		harness.HostUsers()(c)
+		c.Linux.SecurityContext.Privileged = true
+	}
+	for name, pod := range map[string]struct {
+		option harness.PodOption
+		says   string
+	}{
+		"privileged":   {privileged, "privileged"},
+		"host network": {harness.HostNetwork(), "node's network"},
+		"host pids": {func(c *runtime.PodSandboxConfig) {
+			harness.HostUsers()(c)
+			nsOptions(c).Pid = runtime.NamespaceMode_NODE
+		}, "node's pid"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := failRun(t, n, autoHandler, n.PodConfig("pod", pod.option))
+			require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+			require.ErrorContains(t, err, pod.says)
+			require.ErrorContains(t, err, "default/pod")
+			n.RequireClean(t, before)
+
+			t.Run("kept", func(t *testing.T) {
+				kept := startPod(t, n, keepHandler, n.PodConfig("pod", pod.option))
+				container := startContainer(t, kept, "main", func(c *runtime.ContainerConfig) {
+					c.Linux.SecurityContext.Privileged = kept.Config.GetLinux().GetSecurityContext().GetPrivileged()
+				})
+				pid, err := container.Pid(t.Context())
+				require.NoError(t, err)
+				require.Equal(t, inode(t, nsPath(os.Getpid(), "user")), inode(t, nsPath(pid, "user")))
+			})
+			n.RequireClean(t, before)
+		})
+	}
+
+	t.Run("containers", func(t *testing.T) {
+		for _, handler := range []string{autoHandler, keepHandler} {
+			pod := startPod(t, n, handler, n.PodConfig("of-"+handler, harness.HostUsers()))
+			with, err := n.Census(t.Context())
+			require.NoError(t, err)
+			for says, option := range map[string]harness.ContainerOption{
+				"privileged": func(c *runtime.ContainerConfig) { c.Linux.SecurityContext.Privileged = true },
+				`"/mounts" is bidirectional`: func(c *runtime.ContainerConfig) {
+					c.Mounts = []*runtime.Mount{{HostPath: n.Dir(), ContainerPath: "/mounts", Propagation: runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL}}
+				},
+			} {
+				_, err := pod.StartContainer(t.Context(), "main", option)
+				require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+				require.ErrorContains(t, err, says)
+				require.ErrorContains(t, err, "on the node's users")
+				n.RequireClean(t, with)
+			}
+		}
+	})
+	n.RequireClean(t, before)
+}
+
+// The verbose status of the runtime tells what podfsm does with ids, which the kubelet and operators can't see otherwise.
+func TestStatusTellsModes(t *testing.T) {
+	n, _ := startNodeWithModes(t)
+	resp, err := n.Runtime.Status(t.Context(), &runtime.StatusRequest{Verbose: true})
+	require.NoError(t, err)
+	require.JSONEq(t, `{"userns": {
+		"podfsm": {"mode": "kubelet"},
+		"podfsm-auto": {"mode": "auto", "unmappable": "refuse"},
+		"podfsm-node": {"mode": "node", "unmappable": "refuse",
+			"node_wide_uid_mapping": {"container_id": 0, "host_id": 2000000000, "size": 65536},
+			"node_wide_gid_mapping": {"container_id": 0, "host_id": 2000000000, "size": 65536}}
+	}}`, resp.GetInfo()["podfsm"])
+	require.Contains(t, resp.GetInfo(), "config", "containerd's own")
+}

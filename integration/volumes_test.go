@@ -1,0 +1,74 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// A volume whose filesystem can't be mapped is found before anything of the container is made. containerd alone finds out when it
+// starts the container that it has made.
+func TestUnmappableVolumes(t *testing.T) {
+	n, _ := startNodeWithModes(t)
+	ramfs := filepath.Join(n.Dir(), "ramfs")
+	require.NoError(t, os.Mkdir(ramfs, 0o755))
+	require.NoError(t, unix.Mount("ramfs", ramfs, "ramfs", 0, ""))
+	require.NoError(t, os.WriteFile(filepath.Join(ramfs, "file"), nil, 0o644))
+	link := filepath.Join(n.Dir(), "link")
+	require.NoError(t, os.Symlink(ramfs, link))
+	overlay := filepath.Join(n.Dir(), "overlay")
+	require.NoError(t, os.Mkdir(overlay, 0o755))
+	require.NoError(t, unix.Mount("overlay", overlay, "overlay", 0, "lowerdir="+filepath.Join(n.Dir(), "bin")+":"+filepath.Join(n.Dir(), "cni")))
+	before, err := n.Census(t.Context())
+	require.NoError(t, err)
+
+	for _, mode := range userModes {
+		remedy := "runtime handler that leaves it on the node's users"
+		if mode.name == "kubelet" {
+			remedy = "hostUsers: true"
+		}
+		t.Run(mode.name, func(t *testing.T) {
+			t.Run("pod", func(t *testing.T) {
+				pod := startPod(t, n, mode.handler, n.PodConfig("pod", mode.option))
+				with, err := n.Census(t.Context())
+				require.NoError(t, err)
+				for path, filesystem := range map[string]string{
+					ramfs:                        "ramfs",
+					filepath.Join(ramfs, "file"): "ramfs",
+					filepath.Join(ramfs, "a/b"):  "ramfs", // not there yet
+					link:                         "ramfs",
+					overlay:                      "overlay",
+					"/proc/sys":                  "proc",
+					"/sys":                       "sysfs",
+				} {
+					_, err := pod.StartContainer(t.Context(), "main", harness.Volume(path, "/data"))
+					require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+					for _, says := range []string{`"main"`, `"default/pod"`, `"/data"`, fmt.Sprintf("%q", path), filesystem, "put the volume on", remedy} {
+						require.ErrorContains(t, err, says)
+					}
+					require.NoFileExists(t, filepath.Join(ramfs, "a"))
+					n.RequireClean(t, with)
+				}
+				startContainer(t, pod, "main", harness.Volume(filepath.Join(n.Dir(), "bin"), "/data"))
+			})
+			n.RequireClean(t, before)
+		})
+	}
+
+	t.Run("containerd alone", func(t *testing.T) {
+		pod := startPod(t, n, harness.StockHandler, n.PodConfig("pod"))
+		started, err := pod.StartContainer(t.Context(), "main", harness.Volume(ramfs, "/data"))
+		require.Equal(t, codes.Unknown, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, "MOUNT_ATTR_IDMAP")
+		require.NotNil(t, started, "it was created before")
+	})
+	n.RequireClean(t, before)
+}

@@ -1,0 +1,88 @@
+package userns
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// mounted mounts a filesystem in a new directory, until the test ends.
+func mounted(t testing.TB, filesystem, options string) string {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, unix.Mount(filesystem, dir, filesystem, 0, options))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, 0)) })
+	return dir
+}
+
+func TestCheckVolume(t *testing.T) {
+	pid := inUserNS(t, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
+	tmpfs, ramfs := mounted(t, "tmpfs", ""), mounted(t, "ramfs", "")
+	for _, dir := range []string{tmpfs, ramfs} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
+		require.NoError(t, unix.Mknod(filepath.Join(dir, "socket"), unix.S_IFSOCK|0o600, 0))
+		require.NoError(t, os.Symlink("file", filepath.Join(dir, "link")))
+		require.NoError(t, os.Symlink("nowhere", filepath.Join(dir, "broken")))
+	}
+	overlay := mounted(t, "overlay", "lowerdir="+t.TempDir()+":"+t.TempDir())
+	across := filepath.Join(tmpfs, "across")
+	require.NoError(t, os.Symlink(ramfs, across))
+	ofTest := mountinfo.PrefixFilter(filepath.Dir(tmpfs))
+	before, err := mountinfo.GetMounts(ofTest)
+	require.NoError(t, err)
+	require.Len(t, before, 3)
+
+	for _, below := range []string{"", "file", "socket", "link", "broken", "not/there/yet"} {
+		require.NoError(t, CheckVolume(filepath.Join(tmpfs, below), pid), below)
+		err := CheckVolume(filepath.Join(ramfs, below), pid)
+		require.True(t, errdefs.IsFailedPrecondition(err), "%q: %v", below, err)
+		require.ErrorContains(t, err, "ramfs")
+		require.NoFileExists(t, filepath.Join(tmpfs, "not"))
+	}
+	for path, filesystem := range map[string]string{across: "ramfs", across + "/file": "ramfs", overlay: "overlay", "/proc/self": "proc"} {
+		err := CheckVolume(path, pid)
+		require.True(t, errdefs.IsFailedPrecondition(err), "%q: %v", path, err)
+		require.ErrorContains(t, err, filesystem)
+	}
+	after, err := mountinfo.GetMounts(ofTest)
+	require.NoError(t, err)
+	require.Equal(t, before, after, "nothing is mounted for a look")
+}
+
+// The kernel maps the ids of a mount once.
+func TestCheckVolumeThatIsMapped(t *testing.T) {
+	pid := inUserNS(t, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
+	users, err := mount.GetUsernsFD("0:1500000000:100", "0:1500001000:200")
+	require.NoError(t, err)
+	defer users.Close()
+	target := t.TempDir()
+	require.NoError(t, mount.IDMapMount(mounted(t, "tmpfs", ""), target, int(users.Fd())))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(target, 0)) })
+
+	err = CheckVolume(target, pid)
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+	require.ErrorIs(t, err, unix.EPERM)
+	require.ErrorContains(t, err, "tmpfs, is mounted with mapped ids already")
+}
+
+func TestCheckVolumeFails(t *testing.T) {
+	pid := inUserNS(t, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	require.ErrorIs(t, CheckVolume(file+"/below", pid), unix.ENOTDIR)
+	require.ErrorContains(t, CheckVolume(file, 0), "pod's user namespace", "a process that has ended")
+}
+
+func BenchmarkCheckVolume(b *testing.B) {
+	pid := inUserNS(b, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
+	dir := mounted(b, "tmpfs", "")
+	for b.Loop() {
+		require.NoError(b, CheckVolume(dir, pid))
+	}
+}
