@@ -41,6 +41,10 @@ type Pod struct {
 	Config *runtime.PodSandboxConfig
 	// CreatedAt is when pause was created; zero before. containerd's service forgets it over a restart.
 	CreatedAt time.Time
+	// Ready says whether the pod is up.
+	Ready bool
+	// NetNSPath is where the pod's network namespace is pinned; "" for a pod on the node's, and before it is captured.
+	NetNSPath string
 	// IP and AdditionalIPs are empty once the pod is off its network.
 	IP            string
 	AdditionalIPs []string
@@ -79,6 +83,7 @@ type service struct {
 	runtime.RuntimeServiceServer                            // containerd's own
 	images                       runtime.ImageServiceServer // likewise
 	sandboxes                    Sandboxes
+	streams                      *streams // port forwards
 }
 
 // RunPodSandbox runs a pod of ours through containerd's service. When it returns an error, nothing of the pod is left, or
@@ -165,6 +170,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	if err != nil {
 		return nil, err
 	}
+	s.streams.endPod(id)
 	if err := s.sandboxes.StopPod(ctx, id); err != nil {
 		return nil, err
 	}
@@ -184,6 +190,7 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	if err != nil {
 		return nil, err
 	}
+	s.streams.endPod(id)
 	// containerd's service may not know the sandbox any more; ours must go all the same.
 	if err := s.sandboxes.RemovePod(ctx, id); err != nil {
 		return nil, err
@@ -253,16 +260,6 @@ func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
 		restore(event.PodSandboxStatus, pod)
 	}
 	return e.RuntimeService_GetContainerEventsServer.Send(event)
-}
-
-// PortForward is refused for pods of ours that have a network of their own: containerd's service takes them for pods on the
-// node's network and would forward to the node's localhost.
-func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
-	if _, pod, ok := s.resolve(ctx, r.GetPodSandboxId()); ok && !OnNodeNetwork(pod.Config) {
-		return nil, fmt.Errorf("port forwarding into pod %q, run by podfsm, isn't served yet; exec into it instead: %w",
-			PodName(pod.Config), errdefs.ErrNotImplemented)
-	}
-	return s.RuntimeServiceServer.PortForward(ctx, r)
 }
 
 // restore puts back into a pod's status what containerd's service doesn't know.

@@ -152,7 +152,7 @@ func (c *controller) RemovePod(ctx context.Context, id string) error {
 }
 
 func newService(s *stock, c *controller) *service {
-	return &service{RuntimeServiceServer: s, images: s, sandboxes: c}
+	return &service{RuntimeServiceServer: s, images: s, sandboxes: c, streams: newStreams(Streaming{}, c.Pod)}
 }
 
 // recordSpans makes the global tracer provider one that keeps what has ended.

@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -33,20 +34,23 @@ type server struct {
 // IsInitialized says whether containerd's service serves yet.
 func (s *server) IsInitialized() bool { return s.initialized() }
 
+// Close ends what the front serves itself, and containerd's service.
+func (s *server) Close() error { return errors.Join(s.streams.close(), s.Closer.Close()) }
+
 // serverWithTCP is the front where containerd's instance serves TCP, too.
 type serverWithTCP struct {
 	*server
 }
 
 // New puts the front on instance, which is containerd's CRI plugin. What it returns registers the CRI on containerd's
-// servers in its place.
-func New(instance any, sandboxes Sandboxes) (any, error) {
+// servers in its place. Streams are served as streaming says, which is containerd's own configuration.
+func New(instance any, sandboxes Sandboxes, streaming Streaming) (any, error) {
 	in, ok := instance.(inner)
 	if !ok {
 		return nil, fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
 	}
 	s := &server{
-		service:            &service{RuntimeServiceServer: in, images: in, sandboxes: sandboxes},
+		service:            &service{RuntimeServiceServer: in, images: in, sandboxes: sandboxes, streams: newStreams(streaming, sandboxes.Pod)},
 		ImageServiceServer: in,
 		Closer:             in,
 		initialized:        in.IsInitialized,

@@ -378,9 +378,12 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 		return cri.Pod{}, false
 	}
 	spec := view.Spec.(*Spec)
-	pod := cri.Pod{Config: spec.Config}
+	pod := cri.Pod{Config: spec.Config, Ready: view.State == states.Ready}
 	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
 		pod.CreatedAt = started.CreatedAt
+	}
+	if captured := view.Step(states.CaptureNetNS); captured.Status == lifecycle.StepDone {
+		pod.NetNSPath = captured.Result.(*NetNS).Path
 	}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
