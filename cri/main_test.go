@@ -27,6 +27,10 @@ type stock struct {
 	forward func(context.Context, *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
 	pull    func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error)
 
+	stats   []*runtime.PodSandboxStats
+	metrics []*runtime.PodSandboxMetrics
+	statErr error
+
 	noPause bool // the pause image isn't there
 
 	listed        []string // ids of sandboxes, made at the second 1
@@ -56,6 +60,30 @@ func (s *stock) GetContainerEvents(r *runtime.GetEventsRequest, stream runtime.R
 
 func (s *stock) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
 	return s.forward(ctx, r)
+}
+
+func (s *stock) PodSandboxStats(context.Context, *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
+	if s.statErr != nil {
+		return nil, s.statErr
+	}
+	return &runtime.PodSandboxStatsResponse{Stats: s.stats[0]}, nil
+}
+
+// ListPodSandboxStats gives what it has along with its error, as containerd's does.
+func (s *stock) ListPodSandboxStats(context.Context, *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
+	return &runtime.ListPodSandboxStatsResponse{Stats: s.stats}, s.statErr
+}
+
+func (s *stock) StreamPodSandboxStats(_ *runtime.StreamPodSandboxStatsRequest, stream runtime.RuntimeService_StreamPodSandboxStatsServer) error {
+	return stream.Send(&runtime.StreamPodSandboxStatsResponse{PodSandboxStats: s.stats})
+}
+
+func (s *stock) ListPodSandboxMetrics(context.Context, *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
+	return &runtime.ListPodSandboxMetricsResponse{PodMetrics: s.metrics}, s.statErr
+}
+
+func (s *stock) StreamPodSandboxMetrics(_ *runtime.StreamPodSandboxMetricsRequest, stream runtime.RuntimeService_StreamPodSandboxMetricsServer) error {
+	return stream.Send(&runtime.StreamPodSandboxMetricsResponse{PodSandboxMetrics: s.metrics})
 }
 
 // ImageStatus knows every image, unless a test takes the pause image away.
