@@ -134,6 +134,10 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 			defer cancel()
 			if err := c.engine.Resume(ctx, view.Key, verdict); err != nil {
 				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
+				return nil
+			}
+			if err := keepProcessLabel(ctx, client, records[view.Key], view); err != nil {
+				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Warn("podfsm: containers created from now on may get another SELinux label than their pod")
 			}
 			return nil
 		})
@@ -217,13 +221,8 @@ func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 
 // specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.
 func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
-	var metadata struct {
-		Metadata struct {
-			Config         *runtime.PodSandboxConfig
-			RuntimeHandler string
-		}
-	}
-	if extension, ok := record.Extensions["metadata"]; ok {
+	var metadata sandboxMetadata
+	if extension, ok := record.Extensions[metadataExtension]; ok {
 		_ = json.Unmarshal(extension.GetValue(), &metadata) // what can't be read stays empty
 	}
 	config := metadata.Metadata.Config
