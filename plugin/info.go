@@ -166,9 +166,7 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 	case !errdefs.IsNotFound(err):
 		return nil, err
 	}
-	if attached, ok := records.NetworkOf(view); ok {
-		info.CNIResult = attached.Result
-	}
+	info.CNIResult = info.Metadata.Metadata.CNIResult
 	if !spec.OnNodeNetwork() {
 		path := n.netNSPath(view.Key.ID)
 		if spec.NetNSPath != "" {

@@ -41,7 +41,8 @@ type sandboxMetadata struct {
 	}
 }
 
-// metadataOf is what containerd's service would keep of a sandbox if it had made the network itself.
+// metadataOf is what containerd's service would keep of a sandbox if it had made the network itself. It doesn't forget the network
+// when a sandbox stops.
 func metadataOf(view lifecycle.View) *sandboxMetadata {
 	spec := view.Spec.(*Spec)
 	m := &sandboxMetadata{Version: "v1"}
@@ -51,7 +52,7 @@ func metadataOf(view lifecycle.View) *sandboxMetadata {
 	if captured, ok := view.Step(states.CaptureNetNS).Result.(*NetNS); ok {
 		m.Metadata.NetNSPath = captured.Path
 	}
-	if attached, ok := networkOf(view); ok {
+	if attached, ok := view.Step(states.AttachNetwork).Result.(*Network); ok {
 		m.Metadata.IP, m.Metadata.AdditionalIPs, m.Metadata.CNIResult = attached.IP, attached.AdditionalIPs, attached.Result
 	}
 	m.Metadata.ProcessLabel = processLabel(view)
