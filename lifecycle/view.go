@@ -56,6 +56,7 @@ type View struct {
 	Created     time.Time
 	Since       time.Time // when the state was entered
 	TraceID     string
+	TraceParent string     // W3C, of the span that it was created under
 	Steps       []StepView // in the order of the creation path
 	Transitions []Transition
 	NextTry     time.Time // of the owed cleanup
@@ -81,6 +82,7 @@ func (s *sandbox) view() View {
 		State: s.state(), Goal: s.goal,
 		Created: s.created, Since: s.created,
 		TraceID:     tracing.FromParent(s.traceParent).TraceID().String(),
+		TraceParent: s.traceParent,
 		Transitions: slices.Clone(s.transitions),
 		NextTry:     s.nextTry, Err: s.lastErr,
 	}

@@ -307,7 +307,7 @@ func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
 	}
 	if cri.FromContext(ctx) == nil {
 		var span trace.Span
-		ctx, span = tracing.Start(ctx, tracing.SpanRemove, tracing.SandboxID.String(id))
+		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, tracing.SandboxID.String(id))
 		defer func() { tracing.End(span, err) }()
 	}
 	return c.engine.Remove(ctx, key)
@@ -428,4 +428,14 @@ func inCallersTrace(ctx context.Context) context.Context {
 		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
 	}
 	return ctx
+}
+
+// inCreationTrace is ctx in the trace of the sandbox's creation if it is in none: when NRI or the store fails a creation, containerd's
+// service cleans up with a context of its own.
+func (c *Controller) inCreationTrace(ctx context.Context, key journal.Key) context.Context {
+	view, ok := c.engine.Find(key)
+	if !ok || trace.SpanContextFromContext(ctx).IsValid() {
+		return ctx
+	}
+	return trace.ContextWithRemoteSpanContext(ctx, tracing.FromParent(view.TraceParent))
 }
