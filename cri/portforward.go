@@ -65,6 +65,8 @@ type session struct {
 	duplex bool
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	// unwatch parts the connection from the session, whose end would end it. The client may still be owed an answer.
+	unwatch func() bool
 }
 
 func newSession(s *streams, r *http.Request, t ticket) *session {
@@ -72,7 +74,7 @@ func newSession(s *streams, r *http.Request, t ticket) *session {
 	one.ctx, one.cancel = context.WithCancelCause(s.ctx)
 	// The end of the session ends all that blocks on the client's connection; who then has the error closes it.
 	conn := r.Context().Value(connKey{}).(net.Conn)
-	context.AfterFunc(one.ctx, func() { _ = conn.SetDeadline(time.Now()) })
+	one.unwatch = context.AfterFunc(one.ctx, func() { _ = conn.SetDeadline(time.Now()) })
 	return one
 }
 

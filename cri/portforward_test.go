@@ -418,8 +418,21 @@ func TestTicketsAreForOneUse(t *testing.T) {
 		response.Body.Close()
 		require.Equal(t, http.StatusNotFound, response.StatusCode, name)
 	}
+	// Who doesn't speak SPDY is told so.
+	odd, err := s.issue("s1", nil)
+	require.NoError(t, err)
+	response, err := http.Post(odd, "", nil)
+	require.NoError(t, err)
+	said, err := io.ReadAll(response.Body)
+	require.NoError(t, err)
+	response.Body.Close()
+	require.Equal(t, http.StatusBadRequest, response.StatusCode)
+	require.Contains(t, string(said), "unable to upgrade")
 	http.DefaultClient.CloseIdleConnections()
 
+	s.mu.Lock()
+	clear(s.tickets)
+	s.mu.Unlock()
 	for range maxTickets {
 		_, err := s.issue("s1", nil)
 		require.NoError(t, err)

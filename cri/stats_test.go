@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"testing"
 	"unicode/utf8"
 
@@ -147,6 +148,23 @@ func TestInterfacesOfAHostilePod(t *testing.T) {
 	require.Len(t, links, maxLinks)
 	require.Equal(t, "eth0", links[0].GetName())
 	require.True(t, utf8.ValidString(links[1].GetName()))
+}
+
+// Each look enters the namespace on a thread, and leaves it again.
+func TestLinksLeakNoThreads(t *testing.T) {
+	netNS := podNetNS(t)
+	addLinks(t, netNS, "eth0")
+	threads := func() int {
+		all, err := os.ReadDir("/proc/self/task")
+		require.NoError(t, err)
+		return len(all)
+	}
+	before := threads()
+	for range 300 {
+		_, err := linksIn(netNS)
+		require.NoError(t, err)
+	}
+	require.Less(t, threads(), before+50)
 }
 
 func BenchmarkLinks(b *testing.B) {

@@ -218,6 +218,7 @@ func (s *streams) begin(r *http.Request) (*session, error) {
 }
 
 func (s *streams) end(one *session) {
+	one.unwatch()
 	one.cancel(errClientGone)
 	s.mu.Lock()
 	defer s.mu.Unlock()

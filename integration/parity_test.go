@@ -179,17 +179,22 @@ func parityOf(t *testing.T, n *harness.Node, handler string, config *runtime.Pod
 	containerStatus, err := n.Runtime.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: main.ID, Verbose: true})
 	a.note("container", containerStatus, err)
 
-	_, err = n.Runtime.UpdatePodSandboxResources(ctx, &runtime.UpdatePodSandboxResourcesRequest{
-		PodSandboxId: pod.ID,
-		Overhead:     &runtime.LinuxContainerResources{CpuShares: 10},
-		Resources:    &runtime.LinuxContainerResources{CpuShares: 512, MemoryLimitInBytes: 64 << 20},
-	})
-	a.note("update", &runtime.UpdatePodSandboxResourcesResponse{}, err)
-	look("updated")
+	update := func(when string, megabytes int64) {
+		t.Helper()
+		resp, err := n.Runtime.UpdatePodSandboxResources(ctx, &runtime.UpdatePodSandboxResourcesRequest{
+			PodSandboxId: pod.ID,
+			Overhead:     &runtime.LinuxContainerResources{CpuShares: 10},
+			Resources:    &runtime.LinuxContainerResources{CpuShares: 512, MemoryLimitInBytes: megabytes << 20},
+		})
+		a.note(when, resp, err)
+		look(when)
+	}
+	update("updated", 64)
 
 	require.NoError(t, n.Stop(ctx))
 	require.NoError(t, n.Start(ctx))
 	look("restarted")
+	update("updated again", 32)
 	events, err = n.Events(ctx)
 	require.NoError(t, err)
 
