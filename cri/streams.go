@@ -125,6 +125,7 @@ func (s *streams) listen() error {
 	s.server = &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: ticketLife,
+		IdleTimeout:       ticketLife,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, c)
 		},

@@ -77,7 +77,7 @@ func (f *forward) waitEnd(t *testing.T) error {
 	case err := <-f.ended:
 		f.ended <- err
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(waitFor):
 		t.Fatal("the forward has not ended")
 		return nil
 	}
@@ -86,7 +86,7 @@ func (f *forward) waitEnd(t *testing.T) error {
 // get fetches the index page at a port of the pod.
 func (f *forward) get(t *testing.T, port int) string {
 	t.Helper()
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 20 * time.Second}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: waitFor}
 	resp, err := client.Get("http://" + f.local[port])
 	require.NoError(t, err)
 	defer resp.Body.Close()
@@ -121,7 +121,7 @@ func forwardPorts(t *testing.T, n *harness.Node, scheme string) {
 	require.Eventually(t, func() bool {
 		listening := exec(t, echo, "netstat", "-ltn")
 		return strings.Contains(listening, ":80 ") && strings.Contains(listening, ":81 ") && strings.Contains(listening, ":9000 ")
-	}, 20*time.Second, 50*time.Millisecond)
+	}, waitFor, tick)
 
 	resp, err := n.Runtime.PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: pod.ID[:12]})
 	require.NoError(t, err)
@@ -182,12 +182,33 @@ func forwardPorts(t *testing.T, n *harness.Node, scheme string) {
 	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
 }
 
+// A client may close its side and wait for its answer.
+func TestPortForwardOfASlowAnswer(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	for handler, want := range map[string]string{harness.PodfsmHandler: "late\n", harness.StockHandler: ""} {
+		t.Run(handler, func(t *testing.T) {
+			pod := startPod(t, n, handler, n.PodConfig("slow-"+handler))
+			slow := startContainer(t, pod, "slow", harness.Run("nc", "-ll", "-p", "9000", "-e", "sh", "-c", "cat; sleep 3; echo late"))
+			require.Eventually(t, func() bool { return strings.Contains(exec(t, slow, "netstat", "-ltn"), ":9000 ") }, waitFor, tick)
+			f := startForward(t, n, pod, 9000)
+			conn, err := net.Dial("tcp", f.local[9000])
+			require.NoError(t, err)
+			defer conn.Close()
+			require.NoError(t, conn.(*net.TCPConn).CloseWrite())
+			require.NoError(t, conn.SetDeadline(time.Now().Add(waitFor)))
+			got, err := io.ReadAll(conn)
+			require.NoError(t, err)
+			require.Equal(t, want, string(got))
+		})
+	}
+}
+
 // visit connects and waits until it is sent away.
 func visit(t *testing.T, address string) {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
 	require.NoError(t, err)
 	defer conn.Close()
-	require.NoError(t, conn.SetDeadline(time.Now().Add(20*time.Second)))
+	require.NoError(t, conn.SetDeadline(time.Now().Add(waitFor)))
 	_, _ = io.ReadAll(conn) // ends with a reset or without
 }
