@@ -35,7 +35,13 @@ func startForward(t *testing.T, n *harness.Node, pod *harness.Pod, ports ...int)
 	t.Helper()
 	resp, err := n.Runtime.PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: pod.ID})
 	require.NoError(t, err)
-	address, err := url.Parse(resp.GetUrl())
+	return forwardThrough(t, n, resp.GetUrl(), ports...)
+}
+
+// forwardThrough asks a server that is reached from the node: containerd's or podfsm's, or the kubelet.
+func forwardThrough(t *testing.T, n *harness.Node, server string, ports ...int) *forward {
+	t.Helper()
+	address, err := url.Parse(server)
 	require.NoError(t, err)
 	transport, err := spdy.NewRoundTripperWithConfig(spdy.RoundTripperConfig{
 		UpgradeTransport: &http.Transport{DialContext: n.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}},
