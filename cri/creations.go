@@ -157,6 +157,7 @@ func (s *service) wait(ctx context.Context, c *creation, joined bool) (id string
 	case !s.sandboxes.Claim(ctx, c.id, claim):
 		return "", nil
 	default:
+		s.creations.dontExpire(c.id)
 		return c.id, nil
 	}
 }
@@ -279,6 +280,16 @@ func (s *service) expireAfter(wait time.Duration, id string) {
 	}
 }
 
+// dontExpire spares a sandbox that is claimed its look at the claim.
+func (cs *creations) dontExpire(id string) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if timer, ok := cs.timers[id]; ok {
+		timer.Stop()
+		delete(cs.timers, id)
+	}
+}
+
 // expire ends a sandbox that nobody has claimed. When that fails it is tried again.
 func (s *service) expire(id string) {
 	s.creations.mu.Lock()
@@ -323,9 +334,9 @@ func (s *service) discard(ctx context.Context, id string) error {
 	return err
 }
 
-// close ends the creations that are under way, which rolls them back, and refuses new ones. Sandboxes that wait to be claimed go on
+// endCreations ends the creations that are under way, which rolls them back, and refuses new ones. Sandboxes that wait to be claimed go on
 // doing so after the next start.
-func (s *service) close() {
+func (s *service) endCreations() {
 	s.creations.mu.Lock()
 	s.creations.closed = true
 	for _, timer := range s.creations.timers {

@@ -18,8 +18,8 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// soon bounds what happens at once, on a busy machine too.
-const soon = 10 * time.Second
+// soon bounds everything that a test waits for, on a busy machine too.
+const soon = 20 * time.Second
 
 func asks(change ...func(*runtime.PodSandboxConfig)) *runtime.RunPodSandboxRequest {
 	config := podConfig()
@@ -301,7 +301,7 @@ func TestUnclaimedExpires(t *testing.T) {
 			return nil
 		},
 	}
-	instance, err := New(endable(&stock{}), c, time.Millisecond)
+	instance, err := New(endable(&stock{}), c, time.Millisecond, Streaming{})
 	require.NoError(t, err)
 	front := instance.(*server)
 	select {
@@ -356,7 +356,7 @@ func TestDiscardedIsNotShown(t *testing.T) {
 func TestCloseEndsCreations(t *testing.T) {
 	r := newRuns(&controller{})
 	s := &stock{run: r.run}
-	instance, err := New(s, &controller{}, time.Hour)
+	instance, err := New(s, &controller{}, time.Hour, Streaming{})
 	require.NoError(t, err)
 	front := instance.(*server)
 	first := runPod(front.service, t.Context(), asks())

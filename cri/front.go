@@ -78,6 +78,10 @@ type Pod struct {
 	Config *runtime.PodSandboxConfig
 	// CreatedAt is when the sandbox was begun. containerd's service forgets it over a restart.
 	CreatedAt time.Time
+	// Ready says whether the pod is up.
+	Ready bool
+	// NetNSPath is where the pod's network namespace is pinned; "" for a pod on the node's, and before it is captured.
+	NetNSPath string
 	// IP and AdditionalIPs are empty once the pod is off its network.
 	IP            string
 	AdditionalIPs []string
@@ -121,6 +125,7 @@ type service struct {
 	sandboxes                    Sandboxes
 	creations                    *creations
 	initialized                  func() bool // whether containerd's service serves yet
+	streams                      *streams    // port forwards
 }
 
 // RunPodSandbox runs a pod of ours through containerd's service, detached from its callers: see [service.join]. When it returns an
@@ -211,6 +216,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	if err != nil {
 		return nil, err
 	}
+	s.streams.endPod(id)
 	if err := s.sandboxes.StopPod(ctx, id); err != nil {
 		return nil, err
 	}
@@ -230,6 +236,7 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	if err != nil {
 		return nil, err
 	}
+	s.streams.endPod(id)
 	// containerd's service may not know the sandbox any more; ours must go all the same.
 	if err := s.sandboxes.RemovePod(ctx, id); err != nil {
 		return nil, err
@@ -339,16 +346,6 @@ func (s *service) Status(ctx context.Context, r *runtime.StatusRequest) (*runtim
 	}
 	maps.Copy(resp.Info, info)
 	return resp, nil
-}
-
-// PortForward is refused for pods of ours that have a network of their own: containerd's service takes them for pods on the
-// node's network and would forward to the node's localhost.
-func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
-	if _, pod, ok := s.resolve(ctx, r.GetPodSandboxId()); ok && !OnNodeNetwork(pod.Config) {
-		return nil, fmt.Errorf("port forwarding into pod %q, run by podfsm, isn't served yet; exec into it instead: %w",
-			PodName(pod.Config), errdefs.ErrNotImplemented)
-	}
-	return s.RuntimeServiceServer.PortForward(ctx, r)
 }
 
 // restore puts back into a pod's status what containerd's service doesn't know.

@@ -557,34 +557,44 @@ func TestEventsAreRestoredInACopy(t *testing.T) {
 
 func TestPortForward(t *testing.T) {
 	for name, tc := range map[string]struct {
-		id      string
-		refused bool
+		id       string
+		ours     bool
+		notReady bool
 	}{
-		"own network":               {"own-1", true},
-		"own network, id shortened": {"own", true},
-		"node's network":            {"node-1", false},
-		"another's":                 {"other-1", false},
-		"unknown":                   {"x", false},
+		"own network":               {id: "own-1", ours: true},
+		"own network, id shortened": {id: "own", ours: true},
+		"own network, not ready":    {id: "dead-1", ours: true, notReady: true},
+		"node's network":            {id: "node-1"},
+		"another's":                 {id: "other-1"},
+		"unknown":                   {id: "x"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			forwarded := &runtime.PortForwardResponse{Url: "http://here"}
 			s := &stock{
-				listed: []string{"own-1", "node-1", "other-1"},
+				listed: []string{"own-1", "dead-1", "node-1", "other-1"},
 				forward: func(_ context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
 					require.Equal(t, tc.id, r.GetPodSandboxId())
 					return forwarded, nil
 				},
 			}
-			c := &controller{pods: map[string]Pod{"own-1": {Config: podConfig()}, "node-1": {Config: podConfig(onNode)}}}
+			c := &controller{pods: map[string]Pod{
+				"own-1":  {Config: podConfig(), Ready: true, NetNSPath: "/run/netns/own-1"},
+				"dead-1": {Config: podConfig(), NetNSPath: "/run/netns/dead-1"},
+				"node-1": {Config: podConfig(onNode), Ready: true},
+			}}
 			response, err := newFront(t, s, c).PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: tc.id, Port: []int32{80}})
-			if tc.refused {
-				require.True(t, errdefs.IsNotImplemented(err), "%v", err)
+			switch {
+			case tc.notReady:
+				require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
 				require.ErrorContains(t, err, `"default/web"`)
 				require.Nil(t, response)
-				return
+			case tc.ours:
+				require.NoError(t, err)
+				require.Regexp(t, `^http://127\.0\.0\.1:\d+/portforward/[A-Z2-7]+$`, response.GetUrl())
+			default:
+				require.NoError(t, err)
+				require.Same(t, forwarded, response)
 			}
-			require.NoError(t, err)
-			require.Same(t, forwarded, response)
 		})
 	}
 }

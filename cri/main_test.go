@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/otel"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
@@ -37,6 +38,10 @@ type stock struct {
 	runtimeStatus   *runtime.StatusResponse
 	containers      map[string]string // the sandbox's id by the container's
 	containerStatus *runtime.ContainerStatusResponse
+
+	stats   []*runtime.PodSandboxStats
+	metrics []*runtime.PodSandboxMetrics
+	statErr error
 
 	noPause bool // the pause image isn't there
 
@@ -88,6 +93,30 @@ func (s *stock) ListContainers(_ context.Context, r *runtime.ListContainersReque
 		return &runtime.ListContainersResponse{}, nil
 	}
 	return &runtime.ListContainersResponse{Containers: []*runtime.Container{{Id: id, PodSandboxId: pod}}}, nil
+}
+
+func (s *stock) PodSandboxStats(context.Context, *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
+	if s.statErr != nil {
+		return nil, s.statErr
+	}
+	return &runtime.PodSandboxStatsResponse{Stats: s.stats[0]}, nil
+}
+
+// ListPodSandboxStats gives what it has along with its error, as containerd's does.
+func (s *stock) ListPodSandboxStats(context.Context, *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
+	return &runtime.ListPodSandboxStatsResponse{Stats: s.stats}, s.statErr
+}
+
+func (s *stock) StreamPodSandboxStats(_ *runtime.StreamPodSandboxStatsRequest, stream runtime.RuntimeService_StreamPodSandboxStatsServer) error {
+	return stream.Send(&runtime.StreamPodSandboxStatsResponse{PodSandboxStats: s.stats})
+}
+
+func (s *stock) ListPodSandboxMetrics(context.Context, *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
+	return &runtime.ListPodSandboxMetricsResponse{PodMetrics: s.metrics}, s.statErr
+}
+
+func (s *stock) StreamPodSandboxMetrics(_ *runtime.StreamPodSandboxMetricsRequest, stream runtime.RuntimeService_StreamPodSandboxMetricsServer) error {
+	return stream.Send(&runtime.StreamPodSandboxMetricsResponse{PodSandboxMetrics: s.metrics})
 }
 
 // ImageStatus knows every image, unless a test takes the pause image away.
@@ -263,8 +292,8 @@ func (c *controller) StockRemoved(id string) { c.heard = append(c.heard, "stock 
 
 // newFront is a front that ends with the test.
 func newFront(t *testing.T, s *stock, c *controller) *service {
-	front := newService(s, c, time.Hour)
-	t.Cleanup(front.close)
+	front := newService(s, c, time.Hour, Streaming{Address: "127.0.0.1"})
+	t.Cleanup(func() { require.NoError(t, front.close()) })
 	return front
 }
 

@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -30,11 +31,8 @@ type server struct {
 	stock io.Closer
 }
 
-// Close ends the creations that are under way, then containerd's service.
-func (s *server) Close() error {
-	s.close()
-	return s.stock.Close()
-}
+// Close ends what the front serves itself and the creations that are under way, then containerd's service.
+func (s *server) Close() error { return errors.Join(s.close(), s.stock.Close()) }
 
 // IsInitialized says whether containerd's service serves yet.
 func (s *server) IsInitialized() bool { return s.initialized() }
@@ -45,13 +43,14 @@ type serverWithTCP struct {
 }
 
 // New puts the front on instance, which is containerd's CRI plugin. What it returns registers the CRI on containerd's
-// servers in its place. unclaimed is how long a finished sandbox waits for somebody to claim it.
-func New(instance any, sandboxes Sandboxes, unclaimed time.Duration) (any, error) {
+// servers in its place. unclaimed is how long a finished sandbox waits for somebody to claim it. Streams are served as streaming says,
+// which is containerd's own configuration.
+func New(instance any, sandboxes Sandboxes, unclaimed time.Duration, streaming Streaming) (any, error) {
 	in, ok := instance.(inner)
 	if !ok {
 		return nil, fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
 	}
-	front := newService(in, sandboxes, unclaimed)
+	front := newService(in, sandboxes, unclaimed, streaming)
 	for _, id := range sandboxes.Unclaimed() {
 		front.expireAfter(unclaimed, id)
 	}
@@ -62,14 +61,22 @@ func New(instance any, sandboxes Sandboxes, unclaimed time.Duration) (any, error
 	return s, nil
 }
 
-func newService(in inner, sandboxes Sandboxes, unclaimed time.Duration) *service {
+func newService(in inner, sandboxes Sandboxes, unclaimed time.Duration, streaming Streaming) *service {
 	return &service{
 		RuntimeServiceServer: in,
 		images:               in,
 		sandboxes:            sandboxes,
 		creations:            newCreations(unclaimed),
+		streams:              newStreams(streaming, sandboxes.Pod),
 		initialized:          in.IsInitialized,
 	}
+}
+
+// close ends what the front serves itself, and waits for the creations that are under way to be rolled back.
+func (s *service) close() error {
+	err := s.streams.close()
+	s.endCreations()
+	return err
 }
 
 // Register puts the CRI on containerd's socket.

@@ -62,7 +62,7 @@ func TestNewRefusesWhatItDoesNotKnow(t *testing.T) {
 		}{&stock{}, &stock{}, &stock{}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			front, err := New(instance, &controller{}, time.Hour)
+			front, err := New(instance, &controller{}, time.Hour, Streaming{})
 			require.True(t, errdefs.IsNotImplemented(err), "%v", err)
 			require.Nil(t, front)
 		})
@@ -71,7 +71,7 @@ func TestNewRefusesWhatItDoesNotKnow(t *testing.T) {
 
 func TestFrontCanWhatContainerdsServiceCan(t *testing.T) {
 	s := &stock{}
-	front, err := New(s, &controller{}, time.Hour)
+	front, err := New(s, &controller{}, time.Hour, Streaming{})
 	require.NoError(t, err)
 	require.Implements(t, (*registrar)(nil), front)
 	_, tcp := front.(tcpRegistrar)
@@ -81,7 +81,7 @@ func TestFrontCanWhatContainerdsServiceCan(t *testing.T) {
 	require.NoError(t, front.(io.Closer).Close())
 	require.Equal(t, 1, s.closed)
 
-	front, err = New(stockWithTCP{s}, &controller{}, time.Hour)
+	front, err = New(stockWithTCP{s}, &controller{}, time.Hour, Streaming{})
 	require.NoError(t, err)
 	require.Implements(t, (*registrar)(nil), front)
 	require.Implements(t, (*tcpRegistrar)(nil), front)
@@ -94,7 +94,7 @@ func TestInstanceItselfIsTheFront(t *testing.T) {
 	s := &stock{run: func(context.Context, *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
 		return nil, errors.New("past the front")
 	}}
-	front, err := New(s, &controller{}, time.Hour)
+	front, err := New(s, &controller{}, time.Hour, Streaming{})
 	require.NoError(t, err)
 	_, err = front.(runtime.RuntimeServiceServer).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
 	require.ErrorIs(t, err, errUnknownHandler)
@@ -126,7 +126,7 @@ func TestServe(t *testing.T) {
 		return stream.Send(&runtime.ContainerEventResponse{PodSandboxStatus: &runtime.PodSandboxStatus{Id: "s1"}})
 	}
 	pod := Pod{Config: podConfig(), IP: "10.0.0.2"}
-	front, err := New(stockWithTCP{s}, &controller{pods: map[string]Pod{"s1": pod}}, time.Hour)
+	front, err := New(stockWithTCP{s}, &controller{pods: map[string]Pod{"s1": pod}}, time.Hour, Streaming{})
 	require.NoError(t, err)
 
 	for name, register := range map[string]func(*grpc.Server) error{
@@ -150,7 +150,7 @@ func TestServe(t *testing.T) {
 			_, err = pods.RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "nobody's"})
 			require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
 			_, err = pods.PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: "s1"})
-			require.Equal(t, codes.Unimplemented, status.Code(err), "%v", err)
+			require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
 			require.Contains(t, status.Convert(err).Message(), "default/web")
 
 			got, err := pods.PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: "s1"})

@@ -107,8 +107,11 @@ func TestKubelet(t *testing.T) {
 	requireAsInManifests(t, n, k, pods)
 	requireProbes(t, n, pods["private"].Containers["server"].ID)
 
+	requireKubeletAPI(t, n, k)
+
 	killAndStart(t, n, k)
 	requireAllReady(t, k)
+	requireKubeletAPI(t, n, k)
 	require.Equal(t, pods, look(t, n, k), "no pod is recreated, no container restarted")
 	requireProbes(t, n, pods["private"].Containers["server"].ID)
 

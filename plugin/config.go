@@ -12,7 +12,10 @@ import (
 
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/plugin"
+
+	"github.com/podfsm/podfsm/cri"
 )
 
 // Config is podfsm's own section of containerd's configuration, [plugins.'io.containerd.podsandbox.controller.v1.podfsm'].
@@ -154,6 +157,18 @@ func (c *stockConfig) handlerName(name string) string {
 		return c.Containerd.DefaultRuntimeName
 	}
 	return name
+}
+
+// readStreaming reads how containerd's CRI service, whose init function ic is for, serves streams.
+func readStreaming(ic *plugin.InitContext) (streaming cri.Streaming) {
+	text, err := json.Marshal(ic.Config)
+	if err == nil {
+		err = json.Unmarshal(text, &streaming)
+	}
+	if err != nil {
+		log.G(ic.Context).WithError(err).Warn("podfsm: can't read the streaming server's settings; port forwards are served with the defaults")
+	}
+	return streaming
 }
 
 // handler finds a runtime handler; "" is the default one. An unknown handler is InvalidArgument.

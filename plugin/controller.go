@@ -337,7 +337,7 @@ func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
 	}
 	if cri.FromContext(ctx) == nil {
 		var span trace.Span
-		ctx, span = tracing.Start(ctx, tracing.SpanRemove, tracing.SandboxID.String(id))
+		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, tracing.SandboxID.String(id))
 		defer func() { tracing.End(span, err) }()
 	}
 	return c.engine.Remove(ctx, key)
@@ -426,13 +426,16 @@ func (c *Controller) Named(metadata *runtime.PodSandboxMetadata) (cri.Pod, bool)
 func podOf(view lifecycle.View) cri.Pod {
 	spec := view.Spec.(*Spec)
 	pod := cri.Pod{
-		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler, CreatedAt: view.Created,
+		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler, CreatedAt: view.Created, Ready: view.State == states.Ready,
 		State: view.State, Claim: view.Claim, TraceParent: view.TraceParent,
 	}
 	for _, step := range view.Steps {
 		if step.Status == lifecycle.StepRunning || step.Status == lifecycle.StepUndoing {
 			pod.Step, pod.Since = string(step.Name), step.Started
 		}
+	}
+	if captured := view.Step(states.CaptureNetNS); captured.Status == lifecycle.StepDone {
+		pod.NetNSPath = captured.Result.(*NetNS).Path
 	}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
@@ -511,4 +514,14 @@ func inCallersTrace(ctx context.Context) context.Context {
 		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
 	}
 	return ctx
+}
+
+// inCreationTrace is ctx in the trace of the sandbox's creation if it is in none: when NRI or the store fails a creation, containerd's
+// service cleans up with a context of its own.
+func (c *Controller) inCreationTrace(ctx context.Context, key journal.Key) context.Context {
+	view, ok := c.engine.Find(key)
+	if !ok || trace.SpanContextFromContext(ctx).IsValid() {
+		return ctx
+	}
+	return trace.ContextWithRemoteSpanContext(ctx, tracing.FromParent(view.TraceParent))
 }

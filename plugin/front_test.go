@@ -54,7 +54,7 @@ func serveCRI(t *testing.T, register func(*grpc.Server) error) *grpc.ClientConn 
 
 // through passes do a context as the front gives it to containerd's service for RunPodSandbox, and returns the front's answer.
 func through(t *testing.T, c *Controller, config *runtime.PodSandboxConfig, do func(ctx context.Context) error) error {
-	instance, err := cri.New(&runner{do: do}, c, time.Minute)
+	instance, err := cri.New(&runner{do: do}, c, time.Minute, cri.Streaming{})
 	require.NoError(t, err)
 	connection := serveCRI(t, instance.(interface{ Register(*grpc.Server) error }).Register)
 	_, err = runtime.NewRuntimeServiceClient(connection).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: config, RuntimeHandler: "podfsm"})

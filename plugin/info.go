@@ -90,17 +90,20 @@ func status(ctx context.Context, n *node, view lifecycle.View, verbose bool) (sa
 // sandboxInfo has the fields of containerd's verbose sandbox info, which it reads and writes again; what is podfsm's own
 // stands beside it.
 type sandboxInfo struct {
-	Pid            uint32                    `json:"pid"`
-	Status         string                    `json:"processStatus"`
-	NetNSClosed    bool                      `json:"netNamespaceClosed"`
-	Image          string                    `json:"image"`
-	SnapshotKey    string                    `json:"snapshotKey"`
-	Snapshotter    string                    `json:"snapshotter"`
-	RuntimeType    string                    `json:"runtimeType"`
-	RuntimeOptions any                       `json:"runtimeOptions"`
-	Config         *runtime.PodSandboxConfig `json:"config"`
-	RuntimeSpec    *specs.Spec               `json:"runtimeSpec"`
-	CNIResult      *gocni.Result             `json:"cniResult"`
+	Pid            uint32                      `json:"pid"`
+	Status         string                      `json:"processStatus"`
+	NetNSClosed    bool                        `json:"netNamespaceClosed"`
+	Image          string                      `json:"image"`
+	SnapshotKey    string                      `json:"snapshotKey"`
+	Snapshotter    string                      `json:"snapshotter"`
+	RuntimeType    string                      `json:"runtimeType"`
+	RuntimeOptions any                         `json:"runtimeOptions"`
+	Config         *runtime.PodSandboxConfig   `json:"config"`
+	RuntimeSpec    *specs.Spec                 `json:"runtimeSpec"`
+	CNIResult      *gocni.Result               `json:"cniResult"`
+	Metadata       *sandboxMetadata            `json:"sandboxMetadata"`
+	Overhead       *runtime.ContainerResources `json:"overhead,omitempty"`
+	Resources      *runtime.ContainerResources `json:"resources,omitempty"`
 }
 
 // ownInfo is what podfsm says of a sandbox under its own key of the verbose info.
@@ -134,6 +137,11 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 		RuntimeType: spec.RuntimeType,
 		Snapshotter: spec.Snapshotter,
 		SnapshotKey: view.Key.ID,
+		Metadata:    metadataOf(view),
+	}
+	var err error
+	if info.Overhead, info.Resources, err = updatedResources(ctx, n.client, view.Key.ID); err != nil {
+		return nil, err
 	}
 	if task, err := n.containers.Status(ctx, view.Key.ID); err == nil {
 		info.Status = string(task.State)
@@ -155,9 +163,7 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 	case !errdefs.IsNotFound(err):
 		return nil, err
 	}
-	if attached, ok := records.NetworkOf(view); ok {
-		info.CNIResult = attached.Result
-	}
+	info.CNIResult = info.Metadata.Metadata.CNIResult
 	if !spec.OnNodeNetwork() {
 		path := n.netNSPath(view.Key.ID)
 		if spec.NetNSPath != "" {

@@ -254,6 +254,13 @@ func (s *containerRecords) Get(_ context.Context, id string) (containers.Contain
 	return containers.Container{ID: id, Image: "pause", Spec: spec}, err
 }
 
+// noRecords is containerd's store of sandboxes without any.
+type noRecords struct{ sandbox.Store }
+
+func (noRecords) Get(context.Context, string) (sandbox.Sandbox, error) {
+	return sandbox.Sandbox{}, errdefs.ErrNotFound
+}
+
 // world is a controller on a host of a test.
 type world struct {
 	*Controller
@@ -279,7 +286,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 		},
 		records: &containerRecords{},
 	}
-	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records)))
+	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records), containerd.WithSandboxStore(noRecords{})))
 	require.NoError(t, err)
 	stock := stockWith()
 	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir())}

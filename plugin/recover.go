@@ -148,6 +148,10 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 			defer cancel()
 			if err := c.engine.Resume(ctx, view.Key, verdict); err != nil {
 				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
+				return nil
+			}
+			if err := keepProcessLabel(ctx, client, records[view.Key], view); err != nil {
+				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Warn("podfsm: containers created from now on may get another SELinux label than their pod")
 			}
 			return nil
 		})
@@ -263,13 +267,8 @@ func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
 
 // requestOf is what containerd's service was asked for, by its record of the sandbox; empty where that can't be read.
 func requestOf(record sandbox.Sandbox) (config *runtime.PodSandboxConfig, handlerName string) {
-	var metadata struct {
-		Metadata struct {
-			Config         *runtime.PodSandboxConfig
-			RuntimeHandler string
-		}
-	}
-	if extension, ok := record.Extensions["metadata"]; ok {
+	var metadata sandboxMetadata
+	if extension, ok := record.Extensions[metadataExtension]; ok {
 		_ = json.Unmarshal(extension.GetValue(), &metadata)
 	}
 	return metadata.Metadata.Config, metadata.Metadata.RuntimeHandler

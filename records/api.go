@@ -211,9 +211,9 @@ func Text(err error) string {
 	return strings.ToValidUTF8(err.Error(), "\uFFFD")
 }
 
-// NetworkOf is the network a sandbox is attached to, if it is.
+// NetworkOf is the network a sandbox is attached to, until it is known to be off it.
 func NetworkOf(view lifecycle.View) (*Network, bool) {
 	step := view.Step(states.AttachNetwork)
 	attached, ok := step.Result.(*Network)
-	return attached, ok && step.Status == lifecycle.StepDone
+	return attached, ok && step.Status != lifecycle.StepUndone
 }

@@ -122,6 +122,7 @@ func (k *Kubelet) config() map[string]any {
 
 		"failCgroupV1":           false,
 		"cgroupDriver":           "cgroupfs",
+		"featureGates":           map[string]bool{"PodAndContainerStatsFromCRI": true}, // not from cgroups
 		"cgroupRoot":             "/" + filepath.Base(k.node.Dir()),
 		"enforceNodeAllocatable": []string{},
 		"oomScoreAdj":            0, // a lower one needs CAP_SYS_RESOURCE
@@ -268,7 +269,7 @@ func (p *Pod) Ready() bool {
 
 // Pods returns the pods that the kubelet knows, by their name in the manifest.
 func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+address+"/pods", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.URL("/pods"), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -290,6 +291,10 @@ func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
 	}
 	return pods, nil
 }
+
+// URL returns the address of a path of the kubelet's API, as it is reached from
+// the node.
+func (k *Kubelet) URL(path string) string { return "https://" + address + path }
 
 // Syncs returns how often the kubelet has brought a pod to its desired state and
 // found it there, or not.

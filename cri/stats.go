@@ -1,0 +1,185 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	// defaultInterface is the one that metrics are about, and that stats name first.
+	defaultInterface = "eth0"
+	// maxLinks is how many interfaces of a pod are told of. A pod that may make some can make any number.
+	maxLinks = 100
+)
+
+// PodSandboxStats restores the figures of the pod's network.
+func (s *service) PodSandboxStats(ctx context.Context, r *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
+	resp, err := s.RuntimeServiceServer.PodSandboxStats(ctx, r)
+	if err == nil {
+		s.restoreUsage(ctx, resp.GetStats())
+	}
+	return resp, err
+}
+
+// ListPodSandboxStats restores the figures of the pods' networks, also where containerd's service has failed for some pods.
+func (s *service) ListPodSandboxStats(ctx context.Context, r *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
+	resp, err := s.RuntimeServiceServer.ListPodSandboxStats(ctx, r)
+	s.restoreUsage(ctx, resp.GetStats()...)
+	return resp, err
+}
+
+// StreamPodSandboxStats is the list in pieces.
+func (s *service) StreamPodSandboxStats(r *runtime.StreamPodSandboxStatsRequest, stream runtime.RuntimeService_StreamPodSandboxStatsServer) error {
+	return s.RuntimeServiceServer.StreamPodSandboxStats(r, &statsStream{stream, s})
+}
+
+type statsStream struct {
+	runtime.RuntimeService_StreamPodSandboxStatsServer
+	service *service
+}
+
+func (st *statsStream) Send(resp *runtime.StreamPodSandboxStatsResponse) error {
+	st.service.restoreUsage(st.Context(), resp.GetPodSandboxStats()...)
+	return st.RuntimeService_StreamPodSandboxStatsServer.Send(resp)
+}
+
+// ListPodSandboxMetrics restores the metrics of the pods' networks.
+func (s *service) ListPodSandboxMetrics(ctx context.Context, r *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
+	resp, err := s.RuntimeServiceServer.ListPodSandboxMetrics(ctx, r)
+	s.restoreMetrics(ctx, resp.GetPodMetrics())
+	return resp, err
+}
+
+// StreamPodSandboxMetrics is the list in pieces.
+func (s *service) StreamPodSandboxMetrics(r *runtime.StreamPodSandboxMetricsRequest, stream runtime.RuntimeService_StreamPodSandboxMetricsServer) error {
+	return s.RuntimeServiceServer.StreamPodSandboxMetrics(r, &metricsStream{stream, s})
+}
+
+type metricsStream struct {
+	runtime.RuntimeService_StreamPodSandboxMetricsServer
+	service *service
+}
+
+func (m *metricsStream) Send(resp *runtime.StreamPodSandboxMetricsResponse) error {
+	m.service.restoreMetrics(m.Context(), resp.GetPodSandboxMetrics())
+	return m.RuntimeService_StreamPodSandboxMetricsServer.Send(resp)
+}
+
+// restoreUsage fills in what the interfaces of pods of ours have moved. One pod after the other: it takes a fraction of a millisecond
+// each, and one thread for all.
+func (s *service) restoreUsage(ctx context.Context, stats ...*runtime.PodSandboxStats) {
+	for _, one := range stats {
+		_, links, ok := s.linksOf(ctx, one.GetAttributes().GetId())
+		if !ok {
+			continue
+		}
+		usage := &runtime.NetworkUsage{Timestamp: time.Now().UnixNano()}
+		for _, link := range links {
+			moved := &runtime.NetworkInterfaceUsage{
+				Name:     link.Name,
+				RxBytes:  value(link.Statistics.RxBytes),
+				RxErrors: value(link.Statistics.RxErrors),
+				TxBytes:  value(link.Statistics.TxBytes),
+				TxErrors: value(link.Statistics.TxErrors),
+			}
+			usage.Interfaces = append(usage.Interfaces, moved)
+			if usage.DefaultInterface == nil || link.Name == defaultInterface {
+				usage.DefaultInterface = moved
+			}
+		}
+		ensure(&one.Linux).Network = usage
+	}
+}
+
+// restoreMetrics puts the metrics of the network before what containerd's service has of a pod of ours.
+func (s *service) restoreMetrics(ctx context.Context, metrics []*runtime.PodSandboxMetrics) {
+	for _, one := range metrics {
+		pod, links, ok := s.linksOf(ctx, one.GetPodSandboxId())
+		if !ok {
+			continue
+		}
+		for _, link := range links {
+			if link.Name == defaultInterface {
+				one.Metrics = append(networkMetrics(one.GetPodSandboxId(), pod.Config, link), one.Metrics...)
+			}
+		}
+	}
+}
+
+// networkMetrics are those of containerd's ListMetricDescriptors: cAdvisor's, of a pod.
+func networkMetrics(id string, config *runtime.PodSandboxConfig, link *netlink.LinkAttrs) []*runtime.Metric {
+	now := time.Now().UnixNano()
+	// The pod, its namespace, container, id, image and interface. A pod is neither container nor image.
+	labels := []string{config.GetMetadata().GetName(), config.GetMetadata().GetNamespace(), "", id, "", link.Name}
+	var metrics []*runtime.Metric
+	for _, counter := range []struct {
+		name  string
+		count uint64
+	}{
+		{"receive_bytes", link.Statistics.RxBytes},
+		{"receive_packets", link.Statistics.RxPackets},
+		{"receive_packets_dropped", link.Statistics.RxDropped},
+		{"receive_errors", link.Statistics.RxErrors},
+		{"transmit_bytes", link.Statistics.TxBytes},
+		{"transmit_packets", link.Statistics.TxPackets},
+		{"transmit_packets_dropped", link.Statistics.TxDropped},
+		{"transmit_errors", link.Statistics.TxErrors},
+	} {
+		metrics = append(metrics, &runtime.Metric{
+			Name:        "container_network_" + counter.name + "_total",
+			Timestamp:   now,
+			MetricType:  runtime.MetricType_COUNTER,
+			LabelValues: labels,
+			Value:       value(counter.count),
+		})
+	}
+	return metrics
+}
+
+func value(v uint64) *runtime.UInt64Value { return &runtime.UInt64Value{Value: v} }
+
+// linksOf are the interfaces of a pod of ours that has a network of its own. A network that can't be read is left out, as a pod's may be
+// that is being stopped.
+func (s *service) linksOf(ctx context.Context, id string) (Pod, []*netlink.LinkAttrs, bool) {
+	pod, ok := s.sandboxes.Pod(id)
+	if !ok || pod.NetNSPath == "" {
+		return Pod{}, nil, false
+	}
+	links, err := linksIn(pod.NetNSPath)
+	if err != nil {
+		log.G(ctx).WithField("sandbox", id).WithError(err).Debug("podfsm: a pod's network figures are left out")
+		return Pod{}, nil, false
+	}
+	return pod, links, true
+}
+
+// linksIn reads the interfaces in a network namespace, but for the loopback, as the kernel orders them. All of them have statistics and a
+// name that an answer can carry, whatever the pod has called them.
+func linksIn(netNS string) ([]*netlink.LinkAttrs, error) {
+	var links []netlink.Link
+	err := ns.WithNetNSPath(netNS, func(ns.NetNS) (err error) {
+		links, err = netlink.LinkList()
+		return err
+	})
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // an interface has come or gone meanwhile
+		return nil, fmt.Errorf("failed to list the interfaces in network namespace %q: %w", netNS, err)
+	}
+	var all []*netlink.LinkAttrs
+	for _, link := range links {
+		attrs := link.Attrs()
+		if attrs.Name == "lo" || attrs.Statistics == nil || len(all) == maxLinks {
+			continue
+		}
+		attrs.Name = strings.ToValidUTF8(attrs.Name, "\uFFFD")
+		all = append(all, attrs)
+	}
+	return all, nil
+}

@@ -1,0 +1,174 @@
+package integration
+
+import (
+	"encoding/json"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// formOf are the names of the fields of an answer, and its texts with those of the pod's own taken out, but no figures.
+func formOf(t *testing.T, m proto.Message, own ...string) []string {
+	t.Helper()
+	text, err := protojson.MarshalOptions{EmitUnpopulated: true}.Marshal(m)
+	require.NoError(t, err)
+	for i, word := range own {
+		text = []byte(strings.ReplaceAll(string(text), word, "OWN"+strconv.Itoa(i)))
+	}
+	var value any
+	require.NoError(t, json.Unmarshal(text, &value))
+	var form []string
+	var walk func(path string, value any)
+	walk = func(path string, value any) {
+		switch v := value.(type) {
+		case map[string]any:
+			for key, below := range v {
+				walk(path+"."+key, below)
+			}
+		case []any:
+			for i, below := range v {
+				walk(path+"["+strconv.Itoa(i)+"]", below)
+			}
+		case string:
+			if _, err := strconv.ParseUint(v, 10, 64); err == nil {
+				v = "a number" // protojson's form of 64 bits
+			}
+			form = append(form, path+" = "+v)
+		case nil:
+			form = append(form, path+" is not there")
+		default:
+			form = append(form, path)
+		}
+	}
+	walk("", value)
+	slices.Sort(form)
+	return form
+}
+
+// podStats are all answers about the stats of a pod: asked for alone, in a list, as a stream.
+func podStats(t *testing.T, n *harness.Node, pod *harness.Pod) map[string]*runtime.PodSandboxStats {
+	t.Helper()
+	alone, err := n.Runtime.PodSandboxStats(t.Context(), &runtime.PodSandboxStatsRequest{PodSandboxId: pod.ID})
+	require.NoError(t, err)
+	filter := &runtime.PodSandboxStatsFilter{Id: pod.ID}
+	list, err := n.Runtime.ListPodSandboxStats(t.Context(), &runtime.ListPodSandboxStatsRequest{Filter: filter})
+	require.NoError(t, err)
+	require.Len(t, list.GetStats(), 1)
+	stream, err := n.Runtime.StreamPodSandboxStats(t.Context(), &runtime.StreamPodSandboxStatsRequest{Filter: filter})
+	require.NoError(t, err)
+	sent, err := stream.Recv()
+	require.NoError(t, err)
+	require.Len(t, sent.GetPodSandboxStats(), 1)
+	return map[string]*runtime.PodSandboxStats{"alone": alone.GetStats(), "list": list.GetStats()[0], "stream": sent.GetPodSandboxStats()[0]}
+}
+
+// podMetrics are all answers about the metrics of a pod.
+func podMetrics(t *testing.T, n *harness.Node, pod *harness.Pod) map[string]*runtime.PodSandboxMetrics {
+	t.Helper()
+	find := func(all []*runtime.PodSandboxMetrics) *runtime.PodSandboxMetrics {
+		i := slices.IndexFunc(all, func(m *runtime.PodSandboxMetrics) bool { return m.GetPodSandboxId() == pod.ID })
+		require.GreaterOrEqual(t, i, 0)
+		return all[i]
+	}
+	list, err := n.Runtime.ListPodSandboxMetrics(t.Context(), &runtime.ListPodSandboxMetricsRequest{})
+	require.NoError(t, err)
+	stream, err := n.Runtime.StreamPodSandboxMetrics(t.Context(), &runtime.StreamPodSandboxMetricsRequest{})
+	require.NoError(t, err)
+	var streamed []*runtime.PodSandboxMetrics
+	for {
+		sent, err := stream.Recv()
+		if err == io.EOF {
+			break
+		}
+		require.NoError(t, err)
+		streamed = append(streamed, sent.GetPodSandboxMetrics()...)
+	}
+	return map[string]*runtime.PodSandboxMetrics{"list": find(list.GetPodMetrics()), "stream": find(streamed)}
+}
+
+// What is told of a pod's resources has the form of a stock pod's, and the network figures are what the pod itself sees.
+func TestStatsLikeStock(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	t.Run("pods", func(t *testing.T) {
+		run := func(handler, name string, options ...harness.PodOption) (*harness.Pod, *harness.Container) {
+			pod := startPod(t, n, handler, n.PodConfig(name, options...))
+			return pod, startContainer(t, pod, "main")
+		}
+		for name, option := range map[string]harness.PodOption{
+			"userns":  func(*runtime.PodSandboxConfig) {},
+			"hostnet": harness.HostNetwork(),
+		} {
+			ours, inOurs := run(harness.PodfsmHandler, name+"-ours", option)
+			stock, inStock := run(harness.StockHandler, name+"-stock", option)
+			ownOf := func(pod *harness.Pod, main *harness.Container) []string {
+				return []string{pod.ID, main.ID, pod.Config.GetMetadata().GetName()}
+			}
+			require.EventuallyWithT(t, func(c *assert.CollectT) { // the usage of cores takes two samples, a second apart
+				for _, pod := range []*harness.Pod{ours, stock} {
+					stats := podStats(t, n, pod)["alone"].GetLinux()
+					require.NotNil(c, stats.GetCpu().GetUsageNanoCores())
+				}
+			}, waitFor, tick)
+			want := podStats(t, n, stock)
+			for asked, got := range podStats(t, n, ours) {
+				require.Equal(t, formOf(t, want[asked], ownOf(stock, inStock)...), formOf(t, got, ownOf(ours, inOurs)...), "%s: stats of %s", name, asked)
+			}
+			wantMetrics := podMetrics(t, n, stock)
+			for asked, got := range podMetrics(t, n, ours) {
+				require.Equal(t, formOf(t, wantMetrics[asked], ownOf(stock, inStock)...), formOf(t, got, ownOf(ours, inOurs)...), "%s: metrics of %s", name, asked)
+			}
+		}
+	})
+	t.Run("figures", func(t *testing.T) {
+		pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("busy"))
+		main := startContainer(t, pod, "main", harness.Run("httpd", "-f", "-p", "80", "-h", "/www"))
+		ip, err := pod.IP(t.Context())
+		require.NoError(t, err)
+		inside := func(counter string) uint64 {
+			text := exec(t, main, "cat", "/sys/class/net/eth0/statistics/"+counter)
+			count, err := strconv.ParseUint(strings.TrimSpace(text), 10, 64)
+			require.NoError(t, err)
+			return count
+		}
+		check := func() {
+			resp, err := n.HTTP().Get("http://" + ip)
+			require.NoError(t, err)
+			resp.Body.Close()
+			received, sent := inside("rx_bytes"), inside("tx_packets")
+			require.NotZero(t, received)
+			for asked, stats := range podStats(t, n, pod) {
+				network := stats.GetLinux().GetNetwork()
+				require.Equal(t, "eth0", network.GetDefaultInterface().GetName())
+				require.Len(t, network.GetInterfaces(), 1)
+				require.GreaterOrEqual(t, network.GetDefaultInterface().GetRxBytes().GetValue(), received, asked)
+				require.LessOrEqual(t, network.GetDefaultInterface().GetRxBytes().GetValue(), inside("rx_bytes"), asked)
+			}
+			for asked, metrics := range podMetrics(t, n, pod) {
+				at := slices.IndexFunc(metrics.GetMetrics(), func(m *runtime.Metric) bool {
+					return m.GetName() == "container_network_transmit_packets_total"
+				})
+				require.GreaterOrEqual(t, at, 0)
+				require.GreaterOrEqual(t, metrics.GetMetrics()[at].GetValue().GetValue(), sent, asked)
+				require.LessOrEqual(t, metrics.GetMetrics()[at].GetValue().GetValue(), inside("tx_packets"), asked)
+			}
+		}
+		check()
+		require.NoError(t, n.Stop(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		check()
+	})
+	n.RequireClean(t, before)
+}
