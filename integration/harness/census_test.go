@@ -180,6 +180,9 @@ func TestCloseRemovesEverything(t *testing.T) {
 	left, err := harness.Leftovers()
 	require.NoError(t, err)
 	require.Contains(t, strings.Join(left, "\n"), "(pause) /pause")
+	immutable := filepath.Join(n.Dir(), "immutable")
+	require.NoError(t, os.WriteFile(immutable, nil, 0o644))
+	require.NoError(t, exec.Command("chattr", "+i", immutable).Run())
 
 	require.NoError(t, n.Close(t.Context()))
 	left, err = harness.Leftovers()

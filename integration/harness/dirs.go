@@ -101,7 +101,33 @@ func remove(ctx context.Context, dir string) error {
 	if err := powerOff(ctx, dir); err != nil {
 		return err
 	}
-	return errors.Join(removeCNICache(dir), os.RemoveAll(dir))
+	return errors.Join(removeCNICache(dir), removeAll(dir))
+}
+
+// removeAll removes a directory, with the files in there that a container has
+// made immutable when its test was killed.
+func removeAll(dir string) error {
+	err := os.RemoveAll(dir)
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	err = walk(dir, func(path string, d os.DirEntry) error {
+		if !d.Type().IsRegular() {
+			return nil
+		}
+		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+		if err != nil {
+			return err
+		}
+		const immutable = 0x10 // FS_IMMUTABLE_FL
+		return unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags&^immutable)
+	})
+	return errors.Join(err, os.RemoveAll(dir))
 }
 
 // powerOff ends all of a node that isn't on disk: processes, then mounts, then
