@@ -3,6 +3,8 @@ package integration
 import (
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -165,6 +167,25 @@ func TestPauseKilled(t *testing.T) {
 	started := harness.OfType(all, pod.ID, runtime.ContainerEventType_CONTAINER_STARTED_EVENT)[0]
 	require.NotEmpty(t, started.GetPodSandboxStatus().GetNetwork().GetIp())
 	require.Equal(t, runtime.NamespaceMode_POD, started.GetPodSandboxStatus().GetLinux().GetNamespaces().GetOptions().GetNetwork())
+}
+
+// A shim that is killed can't clean up after itself.
+func TestShimKilled(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
+	require.NoError(t, err)
+	running, err := n.Census(t.Context())
+	require.NoError(t, err)
+	require.NotEmpty(t, running[harness.ShimSockets])
+	require.Len(t, running[harness.Shims], 1)
+	shim, _, _ := strings.Cut(running[harness.Shims][0], " ")
+	pid, err := strconv.Atoi(shim)
+	require.NoError(t, err)
+	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.NoError(t, pod.StopAndRemove(t.Context()))
+	n.RequireClean(t, before)
 }
 
 func TestBadInput(t *testing.T) {

@@ -42,6 +42,7 @@ const createGrace = 3 * time.Second
 type Containers struct {
 	client  *containerd.Client
 	bundles string
+	sockets Sockets
 
 	// started are the ids of sandboxes whose tasks this process has made:
 	// containerd knows all of their shims.
@@ -50,9 +51,9 @@ type Containers struct {
 
 // NewContainers returns the pause containers of a containerd client. bundles is
 // the directory where that containerd keeps the bundles of its tasks, by
-// namespace.
-func NewContainers(client *containerd.Client, bundles string) *Containers {
-	return &Containers{client: client, bundles: bundles}
+// namespace; sockets says where its shims listen.
+func NewContainers(client *containerd.Client, bundles string, sockets Sockets) *Containers {
+	return &Containers{client: client, bundles: bundles, sockets: sockets}
 }
 
 // CreateRequest is what a pause container is made of.
@@ -240,6 +241,9 @@ func (c *Containers) Delete(ctx context.Context, id string) error {
 	err := c.client.ContainerService().Delete(ctx, id)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("failed to delete the pause container of sandbox %q: %w", id, err)
+	}
+	if err := c.removeSockets(ctx, id); err != nil {
+		return err
 	}
 	c.started.Delete(id)
 	return nil

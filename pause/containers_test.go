@@ -178,7 +178,7 @@ func newPause(t *testing.T, ctx context.Context, client *containerd.Client) *Con
 	t.Helper()
 	_, err := client.SnapshotService("native").Prepare(ctx, "sandbox", "")
 	require.NoError(t, err)
-	containers := NewContainers(client, t.TempDir())
+	containers := NewContainers(client, t.TempDir(), Sockets{})
 	_, err = containers.Create(ctx, testCreateRequest(t, ctx))
 	require.NoError(t, err)
 	return containers
@@ -206,7 +206,7 @@ func testCreateRequest(t *testing.T, ctx context.Context) CreateRequest {
 
 func TestCreate(t *testing.T) {
 	ctx, client := newTestClient(t, &fakeShim{})
-	containers := NewContainers(client, t.TempDir())
+	containers := NewContainers(client, t.TempDir(), Sockets{})
 	request := testCreateRequest(t, ctx)
 
 	_, err := containers.Create(ctx, request)
@@ -247,7 +247,7 @@ func TestCreateWithoutRuntimeOptions(t *testing.T) {
 	require.NoError(t, err)
 	request := testCreateRequest(t, ctx)
 	request.RuntimeOptions = nil
-	record, err := NewContainers(client, t.TempDir()).Create(ctx, request)
+	record, err := NewContainers(client, t.TempDir(), Sockets{}).Create(ctx, request)
 	require.NoError(t, err)
 	require.Nil(t, record.Runtime.Options)
 }
@@ -287,7 +287,7 @@ func TestTask(t *testing.T) {
 func TestTaskErrors(t *testing.T) {
 	shim := &fakeShim{}
 	ctx, client := newTestClient(t, shim)
-	containers := NewContainers(client, t.TempDir())
+	containers := NewContainers(client, t.TempDir(), Sockets{})
 	_, err := containers.CreateTask(ctx, "sandbox", "")
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.ErrorContains(t, err, `sandbox "sandbox"`)
@@ -309,7 +309,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	ctx, client := newTestClient(t, newFakeShim(task.Status_RUNNING))
 	ctx, cancel := context.WithCancel(ctx)
 	cancel()
-	_, err := NewContainers(client, t.TempDir()).Wait(ctx, "sandbox")
+	_, err := NewContainers(client, t.TempDir(), Sockets{}).Wait(ctx, "sandbox")
 	require.ErrorIs(t, err, context.Canceled)
 }
 

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/shim"
 	"golang.org/x/sys/unix"
 )
 
@@ -75,6 +76,31 @@ func awaitStarter(ctx context.Context, namespace, id string) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// Sockets says where the shims of a containerd listen.
+type Sockets struct {
+	Dir     string // the shim manager's socket_dir; "" when it isn't known
+	Address string // of containerd's gRPC server
+}
+
+// removeSockets removes the sockets of a sandbox's shim, which has ended. A shim
+// that was killed, or that ended before it was up, leaves them.
+func (c *Containers) removeSockets(ctx context.Context, id string) error {
+	if c.sockets.Dir == "" {
+		return nil
+	}
+	for _, debug := range []bool{false, true} {
+		address, err := shim.CreateSocketAddress(ctx, c.sockets.Dir, c.sockets.Address, id, debug)
+		if err != nil {
+			return err
+		}
+		err = os.Remove(strings.TrimPrefix(address, "unix://"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("failed to remove a socket of the shim of sandbox %q: %w", id, err)
+		}
+	}
+	return nil
 }
 
 func shimsOf(namespace, id string) ([]int, error) {

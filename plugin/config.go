@@ -10,12 +10,14 @@ import (
 	"strings"
 	"time"
 
+	shims "github.com/containerd/containerd/v2/core/runtime/v2"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/plugin"
 
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/pause"
 )
 
 // Config is podfsm's own section of containerd's configuration, [plugins.'io.containerd.podsandbox.controller.v1.podfsm'].
@@ -157,6 +159,17 @@ func (c *stockConfig) handlerName(name string) string {
 		return c.Containerd.DefaultRuntimeName
 	}
 	return name
+}
+
+// shimSockets says where shims listen, by the configuration of containerd's shim manager, which has put its default there.
+func shimSockets(ic *plugin.InitContext) pause.Sockets {
+	sockets := pause.Sockets{Address: ic.Properties[plugins.PropertyGRPCAddress]}
+	if manager := ic.Plugins().Get(plugins.ShimPlugin, "manager"); manager != nil {
+		if config, ok := manager.Config.(*shims.ShimConfig); ok {
+			sockets.Dir = config.SocketDir
+		}
+	}
+	return sockets
 }
 
 // readStreaming reads how containerd's CRI service, whose init function ic is for, serves streams.

@@ -106,7 +106,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
-	c.node = newNode(c.stock, client, bundles, c.limits)
+	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits)
 	c.node.policies = c.policies
 	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {

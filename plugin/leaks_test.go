@@ -63,7 +63,7 @@ func newStoresWorld(t *testing.T) *storesWorld {
 	w.stock.NetNSMountsUnderStateDir, w.stock.StateDir, w.stock.RootDir = true, filepath.Join(dir, "state"), filepath.Join(dir, "root")
 	w.node.client, w.node.bundles, w.node.snapshots = client, filepath.Join(dir, "bundles"), snapshot.NewPreparer(client)
 	w.node.settings.Files = pause.Files{RootDir: w.stock.RootDir, StateDir: w.stock.StateDir}
-	w.node.containers = pause.NewContainers(client, w.node.bundles)
+	w.node.containers = pause.NewContainers(client, w.node.bundles, pause.Sockets{})
 	return &storesWorld{world: w, ctx: ctx, client: client, netns: w.stock.netNSDir()}
 }
 

@@ -289,7 +289,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records), containerd.WithSandboxStore(noRecords{})))
 	require.NoError(t, err)
 	stock := stockWith()
-	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir())}
+	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir(), pause.Sockets{})}
 	w.Controller = &Controller{stock: stock, node: n}
 	n.ids = userns.New(idHost{w.Controller}, nil)
 

@@ -34,6 +34,7 @@ func init() {
 			plugins.MountManagerPlugin,
 			plugins.SandboxStorePlugin,
 			plugins.ServicePlugin,
+			plugins.ShimPlugin,
 			plugins.TransferPlugin,
 		},
 		Config: defaultConfig(),

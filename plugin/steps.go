@@ -39,7 +39,7 @@ type node struct {
 	driver     *cni.Driver
 }
 
-func newNode(stock *stockConfig, client *containerd.Client, bundles string, limits timeouts) *node {
+func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts) *node {
 	return &node{
 		stock:   stock,
 		client:  client,
@@ -51,7 +51,7 @@ func newNode(stock *stockConfig, client *containerd.Client, bundles string, limi
 			RestrictOOMScoreAdj:     stock.RestrictOOMScoreAdj,
 			UnsetSeccompProfile:     stock.UnsetSeccompProfile,
 		},
-		containers: pause.NewContainers(client, bundles),
+		containers: pause.NewContainers(client, bundles, sockets),
 		snapshots:  snapshot.NewPreparer(client),
 		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel}),
 	}
