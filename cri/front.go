@@ -126,6 +126,7 @@ type service struct {
 	creations                    *creations
 	initialized                  func() bool // whether containerd's service serves yet
 	streams                      *streams    // port forwards
+	turns                        turns
 }
 
 // RunPodSandbox runs a pod of ours through containerd's service, detached from its callers: see [service.join]. When it returns an
@@ -209,6 +210,11 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	if !ok {
 		return s.RuntimeServiceServer.StopPodSandbox(ctx, r)
 	}
+	end, err := s.turns.take(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
@@ -229,6 +235,11 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	if !ok {
 		return s.removeStock(ctx, r)
 	}
+	end, err := s.turns.take(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	ctx, span := tracing.Start(ctx, tracing.SpanRemove, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 

@@ -69,6 +69,7 @@ func newService(in inner, sandboxes Sandboxes, unclaimed time.Duration, streamin
 		creations:            newCreations(unclaimed),
 		streams:              newStreams(streaming, sandboxes.Pod),
 		initialized:          in.IsInitialized,
+		turns:                turns{taken: map[string]chan struct{}{}},
 	}
 }
 
