@@ -235,6 +235,9 @@ func (s *service) make(c *creation) (id string, err error) {
 func (s *service) present(c *creation) (string, error) {
 	waitedFor := ""
 	for c.ctx.Err() == nil {
+		if err := s.turns.wait(c.ctx, attemptOf(c.request.GetConfig())); err != nil {
+			return "", err
+		}
 		pod, ok := s.sandboxes.Named(c.request.GetConfig().GetMetadata())
 		if !ok {
 			return "", nil

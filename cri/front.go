@@ -210,7 +210,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	if !ok {
 		return s.RuntimeServiceServer.StopPodSandbox(ctx, r)
 	}
-	end, err := s.turns.take(ctx, id)
+	end, err := s.turns.take(ctx, attemptOf(pod.Config))
 	if err != nil {
 		return nil, err
 	}
@@ -235,7 +235,7 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	if !ok {
 		return s.removeStock(ctx, r)
 	}
-	end, err := s.turns.take(ctx, id)
+	end, err := s.turns.take(ctx, attemptOf(pod.Config))
 	if err != nil {
 		return nil, err
 	}

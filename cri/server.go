@@ -69,7 +69,7 @@ func newService(in inner, sandboxes Sandboxes, unclaimed time.Duration, streamin
 		creations:            newCreations(unclaimed),
 		streams:              newStreams(streaming, sandboxes.Pod),
 		initialized:          in.IsInitialized,
-		turns:                turns{taken: map[string]chan struct{}{}},
+		turns:                turns{taken: map[attempt]chan struct{}{}},
 	}
 }
 

@@ -17,7 +17,9 @@ func TestSandboxesAreEndedInTurns(t *testing.T) {
 		<-release
 		return &runtime.RemovePodSandboxResponse{}, nil
 	}}
-	c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}, "s2": {Config: podConfig()}}}
+	another := podConfig()
+	another.Metadata.Attempt++
+	c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}, "s2": {Config: another}}}
 	front := newFront(t, s, c)
 	remove := func(ctx context.Context, id string) error {
 		_, err := front.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: id})

@@ -19,7 +19,16 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-var seed = flag.Uint64("seed", 0, "replay a soak; 0 takes a new seed")
+var seed = flag.Uint64("seed", 0, "replay the random decisions of a test; 0 takes a new seed")
+
+// takeSeed makes sure that there is a seed, and says how to use it again.
+func takeSeed(t *testing.T) uint64 {
+	if *seed == 0 {
+		*seed = rand.Uint64()
+	}
+	t.Logf("replay with -seed %d", *seed)
+	return *seed
+}
 
 // TestSoak kills containerd at random moments while several pods at a time are created, stopped and removed, and while it recovers.
 // A seed gives the same decisions; the moments at which they meet are the machine's.
@@ -28,16 +37,12 @@ func TestSoak(t *testing.T) {
 	if full() {
 		rounds = 200
 	}
-	if *seed == 0 {
-		*seed = rand.Uint64()
-	}
-	t.Logf("replay with -seed %d", *seed)
-
+	from := takeSeed(t)
 	s := &soak{n: harness.StartNode(t, harness.Config{}), interrupted: map[string]int{}}
 	before, err := s.n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	for round := range rounds {
-		random := rand.New(rand.NewPCG(*seed, uint64(round)))
+		random := rand.New(rand.NewPCG(from, uint64(round)))
 		s.killChurn(t, random, round)
 		if random.IntN(4) == 0 {
 			s.killRecovery(t, random)
