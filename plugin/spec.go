@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
@@ -20,6 +21,9 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 		return nil, fmt.Errorf("the pod's configuration has no metadata: %w", errdefs.ErrInvalidArgument)
 	case config.GetLinux() == nil:
 		return nil, fmt.Errorf("the configuration of pod %q has no Linux section: %w", cri.PodName(config), errdefs.ErrInvalidArgument)
+	case strings.Contains(config.GetLinux().GetCgroupParent(), "\x00"):
+		// No system call takes it, so what has been made by then could not be undone either.
+		return nil, fmt.Errorf("the cgroup parent %q of pod %q can't be a path: %w", config.GetLinux().GetCgroupParent(), cri.PodName(config), errdefs.ErrInvalidArgument)
 	}
 	namespaces := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	for _, namespace := range []struct {
