@@ -57,7 +57,22 @@ func (c *Config) policies(stock *stockConfig) (policies, error) {
 		}
 		all[name] = policy
 	}
-	return all, nil
+	return all, all.apart()
+}
+
+// apart fails when two different node-wide mappings have ids in common: the pods of one handler would keep those of the other from running.
+func (p policies) apart() error {
+	names := slices.Sorted(maps.Keys(p))
+	for i, name := range names {
+		for _, other := range names[:i] {
+			m, n := p[name].NodeWide, p[other].NodeWide
+			if m != nil && n != nil && *m != *n && m.Overlap(*n) {
+				return fmt.Errorf("userns.%s: its node-wide mapping takes ids of the one of userns.%s; give both the same one, or keep them apart: %w",
+					name, other, errdefs.ErrInvalidArgument)
+			}
+		}
+	}
+	return nil
 }
 
 func (c UserNSConfig) policy() (p userns.Policy, err error) {

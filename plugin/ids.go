@@ -56,12 +56,17 @@ func holder(key journal.Key, spec *Spec) userns.Holder {
 	return h
 }
 
-// owner is who may hold the same ids by several sandboxes: a pod. A sandbox that was made without a pod's uid owns its ids alone.
+// owner is who may hold the same ids by several sandboxes: a pod, which is its name where it was made without a uid. A sandbox without
+// either owns its ids alone.
 func owner(h userns.Holder, config *runtime.PodSandboxConfig) string {
-	if uid := config.GetMetadata().GetUid(); uid != "" {
-		return "pod " + uid
+	switch metadata := config.GetMetadata(); {
+	case metadata.GetUid() != "":
+		return "pod " + metadata.GetUid()
+	case metadata.GetName() != "":
+		return "pod named " + h.Pod
+	default:
+		return "sandbox " + h.ID
 	}
-	return "sandbox " + h.ID
 }
 
 // ofNode makes h one of the holders of a node-wide mapping, who share it by design.

@@ -63,6 +63,21 @@ func TestMappingsOfRecord(t *testing.T) {
 	}
 }
 
+// A retry comes while the sandbox of the first request is being made, or is there.
+func TestRetriesShareTheIDs(t *testing.T) {
+	for name, uid := range map[string]string{"a pod with a uid": "u-7", "a pod without": ""} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			with := func(c *runtime.PodSandboxConfig) { c.Metadata.Uid = uid }
+			w.run(t, "s1", with)
+			require.NoError(t, w.admitIDs(t.Context(), &Spec{Config: podConfig(with), Mapping: &private}))
+			other := podConfig(named("other"), func(c *runtime.PodSandboxConfig) { c.Metadata.Uid = "" })
+			err := w.admitIDs(t.Context(), &Spec{Config: other, Mapping: &private})
+			require.ErrorContains(t, err, `which pod "default/web" (sandbox "k8s.io/s1") holds`)
+		})
+	}
+}
+
 func TestStockPodsHoldTheirIDs(t *testing.T) {
 	w := newWorld(t)
 	taken := func() error {

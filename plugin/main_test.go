@@ -137,6 +137,7 @@ type host struct {
 	do     map[states.Event]func(ctx context.Context, id string) error
 	undo   map[states.Event]func(id string) error
 	check  func(ctx context.Context, id string) error // of the network; nil finds nothing wrong
+	ended  func(id string)                            // is told of each pause that is stopped, unless nil
 }
 
 func (h *host) left(id string) []states.Event {
@@ -179,8 +180,6 @@ func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		}
 	}
 	switch s.facts.Name {
-	case states.AllocateIDs:
-		return &userns.Mappings{UIDs: userns.Mapping{HostID: 131072, Length: 65536}, GIDs: userns.Mapping{HostID: 131072, Length: 65536}}, nil
 	case states.RemapSnapshot:
 		return &Snapshot{Snapshotter: "overlayfs", Parent: "sha256:1", Strategy: "idmap"}, nil
 	case states.StartPause:
@@ -211,10 +210,37 @@ func (s *fakeStep) Undo(_ context.Context, r *lifecycle.Run) error {
 
 func (s *fakeStep) Probe(context.Context, *lifecycle.Run) (bool, error) { return false, nil }
 
+// guardedIDs are the real step as well: it has nothing on the host.
+type guardedIDs struct {
+	fakeStep
+	real *allocateIDs
+}
+
+func (s *guardedIDs) Plan(ctx context.Context, r *lifecycle.Run) (any, error) {
+	return s.real.Plan(ctx, r)
+}
+
+func (s *guardedIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
+	if _, err := s.fakeStep.Do(ctx, r); err != nil {
+		return nil, err
+	}
+	return s.real.Do(ctx, r)
+}
+
+func (s *guardedIDs) Undo(ctx context.Context, r *lifecycle.Run) error {
+	if err := s.fakeStep.Undo(ctx, r); err != nil {
+		return err
+	}
+	return s.real.Undo(ctx, r)
+}
+
 // fakePause is the step whose process is the sandbox's life.
 type fakePause struct{ fakeStep }
 
-func (s *fakePause) Stop(context.Context, *lifecycle.Run) (lifecycle.Exit, error) {
+func (s *fakePause) Stop(_ context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
+	if s.host.ended != nil {
+		s.host.ended(r.Key.ID)
+	}
 	return lifecycle.Exit{Code: 137, At: time.Unix(9, 0).UTC()}, nil
 }
 
@@ -296,7 +322,9 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	var steps []lifecycle.Step
 	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
 		fake := fakeStep{w.host, step.Facts()}
-		switch step.(type) {
+		switch step := step.(type) {
+		case *allocateIDs:
+			steps = append(steps, &guardedIDs{fake, step})
 		case lifecycle.Ender:
 			steps = append(steps, &fakePause{fake})
 		case lifecycle.Checker:

@@ -267,15 +267,17 @@ func userOf(m Mappings, uses ...[]Use) (string, bool) {
 	return "", false
 }
 
-// Release ends a holding. It is idempotent. A range of the pool goes into quarantine. An error says that the order in which ranges
-// are used may be lost over a restart, and nothing else.
+// Release ends a holding. It is idempotent. The ranges of the pool that it has ids of go into quarantine. An error says that the order in
+// which ranges are used may be lost over a restart, and nothing else.
 func (a *Allocator) Release(id string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	held, ok := a.holdings.byID[id]
 	a.holdings.remove(id)
-	if a.pool == nil {
+	if a.pool == nil || !ok {
 		return nil
 	}
+	a.pool.distrust(held.Mappings)
 	return a.pool.release(id)
 }
 

@@ -294,6 +294,37 @@ func TestAllocateKeepsOffOthers(t *testing.T) {
 	require.Error(t, a.Hold(t.Context(), asking("s4", "thief", ids(1<<20+2<<16, 1))))
 }
 
+// What a pod outside the pool leaves behind uses ids of the pool as well.
+func TestRangesOfOthersAreQuarantined(t *testing.T) {
+	w := &world{}
+	a := New(w, poolOf(t, 3))
+	_, err := a.Overview(t.Context()) // which frees all
+	require.NoError(t, err)
+	require.NoError(t, a.Hold(t.Context(), asking("s1", "asked", ids(1<<20+65535, 2)))) // the first two
+	w.processes = []Use{use(ids(1<<20+65536, 1), "process 7 (left)")}
+	require.NoError(t, a.Release("s1"))
+	for range 2 {
+		o, err := a.Overview(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, []Quarantined{{ids(1<<20+65536, 65536), "process 7 (left)"}}, o.Pool.Quarantined)
+		require.Equal(t, 2, o.Pool.Free)
+	}
+}
+
+// No request has such mappings, but a record that somebody else wrote may.
+func TestMappingsWithoutIDs(t *testing.T) {
+	a := New(&world{}, poolOf(t, 1))
+	for _, first := range []uint32{0, 1 << 20, 1<<32 - 1} {
+		a.Restore(asking("empty", "empty", ids(first, 0)))
+		_, err := a.Allocate(t.Context(), auto("s1", "pod"))
+		require.NoError(t, err)
+		require.NoError(t, a.Release("s1"))
+		require.NoError(t, a.Release("empty"))
+	}
+	a.Restore(asking("too far", "too far", ids(1<<32-1, 1<<32-1)))
+	require.NoError(t, a.Release("too far"))
+}
+
 func TestRestoredRangeOfAnotherPool(t *testing.T) {
 	a := New(&world{}, poolOf(t, 1))
 	h := auto("old", "old")

@@ -88,7 +88,11 @@ type claim struct {
 	holders map[string]*holding
 }
 
+// blocks are those that m touches; of a mapping without ids, which only a record could have, first is above last.
 func blocks(m Mapping) (first, last uint32) {
+	if m.Length == 0 {
+		return 1, 0
+	}
 	return m.HostID >> blockBits, uint32(m.last() >> blockBits)
 }
 
@@ -115,6 +119,9 @@ func (x index) add(m Mapping, h *holding) {
 
 func (x index) remove(m Mapping, h *holding) {
 	c := x.find(m, h.Owner)
+	if c == nil {
+		return // it has no ids
+	}
 	delete(c.holders, h.ID)
 	if len(c.holders) > 0 {
 		return

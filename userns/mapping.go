@@ -70,6 +70,11 @@ func (m Mappings) Linux() (uids, gids []specs.LinuxIDMapping) {
 	return m.UIDs.linux(), m.GIDs.linux()
 }
 
+// Overlap says whether the two have any uid or any gid in common.
+func (m Mappings) Overlap(other Mappings) bool {
+	return m.UIDs.overlaps(other.UIDs) || m.GIDs.overlaps(other.GIDs)
+}
+
 // of is the uid or the gid map; kind is "uid" or "gid".
 func (m Mappings) of(kind string) Mapping {
 	if kind == "uid" {

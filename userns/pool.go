@@ -91,7 +91,7 @@ func split(kind string, extents []Extent) (ranges []Mapping, err error) {
 // Overlaps says whether any of the pool's ids are m's, too.
 func (p *Pool) Overlaps(m Mappings) bool {
 	for own := range p.slots {
-		if own.UIDs.overlaps(m.UIDs) || own.GIDs.overlaps(m.GIDs) {
+		if own.Overlap(m) {
 			return true
 		}
 	}
@@ -130,6 +130,17 @@ func (p *Pool) release(id string) error {
 	delete(p.held, id)
 	p.quarantine[s.mappings], s.holder = s, ""
 	return p.history.used(s)
+}
+
+// distrust puts the free ranges that a holder outside the pool had ids of into quarantine.
+func (p *Pool) distrust(m Mappings) {
+	p.free = slices.DeleteFunc(p.free, func(s *slot) bool {
+		had := s.mappings.Overlap(m)
+		if had {
+			p.quarantine[s.mappings] = s
+		}
+		return had
+	})
 }
 
 // clear frees a range that nothing on the host uses.

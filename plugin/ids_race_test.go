@@ -1,0 +1,186 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// stockOver is containerd's CRI service as far as it calls a controller.
+type stockOver struct {
+	runner
+	controller *Controller
+	made       atomic.Int64
+}
+
+func (s *stockOver) RunPodSandbox(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+	id := fmt.Sprint("s", s.made.Add(1))
+	if err := s.controller.Create(ctx, sandbox.Sandbox{ID: id}, sandbox.WithOptions(r.GetConfig())); err != nil {
+		return nil, err
+	}
+	if _, err := s.controller.Start(ctx, id); err != nil {
+		return nil, err
+	}
+	return &runtime.RunPodSandboxResponse{PodSandboxId: id}, nil
+}
+
+func (s *stockOver) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
+	return &runtime.StopPodSandboxResponse{}, ignoreNotFound(s.controller.Stop(ctx, r.GetPodSandboxId()))
+}
+
+func (s *stockOver) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
+	return &runtime.RemovePodSandboxResponse{}, ignoreNotFound(s.controller.Shutdown(ctx, r.GetPodSandboxId()))
+}
+
+func (*stockOver) ListPodSandbox(context.Context, *runtime.ListPodSandboxRequest) (*runtime.ListPodSandboxResponse, error) {
+	return &runtime.ListPodSandboxResponse{}, nil
+}
+
+func ignoreNotFound(err error) error {
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// tenants are the pods whose sandboxes may have processes, by sandbox.
+type tenants struct {
+	mu   sync.Mutex
+	of   map[string]userns.Mappings
+	pods map[string]string // their uids
+	bad  []string
+	most int
+}
+
+func (ts *tenants) come(id, pod string, m userns.Mappings) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	for other, theirs := range ts.of {
+		if ts.pods[other] != pod && theirs.Overlap(m) {
+			ts.bad = append(ts.bad, fmt.Sprintf("%s of %s and %s of %s share ids: %v, %v", id, pod, other, ts.pods[other], m, theirs))
+		}
+	}
+	ts.of[id], ts.pods[id] = m, pod
+	ts.most = max(ts.most, len(ts.of))
+}
+
+func (ts *tenants) leave(id string) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	delete(ts.of, id)
+}
+
+// Pods ask for each other's ids through the front, while callers go away and come back, retries ask for other ids than the first try,
+// and sandboxes are ended at any moment. Never do two pods have processes under the same ids.
+func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
+	const pods, ranges, rounds = 6, 3, 40
+	w := newWorld(t)
+	there := &tenants{of: map[string]userns.Mappings{}, pods: map[string]string{}}
+	w.host.do[states.StartPause] = func(ctx context.Context, id string) error {
+		view, err := w.engine.Get(journal.Key{Namespace: cri.Namespace, ID: id})
+		if err != nil {
+			return err
+		}
+		there.come(id, view.Spec.(*Spec).Config.GetMetadata().GetUid(), *records.MappingsOf(view))
+		select { // long enough for others to meet it
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(rand.N(3 * time.Millisecond)):
+			return nil
+		}
+	}
+	w.host.ended = there.leave
+	w.host.undo[states.StartPause] = func(id string) error {
+		there.leave(id)
+		return nil
+	}
+	instance, err := cri.New(&stockOver{controller: w.Controller}, w.Controller, 5*time.Millisecond, cri.Streaming{})
+	require.NoError(t, err)
+	client := runtime.NewRuntimeServiceClient(serveCRI(t, instance.(interface{ Register(*grpc.Server) error }).Register))
+
+	remove := func(ids []string) {
+		for _, id := range ids {
+			_, err := client.RemovePodSandbox(t.Context(), &runtime.RemovePodSandboxRequest{PodSandboxId: id})
+			require.NoError(t, err)
+		}
+	}
+
+	var ran, refused, gone atomic.Int64
+	var group sync.WaitGroup
+	for pod := range pods {
+		for caller := range 2 { // the kubelet has one, but a restarted one may meet what its predecessor began
+			random := rand.New(rand.NewPCG(uint64(pod), uint64(caller)))
+			group.Go(func() {
+				var stopped []string
+				for round := range rounds {
+					first := uint32(1<<20) + uint32(random.IntN(2*ranges))*32768 // so that ranges overlap by halves, too
+					config := podConfig(onNode, named(fmt.Sprint("pod", pod)), func(c *runtime.PodSandboxConfig) {
+						c.Metadata.Uid, c.Metadata.Attempt = fmt.Sprint("u-", pod), uint32(round)
+						options(c).UsernsOptions = userns.Mappings{
+							UIDs: userns.Mapping{HostID: first, Length: 65536}, GIDs: userns.Mapping{HostID: first, Length: 65536},
+						}.CRI()
+					})
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second+time.Duration(random.IntN(2))*time.Minute)
+					if random.IntN(2) == 0 {
+						time.AfterFunc(time.Duration(random.IntN(4000))*time.Microsecond, cancel)
+					}
+					resp, err := client.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: config, RuntimeHandler: "podfsm"})
+					left := ctx.Err() != nil
+					cancel()
+					switch {
+					case err == nil:
+						ran.Add(1)
+						stopped = append(stopped, resp.GetPodSandboxId())
+						_, err := client.StopPodSandbox(t.Context(), &runtime.StopPodSandboxRequest{PodSandboxId: resp.GetPodSandboxId()})
+						require.NoError(t, err)
+					case left:
+						gone.Add(1)
+					default:
+						refused.Add(1)
+						require.Contains(t, []codes.Code{codes.InvalidArgument, codes.AlreadyExists, codes.Aborted}, grpcstatus.Code(err), "%v", err)
+					}
+					if round%4 == 3 { // late: others may have the ids of the stopped by now
+						remove(stopped)
+						stopped = nil
+					}
+				}
+				remove(stopped)
+			})
+		}
+	}
+	group.Wait()
+	require.NoError(t, instance.(interface{ Close() error }).Close())
+	for _, view := range w.engine.List() {
+		require.NoError(t, w.RemovePod(namespaces.WithNamespace(t.Context(), cri.Namespace), view.Key.ID))
+	}
+	there.mu.Lock()
+	defer there.mu.Unlock()
+	require.Empty(t, there.bad)
+	require.Empty(t, there.of)
+	require.Greater(t, there.most, 1, "pods were never there together")
+	for name, count := range map[string]int64{"ran": ran.Load(), "were refused": refused.Load(), "were left by their caller": gone.Load()} {
+		require.Positive(t, count, "no pods %s", name)
+	}
+	overview, err := w.node.ids.Overview(t.Context())
+	require.NoError(t, err)
+	require.Empty(t, overview.Holders)
+}
