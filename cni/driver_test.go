@@ -2,6 +2,7 @@ package cni
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"os"
@@ -71,6 +72,10 @@ type rig struct {
 	driver     *Driver
 }
 
+// sandboxID is that of the rigs. It is this process's own: a driver ends all processes on the node that carry its sandbox's mark, and
+// another run of these tests may be beside this one.
+var sandboxID = "sandbox" + rand.Text()
+
 func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
 	t.Helper()
 	for i := range networks {
@@ -79,7 +84,7 @@ func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
 	config.BinDirs = []string{"/nonexistent", p.dir}
 	args := Args{{"IgnoreUnknown", "1"}, {"K8S_POD_NAME", "web"}}
 	capabilities := Capabilities{"bandwidth": []byte(`{"IngressRate":1000000000000000}`), "dns": []byte(`{}`)}
-	a, err := NewAttachment(config, networks, "sandbox1", newNetNS(t), args, capabilities)
+	a, err := NewAttachment(config, networks, sandboxID, newNetNS(t), args, capabilities)
 	require.NoError(t, err)
 	before, err := json.Marshal(a)
 	require.NoError(t, err)
@@ -154,9 +159,9 @@ echo for the log >&2`)
 
 	environ := strings.Split(r.read("second.ADD.env"), "\n")
 	for _, want := range []string{
-		"CNI_COMMAND=ADD", "CNI_CONTAINERID=sandbox1", "CNI_IFNAME=eth0", "CNI_NETNS=" + r.attachment.NetNSPath,
+		"CNI_COMMAND=ADD", "CNI_CONTAINERID=" + sandboxID, "CNI_IFNAME=eth0", "CNI_NETNS=" + r.attachment.NetNSPath,
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAME=web", "CNI_PATH=/nonexistent:" + r.dir,
-		"PODFSM_SANDBOX=sandbox1", "PATH=" + os.Getenv("PATH"),
+		"PODFSM_SANDBOX=" + sandboxID, "PATH=" + os.Getenv("PATH"),
 	} {
 		require.Contains(t, environ, want)
 	}
@@ -182,7 +187,7 @@ echo for the log >&2`)
 	require.Equal(t, prevResult, r.stdin("first", "DEL")["prevResult"], "the last plugin's result")
 	require.Equal(t, r.stdin("first", "ADD")["runtimeConfig"], r.stdin("first", "DEL")["runtimeConfig"])
 	require.Contains(t, r.read("first.DEL.env"), "CNI_NETNS="+r.attachment.NetNSPath)
-	require.Contains(t, r.read("first.DEL.env"), "PODFSM_SANDBOX=sandbox1")
+	require.Contains(t, r.read("first.DEL.env"), "PODFSM_SANDBOX="+sandboxID)
 
 	require.NoError(t, r.del(ctx))
 	require.Empty(t, r.calls(), "nothing is left to delete")

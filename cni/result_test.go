@@ -91,7 +91,7 @@ printf '{"cniVersion":"1.0.0","interfaces":[{"name":"veth1","mac":"00:00:00:00:0
 	r := newRig(t, p, Config{}, net)
 	pod := podConfig()
 	var err error
-	r.attachment.Args, r.attachment.Capabilities, err = PodArgs("sandbox1", pod)
+	r.attachment.Args, r.attachment.Capabilities, err = PodArgs(sandboxID, pod)
 	require.NoError(t, err)
 
 	require.NoError(t, r.add(t.Context()))
@@ -119,9 +119,9 @@ printf '{"cniVersion":"1.0.0","interfaces":[{"name":"veth1","mac":"00:00:00:00:0
 		gocni.WithCapabilityDNS(gocni.DNS{Servers: []string{"10.0.0.10"}}),
 		gocni.WithCapabilityCgroupPath("/kubepods/pod1"),
 	}
-	want, err := stock.Setup(t.Context(), "sandbox1", r.attachment.NetNSPath, opts...)
+	want, err := stock.Setup(t.Context(), sandboxID, r.attachment.NetNSPath, opts...)
 	require.NoError(t, err)
-	require.NoError(t, stock.Remove(t.Context(), "sandbox1", r.attachment.NetNSPath, opts...))
+	require.NoError(t, stock.Remove(t.Context(), sandboxID, r.attachment.NetNSPath, opts...))
 
 	require.Equal(t, p.calls(), calls)
 	for name, input := range readInputs(p) {

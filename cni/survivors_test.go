@@ -23,6 +23,8 @@ func plugin(t *testing.T, env ...string) (cmd *exec.Cmd, finish func()) {
 func TestEndSurvivors(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
+	s1, s2, s3 := sandboxID+"1", sandboxID+"2", sandboxID+"3"
+	s12 := s1 + "2"
 	reap := func(cmd *exec.Cmd, finish func()) <-chan error {
 		reaped := make(chan error, 1)
 		go func() {
@@ -37,32 +39,32 @@ func TestEndSurvivors(t *testing.T) {
 		return reaped
 	}
 	t.Run("kills an ADD, and no other's", func(t *testing.T) {
-		mine, finishMine := plugin(t, sandboxEnv+"=s1", "CNI_COMMAND=ADD")
-		other, finishOther := plugin(t, sandboxEnv+"=s12", "CNI_COMMAND=ADD")
+		mine, finishMine := plugin(t, sandboxEnv+"="+s1, "CNI_COMMAND=ADD")
+		other, finishOther := plugin(t, sandboxEnv+"="+s12, "CNI_COMMAND=ADD")
 		reaped := reap(mine, finishMine)
-		require.NoError(t, endSurvivors(ctx, "s1", time.Minute))
+		require.NoError(t, endSurvivors(ctx, s1, time.Minute))
 		require.ErrorContains(t, <-reaped, "killed")
-		left, err := survivors("s1")
+		left, err := survivors(s1)
 		require.NoError(t, err)
 		require.Empty(t, left)
-		left, err = survivors("s12")
+		left, err = survivors(s12)
 		require.NoError(t, err)
 		require.NotEmpty(t, left)
 		finishOther()
 		_ = other.Wait()
 	})
 	t.Run("waits for a DEL", func(t *testing.T) {
-		del, finish := plugin(t, sandboxEnv+"=s2", "CNI_COMMAND=DEL")
+		del, finish := plugin(t, sandboxEnv+"="+s2, "CNI_COMMAND=DEL")
 		ended := make(chan error, 1)
-		go func() { ended <- endSurvivors(ctx, "s2", time.Minute) }()
+		go func() { ended <- endSurvivors(ctx, s2, time.Minute) }()
 		finish()
 		require.NoError(t, del.Wait(), "it came to its own end")
 		require.NoError(t, <-ended)
 	})
 	t.Run("kills a DEL that doesn't end", func(t *testing.T) {
-		del, finish := plugin(t, sandboxEnv+"=s3", "CNI_COMMAND=DEL")
+		del, finish := plugin(t, sandboxEnv+"="+s3, "CNI_COMMAND=DEL")
 		reaped := reap(del, finish)
-		require.NoError(t, endSurvivors(ctx, "s3", time.Millisecond))
+		require.NoError(t, endSurvivors(ctx, s3, time.Millisecond))
 		require.ErrorContains(t, <-reaped, "killed")
 	})
 	require.NoError(t, endSurvivors(ctx, "nobody", time.Minute))
