@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -236,6 +238,44 @@ func TestAutoUserNS(t *testing.T) {
 		} {
 			requireRefused(t, n, config("pod", option), codes.InvalidArgument, `pod "default/pod"`, name, `unmappable = "host"`)
 		}
+	})
+	n.RequireClean(t, before)
+
+	// containerd takes labels of snapshots from annotations, of pods for pause and of images for their layers.
+	t.Run("no annotation keeps ranges in quarantine", func(t *testing.T) {
+		claim := map[string]string{
+			snapshots.LabelSnapshotUIDMapping: fmt.Sprintf("0:%d:%d", first, 3*65536),
+			snapshots.LabelSnapshotGIDMapping: fmt.Sprintf("0:%d:%d", first, 3*65536),
+		}
+		liar := startPod(t, n, harness.StockHandler, config("liar", func(c *runtime.PodSandboxConfig) { c.Annotations = claim }))
+		ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+		overlay := n.Containerd.SnapshotService("overlayfs")
+		pause, err := overlay.Stat(ctx, liar.ID)
+		require.NoError(t, err)
+		require.Equal(t, claim[snapshots.LabelSnapshotUIDMapping], pause.Labels[snapshots.LabelSnapshotUIDMapping], "it lies")
+		label := func(labels map[string]string) {
+			overlay := n.Containerd.SnapshotService("overlayfs")
+			info := snapshots.Info{Name: pause.Parent, Labels: labels}
+			_, err := overlay.Update(ctx, info, "labels."+snapshots.LabelSnapshotUIDMapping, "labels."+snapshots.LabelSnapshotGIDMapping)
+			require.NoError(t, err)
+		}
+		label(claim)
+		defer label(nil)
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context())) // which has all ranges in quarantine
+		for _, name := range []string{"first", "second"} {
+			startPod(t, n, harness.PodfsmHandler, config(name))
+		}
+
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		overlay = n.Containerd.SnapshotService("overlayfs")
+		key := randomID(t) // what was made for a container that isn't there yet, or was left of one
+		_, err = overlay.Prepare(ctx, key, pause.Parent, snapshots.WithLabels(claim), snapshots.WithLabels(map[string]string{"containerd.io/gc.root": "now"}))
+		require.NoError(t, err)
+		requireRefused(t, n, config("third"), codes.ResourceExhausted, "2 are held, 1 are in quarantine")
+		require.NoError(t, overlay.Remove(ctx, key))
+		startPod(t, n, harness.PodfsmHandler, config("third"))
 	})
 	n.RequireClean(t, before)
 

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 
@@ -81,7 +82,9 @@ func (h idHost) Uses(ctx context.Context) (uses []userns.Use, err error) {
 	return uses, nil
 }
 
-// snapshots are the uses of ids by the snapshots that containerd mounts with id maps.
+// snapshots are the uses of ids by the snapshots that containerd mounts with id maps. containerd takes labels from the annotations of
+// pods, and for image layers from those of images, so a label alone proves nothing: a layer uses no ids, and where there is a container,
+// its spec says what its snapshot was made for.
 func (h idHost) snapshots(ctx context.Context) (uses []userns.Use, err error) {
 	all, err := h.node.client.NamespaceService().List(ctx)
 	if err != nil {
@@ -94,27 +97,59 @@ func (h idHost) snapshots(ctx context.Context) (uses []userns.Use, err error) {
 			if service == nil {
 				continue // it isn't loaded, so it has none
 			}
+			var claiming []snapshots.Info
 			err := service.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-				if use, err := useOfSnapshot(info); err == nil { // a label that can't be read, by an annotation of a pod, can't be mounted
-					uses = append(uses, use)
+				if info.Kind != snapshots.KindCommitted && !strings.HasPrefix(info.Name, snapshots.UnpackKeyPrefix+"-") {
+					claiming = append(claiming, info)
 				}
 				return nil
 			}, fmt.Sprintf("labels.%q", snapshots.LabelSnapshotUIDMapping))
 			if err != nil {
 				return nil, fmt.Errorf("failed to look at the snapshots of %q: %w", snapshotter, err)
 			}
+			for _, info := range claiming { // not in Walk, whose transaction is open
+				use, err := h.useOfSnapshot(ctx, info)
+				if err != nil {
+					return nil, err
+				}
+				uses = append(uses, use)
+			}
 		}
 	}
 	return uses, nil
 }
 
-func useOfSnapshot(info snapshots.Info) (use userns.Use, err error) {
-	use.By = fmt.Sprintf("snapshot %q", info.Name)
-	if use.UIDs, err = userns.ParseLabel(info.Labels[snapshots.LabelSnapshotUIDMapping]); err != nil {
-		return use, err
+// useOfSnapshot is what a snapshot's container was made with; where there is none yet, or none any more, what its labels say.
+func (h idHost) useOfSnapshot(ctx context.Context, info snapshots.Info) (userns.Use, error) {
+	container, err := h.node.client.ContainerService().Get(ctx, info.Name)
+	switch {
+	case errdefs.IsNotFound(err):
+		return useOfLabels(info), nil
+	case err != nil:
+		return userns.Use{}, fmt.Errorf("failed to look for the container of snapshot %q: %w", info.Name, err)
 	}
-	use.GIDs, err = userns.ParseLabel(info.Labels[snapshots.LabelSnapshotGIDMapping])
-	return use, err
+	var spec specs.Spec
+	if err := json.Unmarshal(container.Spec.GetValue(), &spec); err != nil || spec.Linux == nil {
+		return useOfLabels(info), nil // who can write such a container needs no lies
+	}
+	use := userns.Use{By: fmt.Sprintf("snapshot %q", info.Name)}
+	for _, m := range spec.Linux.UIDMappings {
+		use.UIDs = append(use.UIDs, mappingOfSpec(m))
+	}
+	for _, m := range spec.Linux.GIDMappings {
+		use.GIDs = append(use.GIDs, mappingOfSpec(m))
+	}
+	return use, nil
+}
+
+// useOfLabels are the ids that a snapshot's labels name: none by one that can't be read, which can't be mounted either.
+func useOfLabels(info snapshots.Info) userns.Use {
+	uids, uidErr := userns.ParseLabel(info.Labels[snapshots.LabelSnapshotUIDMapping])
+	gids, gidErr := userns.ParseLabel(info.Labels[snapshots.LabelSnapshotGIDMapping])
+	if uidErr != nil || gidErr != nil {
+		return userns.Use{}
+	}
+	return userns.Use{UIDs: uids, GIDs: gids, By: fmt.Sprintf("snapshot %q", info.Name)}
 }
 
 // holderID names a sandbox among the holders of ids.
