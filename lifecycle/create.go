@@ -120,7 +120,7 @@ type outcome struct {
 // execute plans, records, does, and records again.
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	f := step.Facts()
-	ctx, cancel := context.WithTimeout(ctx, f.Deadline)
+	ctx, cancel := within(ctx, f.Deadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
 	defer func() { tracing.End(span, out.err) }()
@@ -149,6 +149,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 
 	out.result, out.err = step.Do(ctx, r)
 	if out.err != nil {
+		out.err = late(ctx, out.err)
 		return out
 	}
 	_, skipped := out.result.(*Skipped)
@@ -159,6 +160,21 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	out.err = s.append(context.WithoutCancel(ctx), done, out.result)
 	out.ended = done.At
 	return out
+}
+
+// within names the deadline in the cause of its end.
+func within(ctx context.Context, deadline time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, deadline, fmt.Errorf("no answer within %s: %w", deadline, context.DeadlineExceeded))
+}
+
+// late gives the error of work whose time was up the class DeadlineExceeded, and the reason, if it doesn't say that itself: what a
+// shim or a runtime says of it has lost both.
+func late(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) || errors.Is(err, cause) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", cause, err)
 }
 
 // protect turns a panic of a step into its error: a daemon that runs a node's pods doesn't die of one of them.

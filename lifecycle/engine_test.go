@@ -551,6 +551,36 @@ func TestStepDeadline(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
+// What a step says of its deadline may have lost its class, as what comes from a shim does; or it says it already.
+func TestStepDeadlineIsNamed(t *testing.T) {
+	for name, tc := range map[string]struct {
+		fails func(context.Context) error
+		want  string
+	}{
+		"of another class": {
+			func(context.Context) error { return fmt.Errorf("failed to create the task: %w", errdefs.ErrUnknown) },
+			`step start_pause of pod "ns/pod" failed: no answer within 1ms: context deadline exceeded: failed to create the task: unknown`,
+		},
+		"said already": {
+			func(ctx context.Context) error { return fmt.Errorf("killed: %w", context.Cause(ctx)) },
+			`step start_pause of pod "ns/pod" failed: killed: no answer within 1ms: context deadline exceeded`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, func(f *Facts) {
+				if f.Name == states.StartPause {
+					f.Deadline = time.Millisecond
+				}
+			})
+			w.do[states.StartPause] = func(ctx context.Context) error { <-ctx.Done(); return tc.fails(ctx) }
+			err := w.run(t)
+			require.EqualError(t, err, tc.want)
+			require.Equal(t, context.DeadlineExceeded, errdefs.Resolve(err))
+			require.Empty(t, w.left())
+		})
+	}
+}
+
 func TestStepThatPanics(t *testing.T) {
 	w := newWorld(t)
 	w.do[states.StartPause] = func(context.Context) error { panic("a bug") }

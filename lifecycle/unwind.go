@@ -216,11 +216,14 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 // attempt makes one bounded and traced try at an undo.
 func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) error {
 	facts := step.Facts()
-	ctx, cancel := context.WithTimeout(ctx, facts.UndoDeadline)
+	ctx, cancel := within(ctx, facts.UndoDeadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, name, s.req.Attributes...)
 	r := s.run(step)
 	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
+	if err != nil {
+		err = late(ctx, err)
+	}
 	tracing.End(span, err)
 
 	s.mu.Lock()

@@ -91,7 +91,8 @@ func RemoveCgroupDir(ctx context.Context, dir string) error {
 func removeCgroup(ctx context.Context, dir string) error {
 	for {
 		err := os.Remove(dir)
-		if err == nil || errors.Is(err, os.ErrNotExist) {
+		// A pod names its parent: below a file, or under a name that is too long, there can't be a cgroup.
+		if err == nil || errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENAMETOOLONG) {
 			return nil
 		}
 		if !errors.Is(err, unix.EBUSY) {

@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
@@ -40,6 +41,10 @@ func TestRemoveCgroup(t *testing.T) {
 		require.NoDirExists(t, filepath.Join(m.Mountpoint, path))
 	}
 	require.NoError(t, RemoveCgroup(t.Context(), path), "there is none")
+	// A pod may name any parent; where there can't be a cgroup, none is left.
+	for _, impossible := range []string{"/cgroup.procs/s1", "/" + strings.Repeat("x", 256) + "/s1", "/" + strings.Repeat("x/", 4096) + "s1"} {
+		require.NoError(t, RemoveCgroup(t.Context(), impossible), "%.20s", impossible)
+	}
 	for _, other := range []string{"", "/", "//", "kubepods.slice:cri-containerd:s1", "relative"} {
 		require.NoError(t, RemoveCgroup(t.Context(), other), other)
 	}
