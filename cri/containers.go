@@ -25,7 +25,7 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 		}
 		r = inUserNS(r, pod.UserNS)
 	}
-	if err := s.checkVolumes(id, pod, r.GetConfig()); err != nil {
+	if err := s.checkVolumes(ctx, id, pod, r.GetConfig()); err != nil {
 		return nil, err
 	}
 	return s.RuntimeServiceServer.CreateContainer(ctx, r)
@@ -68,12 +68,12 @@ func inUserNS(r *runtime.CreateContainerRequest, users *runtime.UserNamespace) *
 
 // checkVolumes refuses a container with a volume that can't be shown under the pod's ids; the runtime would find out when half of the
 // container is made. Images have no path on the host: the snapshotter maps them.
-func (s *service) checkVolumes(id string, pod Pod, config *runtime.ContainerConfig) error {
+func (s *service) checkVolumes(ctx context.Context, id string, pod Pod, config *runtime.ContainerConfig) error {
 	for _, m := range config.GetMounts() {
 		if len(m.GetUidMappings()) == 0 || !filepath.IsAbs(m.GetHostPath()) {
 			continue
 		}
-		if err := s.sandboxes.CheckVolume(id, m.GetHostPath()); err != nil {
+		if err := s.sandboxes.CheckVolume(ctx, id, m.GetHostPath()); err != nil {
 			return fmt.Errorf("container %q of pod %q can't have its volume %q from %q: %w", config.GetMetadata().GetName(), PodName(pod.Config),
 				m.GetContainerPath(), m.GetHostPath(), err)
 		}

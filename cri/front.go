@@ -49,8 +49,8 @@ type Sandboxes interface {
 	// RemovePod undoes whatever there is of the sandbox. It is idempotent; an unknown id is success.
 	RemovePod(ctx context.Context, id string) error
 	// CheckVolume fails, with FailedPrecondition, when the node's files at an absolute path can't be shown in the sandbox under its own
-	// ids. It changes nothing.
-	CheckVolume(id, path string) error
+	// ids. It changes nothing, and ends with ctx.
+	CheckVolume(ctx context.Context, id, path string) error
 	// StatusInfo is what podfsm adds to the verbose status of the runtime.
 	StatusInfo() (map[string]string, error)
 	// StockRuns tells of a pod of another handler before containerd's service runs it. What it returns is called when that has ended,

@@ -183,7 +183,7 @@ type controller struct {
 var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
 
 // CheckVolume refuses the volumes below /ramfs.
-func (c *controller) CheckVolume(id, path string) error {
+func (c *controller) CheckVolume(_ context.Context, id, path string) error {
 	c.calls = append(c.calls, "check "+id+" "+path)
 	if strings.HasPrefix(path, "/ramfs") {
 		return errUnmappable

@@ -42,6 +42,7 @@ type Controller struct {
 	engine   *lifecycle.Engine
 	exits    *exitWatch
 	checks   checks
+	looks    looks
 
 	passing atomic.Uint64 // pods of other controllers that have passed the front
 

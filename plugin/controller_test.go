@@ -425,7 +425,7 @@ func TestDegradedDoesNotPanic(t *testing.T) {
 	_, err = c.Platform(inCRI(t), "s1")
 	require.NoError(t, err)
 	require.NoError(t, c.Update(inCRI(t), "s1", sandbox.Sandbox{}))
-	require.Error(t, c.CheckVolume("s1", "/"))
+	require.Error(t, c.CheckVolume(t.Context(), "s1", "/"))
 	_, err = c.StatusInfo()
 	require.NoError(t, err)
 	require.NoError(t, c.Close())

@@ -1,7 +1,11 @@
 package plugin
 
 import (
+	"context"
 	"fmt"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
@@ -10,7 +14,7 @@ import (
 
 // CheckVolume fails when the node's files at path can't be shown in the sandbox under its own ids. A sandbox that has ended gets no
 // answer: containerd's service will make nothing in it.
-func (c *Controller) CheckVolume(id, path string) error {
+func (c *Controller) CheckVolume(ctx context.Context, id, path string) error {
 	if c.engine == nil {
 		return c.well()
 	}
@@ -22,12 +26,35 @@ func (c *Controller) CheckVolume(id, path string) error {
 	if !ok || view.Exit != nil || records.MappingsOf(view) == nil {
 		return nil
 	}
-	if err := userns.CheckVolume(path, int(started.Pid)); err != nil {
+	err = c.looks.at(ctx, path, int(started.Pid))
+	if errdefs.IsFailedPrecondition(err) {
 		remedy := "run the pod with hostUsers: true"
 		if chosenUserNS(view) != nil {
 			remedy = "run the pod by a runtime handler that leaves it on the node's users"
 		}
 		return fmt.Errorf("%w; put the volume on a filesystem that can, such as ext4, xfs, btrfs or tmpfs, or %s", err, remedy)
 	}
-	return nil
+	return err
+}
+
+// looks are those at volumes that are under way.
+type looks struct{ group singleflight.Group }
+
+// at is [userns.CheckVolume] that ends with ctx, also where a filesystem doesn't answer, such as one of a dead server. Nothing can end
+// the look itself then, but the next one of the same pod at the same path joins it, so retries make no more of them.
+func (l *looks) at(ctx context.Context, path string, pid int) error {
+	done := l.group.DoChan(fmt.Sprint(pid, " ", path), func() (_ any, err error) {
+		defer func() {
+			if p := recover(); p != nil { // which would end the daemon
+				err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+			}
+		}()
+		return nil, userns.CheckVolume(path, pid)
+	})
+	select {
+	case answer := <-done:
+		return answer.Err
+	case <-ctx.Done():
+		return fmt.Errorf("its filesystem doesn't answer: %w", ctx.Err())
+	}
 }

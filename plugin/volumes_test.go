@@ -1,0 +1,53 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/pprof"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// deaf mounts a filesystem that answers nothing until answers is called, and only fails then.
+func deaf(t *testing.T) (dir string, answers func()) {
+	server, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	require.NoError(t, err)
+	dir = t.TempDir()
+	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", server.Fd())
+	require.NoError(t, unix.Mount("deaf", dir, "fuse", 0, options))
+	t.Cleanup(func() {
+		_ = server.Close() // or the test has
+		require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH))
+	})
+	return dir, func() { require.NoError(t, server.Close()) }
+}
+
+// looking are the goroutines that look at a volume.
+func looking(t *testing.T) int {
+	var stacks bytes.Buffer
+	require.NoError(t, pprof.Lookup("goroutine").WriteTo(&stacks, 2))
+	return bytes.Count(stacks.Bytes(), []byte("userns.CheckVolume("))
+}
+
+func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
+	dir, answers := deaf(t)
+	path, l := filepath.Join(dir, "volume"), looks{}
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		err := l.at(ctx, path, os.Getpid())
+		cancel()
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorContains(t, err, "doesn't answer")
+		require.Equal(t, 1, looking(t), "retries join the first")
+	}
+	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid()), "proc", "others aren't kept")
+	answers()
+	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
+	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")
+}
