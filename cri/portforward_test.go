@@ -31,6 +31,10 @@ import (
 	"k8s.io/streaming/pkg/httpstream/spdy"
 )
 
+// nodeNetNS is the network namespace that the tests run in. /proc/self stands for the main thread, which stays in a pod's namespace for good
+// when it is the one that has made it: Go ends any other thread that is never unlocked.
+const nodeNetNS = "/proc/thread-self/ns/net"
+
 // podNetNS pins a new network namespace with its lo up, as a pod's.
 func podNetNS(t *testing.T) string {
 	t.Helper()
@@ -250,7 +254,7 @@ func TestForwardByIPv6(t *testing.T) {
 func TestForwardNeverReachesTheNode(t *testing.T) {
 	s, netNS := forwarding(t, Streaming{})
 	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
-		port := listenIn(t, "/proc/self/ns/net", address, func(*net.TCPConn) { t.Error("the node's localhost was reached") })
+		port := listenIn(t, nodeNetNS, address, func(*net.TCPConn) { t.Error("the node's localhost was reached") })
 		c, _, ended := forwardTo(t, s, port)
 		text := c.end(ended)
 		require.Contains(t, text, fmt.Sprintf("failed to connect to port %d on the localhost of pod \"default/web\"", port))
@@ -475,6 +479,6 @@ func TestStreamingRefusesWhatItCannotServe(t *testing.T) {
 			require.NoError(t, s.close())
 		})
 	}
-	_, err := dialInside(context.Background(), "/proc/self/ns/net", 0)
+	_, err := dialInside(context.Background(), nodeNetNS, 0)
 	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 }

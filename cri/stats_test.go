@@ -169,7 +169,7 @@ func TestLinksLeakNoThreads(t *testing.T) {
 
 func BenchmarkLinks(b *testing.B) {
 	for b.Loop() {
-		if _, err := linksIn("/proc/self/ns/net"); err != nil {
+		if _, err := linksIn(nodeNetNS); err != nil {
 			b.Fatal(err)
 		}
 	}
