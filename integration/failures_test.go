@@ -90,6 +90,30 @@ func TestFailureOfRealParts(t *testing.T) {
 	}
 }
 
+// The caller learns which step took too long and how long that is, by the same text at every try.
+func TestRuntimeHangs(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{TOML: `
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm']
+  runtime_timeout = "5s"
+`})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	config := n.PodConfig("pod")
+	var texts []string
+	for range 2 {
+		require.NoError(t, n.Fault("runc.create", "1*block"))
+		err := failRun(t, n, harness.PodfsmHandler, config)
+		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: no answer within 5s: `)
+		texts = append(texts, status.Convert(err).Message())
+		require.NoError(t, n.Heal())
+		n.RequireClean(t, before)
+	}
+	require.Equal(t, texts[0], texts[1])
+	runOnce(t, n, config)
+	n.RequireClean(t, before)
+}
+
 func TestFirstTryOfEachUndoFails(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
