@@ -23,6 +23,10 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
+// pullTimeout bounds the pull of the pause image: nobody who waits for the pod ends it, and containerd's own bound, on a pull without
+// progress, can be off.
+const pullTimeout = 10 * time.Minute
+
 // Sandboxes is what the front needs of podfsm's sandbox controller. All methods may be called by many goroutines.
 type Sandboxes interface {
 	// Ours says whether pods of a runtime handler are podfsm's; "" is the default handler. A handler that nobody has
@@ -179,6 +183,8 @@ func (s *service) ensurePauseImage(ctx context.Context, r *runtime.RunPodSandbox
 		return nil
 	}
 	if err == nil {
+		ctx, cancel := context.WithTimeoutCause(ctx, pullTimeout, fmt.Errorf("no image within %s: %w", pullTimeout, context.DeadlineExceeded))
+		defer cancel()
 		_, err = s.images.PullImage(ctx, &runtime.PullImageRequest{Image: image, SandboxConfig: r.GetConfig()})
 	}
 	if err != nil {

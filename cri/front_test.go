@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -124,6 +125,22 @@ func TestRunHasThePauseImageFirst(t *testing.T) {
 	}
 	_, err := newFront(t, s, &controller{}).RunPodSandbox(t.Context(), request)
 	require.NoError(t, err)
+}
+
+// Callers only join a creation, so none of them ends a pull that hangs; the one after it tries again.
+func TestPullOfThePauseImageIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &stock{noPause: true}
+		s.pull = func(ctx context.Context, _ *runtime.PullImageRequest) (*runtime.PullImageResponse, error) {
+			<-ctx.Done()
+			return nil, context.Cause(ctx)
+		}
+		begun := time.Now()
+		_, err := newFront(t, s, &controller{}).RunPodSandbox(context.Background(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+		require.ErrorContains(t, err, "no image within 10m0s")
+		require.Equal(t, "DeadlineExceeded", status.Code(errgrpc.ToGRPC(err)).String())
+		require.Equal(t, pullTimeout, time.Since(begun))
+	})
 }
 
 func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
