@@ -277,11 +277,10 @@ func (n *Node) waitReady(ctx context.Context, daemon *process) error {
 	})
 }
 
+// end signals the daemon while its callers are still there: one that sees them
+// go first cancels what it does for them, which a killed one never does.
 func (n *Node) end(ctx context.Context, signal syscall.Signal) error {
-	if n.conn != nil {
-		n.conn.Close()
-		n.conn = nil
-	}
+	defer n.disconnect()
 	if n.daemon == nil {
 		return nil
 	}
@@ -297,6 +296,13 @@ func (n *Node) end(ctx context.Context, signal syscall.Signal) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("containerd of node %q does not end on %v: %w", n.name, signal, ctx.Err())
+	}
+}
+
+func (n *Node) disconnect() {
+	if n.conn != nil {
+		n.conn.Close()
+		n.conn = nil
 	}
 }
 
