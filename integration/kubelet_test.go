@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -102,16 +103,20 @@ func TestKubelet(t *testing.T) {
 	for name, manifest := range manifests {
 		require.NoError(t, k.Run(name, manifest))
 	}
-	requireAllReady(t, k)
+	names := slices.Collect(maps.Keys(manifests))
+	requireReady(t, k, names...)
 	pods := look(t, n, k)
 	requireAsInManifests(t, n, k, pods)
 	requireProbes(t, n, pods["private"].Containers["server"].ID)
 
-	requireKubeletAPI(t, n, k)
-
+	api := func() {
+		requireForward(t, n, k, "private", 8080, "/page", "from writer\n")
+		requireSummary(t, k, "private", 1, "server", "writer")
+	}
+	api()
 	killAndStart(t, n, k)
-	requireAllReady(t, k)
-	requireKubeletAPI(t, n, k)
+	requireReady(t, k, names...)
+	api()
 	require.Equal(t, pods, look(t, n, k), "no pod is recreated, no container restarted")
 	requireProbes(t, n, pods["private"].Containers["server"].ID)
 
@@ -206,12 +211,18 @@ func killAndStart(t *testing.T, n *harness.Node, k *kubelet.Kubelet) {
 	require.Eventually(t, func() bool { return strings.Contains(k.Log()[logged:], "connection refused") }, kubeletWait, kubeletTick)
 	require.NoError(t, n.Start(t.Context()))
 
+	requireSyncs(t, k, slices.Collect(maps.Keys(manifests))...)
+}
+
+// requireSyncs returns when the kubelet has looked again at each of these pods.
+func requireSyncs(t *testing.T, k *kubelet.Kubelet, names ...string) {
+	t.Helper()
 	synced := map[string]int{}
-	for name := range manifests {
+	for _, name := range names {
 		synced[name] = k.Syncs(name)
 	}
-	for name := range manifests {
-		// The first may have begun before the start, and the second with what was seen before it.
+	for _, name := range names {
+		// The first may have begun before, and the second with what was seen before.
 		require.Eventually(t, func() bool { return k.Syncs(name) >= synced[name]+3 }, kubeletWait, kubeletTick, "syncs of %q", name)
 	}
 }
@@ -228,7 +239,7 @@ func requireProbes(t *testing.T, n *harness.Node, server string) {
 // startKubelet starts a kubelet that ends with the test. When the test has failed, the end of its log is shown.
 func startKubelet(t *testing.T, n *harness.Node, settings map[string]any) *kubelet.Kubelet {
 	t.Helper()
-	k, err := kubelet.Start(t.Context(), n, settings)
+	k, err := kubelet.New(t.Context(), n, settings)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		err := k.Close(context.WithoutCancel(t.Context()))
@@ -247,11 +258,12 @@ func kubeletPods(ctx context.Context, t require.TestingT, k *kubelet.Kubelet) ma
 	return pods
 }
 
-func requireAllReady(t *testing.T, k *kubelet.Kubelet) {
+// requireReady returns when the kubelet has these pods, all ready, and no other.
+func requireReady(t *testing.T, k *kubelet.Kubelet, names ...string) {
 	t.Helper()
 	require.EventuallyWithT(t, func(c *assert.CollectT) {
 		pods := kubeletPods(t.Context(), c, k)
-		require.Len(c, pods, len(manifests))
+		require.ElementsMatch(c, names, slices.Collect(maps.Keys(pods)))
 		for name, pod := range pods {
 			require.True(c, pod.Ready(), name)
 		}
@@ -267,9 +279,10 @@ type podView struct {
 }
 
 type containerView struct {
-	ID        string
-	StartedAt int64
-	Restarts  int
+	ID                               string
+	State                            runtime.ContainerState
+	CreatedAt, StartedAt, FinishedAt int64
+	Restarts                         int
 }
 
 // look returns all pods by name, as CRI and the kubelet see them, and requires that these agree.
@@ -278,23 +291,32 @@ func look(t *testing.T, n *harness.Node, k *kubelet.Kubelet) map[string]podView 
 	list, err := n.Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
 	require.NoError(t, err)
 	views := map[string]podView{}
-	for _, pod := range kubeletPods(t.Context(), t, k) {
-		i := slices.IndexFunc(list.GetItems(), func(s *runtime.PodSandbox) bool { return s.GetMetadata().GetUid() == pod.Metadata.UID })
-		require.GreaterOrEqual(t, i, 0, "pod %q has a sandbox", pod.Name())
-		resp, err := n.Runtime.PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: list.GetItems()[i].GetId()})
-		require.NoError(t, err)
-		status := resp.GetStatus()
-		require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, status.GetState())
-		require.Zero(t, status.GetMetadata().GetAttempt())
-		view := podView{ID: status.GetId(), IP: pod.Status.PodIP, CreatedAt: status.GetCreatedAt(), Containers: map[string]containerView{}}
-		require.Equal(t, status.GetNetwork().GetIp(), pod.Status.PodIP)
-		for _, c := range pod.Status.ContainerStatuses {
-			view.Containers[c.Name] = lookAtContainer(t, n, c)
-		}
-		views[pod.Name()] = view
+	for name, pod := range kubeletPods(t.Context(), t, k) {
+		views[name] = lookAt(t, n, pod)
 	}
 	require.Len(t, list.GetItems(), len(views), "one sandbox a pod")
 	return views
+}
+
+// lookAt returns a pod as CRI and the kubelet see it, and requires that these agree, and that it has one sandbox, of its first attempt.
+func lookAt(t *testing.T, n *harness.Node, pod *kubelet.Pod) podView {
+	t.Helper()
+	list, err := n.Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{
+		Filter: &runtime.PodSandboxFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": pod.Metadata.UID}},
+	})
+	require.NoError(t, err)
+	require.Len(t, list.GetItems(), 1, "sandboxes of pod %q", pod.Name())
+	resp, err := n.Runtime.PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: list.GetItems()[0].GetId()})
+	require.NoError(t, err)
+	status := resp.GetStatus()
+	require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, status.GetState())
+	require.Zero(t, status.GetMetadata().GetAttempt())
+	require.Equal(t, status.GetNetwork().GetIp(), pod.Status.PodIP)
+	view := podView{ID: status.GetId(), IP: pod.Status.PodIP, CreatedAt: status.GetCreatedAt(), Containers: map[string]containerView{}}
+	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
+		view.Containers[c.Name] = lookAtContainer(t, n, c)
+	}
+	return view
 }
 
 func lookAtContainer(t *testing.T, n *harness.Node, c kubelet.ContainerStatus) containerView {
@@ -303,9 +325,12 @@ func lookAtContainer(t *testing.T, n *harness.Node, c kubelet.ContainerStatus) c
 	resp, err := n.Runtime.ContainerStatus(t.Context(), &runtime.ContainerStatusRequest{ContainerId: id})
 	require.NoError(t, err)
 	status := resp.GetStatus()
-	require.Equal(t, runtime.ContainerState_CONTAINER_RUNNING, status.GetState())
 	require.Equal(t, uint32(c.RestartCount), status.GetMetadata().GetAttempt())
-	return containerView{ID: id, StartedAt: status.GetStartedAt(), Restarts: c.RestartCount}
+	return containerView{
+		ID: id, State: status.GetState(),
+		CreatedAt: status.GetCreatedAt(), StartedAt: status.GetStartedAt(), FinishedAt: status.GetFinishedAt(),
+		Restarts: c.RestartCount,
+	}
 }
 
 // requireGone fails while anything is left of any pod.

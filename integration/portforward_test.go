@@ -43,11 +43,7 @@ func forwardThrough(t *testing.T, n *harness.Node, server string, ports ...int) 
 	t.Helper()
 	address, err := url.Parse(server)
 	require.NoError(t, err)
-	transport, err := spdy.NewRoundTripperWithConfig(spdy.RoundTripperConfig{
-		UpgradeTransport: &http.Transport{DialContext: n.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}},
-	})
-	require.NoError(t, err)
-
+	transport := upgradeTransport(t, n)
 	var wanted []string
 	for _, port := range ports {
 		wanted = append(wanted, fmt.Sprintf("0:%d", port))
@@ -74,6 +70,16 @@ func forwardThrough(t *testing.T, n *harness.Node, server string, ports ...int) 
 		f.local[int(port.Remote)] = fmt.Sprintf("127.0.0.1:%d", port.Local)
 	}
 	return f
+}
+
+// upgradeTransport makes connections for client-go's streams to servers that are reached from the node and have signed their certificates themselves.
+func upgradeTransport(t *testing.T, n *harness.Node) *spdy.SpdyRoundTripper {
+	t.Helper()
+	transport, err := spdy.NewRoundTripperWithConfig(spdy.RoundTripperConfig{
+		UpgradeTransport: &http.Transport{DialContext: n.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}},
+	})
+	require.NoError(t, err)
+	return transport
 }
 
 // waitEnd waits until client-go gives the forward up.

@@ -8,13 +8,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,31 +38,37 @@ const (
 	nodeName = "node"
 )
 
-// Kubelet is a running kubelet with everything that is its own. Its methods may
-// be used from several goroutines, except Close.
+// Kubelet is a kubelet with everything that is its own. Its methods may be used
+// from several goroutines, except those that start and end it.
 type Kubelet struct {
-	node   *harness.Node
-	dir    string
-	cmd    *exec.Cmd
-	exited chan struct{}
-	api    *http.Client
+	node       *harness.Node
+	executable string
+	dir        string
+	running    *process // nil while it is down
+	api        *http.Client
 }
 
-// Start builds the kubelet, which takes minutes the first time, and starts it on
+// process is a kubelet's process, which is waited for from the start.
+type process struct {
+	cmd    *exec.Cmd
+	exited chan struct{}
+}
+
+// New builds the kubelet, which takes minutes the first time, and starts it on
 // a node that has run a pod, and so has a bridge, whose address is the node's,
 // and the cgroup for those of the kubelet. It returns when the kubelet's API
 // serves. Settings are added to its KubeletConfiguration. The caller ends it with
 // Close.
-func Start(ctx context.Context, n *harness.Node, settings map[string]any) (_ *Kubelet, err error) {
+func New(ctx context.Context, n *harness.Node, settings map[string]any) (*Kubelet, error) {
 	executable, err := harness.BuildKubelet(ctx)
 	if err != nil {
 		return nil, err
 	}
 	k := &Kubelet{
-		node:   n,
-		dir:    filepath.Join(n.Dir(), "kubelet"),
-		exited: make(chan struct{}),
-		api: &http.Client{Timeout: apiTimeout, Transport: &http.Transport{
+		node:       n,
+		executable: executable,
+		dir:        filepath.Join(n.Dir(), "kubelet"),
+		api: &http.Client{Transport: &http.Transport{
 			DialContext:       n.Dial,
 			DisableKeepAlives: true,
 			// The kubelet has signed its certificate itself.
@@ -69,13 +78,54 @@ func Start(ctx context.Context, n *harness.Node, settings map[string]any) (_ *Ku
 	if err := k.prepare(settings); err != nil {
 		return nil, fmt.Errorf("failed to prepare the kubelet: %w", err)
 	}
-	if err := k.launch(executable); err != nil {
-		return nil, errors.Join(fmt.Errorf("failed to start the kubelet: %w", err), k.unshareRoot())
-	}
-	if err := k.waitReady(ctx); err != nil {
+	if err := k.Start(ctx); err != nil {
 		return nil, errors.Join(err, k.Close(context.WithoutCancel(ctx)))
 	}
 	return k, nil
+}
+
+// Start starts a kubelet that is down and returns when its API serves. It finds
+// the files and the volumes of the one before it.
+func (k *Kubelet) Start(ctx context.Context) error {
+	running, err := k.launch()
+	if err != nil {
+		return fmt.Errorf("failed to start the kubelet: %w", err)
+	}
+	k.running = running
+	return k.waitReady(ctx)
+}
+
+// Stop ends the kubelet by SIGTERM. Pods run on.
+func (k *Kubelet) Stop(ctx context.Context) error { return k.end(ctx, unix.SIGTERM) }
+
+// Kill ends the kubelet by SIGKILL. Pods run on.
+func (k *Kubelet) Kill(ctx context.Context) error { return k.end(ctx, unix.SIGKILL) }
+
+// Close ends the kubelet and removes what it does not remove itself. Pods run
+// on. The error names what could not be removed. To close it twice is no error.
+func (k *Kubelet) Close(ctx context.Context) error {
+	if err := k.Stop(ctx); err != nil {
+		return err
+	}
+	return errors.Join(k.unshareRoot(), k.removeQoSCgroups())
+}
+
+func (k *Kubelet) end(ctx context.Context, signal syscall.Signal) error {
+	if k.running == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	if err := k.running.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("failed to signal the kubelet: %w", err)
+	}
+	select {
+	case <-k.running.exited:
+		k.running = nil
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the kubelet does not end on %v: %w", signal, ctx.Err())
+	}
 }
 
 // prepare makes everything that is there before the kubelet starts.
@@ -140,33 +190,34 @@ func (k *Kubelet) config() map[string]any {
 	}
 }
 
-func (k *Kubelet) launch(executable string) error {
-	log, err := os.Create(k.path("kubelet.log"))
+func (k *Kubelet) launch() (*process, error) {
+	log, err := os.OpenFile(k.path("kubelet.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer log.Close()
-	k.cmd = exec.Command(executable,
+	cmd := exec.Command(k.executable,
 		"--config="+k.path("config.json"),
 		"--root-dir="+k.path("root"),
 		"--cert-dir="+k.path("pki"),
 		"--hostname-override="+nodeName,
 		"--node-ip="+harness.Gateway)
-	k.cmd.Stdout, k.cmd.Stderr, k.cmd.Dir = log, log, k.dir
+	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, k.dir
 	err = k.node.Inside(func() error {
 		if err := k.enterView(); err != nil {
 			return err
 		}
-		return k.cmd.Start()
+		return cmd.Start()
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
+	p := &process{cmd: cmd, exited: make(chan struct{})}
 	go func() {
-		defer close(k.exited)
-		_ = k.cmd.Wait() // its outcome is in cmd.ProcessState
+		defer close(p.exited)
+		_ = cmd.Wait() // its outcome is in cmd.ProcessState
 	}()
-	return nil
+	return p, nil
 }
 
 func (k *Kubelet) waitReady(ctx context.Context) error {
@@ -178,8 +229,8 @@ func (k *Kubelet) waitReady(ctx context.Context) error {
 			return nil
 		}
 		select {
-		case <-k.exited:
-			return fmt.Errorf("the kubelet ended: %v; the end of its log:\n%s", k.cmd.ProcessState, k.LogTail(30))
+		case <-k.running.exited:
+			return fmt.Errorf("the kubelet ended: %v; the end of its log:\n%s", k.running.cmd.ProcessState, k.LogTail(30))
 		case <-ctx.Done():
 			return fmt.Errorf("the kubelet does not serve within %v: %w; the end of its log:\n%s", startTimeout, err, k.LogTail(30))
 		case <-time.After(pollInterval):
@@ -187,23 +238,7 @@ func (k *Kubelet) waitReady(ctx context.Context) error {
 	}
 }
 
-// Close ends the kubelet and removes what it does not remove itself. Pods run
-// on. The error names what could not be removed. To close it twice is no error.
-func (k *Kubelet) Close(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
-	defer cancel()
-	if err := k.cmd.Process.Signal(unix.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("failed to signal the kubelet: %w", err)
-	}
-	select {
-	case <-k.exited:
-	case <-ctx.Done():
-		return fmt.Errorf("the kubelet does not end on SIGTERM: %w", ctx.Err())
-	}
-	return errors.Join(k.unshareRoot(), k.removeQoSCgroups())
-}
-
-// Log returns what the kubelet has logged so far.
+// Log returns what all kubelets of this node have logged so far.
 func (k *Kubelet) Log() string {
 	log, err := os.ReadFile(k.path("kubelet.log"))
 	if err != nil {
@@ -238,10 +273,11 @@ func (k *Kubelet) manifest(name string) string { return k.path("pods/" + name + 
 type Pod struct {
 	Metadata struct{ Name, UID string }
 	Status   struct {
-		Phase             string
-		PodIP             string
-		Conditions        []struct{ Type, Status string }
-		ContainerStatuses []ContainerStatus
+		Phase                 string
+		PodIP                 string
+		Conditions            []struct{ Type, Status string }
+		InitContainerStatuses []ContainerStatus
+		ContainerStatuses     []ContainerStatus
 	}
 }
 
@@ -269,21 +305,11 @@ func (p *Pod) Ready() bool {
 
 // Pods returns the pods that the kubelet knows, by their name in the manifest.
 func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.URL("/pods"), nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := k.api.Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("failed to ask the kubelet for its pods: %w", err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("the kubelet answers %q to the question for its pods", resp.Status)
-	}
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
 	var list struct{ Items []*Pod }
-	if err := json.NewDecoder(resp.Body).Decode(&list); err != nil {
-		return nil, fmt.Errorf("failed to read the kubelet's pods: %w", err)
+	if err := k.GetJSON(ctx, "/pods", &list); err != nil {
+		return nil, err
 	}
 	pods := map[string]*Pod{}
 	for _, p := range list.Items {
@@ -292,9 +318,53 @@ func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
 	return pods, nil
 }
 
+// Get asks the kubelet's API for a path, with its query. Any status but 200 is an
+// error. The caller closes the answer, and ends it by ctx if it has no end.
+func (k *Kubelet) Get(ctx context.Context, path string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.URL(path), nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := k.api.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("failed to ask the kubelet for %q: %w", path, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(resp.Body)
+		return nil, fmt.Errorf("the kubelet answers %q to the question for %q: %s", resp.Status, path, text)
+	}
+	return resp.Body, nil
+}
+
+// GetJSON decodes an answer of the kubelet's API into value.
+func (k *Kubelet) GetJSON(ctx context.Context, path string, value any) error {
+	body, err := k.Get(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(value); err != nil {
+		return fmt.Errorf("failed to read the kubelet's answer for %q: %w", path, err)
+	}
+	return nil
+}
+
 // URL returns the address of a path of the kubelet's API, as it is reached from
 // the node.
 func (k *Kubelet) URL(path string) string { return "https://" + address + path }
+
+// PodPath returns the path of the kubelet's API for what is done with a pod, such
+// as "exec", and with one of its containers if it is named.
+func PodPath(verb, name string, container ...string) string {
+	return path.Join(append([]string{"/", verb, "default", name + "-" + nodeName}, container...)...)
+}
+
+// VolumePath returns where the node has a pod's volume of a kind, such as
+// "empty-dir".
+func (k *Kubelet) VolumePath(p *Pod, kind, volume string) string {
+	return filepath.Join(k.path("root/pods"), p.Metadata.UID, "volumes", "kubernetes.io~"+kind, volume)
+}
 
 // Syncs returns how often the kubelet has brought a pod to its desired state and
 // found it there, or not.

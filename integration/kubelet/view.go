@@ -78,7 +78,8 @@ func (k *Kubelet) enterView() error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("failed to make a mount namespace: %w", err)
 	}
-	root, err := unix.OpenTree(unix.AT_FDCWD, k.path("root"), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	// With the volumes that an earlier kubelet has mounted in there.
+	root, err := unix.OpenTree(unix.AT_FDCWD, k.path("root"), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
 	if err != nil {
 		return fmt.Errorf("failed to clone the mount %q: %w", k.path("root"), err)
 	}
