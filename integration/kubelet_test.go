@@ -155,7 +155,7 @@ func TestKubeletOnASlowNode(t *testing.T) {
 		require.True(c, pod.Ready())
 	}, kubeletWait, kubeletTick)
 
-	pod := look(t, n, k)["private"] // of attempt 0, and there is one sandbox
+	look(t, n, k) // requires attempt 0, and one sandbox
 	hits, err := n.Faults.Hits("bridge.ADD")
 	require.NoError(t, err)
 	require.Equal(t, 1, hits, "nor was there ever another")
@@ -164,12 +164,8 @@ func TestKubeletOnASlowNode(t *testing.T) {
 	require.Greater(t, strings.Count(n.Log(), "a caller has gone before its pod was ready"), 0)
 	require.Greater(t, strings.Count(n.Log(), `msg=RunPodSandbox request="name:\"private-`), 1, "the kubelet did ask again")
 
-	require.NoError(t, k.Remove("private"))
-	require.EventuallyWithT(t, func(c *assert.CollectT) { require.Empty(c, kubeletPods(t.Context(), c, k)) }, kubeletWait, kubeletTick)
-	// The kubelet would do this within a minute.
-	_, err = n.Runtime.RemovePodSandbox(t.Context(), &runtime.RemovePodSandboxRequest{PodSandboxId: pod.ID})
-	require.NoError(t, err)
-	require.EventuallyWithT(t, func(c *assert.CollectT) { requireGone(t.Context(), c, n, k) }, roundsWait, kubeletTick)
+	endPods(t, n, k, "private")
+	require.EventuallyWithT(t, func(c *assert.CollectT) { requireGone(t.Context(), c, n, k) }, kubeletWait, kubeletTick)
 	require.NoError(t, k.Close(t.Context()))
 	require.NoError(t, n.Heal())
 	n.RequireClean(t, before)
@@ -315,6 +311,9 @@ func lookAt(t *testing.T, n *harness.Node, pod *kubelet.Pod) podView {
 	view := podView{ID: status.GetId(), IP: pod.Status.PodIP, CreatedAt: status.GetCreatedAt(), Containers: map[string]containerView{}}
 	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 		view.Containers[c.Name] = lookAtContainer(t, n, c)
+	}
+	for _, c := range pod.Status.ContainerStatuses {
+		require.Equal(t, runtime.ContainerState_CONTAINER_RUNNING, view.Containers[c.Name].State)
 	}
 	return view
 }
