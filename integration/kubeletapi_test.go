@@ -96,7 +96,9 @@ func requireTrueSummary(t *testing.T, n *harness.Node, k *kubelet.Kubelet, pod s
 // kubeletText returns what the kubelet's API has at a path.
 func kubeletText(t *testing.T, k *kubelet.Kubelet, path string) string {
 	t.Helper()
-	body, err := k.Get(t.Context(), path)
+	ctx, cancel := context.WithTimeout(t.Context(), waitFor)
+	defer cancel()
+	body, err := k.Get(ctx, path)
 	require.NoError(t, err)
 	defer body.Close()
 	text, err := io.ReadAll(body)

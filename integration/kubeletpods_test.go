@@ -26,15 +26,21 @@ import (
 type kindOfUsers struct {
 	name      string // ends the names of its pods
 	hostUsers bool
-	hostPort  int
+	hostPort  int // of its served pod
 }
 
 var kindsOfUsers = []kindOfUsers{{"private", false, 18080}, {"host", true, 18081}}
 
+// hostAddress is where the node serves the ports of its pod.
+func (u kindOfUsers) hostAddress() string {
+	return net.JoinHostPort(harness.Gateway, strconv.Itoa(u.hostPort))
+}
+
 // grace is how many seconds the ending pods have.
 const grace = 5
 
-// specs are what static pods do, for each kind of users: prepare themselves, have volumes, are probed, are talked to, and take their time to end.
+// specs are what static pods do, for each kind of users: prepare themselves, have volumes, are probed, are talked to, come
+// late, and take their time to end.
 var specs = map[string]string{
 	// The first init container fails at first.
 	"prepared": `
@@ -154,7 +160,7 @@ var specs = map[string]string{
 // hostDir is the directory of the node that is a pod's volume.
 func hostDir(n *harness.Node, name string) string { return filepath.Join(n.Dir(), "host", name) }
 
-// runPods makes the kubelet run a pod of each kind of users for each of some specs, and returns their names when they are ready.
+// runPods makes the kubelet run a pod of each kind of users for each of some specs, and returns their names.
 func runPods(t *testing.T, n *harness.Node, k *kubelet.Kubelet, wanted ...string) []string {
 	t.Helper()
 	var names []string
@@ -246,11 +252,6 @@ func TestKubeletPods(t *testing.T) {
 	require.EventuallyWithT(t, func(c *assert.CollectT) { requireGone(t.Context(), c, n, k) }, kubeletWait, kubeletTick)
 	require.NoError(t, k.Close(t.Context()))
 	n.RequireClean(t, before)
-}
-
-// hostAddress is where the node serves the ports of its pod.
-func (u kindOfUsers) hostAddress() string {
-	return net.JoinHostPort(harness.Gateway, strconv.Itoa(u.hostPort))
 }
 
 // requireInOrder requires that each init container had ended, or served, before the next began, and that the app came last, all under the same ids.

@@ -305,8 +305,6 @@ func (p *Pod) Ready() bool {
 
 // Pods returns the pods that the kubelet knows, by their name in the manifest.
 func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
 	var list struct{ Items []*Pod }
 	if err := k.GetJSON(ctx, "/pods", &list); err != nil {
 		return nil, err
@@ -337,8 +335,10 @@ func (k *Kubelet) Get(ctx context.Context, path string) (io.ReadCloser, error) {
 	return resp.Body, nil
 }
 
-// GetJSON decodes an answer of the kubelet's API into value.
+// GetJSON decodes an answer of the kubelet's API into value. It may take apiTimeout.
 func (k *Kubelet) GetJSON(ctx context.Context, path string, value any) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
 	body, err := k.Get(ctx, path)
 	if err != nil {
 		return err
