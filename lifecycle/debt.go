@@ -50,6 +50,8 @@ func (s *sandbox) retry() {
 	if s.state() != states.CleanupOwed {
 		return
 	}
+	s.alone = true
+	defer func() { s.alone = false }()
 	ctx, span := tracing.StartLinked(s.background(), tracing.SpanCleanup, s.traceParent, s.req.Attributes...)
 	tracing.End(span, s.pay(ctx))
 }

@@ -50,6 +50,9 @@ type Engine struct {
 	journal Journal
 	backoff Backoff
 
+	// paid is told of a removal; see [Engine.WhenPaid].
+	paid func(context.Context, journal.Key)
+
 	work     sync.WaitGroup // queues and steps that are running
 	resuming turns          // of restored sandboxes that are being undone
 
@@ -82,10 +85,16 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 	}
 	return &Engine{
 		steps: steps, journal: j, backoff: backoff,
+		paid:      func(context.Context, journal.Key) {},
 		resuming:  turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
 	}, nil
 }
+
+// WhenPaid sets what is called when an owed removal has succeeded with nobody waiting for it, right before the sandbox is forgotten: who
+// asked for it was told that it had failed, and may have it on record. It must be set before there is any sandbox, and holds up the
+// sandbox's queue.
+func (e *Engine) WhenPaid(paid func(context.Context, journal.Key)) { e.paid = paid }
 
 // Request is what a sandbox is created with.
 type Request struct {

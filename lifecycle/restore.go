@@ -372,7 +372,12 @@ func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 		return s.remove
 	case states.CleanupOwed:
 		return s.pay
-	case states.Quarantined, states.RolledBack, states.Removed:
+	case states.Quarantined:
+		if verdict == Discard {
+			return s.remove
+		}
+		return nil
+	case states.RolledBack, states.Removed:
 		return nil
 	default:
 		return func(ctx context.Context) error { return s.rollback(ctx, errInterrupted) }

@@ -278,6 +278,18 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 	}
 }
 
+// Nobody will ever ask for one that containerd's service doesn't know.
+func TestRestartRemovesWhatItCantReadAndNobodyKnows(t *testing.T) {
+	old := newWorld(t)
+	require.NoError(t, old.run(t))
+	old.book.records[3].Step = "dance"
+	w := old.restart(t, Recorded)
+	require.Equal(t, states.Quarantined, w.state(t))
+	require.NoError(t, w.Resume(t.Context(), testKey, Discard))
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+	require.Empty(t, w.left())
+}
+
 // A damaged ledger may bring back a sandbox that had gone, of a pod that has another one now.
 func TestRestoreTakesTwoOfOneName(t *testing.T) {
 	w := newWorld(t)

@@ -120,6 +120,9 @@ func (s *sandbox) remove(ctx context.Context) error {
 		if err := s.unwind(ctx, everyStep); err != nil {
 			return err
 		}
+		if s.alone {
+			s.engine.paid(ctx, s.key)
+		}
 		return s.forget(ctx, states.FinishRemove)
 	})
 }

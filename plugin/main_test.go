@@ -293,6 +293,7 @@ type world struct {
 	host    *host
 	book    *book
 	records *containerRecords
+	wait    time.Duration // until what is owed is tried again: so long that tests do that themselves, unless one sets another
 }
 
 func newWorld(t *testing.T) *world {
@@ -311,6 +312,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 			undo:   map[states.Event]func(string) error{},
 		},
 		records: &containerRecords{},
+		wait:    time.Hour,
 	}
 	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records), containerd.WithSandboxStore(noRecords{})))
 	require.NoError(t, err)
@@ -333,7 +335,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 			steps = append(steps, &fake)
 		}
 	}
-	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return time.Hour }) // tests try again themselves
+	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return w.wait })
 	require.NoError(t, err)
 	w.engine = engine
 	t.Cleanup(func() { require.NoError(t, w.Close()) })

@@ -29,6 +29,8 @@ const (
 	recoverTimeout = 20 * time.Second
 	// probeTimeout bounds the look at one sandbox, so that one that hangs doesn't hold up the others.
 	probeTimeout = 5 * time.Second
+	// sweepTimeout bounds the deletion of what containerd has of a sandbox that is removed at last.
+	sweepTimeout = 5 * time.Second
 	// recoverParallel is how many sandboxes are looked at at a time.
 	recoverParallel = 16
 )
@@ -45,6 +47,7 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 	if err := sweepLeases(ctx, client, records, others); err != nil {
 		return err
 	}
+	c.engine.WhenPaid(func(ctx context.Context, key journal.Key) { sweepPaid(ctx, client, key) })
 	saved := c.withUnknown(c.ledger.Sandboxes(), records)
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
@@ -239,6 +242,17 @@ func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 	if err := client.SandboxStore().Delete(ctx, key.ID); err != nil && !errdefs.IsNotFound(err) {
 		entry.WithError(err).Warn("podfsm: failed to delete containerd's record of an unfinished sandbox")
 	}
+}
+
+// sweepPaid deletes what containerd has of a sandbox of the CRI's whose removal is done at last. Its service, which was told that it had
+// failed, goes on listing the sandbox until somebody removes it again, but not after the next start.
+func sweepPaid(ctx context.Context, client *containerd.Client, key journal.Key) {
+	if key.Namespace != cri.Namespace {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, sweepTimeout)
+	defer cancel()
+	sweep(ctx, client, key)
 }
 
 // specOf makes do with containerd's record for a sandbox whose own specification can't be read: enough to remove it by name.

@@ -240,24 +240,65 @@ func TestRecoverAfterAnExitThatIsHalfOnRecord(t *testing.T) {
 	require.EqualValues(t, 9, exit.ExitStatus)
 }
 
-// What can't be read is quarantined, all of it, for an operator to see and remove.
+// What can't be read is quarantined, all of it, until it is removed: by who finds it in a list, or now, if nobody can.
 func TestRecoverKeepsAllThatItCantRead(t *testing.T) {
 	ledger, err := journal.Open(t.TempDir(), t.TempDir())
 	require.NoError(t, err)
-	ids := []string{"s1", "s2"}
-	for _, id := range ids {
+	client := newStores(t)
+	ids, unlisted := []string{"s1", "s2"}, "s3"
+	for _, id := range append(ids, unlisted) {
 		require.NoError(t, ledger.Append(t.Context(), &journal.Record{
 			Key: journal.Key{Namespace: cri.Namespace, ID: id}, Kind: journal.Begun, Data: &journal.Data{TypeURL: "of a later version"},
 		}))
 	}
+	for _, id := range ids {
+		_, err := client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: id, Sandboxer: Name, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
+		require.NoError(t, err)
+	}
 	w := newWorldWith(t, ledger)
 	w.ledger = ledger
-	require.NoError(t, w.recover(t.Context(), newStores(t), true))
+	w.host.exists[unlisted] = states.CreationPath()
+	require.NoError(t, w.recover(t.Context(), client, true))
+	w.waitFor(t, unlisted, states.Removed)
+	require.Empty(t, w.host.left(unlisted))
 	for _, id := range ids {
 		require.Equal(t, states.Quarantined, w.view(t, id).State)
 		require.NoError(t, w.RemovePod(t.Context(), id))
 	}
 	require.Empty(t, ledger.Sandboxes())
+}
+
+// A removal that was owed is paid when nobody waits for it any more. containerd's record of the sandbox doesn't bring it back then, also
+// when the ledger's log is gone, which says that it was removed.
+func TestRecoverAfterAPaidRemoval(t *testing.T) {
+	rootDir, stateDir, client := t.TempDir(), t.TempDir(), newStores(t)
+	ledger, err := journal.Open(rootDir, stateDir)
+	require.NoError(t, err)
+	before := newWorldWith(t, ledger)
+	before.ledger = ledger
+	require.NoError(t, before.recover(t.Context(), client, true))
+	before.run(t, "s1")
+	spec, err := typeurl.MarshalAny(&specs.Spec{})
+	require.NoError(t, err)
+	_, err = client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: "s1", Sandboxer: Name, Spec: spec, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
+	require.NoError(t, err)
+
+	before.wait = time.Millisecond
+	before.host.fail(states.RemapSnapshot, errNoLuck)
+	require.NoError(t, before.Stop(inCRI(t), "s1"))
+	require.ErrorIs(t, before.Shutdown(inCRI(t), "s1"), errNoLuck)
+	before.host.heal(states.RemapSnapshot)
+	before.waitFor(t, "s1", states.Removed)
+	require.NoError(t, before.Close())
+	require.NoError(t, os.RemoveAll(stateDir))
+
+	w := newWorld(t)
+	w.ledger, err = journal.Open(rootDir, stateDir)
+	require.NoError(t, err)
+	require.NoError(t, w.recover(t.Context(), client, true))
+	require.Empty(t, w.engine.List())
+	_, err = client.SandboxStore().Get(inCRI(t), "s1")
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
 }
 
 // A creation that was finished stays for who asks for it again. It goes when nobody can know of it: discarded already, or not yet
