@@ -266,7 +266,12 @@ func (s *service) show(ctx context.Context, id string) bool {
 	return s.sandboxes.Claim(ctx, id, lifecycle.Shown)
 }
 
-// PodSandboxStatus restores the network and the namespace modes.
+// discarded is the answer to who asks for a sandbox that may not be shown.
+func discarded(id string) error {
+	return fmt.Errorf("sandbox %q is being discarded, because nobody has asked for it: %w", id, errdefs.ErrNotFound)
+}
+
+// PodSandboxStatus restores the network, the namespace modes and the time of creation.
 func (s *service) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
 	resp, err := s.RuntimeServiceServer.PodSandboxStatus(ctx, r)
 	if err != nil {
@@ -274,7 +279,7 @@ func (s *service) PodSandboxStatus(ctx context.Context, r *runtime.PodSandboxSta
 	}
 	id := resp.GetStatus().GetId()
 	if !s.show(ctx, id) {
-		return nil, fmt.Errorf("sandbox %q is being discarded, because nobody has asked for it: %w", id, errdefs.ErrNotFound)
+		return nil, discarded(id)
 	}
 	if pod, ok := s.sandboxes.Pod(id); ok {
 		restore(resp.Status, pod)
@@ -372,6 +377,9 @@ func restore(status *runtime.PodSandboxStatus, pod Pod) {
 		for _, ip := range pod.AdditionalIPs {
 			network.AdditionalIps = append(network.AdditionalIps, &runtime.PodIP{Ip: ip})
 		}
+	}
+	if !pod.CreatedAt.IsZero() {
+		status.CreatedAt = pod.CreatedAt.UnixNano() // containerd's service asks the controller, which may not know the sandbox any more
 	}
 	options := pod.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	ensure(&ensure(&status.Linux).Namespaces).Options = proto.CloneOf(options)

@@ -409,6 +409,16 @@ func TestStatusIsRestored(t *testing.T) {
 				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
 			},
 		},
+		"ours, that the controller doesn't know any more": {
+			pod: &Pod{Config: podConfig(), CreatedAt: time.Unix(7, 8)},
+			got: &runtime.PodSandboxStatus{Id: "s1", CreatedAt: time.Time{}.UnixNano()},
+			want: &runtime.PodSandboxStatus{
+				Id:        "s1",
+				CreatedAt: time.Unix(7, 8).UnixNano(),
+				Network:   &runtime.PodSandboxNetworkStatus{},
+				Linux:     &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
+			},
+		},
 		"ours, off its network": {
 			pod: &Pod{Config: podConfig()},
 			got: &runtime.PodSandboxStatus{Id: "s1", Network: &runtime.PodSandboxNetworkStatus{}},

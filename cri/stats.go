@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,16 +24,22 @@ const (
 // PodSandboxStats restores the figures of the pod's network.
 func (s *service) PodSandboxStats(ctx context.Context, r *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
 	resp, err := s.RuntimeServiceServer.PodSandboxStats(ctx, r)
-	if err == nil {
-		s.restoreUsage(ctx, resp.GetStats())
+	if err != nil {
+		return nil, err
 	}
-	return resp, err
+	if id := resp.GetStats().GetAttributes().GetId(); !s.show(ctx, id) {
+		return nil, discarded(id)
+	}
+	s.restoreUsage(ctx, resp.GetStats())
+	return resp, nil
 }
 
 // ListPodSandboxStats restores the figures of the pods' networks, also where containerd's service has failed for some pods.
 func (s *service) ListPodSandboxStats(ctx context.Context, r *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
 	resp, err := s.RuntimeServiceServer.ListPodSandboxStats(ctx, r)
-	s.restoreUsage(ctx, resp.GetStats()...)
+	if resp != nil {
+		resp.Stats = s.presentableStats(ctx, resp.GetStats())
+	}
 	return resp, err
 }
 
@@ -47,14 +54,16 @@ type statsStream struct {
 }
 
 func (st *statsStream) Send(resp *runtime.StreamPodSandboxStatsResponse) error {
-	st.service.restoreUsage(st.Context(), resp.GetPodSandboxStats()...)
+	resp.PodSandboxStats = st.service.presentableStats(st.Context(), resp.GetPodSandboxStats())
 	return st.RuntimeService_StreamPodSandboxStatsServer.Send(resp)
 }
 
 // ListPodSandboxMetrics restores the metrics of the pods' networks.
 func (s *service) ListPodSandboxMetrics(ctx context.Context, r *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
 	resp, err := s.RuntimeServiceServer.ListPodSandboxMetrics(ctx, r)
-	s.restoreMetrics(ctx, resp.GetPodMetrics())
+	if resp != nil {
+		resp.PodMetrics = s.presentableMetrics(ctx, resp.GetPodMetrics())
+	}
 	return resp, err
 }
 
@@ -69,38 +78,46 @@ type metricsStream struct {
 }
 
 func (m *metricsStream) Send(resp *runtime.StreamPodSandboxMetricsResponse) error {
-	m.service.restoreMetrics(m.Context(), resp.GetPodSandboxMetrics())
+	resp.PodSandboxMetrics = m.service.presentableMetrics(m.Context(), resp.GetPodSandboxMetrics())
 	return m.RuntimeService_StreamPodSandboxMetricsServer.Send(resp)
 }
 
-// restoreUsage fills in what the interfaces of pods of ours have moved. One pod after the other: it takes a fraction of a millisecond
-// each, and one thread for all.
-func (s *service) restoreUsage(ctx context.Context, stats ...*runtime.PodSandboxStats) {
+// presentableStats are the stats that may be shown, with the networks' figures. One pod after the other: it takes a fraction of a
+// millisecond each, and one thread for all.
+func (s *service) presentableStats(ctx context.Context, stats []*runtime.PodSandboxStats) []*runtime.PodSandboxStats {
+	stats = slices.DeleteFunc(stats, func(one *runtime.PodSandboxStats) bool { return !s.show(ctx, one.GetAttributes().GetId()) })
 	for _, one := range stats {
-		_, links, ok := s.linksOf(ctx, one.GetAttributes().GetId())
-		if !ok {
-			continue
-		}
-		usage := &runtime.NetworkUsage{Timestamp: time.Now().UnixNano()}
-		for _, link := range links {
-			moved := &runtime.NetworkInterfaceUsage{
-				Name:     link.Name,
-				RxBytes:  value(link.Statistics.RxBytes),
-				RxErrors: value(link.Statistics.RxErrors),
-				TxBytes:  value(link.Statistics.TxBytes),
-				TxErrors: value(link.Statistics.TxErrors),
-			}
-			usage.Interfaces = append(usage.Interfaces, moved)
-			if usage.DefaultInterface == nil || link.Name == defaultInterface {
-				usage.DefaultInterface = moved
-			}
-		}
-		ensure(&one.Linux).Network = usage
+		s.restoreUsage(ctx, one)
 	}
+	return stats
 }
 
-// restoreMetrics puts the metrics of the network before what containerd's service has of a pod of ours.
-func (s *service) restoreMetrics(ctx context.Context, metrics []*runtime.PodSandboxMetrics) {
+// restoreUsage fills in what the interfaces of a pod of ours have moved.
+func (s *service) restoreUsage(ctx context.Context, stats *runtime.PodSandboxStats) {
+	_, links, ok := s.linksOf(ctx, stats.GetAttributes().GetId())
+	if !ok {
+		return
+	}
+	usage := &runtime.NetworkUsage{Timestamp: time.Now().UnixNano()}
+	for _, link := range links {
+		moved := &runtime.NetworkInterfaceUsage{
+			Name:     link.Name,
+			RxBytes:  value(link.Statistics.RxBytes),
+			RxErrors: value(link.Statistics.RxErrors),
+			TxBytes:  value(link.Statistics.TxBytes),
+			TxErrors: value(link.Statistics.TxErrors),
+		}
+		usage.Interfaces = append(usage.Interfaces, moved)
+		if usage.DefaultInterface == nil || link.Name == defaultInterface {
+			usage.DefaultInterface = moved
+		}
+	}
+	ensure(&stats.Linux).Network = usage
+}
+
+// presentableMetrics are the metrics that may be shown, with those of the network before what containerd's service has of a pod of ours.
+func (s *service) presentableMetrics(ctx context.Context, metrics []*runtime.PodSandboxMetrics) []*runtime.PodSandboxMetrics {
+	metrics = slices.DeleteFunc(metrics, func(one *runtime.PodSandboxMetrics) bool { return !s.show(ctx, one.GetPodSandboxId()) })
 	for _, one := range metrics {
 		pod, links, ok := s.linksOf(ctx, one.GetPodSandboxId())
 		if !ok {
@@ -112,6 +129,7 @@ func (s *service) restoreMetrics(ctx context.Context, metrics []*runtime.PodSand
 			}
 		}
 	}
+	return metrics
 }
 
 // networkMetrics are those of containerd's ListMetricDescriptors: cAdvisor's, of a pod.

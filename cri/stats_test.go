@@ -8,11 +8,14 @@ import (
 	"testing"
 	"unicode/utf8"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/lifecycle"
 )
 
 // addLinks makes interfaces, bridges because every kernel for pods has them, in a network namespace, in this order.
@@ -129,6 +132,50 @@ func TestPodMetricsHaveTheNetwork(t *testing.T) {
 	stream := &recorded[runtime.StreamPodSandboxMetricsResponse]{}
 	require.NoError(t, newFront(t, fresh(), c).StreamPodSandboxMetrics(nil, stream))
 	check(t, stream.sent[0].GetPodSandboxMetrics())
+}
+
+// Who sees a pod in stats or metrics may use it from then on, as with any other list; one that is discarded isn't shown.
+func TestStatsAndMetricsClaim(t *testing.T) {
+	for name, show := range map[string]func(*service) int{
+		"stats": func(front *service) int {
+			list, err := front.ListPodSandboxStats(t.Context(), &runtime.ListPodSandboxStatsRequest{})
+			require.NoError(t, err)
+			return len(list.GetStats())
+		},
+		"stats as a stream": func(front *service) int {
+			stream := &recorded[runtime.StreamPodSandboxStatsResponse]{}
+			require.NoError(t, front.StreamPodSandboxStats(nil, stream))
+			return len(stream.sent[0].GetPodSandboxStats())
+		},
+		"metrics": func(front *service) int {
+			list, err := front.ListPodSandboxMetrics(t.Context(), &runtime.ListPodSandboxMetricsRequest{})
+			require.NoError(t, err)
+			return len(list.GetPodMetrics())
+		},
+		"metrics as a stream": func(front *service) int {
+			stream := &recorded[runtime.StreamPodSandboxMetricsResponse]{}
+			require.NoError(t, front.StreamPodSandboxMetrics(nil, stream))
+			return len(stream.sent[0].GetPodSandboxMetrics())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := &controller{claims: map[string]lifecycle.Claim{"goes": lifecycle.Discarded}}
+			front := newFront(t, &stock{
+				stats:   []*runtime.PodSandboxStats{statsOf("goes"), statsOf("stays")},
+				metrics: []*runtime.PodSandboxMetrics{{PodSandboxId: "goes"}, {PodSandboxId: "stays"}},
+			}, c)
+			require.Equal(t, 1, show(front))
+			require.Equal(t, lifecycle.Shown, c.claims["stays"])
+		})
+	}
+	t.Run("stats of one", func(t *testing.T) {
+		c := &controller{claims: map[string]lifecycle.Claim{"goes": lifecycle.Discarded}}
+		_, err := newFront(t, &stock{stats: []*runtime.PodSandboxStats{statsOf("goes")}}, c).PodSandboxStats(t.Context(), nil)
+		require.True(t, errdefs.IsNotFound(err), "%v", err)
+		_, err = newFront(t, &stock{stats: []*runtime.PodSandboxStats{statsOf("stays")}}, c).PodSandboxStats(t.Context(), nil)
+		require.NoError(t, err)
+		require.Equal(t, lifecycle.Shown, c.claims["stays"])
+	})
 }
 
 // A pod that may make interfaces must not keep the node's stats from being sent, nor make them huge.

@@ -321,3 +321,36 @@ func TestBadInput(t *testing.T) {
 		require.Empty(t, list.GetSandboxes())
 	})
 }
+
+// A removal that fails is paid by podfsm itself. The kubelet, which was told that it failed, finds the pod as it left it and removes it
+// again; after a restart that has lost the ledger's log, the pod isn't there any more.
+func TestRemovalPaidLater(t *testing.T) {
+	n, before := warmNode(t)
+	for name, then := range map[string]func(*harness.Pod){
+		"removed again": func(pod *harness.Pod) { require.NoError(t, pod.StopAndRemove(t.Context())) },
+		"restarted": func(pod *harness.Pod) {
+			require.NoError(t, n.Kill(t.Context()))
+			require.NoError(t, os.RemoveAll(filepath.Join(n.Dir(), "state/io.containerd.podsandbox.controller.v1.podfsm")))
+			require.NoError(t, n.Start(t.Context()))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod := runPod(t, n, n.PodConfig("pod"))
+			require.NoError(t, pod.Stop(t.Context()))
+			stopped, err := pod.Status(t.Context())
+			require.NoError(t, err)
+			require.NoError(t, n.Fault("remap_snapshot.undo.before", "1*error(injected)"))
+			require.ErrorContains(t, pod.Remove(t.Context()), "injected")
+			require.Eventually(t, func() bool { return inspect(t, n, pod.ID).GetSandbox().GetState() == "Removed" }, waitFor, tick)
+
+			paid, err := pod.Status(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, stopped.String(), paid.String())
+			then(pod)
+			_, err = pod.Status(t.Context())
+			require.Equal(t, codes.NotFound, status.Code(err), "%v", err)
+			require.Empty(t, settled(t, n))
+			n.RequireClean(t, before)
+		})
+	}
+}
