@@ -230,10 +230,6 @@ func TestBadInput(t *testing.T) {
 			change: func(c *runtime.PodSandboxConfig) { c.Metadata = nil },
 			code:   codes.InvalidArgument, text: "no metadata",
 		},
-		"no Linux section": {
-			change: func(c *runtime.PodSandboxConfig) { c.Linux = nil },
-			code:   codes.InvalidArgument, text: "no Linux section",
-		},
 		"two mappings": {
 			change: func(c *runtime.PodSandboxConfig) {
 				userns(c).Uids = append(userns(c).Uids, &runtime.IDMapping{ContainerId: 65536, HostId: 900000, Length: 65536})

@@ -62,6 +62,7 @@ func shapes(seccompFile string) map[string]harness.PodOption {
 		"neither security context nor cgroup": func(c *runtime.PodSandboxConfig) {
 			c.Linux.SecurityContext, c.Linux.CgroupParent = nil, ""
 		},
+		"no Linux section": func(c *runtime.PodSandboxConfig) { c.Linux = nil },
 		"privileged in namespaces of the node": func(c *runtime.PodSandboxConfig) {
 			harness.HostUsers()(c)
 			nsOptions(c).Pid, nsOptions(c).Ipc, security(c).Privileged = runtime.NamespaceMode_NODE, runtime.NamespaceMode_NODE, true

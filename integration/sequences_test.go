@@ -167,7 +167,7 @@ func (s *sequence) runInvalid(ctx context.Context, random *rand.Rand) error {
 	case 0:
 		config.Metadata = nil
 	case 1:
-		config.Linux = nil
+		nsOptions(config).Network = runtime.NamespaceMode_TARGET
 	case 2:
 		harness.UserNS(1, 65536)(config)
 	case 3:

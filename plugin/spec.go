@@ -19,8 +19,6 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 	switch {
 	case config.GetMetadata() == nil:
 		return nil, fmt.Errorf("the pod's configuration has no metadata: %w", errdefs.ErrInvalidArgument)
-	case config.GetLinux() == nil:
-		return nil, fmt.Errorf("the configuration of pod %q has no Linux section: %w", cri.PodName(config), errdefs.ErrInvalidArgument)
 	case strings.Contains(config.GetLinux().GetCgroupParent(), "\x00"):
 		// No system call takes it, so what has been made by then could not be undone either.
 		return nil, fmt.Errorf("the cgroup parent %q of pod %q can't be a path: %w", config.GetLinux().GetCgroupParent(), cri.PodName(config), errdefs.ErrInvalidArgument)

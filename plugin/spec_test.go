@@ -32,7 +32,6 @@ func TestCheckRefuses(t *testing.T) {
 		want   []string
 	}{
 		"no metadata":          {func(c *runtime.PodSandboxConfig) { c.Metadata = nil }, []string{"metadata"}},
-		"no Linux section":     {func(c *runtime.PodSandboxConfig) { c.Linux = nil }, []string{`"default/web"`, "Linux section"}},
 		"NUL in the cgroup":    {func(c *runtime.PodSandboxConfig) { c.Linux.CgroupParent = "/\x00" }, []string{"cgroup parent", `"default/web"`}},
 		"network CONTAINER":    {modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_CONTAINER }), []string{"network", "CONTAINER"}},
 		"network TARGET":       {modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_TARGET }), []string{"network", "TARGET"}},
