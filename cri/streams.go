@@ -175,12 +175,13 @@ func selfSigned() (tls.Certificate, error) {
 		return tls.Certificate{}, err
 	}
 	var ips []net.IP
+	var names []string // for clients that look for an address among those
 	for _, address := range addresses {
 		if network, ok := address.(*net.IPNet); ok {
-			ips = append(ips, network.IP)
+			ips, names = append(ips, network.IP), append(names, network.IP.String())
 		}
 	}
-	chain, key, err := cert.GenerateSelfSignedCertKey(host, ips, nil)
+	chain, key, err := cert.GenerateSelfSignedCertKey(host, ips, names)
 	if err != nil {
 		return tls.Certificate{}, err
 	}
