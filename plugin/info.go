@@ -206,7 +206,16 @@ func podMetrics(id, cgroupParent string) (*types.Metric, error) {
 	if cgroupParent == "" {
 		return nil, fmt.Errorf("sandbox %q has no cgroup parent to read metrics of: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	data, err := cgroupMetrics(cgroupParent)
+	read := cgroup1Metrics
+	if cgroups.Mode() == cgroups.Unified {
+		read = cgroup2Metrics
+	}
+	return metricsBy(read, id, cgroupParent)
+}
+
+// metricsBy packs what read has of the cgroup at a path below the hierarchies' roots.
+func metricsBy(read func(path string) (any, error), id, cgroupParent string) (*types.Metric, error) {
+	data, err := read(cgroupParent)
 	if err != nil {
 		return nil, fmt.Errorf("failed to read cgroup %q of sandbox %q: %w", cgroupParent, id, err)
 	}
@@ -217,17 +226,23 @@ func podMetrics(id, cgroupParent string) (*types.Metric, error) {
 	return &types.Metric{Timestamp: protobuf.ToTimestamp(time.Now()), ID: id, Data: packed}, nil
 }
 
-func cgroupMetrics(path string) (any, error) {
-	if cgroups.Mode() == cgroups.Unified {
-		manager, err := cgroup2.Load(path)
-		if err != nil {
-			return nil, err
-		}
-		return manager.StatFiltered(cgroup2.StatCPU | cgroup2.StatMemory)
-	}
+func cgroup1Metrics(path string) (any, error) {
 	control, err := cgroup1.Load(cgroup1.StaticPath(path))
 	if err != nil {
 		return nil, err
 	}
 	return control.Stat(cgroup1.IgnoreNotExist)
+}
+
+func cgroup2Metrics(path string) (any, error) { return cgroup2MetricsBelow(cgroup2Root, path) }
+
+// cgroup2Root is where the unified hierarchy is mounted.
+const cgroup2Root = "/sys/fs/cgroup"
+
+func cgroup2MetricsBelow(root, path string) (any, error) {
+	manager, err := cgroup2.Load(path, cgroup2.WithMountpoint(root))
+	if err != nil {
+		return nil, err
+	}
+	return manager.StatFiltered(cgroup2.StatCPU | cgroup2.StatMemory)
 }
