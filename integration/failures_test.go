@@ -188,6 +188,8 @@ func TestPauseKilled(t *testing.T) {
 	} {
 		require.Len(t, harness.OfType(all, pod.ID, kind), 1, kind.String())
 	}
+	stopped := harness.OfType(all, pod.ID, runtime.ContainerEventType_CONTAINER_STOPPED_EVENT)[0]
+	require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, stopped.GetPodSandboxStatus().GetState())
 	started := harness.OfType(all, pod.ID, runtime.ContainerEventType_CONTAINER_STARTED_EVENT)[0]
 	require.NotEmpty(t, started.GetPodSandboxStatus().GetNetwork().GetIp())
 	require.Equal(t, runtime.NamespaceMode_POD, started.GetPodSandboxStatus().GetLinux().GetNamespaces().GetOptions().GetNetwork())

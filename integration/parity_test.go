@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
@@ -82,8 +83,8 @@ func (a *answers) walk(path string, value any) {
 
 var (
 	isTime = regexp.MustCompile(`(?i)(createdAt|startedAt|finishedAt|timestamp|\.created_at|\.at)$`)
-	// The end of pause is told while its network is taken down; which comes first is chance.
-	isLastIP  = regexp.MustCompile(`^removed event \d+\.podSandboxStatus\.network\.ip$`)
+	// The end of pause is told while its network is taken down, and by stock while its state is set; which comes first is chance.
+	isLast    = regexp.MustCompile(`^removed event \d+\.podSandboxStatus\.(network\.ip|state)$`)
 	isPid     = regexp.MustCompile(`\.info\.pid$`)
 	isMAC     = regexp.MustCompile(`([0-9a-f]{2}:){5}[0-9a-f]{2}`)
 	isVeth    = regexp.MustCompile(`veth[0-9a-f]{8}`)
@@ -107,8 +108,8 @@ func (a *answers) normal() facts {
 			value = "a time"
 		case isPid.MatchString(path) && value != "0":
 			value = "a pid"
-		case isLastIP.MatchString(path):
-			value = "gone, or going"
+		case isLast.MatchString(path):
+			continue
 		case isHandler.MatchString(path):
 			value = "its handler"
 		case isFigure.MatchString(path):
@@ -125,6 +126,7 @@ func parityOf(t *testing.T, n *harness.Node, handler string, config *runtime.Pod
 	a := &answers{facts: facts{}, t: t}
 	ctx := t.Context()
 	a.own(n.Dir(), "NODE")
+	a.own(n.Name(), "NODE")
 	events, err := n.Events(ctx)
 	require.NoError(t, err)
 	var pod *harness.Pod
@@ -162,6 +164,13 @@ func parityOf(t *testing.T, n *harness.Node, handler string, config *runtime.Pod
 		} {
 			list, err := n.Runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: filter})
 			a.note(when+" list by "+name, list, err)
+			stream, err := n.Runtime.StreamPodSandboxes(ctx, &runtime.StreamPodSandboxesRequest{Filter: filter})
+			require.NoError(t, err)
+			for err == nil {
+				var piece *runtime.StreamPodSandboxesResponse
+				piece, err = stream.Recv()
+				a.note(when+" stream by "+name, piece, err)
+			}
 		}
 		stats, err := n.Runtime.PodSandboxStats(ctx, &runtime.PodSandboxStatsRequest{PodSandboxId: pod.ID})
 		if err == nil {
@@ -300,6 +309,36 @@ func TestAnswersLikeStock(t *testing.T) {
 		require.True(t, seen[why], "there is no such difference any more: %s", why)
 	}
 	n.RequireClean(t, before)
+}
+
+// Pods that name no handler are podfsm's where that is the default one, and a caller sees no other difference to the default of a stock node.
+func TestDefaultHandlerLikeStock(t *testing.T) {
+	told := map[string]facts{}
+	for _, handler := range []string{harness.StockHandler, harness.PodfsmHandler} {
+		n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+  default_runtime_name = %q
+`, handler)})
+		require.NoError(t, n.SetChain(t.Context(), bridge(n, "cni0", harness.Subnet)))
+		before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+		require.NoError(t, err)
+		told[handler] = parityOf(t, n, "", n.PodConfig("pod"))
+		n.RequireClean(t, before)
+
+		resp, err := n.Runtime.Status(t.Context(), &runtime.StatusRequest{})
+		require.NoError(t, err)
+		for _, of := range resp.GetRuntimeHandlers() {
+			told[handler]["features of "+of.GetName()] = of.GetFeatures().String()
+		}
+		pod := startPod(t, n, "", n.PodConfig("whose"))
+		_, err = n.Sandboxes().Inspect(t.Context(), &podfsmv1.InspectRequest{Ref: pod.ID})
+		require.Equal(t, handler == harness.PodfsmHandler, err == nil, "%v", err)
+	}
+	for path, values := range told[harness.StockHandler].diff(told[harness.PodfsmHandler]) {
+		if _, ok := deliberately(path); !ok {
+			t.Errorf("%s\n\tstock: %q\n\tours:  %q", path, values[0], values[1])
+		}
+	}
 }
 
 func deliberately(path string) (why string, ok bool) {
