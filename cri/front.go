@@ -89,6 +89,8 @@ type Pod struct {
 	// IP and AdditionalIPs are empty once the pod is off its network.
 	IP            string
 	AdditionalIPs []string
+	// HadIPs are the addresses that the pod has had, the main one first, also once it is off its network. They must not be changed.
+	HadIPs []string
 	// UserNS is the user namespace that podfsm has chosen for the pod, in mode POD; nil where the pod's own configuration stands. It
 	// must not be changed.
 	UserNS *runtime.UserNamespace
@@ -343,6 +345,9 @@ func (e *eventStream) Send(event *runtime.ContainerEventResponse) error {
 	}
 	if pod, ok := e.service.sandboxes.Pod(id); ok {
 		event = proto.CloneOf(event)
+		if event.PodSandboxStatus.GetState() == runtime.PodSandboxState_SANDBOX_READY && len(pod.HadIPs) > 0 {
+			pod.IP, pod.AdditionalIPs = pod.HadIPs[0], pod.HadIPs[1:] // it was on its network then, whatever it is now
+		}
 		restore(event.PodSandboxStatus, pod)
 		if pod.UserNS != nil {
 			for _, status := range event.ContainersStatuses {

@@ -34,6 +34,7 @@ type nriPlugin struct {
 	mu     sync.Mutex
 	told   []nriCall
 	synced chan struct{}
+	pods   []*api.PodSandbox // that were there when it connected
 	run    func(*api.PodSandbox) error
 }
 
@@ -59,7 +60,8 @@ func connectNRI(t *testing.T, n *harness.Node) *nriPlugin {
 	return p
 }
 
-func (p *nriPlugin) Synchronize(context.Context, []*api.PodSandbox, []*api.Container) ([]*api.ContainerUpdate, error) {
+func (p *nriPlugin) Synchronize(_ context.Context, pods []*api.PodSandbox, _ []*api.Container) ([]*api.ContainerUpdate, error) {
+	p.pods = pods
 	close(p.synced)
 	return nil, nil
 }
@@ -204,6 +206,46 @@ func TestNRILikeStock(t *testing.T) {
 			}
 		})
 	}
+	n.RequireClean(t, before)
+}
+
+// A plugin that connects after a restart is told of the pods that are there as of stock pods, but for what is listed in docs/parity.md.
+func TestNRIAfterARestartLikeStock(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{TOML: nriConfig})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	t.Run("pods", func(t *testing.T) {
+		config := n.PodConfig("pod")
+		pods := map[string]*harness.Pod{}
+		for _, handler := range []string{harness.StockHandler, harness.PodfsmHandler} {
+			pods[handler], err = n.RunPod(t.Context(), handler, config)
+			require.NoError(t, err)
+			defer func() { require.NoError(t, pods[handler].StopAndRemove(t.Context())) }()
+			config = n.PodConfig("pod", func(c *runtime.PodSandboxConfig) { c.Metadata.Uid, c.Linux.CgroupParent = "other", config.GetLinux().GetCgroupParent() })
+		}
+		require.NoError(t, n.Restart(t.Context()))
+		plugin := connectNRI(t, n)
+		toldOf := func(handler string) facts {
+			a := &answers{facts: facts{}, t: t}
+			a.own(n.Dir(), "NODE")
+			a.own(pods[handler].ID, "POD")
+			a.own(pods[handler].Config.GetMetadata().GetUid(), "UID")
+			ip, err := pods[handler].IP(t.Context())
+			require.NoError(t, err)
+			a.own(ip, "IP")
+			i := slices.IndexFunc(plugin.pods, func(p *api.PodSandbox) bool { return p.GetId() == pods[handler].ID })
+			require.GreaterOrEqual(t, i, 0)
+			a.note("pod", plugin.pods[i], nil)
+			return a.normal()
+		}
+		stock, ours := toldOf(harness.StockHandler), toldOf(harness.PodfsmHandler)
+		for path, values := range stock.diff(ours) {
+			if values[1] == "" && (path == "pod.pid" || isNRIAddress.MatchString(path) || isNRIUserNS.MatchString(path)) {
+				continue
+			}
+			t.Errorf("%s\n\tstock: %q\n\tours:  %q", path, values[0], values[1])
+		}
+	})
 	n.RequireClean(t, before)
 }
 

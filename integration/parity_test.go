@@ -350,6 +350,43 @@ func deliberately(path string) (why string, ok bool) {
 	return "", false
 }
 
+// Events that nobody has waited for are kept for the next subscriber. They tell what was so when they were made.
+func TestLateEventsLikeStock(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	require.NoError(t, n.SetChain(t.Context(), bridge(n, "cni0", harness.Subnet)))
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	pods, ips := map[string]*harness.Pod{}, map[string]string{}
+	for _, handler := range []string{harness.StockHandler, harness.PodfsmHandler} {
+		pods[handler], err = n.RunPod(t.Context(), handler, n.PodConfig("pod", harness.HostUsers()))
+		require.NoError(t, err)
+		ips[handler], err = pods[handler].IP(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, pods[handler].StopAndRemove(t.Context()))
+	}
+	events, err := n.Events(t.Context())
+	require.NoError(t, err)
+	defer events.Close()
+	all, err := events.WaitFor(t.Context(), func(all []*runtime.ContainerEventResponse) bool {
+		return len(harness.OfType(all, pods[harness.PodfsmHandler].ID, runtime.ContainerEventType_CONTAINER_DELETED_EVENT)) > 0
+	})
+	require.NoError(t, err)
+	lateOf := func(handler string) facts {
+		a := &answers{facts: facts{}, t: t}
+		a.own(pods[handler].ID, "POD")
+		for _, kind := range []runtime.ContainerEventType{runtime.ContainerEventType_CONTAINER_CREATED_EVENT, runtime.ContainerEventType_CONTAINER_STARTED_EVENT} {
+			of := harness.OfType(all, pods[handler].ID, kind)
+			require.Len(t, of, 1)
+			require.Equal(t, ips[handler], of[0].GetPodSandboxStatus().GetNetwork().GetIp(), "%s by %s", kind, handler)
+			of[0].PodSandboxStatus.Network = nil
+			a.note(kind.String(), of[0], nil)
+		}
+		return a.normal()
+	}
+	require.Equal(t, lateOf(harness.StockHandler), lateOf(harness.PodfsmHandler))
+	n.RequireClean(t, before)
+}
+
 // The kubelet asks what the node can do, and runs a pod with a user namespace only where its handler says that it can.
 func TestRuntimeStatus(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{Traces: true})

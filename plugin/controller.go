@@ -441,6 +441,9 @@ func podOf(view lifecycle.View) cri.Pod {
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}
+	if attached, ok := view.Step(states.AttachNetwork).Result.(*Network); ok && attached.IP != "" {
+		pod.HadIPs = append([]string{attached.IP}, attached.AdditionalIPs...)
+	}
 	pod.UserNS = chosenUserNS(view)
 	return pod
 }
