@@ -679,3 +679,38 @@ func TestDefaultBackoff(t *testing.T) {
 	require.Equal(t, 4*time.Second, DefaultBackoff(3))
 	require.Equal(t, 5*time.Minute, DefaultBackoff(1000))
 }
+
+// Who asked for a removal and was told that it failed learns when it is done, before the sandbox is forgotten; who waits for it knows.
+func TestWhenPaid(t *testing.T) {
+	for name, tc := range map[string]struct {
+		fails bool
+		paid  []journal.Key
+	}{
+		"removed at once":    {},
+		"removed by a timer": {fails: true, paid: []journal.Key{testKey}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			var paid []journal.Key
+			w.WhenPaid(func(_ context.Context, key journal.Key) {
+				require.NotContains(t, w.book.read(), "forgotten")
+				paid = append(paid, key)
+			})
+			require.NoError(t, w.run(t))
+			if tc.fails {
+				failed := false
+				w.undo[states.StartPause] = func() error {
+					if failed {
+						return nil
+					}
+					failed = true
+					return errors.New("no luck")
+				}
+			}
+			require.Equal(t, tc.fails, w.Remove(t.Context(), testKey) != nil)
+			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+			w.Close(t.Context())
+			require.Equal(t, tc.paid, paid)
+		})
+	}
+}
