@@ -468,8 +468,8 @@ var betterRefusals = map[string]struct{ stock, ours, text string }{
 	"run: group without user":                       {"Unknown", "InvalidArgument", "without a user"},
 	"run: negative user":                            {"Unknown", "InvalidArgument", "-7 is out of the range"},
 	"run: cgroup parent with NUL":                   {"Unknown", "InvalidArgument", "can't be a path"},
-	"run: bandwidth of no number":                   {"Unknown", "InvalidArgument", "kubernetes.io/ingress-bandwidth"},
-	"run: bandwidth too small":                      {"Unknown", "InvalidArgument", "kubernetes.io/egress-bandwidth"},
+	"run: bandwidth of no number":                   {"Unknown", "InvalidArgument", "can't be told to CNI plugins: annotation kubernetes.io/ingress-bandwidth"},
+	"run: bandwidth too small":                      {"Unknown", "InvalidArgument", "can't be told to CNI plugins: annotation kubernetes.io/egress-bandwidth"},
 	"run: untrusted workload":                       {"Unknown", "InvalidArgument", "name a handler instead"},
 	"run: unknown handler":                          {"InvalidArgument", "InvalidArgument", "nobody"}, // whose handler it is, nobody knows
 	"run: a pod that is there already":              {"FailedPrecondition", "AlreadyExists", "a new sandbox needs a new attempt"},
@@ -480,7 +480,7 @@ var betterRefusals = map[string]struct{ stock, ours, text string }{
 	"run: a mode of tomorrow": {"OK", "InvalidArgument", "a sandbox has POD or NODE"},
 	"run: ipc CONTAINER":      {"OK", "InvalidArgument", "a sandbox has POD or NODE"},
 	"run: pid TARGET":         {"OK", "InvalidArgument", "a sandbox has POD, CONTAINER or NODE"},
-	"run: odd name":           {"OK", "InvalidArgument", "can't be given to CNI plugins"},
+	"run: odd name":           {"OK", "InvalidArgument", "can't be told to CNI plugins: K8S_POD_NAME"},
 	// And this is a pod that stock can't run: its runtime has no UTS namespace to name.
 	"run: hostname on the node's network": {"Unknown", "OK", ""},
 }

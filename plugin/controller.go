@@ -23,6 +23,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -196,6 +197,9 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 	}
 	if spec.OnNodeNetwork() {
 		return nil
+	}
+	if _, _, err := cni.PodArgs("", spec.Config); err != nil {
+		return fmt.Errorf("pod %q can't be told to CNI plugins: %w", cri.PodName(config), err)
 	}
 	if err := c.networkReady(ctx, spec); err != nil {
 		return fmt.Errorf("pod %q has no network to be attached to: %w", cri.PodName(config), err)

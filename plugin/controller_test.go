@@ -253,6 +253,10 @@ func TestAdmit(t *testing.T) {
 	err := c.Admit(t.Context(), "podfsm", podConfig())
 	require.True(t, errdefs.IsFailedPrecondition(err), "no network is configured: %v", err)
 	require.ErrorContains(t, err, `"default/web"`)
+	err = c.Admit(t.Context(), "podfsm", podConfig(func(config *runtime.PodSandboxConfig) {
+		config.Annotations = map[string]string{"kubernetes.io/ingress-bandwidth": "wide"}
+	}))
+	require.True(t, errdefs.IsInvalidArgument(err), "no plugin can have this: %v", err)
 	require.NoError(t, c.Admit(t.Context(), "podfsm", podConfig(onNode)))
 	require.True(t, errdefs.IsInvalidArgument(c.Admit(t.Context(), "podfsm", nil)))
 	c.refuse(errors.New("first"))
