@@ -41,7 +41,7 @@ func keepAside(path string) (string, error) {
 // asideIn returns the paths of all damaged files that are kept in a ledger's directories.
 func asideIn(rootDir, stateDir string) ([]string, error) {
 	var paths []string
-	for _, path := range []string{filepath.Join(rootDir, durableName), filepath.Join(stateDir, logName)} {
+	for _, path := range Files(rootDir, stateDir) {
 		kept, err := listAside(path)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err

@@ -59,6 +59,11 @@ func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Sn
 	}, nil
 }
 
+// Files are the paths of a ledger's files, below its two directories.
+func Files(rootDir, stateDir string) []string {
+	return []string{filepath.Join(rootDir, durableName), filepath.Join(stateDir, logName)}
+}
+
 // lastWritten is the newest modification of the files; zero when there is none.
 func lastWritten(paths ...string) (newest time.Time) {
 	for _, path := range paths {

@@ -147,3 +147,18 @@ func onNSFS(file *os.File) (bool, error) {
 	}
 	return st.Type == unix.NSFS_MAGIC, nil
 }
+
+// ByPidfd says whether this kernel gives out the namespaces of a process by its pidfd, since Linux 6.11; [Capture] opens them by /proc
+// where it doesn't. An error says that there are no pidfds at all, so that nothing can be captured.
+func ByPidfd() (bool, error) {
+	pidfd, err := openPidfd(os.Getpid())
+	if err != nil {
+		return false, err
+	}
+	defer pidfd.Close()
+	ns, err := nsOfPidfd(pidfd, netNS)
+	if err != nil {
+		return false, nil
+	}
+	return true, ns.Close()
+}

@@ -23,6 +23,7 @@ type api struct {
 func (a *api) Register(server *grpc.Server) error {
 	podfsmv1.RegisterSandboxesServer(server, a)
 	a.controller.checkAdopted()
+	a.controller.examineAtStart()
 	return nil
 }
 

@@ -116,13 +116,14 @@ type stockConfig struct {
 
 // handler is one runtime handler of containerd's CRI configuration.
 type handler struct {
-	Type           string   `json:"runtimeType"`
-	Path           string   `json:"runtimePath"`
-	PodAnnotations []string `json:"PodAnnotations"`
-	Snapshotter    string   `json:"snapshotter"`
-	Sandboxer      string   `json:"sandboxer"`
-	ConfDir        string   `json:"cniConfDir"`
-	MaxConfNum     int      `json:"cniMaxConfNum"`
+	Type           string         `json:"runtimeType"`
+	Path           string         `json:"runtimePath"`
+	Options        map[string]any `json:"options"`
+	PodAnnotations []string       `json:"PodAnnotations"`
+	Snapshotter    string         `json:"snapshotter"`
+	Sandboxer      string         `json:"sandboxer"`
+	ConfDir        string         `json:"cniConfDir"`
+	MaxConfNum     int            `json:"cniMaxConfNum"`
 }
 
 // readStockConfig reads the configuration of containerd's CRI service from its two plugins.

@@ -43,6 +43,7 @@ type Controller struct {
 	engine   *lifecycle.Engine
 	exits    *exitWatch
 	checks   checks
+	exam     examination
 	looks    looks
 
 	passing atomic.Uint64 // pods of other controllers that have passed the front
@@ -64,6 +65,7 @@ func initController(ic *plugin.InitContext) (instance any, _ error) {
 		if p := recover(); p != nil {
 			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
 		}
+		c.callDoctor(ic)
 		if c.refusal != nil {
 			log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
 		}
@@ -131,6 +133,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 // Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
 func (c *Controller) Close() error {
 	c.checks.close()
+	c.exam.close()
 	if c.exits != nil {
 		c.exits.close()
 	}
@@ -158,12 +161,17 @@ func (c *Controller) refuse(err error) {
 
 // well fails with Unavailable while the controller refuses pods.
 func (c *Controller) well() error {
-	c.refusalMu.Lock()
-	defer c.refusalMu.Unlock()
-	if c.refusal != nil {
-		return fmt.Errorf("podfsm runs no pods: %s: %w", c.refusal, errdefs.ErrUnavailable) // whatever class the reason has
+	if refusal := c.refused(); refusal != nil {
+		return fmt.Errorf("podfsm runs no pods: %s: %w", refusal, errdefs.ErrUnavailable) // whatever class the reason has
 	}
 	return nil
+}
+
+// refused is why no pod can be run; nil when all is well.
+func (c *Controller) refused() error {
+	c.refusalMu.Lock()
+	defer c.refusalMu.Unlock()
+	return c.refusal
 }
 
 // Ours says whether a runtime handler's pods are podfsm's.

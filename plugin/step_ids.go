@@ -16,9 +16,13 @@ type allocateIDs struct {
 func (s *allocateIDs) Facts() lifecycle.Facts { return s.facts }
 
 // Plan returns the *userns.Mappings that podfsm has chosen, a range of the pool being the pod's from here on; nil for a pod whose
-// request says it all.
+// request says it all. It is the first thing that is done for a pod, and refuses one that the node lacks something for.
 func (s *allocateIDs) Plan(ctx context.Context, r *lifecycle.Run) (any, error) {
-	switch spec := r.Spec.(*Spec); spec.Choose {
+	spec := r.Spec.(*Spec)
+	if err := s.lacks(ctx, spec); err != nil {
+		return nil, err
+	}
+	switch spec.Choose {
 	case userns.ModeAuto:
 		m, err := s.ids.Allocate(ctx, holder(r.Key, spec))
 		if err != nil {

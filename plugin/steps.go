@@ -7,6 +7,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
@@ -37,6 +38,7 @@ type node struct {
 	containers *pause.Containers
 	snapshots  *snapshot.Preparer
 	driver     *cni.Driver
+	doctor     *doctor.Doctor
 }
 
 func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts) *node {

@@ -123,3 +123,17 @@ func parseStatMount(reply []byte) (use Use, idmapped bool, err error) {
 	use.By = "mount " + strings.TrimSpace(texts(word(108), 1))
 	return use, true, use.addMaps(texts(word(156), word(152)), texts(word(164), word(160)))
 }
+
+// MapsAreTold says whether statmount(2) of this kernel tells the id maps of mounts, since Linux 6.15. [Mounts] takes an idmapped mount
+// for one with all ids where it doesn't.
+func MapsAreTold() bool {
+	const supportedMask = 0x1000 // STATMOUNT_SUPPORTED_MASK came with the id maps
+	var stat unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, "/", 0, unix.STATX_MNT_ID_UNIQUE, &stat); err != nil {
+		return false
+	}
+	reply := make([]byte, 1<<12)
+	request := mountRequest{size: mountRequestSize, id: stat.Mnt_id, param: supportedMask}
+	_, _, errno := unix.Syscall6(unix.SYS_STATMOUNT, uintptr(unsafe.Pointer(&request)), uintptr(unsafe.Pointer(&reply[0])), uintptr(len(reply)), 0, 0, 0)
+	return errno == 0 && binary.NativeEndian.Uint64(reply[144:])&(statMountUIDMap|statMountGIDMap) == statMountUIDMap|statMountGIDMap
+}

@@ -30,9 +30,10 @@ func main() {
 	}
 }
 
-// exitStatus is 2 for leaks and 1 for whatever has failed.
+// exitStatus is 2 for leaks and for checks that fail, and 1 for whatever could
+// not be done.
 func exitStatus(err error) int {
-	if errors.As(err, new(leftError)) {
+	if errors.As(err, new(leftError)) || errors.As(err, new(failedError)) {
 		return 2
 	}
 	return 1
@@ -69,7 +70,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand(), idsCommand(), leaksCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())

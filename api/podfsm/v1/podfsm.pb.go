@@ -27,6 +27,181 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type DoctorRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DoctorRequest) Reset() {
+	*x = DoctorRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DoctorRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DoctorRequest) ProtoMessage() {}
+
+func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
+func (*DoctorRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+}
+
+type DoctorResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of the checks, which is fixed.
+	Findings      []*Finding `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DoctorResponse) Reset() {
+	*x = DoctorResponse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DoctorResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DoctorResponse) ProtoMessage() {}
+
+func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
+func (*DoctorResponse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *DoctorResponse) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+// Finding is what one check says of the node, or of one of several things that
+// it looks at.
+type Finding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The check's name, as "netns directory".
+	Check string `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
+	// What was looked at: runtime handlers, or a part of the check. Empty where a
+	// check looks at one thing only.
+	Subject string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	// One of "ok", "unknown", "warn" and "fail".
+	Verdict string `protobuf:"bytes,3,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// What was seen: a number, a path, an error.
+	Evidence string `protobuf:"bytes,4,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	// What to do about it. Empty for "ok".
+	Remedy string `protobuf:"bytes,5,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	// The pods that podfsm refuses because of it: "all", "with a user namespace"
+	// or "with a network of their own". Empty where it refuses none.
+	RefusedPods   string `protobuf:"bytes,6,opt,name=refused_pods,json=refusedPods,proto3" json:"refused_pods,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Finding) GetCheck() string {
+	if x != nil {
+		return x.Check
+	}
+	return ""
+}
+
+func (x *Finding) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Finding) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *Finding) GetEvidence() string {
+	if x != nil {
+		return x.Evidence
+	}
+	return ""
+}
+
+func (x *Finding) GetRemedy() string {
+	if x != nil {
+		return x.Remedy
+	}
+	return ""
+}
+
+func (x *Finding) GetRefusedPods() string {
+	if x != nil {
+		return x.RefusedPods
+	}
+	return ""
+}
+
 type LeaksRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Remove what is found. The response says what was, and why the rest was not.
@@ -37,7 +212,7 @@ type LeaksRequest struct {
 
 func (x *LeaksRequest) Reset() {
 	*x = LeaksRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -49,7 +224,7 @@ func (x *LeaksRequest) String() string {
 func (*LeaksRequest) ProtoMessage() {}
 
 func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -62,7 +237,7 @@ func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksRequest.ProtoReflect.Descriptor instead.
 func (*LeaksRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *LeaksRequest) GetFix() bool {
@@ -85,7 +260,7 @@ type LeaksResponse struct {
 
 func (x *LeaksResponse) Reset() {
 	*x = LeaksResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -97,7 +272,7 @@ func (x *LeaksResponse) String() string {
 func (*LeaksResponse) ProtoMessage() {}
 
 func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -110,7 +285,7 @@ func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksResponse.ProtoReflect.Descriptor instead.
 func (*LeaksResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *LeaksResponse) GetLeaks() []*Leak {
@@ -146,7 +321,7 @@ type Leak struct {
 
 func (x *Leak) Reset() {
 	*x = Leak{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -158,7 +333,7 @@ func (x *Leak) String() string {
 func (*Leak) ProtoMessage() {}
 
 func (x *Leak) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -171,7 +346,7 @@ func (x *Leak) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Leak.ProtoReflect.Descriptor instead.
 func (*Leak) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Leak) GetSandboxId() string {
@@ -217,7 +392,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -229,7 +404,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -242,7 +417,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
 }
 
 type ListResponse struct {
@@ -254,7 +429,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -266,7 +441,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -279,7 +454,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
@@ -300,7 +475,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -312,7 +487,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -325,7 +500,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *InspectRequest) GetRef() string {
@@ -351,7 +526,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -363,7 +538,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -376,7 +551,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *InspectResponse) GetSandbox() *Sandbox {
@@ -454,7 +629,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -466,7 +641,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -479,7 +654,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Sandbox) GetId() string {
@@ -640,7 +815,7 @@ type UserNamespace struct {
 
 func (x *UserNamespace) Reset() {
 	*x = UserNamespace{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -652,7 +827,7 @@ func (x *UserNamespace) String() string {
 func (*UserNamespace) ProtoMessage() {}
 
 func (x *UserNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -665,7 +840,7 @@ func (x *UserNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
 func (*UserNamespace) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UserNamespace) GetUids() []*IDMapping {
@@ -693,7 +868,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +880,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +893,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -759,7 +934,7 @@ type Debt struct {
 
 func (x *Debt) Reset() {
 	*x = Debt{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +946,7 @@ func (x *Debt) String() string {
 func (*Debt) ProtoMessage() {}
 
 func (x *Debt) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +959,7 @@ func (x *Debt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Debt.ProtoReflect.Descriptor instead.
 func (*Debt) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Debt) GetStep() string {
@@ -842,7 +1017,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -854,7 +1029,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -867,7 +1042,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Step) GetName() string {
@@ -929,7 +1104,7 @@ type Transition struct {
 
 func (x *Transition) Reset() {
 	*x = Transition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -941,7 +1116,7 @@ func (x *Transition) String() string {
 func (*Transition) ProtoMessage() {}
 
 func (x *Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -954,7 +1129,7 @@ func (x *Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transition.ProtoReflect.Descriptor instead.
 func (*Transition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Transition) GetSeq() uint64 {
@@ -1007,7 +1182,7 @@ type IDsRequest struct {
 
 func (x *IDsRequest) Reset() {
 	*x = IDsRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1194,7 @@ func (x *IDsRequest) String() string {
 func (*IDsRequest) ProtoMessage() {}
 
 func (x *IDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1207,7 @@ func (x *IDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsRequest.ProtoReflect.Descriptor instead.
 func (*IDsRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
 }
 
 type IDsResponse struct {
@@ -1051,7 +1226,7 @@ type IDsResponse struct {
 
 func (x *IDsResponse) Reset() {
 	*x = IDsResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1238,7 @@ func (x *IDsResponse) String() string {
 func (*IDsResponse) ProtoMessage() {}
 
 func (x *IDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1251,7 @@ func (x *IDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsResponse.ProtoReflect.Descriptor instead.
 func (*IDsResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *IDsResponse) GetPool() *IDPool {
@@ -1123,7 +1298,7 @@ type IDPool struct {
 
 func (x *IDPool) Reset() {
 	*x = IDPool{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1310,7 @@ func (x *IDPool) String() string {
 func (*IDPool) ProtoMessage() {}
 
 func (x *IDPool) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1323,7 @@ func (x *IDPool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDPool.ProtoReflect.Descriptor instead.
 func (*IDPool) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *IDPool) GetSource() string {
@@ -1198,7 +1373,7 @@ type QuarantinedIDs struct {
 
 func (x *QuarantinedIDs) Reset() {
 	*x = QuarantinedIDs{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1210,7 +1385,7 @@ func (x *QuarantinedIDs) String() string {
 func (*QuarantinedIDs) ProtoMessage() {}
 
 func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1223,7 +1398,7 @@ func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedIDs.ProtoReflect.Descriptor instead.
 func (*QuarantinedIDs) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *QuarantinedIDs) GetUserns() *UserNamespace {
@@ -1258,7 +1433,7 @@ type IDHolder struct {
 
 func (x *IDHolder) Reset() {
 	*x = IDHolder{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1270,7 +1445,7 @@ func (x *IDHolder) String() string {
 func (*IDHolder) ProtoMessage() {}
 
 func (x *IDHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1283,7 +1458,7 @@ func (x *IDHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDHolder.ProtoReflect.Descriptor instead.
 func (*IDHolder) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *IDHolder) GetSandboxId() string {
@@ -1351,7 +1526,7 @@ type IDRefusal struct {
 
 func (x *IDRefusal) Reset() {
 	*x = IDRefusal{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1538,7 @@ func (x *IDRefusal) String() string {
 func (*IDRefusal) ProtoMessage() {}
 
 func (x *IDRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1551,7 @@ func (x *IDRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDRefusal.ProtoReflect.Descriptor instead.
 func (*IDRefusal) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *IDRefusal) GetPodName() string {
@@ -1418,7 +1593,17 @@ var File_podfsm_v1_podfsm_proto protoreflect.FileDescriptor
 
 const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\n" +
-	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\" \n" +
+	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
+	"\rDoctorRequest\"@\n" +
+	"\x0eDoctorResponse\x12.\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.podfsm.v1.FindingR\bfindings\"\xaa\x01\n" +
+	"\aFinding\x12\x14\n" +
+	"\x05check\x18\x01 \x01(\tR\x05check\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
+	"\averdict\x18\x03 \x01(\tR\averdict\x12\x1a\n" +
+	"\bevidence\x18\x04 \x01(\tR\bevidence\x12\x16\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy\x12!\n" +
+	"\frefused_pods\x18\x06 \x01(\tR\vrefusedPods\" \n" +
 	"\fLeaksRequest\x12\x10\n" +
 	"\x03fix\x18\x01 \x01(\bR\x03fix\"h\n" +
 	"\rLeaksResponse\x12%\n" +
@@ -1532,12 +1717,13 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
 	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
-	"\x05count\x18\x05 \x01(\rR\x05count2\xf8\x01\n" +
+	"\x05count\x18\x05 \x01(\rR\x05count2\xb7\x02\n" +
 	"\tSandboxes\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
 	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x124\n" +
 	"\x03IDs\x12\x15.podfsm.v1.IDsRequest\x1a\x16.podfsm.v1.IDsResponse\x12:\n" +
-	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
+	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponse\x12=\n" +
+	"\x06Doctor\x12\x18.podfsm.v1.DoctorRequest\x1a\x19.podfsm.v1.DoctorResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
 
 var (
 	file_podfsm_v1_podfsm_proto_rawDescOnce sync.Once
@@ -1551,70 +1737,76 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
-	(*LeaksRequest)(nil),          // 0: podfsm.v1.LeaksRequest
-	(*LeaksResponse)(nil),         // 1: podfsm.v1.LeaksResponse
-	(*Leak)(nil),                  // 2: podfsm.v1.Leak
-	(*ListRequest)(nil),           // 3: podfsm.v1.ListRequest
-	(*ListResponse)(nil),          // 4: podfsm.v1.ListResponse
-	(*InspectRequest)(nil),        // 5: podfsm.v1.InspectRequest
-	(*InspectResponse)(nil),       // 6: podfsm.v1.InspectResponse
-	(*Sandbox)(nil),               // 7: podfsm.v1.Sandbox
-	(*UserNamespace)(nil),         // 8: podfsm.v1.UserNamespace
-	(*IDMapping)(nil),             // 9: podfsm.v1.IDMapping
-	(*Debt)(nil),                  // 10: podfsm.v1.Debt
-	(*Step)(nil),                  // 11: podfsm.v1.Step
-	(*Transition)(nil),            // 12: podfsm.v1.Transition
-	(*IDsRequest)(nil),            // 13: podfsm.v1.IDsRequest
-	(*IDsResponse)(nil),           // 14: podfsm.v1.IDsResponse
-	(*IDPool)(nil),                // 15: podfsm.v1.IDPool
-	(*QuarantinedIDs)(nil),        // 16: podfsm.v1.QuarantinedIDs
-	(*IDHolder)(nil),              // 17: podfsm.v1.IDHolder
-	(*IDRefusal)(nil),             // 18: podfsm.v1.IDRefusal
-	nil,                           // 19: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
+	(*DoctorRequest)(nil),         // 0: podfsm.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 1: podfsm.v1.DoctorResponse
+	(*Finding)(nil),               // 2: podfsm.v1.Finding
+	(*LeaksRequest)(nil),          // 3: podfsm.v1.LeaksRequest
+	(*LeaksResponse)(nil),         // 4: podfsm.v1.LeaksResponse
+	(*Leak)(nil),                  // 5: podfsm.v1.Leak
+	(*ListRequest)(nil),           // 6: podfsm.v1.ListRequest
+	(*ListResponse)(nil),          // 7: podfsm.v1.ListResponse
+	(*InspectRequest)(nil),        // 8: podfsm.v1.InspectRequest
+	(*InspectResponse)(nil),       // 9: podfsm.v1.InspectResponse
+	(*Sandbox)(nil),               // 10: podfsm.v1.Sandbox
+	(*UserNamespace)(nil),         // 11: podfsm.v1.UserNamespace
+	(*IDMapping)(nil),             // 12: podfsm.v1.IDMapping
+	(*Debt)(nil),                  // 13: podfsm.v1.Debt
+	(*Step)(nil),                  // 14: podfsm.v1.Step
+	(*Transition)(nil),            // 15: podfsm.v1.Transition
+	(*IDsRequest)(nil),            // 16: podfsm.v1.IDsRequest
+	(*IDsResponse)(nil),           // 17: podfsm.v1.IDsResponse
+	(*IDPool)(nil),                // 18: podfsm.v1.IDPool
+	(*QuarantinedIDs)(nil),        // 19: podfsm.v1.QuarantinedIDs
+	(*IDHolder)(nil),              // 20: podfsm.v1.IDHolder
+	(*IDRefusal)(nil),             // 21: podfsm.v1.IDRefusal
+	nil,                           // 22: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
-	2,  // 0: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
-	7,  // 1: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
-	7,  // 2: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	11, // 3: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
-	12, // 4: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	20, // 5: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	20, // 6: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
-	8,  // 7: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
-	10, // 8: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
-	9,  // 9: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
-	9,  // 10: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	20, // 11: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	20, // 12: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	20, // 13: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	21, // 14: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	19, // 15: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	20, // 16: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	15, // 17: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
-	17, // 18: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
-	18, // 19: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
-	16, // 20: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
-	8,  // 21: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
-	8,  // 22: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
-	20, // 23: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
-	20, // 24: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
-	3,  // 25: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	5,  // 26: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	13, // 27: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
-	0,  // 28: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
-	4,  // 29: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	6,  // 30: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	14, // 31: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
-	1,  // 32: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
-	29, // [29:33] is the sub-list for method output_type
-	25, // [25:29] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	2,  // 0: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
+	5,  // 1: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
+	10, // 2: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
+	10, // 3: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	14, // 4: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
+	15, // 5: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
+	23, // 6: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	23, // 7: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	11, // 8: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
+	13, // 9: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
+	12, // 10: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
+	12, // 11: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
+	23, // 12: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
+	23, // 13: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
+	23, // 14: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	24, // 15: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	22, // 16: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	23, // 17: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	18, // 18: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
+	20, // 19: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
+	21, // 20: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
+	19, // 21: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
+	11, // 22: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
+	11, // 23: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
+	23, // 24: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
+	23, // 25: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
+	6,  // 26: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	8,  // 27: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	16, // 28: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
+	3,  // 29: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	0,  // 30: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
+	7,  // 31: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	9,  // 32: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	17, // 33: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
+	4,  // 34: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	1,  // 35: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
+	31, // [31:36] is the sub-list for method output_type
+	26, // [26:31] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -1628,7 +1820,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,7 @@ const (
 	Sandboxes_Inspect_FullMethodName = "/podfsm.v1.Sandboxes/Inspect"
 	Sandboxes_IDs_FullMethodName     = "/podfsm.v1.Sandboxes/IDs"
 	Sandboxes_Leaks_FullMethodName   = "/podfsm.v1.Sandboxes/Leaks"
+	Sandboxes_Doctor_FullMethodName  = "/podfsm.v1.Sandboxes/Doctor"
 )
 
 // SandboxesClient is the client API for Sandboxes service.
@@ -50,6 +51,10 @@ type SandboxesClient interface {
 	// name of a sandbox that nobody knows. It takes some seconds where there is
 	// any: it looks twice.
 	Leaks(ctx context.Context, in *LeaksRequest, opts ...grpc.CallOption) (*LeaksResponse, error)
+	// Doctor examines the node: whether it has what podfsm's pods need. It answers
+	// also where podfsm itself can't run pods, within some seconds. What it makes
+	// for its tries is gone when it answers.
+	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
 }
 
 type sandboxesClient struct {
@@ -100,6 +105,16 @@ func (c *sandboxesClient) Leaks(ctx context.Context, in *LeaksRequest, opts ...g
 	return out, nil
 }
 
+func (c *sandboxesClient) Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DoctorResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_Doctor_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxesServer is the server API for Sandboxes service.
 // All implementations must embed UnimplementedSandboxesServer
 // for forward compatibility.
@@ -121,6 +136,10 @@ type SandboxesServer interface {
 	// name of a sandbox that nobody knows. It takes some seconds where there is
 	// any: it looks twice.
 	Leaks(context.Context, *LeaksRequest) (*LeaksResponse, error)
+	// Doctor examines the node: whether it has what podfsm's pods need. It answers
+	// also where podfsm itself can't run pods, within some seconds. What it makes
+	// for its tries is gone when it answers.
+	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
 
@@ -142,6 +161,9 @@ func (UnimplementedSandboxesServer) IDs(context.Context, *IDsRequest) (*IDsRespo
 }
 func (UnimplementedSandboxesServer) Leaks(context.Context, *LeaksRequest) (*LeaksResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Leaks not implemented")
+}
+func (UnimplementedSandboxesServer) Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Doctor not implemented")
 }
 func (UnimplementedSandboxesServer) mustEmbedUnimplementedSandboxesServer() {}
 func (UnimplementedSandboxesServer) testEmbeddedByValue()                   {}
@@ -236,6 +258,24 @@ func _Sandboxes_Leaks_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxes_Doctor_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DoctorRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).Doctor(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_Doctor_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).Doctor(ctx, req.(*DoctorRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxes_ServiceDesc is the grpc.ServiceDesc for Sandboxes service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -258,6 +298,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Leaks",
 			Handler:    _Sandboxes_Leaks_Handler,
+		},
+		{
+			MethodName: "Doctor",
+			Handler:    _Sandboxes_Doctor_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

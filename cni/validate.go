@@ -1,0 +1,67 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+)
+
+// versionPipes is how long to wait for what a plugin has left behind that was asked for its versions.
+const versionPipes = time.Second
+
+// Validate looks for the programs of a network's plugins, those of its IPAM included, and asks each which CNI versions it speaks (CNI
+// specification, VERSION). It changes nothing.
+//
+// Errors: FailedPrecondition, naming each plugin that isn't there, can't be run, or doesn't speak the network's version.
+func Validate(ctx context.Context, config Config, network Network) error {
+	list, err := network.list()
+	if err != nil {
+		return fmt.Errorf("its configuration is invalid: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	asking := &executor{pipeTimeout: versionPipes}
+	var errs []error
+	for _, plugin := range plugins(list) {
+		if err := asking.validate(ctx, plugin, list.CNIVersion, config.BinDirs); err != nil {
+			errs = append(errs, fmt.Errorf("plugin %q: %w: %w", plugin, err, errdefs.ErrFailedPrecondition))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// plugins are the types of a list's plugins and of their IPAM plugins, each once.
+func plugins(list *libcni.NetworkConfigList) []string {
+	var types []string
+	for _, p := range list.Plugins {
+		var conf struct{ IPAM struct{ Type string } }
+		_ = json.Unmarshal(p.Bytes, &conf) // a plugin may have an ipam of another form
+		for _, plugin := range []string{p.Network.Type, conf.IPAM.Type} {
+			if plugin != "" && !slices.Contains(types, plugin) {
+				types = append(types, plugin)
+			}
+		}
+	}
+	return types
+}
+
+func (e *executor) validate(ctx context.Context, plugin, version string, binDirs []string) error {
+	path, err := invoke.FindInPath(plugin, binDirs)
+	if err != nil {
+		return err
+	}
+	info, err := invoke.GetVersionInfo(ctx, path, e)
+	if err != nil {
+		return fmt.Errorf("%s can't be asked for its versions: %w", path, err)
+	}
+	if spoken := info.SupportedVersions(); version != "" && !slices.Contains(spoken, version) {
+		return fmt.Errorf("%s speaks CNI %s, not %s", path, strings.Join(spoken, ", "), version)
+	}
+	return nil
+}

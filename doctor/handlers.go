@@ -1,0 +1,68 @@
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"strings"
+)
+
+// controller says whether podfsm itself runs pods.
+func controller(_ context.Context, n Node) []Finding {
+	if n.Refusal == nil {
+		return []Finding{unknown("containerd is down", "start containerd")}
+	}
+	if err := n.Refusal(); err != nil {
+		return []Finding{fail(NoPods, err.Error(), "correct what it names and restart containerd: until then podfsm refuses every pod")}
+	}
+	return []Finding{ok("it runs pods")}
+}
+
+// handlers lists those of podfsm's.
+func handlers(_ context.Context, n Node) []Finding {
+	if n.Config == nil {
+		return unconfigured()
+	}
+	if len(n.Config.Handlers) == 0 {
+		return []Finding{warn("no runtime handler has sandboxer = \"podfsm\", so podfsm runs no pods",
+			"set sandboxer = \"podfsm\" in [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.NAME] and restart containerd")}
+	}
+	var texts []string
+	for _, h := range n.Config.Handlers {
+		text := fmt.Sprintf("%s (users by %s)", h.Name, h.Mode)
+		if h.Default {
+			text = fmt.Sprintf("%s (the default, users by %s)", h.Name, h.Mode)
+		}
+		texts = append(texts, text)
+	}
+	return []Finding{ok(strings.Join(texts, ", "))}
+}
+
+// snapshotters looks whether they are there and say that they map ids.
+func snapshotters(_ context.Context, n Node) []Finding {
+	if n.Config == nil {
+		return unconfigured()
+	}
+	var found []Finding
+	for _, g := range grouped(n.Config.Handlers, func(h Handler) Snapshotter { return h.Snapshotter }, equal) {
+		f := ok(fmt.Sprintf("%s offers remap-ids", g.of.Name))
+		switch {
+		case !g.of.Loaded:
+			f = fail(AllPods, fmt.Sprintf("containerd has not loaded the snapshotter %s", g.of.Name),
+				"look for it in ctr plugins ls and containerd's log, or set snapshotter = \"overlayfs\" for the handler")
+		case !g.of.RemapIDs:
+			f = fail(UserNSPods, fmt.Sprintf("%s doesn't offer remap-ids", g.of.Name),
+				"set snapshotter = \"overlayfs\" for the handler, with Linux 5.19 or later, and restart containerd")
+		}
+		f.Subject, f.Handlers = g.subject(), g.handlers
+		found = append(found, f)
+	}
+	return orNone(found)
+}
+
+// orNone is what checks of handlers say that find none.
+func orNone(found []Finding) []Finding {
+	if len(found) == 0 {
+		return []Finding{ok("no handler is podfsm's")}
+	}
+	return found
+}

@@ -1,0 +1,132 @@
+package doctor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/cni"
+)
+
+// networks reads the CNI configurations and looks for their plugins.
+func networks(ctx context.Context, n Node) []Finding {
+	if n.Config == nil {
+		return unconfigured()
+	}
+	same := func(a, b cni.Config) bool {
+		return a.ConfDir == b.ConfDir && a.MaxConfNum == b.MaxConfNum && slices.Equal(a.BinDirs, b.BinDirs)
+	}
+	var found []Finding
+	for _, g := range grouped(n.Config.Handlers, func(h Handler) cni.Config { return h.Network }, same) {
+		f := networksIn(ctx, g.of)
+		f.Subject = g.subject()
+		found = append(found, f)
+	}
+	return orNone(found)
+}
+
+func networksIn(ctx context.Context, config cni.Config) Finding {
+	loaded, err := cni.Load(config)
+	if err != nil {
+		return fail(NoPods, err.Error(), "put a CNI configuration that can be read into "+config.ConfDir)
+	}
+	var texts, missing []string
+	for _, network := range loaded {
+		if err := cni.Validate(ctx, config, network); err != nil {
+			missing = append(missing, fmt.Sprintf("network %q: %v", network.Name, err))
+		}
+		texts = append(texts, describe(network))
+	}
+	if len(missing) > 0 {
+		return fail(NoPods, strings.Join(missing, "; "), "install the plugins that are missing or too old into "+strings.Join(config.BinDirs, " or "))
+	}
+	return ok(strings.Join(texts, "; "))
+}
+
+// describe is a network in a few words.
+func describe(n cni.Network) string {
+	var list struct {
+		Version string `json:"cniVersion"`
+		Plugins []struct{ Type string }
+	}
+	_ = json.Unmarshal(n.Conflist, &list) // Load has read it
+	var types []string
+	for _, p := range list.Plugins {
+		types = append(types, p.Type)
+	}
+	text := fmt.Sprintf("%s: %s, CNI %s", n.Name, strings.Join(types, ", "), list.Version)
+	if !n.Collected() {
+		text += ", without GC"
+	}
+	return text
+}
+
+// netNSDirectory pins a namespace in the directory, and looks whether other processes see such a pin.
+func netNSDirectory(_ context.Context, n Node) []Finding {
+	if n.Config == nil {
+		return unconfigured()
+	}
+	dir := n.Config.NetNSDir
+	if err := tryPin(dir); err != nil {
+		return []Finding{fail(NetworkPods, err.Error(), fmt.Sprintf("make %s a directory on a filesystem that can be written", dir))}
+	}
+	shared, mount, err := isShared(dir)
+	switch {
+	case err != nil:
+		return []Finding{unknown(err.Error(), "findmnt -o TARGET,PROPAGATION -T "+dir)}
+	case !shared:
+		return []Finding{warn(fmt.Sprintf("the mount of %s, %s, is private: no process in another mount namespace sees what is pinned there, such as a network add-on's", dir, mount),
+			fmt.Sprintf("mount --bind %s %s && mount --make-shared %s, before pods run", dir, dir, dir))}
+	default:
+		return []Finding{ok(dir + " is on a shared mount, and a namespace can be pinned there")}
+	}
+}
+
+// tryPin mounts this process's network namespace on a file in dir, as podfsm does with those of pods, in a mount namespace of its own.
+// The directory is made if need be, as at the first pod.
+func tryPin(dir string) (err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	file, err := os.CreateTemp(dir, tryDir+"*")
+	if err != nil {
+		return fmt.Errorf("failed to make a file in %s: %w", dir, errors.Unwrap(err))
+	}
+	defer func() { err = nameless(errors.Join(err, os.Remove(file.Name())), file.Name()) }()
+	file.Close()
+	return inPrivateMounts(func() error {
+		if err := unix.Mount("/proc/thread-self/ns/net", file.Name(), "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("failed to pin a network namespace at %s: %w", file.Name(), err)
+		}
+		return nil
+	})
+}
+
+// isShared says whether what is mounted in dir is seen in other mount namespaces, and which mount dir is on.
+func isShared(dir string) (shared bool, mount string, err error) {
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return false, "", err
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.ParentsFilter(real))
+	if err != nil || len(mounts) == 0 {
+		return false, "", errors.Join(err, fs.ErrNotExist)
+	}
+	// The one with the longest path; of several there, the last one hides the others.
+	over := mounts[0]
+	for _, m := range mounts {
+		if len(m.Mountpoint) >= len(over.Mountpoint) {
+			over = m
+		}
+	}
+	return strings.Contains(over.Optional, "shared:"), over.Mountpoint, nil
+}

@@ -1,0 +1,290 @@
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// examine runs podfsm doctor, whose exit status must be as the findings are.
+func examine(t *testing.T, n *harness.Node) []*podfsmv1.Finding {
+	t.Helper()
+	out, errOut, code := cli(t, n, "doctor", "-o", "json")
+	var response podfsmv1.DoctorResponse
+	require.NoError(t, protojson.Unmarshal([]byte(out), &response), errOut)
+	want := 0
+	for _, f := range response.GetFindings() {
+		if f.GetVerdict() == "fail" {
+			want = 2
+		}
+		require.Equal(t, f.GetVerdict() == "ok", f.GetRemedy() == "", "%v", f)
+		require.NotEmpty(t, f.GetEvidence(), "%v", f)
+	}
+	require.Equal(t, want, code, errOut)
+	return response.GetFindings()
+}
+
+// findingOf is the finding of a check, and of a part of it unless that is "".
+func findingOf(t *testing.T, findings []*podfsmv1.Finding, check, subject string) *podfsmv1.Finding {
+	t.Helper()
+	for _, f := range findings {
+		if f.GetCheck() == check && (subject == "" || f.GetSubject() == subject) {
+			return f
+		}
+	}
+	require.Fail(t, "no such finding", "%s %s in %v", check, subject, findings)
+	return nil
+}
+
+// ailment is something that a check of the doctor is about.
+type ailment struct {
+	name           string
+	inflict        func(t *testing.T, n *harness.Node) (cure func())
+	check, subject string
+	verdict        string
+	evidence       []string // what it says, among other things
+	remedy         string   // likewise
+	refused        string   // the pods that are: as in Finding.refused_pods
+}
+
+// away moves a file away.
+func away(path string) func(*testing.T, *harness.Node) func() {
+	return func(t *testing.T, n *harness.Node) func() {
+		hidden := filepath.Join(n.Dir(), "hidden")
+		require.NoError(t, os.Rename(filepath.Join(n.Dir(), path), hidden))
+		return func() { require.NoError(t, os.Rename(hidden, filepath.Join(n.Dir(), path))) }
+	}
+}
+
+// replaced puts another file in the place of one; REAL in its content is the path of that.
+func replaced(path, content string, mode os.FileMode) func(*testing.T, *harness.Node) func() {
+	return func(t *testing.T, n *harness.Node) func() {
+		back := away(path)(t, n)
+		file := filepath.Join(n.Dir(), path)
+		require.NoError(t, os.WriteFile(file, []byte(strings.ReplaceAll(content, "REAL", filepath.Join(n.Dir(), "hidden"))), mode))
+		return func() {
+			require.NoError(t, os.Remove(file))
+			back()
+		}
+	}
+}
+
+// covered mounts a filesystem on a directory.
+func covered(path, filesystem, options string) func(*testing.T, *harness.Node) func() {
+	return func(t *testing.T, n *harness.Node) func() {
+		dir := filepath.Join(n.Dir(), path)
+		require.NoError(t, unix.Mount(filesystem, dir, filesystem, 0, options))
+		return func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) }
+	}
+}
+
+// netNSDir is where a node's pods have their network namespaces.
+const netNSDir = "state/io.containerd.grpc.v1.cri/netns"
+
+// bound mounts the directory of network namespaces on itself.
+func bound(flags uintptr) func(*testing.T, *harness.Node) func() {
+	return func(t *testing.T, n *harness.Node) func() {
+		dir := filepath.Join(n.Dir(), netNSDir)
+		require.NoError(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+		require.NoError(t, unix.Mount("", dir, "", flags, ""))
+		return func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) }
+	}
+}
+
+// Runtimes that are the real one, but for what they say of themselves.
+const (
+	forgetsIDMap = `#!/bin/sh
+if [ "$1" = features ]; then REAL features | sed 's/"idmap"/"else"/'; else exec REAL "$@"; fi
+`
+	knowsNoFeatures = `#!/bin/sh
+if [ "$1" = features ]; then echo unknown command >&2; exit 1; else exec REAL "$@"; fi
+`
+)
+
+var ailments = []ailment{
+	{
+		name: "a runtime without idmapped mounts", inflict: replaced("bin/runc", forgetsIDMap, 0o755),
+		check: "runtime", verdict: "fail", evidence: []string{"bin/runc", "no idmapped mounts"}, remedy: "install runc 1.2 or later", refused: "with a user namespace",
+	},
+	{
+		name: "a runtime without the command features", inflict: replaced("bin/runc", knowsNoFeatures, 0o755),
+		check: "runtime", verdict: "fail", evidence: []string{"exit status 1: unknown command"}, remedy: "install runc", refused: "with a user namespace",
+	},
+	{
+		name: "no runtime", inflict: away("bin/runc"),
+		check: "runtime", verdict: "fail", evidence: []string{"bin/runc", "no such file"}, remedy: "install the runtime", refused: "all",
+	},
+	{
+		name: "a filesystem for snapshots that can't be mapped", inflict: covered("root/io.containerd.snapshotter.v1.overlayfs", "ramfs", ""),
+		check: "overlay", subject: "idmap", verdict: "fail", evidence: []string{"io.containerd.snapshotter.v1.overlayfs", "invalid argument"}, remedy: "put the directory on ext4", refused: "with a user namespace",
+	},
+	{
+		name: "a filesystem for snapshots without metacopy", inflict: covered("root/io.containerd.snapshotter.v1.overlayfs", "ramfs", ""),
+		check: "overlay", subject: "metacopy", verdict: "warn", evidence: []string{"no metacopy"}, remedy: "extended attributes",
+	},
+	{
+		name: "a closed state directory", inflict: func(t *testing.T, n *harness.Node) func() {
+			dir := filepath.Join(n.Dir(), "state")
+			require.NoError(t, os.Chmod(dir, 0o700))
+			return func() { require.NoError(t, os.Chmod(dir, 0o711)) }
+		},
+		check: "directories", verdict: "fail", evidence: []string{"/state has mode 0700"}, remedy: "chmod o+x ", refused: "with a user namespace",
+	},
+	{
+		name: "a directory of network namespaces that can't be written", inflict: bound(unix.MS_REMOUNT | unix.MS_BIND | unix.MS_RDONLY),
+		check: "netns directory", verdict: "fail", evidence: []string{"read-only"}, remedy: "can be written", refused: "with a network of their own",
+	},
+	{
+		name: "a private directory of network namespaces", inflict: bound(unix.MS_PRIVATE),
+		check: "netns directory", verdict: "warn", evidence: []string{netNSDir, "private"}, remedy: "mount --make-shared",
+	},
+	{
+		name: "a CNI plugin that is missing", inflict: away("cni/bin/portmap"),
+		check: "networks", verdict: "fail", evidence: []string{`plugin "portmap"`, "failed to find"}, remedy: "cni/bin",
+	},
+	{
+		name: "an IPAM plugin that is missing", inflict: away("cni/bin/host-local"),
+		check: "networks", verdict: "fail", evidence: []string{`plugin "host-local"`, "failed to find"}, remedy: "cni/bin",
+	},
+	{
+		name: "a CNI plugin that can't be executed", inflict: replaced("cni/bin/portmap", "#!/bin/sh", 0o644),
+		check: "networks", verdict: "fail", evidence: []string{`plugin "portmap"`, "permission denied"}, remedy: "cni/bin",
+	},
+	{
+		name: "a CNI plugin of long ago", inflict: replaced("cni/bin/portmap", "#!/bin/sh\n"+`echo '{"cniVersion": "0.2.0", "supportedVersions": ["0.1.0", "0.2.0"]}'`, 0o755),
+		check: "networks", verdict: "fail", evidence: []string{`plugin "portmap"`, "speaks CNI 0.1.0, 0.2.0, not 1."}, remedy: "too old",
+	},
+	{
+		name: "no CNI configuration", inflict: func(t *testing.T, n *harness.Node) func() {
+			files, err := filepath.Glob(filepath.Join(n.CNIConfDir(), "*"))
+			require.NoError(t, err)
+			require.Len(t, files, 1)
+			relative, err := filepath.Rel(n.Dir(), files[0])
+			require.NoError(t, err)
+			return away(relative)(t, n)
+		},
+		check: "networks", verdict: "fail", evidence: []string{"no CNI network is configured"}, remedy: "cni/net.d",
+	},
+	{
+		name: "a CNI configuration that can't be read", inflict: func(t *testing.T, n *harness.Node) func() {
+			file := filepath.Join(n.CNIConfDir(), "00-broken.conflist")
+			require.NoError(t, os.WriteFile(file, []byte(`{"name": "broken`), 0o644))
+			return func() { require.NoError(t, os.Remove(file)) }
+		},
+		check: "networks", verdict: "fail", evidence: []string{"00-broken.conflist"}, remedy: "that can be read",
+	},
+	{
+		name: "a full filesystem", inflict: covered("state/"+pluginDir, "tmpfs", "size=512k"),
+		check: "disk space", verdict: "fail", evidence: []string{"state/" + pluginDir, "512KiB free"}, remedy: "free some space",
+	},
+	{
+		name: "a filesystem with little space", inflict: covered("state/"+pluginDir, "tmpfs", "size=8m"),
+		check: "disk space", verdict: "warn", evidence: []string{"state/" + pluginDir, "8MiB free"}, remedy: "free some space",
+	},
+	{
+		name: "a filesystem without inodes", inflict: covered("state/"+pluginDir, "tmpfs", "nr_inodes=9"),
+		check: "disk space", verdict: "fail", evidence: []string{"and 8 inodes"}, remedy: "free some space",
+	},
+	{
+		name: "a ledger whose file was deleted", inflict: away(ledgerLog),
+		check: "ledger", verdict: "fail", evidence: []string{"ledger.log: no such file"}, remedy: "restart containerd",
+	},
+	{
+		name: "a ledger that was damaged", inflict: func(t *testing.T, n *harness.Node) func() {
+			require.NoError(t, n.Kill(t.Context()))
+			damages[3].do(t, filepath.Join(n.Dir(), ledgerDB))
+			require.NoError(t, n.Start(t.Context()))
+			return func() { removeKept(t, n) }
+		},
+		check: "ledger", verdict: "warn", evidence: []string{"ledger.db.damaged-1: "}, remedy: "rm /",
+	},
+	{
+		name: "a cleanup that is owed", inflict: func(t *testing.T, n *harness.Node) func() {
+			owed := owe(t, n)
+			return func() {
+				require.NoError(t, n.Heal())
+				payNow(t, n, owed)
+			}
+		},
+		check: "debts", verdict: "warn", evidence: []string{"the cleanup of 1 sandboxes is owed"}, remedy: "podfsm debts",
+	},
+}
+
+// TestDoctor breaks each thing that the doctor looks at and can be broken while containerd runs. The verdict is another then, and pods that
+// need the thing are refused with the remedy; once it is repaired they run.
+func TestDoctor(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for _, f := range examine(t, n) {
+		require.Contains(t, []string{"ok", "warn"}, f.GetVerdict(), "%v", f)
+	}
+	require.Contains(t, n.Log(), "podfsm: doctor: made ")
+	require.NotContains(t, n.Log(), "level=error msg=\"podfsm: doctor")
+
+	for _, a := range ailments {
+		t.Run(a.name, func(t *testing.T) {
+			if a.check == "netns directory" {
+				defer bound(unix.MS_SHARED)(t, n)() // whatever the machine's own mounts are
+			}
+			require.Equal(t, "ok", findingOf(t, examine(t, n), a.check, a.subject).GetVerdict())
+			cure := sync.OnceFunc(a.inflict(t, n))
+			defer cure()
+			found := findAiling(t, examine(t, n), a)
+			require.Contains(t, found.GetRemedy(), a.remedy)
+			require.Equal(t, a.refused, found.GetRefusedPods())
+			if a.refused != "" {
+				requireTurnedAway(t, n, found)
+			}
+			if a.refused != "" && a.check != "overlay" && a.refused != "all" {
+				require.NoError(t, runAndRemove(t, n, n.PodConfig("spared", harness.HostUsers(), harness.HostNetwork())))
+			}
+			cure()
+			require.NoError(t, runAndRemove(t, n, n.PodConfig("cured")))
+			require.Equal(t, "ok", findingOf(t, examine(t, n), a.check, a.subject).GetVerdict())
+		})
+		n.RequireClean(t, before)
+	}
+}
+
+// findAiling is the finding with an ailment's verdict and evidence.
+func findAiling(t *testing.T, findings []*podfsmv1.Finding, a ailment) *podfsmv1.Finding {
+	t.Helper()
+	for _, f := range findings {
+		matches := f.GetCheck() == a.check && (a.subject == "" || f.GetSubject() == a.subject) && f.GetVerdict() == a.verdict
+		for _, says := range a.evidence {
+			matches = matches && strings.Contains(f.GetEvidence(), says)
+		}
+		if matches {
+			return f
+		}
+	}
+	require.Fail(t, "the doctor doesn't see it", "%v", findings)
+	return nil
+}
+
+// requireTurnedAway has a pod that needs what is missing refused, in the same words each time.
+func requireTurnedAway(t *testing.T, n *harness.Node, found *podfsmv1.Finding) {
+	t.Helper()
+	var texts []string
+	for range 2 {
+		err := failRun(t, n, harness.PodfsmHandler, n.PodConfig("refused"))
+		require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+		for _, says := range []string{"step allocate_ids", `"default/refused"`, found.GetCheck(), found.GetRemedy()} {
+			require.ErrorContains(t, err, says)
+		}
+		texts = append(texts, err.Error())
+	}
+	require.Equal(t, texts[0], texts[1])
+}

@@ -1,0 +1,191 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/plugin"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// examination is the node's doctor, and what it does when containerd starts.
+type examination struct {
+	doctor *doctor.Doctor
+	once   sync.Once
+	work   sync.WaitGroup
+}
+
+// callDoctor makes the doctor of this node, whatever has become of the rest of the controller: who can't run pods has most to ask of it.
+// It never fails containerd's start.
+func (c *Controller) callDoctor(ic *plugin.InitContext) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
+		}
+	}()
+	config, _ := ic.Config.(*Config)
+	rootDir, stateDir := ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]
+	c.exam.doctor = doctor.New(doctor.Node{
+		Proc:       "/proc",
+		Sys:        "/sys",
+		Etc:        "/etc",
+		SystemdDir: "/run/systemd/system",
+		Daemon:     os.Getpid(),
+		Root:       filepath.Dir(rootDir),
+		State:      filepath.Dir(stateDir),
+		Config:     c.examined(ic, config),
+		Overlays:   doctor.KernelOverlays{},
+		Refusal:    c.refused,
+		Ledger:     func() (doctor.Ledger, error) { return c.examineLedger(rootDir, stateDir) },
+	})
+	if c.node != nil {
+		c.node.doctor = c.exam.doctor
+	}
+}
+
+// examined is what the doctor has to know of the configuration; nil where containerd's could not be read.
+func (c *Controller) examined(ic *plugin.InitContext, config *Config) *doctor.Config {
+	if len(c.stock.Containerd.Runtimes) == 0 {
+		return nil
+	}
+	examined := &doctor.Config{
+		NetNSDir:            c.stock.netNSDir(),
+		RestrictOOMScoreAdj: c.stock.RestrictOOMScoreAdj,
+		Pool:                config.Pool.User != "" || len(config.Pool.Ranges) > 0,
+		PoolUser:            config.Pool.User,
+	}
+	for name, h := range c.stock.Containerd.Runtimes {
+		if h.Sandboxer == Name {
+			examined.Handlers = append(examined.Handlers, c.examinedHandler(ic, name, h))
+		}
+	}
+	slices.SortFunc(examined.Handlers, func(a, b doctor.Handler) int { return strings.Compare(a.Name, b.Name) })
+	return examined
+}
+
+func (c *Controller) examinedHandler(ic *plugin.InitContext, name string, h handler) doctor.Handler {
+	examined := doctor.Handler{
+		Name:        name,
+		Default:     name == c.stock.Containerd.DefaultRuntimeName,
+		Shim:        h.Type,
+		Snapshotter: examinedSnapshotter(ic, c.stock.snapshotter(h)),
+		Network:     networkConfig(c.stock, &Spec{Handler: name}),
+		Mode:        c.policies.of(name).Mode,
+	}
+	if h.Path != "" {
+		examined.Shim = h.Path
+	}
+	if h.Type == plugins.RuntimeRuncV2 {
+		examined.Binary, _ = h.Options["BinaryName"].(string)
+		if examined.Binary == "" {
+			examined.Binary = "runc" // as the shim has it
+		}
+		examined.SystemdCgroup, _ = h.Options["SystemdCgroup"].(bool)
+	}
+	return examined
+}
+
+// examinedSnapshotter is a snapshotter as its plugin describes it. All were loaded before this plugin.
+func examinedSnapshotter(ic *plugin.InitContext, name string) doctor.Snapshotter {
+	examined := doctor.Snapshotter{Name: name}
+	loaded := ic.Plugins().Get(plugins.SnapshotPlugin, name)
+	if loaded == nil {
+		return examined
+	}
+	if _, err := loaded.Instance(); err == nil {
+		examined.Loaded = true
+		examined.Root = loaded.Meta.Exports[plugins.SnapshotterRootDir]
+		examined.RemapIDs = slices.Contains(loaded.Meta.Capabilities, "remap-ids")
+	}
+	return examined
+}
+
+// examineLedger looks at the ledger that the controller has open.
+func (c *Controller) examineLedger(rootDir, stateDir string) (doctor.Ledger, error) {
+	l := doctor.Ledger{Dirs: []string{rootDir, stateDir}, Files: journal.Files(rootDir, stateDir)}
+	if c.ledger == nil {
+		return l, c.well()
+	}
+	aside, err := c.ledger.Aside()
+	if err != nil {
+		return l, err
+	}
+	l.Damaged = records.Damaged(c.ledger.Damage(), aside)
+	if c.engine != nil {
+		for _, view := range c.engine.List() {
+			if view.State == states.CleanupOwed {
+				l.Owed++
+			}
+		}
+	}
+	return l, nil
+}
+
+// examineAtStart examines the node once, without keeping containerd's start waiting, and logs what is wrong.
+func (c *Controller) examineAtStart() {
+	if c.exam.doctor == nil {
+		return
+	}
+	c.exam.once.Do(func() {
+		c.exam.work.Go(func() {
+			begun := time.Now()
+			logFindings(c.exam.doctor.Examine(context.Background()), begun)
+		})
+	})
+}
+
+// logFindings has a line for each failure, and one for the rest.
+func logFindings(found []doctor.Finding, begun time.Time) {
+	var warnings []string
+	for _, f := range found {
+		switch f.Verdict {
+		case doctor.Fail:
+			log.L.WithFields(log.Fields{"check": f.Check, "subject": f.Subject, "remedy": f.Remedy}).Errorf("podfsm: doctor: %s: %s", f.Title(), f.Evidence)
+		case doctor.Warn, doctor.Unknown:
+			warnings = append(warnings, f.Title())
+		}
+	}
+	log.L.WithFields(log.Fields{"warnings": warnings, "seconds": time.Since(begun).Seconds()}).
+		Infof("podfsm: doctor: made %d checks, with %d warnings; podfsm doctor shows them", len(found), len(warnings))
+}
+
+// close ends the examination and waits for it.
+func (e *examination) close() {
+	if e.doctor != nil {
+		e.doctor.Close()
+	}
+	e.work.Wait()
+}
+
+// lacks fails if the node lacks what a sandbox needs.
+func (n *node) lacks(ctx context.Context, spec *Spec) error {
+	return n.doctor.Admit(ctx, doctor.Need{
+		Handler: n.stock.handlerName(spec.Handler),
+		UserNS:  spec.Mapping != nil || spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode,
+		Network: spec.NetworkIsOurs(),
+	})
+}
+
+// Doctor examines the node.
+func (a *api) Doctor(ctx context.Context, _ *podfsmv1.DoctorRequest) (*podfsmv1.DoctorResponse, error) {
+	if a.controller.exam.doctor == nil {
+		return nil, errgrpc.ToGRPC(a.controller.well())
+	}
+	return records.Examination(a.controller.exam.doctor.Examine(ctx)), nil
+}
