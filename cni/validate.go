@@ -2,7 +2,6 @@ package cni
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -28,7 +27,7 @@ func Validate(ctx context.Context, config Config, network Network) error {
 	}
 	asking := &executor{pipeTimeout: versionPipes}
 	var errs []error
-	for _, plugin := range plugins(list) {
+	for _, plugin := range programs(list) {
 		if err := asking.validate(ctx, plugin, list.CNIVersion, config.BinDirs); err != nil {
 			errs = append(errs, fmt.Errorf("plugin %q: %w: %w", plugin, err, errdefs.ErrFailedPrecondition))
 		}
@@ -36,13 +35,11 @@ func Validate(ctx context.Context, config Config, network Network) error {
 	return errors.Join(errs...)
 }
 
-// plugins are the types of a list's plugins and of their IPAM plugins, each once.
-func plugins(list *libcni.NetworkConfigList) []string {
+// programs are the types of a list's plugins and of their IPAM plugins, each once.
+func programs(list *libcni.NetworkConfigList) []string {
 	var types []string
 	for _, p := range list.Plugins {
-		var conf struct{ IPAM struct{ Type string } }
-		_ = json.Unmarshal(p.Bytes, &conf) // a plugin may have an ipam of another form
-		for _, plugin := range []string{p.Network.Type, conf.IPAM.Type} {
+		for _, plugin := range []string{p.Network.Type, p.Network.IPAM.Type} {
 			if plugin != "" && !slices.Contains(types, plugin) {
 				types = append(types, plugin)
 			}

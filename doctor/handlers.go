@@ -44,13 +44,13 @@ func snapshotters(_ context.Context, n Node) []Finding {
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) Snapshotter { return h.Snapshotter }, equal) {
-		f := ok(fmt.Sprintf("%s offers remap-ids", g.of.Name))
+		f := ok(fmt.Sprintf("snapshotter %q offers remap-ids", g.of.Name))
 		switch {
 		case !g.of.Loaded:
-			f = fail(AllPods, fmt.Sprintf("containerd has not loaded the snapshotter %s", g.of.Name),
+			f = fail(AllPods, fmt.Sprintf("snapshotter %q isn't loaded", g.of.Name),
 				"look for it in ctr plugins ls and containerd's log, or set snapshotter = \"overlayfs\" for the handler")
 		case !g.of.RemapIDs:
-			f = fail(UserNSPods, fmt.Sprintf("%s doesn't offer remap-ids", g.of.Name),
+			f = fail(UserNSPods, fmt.Sprintf("snapshotter %q can't map ids: it doesn't offer remap-ids", g.of.Name),
 				"set snapshotter = \"overlayfs\" for the handler, with Linux 5.19 or later, and restart containerd")
 		}
 		f.Subject, f.Handlers = g.subject(), g.handlers

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"os"
+	osexec "os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -251,10 +252,138 @@ func TestDoctor(t *testing.T) {
 				require.NoError(t, runAndRemove(t, n, n.PodConfig("spared", harness.HostUsers(), harness.HostNetwork())))
 			}
 			cure()
-			require.NoError(t, runAndRemove(t, n, n.PodConfig("cured")))
+			if a.refused != "" {
+				require.NoError(t, runAndRemove(t, n, n.PodConfig("cured")))
+			}
 			require.Equal(t, "ok", findingOf(t, examine(t, n), a.check, a.subject).GetVerdict())
 		})
 		n.RequireClean(t, before)
+	}
+}
+
+// setting is something that containerd's configuration says, and what the doctor says of it.
+type setting struct {
+	name           string
+	old, new       string // of config.toml; "" is its end
+	check          string
+	verdict        string
+	says           string
+	remedy         string
+	refused        string
+	withCapability string // the verdict where containerd has CAP_SYS_RESOURCE; "" is the same
+}
+
+const podfsmTable = "\n[plugins.'io.containerd.podsandbox.controller.v1.podfsm'."
+
+var settings = []setting{
+	{
+		name: "a snapshotter without remap-ids", old: "sandboxer = 'podfsm'\n", new: "sandboxer = 'podfsm'\nsnapshotter = 'native'\n",
+		check: "snapshotter", verdict: "fail", says: `"native" can't map ids`, remedy: `snapshotter = "overlayfs"`, refused: "with a user namespace",
+	},
+	{
+		name: "the systemd driver without systemd", old: "SystemdCgroup = false", new: "SystemdCgroup = true",
+		check: "cgroups", verdict: "fail", says: "systemd doesn't run here", remedy: "SystemdCgroup = false",
+	},
+	{
+		name: "a runtime that isn't there", old: "/bin/runc'", new: "/bin/nowhere'",
+		check: "runtime", verdict: "fail", says: "/bin/nowhere", remedy: "correct BinaryName", refused: "all",
+	},
+	{
+		name: "another runtime, without the group of the kubelet's directories", old: "/bin/runc'", new: "/bin/bridge'",
+		check: "supplementary groups", verdict: "warn", says: "/bin/bridge", remedy: "SupplementaryGroups=0",
+	},
+	{
+		name: "scores that need a capability", old: "restrict_oom_score_adj = true", new: "restrict_oom_score_adj = false",
+		check: "oom score", verdict: "fail", says: "CAP_SYS_RESOURCE", remedy: "restrict_oom_score_adj = true", withCapability: "ok",
+	},
+	{
+		name: "no handler of podfsm's", old: "sandboxer = 'podfsm'", new: "sandboxer = 'podsandbox'",
+		check: "handlers", verdict: "warn", says: "no runtime handler", remedy: `sandboxer = "podfsm"`,
+	},
+	{
+		name: "a mode for a handler that isn't there", new: podfsmTable + "userns.nobody]\nmode = 'kubelet'\n",
+		check: "podfsm", verdict: "fail", says: "userns.nobody", remedy: "restart containerd",
+	},
+	{
+		name: "a pool of a user without ids", new: podfsmTable + "userns_pool]\nuser = 'podfsm-nobody'\n",
+		check: "id pool", verdict: "fail", says: `"podfsm-nobody"`, remedy: "at least 65536 ids",
+	},
+}
+
+// TestDoctorOfConfiguration gives containerd configurations that keep pods from running. The daemon says so in its log by itself, and
+// refuses the pods, before anybody runs podfsm doctor.
+func TestDoctorOfConfiguration(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	file := filepath.Join(n.Dir(), "config.toml")
+	original, err := os.ReadFile(file)
+	require.NoError(t, err)
+	for _, s := range settings {
+		t.Run(s.name, func(t *testing.T) {
+			require.Equal(t, "ok", findingOf(t, examine(t, n), s.check, "").GetVerdict())
+			changed := string(original) + s.new
+			if s.old != "" {
+				require.Contains(t, string(original), s.old)
+				changed = strings.ReplaceAll(string(original), s.old, s.new)
+			}
+			require.NoError(t, os.WriteFile(file, []byte(changed), 0o644))
+			logged := len(n.Log())
+			require.NoError(t, n.Restart(t.Context()))
+			if s.refused != "" {
+				err := failRun(t, n, harness.PodfsmHandler, n.PodConfig("refused"))
+				require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+				require.ErrorContains(t, err, s.remedy)
+			}
+			found := findingOf(t, examine(t, n), s.check, "")
+			if s.withCapability != "" && hasSysResource(t) {
+				require.Equal(t, s.withCapability, found.GetVerdict())
+				return
+			}
+			require.Equal(t, s.verdict, found.GetVerdict(), "%v", found)
+			require.Contains(t, found.GetEvidence(), s.says)
+			require.Contains(t, found.GetRemedy(), s.remedy)
+			require.Equal(t, s.refused, found.GetRefusedPods())
+			require.Equal(t, s.verdict == "fail", strings.Contains(n.Log()[logged:], "podfsm: doctor: "+s.check), "it is in the log")
+		})
+		require.NoError(t, os.WriteFile(file, original, 0o644))
+		require.NoError(t, n.Restart(t.Context()))
+	}
+}
+
+// hasSysResource says whether processes of this machine have CAP_SYS_RESOURCE.
+func hasSysResource(t *testing.T) bool {
+	t.Helper()
+	have, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
+	require.NoError(t, err)
+	return have == 1
+}
+
+// Where no user namespace can be made the doctor sees it, with the daemon down, too. The limit is that of a user namespace, in which the
+// doctor is root: the node's own would be everybody's.
+func TestDoctorWithoutUserNamespaces(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	require.NoError(t, n.Kill(t.Context()))
+	healthy := findingOf(t, examine(t, n), "user namespaces", "")
+	require.Equal(t, "ok", healthy.GetVerdict(), "%v", healthy)
+	for limit, evidence := range map[string]string{
+		"0": "user.max_user_namespaces = 0",
+		"1": "making one fails",
+	} {
+		t.Run("limit "+limit, func(t *testing.T) {
+			// The first namespace below takes the one that a limit of 1 allows.
+			script := "echo " + limit + " >/proc/sys/user/max_user_namespaces && exec unshare --user --map-root-user \"$@\""
+			if limit == "0" {
+				script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\""
+			}
+			out, err := osexec.CommandContext(t.Context(), "unshare", "--user", "--map-root-user", "sh", "-c", script, "sh",
+				n.CLI(), "--address", n.Socket(), "--root", filepath.Join(n.Dir(), "root"), "--state", filepath.Join(n.Dir(), "state"), "doctor", "-o", "json").Output()
+			require.Error(t, err)
+			var response podfsmv1.DoctorResponse
+			require.NoError(t, protojson.Unmarshal(out, &response))
+			found := findingOf(t, response.GetFindings(), "user namespaces", "")
+			require.Equal(t, "fail", found.GetVerdict(), "%v", found)
+			require.Contains(t, found.GetEvidence(), evidence)
+			require.Contains(t, found.GetRemedy(), "sysctl -w user.max_user_namespaces=")
+		})
 	}
 }
 

@@ -242,6 +242,7 @@ const crun = `#!/bin/sh
 for arg; do
 	[ -f "$arg/config.json" ] && sed -i 's/"ociVersion":"[0-9.]*"/"ociVersion":"1.0.2"/' "$arg/config.json"
 done
+[ "$1" = features ] && exec cat "$(dirname "$0")/features"
 exec unshare --mount sh -c 'umount /sys/fs/cgroup/unified; exec crun "$@"' crun "$@"
 `
 
@@ -281,7 +282,14 @@ func TestOtherHandlers(t *testing.T) {
 	})
 
 	t.Run("crun with a user namespace", func(t *testing.T) {
-		// Without containers: for those containerd wants a runtime that lists its features, which crun 1.8 doesn't.
+		// containerd makes no containers in a pod whose runtime lists no features, and crun 1.8 doesn't.
+		err := failRun(t, n, crunHandler, n.PodConfig("pod"))
+		require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, "another runtime that knows the command features")
+		n.RequireClean(t, before)
+
+		features := `{"linux": {"namespaces": ["user", "network"], "mountExtensions": {"idmap": {"enabled": true}}}}`
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "features"), []byte(features), 0o644))
 		pod, err := n.RunPod(t.Context(), crunHandler, n.PodConfig("pod"))
 		require.NoError(t, err)
 		pid, err := pod.Pid(t.Context())

@@ -175,6 +175,9 @@ func (e *examination) close() {
 
 // lacks fails if the node lacks what a sandbox needs.
 func (n *node) lacks(ctx context.Context, spec *Spec) error {
+	if n.doctor == nil {
+		return nil
+	}
 	return n.doctor.Admit(ctx, doctor.Need{
 		Handler: n.stock.handlerName(spec.Handler),
 		UserNS:  spec.Mapping != nil || spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode,

@@ -38,7 +38,7 @@ type node struct {
 	containers *pause.Containers
 	snapshots  *snapshot.Preparer
 	driver     *cni.Driver
-	doctor     *doctor.Doctor
+	doctor     *doctor.Doctor // nil: nobody examines the node
 }
 
 func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts) *node {

@@ -1,0 +1,267 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/userns"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// works are overlays that can do all, but for what a test has set.
+type works struct{ idmap, metacopy error }
+
+func (w works) IDMap(string) error    { return w.idmap }
+func (w works) Metacopy(string) error { return w.metacopy }
+
+// wellNode is a node in temporary directories that lacks nothing.
+func wellNode(t *testing.T) Node {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, os.Chmod(filepath.Dir(dir), 0o711))
+	n := Node{
+		Proc: filepath.Join(dir, "proc"), Sys: "/sys", Etc: filepath.Join(dir, "etc"), SystemdDir: filepath.Join(dir, "systemd"),
+		Daemon: 7, Root: dir, State: dir, Overlays: works{},
+		Refusal: func() error { return nil },
+		Ledger:  func() (Ledger, error) { return Ledger{Dirs: []string{dir}}, nil },
+	}
+	write(t, n.proc("sys/kernel/osrelease"), "6.18.44-generic\n")
+	write(t, n.proc("sys/user/max_user_namespaces"), "15000\n")
+	write(t, n.proc("7/status"), "Name:\tcontainerd\nGroups:\t0 \nCapEff:\t000001ffffffffff\n")
+	write(t, n.proc("7/oom_score_adj"), "0\n")
+	write(t, filepath.Join(n.Etc, "subuid"), "pods:1000000000:655360\n")
+	write(t, filepath.Join(n.Etc, "subgid"), "pods:1000000000:655360\n")
+	n.Config = &Config{
+		NetNSDir: filepath.Join(dir, "netns"),
+		Handlers: []Handler{{
+			Name: "podfsm", Shim: "/bin/true", Binary: "/bin/true", Mode: userns.ModeKubelet,
+			Snapshotter: Snapshotter{Name: "overlayfs", Loaded: true, Root: dir, RemapIDs: true},
+			Network:     cni.Config{ConfDir: filepath.Join(dir, "net.d"), BinDirs: []string{dir}},
+		}},
+	}
+	return n
+}
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	require.NoError(t, os.WriteFile(path, []byte(content), 0o644))
+}
+
+// Each row is one thing that a file or a setting says, and what the check makes of it.
+func TestChecks(t *testing.T) {
+	without := func(n *Node) { n.Config = nil }
+	for _, test := range []struct {
+		name     string
+		look     func(context.Context, Node) []Finding
+		change   func(t *testing.T, n *Node)
+		verdict  Verdict
+		evidence string
+		remedy   string
+		stops    Pods
+	}{
+		{name: "kernel", look: kernel, verdict: OK, evidence: "6.18.44-generic"},
+		{name: "kernel too old for idmapped overlays", look: kernel, change: file("sys/kernel/osrelease", "5.15.0-91"), verdict: Warn, evidence: "5.15.0-91 is older than 5.19", remedy: "upgrade"},
+		{name: "kernel of an old major version", look: kernel, change: file("sys/kernel/osrelease", "4.20.1"), verdict: Warn, evidence: "4.20.1", remedy: "upgrade"},
+		{name: "kernel without proc", look: kernel, change: func(_ *testing.T, n *Node) { n.Proc = "/nowhere" }, verdict: Unknown, evidence: "no such file", remedy: "mount"},
+		{name: "user namespaces", look: userNamespaces, verdict: OK, evidence: "15000, and one could be made"},
+		{name: "no user namespaces", look: userNamespaces, change: file("sys/user/max_user_namespaces", "0"), verdict: Fail, evidence: "max_user_namespaces = 0", remedy: "sysctl -w", stops: UserNSPods},
+		{name: "few user namespaces", look: userNamespaces, change: file("sys/user/max_user_namespaces", "100"), verdict: Warn, evidence: "= 100", remedy: "sysctl -w"},
+		{name: "kernel without user namespaces", look: userNamespaces, change: func(t *testing.T, n *Node) {
+			require.NoError(t, os.Remove(n.proc("sys/user/max_user_namespaces")))
+		}, verdict: Fail, evidence: "no such file", remedy: "CONFIG_USER_NS", stops: UserNSPods},
+		{name: "pidfd", look: pidfd, verdict: OK, evidence: "PIDFD_GET_NET_NAMESPACE works"},
+		{name: "oom score with the capability", look: oomScore, verdict: OK, evidence: "CAP_SYS_RESOURCE"},
+		{name: "oom score without", look: oomScore, change: file("7/status", "CapEff:\t000001fffeffffff\n"), verdict: Fail, evidence: "oom_score_adj of 0", remedy: "restrict_oom_score_adj = true"},
+		{name: "oom score restricted", look: oomScore, change: func(t *testing.T, n *Node) {
+			file("7/status", "CapEff:\t000001fffeffffff\n")(t, n)
+			n.Config.RestrictOOMScoreAdj = true
+		}, verdict: OK, evidence: "restrict_oom_score_adj"},
+		{name: "oom score of a daemon that is low itself", look: oomScore, change: func(t *testing.T, n *Node) {
+			file("7/status", "CapEff:\t000001fffeffffff\n")(t, n)
+			file("7/oom_score_adj", "-999\n")(t, n)
+		}, verdict: OK, evidence: "is -999"},
+		{name: "supplementary groups for crun", look: supplementaryGroups, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "crun" }, verdict: OK, evidence: "groups of process 7: 0"},
+		{name: "no supplementary groups for crun", look: supplementaryGroups, change: func(t *testing.T, n *Node) {
+			file("7/status", "Groups:\t\n")(t, n)
+			n.Config.Handlers[0].Binary = "/usr/bin/crun"
+		}, verdict: Warn, evidence: "/usr/bin/crun", remedy: "SupplementaryGroups=0"},
+		{name: "no supplementary groups for runc", look: supplementaryGroups, change: func(t *testing.T, n *Node) {
+			file("7/status", "Groups:\t\n")(t, n)
+			n.Config.Handlers[0].Binary = "/opt/runc"
+		}, verdict: OK, evidence: "process 7 has no"},
+		{name: "cgroups", look: cgroups, verdict: OK, evidence: "driver cgroupfs"},
+		{name: "systemd driver", look: cgroups, change: func(t *testing.T, n *Node) {
+			n.Config.Handlers[0].SystemdCgroup = true
+			require.NoError(t, os.Mkdir(n.SystemdDir, 0o755))
+		}, verdict: OK, evidence: "driver systemd"},
+		{name: "systemd driver without systemd", look: cgroups, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].SystemdCgroup = true }, verdict: Fail, evidence: "systemd doesn't run here", remedy: "SystemdCgroup = false"},
+		{name: "no cgroups", look: cgroups, change: func(_ *testing.T, n *Node) { n.Sys = n.Proc }, verdict: Fail, evidence: "fs/cgroup", remedy: "mount"},
+		{name: "handlers", look: handlers, verdict: OK, evidence: "podfsm (users by kubelet)"},
+		{name: "no handlers", look: handlers, change: func(_ *testing.T, n *Node) { n.Config.Handlers = nil }, verdict: Warn, evidence: "no runtime handler", remedy: `sandboxer = "podfsm"`},
+		{name: "snapshotter", look: snapshotters, verdict: OK, evidence: "overlayfs"},
+		{name: "snapshotter without remap-ids", look: snapshotters, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Snapshotter.RemapIDs = false }, verdict: Fail, evidence: "remap-ids", remedy: "overlayfs", stops: UserNSPods},
+		{name: "snapshotter that isn't loaded", look: snapshotters, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Snapshotter.Loaded = false }, verdict: Fail, evidence: "isn't loaded", remedy: "ctr plugins ls", stops: AllPods},
+		{name: "overlay", look: overlays, verdict: OK, evidence: "idmapped overlay mounts work"},
+		{name: "overlay without idmap", look: overlays, change: func(_ *testing.T, n *Node) { n.Overlays = works{idmap: errors.New("no luck")} }, verdict: Fail, evidence: "no luck", remedy: "ext4", stops: UserNSPods},
+		{name: "overlay without idmap, where it isn't needed", look: overlays, change: func(_ *testing.T, n *Node) {
+			n.Overlays = works{idmap: errors.New("no luck")}
+			n.Config.Handlers[0].Snapshotter.Name = ownSnapshotter
+		}, verdict: Warn, evidence: "no luck", remedy: "ext4"},
+		{name: "runtime that prints nothing", look: runtimes, verdict: Fail, evidence: "can't be read", remedy: "install runc", stops: UserNSPods},
+		{name: "runtime that is missing", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "/nowhere/runc" }, verdict: Fail, evidence: "/nowhere/runc", remedy: "BinaryName", stops: AllPods},
+		{name: "shim that is missing", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Shim = "io.containerd.nowhere.v9" }, verdict: Fail, evidence: "containerd-shim-nowhere-v9", remedy: "install the shim", stops: AllPods},
+		{name: "shim of another runtime", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "" }, verdict: Unknown, evidence: "/bin/true", remedy: "documentation"},
+		{name: "directories", look: directories, verdict: OK, evidence: "all may pass"},
+		{name: "closed directories", look: directories, change: func(t *testing.T, n *Node) {
+			n.State = filepath.Join(n.State, "state")
+			require.NoError(t, os.Mkdir(n.State, 0o700))
+			require.NoError(t, os.Chmod(n.Root, 0o750))
+		}, verdict: Fail, evidence: "has mode 0750, ", remedy: "chmod o+x ", stops: UserNSPods},
+		{name: "no pool", look: idPool, verdict: OK, evidence: "no pool"},
+		{name: "pool of a user", look: idPool, change: pool("pods"), verdict: OK, evidence: "655360 uids and 655360 gids"},
+		{name: "pool of nobody", look: idPool, change: pool("nobody-here"), verdict: Fail, evidence: `"nobody-here"`, remedy: "at least 65536 ids"},
+		{name: "ledger that isn't there yet", look: ledger, verdict: OK, evidence: "none yet"},
+		{name: "ledger that can't be opened", look: ledger, change: ledgerWith(Ledger{}, errors.New("no luck")), verdict: Fail, evidence: "no luck", remedy: "damaged"},
+		{name: "ledger that is damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log", "bad sum"}}}, nil), verdict: Warn, evidence: "/x/ledger.log: bad sum", remedy: "start containerd"},
+		{name: "ledger that was damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log.damaged-3", ""}}}, nil), verdict: Warn, evidence: "damaged: /x/ledger.log.damaged-3", remedy: "rm /x/ledger.log.damaged-3"},
+		{name: "debts", look: debts, change: ledgerWith(Ledger{Owed: 3}, nil), verdict: Warn, evidence: "3 sandboxes", remedy: "podfsm debts"},
+		{name: "podfsm that is degraded", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = func() error { return errors.New("bad option") } }, verdict: Fail, evidence: "bad option", remedy: "restart containerd"},
+		{name: "podfsm that is down", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = nil }, verdict: Unknown, evidence: "down", remedy: "start containerd"},
+		{name: "configuration that isn't known", look: runtimes, change: func(_ *testing.T, n *Node) { without(n) }, verdict: Unknown, evidence: "configuration", remedy: "start containerd"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			n := wellNode(t)
+			if test.change != nil {
+				test.change(t, &n)
+			}
+			found := test.look(t.Context(), n)
+			require.NotEmpty(t, found)
+			require.Equal(t, test.verdict, found[0].Verdict, "%v", found)
+			require.Contains(t, found[0].Evidence, test.evidence)
+			require.Contains(t, found[0].Remedy, test.remedy)
+			require.Equal(t, test.remedy == "", found[0].Remedy == "")
+			require.Equal(t, test.stops, found[0].Stops)
+		})
+	}
+}
+
+// file has another content in a file below /proc.
+func file(path, content string) func(*testing.T, *Node) {
+	return func(t *testing.T, n *Node) { write(t, n.proc(path), content) }
+}
+
+func pool(user string) func(*testing.T, *Node) {
+	return func(_ *testing.T, n *Node) { n.Config.Pool, n.Config.PoolUser = true, user }
+}
+
+func ledgerWith(l Ledger, err error) func(*testing.T, *Node) {
+	return func(_ *testing.T, n *Node) { n.Ledger = func() (Ledger, error) { return l, err } }
+}
+
+// What this machine's kernel can do is what the tests of pods rely on; a filesystem that can't is seen to.
+func TestKernelOverlays(t *testing.T) {
+	dir := t.TempDir()
+	require.NoError(t, KernelOverlays{}.IDMap(dir))
+	require.NoError(t, KernelOverlays{}.Metacopy(dir))
+	require.ErrorContains(t, KernelOverlays{}.IDMap("/proc"), "failed to make a directory in /proc")
+	old := filepath.Join(dir, tryDir+"killed")
+	young := filepath.Join(dir, tryDir+"running")
+	for _, d := range []string{old, young} {
+		require.NoError(t, os.MkdirAll(filepath.Join(d, "lower"), 0o755))
+	}
+	hourAgo := time.Now().Add(-time.Hour)
+	require.NoError(t, os.Chtimes(old, hourAgo, hourAgo))
+	require.NoError(t, KernelOverlays{}.IDMap(dir))
+	require.NoDirExists(t, old, "a killed try's")
+	left, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	require.Len(t, left, 1)
+	require.DirExists(t, young)
+}
+
+// A pod is refused for what it needs only, and runs when that has come back.
+func TestAdmit(t *testing.T) {
+	n := wellNode(t)
+	n.Config.Handlers = append(n.Config.Handlers, Handler{Name: "other", Shim: "/bin/true", Binary: "/nowhere", Snapshotter: n.Config.Handlers[0].Snapshotter})
+	n.Overlays = works{idmap: errors.New("no luck")}
+	features := filepath.Join(n.Root, "runc")
+	write(t, features, `#!/bin/sh
+echo '{"linux": {"namespaces": ["user", "network"], "mountExtensions": {"idmap": {"enabled": true}}}}'`)
+	require.NoError(t, os.Chmod(features, 0o755))
+	n.Config.Handlers[0].Binary = features
+	d := New(n)
+	defer d.Close()
+	d.Examine(t.Context())
+
+	hostUsers := Need{Handler: "podfsm"}
+	mapped := Need{Handler: "podfsm", UserNS: true}
+	require.NoError(t, d.Admit(t.Context(), hostUsers))
+	err := d.Admit(t.Context(), mapped)
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+	require.ErrorContains(t, err, "overlay idmap: no idmapped overlay mounts in "+n.Root+": no luck; put the directory on ext4")
+	err = d.Admit(t.Context(), Need{Handler: "other"})
+	require.ErrorContains(t, err, "runtime other", "another handler's runtime stops no pods of this one")
+
+	d.node.Overlays = works{}
+	require.NoError(t, d.Admit(t.Context(), mapped))
+}
+
+// A check that hangs keeps nobody from an answer, and is never made twice at a time.
+func TestHangingCheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release, looks := make(chan struct{}), atomic.Int32{}
+		d := New(Node{})
+		c := check{"hanging", func(context.Context, Node) []Finding {
+			looks.Add(1)
+			<-release
+			return []Finding{ok("at last")}
+		}}
+		for range 3 {
+			begun := time.Now()
+			found := d.run(t.Context(), c)
+			require.Equal(t, checkTimeout, time.Since(begun))
+			require.Equal(t, Unknown, found[0].Verdict)
+			require.Equal(t, "hanging", found[0].Check)
+		}
+		require.EqualValues(t, 1, looks.Load())
+		close(release)
+		synctest.Wait()
+		require.Equal(t, OK, d.run(t.Context(), c)[0].Verdict)
+		d.Close()
+	})
+}
+
+// A check that panics is known to have found nothing out.
+func TestPanickingCheck(t *testing.T) {
+	d := New(Node{})
+	defer d.Close()
+	found := d.run(t.Context(), check{"bad", func(context.Context, Node) []Finding { panic("oh") }})
+	require.Equal(t, Unknown, found[0].Verdict)
+	require.Contains(t, found[0].Evidence, "oh")
+}
+
+// The first pods after a start wait for the first examination, though not long.
+func TestFirstPods(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := New(Node{})
+		defer d.Close()
+		begun := time.Now()
+		require.NoError(t, d.Admit(t.Context(), Need{}))
+		require.Equal(t, firstWait, time.Since(begun))
+		require.NoError(t, d.Admit(t.Context(), Need{}))
+		require.Equal(t, firstWait, time.Since(begun))
+	})
+}
