@@ -9,7 +9,7 @@ import (
 // controller says whether podfsm itself runs pods.
 func controller(_ context.Context, n Node) []Finding {
 	if n.Refusal == nil {
-		return []Finding{unknown("containerd is down", "start containerd")}
+		return down()
 	}
 	if err := n.Refusal(); err != nil {
 		return []Finding{fail(NoPods, err.Error(), "correct what it names and restart containerd: until then podfsm refuses every pod")}
@@ -41,6 +41,9 @@ func handlers(_ context.Context, n Node) []Finding {
 func snapshotters(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return unconfigured()
+	}
+	if n.Daemon == 0 {
+		return down()
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) Snapshotter { return h.Snapshotter }, equal) {

@@ -79,6 +79,9 @@ func unconfigured() []Finding {
 	return []Finding{{Verdict: Unknown, Evidence: "containerd's configuration isn't known", Remedy: "start containerd"}}
 }
 
+// down is the finding of a check that looks at the daemon, which is down.
+func down() []Finding { return []Finding{unknown("containerd is down", "start containerd")} }
+
 // group is a thing that several handlers share.
 type group[T any] struct {
 	of       T

@@ -24,10 +24,10 @@ type Overlays interface {
 }
 
 const (
-	// tryID is the host id that tries map root to: no user has it.
-	tryID = 65536
+	// tryID is the host id that tries map root to. It is below those that pods may have, so that nobody takes a try for one.
+	tryID = 65533
 	// tryMap is that id map in containerd's form.
-	tryMap = "0:65536:1"
+	tryMap = "0:65533:1"
 	// tryDir begins the name of the directory that a try is made in.
 	tryDir = "podfsm-doctor-"
 )

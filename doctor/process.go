@@ -19,6 +19,9 @@ func oomScore(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return unconfigured()
 	}
+	if n.Daemon == 0 {
+		return down()
+	}
 	if n.Config.RestrictOOMScoreAdj {
 		return []Finding{ok("restrict_oom_score_adj = true: no capability is needed")}
 	}
@@ -42,6 +45,9 @@ func oomScore(_ context.Context, n Node) []Finding {
 func supplementaryGroups(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return unconfigured()
+	}
+	if n.Daemon == 0 {
+		return down()
 	}
 	groups := strings.Fields(n.status("Groups"))
 	evidence := fmt.Sprintf("groups of process %d: %s", n.Daemon, strings.Join(groups, " "))

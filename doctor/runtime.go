@@ -35,21 +35,25 @@ func runtimes(ctx context.Context, n Node) []Finding {
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) program { return program{h.Shim, h.Binary, h.SystemdCgroup} }, equal) {
-		f := g.of.finding(ctx)
+		f := g.of.finding(ctx, n.Daemon == 0)
 		f.Subject, f.Handlers = g.subject(), g.handlers
 		found = append(found, f)
 	}
 	return orNone(found)
 }
 
-func (p program) finding(ctx context.Context) Finding {
-	if err := findShim(p.shim); err != nil {
+// finding looks for the programs and asks. While the daemon is down its PATH isn't known.
+func (p program) finding(ctx context.Context, down bool) Finding {
+	if err := findShim(p.shim); err != nil && !down {
 		return fail(AllPods, err.Error(), "install the shim beside containerd or in its PATH")
 	}
 	if p.binary == "" {
 		return unknown(fmt.Sprintf("the runtime of %s can't be asked what it can", p.shim), "see the documentation of the runtime about user namespaces and idmapped mounts")
 	}
 	path, err := exec.LookPath(p.binary)
+	if err != nil && down && !filepath.IsAbs(p.binary) {
+		return unknown(err.Error()+"; that of containerd isn't known while it is down", "start containerd")
+	}
 	if err != nil {
 		return fail(AllPods, err.Error(), "install the runtime, or correct BinaryName in the handler's options")
 	}

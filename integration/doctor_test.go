@@ -19,9 +19,9 @@ import (
 )
 
 // examine runs podfsm doctor, whose exit status must be as the findings are.
-func examine(t *testing.T, n *harness.Node) []*podfsmv1.Finding {
+func examine(t *testing.T, n *harness.Node, flags ...string) []*podfsmv1.Finding {
 	t.Helper()
-	out, errOut, code := cli(t, n, "doctor", "-o", "json")
+	out, errOut, code := cli(t, n, append([]string{"doctor", "-o", "json"}, flags...)...)
 	var response podfsmv1.DoctorResponse
 	require.NoError(t, protojson.Unmarshal([]byte(out), &response), errOut)
 	want := 0
@@ -57,6 +57,7 @@ type ailment struct {
 	evidence       []string // what it says, among other things
 	remedy         string   // likewise
 	refused        string   // the pods that are: as in Finding.refused_pods
+	stock          string   // the error of containerd's own handler with it; "" where it has none that says as much
 }
 
 // away moves a file away.
@@ -141,10 +142,12 @@ var ailments = []ailment{
 			return func() { require.NoError(t, os.Chmod(dir, 0o711)) }
 		},
 		check: "directories", verdict: "fail", evidence: []string{"/state has mode 0700"}, remedy: "chmod o+x ", refused: "with a user namespace",
+		stock: "permission denied",
 	},
 	{
 		name: "a directory of network namespaces that can't be written", inflict: bound(unix.MS_REMOUNT | unix.MS_BIND | unix.MS_RDONLY),
 		check: "netns directory", verdict: "fail", evidence: []string{"read-only"}, remedy: "can be written", refused: "with a network of their own",
+		stock: "read-only file system",
 	},
 	{
 		name: "a private directory of network namespaces", inflict: bound(unix.MS_PRIVATE),
@@ -247,6 +250,9 @@ func TestDoctor(t *testing.T) {
 			require.Equal(t, a.refused, found.GetRefusedPods())
 			if a.refused != "" {
 				requireTurnedAway(t, n, found)
+			}
+			if a.stock != "" {
+				require.ErrorContains(t, failRun(t, n, harness.StockHandler, n.PodConfig("stock")), a.stock)
 			}
 			if a.refused != "" && a.check != "overlay" && a.refused != "all" {
 				require.NoError(t, runAndRemove(t, n, n.PodConfig("spared", harness.HostUsers(), harness.HostNetwork())))
@@ -357,25 +363,36 @@ func hasSysResource(t *testing.T) bool {
 	return have == 1
 }
 
-// Where no user namespace can be made the doctor sees it, with the daemon down, too. The limit is that of a user namespace, in which the
-// doctor is root: the node's own would be everybody's.
-func TestDoctorWithoutUserNamespaces(t *testing.T) {
+// TestDoctorOffline examines a node whose daemon is down, by its configuration.
+func TestDoctorOffline(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{})
-	require.NoError(t, n.Kill(t.Context()))
-	healthy := findingOf(t, examine(t, n), "user namespaces", "")
-	require.Equal(t, "ok", healthy.GetVerdict(), "%v", healthy)
-	for limit, evidence := range map[string]string{
-		"0": "user.max_user_namespaces = 0",
-		"1": "making one fails",
-	} {
-		t.Run("limit "+limit, func(t *testing.T) {
-			// The first namespace below takes the one that a limit of 1 allows.
-			script := "echo " + limit + " >/proc/sys/user/max_user_namespaces && exec unshare --user --map-root-user \"$@\""
-			if limit == "0" {
-				script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\""
+	require.NoError(t, n.Stop(t.Context()))
+	config := []string{"--config", filepath.Join(n.Dir(), "config.toml")}
+	found := examine(t, n, config...)
+	for _, check := range []string{"runtime", "networks", "overlay", "directories", "ledger", "user namespaces", "handlers"} {
+		require.Equal(t, "ok", findingOf(t, found, check, "").GetVerdict(), "%v", found)
+	}
+	for _, check := range []string{"podfsm", "snapshotter", "supplementary groups"} {
+		require.Equal(t, "containerd is down", findingOf(t, found, check, "").GetEvidence())
+	}
+	for _, a := range ailments {
+		if a.check == "runtime" || a.check == "networks" || a.check == "directories" || a.check == "disk space" {
+			t.Run(a.name, func(t *testing.T) {
+				defer a.inflict(t, n)()
+				require.Contains(t, findAiling(t, examine(t, n, config...), a).GetRemedy(), a.remedy)
+			})
+		}
+	}
+
+	// The limit is that of a user namespace, in which the doctor is root: the node's own is everybody's.
+	for limit, evidence := range map[string]string{"0": "user.max_user_namespaces = 0", "1": "making one fails"} {
+		t.Run("user.max_user_namespaces = "+limit, func(t *testing.T) {
+			doctor := append([]string{n.CLI(), "--address", n.Socket(), "--root", filepath.Join(n.Dir(), "root"), "--state", filepath.Join(n.Dir(), "state"), "doctor", "-o", "json"}, config...)
+			script := "echo " + limit + ` >/proc/sys/user/max_user_namespaces && exec "$@"`
+			if limit == "1" {
+				doctor = append([]string{"unshare", "--user", "--map-root-user"}, doctor...) // which takes the one
 			}
-			out, err := osexec.CommandContext(t.Context(), "unshare", "--user", "--map-root-user", "sh", "-c", script, "sh",
-				n.CLI(), "--address", n.Socket(), "--root", filepath.Join(n.Dir(), "root"), "--state", filepath.Join(n.Dir(), "state"), "doctor", "-o", "json").Output()
+			out, err := osexec.CommandContext(t.Context(), "unshare", append([]string{"--user", "--map-root-user", "sh", "-c", script, "sh"}, doctor...)...).Output()
 			require.Error(t, err)
 			var response podfsmv1.DoctorResponse
 			require.NoError(t, protojson.Unmarshal(out, &response))

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
 	"github.com/urfave/cli/v3"
 
@@ -26,9 +27,13 @@ func doctorCommand() *cli.Command {
 		Usage: "examine whether the node has what podfsm's pods need, and say what to do where it hasn't",
 		Description: "The verdict of a check is ok, unknown, warn (pods run, but something is missing or will be) or fail (some or all don't run).\n" +
 			"The exit status is 0 when nothing fails, 2 when something does, and 1 when the node could not be examined.\n" +
-			"While the daemon is down, the checks that need its configuration are unknown.",
+			"While the daemon is down, its configuration is read, and what only the daemon knows is unknown.",
 		HideHelpCommand: true,
-		Flags:           []cli.Flag{outputFlag("json")},
+		Flags: []cli.Flag{outputFlag("json"), &cli.StringFlag{
+			Name:  "config",
+			Usage: "containerd's configuration, read while the daemon is down",
+			Value: filepath.Join(defaults.DefaultConfigDir, "config.toml"),
+		}},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if cmd.Args().Present() {
 				return errors.New("doctor takes no arguments")
@@ -58,8 +63,12 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 	}
 	w := cmd.Root().ErrWriter
 	fmt.Fprintf(w, "podfsm: %v\n", err)
-	fmt.Fprintln(w, "podfsm: the daemon is down; what depends on its configuration is unknown")
+	fmt.Fprintln(w, "podfsm: the daemon is down; what only it knows is unknown")
 	root, state := cmd.String("root"), cmd.String("state")
+	config, err := readConfig(ctx, cmd.String("config"), root, state)
+	if err != nil {
+		fmt.Fprintf(w, "podfsm: %s; what depends on it is unknown\n", printable(err.Error()))
+	}
 	d := doctor.New(doctor.Node{
 		Proc:       "/proc",
 		Sys:        "/sys",
@@ -67,6 +76,7 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 		SystemdDir: "/run/systemd/system",
 		Root:       root,
 		State:      state,
+		Config:     config,
 		Overlays:   doctor.KernelOverlays{},
 		Ledger: func() (doctor.Ledger, error) {
 			return closedLedger(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))

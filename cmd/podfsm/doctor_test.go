@@ -11,6 +11,9 @@ import (
 	"github.com/stretchr/testify/require"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/userns"
 )
 
 var examination = &podfsmv1.DoctorResponse{Findings: []*podfsmv1.Finding{
@@ -59,10 +62,11 @@ func TestDoctor(t *testing.T) {
 func TestDoctorWithoutDaemon(t *testing.T) {
 	dir := t.TempDir()
 	var out, errOut bytes.Buffer
-	args := []string{"podfsm", "--address", filepath.Join(dir, "no.sock"), "--root", dir, "--state", dir, "doctor"}
+	args := []string{"podfsm", "--address", filepath.Join(dir, "no.sock"), "--root", dir, "--state", dir, "doctor", "--config", filepath.Join(dir, "config.toml")}
 	err := run(t.Context(), args, &out, &errOut)
 	require.EqualError(t, err, "1 check has failed", "nobody may pass to a directory of tests")
-	require.Contains(t, errOut.String(), "the daemon is down; what depends on its configuration is unknown")
+	require.Contains(t, errOut.String(), "the daemon is down; what only it knows is unknown")
+	require.Contains(t, errOut.String(), "config.toml: no such file or directory; what depends on it is unknown")
 	for _, row := range []string{
 		`(?m)^ok +kernel +Linux \d`,
 		`(?m)^ok +user namespaces +user.max_user_namespaces = \d+`,
@@ -76,4 +80,77 @@ func TestDoctorWithoutDaemon(t *testing.T) {
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	require.Empty(t, left, "what it makes for its tries is gone")
+}
+
+// The daemon's configuration is read with containerd's own defaults.
+func TestReadConfig(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "config.toml")
+	snapshots := filepath.Join(dir, "io.containerd.snapshotter.v1.overlayfs")
+	require.NoError(t, os.Mkdir(snapshots, 0o700))
+	read := func(text string) (*doctor.Config, error) {
+		require.NoError(t, os.WriteFile(path, []byte(text), 0o644))
+		return readConfig(t.Context(), path, dir, dir)
+	}
+	overlayfs := doctor.Snapshotter{Name: "overlayfs", Loaded: true, Root: snapshots, RemapIDs: true}
+
+	config, err := read(`version = 4
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.podfsm]
+runtime_type = "io.containerd.runc.v2"
+sandboxer = "podfsm"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.other]
+runtime_type = "io.containerd.runc.v2"
+`)
+	require.NoError(t, err)
+	require.Equal(t, &doctor.Config{NetNSDir: "/var/run/netns", Handlers: []doctor.Handler{{
+		Name: "podfsm", Shim: "io.containerd.runc.v2", Binary: "runc", Snapshotter: overlayfs, Mode: userns.ModeKubelet,
+		Network: cni.Config{BinDirs: []string{"/opt/cni/bin"}, ConfDir: "/etc/cni/net.d", MaxConfNum: 1},
+	}}}, config)
+
+	config, err = read(`version = 3
+[plugins.'io.containerd.cri.v1.images']
+snapshotter = "nowhere"
+[plugins.'io.containerd.cri.v1.runtime']
+restrict_oom_score_adj = true
+netns_mounts_under_state_dir = true
+cni = {bin_dirs = ["/a", "/b"], conf_dir = "/c", max_conf_num = 2}
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+default_runtime_name = "a"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.a]
+runtime_type = "io.containerd.runc.v2"
+sandboxer = "podfsm"
+options = {BinaryName = "crun", SystemdCgroup = true}
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.b]
+runtime_type = "io.containerd.kata.v2"
+runtime_path = "/opt/kata"
+sandboxer = "podfsm"
+snapshotter = "overlayfs"
+cni_conf_dir = "/d"
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns.b]
+mode = "auto"
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns_pool]
+user = "pods"
+`)
+	require.NoError(t, err)
+	require.Equal(t, &doctor.Config{
+		NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true, Pool: true, PoolUser: "pods",
+		Handlers: []doctor.Handler{
+			{
+				Name: "a", Default: true, Shim: "io.containerd.runc.v2", Binary: "crun", SystemdCgroup: true, Mode: userns.ModeKubelet,
+				Snapshotter: doctor.Snapshotter{Name: "nowhere"},
+				Network:     cni.Config{BinDirs: []string{"/a", "/b"}, ConfDir: "/c", MaxConfNum: 2},
+			},
+			{
+				Name: "b", Shim: "/opt/kata", Snapshotter: overlayfs, Mode: userns.ModeAuto,
+				Network: cni.Config{BinDirs: []string{"/a", "/b"}, ConfDir: "/d", MaxConfNum: 2},
+			},
+		},
+	}, config)
+
+	_, err = read("version = 2\n")
+	require.ErrorContains(t, err, "version 2")
+	_, err = read("version = 4\n[plugins.'io.containerd.cri.v1.runtime']\ncni = 3\n")
+	require.ErrorContains(t, err, "io.containerd.cri.v1.runtime")
+	_, err = read("version")
+	require.ErrorContains(t, err, "failed to read containerd's configuration")
 }

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// The sections of containerd's configuration that are read here.
+const (
+	runtimeSection = "io.containerd.cri.v1.runtime"
+	imagesSection  = "io.containerd.cri.v1.images"
+	podfsmSection  = ledgerDir
+)
+
+// oldestConfig is the version of containerd's configuration that has those
+// sections; only the daemon can translate an older one.
+const oldestConfig = 3
+
+// runtimeConfig is what the doctor needs of containerd's CRI runtime section,
+// with containerd's own defaults.
+type runtimeConfig struct {
+	Containerd struct {
+		Default  string                   `toml:"default_runtime_name"`
+		Runtimes map[string]handlerConfig `toml:"runtimes"`
+	} `toml:"containerd"`
+	CNI struct {
+		BinDirs    []string `toml:"bin_dirs"`
+		ConfDir    string   `toml:"conf_dir"`
+		MaxConfNum int      `toml:"max_conf_num"`
+	} `toml:"cni"`
+	RestrictOOMScoreAdj bool `toml:"restrict_oom_score_adj"`
+	NetNSUnderStateDir  bool `toml:"netns_mounts_under_state_dir"`
+}
+
+type handlerConfig struct {
+	Type        string `toml:"runtime_type"`
+	Path        string `toml:"runtime_path"`
+	Sandboxer   string `toml:"sandboxer"`
+	Snapshotter string `toml:"snapshotter"`
+	ConfDir     string `toml:"cni_conf_dir"`
+	MaxConfNum  int    `toml:"cni_max_conf_num"`
+	Options     struct {
+		BinaryName    string
+		SystemdCgroup bool
+	} `toml:"options"`
+}
+
+// ownConfig is what the doctor needs of podfsm's section.
+type ownConfig struct {
+	UserNS map[string]struct {
+		Mode userns.Mode `toml:"mode"`
+	} `toml:"userns"`
+	Pool struct {
+		Ranges []map[string]any `toml:"ranges"`
+		User   string           `toml:"user"`
+	} `toml:"userns_pool"`
+}
+
+// readConfig reads the configuration of a containerd that is down, as far as
+// the doctor needs it.
+func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, error) {
+	var file server.Config
+	if err := server.LoadConfig(ctx, path, &file); err != nil {
+		return nil, fmt.Errorf("failed to read containerd's configuration: %w", err)
+	}
+	if file.Version < oldestConfig {
+		return nil, fmt.Errorf("containerd's configuration %s has version %d, which only the daemon can read", path, file.Version)
+	}
+	var runtime runtimeConfig
+	runtime.Containerd.Default = "runc"
+	runtime.CNI.BinDirs, runtime.CNI.ConfDir, runtime.CNI.MaxConfNum = []string{"/opt/cni/bin"}, "/etc/cni/net.d", 1
+	images := struct {
+		Snapshotter string `toml:"snapshotter"`
+	}{"overlayfs"}
+	var own ownConfig
+	for section, into := range map[string]any{runtimeSection: &runtime, imagesSection: &images, podfsmSection: &own} {
+		values, set := file.Plugins[section]
+		if !set {
+			continue
+		}
+		text, err := toml.Marshal(values)
+		if err == nil {
+			err = toml.Unmarshal(text, into)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("failed to read the section %s of %s: %w", section, path, err)
+		}
+	}
+	config := &doctor.Config{
+		NetNSDir:            "/var/run/netns",
+		RestrictOOMScoreAdj: runtime.RestrictOOMScoreAdj,
+		Pool:                own.Pool.User != "" || len(own.Pool.Ranges) > 0,
+		PoolUser:            own.Pool.User,
+	}
+	if runtime.NetNSUnderStateDir {
+		config.NetNSDir = filepath.Join(state, criDir, "netns")
+	}
+	for _, name := range slices.Sorted(maps.Keys(runtime.Containerd.Runtimes)) {
+		if h := runtime.Containerd.Runtimes[name]; h.Sandboxer == "podfsm" {
+			examined := runtime.handler(name, h)
+			examined.Snapshotter = snapshotterOf(root, cmp.Or(h.Snapshotter, images.Snapshotter))
+			examined.Mode = cmp.Or(own.UserNS[name].Mode, userns.ModeKubelet)
+			config.Handlers = append(config.Handlers, examined)
+		}
+	}
+	return config, nil
+}
+
+func (c runtimeConfig) handler(name string, h handlerConfig) doctor.Handler {
+	examined := doctor.Handler{
+		Name:    name,
+		Default: name == c.Containerd.Default,
+		Shim:    cmp.Or(h.Path, h.Type),
+		Network: cni.Config{BinDirs: c.CNI.BinDirs, ConfDir: c.CNI.ConfDir, MaxConfNum: c.CNI.MaxConfNum},
+	}
+	if h.Type == plugins.RuntimeRuncV2 {
+		examined.Binary, examined.SystemdCgroup = cmp.Or(h.Options.BinaryName, "runc"), h.Options.SystemdCgroup
+	}
+	if h.ConfDir != "" {
+		examined.Network.ConfDir = h.ConfDir
+		examined.Network.MaxConfNum = cmp.Or(h.MaxConfNum, c.CNI.MaxConfNum)
+	}
+	return examined
+}
+
+// snapshotterOf is a snapshotter as far as it shows without the daemon: where
+// its directory is by default.
+func snapshotterOf(root, name string) doctor.Snapshotter {
+	s := doctor.Snapshotter{Name: name}
+	dir := filepath.Join(root, string(plugins.SnapshotPlugin)+"."+name)
+	if info, err := os.Stat(dir); err == nil && info.IsDir() {
+		s.Root, s.Loaded, s.RemapIDs = dir, true, true
+	}
+	return s
+}
