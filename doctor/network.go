@@ -70,13 +70,13 @@ func describe(n cni.Network) string {
 	return text
 }
 
-// netNSDirectory pins a namespace in the directory, and looks whether other processes see such a pin.
+// netNSDirectory looks whether namespaces can be pinned in the directory, and other processes see them there.
 func netNSDirectory(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return unconfigured()
 	}
 	dir := n.Config.NetNSDir
-	if err := tryPin(dir); err != nil {
+	if err := tryDirectory(dir); err != nil {
 		return []Finding{fail(NetworkPods, err.Error(), fmt.Sprintf("make %s a directory on a filesystem that can be written", dir))}
 	}
 	shared, mount, err := isShared(dir)
@@ -87,25 +87,29 @@ func netNSDirectory(_ context.Context, n Node) []Finding {
 		return []Finding{warn(fmt.Sprintf("the mount of %s, %s, is private: no process in another mount namespace sees what is pinned there, such as a network add-on's", dir, mount),
 			fmt.Sprintf("mount --bind %s %s && mount --make-shared %s, before pods run", dir, dir, dir))}
 	default:
-		return []Finding{ok(dir + " is on a shared mount, and a namespace can be pinned there")}
+		return []Finding{ok(dir + " can be written, and is on a shared mount")}
 	}
 }
 
-// tryPin mounts this process's network namespace on a file in dir, as podfsm does with those of pods, in a mount namespace of its own.
-// The directory is made if need be, as at the first pod.
-func tryPin(dir string) (err error) {
+// tryDirectory makes a file in dir that has no name, so that nothing of it stays, and then, in a mount namespace of its own, a shared mount
+// of dir. The directory itself is made if need be, as at the first pod.
+func tryDirectory(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	file, err := os.CreateTemp(dir, tryDir+"*")
-	if err != nil {
+	file, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_WRONLY, 0o444)
+	switch {
+	case err == nil:
+		file.Close()
+	case !errors.Is(err, unix.EOPNOTSUPP): // of some filesystems
 		return fmt.Errorf("failed to make a file in %s: %w", dir, errors.Unwrap(err))
 	}
-	defer func() { err = nameless(errors.Join(err, os.Remove(file.Name())), file.Name()) }()
-	file.Close()
 	return inPrivateMounts(func() error {
-		if err := unix.Mount("/proc/thread-self/ns/net", file.Name(), "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("failed to pin a network namespace at %s: %w", file.Name(), err)
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("failed to mount %s on itself: %w", dir, err)
+		}
+		if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+			return fmt.Errorf("failed to make a shared mount of %s: %w", dir, err)
 		}
 		return nil
 	})

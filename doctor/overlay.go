@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
@@ -28,8 +27,8 @@ const (
 	tryID = 65533
 	// tryMap is that id map in containerd's form.
 	tryMap = "0:65533:1"
-	// tryDir begins the name of the directory that a try is made in.
-	tryDir = "podfsm-doctor-"
+	// tryDir begins the name of the directory that a try is made in; the process's id follows.
+	tryDir = ".podfsm-doctor-"
 )
 
 // overlays tries both on the filesystem of each snapshotter.
@@ -142,7 +141,7 @@ func tryOverlay(dir string, try func(overlayTry) error) (err error) {
 	if err := removeTries(dir); err != nil {
 		return err
 	}
-	made, err := os.MkdirTemp(dir, tryDir+"*")
+	made, err := os.MkdirTemp(dir, fmt.Sprintf("%s%d-*", tryDir, os.Getpid()))
 	if err != nil {
 		return fmt.Errorf("failed to make a directory in %s: %w", dir, errors.Unwrap(err))
 	}
@@ -159,23 +158,24 @@ func tryOverlay(dir string, try func(overlayTry) error) (err error) {
 	return inPrivateMounts(func() error { return try(t) })
 }
 
-// nameless is err without the random name of a try's file or directory: what is said of a node is the same each time.
+// nameless is err without the random name of a try's directory: what is said of a node is the same each time.
 func nameless(err error, made string) error {
 	if err == nil {
 		return nil
 	}
-	return errors.New(strings.ReplaceAll(err.Error(), made, filepath.Join(filepath.Dir(made), tryDir+"N")))
+	return errors.New(strings.ReplaceAll(err.Error(), made, filepath.Join(filepath.Dir(made), tryDir+"PID")))
 }
 
-// removeTries removes the directories of tries that were killed: no try takes as long as they are old.
+// removeTries removes the directories of processes that were killed in a try.
 func removeTries(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		info, err := e.Info()
-		if err != nil || !strings.HasPrefix(e.Name(), tryDir) || time.Since(info.ModTime()) < time.Minute {
+		rest, ours := strings.CutPrefix(e.Name(), tryDir)
+		pid, _, _ := strings.Cut(rest, "-")
+		if _, err := os.Stat("/proc/" + pid); !ours || err == nil {
 			continue
 		}
 		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {

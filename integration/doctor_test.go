@@ -265,6 +265,9 @@ func TestDoctor(t *testing.T) {
 		})
 		n.RequireClean(t, before)
 	}
+	tries, err := filepath.Glob(filepath.Join(n.Dir(), "root/*/.podfsm-doctor-*"))
+	require.NoError(t, err)
+	require.Empty(t, tries)
 }
 
 // setting is something that containerd's configuration says, and what the doctor says of it.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -60,6 +61,9 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Doctor, &podfsmv1.DoctorRequest{})
 	if !errors.As(err, new(downError)) {
 		return response, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("%w\nwithout a daemon only root can examine the node", err)
 	}
 	w := cmd.Root().ErrWriter
 	fmt.Fprintf(w, "podfsm: %v\n", err)

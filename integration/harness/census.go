@@ -332,6 +332,9 @@ func (n *Node) countFiles(_ context.Context, c Census) error {
 			if err != nil {
 				return err
 			}
+			if strings.HasPrefix(d.Name(), doctorsTry) {
+				return filepath.SkipDir
+			}
 			c.add(fileCategory(below, d), "%s", below)
 			if opaque(below) {
 				return filepath.SkipDir
@@ -344,6 +347,10 @@ func (n *Node) countFiles(_ context.Context, c Census) error {
 	}
 	return nil
 }
+
+// doctorsTry begins the name of a directory in which the doctor tries, for some
+// milliseconds after each start, what overlay mounts can do.
+const doctorsTry = ".podfsm-doctor-"
 
 // opaque tells whether a directory's files come and go without meaning.
 func opaque(below string) bool {
