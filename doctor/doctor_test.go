@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -20,11 +21,19 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// works are overlays that can do all, but for what a test has set.
-type works struct{ idmap, metacopy error }
-
-func (w works) IDMap(string) error    { return w.idmap }
-func (w works) Metacopy(string) error { return w.metacopy }
+// strategies are those of a node where the ones with a name work.
+func strategies(names ...string) func(context.Context, string) ([]Strategy, error) {
+	return func(context.Context, string) (all []Strategy, _ error) {
+		for _, name := range []string{StrategyIDMap, "metacopy"} {
+			s := Strategy{Name: name, Evidence: "no luck", Remedy: "try ext4"}
+			if slices.Contains(names, name) {
+				s = Strategy{Name: name, Works: true, Evidence: "luck"}
+			}
+			all = append(all, s)
+		}
+		return all, nil
+	}
+}
 
 // wellNode is a node in temporary directories that lacks nothing.
 func wellNode(t *testing.T) Node {
@@ -33,7 +42,7 @@ func wellNode(t *testing.T) Node {
 	require.NoError(t, os.Chmod(filepath.Dir(dir), 0o711))
 	n := Node{
 		Proc: filepath.Join(dir, "proc"), Sys: "/sys", Etc: filepath.Join(dir, "etc"), SystemdDir: filepath.Join(dir, "systemd"),
-		Daemon: 7, Root: dir, State: dir, Overlays: works{},
+		Daemon: 7, Root: dir, State: dir, Strategies: strategies(StrategyIDMap, "metacopy"),
 		Refusal: func() error { return nil },
 		Ledger:  func() (Ledger, error) { return Ledger{Dirs: []string{dir}}, nil },
 	}
@@ -114,12 +123,19 @@ func TestChecks(t *testing.T) {
 		{name: "snapshotter", look: snapshotters, verdict: OK, evidence: "overlayfs"},
 		{name: "snapshotter without remap-ids", look: snapshotters, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Snapshotter.RemapIDs = false }, verdict: Fail, evidence: "remap-ids", remedy: "overlayfs", stops: UserNSPods},
 		{name: "snapshotter that isn't loaded", look: snapshotters, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Snapshotter.Loaded = false }, verdict: Fail, evidence: "isn't loaded", remedy: "ctr plugins ls", stops: AllPods},
-		{name: "overlay", look: overlays, verdict: OK, evidence: "idmapped overlay mounts work"},
-		{name: "overlay without idmap", look: overlays, change: func(_ *testing.T, n *Node) { n.Overlays = works{idmap: errors.New("no luck")} }, verdict: Fail, evidence: "no luck", remedy: "ext4", stops: UserNSPods},
+		{name: "overlay", look: overlays, verdict: OK, evidence: "luck in "},
+		{name: "overlay without idmap", look: overlays, change: func(_ *testing.T, n *Node) { n.Strategies = strategies("metacopy") }, verdict: Fail, evidence: "no luck", remedy: "ext4", stops: UserNSPods},
 		{name: "overlay without idmap, where it isn't needed", look: overlays, change: func(_ *testing.T, n *Node) {
-			n.Overlays = works{idmap: errors.New("no luck")}
+			n.Strategies = strategies("metacopy")
 			n.Config.Handlers[0].Snapshotter.Name = ownSnapshotter
 		}, verdict: Warn, evidence: "no luck", remedy: "ext4"},
+		{name: "overlay without any strategy, where one is needed", look: overlays, change: func(_ *testing.T, n *Node) {
+			n.Strategies = strategies()
+			n.Config.Handlers[0].Snapshotter.Name = ownSnapshotter
+		}, verdict: Fail, evidence: "no luck", remedy: "ext4", stops: UserNSPods},
+		{name: "overlay of a directory that can't be written", look: overlays, change: func(_ *testing.T, n *Node) {
+			n.Strategies = func(context.Context, string) ([]Strategy, error) { return nil, errors.New("no luck") }
+		}, verdict: Unknown, evidence: "no luck", remedy: "can be written"},
 		{name: "runtime that prints nothing", look: runtimes, verdict: Fail, evidence: "can't be read", remedy: "install runc", stops: UserNSPods},
 		{name: "runtime that is missing", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "/nowhere/runc" }, verdict: Fail, evidence: "/nowhere/runc", remedy: "BinaryName", stops: AllPods},
 		{name: "shim that is missing", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Shim = "io.containerd.nowhere.v9" }, verdict: Fail, evidence: "containerd-shim-nowhere-v9", remedy: "install the shim", stops: AllPods},
@@ -172,17 +188,30 @@ func ledgerWith(l Ledger, err error) func(*testing.T, *Node) {
 }
 
 // What this machine's kernel can do is what the tests of pods rely on; a filesystem that can't is seen to.
-func TestKernelOverlays(t *testing.T) {
+func TestStrategies(t *testing.T) {
 	dir := t.TempDir()
-	require.NoError(t, KernelOverlays{}.IDMap(dir))
-	require.NoError(t, KernelOverlays{}.Metacopy(dir))
-	require.ErrorContains(t, KernelOverlays{}.IDMap("/proc"), "failed to make a directory in /proc")
+	tried, err := TryStrategies(t.Context(), dir)
+	require.NoError(t, err)
+	require.Len(t, tried, 2)
+	for _, s := range tried {
+		require.True(t, s.Works, "%v", s)
+	}
+	tried, err = TryStrategies(t.Context(), "/proc")
+	require.NoError(t, err)
+	for _, s := range tried {
+		require.False(t, s.Works, "%v", s)
+		require.Contains(t, s.Evidence, "failed to make a directory in /proc")
+	}
+	_, err = TryStrategies(t.Context(), "/nowhere")
+	require.ErrorContains(t, err, "/nowhere")
+
 	killed := filepath.Join(dir, tryDir+"2000000000-1") // no pid is as high
 	running := filepath.Join(dir, tryDir+"1-1")
 	for _, d := range []string{killed, running} {
 		require.NoError(t, os.MkdirAll(filepath.Join(d, "lower"), 0o755))
 	}
-	require.NoError(t, KernelOverlays{}.IDMap(dir))
+	_, err = TryStrategies(t.Context(), dir)
+	require.NoError(t, err)
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	require.Len(t, left, 1)
@@ -193,7 +222,7 @@ func TestKernelOverlays(t *testing.T) {
 func TestAdmit(t *testing.T) {
 	n := wellNode(t)
 	n.Config.Handlers = append(n.Config.Handlers, Handler{Name: "other", Shim: "/bin/true", Binary: "/nowhere", Snapshotter: n.Config.Handlers[0].Snapshotter})
-	n.Overlays = works{idmap: errors.New("no luck")}
+	n.Strategies = strategies("metacopy")
 	features := filepath.Join(n.Root, "runc")
 	write(t, features, `#!/bin/sh
 echo '{"linux": {"namespaces": ["user", "network"], "mountExtensions": {"idmap": {"enabled": true}}}}'`)
@@ -208,11 +237,11 @@ echo '{"linux": {"namespaces": ["user", "network"], "mountExtensions": {"idmap":
 	require.NoError(t, d.Admit(t.Context(), hostUsers))
 	err := d.Admit(t.Context(), mapped)
 	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
-	require.ErrorContains(t, err, "overlay idmap: no idmapped overlay mounts in "+n.Root+": no luck; put the directory on ext4")
+	require.ErrorContains(t, err, "overlay idmap: no luck in "+n.Root+"; try ext4")
 	err = d.Admit(t.Context(), Need{Handler: "other"})
 	require.ErrorContains(t, err, "runtime other", "another handler's runtime stops no pods of this one")
 
-	d.node.Overlays = works{}
+	d.node.Strategies = strategies(StrategyIDMap)
 	require.NoError(t, d.Admit(t.Context(), mapped))
 }
 

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"context"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -21,8 +22,8 @@ type Node struct {
 	Root, State string
 	// Config is what containerd's configuration says; nil while that is unknown.
 	Config *Config
-	// Overlays are what the kernel can do with overlay mounts.
-	Overlays Overlays
+	// Strategies tries which ones work in a directory, and leaves nothing there.
+	Strategies func(ctx context.Context, dir string) ([]Strategy, error)
 	// Refusal says why podfsm runs no pods at all; nil when all is well. Nil while the daemon is down.
 	Refusal func() error
 	// Ledger reads how the ledger is.

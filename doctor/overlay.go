@@ -5,21 +5,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 )
 
-// Overlays tells what overlay mounts can do whose layers are in a directory. Both methods fail with the kernel's error where they can't.
-type Overlays interface {
-	// IDMap has layers shown under other ids.
-	IDMap(dir string) error
-	// Metacopy has owners changed without a copy of the content.
-	Metacopy(dir string) error
+// Strategy is a way in which files get the owners of a user namespace, and whether it works.
+type Strategy struct {
+	Name     string // as "idmap" or "metacopy"
+	Works    bool
+	Evidence string // what was seen
+	Remedy   string // what would make it work; "" where it does
 }
 
 const (
@@ -31,17 +33,16 @@ const (
 	tryDir = ".podfsm-doctor-"
 )
 
-// overlays tries both on the filesystem of each snapshotter.
-func overlays(_ context.Context, n Node) []Finding {
+// overlays tries the strategies on the filesystem of each snapshotter.
+func overlays(ctx context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return n.overlaysIn(group[Snapshotter]{of: Snapshotter{Root: n.Root, RemapIDs: true}})
+		return n.overlaysIn(ctx, group[Snapshotter]{of: Snapshotter{Root: n.Root, RemapIDs: true}})
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) Snapshotter { return h.Snapshotter }, equal) {
-		if !g.of.Loaded || g.of.Root == "" {
-			continue // the check of snapshotters tells
+		if g.of.Loaded && g.of.Root != "" { // else the check of snapshotters tells
+			found = append(found, n.overlaysIn(ctx, g)...)
 		}
-		found = append(found, n.overlaysIn(g)...)
 	}
 	if len(found) == 0 {
 		found = []Finding{unknown("no snapshotter of podfsm's handlers tells where its directory is", "see the check snapshotter")}
@@ -49,39 +50,67 @@ func overlays(_ context.Context, n Node) []Finding {
 	return found
 }
 
-func (n Node) overlaysIn(g group[Snapshotter]) []Finding {
-	if _, err := os.Stat(g.of.Root); err != nil {
-		return []Finding{unknown(err.Error(), "start containerd, which makes the directory")}
-	}
-	idmap, metacopy := n.Overlays.IDMap(g.of.Root), n.Overlays.Metacopy(g.of.Root)
-	mapped, copied := ok("idmapped overlay mounts work in "+g.of.Root), ok("metacopy works in "+g.of.Root)
-	if idmap != nil {
-		mapped = warn(fmt.Sprintf("no idmapped overlay mounts in %s: %v", g.of.Root, idmap),
-			"put the directory on ext4, xfs or btrfs, with Linux 5.19 or later")
-		if g.of.RemapIDs && g.of.Name != ownSnapshotter {
-			mapped.Verdict, mapped.Stops, mapped.Handlers = Fail, UserNSPods, g.handlers
-		}
-	}
-	if metacopy != nil {
-		copied.Evidence = fmt.Sprintf("no metacopy in %s: %v", g.of.Root, metacopy)
-		if idmap != nil {
-			copied = warn(copied.Evidence, "mount the filesystem with extended attributes, and boot a kernel with CONFIG_OVERLAY_FS_METACOPY's feature, Linux 4.19 or later")
-		} else {
-			copied.Evidence += "; not needed, as idmapped mounts work"
-		}
-	}
-	mapped.Subject, copied.Subject = "idmap", "metacopy"
-	return []Finding{mapped, copied}
-}
-
-// ownSnapshotter is podfsm's, which needs no idmapped mounts.
+// ownSnapshotter is podfsm's, for which any strategy will do.
 const ownSnapshotter = "podfsm"
 
-// KernelOverlays tries it: with a small overlay in a directory of its own, mounted in a mount namespace that ends with the try.
-type KernelOverlays struct{}
+// overlaysIn has a finding for each strategy: a failure where it is the one that the snapshotter needs, a warning where none works, else
+// none is missed.
+func (n Node) overlaysIn(ctx context.Context, g group[Snapshotter]) (found []Finding) {
+	dir := g.of.Root
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		dir = n.Root // as with a snapshotter that nobody has used yet
+	}
+	strategies, err := n.Strategies(ctx, dir)
+	if err != nil {
+		return []Finding{unknown(err.Error(), "see that the directory is there and can be written")}
+	}
+	working := slices.ContainsFunc(strategies, func(s Strategy) bool { return s.Works })
+	for _, s := range strategies {
+		f := ok(fmt.Sprintf("%s in %s", s.Evidence, dir))
+		switch needed := s.Name == StrategyIDMap && g.of.RemapIDs && g.of.Name != ownSnapshotter; {
+		case s.Works:
+		case needed || !working && g.of.Name == ownSnapshotter:
+			f = fail(UserNSPods, f.Evidence, s.Remedy)
+			f.Handlers = g.handlers
+		case !working || s.Name == StrategyIDMap:
+			f = warn(f.Evidence, s.Remedy)
+		default:
+			f.Evidence += "; not needed, as another way works"
+		}
+		f.Subject = s.Name
+		found = append(found, f)
+	}
+	return found
+}
 
-// IDMap implements [Overlays], in the way of containerd's mounts: the lower layer is mapped.
-func (KernelOverlays) IDMap(dir string) error {
+// StrategyIDMap is the strategy that containerd's own snapshotters need.
+const StrategyIDMap = "idmap"
+
+// TryStrategies tries idmapped layers, and copies of the metadata alone, with a small overlay in a directory below dir, mounted in a mount
+// namespace that ends with the try.
+func TryStrategies(_ context.Context, dir string) ([]Strategy, error) {
+	if _, err := os.Stat(dir); err != nil {
+		return nil, err
+	}
+	var strategies []Strategy
+	for _, s := range []struct {
+		name, works, remedy string
+		try                 func(dir string) error
+	}{
+		{StrategyIDMap, "idmapped overlay mounts work", "put the directory on ext4, xfs or btrfs, with Linux 5.19 or later", tryIDMap},
+		{"metacopy", "overlay mounts copy metadata alone", "put the directory on a filesystem with extended attributes, such as ext4, xfs or btrfs", tryMetacopy},
+	} {
+		strategy := Strategy{Name: s.name, Works: true, Evidence: s.works}
+		if err := s.try(dir); err != nil {
+			strategy = Strategy{Name: s.name, Evidence: err.Error(), Remedy: s.remedy}
+		}
+		strategies = append(strategies, strategy)
+	}
+	return strategies, nil
+}
+
+// tryIDMap has a layer shown under other ids, in the way of containerd's mounts.
+func tryIDMap(dir string) error {
 	users, err := mount.GetUsernsFD(tryMap, tryMap)
 	if err != nil {
 		return fmt.Errorf("failed to make a user namespace: %w", err)
@@ -105,8 +134,8 @@ func (KernelOverlays) IDMap(dir string) error {
 	})
 }
 
-// Metacopy implements [Overlays].
-func (KernelOverlays) Metacopy(dir string) error {
+// tryMetacopy has the owner of a file changed without a copy of its content.
+func tryMetacopy(dir string) error {
 	return tryOverlay(dir, func(t overlayTry) error {
 		if err := t.mount("lowerdir=" + t.path("lower") + ",index=on,metacopy=on"); err != nil {
 			return err

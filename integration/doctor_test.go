@@ -133,7 +133,7 @@ var ailments = []ailment{
 	},
 	{
 		name: "a filesystem for snapshots without metacopy", inflict: covered("root/io.containerd.snapshotter.v1.overlayfs", "ramfs", ""),
-		check: "overlay", subject: "metacopy", verdict: "warn", evidence: []string{"no metacopy"}, remedy: "extended attributes",
+		check: "overlay", subject: "metacopy", verdict: "warn", evidence: []string{"io.containerd.snapshotter.v1.overlayfs"}, remedy: "extended attributes",
 	},
 	{
 		name: "a closed state directory", inflict: func(t *testing.T, n *harness.Node) func() {

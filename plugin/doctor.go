@@ -50,7 +50,7 @@ func (c *Controller) callDoctor(ic *plugin.InitContext) {
 		Root:       filepath.Dir(rootDir),
 		State:      filepath.Dir(stateDir),
 		Config:     c.examined(ic, config),
-		Overlays:   doctor.KernelOverlays{},
+		Strategies: doctor.TryStrategies,
 		Refusal:    c.refused,
 		Ledger:     func() (doctor.Ledger, error) { return c.examineLedger(rootDir, stateDir) },
 	})

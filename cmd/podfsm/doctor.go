@@ -81,7 +81,7 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 		Root:       root,
 		State:      state,
 		Config:     config,
-		Overlays:   doctor.KernelOverlays{},
+		Strategies: doctor.TryStrategies,
 		Ledger: func() (doctor.Ledger, error) {
 			return closedLedger(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
 		},
