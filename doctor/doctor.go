@@ -164,6 +164,8 @@ func (d *Doctor) run(ctx context.Context, c check) []Finding {
 		d.known[c.name] = found
 		return found, nil
 	})
+	stop := context.AfterFunc(d.ctx, cancel)
+	defer stop()
 	select {
 	case result := <-done:
 		return result.Val.([]Finding)

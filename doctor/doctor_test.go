@@ -153,7 +153,7 @@ func TestChecks(t *testing.T) {
 		{name: "ledger that can't be opened", look: ledger, change: ledgerWith(Ledger{}, errors.New("no luck")), verdict: Fail, evidence: "no luck", remedy: "damaged"},
 		{name: "ledger that is damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log", "bad sum"}}}, nil), verdict: Warn, evidence: "/x/ledger.log: bad sum", remedy: "start containerd"},
 		{name: "ledger that was damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log.damaged-3", ""}}}, nil), verdict: Warn, evidence: "damaged: /x/ledger.log.damaged-3", remedy: "rm /x/ledger.log.damaged-3"},
-		{name: "debts", look: debts, change: ledgerWith(Ledger{Owed: 3}, nil), verdict: Warn, evidence: "3 sandboxes", remedy: "podfsm debts"},
+		{name: "debts", look: debts, change: ledgerWith(Ledger{Owed: 3}, nil), verdict: Warn, evidence: "is owed: 3", remedy: "podfsm debts"},
 		{name: "podfsm that is degraded", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = func() error { return errors.New("bad option") } }, verdict: Fail, evidence: "bad option", remedy: "restart containerd"},
 		{name: "podfsm that is down", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = nil }, verdict: Unknown, evidence: "down", remedy: "start containerd"},
 		{name: "configuration that isn't known", look: runtimes, change: func(_ *testing.T, n *Node) { without(n) }, verdict: Unknown, evidence: "configuration", remedy: "start containerd"},
@@ -263,10 +263,14 @@ func TestHangingCheck(t *testing.T) {
 			require.Equal(t, "hanging", found[0].Check)
 		}
 		require.EqualValues(t, 1, looks.Load())
+
+		begun := time.Now()
+		time.AfterFunc(time.Second, d.Close)
+		require.Equal(t, Unknown, d.run(t.Context(), c)[0].Verdict)
+		require.Equal(t, time.Second, time.Since(begun), "the end of containerd isn't kept waiting")
 		close(release)
 		synctest.Wait()
-		require.Equal(t, OK, d.run(t.Context(), c)[0].Verdict)
-		d.Close()
+		require.Equal(t, "at last", d.known[c.name][0].Evidence)
 	})
 }
 

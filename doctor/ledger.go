@@ -39,7 +39,7 @@ func ledger(_ context.Context, n Node) []Finding {
 	for _, file := range l.Files {
 		info, err := os.Stat(file)
 		if err != nil {
-			return []Finding{fail(NoPods, err.Error(), "restart containerd, which makes the file again from the other one")}
+			return []Finding{fail(NoPods, err.Error(), "drain the node and restart containerd: what only that file had is lost with it")}
 		}
 		texts = append(texts, fmt.Sprintf("%s has %s", file, units.BytesSize(float64(info.Size()))))
 	}
@@ -115,7 +115,7 @@ func debts(_ context.Context, n Node) []Finding {
 	case err != nil:
 		return []Finding{unknown(err.Error(), "see the check ledger")}
 	case l.Owed > 0:
-		return []Finding{warn(fmt.Sprintf("the cleanup of %d sandboxes is owed", l.Owed), "podfsm debts names the causes; remove them")}
+		return []Finding{warn(fmt.Sprintf("sandboxes whose cleanup is owed: %d", l.Owed), "podfsm debts names the causes; remove them")}
 	default:
 		return []Finding{ok("nothing is owed")}
 	}
