@@ -150,6 +150,16 @@ func TestChecks(t *testing.T) {
 		{name: "pool of a user", look: idPool, change: pool("pods"), verdict: OK, evidence: "655360 uids and 655360 gids"},
 		{name: "pool of nobody", look: idPool, change: pool("nobody-here"), verdict: Fail, evidence: `"nobody-here"`, remedy: "at least 65536 ids"},
 		{name: "ledger that isn't there yet", look: ledger, verdict: OK, evidence: "none yet"},
+		{name: "ledger on a disk", look: ledger, change: func(t *testing.T, n *Node) {
+			file := filepath.Join(n.Root, "ledger.db")
+			write(t, file, "content")
+			n.State = "/proc"
+			n.Ledger = func() (Ledger, error) { return Ledger{Files: []string{file}}, nil }
+		}, verdict: OK, evidence: "ledger.db has 7B; the state directory is on no tmpfs"},
+		{name: "ledger on a tmpfs", look: ledger, change: func(_ *testing.T, n *Node) {
+			n.State = "/dev/shm"
+			n.Ledger = func() (Ledger, error) { return Ledger{Files: []string{"/dev/null"}}, nil }
+		}, verdict: OK, evidence: "the state directory is on a tmpfs"},
 		{name: "ledger that can't be opened", look: ledger, change: ledgerWith(Ledger{}, errors.New("no luck")), verdict: Fail, evidence: "no luck", remedy: "damaged"},
 		{name: "ledger that is damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log", "bad sum"}}}, nil), verdict: Warn, evidence: "/x/ledger.log: bad sum", remedy: "start containerd"},
 		{name: "ledger that was damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log.damaged-3", ""}}}, nil), verdict: Warn, evidence: "damaged: /x/ledger.log.damaged-3", remedy: "rm /x/ledger.log.damaged-3"},
