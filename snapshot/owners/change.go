@@ -1,0 +1,107 @@
+package owners
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// plan is what a file shall have.
+type plan struct {
+	uid, gid uint32
+	// mode is 0, or the permissions that chown(2) changes.
+	mode uint32
+	// attributes are those that hold ids. chown(2) removes file capabilities.
+	attributes []attribute
+}
+
+// maxAttribute is the size of the longest value of an extended attribute, and of
+// the longest list of names (linux/limits.h).
+const maxAttribute = 64 << 10
+
+// plan says what the file shall have, from what it has.
+func (v *visitor) plan(dir int, name string, st *unix.Statx_t) (p plan, err error) {
+	if p.uid, err = v.ids.uid(st.Uid); err != nil {
+		return p, err
+	}
+	if p.gid, err = v.ids.gid(st.Gid); err != nil {
+		return p, err
+	}
+	kind := st.Mode & unix.S_IFMT
+	if kind == unix.S_IFLNK {
+		return p, nil // permissions and attributes of a link count for nothing
+	}
+	if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 && kind != unix.S_IFDIR {
+		p.mode = uint32(st.Mode &^ unix.S_IFMT)
+	}
+	p.attributes, err = v.planAttributes(dir, name)
+	return p, err
+}
+
+// planAttributes returns the attributes that hold ids, with the ids that they
+// shall have.
+func (v *visitor) planAttributes(dir int, name string) (shifted []attribute, err error) {
+	path := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
+	size, err := unix.Llistxattr(path, v.buffer)
+	if size == 0 || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("failed to list extended attributes: %w", err)
+	}
+	for key := range bytes.SplitSeq(bytes.Clone(v.buffer[:size]), []byte{0}) {
+		shift := shifter(string(key))
+		if shift == nil {
+			continue
+		}
+		size, err := unix.Lgetxattr(path, string(key), v.buffer)
+		if err != nil {
+			return nil, fmt.Errorf("failed to read extended attribute %s: %w", key, err)
+		}
+		value, err := shift(v.buffer[:size], v.ids)
+		if err != nil {
+			return nil, fmt.Errorf("extended attribute %s: %w", key, err)
+		}
+		shifted = append(shifted, attribute{name: string(key), value: slices.Clip(value)})
+	}
+	return shifted, nil
+}
+
+// apply gives the file what its plan says, unless no tree can come of it anyhow.
+func (v *visitor) apply(dir int, name string, p plan) error {
+	if v.unmapped.seen.Load() {
+		return nil
+	}
+	if p.mode == 0 && len(p.attributes) == 0 {
+		return unix.Fchownat(dir, name, int(p.uid), int(p.gid), unix.AT_SYMLINK_NOFOLLOW)
+	}
+	return applyWhole(dir, name, p)
+}
+
+// applyWhole holds on to the file, because neither permissions nor attributes can
+// be set by a name without following it on all kernels.
+func applyWhole(dir int, name string, p plan) error {
+	fd, err := unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	path := fmt.Sprintf("/proc/self/fd/%d", fd)
+	if err := unix.Fchownat(fd, "", int(p.uid), int(p.gid), unix.AT_EMPTY_PATH); err != nil {
+		return err
+	}
+	if p.mode != 0 {
+		if err := unix.Chmod(path, p.mode); err != nil {
+			return fmt.Errorf("failed to set its permissions again: %w", err)
+		}
+	}
+	for _, a := range p.attributes {
+		if err := unix.Setxattr(path, a.name, a.value, 0); err != nil {
+			return fmt.Errorf("failed to set extended attribute %s: %w", a.name, err)
+		}
+	}
+	return nil
+}
