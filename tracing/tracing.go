@@ -35,7 +35,8 @@ const (
 	SpanCNICheck  = "cni.check"
 	SpanCNIStatus = "cni.status"
 	SpanCNIGC     = "cni.gc"
-	SpanCheck     = "sandbox.check" // the look at an adopted sandbox
+	SpanCheck     = "sandbox.check"  // the look at an adopted sandbox
+	SpanRemap     = "snapshot.remap" // the making of a layer of owners
 )
 
 // Attribute keys. Where OpenTelemetry has a semantic convention, it is used.
@@ -54,6 +55,10 @@ const (
 	CNINetwork     = attribute.Key("podfsm.cni.network")
 	CNIIfName      = attribute.Key("podfsm.cni.interface")
 	CNICommand     = attribute.Key("podfsm.cni.command")
+
+	SnapshotStrategy = attribute.Key("podfsm.snapshot.strategy")
+	SnapshotInodes   = attribute.Key("podfsm.snapshot.inodes") // that have got other owners
+	SnapshotBytes    = attribute.Key("podfsm.snapshot.bytes")  // of these
 )
 
 // Step is the name of the span of a step's work.

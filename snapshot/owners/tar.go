@@ -1,0 +1,38 @@
+package owners
+
+import (
+	"archive/tar"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+)
+
+// xattrRecord starts the names of PAX records that hold extended attributes.
+const xattrRecord = "SCHILY.xattr."
+
+// Header gives an entry of a tar stream the ids that m says, as Shift does with a
+// file. An id that m doesn't map is a FailedPrecondition error.
+func (m Map) Header(h *tar.Header) error {
+	uid, err := m.uid(uint32(h.Uid))
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	gid, err := m.gid(uint32(h.Gid))
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	h.Uid, h.Gid = int(uid), int(gid)
+	h.Xattrs = nil //nolint:staticcheck // deprecated, but a reader sets it, and a writer prefers it to the records
+	for _, name := range []string{nameCapability, nameACL, nameDefaultACL} {
+		value, ok := h.PAXRecords[xattrRecord+name]
+		if !ok {
+			continue
+		}
+		shifted, err := shifter(name)([]byte(value), m)
+		if err != nil {
+			return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
+		}
+		h.PAXRecords[xattrRecord+name] = string(shifted)
+	}
+	return nil
+}

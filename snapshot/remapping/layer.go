@@ -1,0 +1,160 @@
+package remapping
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/podfsm/podfsm/snapshot/owners"
+)
+
+// A Strategy is how the files of an image get the owners of a user namespace.
+type Strategy string
+
+const (
+	// IDMap: the kernel maps the owners in the mount, nothing is copied.
+	IDMap Strategy = "idmap"
+	// Metacopy: a layer on top of the image has the owners, and no content.
+	Metacopy Strategy = "metacopy"
+	// Chown: a layer on top of the image has a copy of all its files.
+	Chown Strategy = "chown"
+)
+
+// layer is the committed snapshot of owners between an image and those that use
+// it. Its key says all of it. containerd's metadata never names a snapshot so: its
+// keys start with a namespace and a number.
+type layer struct {
+	strategy Strategy
+	maps     owners.Map
+	parent   string // the key of the image's topmost layer
+}
+
+const (
+	layerPrefix  = "podfsm-remapped/"
+	makingPrefix = "podfsm-remapping/" // of a layer that isn't finished
+)
+
+func (l layer) key() string    { return layerPrefix + l.name() }
+func (l layer) making() string { return makingPrefix + l.name() }
+func (l layer) name() string {
+	return string(l.strategy) + "/" + mapText(l.maps) + "/" + l.parent
+}
+
+// parseLayer reads the key of a layer, finished or not.
+func parseLayer(key string) (l layer, ok bool) {
+	name, finished := strings.CutPrefix(key, layerPrefix)
+	if !finished {
+		if name, ok = strings.CutPrefix(key, makingPrefix); !ok {
+			return layer{}, false
+		}
+	}
+	parts := strings.SplitN(name, "/", 3)
+	if len(parts) != 3 {
+		return layer{}, false
+	}
+	uids, gids, _ := strings.Cut(parts[1], ";")
+	maps, err := parseMap(uids, gids)
+	return layer{strategy: Strategy(parts[0]), maps: maps, parent: parts[2]}, err == nil
+}
+
+// hidden says whether a key is that of a layer.
+func hidden(key string) bool {
+	_, ok := parseLayer(key)
+	return ok
+}
+
+// visible is what containerd may know of a snapshot: its parent is the image.
+func visible(info snapshots.Info) snapshots.Info {
+	if l, ok := parseLayer(info.Parent); ok {
+		info.Parent = l.parent
+	}
+	return info
+}
+
+// mapText is the same for maps that say the same.
+func mapText(m owners.Map) string { return extentsText(m.UIDs) + ";" + extentsText(m.GIDs) }
+
+func extentsText(extents []specs.LinuxIDMapping) string {
+	sorted := slices.SortedFunc(slices.Values(extents), func(a, b specs.LinuxIDMapping) int {
+		return int(int64(a.ContainerID) - int64(b.ContainerID))
+	})
+	text := make([]string, len(sorted))
+	for i, e := range sorted {
+		text[i] = fmt.Sprintf("%d:%d:%d", e.ContainerID, e.HostID, e.Size)
+	}
+	return strings.Join(text, ",")
+}
+
+// mapsOf are those that the labels of a snapshot ask for; nil for none.
+func mapsOf(labels map[string]string) (*owners.Map, error) {
+	uids, gids := labels[snapshots.LabelSnapshotUIDMapping], labels[snapshots.LabelSnapshotGIDMapping]
+	if uids == "" && gids == "" {
+		return nil, nil
+	}
+	m, err := parseMap(uids, gids)
+	if err != nil {
+		return nil, err
+	}
+	return &m, nil
+}
+
+// parseMap reads maps in the form of containerd's labels. All errors are
+// InvalidArgument.
+func parseMap(uids, gids string) (m owners.Map, err error) {
+	if m.UIDs, err = parseExtents(uids); err != nil {
+		return owners.Map{}, fmt.Errorf("the uid map %q is none: %w", uids, err)
+	}
+	if m.GIDs, err = parseExtents(gids); err != nil {
+		return owners.Map{}, fmt.Errorf("the gid map %q is none: %w", gids, err)
+	}
+	return m, nil
+}
+
+func parseExtents(text string) ([]specs.LinuxIDMapping, error) {
+	var extents []specs.LinuxIDMapping
+	root := false
+	for part := range strings.SplitSeq(text, ",") {
+		var e specs.LinuxIDMapping
+		if _, err := fmt.Sscanf(part, "%d:%d:%d", &e.ContainerID, &e.HostID, &e.Size); err != nil {
+			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		root = root || e.ContainerID == 0 && e.Size > 0
+		extents = append(extents, e)
+	}
+	if !root {
+		return nil, fmt.Errorf("it doesn't map id 0: %w", errdefs.ErrInvalidArgument)
+	}
+	return extents, nil
+}
+
+// lineage is where a snapshot comes from.
+type lineage struct {
+	layer    layer // that it stands on, at any depth
+	remapped bool  // whether there is one
+	scratch  bool  // it has no parent
+}
+
+// lineage looks a snapshot up and all that it stands on, as far as a layer.
+func (b *backend) lineage(ctx context.Context, key string) (l lineage, err error) {
+	err = b.store.WithTransaction(ctx, false, func(ctx context.Context) error {
+		for first := true; key != ""; first = false {
+			if l.layer, l.remapped = parseLayer(key); l.remapped {
+				return nil
+			}
+			_, info, _, err := storage.GetInfo(ctx, key)
+			if err != nil {
+				return err
+			}
+			l.scratch = first && info.Parent == ""
+			key = info.Parent
+		}
+		return nil
+	})
+	return l, err
+}
