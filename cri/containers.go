@@ -28,6 +28,12 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 	if err := s.checkVolumes(ctx, id, pod, r.GetConfig()); err != nil {
 		return nil, err
 	}
+	release, err := s.sandboxes.PrepareRootFS(ctx, id, r.GetConfig().GetImage().GetImage())
+	defer release()
+	if err != nil {
+		return nil, fmt.Errorf("failed to prepare the root filesystem of container %q of pod %q: %w",
+			r.GetConfig().GetMetadata().GetName(), PodName(pod.Config), err)
+	}
 	return s.RuntimeServiceServer.CreateContainer(ctx, r)
 }
 

@@ -175,6 +175,12 @@ func TestContainerIsRefusedBeforeAnythingIsMade(t *testing.T) {
 			class: errdefs.IsFailedPrecondition,
 			says:  []string{`"/data"`, `"/ramfs/data"`, "ramfs"},
 		},
+		"an image that can't be mapped": {
+			pod:    mapped,
+			change: func(c *runtime.ContainerConfig) { c.Image = &runtime.ImageSpec{Image: "unmapped"} },
+			class:  errdefs.IsFailedPrecondition,
+			says:   []string{"root filesystem", "uid 70000"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			request := containerRequest(podConfig(hostUsers))
@@ -187,6 +193,17 @@ func TestContainerIsRefusedBeforeAnythingIsMade(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestRootFSIsReadyWhileTheContainerIsMade(t *testing.T) {
+	c := &controller{pods: map[string]Pod{"s1": {ID: "s1", Config: podConfig()}}}
+	s := &stock{create: func(context.Context, *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error) {
+		require.Zero(t, c.released.Load(), "released too early")
+		return &runtime.CreateContainerResponse{ContainerId: "c1"}, nil
+	}}
+	_, err := newFront(t, s, c).CreateContainer(t.Context(), containerRequest(podConfig()))
+	require.NoError(t, err)
+	require.EqualValues(t, 1, c.released.Load())
 }
 
 func TestContainerOfOtherHandlersPassesThrough(t *testing.T) {

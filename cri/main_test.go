@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -174,6 +175,7 @@ type controller struct {
 	heard    []string // of pods of other handlers
 
 	unclaimed []string
+	released  atomic.Int32 // what PrepareRootFS has returned
 
 	mu     sync.Mutex
 	named  map[attempt]Pod
@@ -181,6 +183,14 @@ type controller struct {
 }
 
 var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
+
+// PrepareRootFS refuses the image "unmapped".
+func (c *controller) PrepareRootFS(_ context.Context, _, image string) (func(), error) {
+	if image == "unmapped" {
+		return func() {}, fmt.Errorf("uid 70000 isn't mapped: %w", errdefs.ErrFailedPrecondition)
+	}
+	return func() { c.released.Add(1) }, nil
+}
 
 // CheckVolume refuses the volumes below /ramfs.
 func (c *controller) CheckVolume(_ context.Context, id, path string) error {

@@ -2,8 +2,8 @@
 //
 //	import _ "github.com/podfsm/podfsm/plugin"
 //
-// It registers the sandbox controller "podfsm" and a small gRPC service for the CLI, and puts podfsm's front on containerd's
-// CRI service. A runtime handler is podfsm's when its configuration says sandboxer = "podfsm"; everything else stays as it is.
+// It registers the sandbox controller "podfsm", the snapshotter "podfsm" and a small gRPC service for the CLI, and puts podfsm's
+// front on containerd's CRI service. A runtime handler is podfsm's when its configuration says sandboxer = "podfsm"; everything else stays as it is.
 package plugin
 
 import (
@@ -14,8 +14,9 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 
-	// The CRI service has to be registered before the front can be put on it.
+	// The CRI service has to be registered before the front can be put on it, and the differ before it can be wrapped.
 	_ "github.com/containerd/containerd/v2/plugins/cri"
+	_ "github.com/containerd/containerd/v2/plugins/diff/walking/plugin"
 
 	"github.com/podfsm/podfsm/cri"
 )
@@ -52,17 +53,26 @@ func init() {
 			return &api{controller: controller}, nil
 		},
 	})
-	putFrontOnCRI()
+	registry.Register(&plugin.Registration{
+		Type:   plugins.SnapshotPlugin,
+		ID:     Name,
+		Config: defaultSnapshotterConfig(),
+		InitFn: initSnapshotter,
+	})
+	wrapStock()
 }
 
-// putFrontOnCRI registers every plugin anew, with the init function of containerd's CRI service wrapped: the registry hands
+// wrapStock registers every plugin anew, with the init functions of containerd's CRI service and differ wrapped: the registry hands
 // out copies only, and takes each id once.
-func putFrontOnCRI() {
+func wrapStock() {
 	graph := registry.Graph(nil)
 	registry.Reset()
 	for _, r := range graph {
-		if r.Type == plugins.GRPCPlugin && r.ID == "cri" {
+		switch {
+		case r.Type == plugins.GRPCPlugin && r.ID == "cri":
 			r.InitFn = fronted(r.InitFn)
+		case r.Type == plugins.DiffPlugin && r.ID == "walking":
+			r.InitFn = comparing(r.InitFn)
 		}
 		registry.Register(&r)
 	}

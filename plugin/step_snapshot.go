@@ -4,8 +4,12 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/containerd/log"
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/snapshot"
+	"github.com/podfsm/podfsm/tracing"
 )
 
 // remapSnapshot makes pause's rootfs, under the pod's ids. Its key is the sandbox's id.
@@ -37,7 +41,13 @@ func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Snapshot{Snapshotter: spec.Snapshotter, Parent: made.Parent, Strategy: made.Strategy}, nil
+	trace.SpanFromContext(ctx).SetAttributes(tracing.SnapshotStrategy.String(string(made.Strategy)))
+	log.G(ctx).WithFields(log.Fields{"sandbox": r.Key.ID, "strategy": made.Strategy, "snapshotter": spec.Snapshotter}).
+		Debug("podfsm: pause has got its root filesystem")
+	return &Snapshot{
+		Snapshotter: spec.Snapshotter, Parent: made.Parent, Strategy: string(made.Strategy),
+		Inodes: made.Work.Inodes, Bytes: made.Work.Bytes, Took: made.Work.Took,
+	}, nil
 }
 
 func (s *remapSnapshot) Undo(ctx context.Context, r *lifecycle.Run) error {

@@ -178,7 +178,11 @@ func detail(result any) map[string]string {
 			"gids": fmt.Sprintf("%d:%d:%d", r.GIDs.ContainerID, r.GIDs.HostID, r.GIDs.Length),
 		}
 	case *Snapshot:
-		return map[string]string{"snapshotter": r.Snapshotter, "strategy": r.Strategy, "parent": r.Parent}
+		of := map[string]string{"snapshotter": r.Snapshotter, "strategy": r.Strategy, "parent": r.Parent}
+		if r.Inodes > 0 {
+			of["remapped"] = fmt.Sprintf("%d inodes, %d bytes, in %s", r.Inodes, r.Bytes, r.Took.Round(time.Millisecond))
+		}
+		return of
 	case *Pause:
 		return map[string]string{"pid": strconv.FormatUint(uint64(r.Pid), 10), "cgroup": r.CgroupPath}
 	case *NetNS:

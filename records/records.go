@@ -59,7 +59,11 @@ func (s *Spec) NetworkIsOurs() bool { return !s.OnNodeNetwork() && s.NetNSPath =
 type Snapshot struct {
 	Snapshotter string
 	Parent      string
-	Strategy    string
+	Strategy    string // how the files got the pod's owners
+	// What of the image has got other owners for this pod, and how long that took.
+	Inodes int64         `json:",omitempty"`
+	Bytes  int64         `json:",omitempty"`
+	Took   time.Duration `json:",omitempty"`
 }
 
 // Pause is the result of the step start_pause.

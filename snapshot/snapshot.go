@@ -19,18 +19,20 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/semaphore"
+
+	"github.com/podfsm/podfsm/snapshot/owners"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
 const (
 	// StrategyNone: files keep the owners that the image gives them.
-	StrategyNone = "none"
+	StrategyNone remapping.Strategy = "none"
 	// StrategyIDMap: the kernel maps the owners in the mount, nothing is copied.
-	StrategyIDMap = "idmap"
+	StrategyIDMap = remapping.IDMap
 )
 
-// capabilityRemapIDs is how containerd's snapshotters say that they mount with
-// id maps.
-const capabilityRemapIDs = "remap-ids"
+// CapabilityRemapIDs is how containerd's snapshotters say that they take id maps.
+const CapabilityRemapIDs = "remap-ids"
 
 // labelGCRoot makes containerd's garbage collector keep what nothing refers to.
 const labelGCRoot = "containerd.io/gc.root"
@@ -72,10 +74,13 @@ type Request struct {
 
 // Result says how a snapshot was made.
 type Result struct {
-	// Strategy is StrategyNone or StrategyIDMap.
-	Strategy string
+	// Strategy is StrategyNone, StrategyIDMap, or what podfsm's snapshotter took.
+	Strategy remapping.Strategy
 	// Parent is the chain id of the image's layers.
 	Parent string
+	// Work is what giving the image other owners took; none where nothing is copied
+	// or it was done before.
+	Work remapping.Work
 }
 
 // Prepare makes a writable snapshot on top of the image, which it unpacks when
@@ -85,8 +90,8 @@ type Result struct {
 // containerd's garbage collector leaves the snapshot alone, though no container
 // refers to it yet: it stays until Remove.
 //
-// A snapshotter that can't mount with id maps, or is not there, is a
-// FailedPrecondition error.
+// A snapshotter that can't take id maps, or is not there, is a FailedPrecondition
+// error, as are ids of the image that aren't mapped.
 func (p *Preparer) Prepare(ctx context.Context, r Request) (Result, error) {
 	result, err := p.prepare(ctx, r)
 	if err != nil {
@@ -159,19 +164,74 @@ func (p *Preparer) prepare(ctx context.Context, r Request) (Result, error) {
 		return Result{}, fmt.Errorf("failed to read the layers of image %q: %w", r.Image.Name(), err)
 	}
 	parent := identity.ChainID(layers).String()
-	labels := r.labels()
-
-	err = prepareOnce(ctx, sn, r.Key, parent, labels)
-	if errdefs.IsNotFound(err) {
-		if err := p.unpack(ctx, sn, r); err != nil {
-			return Result{}, fmt.Errorf("failed to unpack image %q: %w", r.Image.Name(), err)
+	result, labels := Result{Strategy: strategy, Parent: parent}, r.labels()
+	err = p.unpacked(ctx, sn, r, func() error {
+		ready, err := r.ready(ctx, sn, parent)
+		if err != nil {
+			return err
 		}
-		err = prepareOnce(ctx, sn, r.Key, parent, labels)
-	}
+		defer ready.Release()
+		if ready.Strategy != "" {
+			result.Strategy, result.Work = ready.Strategy, ready.Work
+		}
+		return prepareOnce(ctx, sn, r.Key, parent, labels)
+	})
 	if err != nil {
 		return Result{}, err
 	}
-	return Result{Strategy: strategy, Parent: parent}, nil
+	return result, nil
+}
+
+// Ready makes what a snapshot of the request's image with its id maps will stand on,
+// unpacking the image where the snapshotter does not have it. It is for snapshots
+// that somebody else prepares, which would hold up all others meanwhile. release is
+// to be called after that. The request's key and annotations don't matter. Errors
+// are those of Prepare.
+func (p *Preparer) Ready(ctx context.Context, r Request) (release func(), err error) {
+	sn, err := p.snapshotter(r.Snapshotter)
+	if err != nil {
+		return nil, err
+	}
+	layers, err := r.Image.RootFS(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the layers of image %q: %w", r.Image.Name(), err)
+	}
+	var ready remapping.Ready
+	err = p.unpacked(ctx, sn, r, func() (err error) {
+		ready, err = r.ready(ctx, sn, identity.ChainID(layers).String())
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("failed to make image %q ready: %w", r.Image.Name(), err)
+	}
+	return ready.Release, nil
+}
+
+// ready has podfsm's snapshotter do its work before the snapshot is prepared. For
+// any other snapshotter, and without id maps, there is nothing to do.
+func (r Request) ready(ctx context.Context, sn snapshots.Snapshotter, parent string) (remapping.Ready, error) {
+	ready := remapping.Ready{Release: func() {}}
+	if len(r.UIDs) == 0 {
+		return ready, nil
+	}
+	remapped, ok, err := remapping.Prepared(ctx, sn, parent, owners.Map{UIDs: r.UIDs, GIDs: r.GIDs})
+	if ok {
+		ready = remapped
+	}
+	return ready, err
+}
+
+// unpacked runs what needs the image unpacked, and unpacks it where that fails for
+// the lack of it.
+func (p *Preparer) unpacked(ctx context.Context, sn snapshots.Snapshotter, r Request, f func() error) error {
+	err := f()
+	if !errdefs.IsNotFound(err) {
+		return err
+	}
+	if err := p.unpack(ctx, sn, r); err != nil {
+		return fmt.Errorf("failed to unpack image %q: %w", r.Image.Name(), err)
+	}
+	return f()
 }
 
 func (p *Preparer) snapshotter(name string) (snapshots.Snapshotter, error) {
@@ -184,7 +244,7 @@ func (p *Preparer) snapshotter(name string) (snapshots.Snapshotter, error) {
 
 // strategy never falls back on changing the owners in a copy of the image, as
 // containerd's client does.
-func (p *Preparer) strategy(ctx context.Context, r Request) (string, error) {
+func (p *Preparer) strategy(ctx context.Context, r Request) (remapping.Strategy, error) {
 	if len(r.UIDs) == 0 && len(r.GIDs) == 0 {
 		return StrategyNone, nil
 	}
@@ -195,9 +255,10 @@ func (p *Preparer) strategy(ctx context.Context, r Request) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if !slices.Contains(capabilities, capabilityRemapIDs) {
+	if !slices.Contains(capabilities, CapabilityRemapIDs) {
 		return "", fmt.Errorf("snapshotter %q can't map ids on this node, "+
-			"pods with a user namespace need overlayfs on Linux 5.19 or later with a filesystem that supports idmapped mounts: %w",
+			"pods with a user namespace need overlayfs on Linux 5.19 or later with a filesystem that supports idmapped mounts, "+
+			"or podfsm's snapshotter (snapshotter = \"podfsm\" in the runtime handler): %w",
 			r.Snapshotter, errdefs.ErrFailedPrecondition)
 	}
 	return StrategyIDMap, nil

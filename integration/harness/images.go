@@ -24,13 +24,17 @@ import (
 const (
 	PauseImage   = "podfsm.test/pause:1"
 	BusyboxImage = "podfsm.test/busybox:1"
+	// OwnersImage is the busybox image with a second layer of files whose
+	// owners matter, in /owners: cat with the capability NET_RAW, the setuid
+	// program suid, a and b that are one file, and some in directories of users.
+	OwnersImage = "podfsm.test/owners:1"
 )
 
 // IndexPage is what a busybox container serves at / when it runs
 // "httpd -f -h /www".
 const IndexPage = "hello from busybox\n"
 
-// imageArchive returns both images in the format of `docker save`.
+// imageArchive returns the images in the format of `docker save`.
 func imageArchive(ctx context.Context, repo string) ([]byte, error) {
 	pause, err := pauseImage(repo)
 	if err != nil {
@@ -40,10 +44,15 @@ func imageArchive(ctx context.Context, repo string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to make image %q: %w", BusyboxImage, err)
 	}
+	owners, err := ownersImage(busybox)
+	if err != nil {
+		return nil, fmt.Errorf("failed to make image %q: %w", OwnersImage, err)
+	}
 	var archive bytes.Buffer
 	err = tarball.MultiWrite(map[name.Tag]v1.Image{
 		name.MustParseReference(PauseImage).(name.Tag):   pause,
 		name.MustParseReference(BusyboxImage).(name.Tag): busybox,
+		name.MustParseReference(OwnersImage).(name.Tag):  owners,
 	}, &archive)
 	if err != nil {
 		return nil, fmt.Errorf("failed to write the images: %w", err)
@@ -100,24 +109,54 @@ func busyboxImage(ctx context.Context) (v1.Image, error) {
 	}, l)
 }
 
+// OwnersFiles is how many files /owners/many has, each of another user.
+const OwnersFiles = 1000
+
+// netRaw is cap_net_raw+ep as file capabilities of revision 2.
+const netRaw = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
+func ownersImage(busybox v1.Image) (v1.Image, error) {
+	path, err := exec.LookPath("busybox")
+	if err != nil {
+		return nil, err
+	}
+	body, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	l := layer{
+		{name: "owners/", mode: 0o755},
+		{name: "owners/cat", mode: 0o755, body: body, caps: netRaw},
+		{name: "owners/suid", mode: 0o4755, body: body, owner: 33},
+		{name: "owners/a", mode: 0o640, body: []byte("one file\n"), owner: 1000},
+		{name: "owners/b", hard: "owners/a"},
+		{name: "owners/many/", mode: 0o755},
+	}
+	for i := range OwnersFiles {
+		name := fmt.Sprintf("owners/many/%d", i)
+		l = append(l, file{name: name, mode: 0o600, body: []byte(name), owner: i})
+	}
+	appended, err := l.image()
+	if err != nil {
+		return nil, err
+	}
+	return mutate.AppendLayers(busybox, appended)
+}
+
 // file is a directory when its name ends in a slash, a symlink when link is
-// set, else a regular file. Everything belongs to root.
+// set, a hard link when hard is, else a regular file. owner is its user and group.
 type file struct {
-	name, link string
-	mode       int64
-	body       []byte
+	name, link, hard string
+	mode             int64
+	body             []byte
+	owner            int
+	caps             string
 }
 
 type layer []file
 
 func image(config v1.Config, files layer) (v1.Image, error) {
-	data, err := files.tar()
-	if err != nil {
-		return nil, err
-	}
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(data)), nil
-	}, tarball.WithCompressionLevel(gzip.BestSpeed))
+	l, err := files.image()
 	if err != nil {
 		return nil, err
 	}
@@ -132,6 +171,17 @@ func image(config v1.Config, files layer) (v1.Image, error) {
 	cf = cf.DeepCopy()
 	cf.OS, cf.Architecture, cf.Config = "linux", runtime.GOARCH, config
 	return mutate.ConfigFile(img, cf)
+}
+
+// image is the layer as that of an image.
+func (l layer) image() (v1.Layer, error) {
+	data, err := l.tar()
+	if err != nil {
+		return nil, err
+	}
+	return tarball.LayerFromOpener(func() (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(data)), nil
+	}, tarball.WithCompressionLevel(gzip.BestSpeed))
 }
 
 func (l layer) tar() ([]byte, error) {
@@ -149,8 +199,15 @@ func (l layer) tar() ([]byte, error) {
 }
 
 func (f file) write(w *tar.Writer) error {
-	h := &tar.Header{Name: f.name, Linkname: f.link, Mode: f.mode, Size: int64(len(f.body)), Typeflag: tar.TypeReg}
+	h := &tar.Header{
+		Name: f.name, Linkname: f.link, Mode: f.mode, Uid: f.owner, Gid: f.owner, Size: int64(len(f.body)), Typeflag: tar.TypeReg,
+	}
+	if f.caps != "" {
+		h.PAXRecords = map[string]string{"SCHILY.xattr.security.capability": f.caps}
+	}
 	switch {
+	case f.hard != "":
+		h.Typeflag, h.Linkname = tar.TypeLink, f.hard
 	case f.link != "":
 		h.Typeflag = tar.TypeSymlink
 	case strings.HasSuffix(f.name, "/"):

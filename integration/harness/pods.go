@@ -154,6 +154,11 @@ func Run(command ...string) ContainerOption {
 	return func(c *runtime.ContainerConfig) { c.Command = command }
 }
 
+// Image makes a container have another image than busybox.
+func Image(name string) ContainerOption {
+	return func(c *runtime.ContainerConfig) { c.Image = &runtime.ImageSpec{Image: name} }
+}
+
 // Volume mounts a file or directory of the machine into a container, under the
 // pod's ids where it has its own, as the kubelet does.
 func Volume(hostPath, containerPath string) ContainerOption {

@@ -3,6 +3,7 @@ package harness
 import (
 	"context"
 	"fmt"
+	"os"
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -11,6 +12,9 @@ import (
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 )
+
+// PodfsmSnapshotter is the one of podfsm's own.
+const PodfsmSnapshotter = "podfsm"
 
 const (
 	// snapshotter is the one that pods use by default.
@@ -92,12 +96,14 @@ func (n *Node) countNamespace(ctx context.Context, ns string, snapshotters []str
 // removed. So one is.
 func (n *Node) collectGarbage(ctx context.Context) error {
 	ctx = namespaces.WithNamespace(ctx, criNamespace)
-	scratch := n.Containerd.SnapshotService(snapshotter)
-	if _, err := scratch.Prepare(ctx, scratchKey, ""); err != nil && !errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("failed to prepare a snapshot to remove: %w", err)
-	}
-	if err := scratch.Remove(ctx, scratchKey); err != nil && !errdefs.IsNotFound(err) {
-		return fmt.Errorf("failed to remove a snapshot: %w", err)
+	for _, name := range n.usedSnapshotters() {
+		scratch := n.Containerd.SnapshotService(name)
+		if _, err := scratch.Prepare(ctx, scratchKey, ""); err != nil && !errdefs.IsAlreadyExists(err) {
+			return fmt.Errorf("failed to prepare a snapshot to remove: %w", err)
+		}
+		if err := scratch.Remove(ctx, scratchKey); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("failed to remove a snapshot: %w", err)
+		}
 	}
 	lease, err := n.Containerd.LeasesService().Create(ctx, leases.WithRandomID())
 	if err != nil {
@@ -107,6 +113,14 @@ func (n *Node) collectGarbage(ctx context.Context) error {
 		return fmt.Errorf("failed to collect garbage: %w", err)
 	}
 	return nil
+}
+
+// usedSnapshotters are the one that pods use by default, and podfsm's if any uses it.
+func (n *Node) usedSnapshotters() []string {
+	if _, err := os.Stat(n.path("root/io.containerd.snapshotter.v1." + PodfsmSnapshotter + "/metadata.db")); err != nil {
+		return []string{snapshotter}
+	}
+	return []string{snapshotter, PodfsmSnapshotter}
 }
 
 // snapshotters returns the names of those that work on this machine.

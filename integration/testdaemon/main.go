@@ -3,7 +3,8 @@
 // The points are STEP.do.before, STEP.do.after, STEP.undo.before, STEP.undo.after, STEP.stop.before and STEP.stop.after, where
 // STEP is a step's name as in the ledger, and start_pause.exited.before and .after around the look at a pause that an earlier
 // daemon started. The step between them is the real one. Likewise leases.create, sandboxes.create, .update and .delete, and
-// snapshotter.prepare and .remove, around containerd's own stores.
+// snapshotter.prepare and .remove, around containerd's own stores; and remap.PHASE in the making of a layer of owners by podfsm's
+// snapshotter (package remapping).
 //
 // The boot id is read from the file that the environment variable PODFSM_BOOT_ID_FILE names, so that a test can reboot.
 package main
@@ -17,14 +18,17 @@ import (
 
 	_ "github.com/containerd/containerd/v2/cmd/containerd/builtins"
 
+	"github.com/podfsm/podfsm/integration/faults"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/plugin"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
 func main() {
 	plugin.DecorateSteps(withFaults)
 	wrapStores()
+	remapping.AtPhase = func(ctx context.Context, phase string) error { return faults.Hit(ctx, "remap."+phase) }
 	if file := os.Getenv("PODFSM_BOOT_ID_FILE"); file != "" {
 		journal.BootIDFile = file
 	}

@@ -23,11 +23,11 @@ import (
 )
 
 // entry is a layer that somebody waits for or is about to use, or that is being
-// removed. Its fields are guarded by the snapshotter's lock; work and err don't
+// removed. Its users are guarded by the snapshotter's lock; work and err don't
 // change once done is closed.
 type entry struct {
 	users   int
-	leaving bool // nobody may join any more; done is closed when it has gone
+	leaving bool // nobody may join; done is closed when it has gone
 	done    chan struct{}
 	cancel  context.CancelFunc
 	work    Work
@@ -44,7 +44,8 @@ func (e *entry) finished() bool {
 }
 
 // hold returns once the layer is there. It isn't collected before release. The
-// first who needs it makes it, and all others wait for that.
+// first who needs it makes it, and all others wait for that. It is made to its end
+// also when nobody waits any more: the kubelet will ask again.
 func (s *Snapshotter) hold(ctx context.Context, b *backend, l layer) (work Work, release func(), err error) {
 	for {
 		e, first, err := s.join(ctx, b, l)
@@ -58,7 +59,7 @@ func (s *Snapshotter) hold(ctx context.Context, b *backend, l layer) (work Work,
 		select {
 		case <-ctx.Done():
 			leave()
-			return Work{}, nil, fmt.Errorf("gave up on the owners of image %q: %w", l.parent, ctx.Err())
+			return Work{}, nil, fmt.Errorf("gave up on waiting for the owners of image %q: %w", l.parent, ctx.Err())
 		case <-e.done:
 		}
 		if e.leaving {
@@ -86,9 +87,8 @@ func (s *Snapshotter) join(ctx context.Context, b *backend, l layer) (_ *entry, 
 	if e := s.entries[l.key()]; e != nil {
 		if !e.leaving {
 			e.users++
-			return e, false, nil
 		}
-		return &entry{leaving: true, done: e.done}, false, nil // a copy: the flag of the other isn't read without the lock
+		return e, false, nil
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	e := &entry{users: 1, done: make(chan struct{}), cancel: cancel}
@@ -100,24 +100,19 @@ func (s *Snapshotter) join(ctx context.Context, b *backend, l layer) (_ *entry, 
 		defer s.mu.Unlock()
 		e.work, e.err = work, err
 		if err != nil || e.users == 0 {
-			delete(s.entries, l.key()) // the next one tries again
+			delete(s.entries, l.key()) // the next one looks again
 		}
 		close(e.done)
 	})
 	return e, true, nil
 }
 
-// leave ends a use. Without users an unfinished layer is given up.
+// leave ends a use.
 func (s *Snapshotter) leave(key string, e *entry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e.users--
-	switch {
-	case e.users > 0:
-	case !e.finished():
-		e.leaving = true
-		e.cancel()
-	case s.entries[key] == e:
+	if e.users == 0 && e.finished() && s.entries[key] == e {
 		delete(s.entries, key)
 	}
 }

@@ -26,9 +26,9 @@ type Ready struct {
 // this process's own metadata store of a snapshotter. Where that isn't one of this
 // package's, nothing is done and ok is false.
 //
-// It ends with ctx. A layer that others wait for as well is made all the same. A
-// parent that isn't there is NotFound; a node that can't, and ids of the image that
-// aren't mapped, are FailedPrecondition.
+// It ends with ctx, but a layer that is under way then is made to its end. A parent
+// that isn't there is NotFound; a node that can't, and ids of the image that aren't
+// mapped, are FailedPrecondition.
 func Prepared(ctx context.Context, sn snapshots.Snapshotter, parent string, maps owners.Map) (ready Ready, ok bool, err error) {
 	q := &question{maps: maps}
 	if _, err := sn.Stat(context.WithValue(ctx, questionKey{}, q), parent); err != nil {

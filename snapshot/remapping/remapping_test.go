@@ -394,14 +394,12 @@ func TestCallersThatGoAway(t *testing.T) {
 	n := newNode(t, Metacopy)
 	reached, proceed := make(chan struct{}), make(chan struct{})
 	once := sync.OnceFunc(func() { close(reached) })
-	var given error
 	at(t, PhaseMounted, func(ctx context.Context) error {
 		once()
 		select {
 		case <-proceed:
 			return nil
 		case <-ctx.Done():
-			given = ctx.Err()
 			return ctx.Err()
 		}
 	})
@@ -426,14 +424,66 @@ func TestCallersThatGoAway(t *testing.T) {
 
 	leaveFirst()
 	require.ErrorIs(t, <-a, context.Canceled)
-	require.NoError(t, given, "the second caller still waits")
 	leaveSecond()
 	require.ErrorIs(t, <-b, context.Canceled)
 
-	// The next one waits for the end of what was given up, and makes it anew.
+	// Their retry joins what they have begun.
+	c := prepare(t.Context(), "c")
 	close(proceed)
-	require.NoError(t, <-prepare(t.Context(), "c"))
+	require.NoError(t, <-c)
 	require.Len(t, n.layers(), 1)
+	require.EqualValues(t, 1, n.Totals()[Metacopy].Layers)
+	require.Empty(t, n.entries)
+}
+
+// TestStopped ends what is under way when containerd stops.
+func TestStopped(t *testing.T) {
+	n := newNode(t, Metacopy)
+	reached := make(chan struct{})
+	at(t, PhaseMounted, func(ctx context.Context) error {
+		close(reached)
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	done := make(chan error, 1)
+	go func() {
+		_, err := n.Prepare(t.Context(), "pod", image, withMaps(podMap))
+		done <- err
+	}()
+	<-reached
+	require.NoError(t, n.Close())
+	require.ErrorIs(t, <-done, context.Canceled)
+	_, err := n.Prepare(t.Context(), "late", image, withMaps(podMap))
+	require.Error(t, err)
+	n.open(Metacopy)
+	require.Empty(t, n.layers())
+}
+
+// TestCollectedWhileAsked removes a layer again and again while pods come and go.
+func TestCollectedWhileAsked(t *testing.T) {
+	n := newNode(t, Metacopy)
+	var group errgroup.Group
+	for i := range 4 {
+		group.Go(func() error {
+			for range 25 {
+				key := fmt.Sprint("pod-", i)
+				if _, err := n.Prepare(t.Context(), key, image, withMaps(podMap)); err != nil {
+					return err
+				}
+				if err := n.Remove(t.Context(), key); err != nil {
+					return err
+				}
+				if err := n.Cleanup(t.Context()); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	require.NoError(t, group.Wait())
+	require.Empty(t, n.entries)
+	require.NoError(t, n.Cleanup(t.Context()))
+	require.Empty(t, n.layers())
 }
 
 // TestKilled leaves what a kill in each phase leaves on disk and on record.

@@ -1,0 +1,120 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/platforms"
+	"github.com/containerd/plugin"
+	"github.com/moby/sys/userns"
+
+	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/snapshot"
+	"github.com/podfsm/podfsm/snapshot/remapping"
+)
+
+// SnapshotterConfig is the section [plugins.'io.containerd.snapshotter.v1.podfsm'].
+type SnapshotterConfig struct {
+	// RootPath is the directory of the snapshots. Default: one in containerd's root directory.
+	RootPath string `toml:"root_path"`
+	// Strategy is how files get the owners of a user namespace: "idmap", "metacopy", "chown", or "auto" for the first of them that
+	// works here. Default: "auto".
+	Strategy string `toml:"strategy"`
+	// MountOptions are put on every overlay, as with containerd's overlayfs.
+	MountOptions []string `toml:"mount_options"`
+}
+
+func defaultSnapshotterConfig() *SnapshotterConfig { return &SnapshotterConfig{Strategy: "auto"} }
+
+// initSnapshotter touches nothing: most nodes don't use the snapshotter. It always says that it can take id maps, so that containerd's
+// client leaves that to it.
+func initSnapshotter(ic *plugin.InitContext) (any, error) {
+	config := ic.Config.(*SnapshotterConfig)
+	root := ic.Properties[plugins.PropertyRootDir]
+	if config.RootPath != "" {
+		root = config.RootPath
+	}
+	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
+	ic.Meta.Capabilities = append(ic.Meta.Capabilities, snapshot.CapabilityRemapIDs)
+	if !userns.RunningInUserNS() { // as containerd's overlayfs does
+		ic.Meta.Capabilities = append(ic.Meta.Capabilities, snapshots.RebaseCap)
+	}
+	ic.Meta.Exports[plugins.SnapshotterRootDir] = root
+	return remapping.New(remapping.Config{Root: root, Strategy: remapping.Strategy(config.Strategy), MountOptions: config.MountOptions}), nil
+}
+
+// differ is what containerd's services want of a diff plugin.
+type differ struct {
+	diff.Comparer
+	diff.Applier
+}
+
+// comparing wraps the init function of containerd's differ, so that diffs of pods with user namespaces have the ids of their images.
+// It fails only where that fails.
+func comparing(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitContext) (any, error) {
+	return func(ic *plugin.InitContext) (any, error) {
+		instance, err := stock(ic)
+		if err != nil {
+			return instance, err
+		}
+		of, ok := instance.(interface {
+			diff.Comparer
+			diff.Applier
+		})
+		db, dbErr := ic.GetSingle(plugins.MetadataPlugin)
+		if !ok || dbErr != nil {
+			log.G(ic.Context).WithError(dbErr).Warn("podfsm: commits and checkpoints of pods with user namespaces will have host ids")
+			return instance, nil
+		}
+		var sn *remapping.Snapshotter // nil where it is disabled
+		if loaded, err := ic.GetByID(plugins.SnapshotPlugin, Name); err == nil {
+			sn = loaded.(*remapping.Snapshotter)
+		}
+		return differ{remapping.NewComparer(of, db.(*metadata.DB).ContentStore(), sn), of}, nil
+	}
+}
+
+// PrepareRootFS makes what the root filesystem of a container in the sandbox needs, before containerd's service makes that. It is
+// left to the service to say that the sandbox or the image isn't there.
+func (c *Controller) PrepareRootFS(ctx context.Context, id, image string) (release func(), err error) {
+	nothing := func() {}
+	if c.engine == nil {
+		return nothing, c.well()
+	}
+	view, err := c.engine.Get(inFront(id))
+	if errdefs.IsNotFound(err) {
+		return nothing, nil
+	}
+	if err != nil {
+		return nothing, err
+	}
+	spec, mapped := view.Spec.(*Spec), records.MappingsOf(view)
+	if mapped == nil || spec.Snapshotter != Name {
+		return nothing, nil
+	}
+	found, err := c.node.client.GetImage(ctx, image)
+	if errdefs.IsNotFound(err) {
+		return nothing, nil
+	}
+	if err != nil {
+		return nothing, fmt.Errorf("failed to get image %q: %w", image, err)
+	}
+	uids, gids := mapped.Linux()
+	release, err = c.node.snapshots.Ready(ctx, snapshot.Request{
+		Snapshotter:            spec.Snapshotter,
+		Image:                  found,
+		UIDs:                   uids,
+		GIDs:                   gids,
+		AppendImageAnnotations: !c.stock.image.DisableSnapshotAnnotations,
+	})
+	if err != nil {
+		return nothing, err
+	}
+	return release, nil
+}
