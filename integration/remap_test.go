@@ -261,7 +261,7 @@ func TestRemapOnce(t *testing.T) {
 // TestRemapKilled kills containerd while it gives an image other owners: at each phase, and at any moment. Afterwards the pod or its
 // container runs, and nothing of the killed work is left.
 func TestRemapKilled(t *testing.T) {
-	phases := []string{"prepared", "mounted", "shifted", "synced", "committed"}
+	phases := []string{"prepared", "mounted", "shifted", "committed"}
 	moments := 2
 	strategies := []string{"metacopy"}
 	if full() {

@@ -129,7 +129,7 @@ func ownersImage(busybox v1.Image) (v1.Image, error) {
 		{name: "owners/cat", mode: 0o755, body: body, caps: netRaw},
 		{name: "owners/suid", mode: 0o4755, body: body, owner: 33},
 		{name: "owners/a", mode: 0o640, body: []byte("one file\n"), owner: 1000},
-		{name: "owners/b", hard: "owners/a"},
+		{name: "owners/b", hard: "owners/a", mode: 0o640, owner: 1000}, // a link's own are those of the file
 		{name: "owners/many/", mode: 0o755},
 	}
 	for i := range OwnersFiles {

@@ -32,6 +32,7 @@ const (
 type layer struct {
 	strategy Strategy
 	maps     owners.Map
+	boot     string // the id of the boot that it was made in
 	parent   string // the key of the image's topmost layer
 }
 
@@ -43,7 +44,7 @@ const (
 func (l layer) key() string    { return layerPrefix + l.name() }
 func (l layer) making() string { return makingPrefix + l.name() }
 func (l layer) name() string {
-	return string(l.strategy) + "/" + mapText(l.maps) + "/" + l.parent
+	return string(l.strategy) + "/" + mapText(l.maps) + "/" + l.boot + "/" + l.parent
 }
 
 // parseLayer reads the key of a layer, finished or not.
@@ -54,13 +55,13 @@ func parseLayer(key string) (l layer, ok bool) {
 			return layer{}, false
 		}
 	}
-	parts := strings.SplitN(name, "/", 3)
-	if len(parts) != 3 {
+	parts := strings.SplitN(name, "/", 4)
+	if len(parts) != 4 {
 		return layer{}, false
 	}
 	uids, gids, _ := strings.Cut(parts[1], ";")
 	maps, err := parseMap(uids, gids)
-	return layer{strategy: Strategy(parts[0]), maps: maps, parent: parts[2]}, err == nil
+	return layer{strategy: Strategy(parts[0]), maps: maps, boot: parts[2], parent: parts[3]}, err == nil
 }
 
 // hidden says whether a key is that of a layer.

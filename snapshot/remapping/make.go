@@ -16,8 +16,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
-
 	"github.com/podfsm/podfsm/snapshot/owners"
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -171,7 +169,6 @@ const (
 	PhasePrepared  = "prepared"  // it is on record as unfinished
 	PhaseMounted   = "mounted"   // its owners are about to be changed
 	PhaseShifted   = "shifted"   // they all are
-	PhaseSynced    = "synced"    // and on disk
 	PhaseCommitted = "committed" // it is on record as finished, and nobody stands on it
 )
 
@@ -206,12 +203,6 @@ func (b *backend) remap(ctx context.Context, l layer) (stats owners.Stats, err e
 	// The work directory has an index that would count as a path of each hard
 	// linked file.
 	if err := os.RemoveAll(option(mounts, "workdir")); err != nil {
-		return stats, err
-	}
-	if err := syncFilesystem(b.dir()); err != nil {
-		return stats, err
-	}
-	if err := AtPhase(ctx, PhaseSynced); err != nil {
 		return stats, err
 	}
 	// Not by the snapshotter's Commit, which would walk all files again to add up
@@ -253,7 +244,7 @@ func shift(ctx context.Context, dir string, l layer, mounts []mount.Mount) (stat
 // remapOptions are those of the overlay in which the owners are changed. Without
 // index=on each path of a hard linked file would become a file of its own. The
 // strategy decides about metacopy, whatever the default of the node is. Nothing is
-// synced file by file (volatile), as all is before it counts.
+// synced file by file (volatile): a layer ends with the boot.
 func remapOptions(dir string, strategy Strategy, mounts []mount.Mount) []string {
 	options := []string{"index=on", "metacopy=off", "volatile"}
 	if strategy == Metacopy {
@@ -277,18 +268,4 @@ func option(mounts []mount.Mount, key string) string {
 		}
 	}
 	return ""
-}
-
-// syncFilesystem returns once all that was written to a directory's filesystem is
-// on disk.
-func syncFilesystem(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return &os.PathError{Op: "syncfs", Path: dir, Err: err}
-	}
-	return nil
 }

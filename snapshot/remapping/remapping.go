@@ -264,6 +264,11 @@ func (s *Snapshotter) create(ctx context.Context, key, parent string, opts []sna
 	return b.adapt(ctx, key, mounts)
 }
 
+// bootIDFile has the id of this boot. A layer is for the boot that it was made in: to
+// have it on disk for sure before it counts would mean to wait for all else that is
+// to be written there (syncfs(2)), and no container lives as long.
+var bootIDFile = "/proc/sys/kernel/random/boot_id"
+
 // ready makes what a snapshot on parent with these maps stands on.
 func (s *Snapshotter) ready(ctx context.Context, b *backend, parent string, maps owners.Map) (Ready, error) {
 	from, err := b.lineage(ctx, parent)
@@ -284,7 +289,11 @@ func (s *Snapshotter) ready(ctx context.Context, b *backend, parent string, maps
 	if strategy == IDMap {
 		return Ready{Strategy: strategy, Release: func() {}, parent: parent}, nil
 	}
-	l := layer{strategy: strategy, maps: maps, parent: parent}
+	boot, err := os.ReadFile(bootIDFile)
+	if err != nil {
+		return Ready{}, fmt.Errorf("failed to read the id of this boot: %w", err)
+	}
+	l := layer{strategy: strategy, maps: maps, boot: strings.TrimSpace(string(boot)), parent: parent}
 	work, release, err := s.hold(ctx, b, l)
 	if err != nil {
 		return Ready{}, err
