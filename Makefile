@@ -59,11 +59,12 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration
+	PODFSM_FULL=1 go test -timeout 10m $(TESTFLAGS) -run '^TestSuite$$' ./snapshot/remapping
 
 .PHONY: compare
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md

@@ -98,7 +98,11 @@ func TestDiff(t *testing.T) {
 			again, err := rootfs.CreateDiff(t.Context(), "pod", n, comparer)
 			require.NoError(t, err)
 			require.Equal(t, layer, again)
-			if strategy != IDMap { // its snapshot forgets the map with its labels
+			if strategy == IDMap {
+				wrong, err := rootfs.CreateDiff(t.Context(), "pod", n, stock)
+				require.NoError(t, err)
+				require.Equal(t, 131072+7, entries(t, store, wrong)["file"].Uid, "stock has the host's")
+			} else { // the other's snapshot forgets the map with its labels
 				require.NoError(t, n.Commit(t.Context(), "committed", "pod"))
 				again, err = rootfs.CreateDiff(t.Context(), "committed", n, comparer)
 				require.NoError(t, err)
