@@ -258,6 +258,65 @@ func TestRemapOnce(t *testing.T) {
 	n.RequireClean(t, before)
 }
 
+// TestRemapHoldsUpNobody runs pods and collects garbage while an image gets other owners, for a pause and for a container.
+func TestRemapHoldsUpNobody(t *testing.T) {
+	n, before := remapNode(t, "chown", harness.Config{Daemon: harness.TestDaemon})
+	const point = "remap.mounted"
+	meanwhile := func(t *testing.T, name string) {
+		require.NoError(t, n.Faults.WaitReached(t.Context(), point, 1))
+		census, err := n.TidyCensus(t.Context()) // it waits for the collection, which needs containerd's lock
+		require.NoError(t, err)
+		require.NotEmpty(t, census)
+		pod, err := n.RunPod(t.Context(), remapped, n.PodConfig(name, harness.HostUsers()))
+		require.NoError(t, err)
+		startContainer(t, pod, "busybox")
+		require.NoError(t, pod.StopAndRemove(t.Context()))
+		require.NoError(t, n.Faults.Release(point))
+	}
+
+	var pod *harness.Pod
+	var group errgroup.Group
+	require.NoError(t, n.Fault(point, "1*block"))
+	group.Go(func() (err error) {
+		pod, err = n.RunPod(t.Context(), remapped, n.PodConfig("slow"))
+		return err
+	})
+	meanwhile(t, "beside-pause")
+	require.NoError(t, group.Wait())
+
+	var c *harness.Container
+	require.NoError(t, n.Fault(point, "1*block"))
+	group.Go(func() (err error) {
+		c, err = pod.StartContainer(t.Context(), "owners", harness.Image(harness.OwnersImage))
+		return err
+	})
+	meanwhile(t, "beside-container")
+	require.NoError(t, group.Wait())
+	requireOwners(t, c)
+	require.NoError(t, pod.StopAndRemove(t.Context()))
+	n.RequireClean(t, before)
+}
+
+// TestRemapByDefault has podfsm's snapshotter for all pods of a node, also for those of containerd's own handler.
+func TestRemapByDefault(t *testing.T) {
+	n, _ := remapNode(t, "metacopy", harness.Config{TOML: `
+		[plugins.'io.containerd.cri.v1.images']
+			snapshotter = "podfsm"
+	`})
+	for _, handler := range []string{harness.StockHandler, harness.PodfsmHandler} {
+		pod := startPod(t, n, handler, n.PodConfig("pod-"+handler))
+		c := startContainer(t, pod, "owners", harness.Image(harness.OwnersImage))
+		requireOwners(t, c)
+		require.Contains(t, rootOf(t, c), "metacopy=on")
+		exec(t, c, "touch", "/tmp/new")
+		require.Equal(t, []string{"tmp/ 0:0 1777", "tmp/new 0:0 644"}, changed(t, n, "podfsm", c.ID))
+	}
+	census, err := n.TidyCensus(t.Context())
+	require.NoError(t, err)
+	unpacked := slices.DeleteFunc(census[harness.Snapshots], func(item string) bool { return !strings.Contains(item, "overlayfs") })
+	require.Len(t, unpacked, 2, "only what the harness has unpacked: pause and busybox")
+}
+
 // TestRemapKilled kills containerd while it gives an image other owners: at each phase, and at any moment. Afterwards the pod or its
 // container runs, and nothing of the killed work is left.
 func TestRemapKilled(t *testing.T) {

@@ -26,7 +26,8 @@ const (
 	BusyboxImage = "podfsm.test/busybox:1"
 	// OwnersImage is the busybox image with a second layer of files whose
 	// owners matter, in /owners: cat with the capability NET_RAW, the setuid
-	// program suid, a and b that are one file, and some in directories of users.
+	// program suid, a and b that are one file, and many of other users. Nobody
+	// has unpacked it.
 	OwnersImage = "podfsm.test/owners:1"
 )
 
@@ -127,7 +128,7 @@ func ownersImage(busybox v1.Image) (v1.Image, error) {
 	l := layer{
 		{name: "owners/", mode: 0o755},
 		{name: "owners/cat", mode: 0o755, body: body, caps: netRaw},
-		{name: "owners/suid", mode: 0o4755, body: body, owner: 33},
+		{name: "owners/suid", mode: 0o4755, body: []byte("#!/bin/sh\n"), owner: 33},
 		{name: "owners/a", mode: 0o640, body: []byte("one file\n"), owner: 1000},
 		{name: "owners/b", hard: "owners/a", mode: 0o640, owner: 1000}, // a link's own are those of the file
 		{name: "owners/many/", mode: 0o755},

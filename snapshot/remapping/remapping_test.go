@@ -655,6 +655,25 @@ func TestRefusals(t *testing.T) {
 	require.ErrorContains(t, nothing.check(Chown), "chown doesn't work: neither; sell")
 }
 
+// TestNothingWorks has a pod with id maps refused, and no other.
+func TestNothingWorks(t *testing.T) {
+	n := &node{t: t, root: t.TempDir()}
+	require.NoError(t, unix.Mount("ramfs", n.root, "ramfs", 0, ""))
+	defer func() { require.NoError(t, unix.Unmount(n.root, unix.MNT_DETACH)) }()
+	n.open("")
+	n.commit(image, "", func(root string) { n.write(root, "file", 0, 0, 0o644) })
+	for range 2 {
+		_, err := n.Prepare(t.Context(), "pod", image, withMaps(podMap))
+		require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+		for _, says := range []string{"idmap doesn't work: ", "needs Linux 5.19", "metacopy doesn't work: ", "chown doesn't work: ", "file handles"} {
+			require.ErrorContains(t, err, says)
+		}
+	}
+	_, err := n.Prepare(t.Context(), "host", image)
+	require.NoError(t, err)
+	require.NoError(t, n.Close())
+}
+
 func TestProbe(t *testing.T) {
 	dir := t.TempDir()
 	report, err := Probe(t.Context(), dir)
