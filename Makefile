@@ -70,6 +70,10 @@ long: deps ## Run the long matrices, which make test runs a part of
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
 	@go run ./integration/compare
 
+.PHONY: bench-remap
+bench-remap: deps ## Measure what the owners of a user namespace cost, and write docs/remap-bench.md
+	@go run ./integration/benchremap
+
 .PHONY: kill-matrix
 kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs

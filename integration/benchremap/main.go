@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/log"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
@@ -28,6 +29,7 @@ func main() {
 	only := flag.String("only", "", "measure the images whose name contains this alone, and don't write the page")
 	rounds := flag.Int("rounds", 5, "how often each cell is measured")
 	flag.Parse()
+	_ = log.SetLevel("warn") // one that it knows
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	if err := run(ctx, *only, *rounds); err != nil {
