@@ -93,7 +93,10 @@ func (s site) chown(ctx context.Context, options ...string) (costs []cost, err e
 		c, err = timed(s.root, func() error {
 			return exec.CommandContext(ctx, "chown", "-R", fmt.Sprintf("%d:%d", hostID, hostID), root).Run()
 		})
-		return errors.Join(err, owned(root))
+		if err != nil {
+			return err
+		}
+		return owned(root)
 	})
 	if err != nil {
 		return nil, err
