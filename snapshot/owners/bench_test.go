@@ -14,8 +14,8 @@ import (
 // BenchmarkShift shifts 33,000 files in 3,000 directories, whose content isn't copied, beside coreutils' chown on the same mount.
 func BenchmarkShift(b *testing.B) {
 	const dirs, files = 3000, 10
-	i := &image{dir: b.TempDir()}
-	layer := i.newDir(b, "layer")
+	o := overlays{b.TempDir()}
+	layer := o.newDir(b, "layer")
 	for d := range dirs {
 		dir := filepath.Join(layer, fmt.Sprint(d%20), fmt.Sprint(d%200), fmt.Sprint(d))
 		require.NoError(b, os.MkdirAll(dir, 0o755))
@@ -27,8 +27,8 @@ func BenchmarkShift(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
 				b.StopTimer()
-				upper := i.newDir(b, "upper")
-				merged, unmount := i.overlay(b, []string{layer}, upper, "index=on", "metacopy=on")
+				upper := o.newDir(b, "upper")
+				merged, unmount := o.mount(b, []string{layer}, upper, "index=on", "metacopy=on")
 				b.StartTimer()
 				change(b, merged)
 				b.StopTimer()

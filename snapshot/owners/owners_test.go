@@ -82,8 +82,8 @@ func TestLinksOfManyDirectories(t *testing.T) {
 	const dirs, files = 64, 16
 	for _, option := range []string{"metacopy=on", "metacopy=off"} {
 		t.Run(option, func(t *testing.T) {
-			i := &image{dir: t.TempDir()}
-			layer, upper := i.newDir(t, "layer"), i.newDir(t, "upper")
+			o := overlays{t.TempDir()}
+			layer, upper := o.newDir(t, "layer"), o.newDir(t, "upper")
 			for n := range files {
 				for d := range dirs {
 					dir := filepath.Join(layer, fmt.Sprint(d))
@@ -100,7 +100,7 @@ func TestLinksOfManyDirectories(t *testing.T) {
 					require.NoError(t, unix.Setxattr(path, nameCapability, words(capabilityV2, 1, 1, 0, 0), 0))
 				}
 			}
-			merged, unmount := i.overlay(t, []string{layer}, upper, "index=on", option)
+			merged, unmount := o.mount(t, []string{layer}, upper, "index=on", option)
 			stats, err := shiftDir(t, merged, podMap)
 			require.NoError(t, err)
 			require.Equal(t, Stats{Inodes: 1 + dirs + files, Paths: 1 + dirs + dirs*files, Bytes: files * 7}, stats)
@@ -122,8 +122,8 @@ func TestLinksOfManyDirectories(t *testing.T) {
 
 func TestThereAndBack(t *testing.T) {
 	dir := t.TempDir()
-	f := &forest{t: t, random: rand.New(rand.NewPCG(1, 1)), root: dir}
-	f.grow(200)
+	f := &forest{T: t, Random: rand.New(rand.NewPCG(1, 1)), root: dir}
+	f.Grow(200)
 	before, err := look(dir)
 	require.NoError(t, err)
 	_, err = shiftDir(t, dir, podMap)
@@ -186,8 +186,8 @@ func TestMountBelow(t *testing.T) {
 // the tree outside alone.
 func TestSwapsDuringTheWalk(t *testing.T) {
 	outside := t.TempDir()
-	f := &forest{t: t, random: rand.New(rand.NewPCG(2, 2)), root: outside}
-	f.grow(50)
+	f := &forest{T: t, Random: rand.New(rand.NewPCG(2, 2)), root: outside}
+	f.Grow(50)
 	const dirs = 20
 	for n := range dirs {
 		dir := filepath.Join(outside, fmt.Sprint("dir", n))

@@ -1,115 +1,106 @@
-package owners
+package owners_test
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/snapshot/owners"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
-// image is an image of two layers: the second changes and hides some of the first.
-type image struct {
-	dir    string
-	layers []string // the upper one first
-}
-
-func newImage(t testing.TB, random *rand.Rand, files int) *image {
-	dir := t.TempDir()
-	i := &image{dir: dir, layers: []string{filepath.Join(dir, "upper"), filepath.Join(dir, "lower")}}
-	for _, layer := range i.layers {
-		require.NoError(t, os.Mkdir(layer, 0o755))
-	}
-	f := &forest{t: t, random: random, root: i.layers[1]}
-	f.grow(files / 2)
-
-	merged, unmount := i.overlay(t, i.layers[1:], i.layers[0])
-	defer unmount()
-	f.root = merged
-	rebase := func(paths []string) {
-		for n, path := range paths {
-			paths[n] = merged + strings.TrimPrefix(path, i.layers[1])
-		}
-	}
-	rebase(f.dirs)
-	rebase(f.files)
-	f.prune()
-	f.grow(files / 2)
-	return i
-}
-
-// overlay mounts layers, the upper one first, until the test ends or before. What is written goes to a directory of its own, if any.
-func (i *image) overlay(t testing.TB, layers []string, upper string, options ...string) (merged string, unmount func()) {
-	t.Helper()
-	options = append(options, "lowerdir="+strings.Join(layers, ":"))
-	var work string
-	if upper != "" {
-		work = i.newDir(t, "work")
-		options = append(options, "upperdir="+upper, "workdir="+work)
-	}
-	merged = t.TempDir()
-	m := mount.Mount{Type: "overlay", Source: "overlay", Options: options}
-	require.NoError(t, m.Mount(merged))
-	unmount = sync.OnceFunc(func() {
-		require.NoError(t, mount.Unmount(merged, 0))
-		// The names that an index gives to hard linked files count as links.
-		require.NoError(t, os.RemoveAll(work))
-	})
-	t.Cleanup(unmount)
-	return merged, unmount
-}
-
-func (i *image) newDir(t testing.TB, name string) string {
-	t.Helper()
-	dir, err := os.MkdirTemp(i.dir, name)
-	require.NoError(t, err)
-	return dir
-}
-
 // podMaps are maps of one and of several extents.
-var podMaps = []Map{podMap, {
+var podMaps = []owners.Map{owners.PodMap, {
 	UIDs: []specs.LinuxIDMapping{{ContainerID: 1000, HostID: 400000, Size: 64536}, {ContainerID: 0, HostID: 500000, Size: 1000}},
 	GIDs: []specs.LinuxIDMapping{{ContainerID: 0, HostID: 1 << 31, Size: 33}, {ContainerID: 33, HostID: 600000, Size: 65536 - 33}},
 }}
 
 // Whatever is in an image, a process in the user namespace sees it as it is in the image.
 func TestStrategies(t *testing.T) {
-	strategies := map[string]func(*image, testing.TB, Map) string{
-		"idmap":    (*image).idmapped,
-		"metacopy": func(i *image, t testing.TB, m Map) string { return i.shifted(t, m, "metacopy=on") },
-		"chown":    func(i *image, t testing.TB, m Map) string { return i.shifted(t, m, "metacopy=off") },
-	}
-	for seed := range uint64(8) {
+	for seed := range uint64(5) {
 		i := newImage(t, rand.New(rand.NewPCG(seed, 0)), 300)
-		untouched, _ := i.overlay(t, i.layers, "")
-		truth, err := look(untouched)
-		require.NoError(t, err)
-		for _, name := range slices.Sorted(maps.Keys(strategies)) {
+		truth := i.unmapped(t)
+		for _, strategy := range []remapping.Strategy{remapping.IDMap, remapping.Metacopy, remapping.Chown} {
 			for n, m := range podMaps {
-				t.Run(fmt.Sprintf("seed %d, %s, map %d", seed, name, n), func(t *testing.T) {
-					requireTree(t, truth, lookInside(t, strategies[name](i, t, m), m), name)
-					after, err := look(untouched)
-					require.NoError(t, err)
-					require.Equal(t, truth, after, "the image changed")
+				t.Run(fmt.Sprintf("seed %d, %s, map %d", seed, strategy, n), func(t *testing.T) {
+					requireTree(t, truth, i.mapped(t, strategy, m), strategy)
+					require.Equal(t, truth, i.unmapped(t), "the image changed")
 				})
 			}
 		}
 	}
 }
 
-// idmapped mounts the image as containerd's overlayfs does.
-func (i *image) idmapped(t testing.TB, m Map) (merged string) {
-	merged, _ = i.overlay(t, i.layers, "", "uidmap="+label(m.UIDs), "gidmap="+label(m.GIDs))
-	return merged
+// image is in a snapshotter, in two layers: the second changes and hides some of the first.
+type image struct{ root string }
+
+func newImage(t *testing.T, random *rand.Rand, files int) image {
+	t.Helper()
+	i := image{root: filepath.Join(t.TempDir(), "snapshots")}
+	forest := &owners.Forest{T: t, Random: random}
+	i.with(t, "", func(ctx context.Context, sn *remapping.Snapshotter) {
+		parent := ""
+		for _, layer := range []string{"lower", "upper"} {
+			mounts, err := sn.Prepare(ctx, "active", parent)
+			require.NoError(t, err)
+			mounted(t, mounts, func(dir string) {
+				forest.Move(dir)
+				if parent != "" {
+					forest.Prune()
+				}
+				forest.Grow(files / 2)
+			})
+			require.NoError(t, sn.Commit(ctx, layer, "active"))
+			parent = layer
+		}
+	})
+	return i
+}
+
+// with opens the snapshotter.
+func (i image) with(t *testing.T, strategy remapping.Strategy, f func(context.Context, *remapping.Snapshotter)) {
+	t.Helper()
+	sn := remapping.New(remapping.Config{Root: i.root, Strategy: strategy})
+	defer func() { require.NoError(t, sn.Close()) }()
+	f(context.Background(), sn)
+}
+
+// unmapped is what the node sees of the image.
+func (i image) unmapped(t *testing.T) (tree map[string]owners.File) {
+	t.Helper()
+	i.with(t, "", func(ctx context.Context, sn *remapping.Snapshotter) {
+		mounts, err := sn.View(ctx, "view", "upper")
+		require.NoError(t, err)
+		mounted(t, mounts, func(dir string) { tree, err = owners.Look(dir) })
+		require.NoError(t, err)
+		require.NoError(t, sn.Remove(ctx, "view"))
+	})
+	return tree
+}
+
+// mapped is what a user namespace sees of a pod's snapshot.
+func (i image) mapped(t *testing.T, strategy remapping.Strategy, m owners.Map) (tree map[string]owners.File) {
+	t.Helper()
+	i.with(t, strategy, func(ctx context.Context, sn *remapping.Snapshotter) {
+		mounts, err := sn.Prepare(ctx, "pod", "upper", snapshots.WithLabels(map[string]string{
+			snapshots.LabelSnapshotUIDMapping: label(m.UIDs), snapshots.LabelSnapshotGIDMapping: label(m.GIDs),
+		}))
+		require.NoError(t, err)
+		mounted(t, mounts, func(dir string) { tree = owners.LookInside(t, dir, m) })
+		require.NoError(t, sn.Remove(ctx, "pod"))
+		require.NoError(t, sn.Cleanup(ctx))
+	})
+	return tree
 }
 
 func label(extents []specs.LinuxIDMapping) string {
@@ -120,23 +111,18 @@ func label(extents []specs.LinuxIDMapping) string {
 	return strings.Join(parts, ",")
 }
 
-// shifted shifts a copy of the image into a layer of its own and mounts that as a pod would.
-func (i *image) shifted(t testing.TB, m Map, option string) (merged string) {
-	layer := i.newDir(t, "shifted")
-	var root unix.Stat_t
-	require.NoError(t, unix.Stat(i.layers[0], &root))
-	require.NoError(t, os.Chown(layer, int(root.Uid), int(root.Gid))) // as containerd does, and no more
-	remap, unmount := i.overlay(t, i.layers, layer, "index=on", option)
-	_, err := shiftDir(t, remap, m)
-	require.NoError(t, err)
-	unmount()
-	merged, _ = i.overlay(t, append([]string{layer}, i.layers...), "", option)
-	return merged
+// mounted calls f with what a snapshot's mounts show.
+func mounted(t *testing.T, mounts []mount.Mount, f func(dir string)) {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, mount.All(mounts, dir))
+	defer func() { require.NoError(t, mount.UnmountAll(dir, 0)) }()
+	f(dir)
 }
 
 // requireTree compares what is seen inside with the truth. Of a hard linked file a shifted layer has only the paths that the image
 // doesn't hide. Attributes take room, and where the kernel copies content it keeps holes of a MiB and more (copy_up.c).
-func requireTree(t testing.TB, truth, seen map[string]file, strategy string) {
+func requireTree(t *testing.T, truth, seen map[string]owners.File, strategy remapping.Strategy) {
 	t.Helper()
 	require.Len(t, seen, len(truth))
 	names := map[string]uint64{}
@@ -146,15 +132,15 @@ func requireTree(t testing.TB, truth, seen map[string]file, strategy string) {
 	for _, path := range slices.Sorted(maps.Keys(truth)) {
 		want, got := truth[path], seen[path]
 		room := want.Blocks + 8
-		if strategy == "chown" {
+		if strategy == remapping.Chown {
 			room += 1 << 20 / 512
 		}
 		require.LessOrEqual(t, got.Blocks, room, "%q: %+v", path, got)
 		got.Blocks = want.Blocks
-		if path == "." { // it is the layer's own, as in each of containerd's snapshots
-			want, got = file{UID: want.UID, GID: want.GID}, file{UID: got.UID, GID: got.GID}
+		if path == "." { // it is the snapshot's own, and containerd gives it to the pod's root
+			want, got = owners.File{}, owners.File{UID: got.UID, GID: got.GID}
 		}
-		if strategy != "idmap" && want.Links > 0 {
+		if strategy != remapping.IDMap && want.Links > 0 {
 			want.Links = names[want.Same]
 		}
 		require.Equal(t, want, got, "%q", path)
