@@ -44,10 +44,14 @@ func run(ctx context.Context, only string, rounds int) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := remove(dir); err != nil { // of a run that was killed
+	if err := errors.Join(remove(dir), os.MkdirAll(dir, 0o755)); err != nil { // it may be of a run that was killed
 		return err
 	}
 	defer func() { err = errors.Join(err, remove(dir)) }()
+	machine, err := machine(dir)
+	if err != nil {
+		return err
+	}
 	results := make([][]series, len(published))
 	for i, img := range published {
 		if !strings.Contains(img.name, only) {
@@ -60,10 +64,6 @@ func run(ctx context.Context, only string, rounds int) (err error) {
 	}
 	if only != "" {
 		return nil
-	}
-	machine, err := machine(dir)
-	if err != nil {
-		return err
 	}
 	if err := os.WriteFile(page, []byte(text(machine, rounds, results)), 0o644); err != nil {
 		return err

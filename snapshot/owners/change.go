@@ -45,7 +45,10 @@ func (v *visitor) plan(dir int, name string, st *unix.Statx_t) (p plan, err erro
 // shall have.
 func (v *visitor) planAttributes(dir int, name string) (shifted []attribute, err error) {
 	path := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
-	size, err := unix.Llistxattr(path, v.buffer)
+	size, err := unix.Llistxattr(path, nil) // most files have none, and it takes the kernel a while to get a large buffer
+	if err == nil && size > 0 {
+		size, err = unix.Llistxattr(path, v.buffer)
+	}
 	if size == 0 || errors.Is(err, unix.EOPNOTSUPP) {
 		return nil, nil
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -60,7 +61,9 @@ func shift(ctx context.Context, root *os.File, m Map, parallel int) (Stats, erro
 	group.SetLimit(parallel)
 	w := &walk{root: int(root.Fd()), ids: m, group: group, links: links{files: map[inode]*link{}}}
 	group.Go(func() error { return w.start(ctx) })
-	if err := group.Wait(); err != nil {
+	err := group.Wait()
+	runtime.KeepAlive(root)
+	if err != nil {
 		return w.stats(), fmt.Errorf("failed to change the owners of files: %w", err)
 	}
 	if err := w.unmapped.err(m); err != nil {
