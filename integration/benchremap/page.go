@@ -36,9 +36,7 @@ quickest round is in parentheses.
 - **CPU** of the processes that do the work; the kernel's threads that write to disk aren't in it.
 - **disk, inodes**: what du(1) finds afterwards and didn't before. On ext4 with inodes of 256 bytes, the default, the mark of a file
   without content doesn't fit into its inode. It goes to a block that up to 1024 files share, and du counts it for each of them: metacopy
-  takes next to nothing of the disk. But all who copy wait for that block, and for each commit of the journal with it: with inodes of
-  512 bytes (mkfs.ext4 -I 512) nobody has to.
-- **ratio**: how many times quicker than `+"`chown -R`"+`, the first row.
+  takes next to nothing of the disk.
 `, machine, rounds)
 	for i, img := range published {
 		b.WriteString("\n" + table(img, results[i]))
