@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -100,7 +101,15 @@ func verdict(met bool, figure string) string {
 	return "**missed**: " + figure
 }
 
-func ratio(slow, quick series) float64 { return float64(slow.wall()) / float64(quick.wall()) }
+// ratio is the median of the rounds' ratios: the machine may be busier in one round than in the next.
+func ratio(slow, quick series) float64 {
+	ratios := make([]float64, len(slow.costs))
+	for round := range ratios {
+		ratios[round] = float64(slow.costs[round].wall) / float64(quick.costs[round].wall)
+	}
+	slices.Sort(ratios)
+	return ratios[len(ratios)/2]
+}
 
 func times(ratio float64) string {
 	if ratio < 10 {
