@@ -29,11 +29,11 @@ overlay, as containerd did it until 2.0, also on an overlay with metacopy=on, an
 pod of an image and for the next one with the same ids. The images are synthetic, three layers each, with the sizes and inodes of those for
 which containerd's metacopy was published (containerd PR #12142).
 
-This page is written by `+"`make bench-remap`"+`. Machine: %s. Each cell is the median of %d rounds, in which all methods take turns; the
-quickest round is in parentheses.
+This page is written by `+"`make bench-remap`"+`. Machine: %s. Each cell is the
+median of %d rounds, in which all methods take turns; the quickest round is in parentheses.
 
-- **time**: chown's own; with podfsm from the request for a snapshot to its mount. chown syncs nothing, while podfsm's layer
-  is on disk when it counts.
+- **time**: chown's own; with podfsm from the request for a snapshot to its mount. On an overlay with all defaults, as in the first row,
+  the kernel syncs each file that it copies; podfsm's are volatile, and so is that of the second row.
 - **CPU** of the processes that do the work; the kernel's threads that write to disk aren't in it.
 - **disk, inodes**: what du(1) finds afterwards and didn't before. On ext4 with inodes of 256 bytes, the default, the mark of a file
   without content doesn't fit into its inode. It goes to a block that up to 1024 files share, and du counts it for each of them: metacopy
