@@ -12,9 +12,10 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// workers is how many directories are worked on at a time. Of 1, 2, 4 and 8
-// (BenchmarkShift) 4 was the quickest on two cores: a copy waits for the locks and
-// the journal of its filesystem, too. With 8 the waits grew, and nothing was won.
+// workers is how many directories are worked on at a time. Of 1, 2, 4 and 8 on two
+// busy cores (BenchmarkShift) 4 was the quickest, or as quick as 8: a copy waits for
+// the locks and the journal of its filesystem, too, so that there may be more than
+// cores.
 const workers = 4
 
 // Stats counts what Shift has done.
