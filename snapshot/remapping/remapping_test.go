@@ -517,6 +517,43 @@ func TestCollectedWhileAsked(t *testing.T) {
 	require.Empty(t, n.layers())
 }
 
+// TestLinksInManyDirectories gives files other owners that are linked into directories which are worked on at a time: overlayfs says
+// ESTALE of a path while another path of the same file is copied up.
+func TestLinksInManyDirectories(t *testing.T) {
+	const dirs, files = 60, 20
+	for _, strategy := range layered {
+		n := newNode(t, strategy)
+		n.commit("links", image, func(root string) {
+			for d := range dirs {
+				require.NoError(t, os.Mkdir(filepath.Join(root, fmt.Sprint(d)), 0o755))
+				for f := range files {
+					if name := fmt.Sprintf("%d/%d", d, f); d == 0 {
+						n.write(root, name, 5, 5, 0o600)
+					} else {
+						require.NoError(t, os.Link(filepath.Join(root, fmt.Sprintf("0/%d", f)), filepath.Join(root, name)))
+					}
+				}
+			}
+		})
+		for i := range 5 {
+			extents := []specs.LinuxIDMapping{{HostID: uint32(i+1) * 65536, Size: 65536}}
+			mounts, err := n.Prepare(t.Context(), fmt.Sprint("pod-", i), "links", withMaps(owners.Map{UIDs: extents, GIDs: extents}))
+			require.NoError(t, err)
+			n.mounted(mounts, func(root string) {
+				for f := range files {
+					first, err := statOf(filepath.Join(root, fmt.Sprintf("0/%d", f)))
+					require.NoError(t, err)
+					last, err := statOf(filepath.Join(root, fmt.Sprintf("%d/%d", dirs-1, f)))
+					require.NoError(t, err)
+					require.Equal(t, first.Ino, last.Ino)
+					require.EqualValues(t, dirs, first.Nlink)
+					require.EqualValues(t, extents[0].HostID+5, last.Uid)
+				}
+			})
+		}
+	}
+}
+
 // TestKilled leaves what a kill in each phase leaves on disk and on record.
 func TestKilled(t *testing.T) {
 	for _, strategy := range layered {
