@@ -517,8 +517,8 @@ func TestCollectedWhileAsked(t *testing.T) {
 	require.Empty(t, n.layers())
 }
 
-// TestLinksInManyDirectories gives files other owners that are linked into directories which are worked on at a time: overlayfs says
-// ESTALE of a path while another path of the same file is copied up.
+// TestLinksInManyDirectories gives files other owners that are linked into directories which are worked on at a time: overlayfs may
+// say ESTALE of a path while another path of the same file is copied up.
 func TestLinksInManyDirectories(t *testing.T) {
 	const dirs, files = 60, 20
 	for _, strategy := range layered {
@@ -535,7 +535,7 @@ func TestLinksInManyDirectories(t *testing.T) {
 				}
 			}
 		})
-		for i := range 5 {
+		for i := range 2 {
 			extents := []specs.LinuxIDMapping{{HostID: uint32(i+1) * 65536, Size: 65536}}
 			mounts, err := n.Prepare(t.Context(), fmt.Sprint("pod-", i), "links", withMaps(owners.Map{UIDs: extents, GIDs: extents}))
 			require.NoError(t, err)
