@@ -332,7 +332,7 @@ func TestRemapKilled(t *testing.T) {
 	moments := 2
 	strategies := []string{"metacopy"}
 	if full() {
-		moments, strategies = 20, append(strategies, "chown")
+		moments, strategies = 10, append(strategies, "chown")
 	}
 	for _, strategy := range strategies {
 		n, before := remapNode(t, strategy, harness.Config{Daemon: harness.TestDaemon})
