@@ -25,9 +25,9 @@ func text(machine string, rounds int, results [][]series) string {
 	fmt.Fprintf(&b, `# What owners cost
 
 A pod with a user namespace needs the files of its image under its own ids. This page shows what that costs: with `+"`chown -R`"+` on an
-overlay, as containerd did it until 2.0, also on an overlay with metacopy=on, and with each strategy of podfsm's snapshotter, for the first
+overlay, as containerd does it without idmapped mounts, also on an overlay with metacopy=on, and with each strategy of podfsm's snapshotter, for the first
 pod of an image and for the next one with the same ids. The images are synthetic, three layers each, with the sizes and inodes of those for
-which containerd's metacopy was published (containerd PR #12142).
+which a gain by metacopy was published: ×42 for tensorflow.
 
 This page is written by `+"`make bench-remap`"+`. Machine: %s. Each cell is the
 median of %d rounds, in which all methods take turns; the quickest round is in parentheses.

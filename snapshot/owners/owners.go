@@ -13,9 +13,9 @@ import (
 )
 
 // workers is how many directories are worked on at a time. Of 1, 2, 4 and 8 on two
-// busy cores (BenchmarkShift) 4 was the quickest, or as quick as 8: a copy waits for
-// the locks and the journal of its filesystem, too, so that there may be more than
-// cores.
+// busy cores (BenchmarkShift) 2 and 4 came out alike, 1 slower, and 8 no better: a
+// copy waits for the locks and the journal of its filesystem, too, so that there may
+// be more than cores.
 const workers = 4
 
 // Stats counts what Shift has done.
