@@ -22,6 +22,9 @@ packages := \
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=
 
+# Flags for make bench, such as -sections or -rounds.
+BENCHFLAGS ?=
+
 .PHONY: help
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +71,10 @@ long: deps ## Run the long matrices, which make test runs a part of
 .PHONY: compare
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
 	@go run ./integration/compare
+
+.PHONY: bench
+bench: build ## Measure podfsm beside an unmodified containerd and the floor, and write docs/bench.md and docs/bench.svg
+	@go run ./integration/bench $(BENCHFLAGS)
 
 .PHONY: kill-matrix
 kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
