@@ -31,8 +31,10 @@ import (
 //
 //	start:  shim start -> runc create -> runc start
 //	                                  -> CNI ADD, plugin by plugin
-//	stop:   runc kill -> end of the process -> runc delete -> end of the shim
+//	stop:   runc kill -> end of the process -> runc delete -> end of the shim -> shim delete
 //	                                        -> CNI DEL, plugin by plugin
+//
+// (containerd runs the last program, which deletes again by runc, after every shim.)
 //
 // There is no daemon in it, no record and no image: OCI configuration and root filesystem are made before, after a model pod of podfsm's.
 type floor struct {
@@ -105,6 +107,8 @@ func (f *floor) newModel(ctx context.Context, k kind) (*model, error) {
 
 func (f *floor) path(below string) string { return filepath.Join(f.node.Dir(), "f", below) }
 
+func (f *floor) runc() string { return filepath.Join(f.node.Dir(), "bin/runc") }
+
 func (f *floor) cycle(ctx context.Context, k kind) (times, error) { return cycle(ctx, f, k) }
 
 // bare is a pod of the floor.
@@ -136,6 +140,12 @@ func (f *floor) newLife(_ context.Context, k kind) (life, error) {
 	}
 	if err := os.WriteFile(filepath.Join(b.bundle, "config.json"), config, 0o644); err != nil {
 		return nil, err
+	}
+	// What the shim leaves in a bundle for its own deletion.
+	for name, content := range map[string]string{"runtime": f.runc(), "options.json": fmt.Sprintf(`{"root":%q}`, f.path("runc"))} {
+		if err := os.WriteFile(filepath.Join(b.bundle, name), []byte(content), 0o600); err != nil {
+			return nil, err
+		}
 	}
 	log := filepath.Join(b.bundle, "log")
 	if err := unix.Mkfifo(log, 0o600); err != nil {
@@ -191,7 +201,10 @@ func (b *bare) stop(ctx context.Context) (float64, error) {
 			if err := b.runc(ctx, "delete", b.id); err != nil {
 				return err
 			}
-			return b.endShim(ctx)
+			if err := b.endShim(ctx); err != nil {
+				return err
+			}
+			return b.deleteShim(ctx)
 		})
 		both.Go(func() error { return b.detach(ctx) })
 		if err := both.Wait(); err != nil {
@@ -216,21 +229,37 @@ func (b *bare) startShim(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, n.Program("containerd-shim-runc-v2"),
-		"-namespace", namespace, "-address", n.Socket(), "-publish-binary", os.Args[0], "-id", b.id, "start")
+	stdout, err := b.runShim(ctx, input, "start")
+	if err != nil {
+		return err
+	}
+	var answer bootstrap.BootstrapResult
+	if err := proto.Unmarshal(stdout, &answer); err != nil {
+		return fmt.Errorf("failed to read a shim's answer: %w", err)
+	}
+	b.shim = strings.TrimPrefix(answer.GetAddress(), "unix://")
+	return nil
+}
+
+// deleteShim cleans up after the shim.
+func (b *bare) deleteShim(ctx context.Context) error {
+	_, err := b.runShim(ctx, nil, "-bundle", b.bundle, "delete")
+	return err
+}
+
+// runShim runs the shim's program as containerd does.
+func (b *bare) runShim(ctx context.Context, input []byte, args ...string) ([]byte, error) {
+	n := b.floor.node
+	cmd := exec.CommandContext(ctx, n.Program("containerd-shim-runc-v2"), append([]string{
+		"-namespace", namespace, "-address", n.Socket(), "-publish-binary", os.Args[0], "-id", b.id}, args...)...)
 	cmd.Dir, cmd.Stdin = b.bundle, bytes.NewReader(input)
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=2", "MAX_SHIM_VERSION=2", "TTRPC_ADDRESS="+n.Socket()+".ttrpc", "GRPC_ADDRESS="+n.Socket(), "NAMESPACE="+namespace)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := b.floor.inside(cmd.Run); err != nil {
-		return fmt.Errorf("failed to start a shim: %w: %s", err, stderr.String())
+		return nil, fmt.Errorf("shim %s failed: %w: %s", args[len(args)-1], err, stderr.String())
 	}
-	var answer bootstrap.BootstrapResult
-	if err := proto.Unmarshal(stdout.Bytes(), &answer); err != nil {
-		return fmt.Errorf("failed to read a shim's answer: %w", err)
-	}
-	b.shim = strings.TrimPrefix(answer.GetAddress(), "unix://")
-	return nil
+	return stdout.Bytes(), nil
 }
 
 // endShim asks the shim to end, and returns when its connection is closed, as containerd does.
@@ -249,9 +278,8 @@ func (b *bare) endShim(ctx context.Context) error {
 }
 
 func (b *bare) runc(ctx context.Context, args ...string) error {
-	n := b.floor.node
 	log := filepath.Join(b.bundle, "runc.log")
-	cmd := exec.CommandContext(ctx, filepath.Join(n.Dir(), "bin/runc"), append([]string{"--root", b.floor.path("runc"), "--log", log}, args...)...)
+	cmd := exec.CommandContext(ctx, b.floor.runc(), append([]string{"--root", b.floor.path("runc/" + namespace), "--log", log}, args...)...)
 	if err := b.floor.inside(cmd.Run); err != nil {
 		text, _ := os.ReadFile(log) // the error says it all the same
 		return fmt.Errorf("runc %s failed: %w: %s", args[0], err, text)
