@@ -96,6 +96,7 @@ type node struct {
 	undo    map[states.Event]func() error
 	plans   map[states.Event]any // set before anything runs
 	stop    error
+	reap    func() error
 }
 
 func newNode() *node {
@@ -187,6 +188,9 @@ func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) {
 
 func (s *fakeEnder) Reap(context.Context, *Run) error {
 	s.node.act("reap %s", s.facts.Name)
+	if s.node.reap != nil {
+		return s.node.reap()
+	}
 	return nil
 }
 
@@ -411,6 +415,25 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	require.ErrorContains(t, w.Stop(t.Context(), testKey), "attach_network")
 	close(release)
 	require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+func TestStopReapsBesideItsUndos(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	undone, tries := make(chan struct{}), 0
+	w.undo[states.CaptureNetNS] = sync.OnceValue(func() error { close(undone); return nil })
+	w.reap = func() error {
+		if tries++; tries > 1 {
+			return nil
+		}
+		<-undone // the last undo of a stop
+		return errors.New("no luck")
+	}
+	require.ErrorContains(t, w.Stop(t.Context(), testKey), "undo of step start_pause")
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.Equal(t, 2, tries)
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	require.Empty(t, w.left())
 }

@@ -49,7 +49,8 @@ type Step interface {
 type Ender interface {
 	// Stop ends the process and returns how it ended. It is idempotent.
 	Stop(ctx context.Context, r *Run) (Exit, error)
-	// Reap collects what the runtime keeps of a process that exited by itself. It is idempotent.
+	// Reap collects what the runtime keeps of a process that was stopped or exited by itself. It is idempotent, and may run beside the
+	// undos of a stop.
 	Reap(ctx context.Context, r *Run) error
 	// Exited says how a process that was started by an earlier daemon has ended; nil while it runs.
 	Exited(ctx context.Context, r *Run) (*Exit, error)

@@ -183,11 +183,10 @@ func (c *Containers) Wait(ctx context.Context, id string) (Exit, error) {
 	return exit, nil
 }
 
-// Kill ends pause by SIGKILL, waits for its end, and deletes the task and its
-// shim, also a shim that never had a task or lost it. The container's record
-// stays: containerd finds shims through it. Kill succeeds when there is neither
-// task nor shim, nor record; how pause ended is then unknown: UnknownStatus, now.
-func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
+// End ends pause by SIGKILL and waits for its end. The task and its shim stay,
+// for Kill. End succeeds when there is no task; how pause ended is then unknown:
+// UnknownStatus, now.
+func (c *Containers) End(ctx context.Context, id string) (Exit, error) {
 	err := callShim(ctx, func() error {
 		_, err := c.client.TaskService().Kill(ctx, &tasks.KillRequest{
 			ContainerID: id,
@@ -202,8 +201,17 @@ func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
 	}
 	exit, err := c.Wait(ctx, id)
 	if errdefs.IsNotFound(err) {
-		exit, err = Exit{Status: UnknownStatus, At: time.Now()}, nil
+		return Exit{Status: UnknownStatus, At: time.Now()}, nil
 	}
+	return exit, err
+}
+
+// Kill ends pause as End does, and deletes the task and its shim, also a shim
+// that never had a task or lost it. The container's record stays: containerd
+// finds shims through it. Kill succeeds when there is neither task nor shim, nor
+// record.
+func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
+	exit, err := c.End(ctx, id)
 	if err != nil {
 		return Exit{}, err
 	}

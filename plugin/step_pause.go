@@ -94,19 +94,22 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 	}, nil
 }
 
-// Stop kills pause. Its record stays: the CRI shows it until the sandbox is removed.
+// Stop kills pause.
 func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
-	exit, err := s.containers.Kill(ctx, r.Key.ID)
+	exit, err := s.containers.End(ctx, r.Key.ID)
 	if err != nil {
 		return lifecycle.Exit{}, err
 	}
-	return lifecycle.Exit{Code: exit.Status, At: exit.At}, s.settings.Files.UnmountShm(r.Key.ID)
+	return lifecycle.Exit{Code: exit.Status, At: exit.At}, nil
 }
 
-// Reap deletes the task of a pause that has exited, and with it the shim.
+// Reap deletes the task of a pause that has exited, and with it the shim. The container's record stays: the CRI shows it until the
+// sandbox is removed.
 func (s *startPause) Reap(ctx context.Context, r *lifecycle.Run) error {
-	_, err := s.containers.Kill(ctx, r.Key.ID)
-	return err
+	if _, err := s.containers.Kill(ctx, r.Key.ID); err != nil {
+		return err
+	}
+	return s.settings.Files.UnmountShm(r.Key.ID)
 }
 
 func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
