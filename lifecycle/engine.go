@@ -74,7 +74,7 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 		if f.Name != path[i] {
 			return nil, fmt.Errorf("step %d is %q, the creation path has %q there: %w", i, f.Name, path[i], errdefs.ErrInvalidArgument)
 		}
-		for _, earlier := range slices.Concat(f.Needs, f.Holds) {
+		for _, earlier := range slices.Concat(f.Needs, f.Takes, f.Holds) {
 			if !slices.Contains(path[:i], earlier) {
 				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", f.Name, earlier, errdefs.ErrInvalidArgument)
 			}

@@ -19,6 +19,8 @@ type Facts struct {
 	Name states.Event
 	// Needs are the steps that must be done before this one may start. Steps that need nothing of each other run at the same time.
 	Needs []states.Event
+	// Takes are the steps that must be done too, or have offered what they have made so far: see [Run.Offer].
+	Takes []states.Event
 	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
 	// holds its ids and its rootfs.
 	Holds []states.Event
@@ -88,6 +90,7 @@ type Run struct {
 	step  states.Event
 	facts map[states.Event]recorded // of the steps done before, a copy
 	note  func(ctx context.Context, data any) error
+	offer func(ctx context.Context, result any) error // nil but in Do
 
 	mu    sync.Mutex
 	notes []any
@@ -103,7 +106,7 @@ type recorded struct {
 // Plan is what the step's own Plan returned; nil before.
 func (r *Run) Plan() any { return r.facts[r.step].plan }
 
-// Result is what a step's Do returned; nil when it isn't done.
+// Result is what a step's Do returned, or has offered meanwhile; nil when it isn't done.
 func (r *Run) Result(step states.Event) any { return r.facts[step].result }
 
 // Notes are what the step's own Do noted, in order.
@@ -112,6 +115,10 @@ func (r *Run) Notes() []any {
 	defer r.mu.Unlock()
 	return slices.Clone(r.notes)
 }
+
+// Offer gives what Do has made so far to the steps that take it (Facts.Takes), and returns when none of them runs any more: what
+// comes after them may go on beside the rest of Do. The sandbox's state waits for Do all the same. It fails when ctx ends.
+func (r *Run) Offer(ctx context.Context, result any) error { return r.offer(ctx, result) }
 
 // Note records a fact of the step's own while it acts, for its Undo. An error means that it may not be on record: whatever
 // the note announces must then not be done. It may be called by several goroutines.
