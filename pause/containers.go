@@ -100,7 +100,8 @@ type Exit struct {
 // Create makes the record of a pause container and returns it as stored. It
 // starts no process. A record with that id is an AlreadyExists error.
 func (c *Containers) Create(ctx context.Context, r CreateRequest) (containers.Container, error) {
-	container, err := c.client.NewContainer(ctx, r.ID,
+	record := containers.Container{ID: r.ID}
+	for _, apply := range []containerd.NewContainerOpts{
 		containerd.WithSnapshotter(r.Snapshotter),
 		containerd.WithSnapshot(r.SnapshotKey),
 		containerd.WithImageName(r.ImageName),
@@ -108,11 +109,18 @@ func (c *Containers) Create(ctx context.Context, r CreateRequest) (containers.Co
 		containerd.WithRuntime(r.Runtime, r.RuntimeOptions),
 		// After the snapshot, where the spec's options look up the user.
 		containerd.WithSpec(r.Spec.OCI, r.Spec.Opts...),
-	)
+	} {
+		if err := apply(ctx, c.client, &record); err != nil {
+			return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
+		}
+	}
+	// The client's NewContainer would take a lease and give it back, two transactions of the metadata store, to keep the garbage
+	// collector from what it makes: nothing is made here.
+	stored, err := c.client.ContainerService().Create(ctx, record)
 	if err != nil {
 		return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
 	}
-	return container.Info(ctx, containerd.WithoutRefreshedMetadata)
+	return stored, nil
 }
 
 // Get returns the record of a pause container, or a NotFound error.
