@@ -205,6 +205,19 @@ func (e *Engine) Find(key journal.Key) (View, bool) {
 	return View{}, false
 }
 
+// Created is when the sandbox was begun, without the cost of a View; the zero time for one that is unknown or gone.
+func (e *Engine) Created(key journal.Key) time.Time {
+	e.mu.Lock()
+	s, ok := e.sandboxes[key]
+	e.mu.Unlock()
+	if !ok {
+		return time.Time{}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.created
+}
+
 // List is every sandbox as it is now, in no order.
 func (e *Engine) List() []View {
 	e.mu.Lock()
