@@ -192,7 +192,7 @@ func (c *Containers) Wait(ctx context.Context, id string) (Exit, error) {
 }
 
 // End ends pause by SIGKILL and waits for its end. The task and its shim stay,
-// for Kill. End succeeds when there is no task; how pause ended is then unknown:
+// for DeleteTask. End succeeds when there is no task; how pause ended is then unknown:
 // UnknownStatus, now.
 func (c *Containers) End(ctx context.Context, id string) (Exit, error) {
 	err := callShim(ctx, func() error {
@@ -214,25 +214,30 @@ func (c *Containers) End(ctx context.Context, id string) (Exit, error) {
 	return exit, err
 }
 
-// Kill ends pause as End does, and deletes the task and its shim, also a shim
-// that never had a task or lost it. The container's record stays: containerd
-// finds shims through it. Kill succeeds when there is neither task nor shim, nor
-// record.
+// Kill ends pause as End does, and deletes the task as DeleteTask does. The
+// container's record stays: containerd finds shims through it. Kill succeeds when
+// there is neither task nor shim, nor record.
 func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
 	exit, err := c.End(ctx, id)
 	if err != nil {
 		return Exit{}, err
 	}
-	// Whatever the shim has said: only this call ends the shim itself
-	// (containerd#7496, containerd#8931).
-	err = callShim(ctx, func() error {
+	return exit, c.DeleteTask(ctx, id)
+}
+
+// DeleteTask deletes the task of a pause that has ended, and its shim, also a
+// shim that never had a task or lost it: whatever the shim has said, only this
+// ends the shim itself (containerd#7496, containerd#8931). It succeeds when there
+// is none, and fails while pause runs.
+func (c *Containers) DeleteTask(ctx context.Context, id string) error {
+	err := callShim(ctx, func() error {
 		_, err := c.client.TaskService().Delete(ctx, &tasks.DeleteTaskRequest{ContainerID: id})
 		return err
 	})
 	if err != nil && !errdefs.IsNotFound(err) {
-		return Exit{}, fmt.Errorf("failed to delete the pause task of sandbox %q: %w", id, err)
+		return fmt.Errorf("failed to delete the pause task of sandbox %q: %w", id, err)
 	}
-	return exit, nil
+	return nil
 }
 
 // Delete kills pause as Kill does and deletes the container's record; of a sandbox

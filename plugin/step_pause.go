@@ -126,7 +126,7 @@ func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit
 // Reap deletes the task of a pause that has exited, and with it the shim. The container's record stays: the CRI shows it until the
 // sandbox is removed.
 func (s *startPause) Reap(ctx context.Context, r *lifecycle.Run) error {
-	if _, err := s.containers.Kill(ctx, r.Key.ID); err != nil {
+	if err := s.containers.DeleteTask(ctx, r.Key.ID); err != nil {
 		return err
 	}
 	return s.settings.Files.UnmountShm(r.Key.ID)
