@@ -112,7 +112,11 @@ func (b *bench) close(ctx context.Context) error {
 	if b.floor != nil {
 		errs = append(errs, b.floor.node.Close(ctx))
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		progress("trying again: %v", err) // hundreds of pods can take longer than a node gives itself
+		return harness.Sweep(ctx)
+	}
+	return nil
 }
 
 func (b *bench) side(name string) *side {

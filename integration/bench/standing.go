@@ -12,7 +12,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// fillers are how many pods are started or removed at a time where nobody measures that.
+// fillers are how many pods are started at a time where nobody measures that.
 const fillers = 8
 
 // crowdOf is a side with pods that stand.
@@ -21,15 +21,18 @@ type crowdOf struct {
 	lives []*cri
 }
 
-// standing looks at daemons with more and more pods, then restarts them with fewer and fewer.
+// standing looks at daemons with more and more pods. The pods end with their nodes.
 func standing(ctx context.Context, b *bench) error {
 	crowds := make([]*crowdOf, len(b.sides))
 	for i, s := range b.sides {
 		crowds[i] = &crowdOf{side: s}
 	}
-	for _, pods := range b.standing {
+	if err := b.restarts(ctx, crowds, 0); err != nil {
+		return err
+	}
+	for i, pods := range b.standing {
 		for _, c := range crowds {
-			if err := c.resize(ctx, pods); err != nil {
+			if err := c.fill(ctx, pods); err != nil {
 				return fmt.Errorf("%s: %w", c.name, err)
 			}
 			if err := b.hold(ctx, c, pods); err != nil {
@@ -37,29 +40,26 @@ func standing(ctx context.Context, b *bench) error {
 			}
 		}
 		progress("  %d pods stand on each side, load %s", pods, loadAverage())
-	}
-	most := b.standing[len(b.standing)-1]
-	b.slopes(b.standing[0], most)
-	if err := b.lists(ctx, crowds, most); err != nil {
-		return err
-	}
-	for i := len(b.standing) - 1; i > 0; i-- {
-		if err := b.restarts(ctx, crowds, b.standing[i]); err != nil {
+		if i == 0 {
+			continue
+		}
+		if i == 1 { // before a restart, after which there is less garbage
+			b.slopes(b.standing[0], pods)
+		}
+		if err := b.lists(ctx, crowds, pods); err != nil {
 			return err
 		}
-		progress("  restarted with %d pods", b.standing[i])
+		if err := b.restarts(ctx, crowds, pods); err != nil {
+			return err
+		}
 	}
-	return b.restarts(ctx, crowds, 0)
+	return nil
 }
 
-// resize starts or ends pods.
-func (c *crowdOf) resize(ctx context.Context, pods int) error {
+// fill starts pods until there are so many.
+func (c *crowdOf) fill(ctx context.Context, pods int) error {
 	var all errgroup.Group
 	all.SetLimit(fillers)
-	for _, l := range c.lives[min(pods, len(c.lives)):] {
-		all.Go(func() error { return l.pod.StopAndRemove(ctx) })
-	}
-	c.lives = c.lives[:min(pods, len(c.lives))]
 	for range pods - len(c.lives) {
 		l := &cri{side: c.side, kind: userNS}
 		c.lives = append(c.lives, l)
@@ -89,7 +89,7 @@ func (b *bench) hold(ctx context.Context, c *crowdOf, pods int) error {
 	return nil
 }
 
-// slopes files what a daemon holds for a sandbox: the difference between few and many, by their number.
+// slopes files what a daemon holds for a sandbox: the difference between few pods and many, by their number.
 func (b *bench) slopes(few, many int) {
 	if few == many {
 		return
@@ -143,11 +143,6 @@ func (b *bench) lists(ctx context.Context, crowds []*crowdOf, pods int) error {
 
 // restarts measures how long a daemon takes from its start to its first answer.
 func (b *bench) restarts(ctx context.Context, crowds []*crowdOf, pods int) error {
-	for _, c := range crowds {
-		if err := c.resize(ctx, pods); err != nil {
-			return fmt.Errorf("%s: %w", c.name, err)
-		}
-	}
 	return inTurns(b.fewer(25), crowds, func(round int, c *crowdOf) error {
 		if err := c.node.Stop(ctx); err != nil {
 			return err
