@@ -43,9 +43,6 @@ func standing(ctx context.Context, b *bench) error {
 		if i == 0 {
 			continue
 		}
-		if i == 1 { // before a restart, after which there is less garbage
-			b.slopes(b.standing[0], pods)
-		}
 		if err := b.lists(ctx, crowds, pods); err != nil {
 			return err
 		}
@@ -53,6 +50,7 @@ func standing(ctx context.Context, b *bench) error {
 			return err
 		}
 	}
+	b.slopes(b.standing[0], b.standing[len(b.standing)-1])
 	return nil
 }
 
