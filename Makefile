@@ -22,6 +22,9 @@ packages := \
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=
 
+# Flags for make bench, such as -sections or -rounds.
+BENCHFLAGS ?=
+
 .PHONY: help
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +76,10 @@ compare: build ## Measure what faults leave, with containerd's own handler and w
 .PHONY: bench-remap
 bench-remap: deps ## Measure what the owners of a user namespace cost, and write docs/remap-bench.md
 	@go run ./integration/benchremap
+
+.PHONY: bench
+bench: build ## Measure podfsm beside an unmodified containerd and the floor, and write docs/bench.md and docs/bench.svg
+	@go run ./integration/bench $(BENCHFLAGS)
 
 .PHONY: kill-matrix
 kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md

@@ -99,7 +99,7 @@ func NewAttachment(config Config, networks []Network, id, netnsPath string, args
 }
 
 // Apply folds a fact into the attachment, when it happens and when the ledger is replayed. Applying the last fact again changes
-// nothing. It may run at the same time for plugins of different networks.
+// nothing. It may run at the same time for different plugins.
 //
 // Errors: DataLoss when there is no such plugin or the fact can't follow what is known.
 func (a *Attachment) Apply(p Progress) error {

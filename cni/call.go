@@ -80,19 +80,16 @@ func (c call) execAdd(ctx context.Context, path string, conf []byte) (types.Resu
 	return result, raw, nil
 }
 
-// del runs the plugin's DEL on the result that ADD had.
-func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
+// del runs the plugin's DEL on the result that ADD had. What has come of it is not on record yet.
+func (c call) del(ctx context.Context, prev types.Result) (outcome Progress, retErr error) {
 	ctx, span := c.startSpan(ctx, tracing.SpanCNIDel, "DEL")
 	defer func() { tracing.End(span, retErr) }()
 
-	outcome := Progress{Phase: Deleted}
-	err := c.execDel(ctx, prev)
-	if err != nil {
-		outcome = Progress{Phase: c.state().Phase, Error: err.Error()}
-		err = c.failed("delete", err)
+	if err := c.execDel(ctx, prev); err != nil {
 		c.driver.run.Delete(c.attachment.ContainerID)
+		return Progress{Phase: c.state().Phase, Error: err.Error()}, c.failed("delete", err)
 	}
-	return errors.Join(err, c.advance(context.WithoutCancel(ctx), outcome))
+	return Progress{Phase: Deleted}, nil
 }
 
 func (c call) execDel(ctx context.Context, prev types.Result) error {

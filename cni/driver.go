@@ -167,14 +167,19 @@ func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, net
 	if err != nil {
 		return err
 	}
-	var errs []error
+	errs := make([]error, len(list.Plugins))
+	var records sync.WaitGroup
 	for p := len(list.Plugins) - 1; p >= 0; p-- {
 		if !a.state(network, p).owed() {
 			continue
 		}
 		c := call{driver: d, attachment: a, record: record, network: network, plugin: p, list: list, netns: netns}
-		errs = append(errs, c.del(ctx, result))
+		outcome, err := c.del(ctx, result)
+		// Beside the next plugin: a DEL that isn't on record is only made again.
+		records.Go(func() { errs[p] = errors.Join(err, c.advance(context.WithoutCancel(ctx), outcome)) })
 	}
+	records.Wait()
+	slices.Reverse(errs) // the order of the DELs
 	return errors.Join(errs...)
 }
 

@@ -38,6 +38,8 @@ type Sandboxes interface {
 	PauseImage() string
 	// Pod is a sandbox of ours by its full id, also for a while after it has gone.
 	Pod(id string) (Pod, bool)
+	// CreatedAt is when a sandbox of ours was begun; the zero time for any other. Lists ask it for every sandbox there is.
+	CreatedAt(id string) time.Time
 	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
 	StopPod(ctx context.Context, id string) error
 	// Named is the sandbox that there is of a pod and its attempt.
@@ -321,8 +323,8 @@ func (l *listStream) Send(resp *runtime.StreamPodSandboxesResponse) error {
 func (s *service) presentable(ctx context.Context, items []*runtime.PodSandbox) []*runtime.PodSandbox {
 	items = slices.DeleteFunc(items, func(item *runtime.PodSandbox) bool { return !s.show(ctx, item.GetId()) })
 	for _, item := range items {
-		if pod, ok := s.sandboxes.Pod(item.GetId()); ok && !pod.CreatedAt.IsZero() {
-			item.CreatedAt = pod.CreatedAt.UnixNano()
+		if created := s.sandboxes.CreatedAt(item.GetId()); !created.IsZero() {
+			item.CreatedAt = created.UnixNano()
 		}
 	}
 	return items

@@ -224,6 +224,11 @@ func (c *controller) Admit(context.Context, string, *runtime.PodSandboxConfig) e
 	return c.admitErr
 }
 
+func (c *controller) CreatedAt(id string) time.Time {
+	pod, _ := c.Pod(id)
+	return pod.CreatedAt
+}
+
 func (c *controller) Pod(id string) (Pod, bool) {
 	pod, ok := c.pods[id]
 	return pod, ok

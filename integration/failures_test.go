@@ -138,6 +138,8 @@ func TestFirstTryOfEachUndoFails(t *testing.T) {
 		"capture_netns.undo.after":   func(p *harness.Pod) error { return p.Stop(t.Context()) },
 		"start_pause.stop.before":    func(p *harness.Pod) error { return p.Stop(t.Context()) },
 		"start_pause.stop.after":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_pause.reap.before":    func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_pause.reap.after":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
 		"start_pause.undo.before":    func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
 		"start_pause.undo.after":     func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
 		"remap_snapshot.undo.before": func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },

@@ -171,7 +171,8 @@ func matrix() []cell {
 		}
 	}
 	for _, phase := range []string{stopping, retryingStop, recoveringStop} {
-		add(stepPoints(phase, "start_pause.stop", endMid...)...)
+		add(stepPoints(phase, "start_pause.stop", endMid[:2]...)...)
+		add(stepPoints(phase, "start_pause.reap", endMid[2:]...)...)
 		add(stepPoints(phase, "attach_network.undo", undoMid["attach_network"]...)...)
 		add(stepPoints(phase, "capture_netns.undo", undoMid["capture_netns"]...)...)
 	}

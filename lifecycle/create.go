@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -19,6 +20,7 @@ type creation struct {
 	cancel  context.CancelFunc
 	reply   func(error)
 	running int
+	offers  []offer
 	err     error    // why it failed, the first reason
 	then    []func() // requests that wait for its end
 }
@@ -55,6 +57,44 @@ func (s *sandbox) start(ctx context.Context, reply func(error)) {
 	s.proceed()
 }
 
+// offer is one that waits for the steps that take it.
+type offer struct {
+	step  Step
+	taken chan struct{}
+}
+
+// offer hands a step's result so far to those that take it, and waits for them.
+func (s *sandbox) offer(ctx context.Context, step Step, result any) error {
+	o := offer{step, make(chan struct{})}
+	s.resume(func() {
+		s.mu.Lock()
+		s.steps[step.Facts().Name].offered, s.steps[step.Facts().Name].result = true, result
+		s.mu.Unlock()
+		s.creation.offers = append(s.creation.offers, o)
+		s.proceed()
+	})
+	select {
+	case <-o.taken:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// endOffers tells the steps that have offered something that nobody who takes it runs any more.
+func (s *sandbox) endOffers() {
+	s.creation.offers = slices.DeleteFunc(s.creation.offers, func(o offer) bool {
+		for _, step := range s.engine.steps {
+			f := step.Facts()
+			if slices.Contains(f.Takes, o.step.Facts().Name) && s.steps[f.Name].status == StepRunning {
+				return false
+			}
+		}
+		close(o.taken)
+		return true
+	})
+}
+
 // proceed starts every step whose needs are met, and ends the creation when none is left running.
 func (s *sandbox) proceed() {
 	for _, step := range s.engine.steps {
@@ -62,6 +102,7 @@ func (s *sandbox) proceed() {
 			s.launch(step)
 		}
 	}
+	s.endOffers()
 	if s.creation.running == 0 {
 		s.finishCreation()
 	}
@@ -74,6 +115,11 @@ func (s *sandbox) startable(step Step) bool {
 	}
 	for _, need := range f.Needs {
 		if !s.steps[need].status.complete() {
+			return false
+		}
+	}
+	for _, take := range f.Takes {
+		if !s.steps[take].status.complete() && !s.steps[take].offered {
 			return false
 		}
 	}
@@ -126,6 +172,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	defer func() { tracing.End(span, out.err) }()
 	out.started = time.Now().UTC()
 	r := s.run(step)
+	r.offer = func(ctx context.Context, result any) error { return s.offer(ctx, step, result) }
 	defer func() {
 		if p := recover(); p != nil {
 			out.err = panicked(p)
@@ -218,9 +265,6 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 
 // advance moves the state along the completed prefix of the creation path.
 func (s *sandbox) advance(at time.Time) {
-	if s.creation.err != nil {
-		return
-	}
 	for _, event := range states.CreationPath() {
 		if !s.steps[event].status.complete() {
 			return

@@ -3,7 +3,8 @@
 // A sandbox is a queue of events: requests, the results of steps, the exit of pause, retry timers. One goroutine at a time
 // handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. Steps run beside
 // the queue, as many at once as their needs allow, and their results come back as events. What is undone is undone inside the
-// queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which ends as soon as another comes.
+// queue, one step after the other, newest first; when a sandbox stops, its process, once it is dead, is reaped beside that. A check
+// of a sandbox that is ready is an event, too, which ends as soon as another comes.
 //
 // Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
 package lifecycle
@@ -74,7 +75,7 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 		if f.Name != path[i] {
 			return nil, fmt.Errorf("step %d is %q, the creation path has %q there: %w", i, f.Name, path[i], errdefs.ErrInvalidArgument)
 		}
-		for _, earlier := range slices.Concat(f.Needs, f.Holds) {
+		for _, earlier := range slices.Concat(f.Needs, f.Takes, f.Holds) {
 			if !slices.Contains(path[:i], earlier) {
 				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", f.Name, earlier, errdefs.ErrInvalidArgument)
 			}
@@ -203,6 +204,19 @@ func (e *Engine) Find(key journal.Key) (View, bool) {
 		}
 	}
 	return View{}, false
+}
+
+// Created is when the sandbox was begun, without the cost of a View; the zero time for one that is unknown or gone.
+func (e *Engine) Created(key journal.Key) time.Time {
+	e.mu.Lock()
+	s, ok := e.sandboxes[key]
+	e.mu.Unlock()
+	if !ok {
+		return time.Time{}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.created
 }
 
 // List is every sandbox as it is now, in no order.

@@ -96,6 +96,8 @@ type node struct {
 	undo    map[states.Event]func() error
 	plans   map[states.Event]any // set before anything runs
 	stop    error
+	reap    func() error
+	offer   map[states.Event]any // what a step offers before its hook runs
 }
 
 func newNode() *node {
@@ -130,12 +132,18 @@ func (s *fakeStep) Facts() Facts { return s.facts }
 func (s *fakeStep) Plan(context.Context, *Run) (any, error) { return s.node.plans[s.facts.Name], nil }
 
 // Do makes the thing first and fails then: a step that fails may have acted.
-func (s *fakeStep) Do(ctx context.Context, _ *Run) (any, error) {
+func (s *fakeStep) Do(ctx context.Context, r *Run) (any, error) {
 	s.node.mu.Lock()
 	s.node.exists = append(s.node.exists, s.facts.Name)
 	hook := s.node.do[s.facts.Name]
 	s.node.mu.Unlock()
 	s.node.act("do %s", s.facts.Name)
+	if offer := s.node.offer[s.facts.Name]; offer != nil {
+		if err := r.Offer(ctx, offer); err != nil {
+			return nil, err
+		}
+		s.node.act("go on with %s", s.facts.Name)
+	}
 	if hook != nil {
 		if err := hook(ctx); err != nil {
 			return nil, err
@@ -187,6 +195,9 @@ func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) {
 
 func (s *fakeEnder) Reap(context.Context, *Run) error {
 	s.node.act("reap %s", s.facts.Name)
+	if s.node.reap != nil {
+		return s.node.reap()
+	}
 	return nil
 }
 
@@ -415,6 +426,25 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
+func TestStopReapsBesideItsUndos(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	undone, tries := make(chan struct{}), 0
+	w.undo[states.CaptureNetNS] = sync.OnceValue(func() error { close(undone); return nil })
+	w.reap = func() error {
+		if tries++; tries > 1 {
+			return nil
+		}
+		<-undone // the last undo of a stop
+		return errors.New("no luck")
+	}
+	require.ErrorContains(t, w.Stop(t.Context(), testKey), "undo of step start_pause")
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.Equal(t, 2, tries)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
 func TestRecordThatFails(t *testing.T) {
 	full := fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
 	for _, tc := range []struct {
@@ -606,6 +636,55 @@ func TestIndependentStepsRunAtOnceAndTheStateIsTheCompletedPrefix(t *testing.T) 
 	require.Equal(t, []states.State{
 		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
 	}, w.transitions(t))
+}
+
+// takes makes capture_netns take what start_pause offers.
+func takes(f *Facts) {
+	if f.Name == states.CaptureNetNS {
+		f.Needs, f.Takes = nil, []states.Event{states.StartPause}
+	}
+}
+
+func TestStepsTakeWhatAnotherOffersAndGoOnBesideIt(t *testing.T) {
+	w := newWorld(t, takes)
+	w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
+	attached := make(chan struct{})
+	w.do[states.AttachNetwork] = func(context.Context) error { close(attached); return nil }
+	w.do[states.StartPause] = func(context.Context) error {
+		<-attached
+		require.Equal(t, states.SnapshotRemapped, w.state(t), "the state waits for the step")
+		return nil
+	}
+	require.NoError(t, w.run(t))
+	require.Equal(t, []states.State{
+		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
+	}, w.transitions(t))
+	acts := w.acted()
+	require.Less(t, slices.Index(acts, "do capture_netns"), slices.Index(acts, "go on with start_pause"))
+	view, err := w.Get(testKey)
+	require.NoError(t, err)
+	require.Equal(t, &testResult{states.StartPause}, view.Step(states.StartPause).Result, "what it returned in the end")
+}
+
+func TestAnOfferEndsWithItsCreation(t *testing.T) {
+	for _, failing := range []states.Event{states.CaptureNetNS, states.AttachNetwork} {
+		t.Run(string(failing), func(t *testing.T) {
+			w := newWorld(t, takes)
+			w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
+			w.do[failing] = func(context.Context) error { return errors.New("no luck") }
+			if failing == states.AttachNetwork {
+				w.do[states.StartPause] = func(ctx context.Context) error { <-ctx.Done(); return nil } // it comes to its end all the same
+			}
+			require.EqualError(t, w.run(t), fmt.Sprintf(`step %s of pod "ns/pod" failed: no luck`, failing))
+			require.True(t, w.gone())
+			require.Empty(t, w.left())
+			if failing == states.AttachNetwork {
+				require.Equal(t, []states.State{
+					states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.RollingBack, states.RolledBack,
+				}, w.transitions(t))
+			}
+		})
+	}
 }
 
 func TestRefusals(t *testing.T) {

@@ -24,6 +24,7 @@ type stepRecord struct {
 	recorded
 	status         StepStatus
 	touched        bool // its intent is on record, so it may have acted
+	offered        bool // its result so far can be taken
 	started, ended time.Time
 	err            error // of Do
 	undoErr        error // of the last undo

@@ -19,6 +19,8 @@ type Facts struct {
 	Name states.Event
 	// Needs are the steps that must be done before this one may start. Steps that need nothing of each other run at the same time.
 	Needs []states.Event
+	// Takes are the steps that must be done too, or have offered what they have made so far: see [Run.Offer].
+	Takes []states.Event
 	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
 	// holds its ids and its rootfs.
 	Holds []states.Event
@@ -49,7 +51,8 @@ type Step interface {
 type Ender interface {
 	// Stop ends the process and returns how it ended. It is idempotent.
 	Stop(ctx context.Context, r *Run) (Exit, error)
-	// Reap collects what the runtime keeps of a process that exited by itself. It is idempotent.
+	// Reap collects what the runtime keeps of a process that was stopped or exited by itself. It is idempotent, and may run beside the
+	// undos of a stop.
 	Reap(ctx context.Context, r *Run) error
 	// Exited says how a process that was started by an earlier daemon has ended; nil while it runs.
 	Exited(ctx context.Context, r *Run) (*Exit, error)
@@ -87,6 +90,7 @@ type Run struct {
 	step  states.Event
 	facts map[states.Event]recorded // of the steps done before, a copy
 	note  func(ctx context.Context, data any) error
+	offer func(ctx context.Context, result any) error // nil but in Do
 
 	mu    sync.Mutex
 	notes []any
@@ -102,7 +106,7 @@ type recorded struct {
 // Plan is what the step's own Plan returned; nil before.
 func (r *Run) Plan() any { return r.facts[r.step].plan }
 
-// Result is what a step's Do returned; nil when it isn't done.
+// Result is what a step's Do returned, or has offered meanwhile; nil when it isn't done.
 func (r *Run) Result(step states.Event) any { return r.facts[step].result }
 
 // Notes are what the step's own Do noted, in order.
@@ -111,6 +115,10 @@ func (r *Run) Notes() []any {
 	defer r.mu.Unlock()
 	return slices.Clone(r.notes)
 }
+
+// Offer gives what Do has made so far to the steps that take it (Facts.Takes), and returns when none of them runs any more: what
+// comes after them may go on beside the rest of Do. The sandbox's state waits for Do all the same. It fails when ctx ends.
+func (r *Run) Offer(ctx context.Context, result any) error { return r.offer(ctx, result) }
 
 // Note records a fact of the step's own while it acts, for its Undo. An error means that it may not be on record: whatever
 // the note announces must then not be done. It may be called by several goroutines.

@@ -85,12 +85,43 @@ func (s *sandbox) stop(ctx context.Context) error {
 	})
 }
 
-// detach ends the process and undoes what a stopped sandbox must not have.
+// detach ends the process and undoes what a stopped sandbox must not have, while the runtime lets go of the process.
 func (s *sandbox) detach(ctx context.Context) error {
 	if err := s.end(ctx); err != nil {
 		return err
 	}
-	return s.unwind(ctx, func(f Facts) bool { return f.AtStop })
+	reaped := s.reapBeside(ctx)
+	err := s.unwind(ctx, func(f Facts) bool { return f.AtStop })
+	return errors.Join(err, reaped())
+}
+
+// reapBeside has the runtime let go of a process that has ended, beside what the queue does until it calls reaped.
+func (s *sandbox) reapBeside(ctx context.Context) (reaped func() error) {
+	var under []func() error
+	for _, step := range s.engine.steps {
+		name := step.Facts().Name
+		ender, ok := step.(Ender)
+		if !ok || !s.steps[name].touched {
+			continue
+		}
+		wait := s.try(ctx, step, tracing.Reap(string(name)), ender.Reap)
+		under = append(under, func() error {
+			err := wait()
+			if err != nil {
+				s.setOwed(name, err)
+			} else {
+				s.settleStep(name)
+			}
+			return err
+		})
+	}
+	return func() error {
+		var failed []error
+		for _, wait := range under {
+			failed = append(failed, wait())
+		}
+		return errors.Join(failed...)
+	}
 }
 
 // remove undoes everything and forgets the sandbox.
@@ -218,17 +249,30 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 
 // attempt makes one bounded and traced try at an undo.
 func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) error {
-	facts := step.Facts()
-	ctx, cancel := within(ctx, facts.UndoDeadline)
-	defer cancel()
+	return s.try(ctx, step, name, f)()
+}
+
+// try begins an attempt. What it returns waits for its end, in the queue.
+func (s *sandbox) try(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) (wait func() error) {
+	ctx, cancel := within(ctx, step.Facts().UndoDeadline)
 	ctx, span := tracing.Start(ctx, name, s.req.Attributes...)
 	r := s.run(step)
-	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
-	if err != nil {
-		err = late(ctx, err)
-	}
-	tracing.End(span, err)
+	tried := make(chan error, 1)
+	go func() {
+		defer cancel()
+		_, err := protect(func() (any, error) { return nil, f(ctx, r) })
+		if err != nil {
+			err = late(ctx, err)
+		}
+		tracing.End(span, err)
+		tried <- err
+	}()
+	return func() error { return s.tried(step, r, <-tried) }
+}
 
+// tried keeps how an attempt ended.
+func (s *sandbox) tried(step Step, r *Run, err error) error {
+	facts := step.Facts()
 	s.mu.Lock()
 	rec := s.steps[facts.Name]
 	rec.notes = r.Notes()

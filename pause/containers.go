@@ -100,7 +100,8 @@ type Exit struct {
 // Create makes the record of a pause container and returns it as stored. It
 // starts no process. A record with that id is an AlreadyExists error.
 func (c *Containers) Create(ctx context.Context, r CreateRequest) (containers.Container, error) {
-	container, err := c.client.NewContainer(ctx, r.ID,
+	record := containers.Container{ID: r.ID}
+	for _, apply := range []containerd.NewContainerOpts{
 		containerd.WithSnapshotter(r.Snapshotter),
 		containerd.WithSnapshot(r.SnapshotKey),
 		containerd.WithImageName(r.ImageName),
@@ -108,11 +109,18 @@ func (c *Containers) Create(ctx context.Context, r CreateRequest) (containers.Co
 		containerd.WithRuntime(r.Runtime, r.RuntimeOptions),
 		// After the snapshot, where the spec's options look up the user.
 		containerd.WithSpec(r.Spec.OCI, r.Spec.Opts...),
-	)
+	} {
+		if err := apply(ctx, c.client, &record); err != nil {
+			return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
+		}
+	}
+	// The client's NewContainer would take a lease and give it back, two transactions of the metadata store, to keep the garbage
+	// collector from what it makes: nothing is made here.
+	stored, err := c.client.ContainerService().Create(ctx, record)
 	if err != nil {
 		return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
 	}
-	return container.Info(ctx, containerd.WithoutRefreshedMetadata)
+	return stored, nil
 }
 
 // Get returns the record of a pause container, or a NotFound error.
@@ -183,11 +191,10 @@ func (c *Containers) Wait(ctx context.Context, id string) (Exit, error) {
 	return exit, nil
 }
 
-// Kill ends pause by SIGKILL, waits for its end, and deletes the task and its
-// shim, also a shim that never had a task or lost it. The container's record
-// stays: containerd finds shims through it. Kill succeeds when there is neither
-// task nor shim, nor record; how pause ended is then unknown: UnknownStatus, now.
-func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
+// End ends pause by SIGKILL and waits for its end. The task and its shim stay,
+// for DeleteTask. End succeeds when there is no task; how pause ended is then unknown:
+// UnknownStatus, now.
+func (c *Containers) End(ctx context.Context, id string) (Exit, error) {
 	err := callShim(ctx, func() error {
 		_, err := c.client.TaskService().Kill(ctx, &tasks.KillRequest{
 			ContainerID: id,
@@ -202,21 +209,35 @@ func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
 	}
 	exit, err := c.Wait(ctx, id)
 	if errdefs.IsNotFound(err) {
-		exit, err = Exit{Status: UnknownStatus, At: time.Now()}, nil
+		return Exit{Status: UnknownStatus, At: time.Now()}, nil
 	}
+	return exit, err
+}
+
+// Kill ends pause as End does, and deletes the task as DeleteTask does. The
+// container's record stays: containerd finds shims through it. Kill succeeds when
+// there is neither task nor shim, nor record.
+func (c *Containers) Kill(ctx context.Context, id string) (Exit, error) {
+	exit, err := c.End(ctx, id)
 	if err != nil {
 		return Exit{}, err
 	}
-	// Whatever the shim has said: only this call ends the shim itself
-	// (containerd#7496, containerd#8931).
-	err = callShim(ctx, func() error {
+	return exit, c.DeleteTask(ctx, id)
+}
+
+// DeleteTask deletes the task of a pause that has ended, and its shim, also a
+// shim that never had a task or lost it: whatever the shim has said, only this
+// ends the shim itself (containerd#7496, containerd#8931). It succeeds when there
+// is none, and fails while pause runs.
+func (c *Containers) DeleteTask(ctx context.Context, id string) error {
+	err := callShim(ctx, func() error {
 		_, err := c.client.TaskService().Delete(ctx, &tasks.DeleteTaskRequest{ContainerID: id})
 		return err
 	})
 	if err != nil && !errdefs.IsNotFound(err) {
-		return Exit{}, fmt.Errorf("failed to delete the pause task of sandbox %q: %w", id, err)
+		return fmt.Errorf("failed to delete the pause task of sandbox %q: %w", id, err)
 	}
-	return exit, nil
+	return nil
 }
 
 // Delete kills pause as Kill does and deletes the container's record; of a sandbox

@@ -425,6 +425,21 @@ func TestDeleteKeepsTheRecordOfALivingShim(t *testing.T) {
 	}
 }
 
+// A runtime costs a process for each call: nothing is asked for twice.
+func TestEndAndDeleteTask(t *testing.T) {
+	f := newFakeShim(task.Status_RUNNING)
+	ctx, client := newTestClient(t, f)
+	containers := newPause(t, ctx, client)
+	exit, err := containers.End(ctx, "sandbox")
+	require.NoError(t, err)
+	require.Equal(t, Exit{Status: 137, At: time.Unix(7, 0).UTC()}, exit)
+	require.True(t, f.shim, "the shim stays")
+	require.NoError(t, containers.DeleteTask(ctx, "sandbox"))
+	require.False(t, f.shim)
+	require.Equal(t, []string{"kill", "wait", "delete"}, f.calls)
+	require.NoError(t, containers.DeleteTask(ctx, "sandbox"), "a second time")
+}
+
 // The shim has been killed, and containerd is still cleaning up after it.
 func TestKillWaitsForTheCleanupOfADeadShim(t *testing.T) {
 	f := newFakeShim(task.Status_RUNNING)

@@ -423,6 +423,14 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	return podOf(view), true
 }
 
+// CreatedAt is when a sandbox was begun, for the front.
+func (c *Controller) CreatedAt(id string) time.Time {
+	if c.engine == nil {
+		return time.Time{}
+	}
+	return c.engine.Created(inFront(id))
+}
+
 // Named is the sandbox of a pod's attempt, for the front.
 func (c *Controller) Named(metadata *runtime.PodSandboxMetadata) (cri.Pod, bool) {
 	if c.engine == nil {

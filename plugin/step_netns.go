@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
@@ -62,7 +63,7 @@ func (s *captureNetNS) expect(r *lifecycle.Run) netns.Expect {
 		ID:         r.Key.ID,
 		CgroupPath: started.CgroupPath,
 		Alive: func(ctx context.Context) error {
-			return runsAs(ctx, s.node, r.Key.ID, started.Pid)
+			return runsAs(ctx, s.node, r.Key.ID, started.Pid, containerd.Created, containerd.Running)
 		},
 	}
 	if allocated, ok := r.Result(states.AllocateIDs).(*userns.Mappings); ok {
@@ -75,13 +76,13 @@ func extent(m userns.Mapping) []netns.IDMap {
 	return []netns.IDMap{{ContainerID: m.ContainerID, HostID: m.HostID, Size: m.Length}}
 }
 
-// runsAs fails unless containerd says that the sandbox's task runs under pid.
-func runsAs(ctx context.Context, n *node, id string, pid uint32) error {
+// runsAs fails unless containerd says that the sandbox's task has pid, and is in one of the states.
+func runsAs(ctx context.Context, n *node, id string, pid uint32, in ...containerd.ProcessStatus) error {
 	status, err := n.containers.Status(ctx, id)
 	switch {
 	case err != nil:
 		return err
-	case status.State != containerd.Running:
+	case !slices.Contains(in, status.State):
 		return fmt.Errorf("pause is %s: %w", status.State, errdefs.ErrFailedPrecondition)
 	case status.Pid != pid:
 		return fmt.Errorf("pause runs under pid %d now, it was started under %d: %w", status.Pid, pid, errdefs.ErrFailedPrecondition)

@@ -33,22 +33,42 @@ func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.run(ctx, request, spec.RuntimePath, result); err != nil {
+	if err := s.run(ctx, r, request, result); err != nil {
 		selinux.ReleaseLabel(result.ProcessLabel)
 		return nil, err
 	}
 	return result, nil
 }
 
-// run makes the container and its process, and completes result.
-func (s *startPause) run(ctx context.Context, request pause.CreateRequest, runtimePath string, result *Pause) (err error) {
+// startGrace is how long the start of pause goes on when the creation has failed meanwhile. It takes some milliseconds, and a half of it
+// is no easier to undo.
+const startGrace = 2 * time.Second
+
+// run makes the container and its process, and completes result. The namespaces are there before pause is executed, so the network is
+// attached meanwhile.
+func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.CreateRequest, result *Pause) (err error) {
 	if _, err = s.containers.Create(ctx, request); err != nil {
 		return err
 	}
-	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, runtimePath); err != nil {
+	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath); err != nil {
 		return err
 	}
+	if err := r.Offer(ctx, result); err != nil {
+		return err
+	}
+	ctx, cancel := outlast(ctx, startGrace)
+	defer cancel()
 	return s.containers.Start(ctx, request.ID)
+}
+
+// outlast is ctx, but ends a while after it.
+func outlast(ctx context.Context, grace time.Duration) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		timer := time.AfterFunc(grace, func() { cancel(context.Cause(ctx)) })
+		context.AfterFunc(longer, func() { timer.Stop() })
+	})
+	return longer, func() { stop(); cancel(context.Canceled) }
 }
 
 // describe builds pause's container, and makes nothing.
@@ -94,19 +114,22 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 	}, nil
 }
 
-// Stop kills pause. Its record stays: the CRI shows it until the sandbox is removed.
+// Stop kills pause.
 func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
-	exit, err := s.containers.Kill(ctx, r.Key.ID)
+	exit, err := s.containers.End(ctx, r.Key.ID)
 	if err != nil {
 		return lifecycle.Exit{}, err
 	}
-	return lifecycle.Exit{Code: exit.Status, At: exit.At}, s.settings.Files.UnmountShm(r.Key.ID)
+	return lifecycle.Exit{Code: exit.Status, At: exit.At}, nil
 }
 
-// Reap deletes the task of a pause that has exited, and with it the shim.
+// Reap deletes the task of a pause that has exited, and with it the shim. The container's record stays: the CRI shows it until the
+// sandbox is removed.
 func (s *startPause) Reap(ctx context.Context, r *lifecycle.Run) error {
-	_, err := s.containers.Kill(ctx, r.Key.ID)
-	return err
+	if err := s.containers.DeleteTask(ctx, r.Key.ID); err != nil {
+		return err
+	}
+	return s.settings.Files.UnmountShm(r.Key.ID)
 }
 
 func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {

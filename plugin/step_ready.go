@@ -3,6 +3,8 @@ package plugin
 import (
 	"context"
 
+	containerd "github.com/containerd/containerd/v2/client"
+
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -18,7 +20,7 @@ func (s *declareReady) Facts() lifecycle.Facts { return s.facts }
 func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
-	if err := runsAs(ctx, s.node, r.Key.ID, r.Result(states.StartPause).(*Pause).Pid); err != nil {
+	if err := runsAs(ctx, s.node, r.Key.ID, r.Result(states.StartPause).(*Pause).Pid, containerd.Running); err != nil {
 		return nil, err
 	}
 	return &Ready{}, nil

@@ -85,7 +85,7 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 		})},
 		&captureNetNS{n, bounds(lifecycle.Facts{
 			Name:   states.CaptureNetNS,
-			Needs:  []states.Event{states.StartPause},
+			Takes:  []states.Event{states.StartPause}, // the namespace is there before pause is executed
 			AtStop: true,
 		})},
 		&attachNetwork{n, lifecycle.Facts{

@@ -70,6 +70,9 @@ func Undo(step string) string { return "sandbox." + step + ".undo" }
 // Stop is the name of the span of ending a step's process.
 func Stop(step string) string { return "sandbox." + step + ".stop" }
 
+// Reap is the name of the span of collecting what the runtime keeps of a step's process that has ended.
+func Reap(step string) string { return "sandbox." + step + ".reap" }
+
 // Start starts a span as a child of the one in ctx.
 func Start(ctx context.Context, name string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {
 	return otel.Tracer(Name).Start(ctx, name, trace.WithAttributes(attrs...))

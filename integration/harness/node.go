@@ -155,6 +155,9 @@ func (n *Node) prepare(ctx context.Context, c Config) error {
 // binary returns the path of a built program, such as "ctr".
 func (n *Node) binary(name string) string { return filepath.Join(n.repo, ".build/bin", name) }
 
+// Program returns the path of one of the built programs that are no daemons, such as "containerd-shim-runc-v2".
+func (n *Node) Program(name string) string { return n.binary(name) }
+
 // CLI returns the path of the podfsm command line tool.
 func (n *Node) CLI() string { return filepath.Join(filepath.Dir(n.executable), "podfsm") }
 

@@ -90,7 +90,9 @@ func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (exit *lifec
 	return exit, err
 }
 
-func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error { return s.ender.Reap(ctx, r) }
+func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error {
+	return s.between(ctx, "reap", func() error { return s.ender.Reap(ctx, r) })
+}
 
 type faultyChecker struct {
 	*faultyStep

@@ -1,0 +1,164 @@
+// Command bench measures an unmodified containerd, containerd's own handler in podfsm's binary, and podfsm's handler, side by side, and the
+// floor: the external programs of a pod run bare. It writes docs/bench.md and docs/bench.svg, and leaves nothing else behind.
+//
+// It runs in the repository's folder.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// options are what one run measures.
+type options struct {
+	rounds   int
+	parallel []int // pods at a time
+	standing []int // pods that stand while the daemons are looked at, ascending
+	sections []string
+	page     string // where the table goes, and the plot beside it; "" writes neither
+}
+
+// section is a part of the run that can be chosen.
+type section struct {
+	name string
+	what string
+	run  func(context.Context, *bench) error
+}
+
+var sections = []section{
+	{"alone", "one pod at a time, and the CPU time it takes", alone},
+	{"parallel", "many pods at a time", inParallel},
+	{"container", "a pod and its first container", withContainer},
+	{"crun", "one pod on host users at a time, by crun", withCrun},
+	{"tracing", "podfsm with tracing off, sampled out, and on", traced},
+	{"writes", "what containerd writes and syncs for a pod", writes},
+	{"standing", "daemons with many pods: memory, lists, restarts", standing},
+}
+
+func main() {
+	var o options
+	var names, parallel, stand string
+	flag.IntVar(&o.rounds, "rounds", 20, "pods of each kind and side that are run alone; the other sections have fewer rounds in proportion")
+	flag.StringVar(&parallel, "parallel", "8,32", "how many pods are run at a time")
+	flag.StringVar(&stand, "standing", "10,100,300", "with how many pods daemons are looked at")
+	flag.StringVar(&names, "sections", "", "the sections to measure, separated by commas; all when empty:"+describe())
+	flag.StringVar(&o.page, "page", "docs/bench.md", "where to write the page, and the plot beside it; nothing is written when empty or when not all sections are measured")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	err := errors.Join(o.choose(names), numbers(parallel, &o.parallel), numbers(stand, &o.standing))
+	if err == nil {
+		err = run(ctx, o)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+func describe() string {
+	var text strings.Builder
+	for _, s := range sections {
+		fmt.Fprintf(&text, "\n%s: %s", s.name, s.what)
+	}
+	return text.String()
+}
+
+func (o *options) choose(names string) error {
+	all := make([]string, len(sections))
+	for i, s := range sections {
+		all[i] = s.name
+	}
+	if names == "" {
+		o.sections = all
+		return nil
+	}
+	o.sections = strings.Split(names, ",")
+	for _, name := range o.sections {
+		if !slices.Contains(all, name) {
+			return fmt.Errorf("there is no section %q: choose of %s", name, strings.Join(all, ", "))
+		}
+	}
+	return nil
+}
+
+func numbers(text string, to *[]int) error {
+	for field := range strings.SplitSeq(text, ",") {
+		n, err := strconv.Atoi(field)
+		if err != nil || n < 1 {
+			return fmt.Errorf("%q is no number of pods", field)
+		}
+		*to = append(*to, n)
+	}
+	slices.Sort(*to)
+	return nil
+}
+
+// bench is one run.
+type bench struct {
+	options
+	sides   []*side // in the order of the table's columns
+	floor   *floor
+	results *results
+}
+
+func run(ctx context.Context, o options) (err error) {
+	if err := harness.Sweep(ctx); err != nil {
+		return err
+	}
+	start, load := time.Now(), loadAverage()
+	b := &bench{options: o, results: newResults()}
+	defer func() { err = errors.Join(err, b.close(context.WithoutCancel(ctx)), leftovers()) }()
+	progress("starting the daemons")
+	if err := b.start(ctx); err != nil {
+		return err
+	}
+	for _, s := range sections {
+		if !slices.Contains(o.sections, s.name) {
+			continue
+		}
+		began := time.Now()
+		progress("%s: %s", s.name, s.what)
+		if err := s.run(ctx, b); err != nil {
+			return fmt.Errorf("section %s: %w", s.name, err)
+		}
+		progress("%s took %.0f s, load %s", s.name, time.Since(began).Seconds(), loadAverage())
+	}
+	machine := describeMachine(load, time.Since(start), o)
+	fmt.Print(b.results.table(machine))
+	if o.page == "" || len(o.sections) < len(sections) {
+		return nil
+	}
+	if err := b.results.write(o.page, machine); err != nil {
+		return err
+	}
+	progress("wrote %s", o.page)
+	return nil
+}
+
+// leftovers fails when a node has left anything on the machine.
+func leftovers() error {
+	left, err := harness.Leftovers()
+	if len(left) > 0 {
+		err = errors.Join(err, fmt.Errorf("left on the machine: %s", strings.Join(left, ", ")))
+	}
+	return err
+}
+
+// fewer is a share of the rounds, in percent, at least one.
+func (b *bench) fewer(percent int) int { return max(1, b.rounds*percent/100) }
+
+func progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
