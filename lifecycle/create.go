@@ -31,14 +31,18 @@ func (c *creation) fail(err error) {
 	c.cancel()
 }
 
-// StepError says which step of a sandbox failed. Its text stays the same from try to try as far as the step's does.
+// StepError says which step of a sandbox failed, or whose undo. Its text stays the same from try to try as far as the step's does.
 type StepError struct {
 	Step states.Event
+	Undo bool
 	Pod  string
 	Err  error
 }
 
 func (e *StepError) Error() string {
+	if e.Undo {
+		return fmt.Sprintf("undo of step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
+	}
 	return fmt.Sprintf("step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
 }
 
@@ -85,6 +89,7 @@ func (s *sandbox) launch(step Step) {
 	name := step.Facts().Name
 	s.mu.Lock()
 	s.steps[name].status, s.steps[name].started = StepRunning, time.Now().UTC()
+	s.acts.begin(name, ActDo, s.steps[name].started)
 	s.mu.Unlock()
 
 	s.creation.running++
@@ -196,6 +201,7 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 	rec := s.steps[name]
 	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err
 	rec.started, rec.ended = out.started, out.ended
+	s.acts.end(name, ActDo, out.started, out.ended, out.err)
 	_, skipped := out.result.(*Skipped)
 	switch {
 	case out.err != nil:

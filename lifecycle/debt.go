@@ -25,7 +25,8 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 
 // owe puts the debt on record and sets the time of the next try.
 func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
-	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Error: cause.Error(), Durable: true}
+	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Durable: true}
+	s.describe(record, cause)
 	if err := s.append(ctx, record, nil); err != nil {
 		s.log(ctx).WithError(err).Error("sandbox: an owed cleanup is not on record; it stays in memory")
 	}

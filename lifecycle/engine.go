@@ -49,6 +49,7 @@ type Engine struct {
 	steps   []Step
 	journal Journal
 	backoff Backoff
+	observe Observer // nil for none
 
 	work     sync.WaitGroup // queues and steps that are running
 	resuming turns          // of restored sandboxes that are being undone
@@ -60,8 +61,12 @@ type Engine struct {
 	finished  []View // the newest last
 }
 
-// New makes an engine of steps, which must be the whole creation path of package states, in its order.
-func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
+// Observer is told of each transition, after it is on record: the last one of a view. Those of one sandbox are told in order; the
+// sandbox waits for it, so it must return soon.
+type Observer func(View)
+
+// New makes an engine of steps, which must be the whole creation path of package states, in its order. observe may be nil.
+func New(steps []Step, j Journal, backoff Backoff, observe Observer) (*Engine, error) {
 	path := states.CreationPath()
 	if len(steps) != len(path) {
 		return nil, fmt.Errorf("there are %d steps for a creation path of %d: %w", len(steps), len(path), errdefs.ErrInvalidArgument)
@@ -81,7 +86,7 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 		}
 	}
 	return &Engine{
-		steps: steps, journal: j, backoff: backoff,
+		steps: steps, journal: j, backoff: backoff, observe: observe,
 		resuming:  turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
 	}, nil

@@ -136,8 +136,7 @@ func (s *sandbox) end(ctx context.Context) error {
 		}
 		var exit Exit
 		name := step.Facts().Name
-		span := tracing.Stop(string(name))
-		err := s.attempt(ctx, step, span, func(ctx context.Context, r *Run) (err error) {
+		err := s.attempt(ctx, step, ActStop, func(ctx context.Context, r *Run) (err error) {
 			exit, err = ender.Stop(ctx, r)
 			return err
 		})
@@ -188,7 +187,7 @@ func (s *sandbox) undo(ctx context.Context, step Step) error {
 	name := step.Facts().Name
 	s.setStatus(name, StepUndoing)
 	s.record(ctx, &journal.Record{Kind: journal.UndoIntent, Step: string(name)})
-	if err := s.attempt(ctx, step, tracing.Undo(string(name)), s.undoOf(step)); err != nil {
+	if err := s.attempt(ctx, step, ActUndo, s.undoOf(step)); err != nil {
 		return err
 	}
 	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name)})
@@ -214,12 +213,20 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 }
 
 // attempt makes one bounded and traced try at an undo.
-func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) error {
+func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) error {
 	facts := step.Facts()
+	name := tracing.Undo(string(facts.Name))
+	if kind == ActStop {
+		name = tracing.Stop(string(facts.Name))
+	}
 	ctx, cancel := within(ctx, facts.UndoDeadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, name, s.req.Attributes...)
 	r := s.run(step)
+	began := time.Now().UTC()
+	s.mu.Lock()
+	s.acts.begin(facts.Name, kind, began)
+	s.mu.Unlock()
 	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
 	if err != nil {
 		err = late(ctx, err)
@@ -227,6 +234,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(co
 	tracing.End(span, err)
 
 	s.mu.Lock()
+	s.acts.end(facts.Name, kind, began, time.Now().UTC(), err)
 	rec := s.steps[facts.Name]
 	rec.notes = r.Notes()
 	if err != nil {
@@ -234,7 +242,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(co
 	}
 	s.mu.Unlock()
 	if err != nil {
-		return fmt.Errorf("undo of step %s of pod %q failed: %w", facts.Name, s.req.Pod, err)
+		return &StepError{Step: facts.Name, Undo: true, Pod: s.req.Pod, Err: err}
 	}
 	return nil
 }

@@ -333,7 +333,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 			steps = append(steps, &fake)
 		}
 	}
-	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return time.Hour }) // tests try again themselves
+	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return time.Hour }, nil) // tests try again themselves
 	require.NoError(t, err)
 	w.engine = engine
 	t.Cleanup(func() { require.NoError(t, w.Close()) })
