@@ -42,16 +42,16 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 	if err != nil {
 		return nil, c.failed("add", err)
 	}
-	if err := c.advance(ctx, Progress{Phase: Adding}); err != nil {
+	began := time.Now().UTC()
+	if err := c.advance(ctx, Progress{Phase: Adding, Command: "ADD", Began: began}); err != nil {
 		return nil, err
 	}
-	begun := time.Now()
 	result, raw, err := c.execAdd(ctx, path, conf)
 
 	// What has happened is recorded, also if nobody waits for it any more.
 	ctx = context.WithoutCancel(ctx)
 	if err != nil {
-		outcome := Progress{Phase: Adding, Error: err.Error()}
+		outcome := Progress{Phase: Adding, Error: err.Error(), Command: "ADD", Began: began, Took: time.Since(began)}
 		if errors.As(err, new(*notStartedError)) {
 			outcome.Phase = Pending
 		} else {
@@ -59,7 +59,7 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 		}
 		return nil, errors.Join(c.failed("add", err), c.advance(ctx, outcome))
 	}
-	return result, c.advance(ctx, Progress{Phase: Added, Result: raw, Took: time.Since(begun)})
+	return result, c.advance(ctx, Progress{Phase: Added, Result: raw, Command: "ADD", Began: began, Took: time.Since(began)})
 }
 
 // execAdd returns the result as an object and as it is recorded.
@@ -85,10 +85,12 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	ctx, span := c.startSpan(ctx, tracing.SpanCNIDel, "DEL")
 	defer func() { tracing.End(span, retErr) }()
 
-	outcome := Progress{Phase: Deleted}
+	began := time.Now().UTC()
 	err := c.execDel(ctx, prev)
+	outcome := Progress{Phase: Deleted, Command: "DEL", Began: began, Took: time.Since(began)}
 	if err != nil {
-		outcome = Progress{Phase: c.state().Phase, Error: err.Error()}
+		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
+		outcome = Progress{Phase: c.state().Phase, Command: "DEL", Error: err.Error()}
 		err = c.failed("delete", err)
 		c.driver.run.Delete(c.attachment.ContainerID)
 	}

@@ -24,6 +24,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
@@ -40,6 +41,9 @@ type Controller struct {
 	node     *node
 	ledger   *journal.Ledger
 	engine   *lifecycle.Engine
+	past     *history.File // of the sandboxes that have ended
+	herald   *herald
+	exchange eventExchange // containerd's events
 	exits    *exitWatch
 	checks   checks
 	looks    looks
@@ -100,6 +104,8 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err != nil {
 		return fmt.Errorf("failed to find containerd's events: %w", err)
 	}
+	c.exchange = events.(eventExchange)
+	c.herald = &herald{publisher: c.exchange}
 	if c.ledger, err = journal.Open(ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]); err != nil {
 		return fmt.Errorf("failed to open the ledger: %w", err)
 	}
@@ -114,11 +120,14 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.node.ids = userns.New(idHost{c}, pool)
-	engine, err := lifecycle.New(c.node.steps(c.limits), c.ledger, lifecycle.DefaultBackoff)
+	if c.past, err = history.Open(filepath.Join(ic.Properties[plugins.PropertyRootDir], history.FileName)); err != nil {
+		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
+	}
+	engine, err := lifecycle.New(c.node.steps(c.limits), c.ledger, lifecycle.DefaultBackoff, c.observe)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
-	c.engine, c.exits = engine, watchExits(events.(subscriber), engine)
+	c.engine, c.exits = engine, watchExits(c.exchange, engine)
 	if err := c.recover(ic.Context, client, gc); err != nil {
 		c.exits.close()
 		c.engine, c.exits = nil, nil // one that knows no sandbox would let containerd's service forget them all
@@ -137,6 +146,7 @@ func (c *Controller) Close() error {
 		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
 		c.engine.Close(ctx)
+		c.herald.settle(ctx)
 	}
 	if c.ledger != nil {
 		return c.ledger.Close()
