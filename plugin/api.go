@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/grpc"
@@ -51,26 +50,11 @@ func (a *api) Inspect(_ context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.
 	if err != nil {
 		return nil, err
 	}
-	response, err := a.inspect(r.GetRef(), engine.List())
+	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.past.Read)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return response, nil
-}
-
-func (a *api) inspect(ref string, views []lifecycle.View) (*podfsmv1.InspectResponse, error) {
-	view, err := records.Find(ref, views)
-	if err == nil {
-		return records.Inspection(view)
-	}
-	if !errdefs.IsNotFound(err) {
-		return nil, err
-	}
-	ended, err := a.controller.past.Read()
-	if err != nil {
-		return nil, err
-	}
-	return records.FindEnded(ref, ended)
 }
 
 // Watch passes the transitions on that podfsm publishes, from the moment on at which it sends the headers.

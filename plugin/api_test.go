@@ -16,12 +16,13 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
 // found is the id of the sandbox that the service finds.
 func found(w *world, ref string) (string, error) {
-	response, err := (&api{controller: w.Controller}).inspect(ref, w.engine.List())
+	response, err := records.Inspect(ref, w.engine.List(), w.past.Read)
 	return response.GetSandbox().GetId(), err
 }
 

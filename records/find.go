@@ -32,8 +32,20 @@ func Find(ref string, views []lifecycle.View) (lifecycle.View, error) {
 	return find(ref, views, func(v lifecycle.View) named { return named{v.Key.ID, v.Pod, v.Created} })
 }
 
-// FindEnded is Find among the sandboxes that have ended.
-func FindEnded(ref string, ended []*podfsmv1.InspectResponse) (*podfsmv1.InspectResponse, error) {
+// Inspect is all there is to know of the sandbox that a reference names, for which it looks among those that have ended if there is no
+// other. For its errors see [Find].
+func Inspect(ref string, views []lifecycle.View, readEnded func() ([]*podfsmv1.InspectResponse, error)) (*podfsmv1.InspectResponse, error) {
+	view, err := Find(ref, views)
+	if err == nil {
+		return Inspection(view)
+	}
+	if !errdefs.IsNotFound(err) {
+		return nil, err
+	}
+	ended, err := readEnded()
+	if err != nil {
+		return nil, err
+	}
 	return find(ref, ended, func(r *podfsmv1.InspectResponse) named { return nameOf(r.GetSandbox()) })
 }
 

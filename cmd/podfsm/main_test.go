@@ -39,10 +39,16 @@ type fakeSandboxes struct {
 	podfsmv1.UnimplementedSandboxesServer
 	inspect func(ctx context.Context, ref string) (*podfsmv1.InspectResponse, error)
 	leaks   func(fix bool) *podfsmv1.LeaksResponse
+	ended   []*podfsmv1.Sandbox
+	watch   func(grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error
 }
 
-func (fakeSandboxes) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
-	return &podfsmv1.ListResponse{Sandboxes: []*podfsmv1.Sandbox{ready, owing, starting}}, nil
+func (f fakeSandboxes) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
+	all := []*podfsmv1.Sandbox{ready, owing, starting}
+	if r.GetEnded() {
+		all = append(f.ended, all...)
+	}
+	return &podfsmv1.ListResponse{Sandboxes: all}, nil
 }
 
 func (f fakeSandboxes) Inspect(ctx context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.InspectResponse, error) {
