@@ -35,14 +35,11 @@ func (a acts) end(step states.Event, kind ActKind, started, ended time.Time, err
 	}
 }
 
-// endAll notes that all that is under way of a kind has ended, that of one step, if it is among them, with an error.
-func (a acts) endAll(kind ActKind, failed states.Event, at time.Time, err error) {
+// endAll notes that all that is under way of a kind has ended because of an error.
+func (a acts) endAll(kind ActKind, at time.Time, err error) {
 	for i := range a {
 		if act := &a[i]; act.Kind == kind && act.Ended.IsZero() {
-			act.Ended = at
-			if act.Step == failed {
-				act.Err = err
-			}
+			act.Ended, act.Err = at, err
 		}
 	}
 }

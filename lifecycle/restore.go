@@ -199,7 +199,7 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 		}
 	case journal.Owed:
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
-		h.acts.endAll(ActUndo, states.Event(record.Cause), record.At, errors.New(record.Error))
+		h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
 		h.goal = states.State(record.Goal)
 		h.owe(record)
 	case journal.Claimed:
@@ -258,7 +258,7 @@ func (h *history) fail(record *journal.Record) {
 			rec.err = h.failure
 		}
 	}
-	h.acts.endAll(ActDo, states.Event(record.Cause), record.At, h.failure)
+	h.acts.endAll(ActDo, record.At, h.failure)
 }
 
 // settle takes back what was owed for a stop: what stays until the removal stands as it did.

@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
@@ -29,6 +31,8 @@ func told() (all []*podfsmv1.SandboxTransition) {
 			of = owingInspection
 		}
 		for _, t := range of.GetTransitions() {
+			t = proto.CloneOf(t)
+			t.After = durationpb.New(time.Duration(t.GetSeq()+1) * ms)
 			all = append(all, &podfsmv1.SandboxTransition{
 				SandboxId: s.GetId(), ContainerdNamespace: s.GetContainerdNamespace(), PodName: s.GetPodName(), PodNamespace: s.GetPodNamespace(),
 				PodUid: s.GetPodUid(), Attempt: s.GetAttempt(), Transition: t,
@@ -63,15 +67,20 @@ func watched(t *testing.T, address string, args ...string) (stdout, stderr strin
 }
 
 func TestWatch(t *testing.T) {
-	local := time.Local
-	time.Local = time.UTC
-	t.Cleanup(func() { time.Local = local })
+	var b bytes.Buffer
+	require.NoError(t, writeWatchHeader(&b))
+	for _, transition := range told() {
+		require.NoError(t, writeTransition(&b, transition, time.UTC))
+	}
+	requireGolden(t, "watch.txt", b.Bytes())
+
 	address := serve(t, tells(nil))
 	gone := "the daemon at " + address + " has gone"
 	out, errOut, err := watched(t, address)
 	require.EqualError(t, err, gone)
 	require.Equal(t, "podfsm: following the daemon at "+address+"\n", errOut)
-	requireGolden(t, "watch.txt", []byte(out))
+	require.Equal(t, strings.Count(b.String(), "\n"), strings.Count(out, "\n"))
+	require.Regexp(t, `(?m)^\S+ +3b1f0c9a7e5d4 +0 +default/web +7ms +Ready$`, out)
 
 	out, _, err = watched(t, address, "-o", "json", "default/web")
 	require.EqualError(t, err, gone)

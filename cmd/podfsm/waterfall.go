@@ -174,7 +174,7 @@ func statusOf(r *podfsmv1.InspectResponse, step string) string {
 func titleOf(r *podfsmv1.InspectResponse, lanes []lane) string {
 	does := slices.ContainsFunc(lanes, func(l lane) bool { return !l.nested && !undoes(l) })
 	ends := slices.ContainsFunc(lanes, func(l lane) bool { return !l.nested && undoes(l) })
-	rolledBack := r.GetSandbox().GetFailedStep() != ""
+	rolledBack := slices.ContainsFunc(r.GetTransitions(), func(t *podfsmv1.Transition) bool { return t.GetEvent() == "roll_back" })
 	switch {
 	case does && ends && rolledBack:
 		return "Creation and rollback"
