@@ -14,7 +14,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
-	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/attribute"
 
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -35,8 +35,8 @@ type call struct {
 
 // add runs the plugin's ADD on the result of the plugin before it, and returns its own, in the version of the list.
 func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retErr error) {
-	ctx, span := c.startSpan(ctx, tracing.SpanCNIAdd, "ADD")
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := c.begin(ctx, tracing.SpanCNIAdd, "ADD")
+	defer func() { end(retErr) }()
 
 	path, conf, err := c.prepare(prev)
 	if err != nil {
@@ -82,8 +82,8 @@ func (c call) execAdd(ctx context.Context, path string, conf []byte) (types.Resu
 
 // del runs the plugin's DEL on the result that ADD had.
 func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
-	ctx, span := c.startSpan(ctx, tracing.SpanCNIDel, "DEL")
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := c.begin(ctx, tracing.SpanCNIDel, "DEL")
+	defer func() { end(retErr) }()
 
 	began := time.Now().UTC()
 	err := c.execDel(ctx, prev)
@@ -109,8 +109,8 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 
 // check runs the plugin's CHECK on the result that ADD had.
 func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
-	ctx, span := c.startSpan(ctx, tracing.SpanCNICheck, "CHECK")
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := c.begin(ctx, tracing.SpanCNICheck, "CHECK")
+	defer func() { end(retErr) }()
 
 	path, conf, err := c.prepare(prev)
 	if err != nil {
@@ -173,13 +173,25 @@ func failed(list *libcni.NetworkConfigList, plugin, command string, err error) e
 	return fmt.Errorf("plugin type=%q name=%q failed (%s): %w", plugin, list.Name, command, err)
 }
 
-func (c call) startSpan(ctx context.Context, name, command string) (context.Context, trace.Span) {
-	return tracing.Start(ctx, name,
-		tracing.CNICommand.String(command),
-		tracing.CNIPlugin.String(c.state().Type),
-		tracing.CNINetwork.String(c.list.Name),
-		tracing.CNIIfName.String(c.attachment.Networks[c.network].IfName),
-	)
+// begin starts the span of a command. What it returns ends that with the command's error.
+func (c call) begin(ctx context.Context, spanName, command string) (context.Context, func(error)) {
+	return c.driver.begin(ctx, spanName, Command{Name: command, Plugin: c.state().Type, Network: c.list.Name},
+		tracing.CNIIfName.String(c.attachment.Networks[c.network].IfName))
+}
+
+// begin starts the span of a command. What it returns ends that, and tells who is to be told.
+func (d *Driver) begin(ctx context.Context, spanName string, c Command, attrs ...attribute.KeyValue) (context.Context, func(error)) {
+	ctx, span := tracing.Start(ctx, spanName, append(attrs,
+		tracing.CNICommand.String(c.Name),
+		tracing.CNIPlugin.String(c.Plugin),
+		tracing.CNINetwork.String(c.Network),
+	)...)
+	begun := time.Now()
+	return ctx, func(err error) {
+		tracing.End(span, err)
+		c.Took, c.Err = time.Since(begun), err
+		d.ran(c)
+	}
 }
 
 // environment is a plugin's environment: containerd's own, the CNI parameters, and the sandbox's mark.

@@ -174,6 +174,7 @@ type controller struct {
 	heard    []string // of pods of other handlers
 
 	unclaimed []string
+	happened  []Happening // and of creations, "created" or "failed"
 
 	mu     sync.Mutex
 	named  map[attempt]Pod
@@ -189,6 +190,20 @@ func (c *controller) CheckVolume(_ context.Context, id, path string) error {
 		return errUnmappable
 	}
 	return nil
+}
+
+func (c *controller) Created(_ time.Duration, err error) {
+	what := Happening("created")
+	if err != nil {
+		what = "failed"
+	}
+	c.Happened(what)
+}
+
+func (c *controller) Happened(what Happening) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.happened = append(c.happened, what)
 }
 
 func (c *controller) StatusInfo() (map[string]string, error) {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"time"
 
+	"github.com/containerd/log"
+
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
@@ -15,6 +17,9 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 	if err != nil {
 		s.owe(ctx, goal, err)
 		return err
+	}
+	if s.attempts > 0 {
+		s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid")
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -36,11 +41,19 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	if goal == states.RolledBack {
 		s.engine.unname(s) // its caller was told that it failed, and tries again under the same name
 	}
+	wait := s.engine.backoff(s.attempts + 1)
+	entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
+		tracing.LogGoal: goal, tracing.LogAttempts: s.attempts + 1, tracing.LogErrorType: tracing.Class(cause),
+	})
+	if s.attempts == 0 {
+		entry.Warnf("sandbox: its cleanup is owed; it is tried again in %s, and then with longer and longer rests", wait)
+	} else {
+		entry.Debugf("sandbox: its cleanup is still owed; it is tried again in %s", wait)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.goal = goal
 	s.attempts++
-	wait := s.engine.backoff(s.attempts)
 	s.nextTry = time.Now().Add(wait)
 	s.stopTimerLocked()
 	s.timer = time.AfterFunc(wait, func() { s.post(s.retry) })

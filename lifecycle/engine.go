@@ -53,6 +53,7 @@ type Engine struct {
 
 	work     sync.WaitGroup // queues and steps that are running
 	resuming turns          // of restored sandboxes that are being undone
+	meter    Meter
 
 	mu        sync.Mutex
 	closed    bool
@@ -65,8 +66,11 @@ type Engine struct {
 // sandbox waits for it, so it must return soon.
 type Observer func(View)
 
-// New makes an engine of steps, which must be the whole creation path of package states, in its order. observe may be nil.
-func New(steps []Step, j Journal, backoff Backoff, observe Observer) (*Engine, error) {
+// New makes an engine of steps, which must be the whole creation path of package states, in its order. observe and meter may be nil.
+func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter) (*Engine, error) {
+	if meter == nil {
+		meter = unmetered{}
+	}
 	path := states.CreationPath()
 	if len(steps) != len(path) {
 		return nil, fmt.Errorf("there are %d steps for a creation path of %d: %w", len(steps), len(path), errdefs.ErrInvalidArgument)
@@ -89,6 +93,7 @@ func New(steps []Step, j Journal, backoff Backoff, observe Observer) (*Engine, e
 		steps: steps, journal: j, backoff: backoff, observe: observe,
 		resuming:  turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+		meter: meter,
 	}, nil
 }
 
@@ -203,17 +208,22 @@ func (e *Engine) Find(key journal.Key) (View, bool) {
 
 // List is every sandbox as it is now, in no order.
 func (e *Engine) List() []View {
-	e.mu.Lock()
-	all := make([]*sandbox, 0, len(e.sandboxes))
-	for _, s := range e.sandboxes {
-		all = append(all, s)
-	}
-	e.mu.Unlock()
+	all := e.all()
 	views := make([]View, len(all))
 	for i, s := range all {
 		views[i] = s.view()
 	}
 	return views
+}
+
+func (e *Engine) all() []*sandbox {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := make([]*sandbox, 0, len(e.sandboxes))
+	for _, s := range e.sandboxes {
+		all = append(all, s)
+	}
+	return all
 }
 
 // Finished are the sandboxes that went last, the newest last.

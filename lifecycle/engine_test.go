@@ -257,7 +257,7 @@ func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *
 			steps = append(steps, &fakeStep{f, w.node})
 		}
 	}
-	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond }, w.tell)
+	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond }, w.tell, nil)
 	require.NoError(t, err)
 	w.Engine = engine
 	t.Cleanup(func() { engine.Close(context.Background()) })
@@ -661,11 +661,11 @@ func TestNewRefusesStepsThatDontFit(t *testing.T) {
 		"no deadline":   func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := New(spoil(good()), &book{}, DefaultBackoff, nil)
+			_, err := New(spoil(good()), &book{}, DefaultBackoff, nil, nil)
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		})
 	}
-	_, err := New(good(), &book{}, DefaultBackoff, nil)
+	_, err := New(good(), &book{}, DefaultBackoff, nil, nil)
 	require.NoError(t, err)
 }
 

@@ -41,7 +41,7 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 			err = e.addRestored(s)
 		}
 		if err != nil {
-			log.G(ctx).WithField("sandbox", entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
+			log.G(ctx).WithField(tracing.LogSandbox, entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
 		}
 	}
 }
@@ -49,7 +49,7 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 // Replay is what the sandboxes of a ledger are by their records, for who only looks at them. What can't be understood is shown as
 // quarantined; it fails only for what a ledger can't hold.
 func Replay(saved []journal.Sandbox, describe Describe) ([]View, error) {
-	e := &Engine{journal: unwritten{}}
+	e := &Engine{journal: unwritten{}, meter: unmetered{}}
 	views := make([]View, 0, len(saved))
 	for _, entry := range saved {
 		s, err := restored(e, entry, describe)
@@ -363,11 +363,12 @@ func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) e
 
 func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(error)) {
 	if s.state() == states.Ready && verdict == Keep {
-		reply(s.look(ctx, 1))
+		reply(s.recover(ctx, func(ctx context.Context) (Recovery, error) { return s.look(ctx, 1) }))
 		return
 	}
 	reply(nil)
 	if s.next(verdict) == nil {
+		s.engine.meter.Recovered(RecoveryKept, 0)
 		return
 	}
 	turns := &s.engine.resuming
@@ -380,17 +381,49 @@ func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(erro
 
 // goOn does what a restored sandbox still needs, if nobody has asked for it meanwhile.
 func (s *sandbox) goOn(verdict Verdict) {
-	state := s.state()
 	work := s.next(verdict)
 	if work == nil {
+		s.engine.meter.Recovered(RecoveryKept, 0) // somebody was faster
 		return
 	}
-	ctx, span := tracing.StartLinked(s.background(), tracing.SpanRecover, s.traceParent, s.req.Attributes...)
-	err := work(ctx)
-	tracing.End(span, err)
-	if err != nil {
-		s.log(ctx).WithError(err).Warnf("sandbox: recovery of a sandbox that was %s", state)
+	_ = s.recover(s.background(), func(ctx context.Context) (Recovery, error) {
+		if err := work(ctx); err != nil {
+			return RecoveryOwed, err
+		}
+		return became(s.state()), nil
+	})
+}
+
+// became is the recovery that leads to a state.
+func became(state states.State) Recovery {
+	switch state {
+	case states.RolledBack:
+		return RecoveryRolledBack
+	case states.Removed:
+		return RecoveryRemoved
+	default:
+		return RecoveryStopped
 	}
+}
+
+// recover does what a restored sandbox needs, in a trace of its own that is linked to the sandbox's, and tells what became of it.
+func (s *sandbox) recover(ctx context.Context, work func(context.Context) (Recovery, error)) error {
+	begun, was := time.Now(), s.state()
+	ctx, span := tracing.StartLinked(ctx, tracing.SpanRecover, s.traceParent, s.req.Attributes...)
+	recovery, err := work(ctx)
+	span.SetAttributes(tracing.Recovery.String(string(recovery)))
+	tracing.End(span, err)
+	took := time.Since(begun)
+	s.engine.meter.Recovered(recovery, took)
+	entry := s.log(ctx).WithFields(log.Fields{
+		tracing.LogFrom: was, tracing.LogTo: s.state(), tracing.LogOutcome: recovery, tracing.LogSeconds: took.Seconds(),
+	})
+	if recovery == RecoveryAdopted || err != nil { // who has asked, or the debt, logs the error
+		entry.Debug("sandbox: taken up after the restart")
+	} else {
+		entry.Info("sandbox: taken up after the restart")
+	}
+	return err
 }
 
 // next is what a sandbox that isn't simply adopted still needs; nil for nothing.
@@ -421,22 +454,26 @@ var errInterrupted = fmt.Errorf("containerd was restarted before the sandbox was
 const lookTimeout = 5 * time.Second
 
 // look makes sure that the process of a ready sandbox lives. When that can't be told it looks again later, as many attempts as it takes.
-func (s *sandbox) look(ctx context.Context, attempts int) error {
+func (s *sandbox) look(ctx context.Context, attempts int) (Recovery, error) {
 	err := s.adopt(ctx)
+	if err == nil && s.state() == states.Ready {
+		return RecoveryAdopted, nil
+	}
 	if err == nil {
-		return nil
+		return RecoveryLostPause, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.post(func() { s.lookAgain(attempts + 1) }) })
-	return err
+	return RecoveryUnknown, err
 }
 
 func (s *sandbox) lookAgain(attempts int) {
 	if s.state() != states.Ready {
 		return
 	}
-	if err := s.look(s.background(), attempts); err != nil {
+	err := s.recover(s.background(), func(ctx context.Context) (Recovery, error) { return s.look(ctx, attempts) })
+	if err != nil {
 		s.log(s.background()).WithError(err).Warn("sandbox: nobody knows whether its process lives")
 	}
 }

@@ -31,6 +31,8 @@ type stepRecord struct {
 	status         StepStatus
 	touched        bool      // its intent is on record, so it may have acted
 	undoing        time.Time // when its undo was begun, where that is on record
+	acting         ActKind   // what is being done with it now; "" for nothing
+	actingSince    time.Time
 	started, ended time.Time
 	err            error // of Do
 	undoErr        error // of the last undo
@@ -220,15 +222,10 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 		t.Class = tracing.Class(cause)
 	}
 	s.mu.Lock()
-	s.keep(t)
+	t = s.keep(t)
 	s.mu.Unlock()
 
-	entry := s.log(ctx).WithField("from", from).WithField("to", to)
-	if cause != nil {
-		entry.WithError(cause).Warnf("sandbox: %s", event)
-	} else {
-		entry.Debugf("sandbox: %s", event)
-	}
+	s.tell(ctx, t)
 	if s.engine.observe != nil {
 		s.engine.observe(s.view())
 	}
@@ -236,7 +233,7 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 }
 
 // keep adds a transition to the history, as its next or by the number that it has. The caller holds mu, or is alone.
-func (s *sandbox) keep(t Transition) {
+func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
 	t.After = t.At.Sub(s.since())
@@ -247,6 +244,38 @@ func (s *sandbox) keep(t Transition) {
 	if t.Err != nil {
 		s.lastErr = t.Err
 	}
+	return t
+}
+
+// tell logs a transition: what goes as it should, or follows from what was logged already, in the debug log.
+func (s *sandbox) tell(ctx context.Context, t Transition) {
+	entry := s.log(ctx).WithFields(log.Fields{
+		tracing.LogFrom: t.From, tracing.LogTo: t.To, tracing.LogSeconds: s.secondsOf(t),
+	})
+	if t.Step != "" {
+		entry = entry.WithField(tracing.LogStep, t.Step)
+	}
+	if t.Err != nil {
+		entry = entry.WithError(t.Err).WithField(tracing.LogErrorType, t.Class)
+	}
+	switch {
+	case t.Event == states.Quarantine:
+		entry.Errorf("sandbox: %s", t.Event)
+	case t.Event == states.OweCleanup, expected(t.Err):
+		entry.Debugf("sandbox: %s", t.Event)
+	default:
+		entry.Warnf("sandbox: %s", t.Event)
+	}
+}
+
+// secondsOf is how long the step took that a transition says is done, else how long the sandbox was in the state before.
+func (s *sandbox) secondsOf(t Transition) float64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if rec, ok := s.steps[t.Event]; ok {
+		return rec.ended.Sub(rec.started).Seconds()
+	}
+	return t.After.Seconds()
 }
 
 // since is when the state was entered. The caller holds mu, or is alone.
@@ -403,9 +432,5 @@ func (s *sandbox) background() context.Context {
 }
 
 func (s *sandbox) log(ctx context.Context) *log.Entry {
-	entry := log.G(ctx).WithField("sandbox", s.key.ID).WithField("pod", s.req.Pod)
-	if id := tracing.TraceID(ctx); id != "" {
-		entry = entry.WithField("trace", id)
-	}
-	return entry
+	return tracing.Log(ctx).WithField(tracing.LogSandbox, s.key.ID).WithField(tracing.LogPod, s.req.Pod)
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -222,10 +223,12 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	ctx, cancel := within(ctx, facts.UndoDeadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, name, s.req.Attributes...)
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	r := s.run(step)
 	began := time.Now().UTC()
 	s.mu.Lock()
 	s.acts.begin(facts.Name, kind, began)
+	s.steps[facts.Name].acting, s.steps[facts.Name].actingSince = kind, began
 	s.mu.Unlock()
 	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
 	if err != nil {
@@ -233,14 +236,18 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	}
 	tracing.End(span, err)
 
+	act := Act{Step: facts.Name, Kind: kind, Started: began, Ended: time.Now().UTC(), Err: err}
 	s.mu.Lock()
-	s.acts.end(facts.Name, kind, began, time.Now().UTC(), err)
+	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
 	rec := s.steps[facts.Name]
-	rec.notes = r.Notes()
+	rec.notes, rec.acting = r.Notes(), ""
+	outcome := OutcomeOK
 	if err != nil {
 		rec.attempts++
+		outcome = OutcomeError
 	}
 	s.mu.Unlock()
+	s.acted(ctx, act, outcome)
 	if err != nil {
 		return &StepError{Step: facts.Name, Undo: true, Pod: s.req.Pod, Err: err}
 	}

@@ -59,6 +59,8 @@ const (
 	ActDo   ActKind = "do"
 	ActUndo ActKind = "undo"
 	ActStop ActKind = "stop" // of the sandbox's process
+
+	ActCheck ActKind = "check" // of what is done; the acts of a view don't hold it
 )
 
 // Act is one try at doing or undoing a step. Of the tries at one thing the first and the last are kept.

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/typeurl/v2"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/trace"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -42,6 +43,7 @@ type Controller struct {
 	ledger   *journal.Ledger
 	engine   *lifecycle.Engine
 	past     *history.File // of the sandboxes that have ended
+	meters   *meters
 	herald   *herald
 	exchange eventExchange // containerd's events
 	exits    *exitWatch
@@ -63,12 +65,16 @@ var (
 // can't work refuses pods, with the reason.
 func initController(ic *plugin.InitContext) (instance any, _ error) {
 	c := &Controller{stock: &stockConfig{}}
+	c.meters = newMeters(c)
 	defer func() {
 		if p := recover(); p != nil {
 			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
 		}
 		if c.refusal != nil {
 			log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
+		}
+		if err := prometheus.Register(c.meters); err != nil {
+			log.G(ic.Context).WithError(err).Warn("podfsm: there will be no metrics of it")
 		}
 		instance = c
 	}()
@@ -113,7 +119,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
-	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits)
+	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits, c.meters.ran)
 	c.node.policies = c.policies
 	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {
@@ -123,7 +129,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if c.past, err = history.Open(filepath.Join(ic.Properties[plugins.PropertyRootDir], history.FileName)); err != nil {
 		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
 	}
-	engine, err := lifecycle.New(c.node.steps(c.limits), c.ledger, lifecycle.DefaultBackoff, c.observe)
+	engine, err := lifecycle.New(c.node.steps(c.limits), timedLedger{c.ledger, c.meters}, lifecycle.DefaultBackoff, c.observe, c.meters)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
@@ -138,6 +144,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 
 // Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
 func (c *Controller) Close() error {
+	if c.meters != nil {
+		prometheus.Unregister(c.meters)
+	}
 	c.checks.close()
 	if c.exits != nil {
 		c.exits.close()

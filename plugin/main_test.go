@@ -349,6 +349,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir(), pause.Sockets{})}
 	w.Controller = &Controller{stock: stock, node: n}
 	n.ids = userns.New(idHost{w.Controller}, nil)
+	w.meters = newMeters(w.Controller)
 
 	var steps []lifecycle.Step
 	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
@@ -367,7 +368,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	w.past, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)
 	w.herald = &herald{publisher: &w.published}
-	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return time.Hour }, w.observe) // tests try again themselves
+	engine, err := lifecycle.New(steps, timedLedger{ledger, w.meters}, func(int) time.Duration { return time.Hour }, w.observe, w.meters) // tests try again themselves
 	require.NoError(t, err)
 	w.engine = engine
 	t.Cleanup(func() { require.NoError(t, w.Close()) })

@@ -89,6 +89,7 @@ func (c *Controller) observe(view lifecycle.View) {
 	if view.State.Terminal() {
 		c.keepHistory(view)
 	}
+	c.meters.moved(view)
 	c.herald.tell(records.Transition(view))
 }
 

@@ -49,7 +49,8 @@ const (
 	SandboxID      = attribute.Key("podfsm.sandbox.id")
 	RuntimeHandler = attribute.Key("podfsm.runtime.handler")
 	StepSkipped    = attribute.Key("podfsm.step.skipped")
-	Joined         = attribute.Key("podfsm.joined") // the span is of a retry; its link leads to the creation
+	Recovery       = attribute.Key("podfsm.recovery") // what became of a sandbox that a restart has found
+	Joined         = attribute.Key("podfsm.joined")   // the span is of a retry; its link leads to the creation
 	CNIPlugin      = attribute.Key("podfsm.cni.plugin")
 	CNINetwork     = attribute.Key("podfsm.cni.network")
 	CNIIfName      = attribute.Key("podfsm.cni.interface")
@@ -99,13 +100,21 @@ var classes = []struct {
 	{"internal", errdefs.IsInternal},
 }
 
-// Class names the class of err for error.type, which must be of low cardinality: its errdefs class, else the Go type of its
-// innermost error.
-func Class(err error) string {
+// KnownClass is [Class] where no more values may come than these: "other" for an error without an errdefs class.
+func KnownClass(err error) string {
 	for _, c := range classes {
 		if c.is(err) {
 			return c.name
 		}
+	}
+	return "other"
+}
+
+// Class names the class of err for error.type, which must be of low cardinality: its errdefs class, else the Go type of its
+// innermost error.
+func Class(err error) string {
+	if known := KnownClass(err); known != "other" {
+		return known
 	}
 	for {
 		inner := errors.Unwrap(err)
