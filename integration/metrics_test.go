@@ -214,7 +214,8 @@ func TestMetrics(t *testing.T) {
 			return look()[`podfsm_unclaimed_total`] == 1
 		}, waitFor, tick, "nobody asks for it again")
 		require.NoError(t, n.Heal())
-		require.Eventually(t, func() bool { return look()[`podfsm_sandboxes{state="Ready"}`] == 2 }, waitFor, tick)
+		onlyReady := map[string]float64{`podfsm_sandboxes{state="Ready"}`: 2}
+		require.Eventually(t, func() bool { return maps.Equal(look().nonzero("sandboxes"), onlyReady) }, waitFor, tick)
 	})
 
 	t.Run("restart", func(t *testing.T) {
@@ -299,7 +300,9 @@ func requireShown(t *testing.T, seen scraped) {
 	known := seen.known()
 	rules := filepath.Join("..", "deploy", "alerts.yaml")
 	used := map[string]bool{}
+	grouping := map[string][]string{}
 	for _, e := range readPromQL(t, rules, dashboardExpressions(t)) {
+		grouping[e.Where] = e.Grouping
 		labels := map[string]bool{}
 		for _, v := range e.Vectors {
 			require.Contains(t, known, v.Metric, "%s: there is no such metric", e.Where)
@@ -335,7 +338,7 @@ func requireShown(t *testing.T, seen scraped) {
 		base := regexp.MustCompile(`_(count|sum|bucket)$`).ReplaceAllString(metric, "")
 		require.True(t, used[base], "neither dashboard nor alerts show %s", base)
 	}
-	requireRunbooks(t, rules, string(docs))
+	requireRunbooks(t, rules, string(docs), grouping)
 }
 
 // expression is what integration/tools/promql says of one.
@@ -382,7 +385,7 @@ func dashboardExpressions(t *testing.T) map[string]string {
 		}
 	}
 	require.NoError(t, json.Unmarshal(text, &dashboard))
-	fill := strings.NewReplacer("$__rate_interval", "5m", "$__range", "1h", "$instance", ".*")
+	fill := strings.NewReplacer("$__rate_interval", "5m", "$__range", "1h", "$instance", ".*", "$step", ".*")
 	found := map[string]string{}
 	for _, panel := range dashboard.Panels {
 		for i, target := range panel.Targets {
@@ -407,8 +410,8 @@ func dashboardExpressions(t *testing.T) map[string]string {
 	return found
 }
 
-// requireRunbooks requires that every alert says what to do, at a place that there is.
-func requireRunbooks(t *testing.T, rules, docs string) {
+// requireRunbooks requires that every alert says what to do, at a place that there is, by labels that it has.
+func requireRunbooks(t *testing.T, rules, docs string, grouping map[string][]string) {
 	t.Helper()
 	text, err := os.ReadFile(rules)
 	require.NoError(t, err)
@@ -418,6 +421,9 @@ func requireRunbooks(t *testing.T, rules, docs string) {
 	for i, alert := range alerts {
 		for _, key := range []string{"for: ", "severity: ", "summary: ", "description: "} {
 			require.Contains(t, parts[i], key, "alert %s", alert[1])
+		}
+		for _, label := range regexp.MustCompile(`\$labels\.(\w+)`).FindAllStringSubmatch(parts[i], -1) {
+			require.Contains(t, append(targetLabels, grouping["alert "+alert[1]]...), label[1], "alert %s has no such label", alert[1])
 		}
 		anchor := "#" + strings.ToLower(alert[1])
 		require.Regexp(t, `runbook_url: \S+/docs/operators\.md`+anchor+`\n`, parts[i], "alert %s", alert[1])

@@ -79,6 +79,10 @@ func newMeters(c *Controller) *meters {
 	for _, outcome := range []string{outcomeOK, outcomeError} {
 		m.creations.WithLabelValues(outcome)
 	}
+	for _, file := range []string{fileDurable, fileLog} {
+		m.writes.WithLabelValues(file, outcomeOK)
+		m.writes.WithLabelValues(file, outcomeError)
+	}
 	for _, outcome := range []cri.Happening{cri.RetryJoined, cri.RetryTook, cri.RetrySuperseded} {
 		m.retries.WithLabelValues(string(outcome))
 	}
@@ -174,8 +178,9 @@ func collectCensus(census lifecycle.Census, now time.Time, gauge func(desc *prom
 }
 
 const (
-	outcomeOK    = "ok"
-	outcomeError = "error"
+	outcomeOK       = "ok"
+	outcomeError    = "error"
+	outcomeCanceled = "canceled" // whoever wanted it had gone
 
 	fileDurable = "durable"
 	fileLog     = "log"
@@ -270,13 +275,22 @@ func (l timedLedger) Append(ctx context.Context, r *journal.Record) error {
 	if r.Durable {
 		file = fileDurable
 	}
-	l.meters.writes.WithLabelValues(file, outcomeOf(err)).Observe(time.Since(begun).Seconds())
+	l.wrote(ctx, file, begun, err)
 	return err
 }
 
 func (l timedLedger) Forget(ctx context.Context, k journal.Key) error {
 	begun := time.Now()
 	err := l.Journal.Forget(ctx, k)
-	l.meters.writes.WithLabelValues(fileDurable, outcomeOf(err)).Observe(time.Since(begun).Seconds())
+	l.wrote(ctx, fileDurable, begun, err)
 	return err
+}
+
+// wrote tells a write that failed from one that nobody waited for.
+func (l timedLedger) wrote(ctx context.Context, file string, begun time.Time, err error) {
+	outcome := outcomeOf(err)
+	if err != nil && ctx.Err() != nil {
+		outcome = outcomeCanceled
+	}
+	l.meters.writes.WithLabelValues(file, outcome).Observe(time.Since(begun).Seconds())
 }
