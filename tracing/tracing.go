@@ -111,13 +111,16 @@ func KnownClass(err error) string {
 }
 
 // Class names the class of err for error.type, which must be of low cardinality: its errdefs class, else the Go type of its
-// innermost error.
+// innermost error, the first of joined ones.
 func Class(err error) string {
 	if known := KnownClass(err); known != "other" {
 		return known
 	}
 	for {
 		inner := errors.Unwrap(err)
+		if joined, ok := err.(interface{ Unwrap() []error }); ok && len(joined.Unwrap()) > 0 {
+			inner = joined.Unwrap()[0]
+		}
 		if inner == nil {
 			return fmt.Sprintf("%T", err)
 		}
@@ -155,7 +158,10 @@ func Link(traceparent string) []trace.Link {
 }
 
 // StartLinked starts a trace of its own for work that a traced request of an earlier time led to, linked to it by its W3C
-// traceparent.
+// traceparent. Where that request wasn't sampled, the work isn't either: its span is a child, which follows that decision.
 func StartLinked(ctx context.Context, name, traceparent string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {
+	if origin := FromParent(traceparent); origin.IsValid() && !origin.IsSampled() {
+		return otel.Tracer(Name).Start(trace.ContextWithRemoteSpanContext(ctx, origin), name)
+	}
 	return otel.Tracer(Name).Start(ctx, name, trace.WithNewRoot(), trace.WithAttributes(attrs...), trace.WithLinks(Link(traceparent)...))
 }
