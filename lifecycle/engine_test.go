@@ -200,6 +200,7 @@ type world struct {
 
 	toldMu sync.Mutex
 	told   []View // by the engine, as to an observer
+	meter  testMeter
 }
 
 func (w *world) tell(v View) {
@@ -257,7 +258,7 @@ func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *
 			steps = append(steps, &fakeStep{f, w.node})
 		}
 	}
-	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond }, w.tell, nil)
+	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond }, w.tell, &w.meter)
 	require.NoError(t, err)
 	w.Engine = engine
 	t.Cleanup(func() { engine.Close(context.Background()) })

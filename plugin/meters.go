@@ -46,7 +46,7 @@ var (
 	debtAgeDesc = describe("debt_age_seconds", "Since when the oldest of them is owed, by step; 0 when there is none.", "step")
 	rangesDesc  = describe("id_ranges", "Ranges of the pool of host ids, by state. There are none without a pool.", "state")
 	ledgerDesc  = describe("ledger_size_bytes", "Size of the ledger's files: the one that outlives a reboot, and the log of this boot.", "file")
-	refusesDesc = describe("refuses_pods", "1 while podfsm runs degraded and refuses every pod, for the reason in the log.")
+	refusesDesc = describe("refuses_pods", "Whether podfsm runs degraded and refuses every pod, for the reason in the log: 1 or 0.")
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
