@@ -50,7 +50,7 @@ func normalise(key, value string) (string, bool) {
 func brief(key, value string) (string, bool) {
 	switch key {
 	case "k8s.namespace.name", "k8s.pod.name", "k8s.pod.uid", "podfsm.pod.attempt", "podfsm.runtime.handler", "podfsm.sandbox.id",
-		"podfsm.cni.command", "podfsm.cni.interface", "podfsm.cni.network":
+		"podfsm.cni.command", "podfsm.cni.interface", "podfsm.cni.network", "podfsm.snapshot.strategy":
 		return "", false
 	}
 	return normalise(key, value)
