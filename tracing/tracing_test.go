@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"syscall"
 	"testing"
 
@@ -55,6 +56,21 @@ func TestStartLinkedFollowsTheSampling(t *testing.T) {
 		require.NotEqual(t, "0af7651916cd43dd8448eb211c80319c", span.SpanContext().TraceID().String(), "it is linked to, not continued")
 	}
 	require.Len(t, spans.Ended(), 4)
+}
+
+// An operator finds every span and every field of the log on one page.
+func TestSpansAndFieldsAreInTheDocs(t *testing.T) {
+	docs, err := os.ReadFile("../docs/operators.md")
+	require.NoError(t, err)
+	for _, name := range []string{
+		SpanRun, SpanRollback, SpanStop, SpanRemove, SpanDiscard, SpanRecover, SpanCleanup, SpanCheck,
+		SpanCNIAdd, SpanCNIDel, SpanCNICheck, SpanCNIStatus, SpanCNIGC, Step("<step>"), Undo("<step>"), Stop("start_pause"),
+		string(PodName), string(PodNamespace), string(PodUID), string(ErrorType), string(PodAttempt), string(SandboxID), string(RuntimeHandler),
+		string(StepSkipped), string(Recovery), string(Joined), string(CNIPlugin),
+		LogPod, LogSandbox, LogStep, LogAct, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogTraceID,
+	} {
+		require.Contains(t, string(docs), "`"+name+"`")
+	}
 }
 
 func TestClass(t *testing.T) {
