@@ -321,14 +321,15 @@ func (s *service) expire(id string) {
 	ctx, span := tracing.StartLinked(ctx, tracing.SpanDiscard, pod.TraceParent,
 		append(Attributes(pod.Config, pod.Handler), tracing.SandboxID.String(id))...)
 	entry := tracing.Log(ctx).WithField(tracing.LogPod, PodName(pod.Config)).WithField(tracing.LogSandbox, id)
-	s.sandboxes.Happened(PodUnclaimed)
 	entry.Info("podfsm: nobody has asked for a sandbox again whose caller had gone; it is discarded")
 	err := s.discard(ctx, id)
 	tracing.End(span, err)
 	if err != nil {
 		entry.WithError(err).Warn("podfsm: failed to discard a sandbox; it will be tried again")
 		s.expireAfter(s.creations.timeout, id)
+		return
 	}
+	s.sandboxes.Happened(PodUnclaimed)
 }
 
 // discard ends a sandbox that is marked as discarded, in containerd's service, too.

@@ -55,10 +55,6 @@ type Sandboxes interface {
 	// CheckVolume fails, with FailedPrecondition, when the node's files at an absolute path can't be shown in the sandbox under its own
 	// ids. It changes nothing, and ends with ctx.
 	CheckVolume(ctx context.Context, id, path string) error
-	// Created is told how the creation of a pod went that was run on containerd's service, and how long it took.
-	Created(took time.Duration, err error)
-	// Happened is told of what becomes of retries, and of pods that nobody asks for any more.
-	Happened(what Happening)
 	// StatusInfo is what podfsm adds to the verbose status of the runtime.
 	StatusInfo() (map[string]string, error)
 	// StockRuns tells of a pod of another handler before containerd's service runs it. What it returns is called when that has ended,
@@ -66,6 +62,10 @@ type Sandboxes interface {
 	StockRuns(config *runtime.PodSandboxConfig) (ended func(id string))
 	// StockRemoved tells that containerd's service has removed such a pod.
 	StockRemoved(id string)
+	// Created is told how the creation of a pod went that was run on containerd's service, and how long it took.
+	Created(took time.Duration, err error)
+	// Happened is told of what becomes of retries, and of pods that nobody asks for any more.
+	Happened(what Happening)
 }
 
 // Happening is something that is worth counting.

@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -174,11 +175,12 @@ type controller struct {
 	heard    []string // of pods of other handlers
 
 	unclaimed []string
-	happened  []Happening // and of creations, "created" or "failed"
 
 	mu     sync.Mutex
 	named  map[attempt]Pod
 	claims map[string]lifecycle.Claim
+	// What it was told of, and of creations "created" or "failed".
+	happened []Happening
 }
 
 var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
@@ -204,6 +206,13 @@ func (c *controller) Happened(what Happening) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.happened = append(c.happened, what)
+}
+
+// told are what it was told of.
+func (c *controller) told() []Happening {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.happened)
 }
 
 func (c *controller) StatusInfo() (map[string]string, error) {
