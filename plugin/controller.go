@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -296,7 +297,7 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 		ctx = call.Caller
 	} else {
 		var span trace.Span
-		ctx, span = tracing.Start(ctx, tracing.SpanRun, tracing.SandboxID.String(id))
+		ctx, span = tracing.Start(ctx, tracing.SpanRun, c.attributes(key)...)
 		defer func() { tracing.End(span, err) }()
 	}
 	defer func() {
@@ -341,7 +342,7 @@ func (c *Controller) Stop(ctx context.Context, id string, _ ...sandbox.StopOpt) 
 	if cri.FromContext(ctx) != nil {
 		return c.engine.Halt(ctx, key)
 	}
-	ctx, span := tracing.Start(ctx, tracing.SpanStop, tracing.SandboxID.String(id))
+	ctx, span := tracing.Start(ctx, tracing.SpanStop, c.attributes(key)...)
 	defer func() { tracing.End(span, err) }()
 	if err := c.engine.Halt(ctx, key); err != nil {
 		return err
@@ -357,7 +358,7 @@ func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
 	}
 	if cri.FromContext(ctx) == nil {
 		var span trace.Span
-		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, tracing.SandboxID.String(id))
+		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, c.attributes(key)...)
 		defer func() { tracing.End(span, err) }()
 	}
 	return c.engine.Remove(ctx, key)
@@ -534,6 +535,15 @@ func inCallersTrace(ctx context.Context) context.Context {
 		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
 	}
 	return ctx
+}
+
+// attributes are those of the spans of a sandbox, as far as it is known.
+func (c *Controller) attributes(key journal.Key) []attribute.KeyValue {
+	view, ok := c.engine.Find(key)
+	if !ok {
+		return []attribute.KeyValue{tracing.SandboxID.String(key.ID)}
+	}
+	return request(key, view.Spec.(*Spec)).Attributes
 }
 
 // inCreationTrace is ctx in the trace of the sandbox's creation if it is in none: when NRI or the store fails a creation, containerd's

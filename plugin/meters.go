@@ -146,7 +146,7 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 	if c.ledger != nil {
 		durable, recent, err := c.ledger.Sizes()
 		if err != nil {
-			log.L.WithError(err).Warn("podfsm: a metric is left out")
+			log.L.WithError(err).Debug("podfsm: a metric is left out") // each scrape would say so; the writes that fail are counted
 			return
 		}
 		gauge(ledgerDesc, float64(durable), fileDurable)
