@@ -63,7 +63,11 @@ type Progress struct {
 	Phase   Phase           `json:"phase"`
 	Result  json.RawMessage `json:"result,omitempty"`
 	Error   string          `json:"error,omitempty"`
-	Took    time.Duration   `json:"took,omitempty"`
+	// Command is what the plugin was run for, "ADD" or "DEL", since Began. It took as long as Took, in nanoseconds; while that is zero, it
+	// runs. A DEL that has failed has no times.
+	Command string        `json:"command,omitempty"`
+	Began   time.Time     `json:"began,omitzero"`
+	Took    time.Duration `json:"took,omitempty"`
 }
 
 // NewAttachment prepares an attachment of a pod to the networks; nothing is done yet. netnsPath is where the pod's network

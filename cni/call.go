@@ -14,7 +14,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
-	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/attribute"
 
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -35,23 +35,23 @@ type call struct {
 
 // add runs the plugin's ADD on the result of the plugin before it, and returns its own, in the version of the list.
 func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retErr error) {
-	ctx, span := c.startSpan(ctx, tracing.SpanCNIAdd, "ADD")
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := c.begin(ctx, tracing.SpanCNIAdd, "ADD")
+	defer func() { end(retErr) }()
 
 	path, conf, err := c.prepare(prev)
 	if err != nil {
 		return nil, c.failed("add", err)
 	}
-	if err := c.advance(ctx, Progress{Phase: Adding}); err != nil {
+	began := time.Now().UTC()
+	if err := c.advance(ctx, Progress{Phase: Adding, Command: "ADD", Began: began}); err != nil {
 		return nil, err
 	}
-	begun := time.Now()
 	result, raw, err := c.execAdd(ctx, path, conf)
 
 	// What has happened is recorded, also if nobody waits for it any more.
 	ctx = context.WithoutCancel(ctx)
 	if err != nil {
-		outcome := Progress{Phase: Adding, Error: err.Error()}
+		outcome := Progress{Phase: Adding, Error: err.Error(), Command: "ADD", Began: began, Took: time.Since(began)}
 		if errors.As(err, new(*notStartedError)) {
 			outcome.Phase = Pending
 		} else {
@@ -59,7 +59,7 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 		}
 		return nil, errors.Join(c.failed("add", err), c.advance(ctx, outcome))
 	}
-	return result, c.advance(ctx, Progress{Phase: Added, Result: raw, Took: time.Since(begun)})
+	return result, c.advance(ctx, Progress{Phase: Added, Result: raw, Command: "ADD", Began: began, Took: time.Since(began)})
 }
 
 // execAdd returns the result as an object and as it is recorded.
@@ -82,14 +82,16 @@ func (c call) execAdd(ctx context.Context, path string, conf []byte) (types.Resu
 
 // del runs the plugin's DEL on the result that ADD had. What has come of it is not on record yet.
 func (c call) del(ctx context.Context, prev types.Result) (outcome Progress, retErr error) {
-	ctx, span := c.startSpan(ctx, tracing.SpanCNIDel, "DEL")
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := c.begin(ctx, tracing.SpanCNIDel, "DEL")
+	defer func() { end(retErr) }()
 
+	began := time.Now().UTC()
 	if err := c.execDel(ctx, prev); err != nil {
 		c.driver.run.Delete(c.attachment.ContainerID)
-		return Progress{Phase: c.state().Phase, Error: err.Error()}, c.failed("delete", err)
+		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
+		return Progress{Phase: c.state().Phase, Command: "DEL", Error: err.Error()}, c.failed("delete", err)
 	}
-	return Progress{Phase: Deleted}, nil
+	return Progress{Phase: Deleted, Command: "DEL", Began: began, Took: time.Since(began)}, nil
 }
 
 func (c call) execDel(ctx context.Context, prev types.Result) error {
@@ -104,8 +106,8 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 
 // check runs the plugin's CHECK on the result that ADD had.
 func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
-	ctx, span := c.startSpan(ctx, tracing.SpanCNICheck, "CHECK")
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := c.begin(ctx, tracing.SpanCNICheck, "CHECK")
+	defer func() { end(retErr) }()
 
 	path, conf, err := c.prepare(prev)
 	if err != nil {
@@ -168,13 +170,25 @@ func failed(list *libcni.NetworkConfigList, plugin, command string, err error) e
 	return fmt.Errorf("plugin type=%q name=%q failed (%s): %w", plugin, list.Name, command, err)
 }
 
-func (c call) startSpan(ctx context.Context, name, command string) (context.Context, trace.Span) {
-	return tracing.Start(ctx, name,
-		tracing.CNICommand.String(command),
-		tracing.CNIPlugin.String(c.state().Type),
-		tracing.CNINetwork.String(c.list.Name),
-		tracing.CNIIfName.String(c.attachment.Networks[c.network].IfName),
-	)
+// begin starts the span of a command. What it returns ends that with the command's error.
+func (c call) begin(ctx context.Context, spanName, command string) (context.Context, func(error)) {
+	return c.driver.begin(ctx, spanName, Command{Name: command, Plugin: c.state().Type, Network: c.list.Name},
+		tracing.CNIIfName.String(c.attachment.Networks[c.network].IfName))
+}
+
+// begin starts the span of a command. What it returns ends that, and tells who is to be told.
+func (d *Driver) begin(ctx context.Context, spanName string, c Command, attrs ...attribute.KeyValue) (context.Context, func(error)) {
+	ctx, span := tracing.Start(ctx, spanName, append(attrs,
+		tracing.CNICommand.String(c.Name),
+		tracing.CNIPlugin.String(c.Plugin),
+		tracing.CNINetwork.String(c.Network),
+	)...)
+	begun := time.Now()
+	return ctx, func(err error) {
+		tracing.End(span, err)
+		c.Took, c.Err = time.Since(begun), err
+		d.ran(c)
+	}
 }
 
 // environment is a plugin's environment: containerd's own, the CNI parameters, and the sandbox's mark.

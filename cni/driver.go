@@ -37,6 +37,18 @@ type Options struct {
 	// PipeTimeout is how long to wait, after a plugin has ended, for processes it has left behind that hold its stdout or stderr, 2
 	// seconds by default. Those of its process group are killed then; a daemon in a session of its own loses the pipe.
 	PipeTimeout time.Duration
+	// Ran is told of each run of a plugin when it has ended, also of one that could not be started; nil for nobody. Networks are
+	// attached in parallel, so it is called by many goroutines, and must return soon.
+	Ran func(Command)
+}
+
+// Command is one run of one plugin.
+type Command struct {
+	Name    string // as in CNI_COMMAND
+	Plugin  string // its type
+	Network string
+	Took    time.Duration
+	Err     error
 }
 
 // Record journals a fact before the driver goes on. It must be safe for concurrent use, since networks are attached in parallel.
@@ -47,6 +59,7 @@ type Record func(context.Context, Progress) error
 type Driver struct {
 	addTimeout, delTimeout time.Duration
 	exec                   *executor
+	ran                    func(Command)
 
 	// run are the ids of sandboxes whose plugins this process has run, and waited for: none of an earlier process can be left. It has
 	// no more of them than there are attachments that aren't settled.
@@ -57,10 +70,14 @@ type Driver struct {
 
 // NewDriver returns a driver.
 func NewDriver(o Options) *Driver {
+	if o.Ran == nil {
+		o.Ran = func(Command) {}
+	}
 	return &Driver{
 		addTimeout: cmp.Or(o.AddTimeout, 3*time.Minute),
 		delTimeout: cmp.Or(o.DelTimeout, 90*time.Second),
 		exec:       &executor{pipeTimeout: cmp.Or(o.PipeTimeout, 2*time.Second)},
+		ran:        o.Ran,
 	}
 }
 

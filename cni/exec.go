@@ -17,6 +17,8 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 	"go.opentelemetry.io/otel/propagation"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/tracing"
 )
 
 const (
@@ -56,7 +58,11 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	}
 	err = g.wait(ctx, stdout, stderr)
 	if len(stderr.kept) > 0 {
-		log.G(ctx).Infof("CNI plugin %q wrote to stderr: %q", path, stderr)
+		level := log.DebugLevel // a plugin that talks to itself whenever it is run is none of the log's business
+		if err != nil {
+			level = log.InfoLevel
+		}
+		tracing.Log(ctx).Logf(level, "CNI plugin %q wrote to stderr: %q", path, stderr)
 	}
 	switch {
 	case errors.As(err, new(*exec.ExitError)):

@@ -6,8 +6,6 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
-
-	"github.com/podfsm/podfsm/tracing"
 )
 
 // request is a command to one plugin of a network that is about no single pod.
@@ -21,12 +19,8 @@ type request struct {
 }
 
 func (r request) run(ctx context.Context, spanName, command string) (retErr error) {
-	ctx, span := tracing.Start(ctx, spanName,
-		tracing.CNICommand.String(command),
-		tracing.CNIPlugin.String(r.plugin.Network.Type),
-		tracing.CNINetwork.String(r.list.Name),
-	)
-	defer func() { tracing.End(span, retErr) }()
+	ctx, end := r.driver.begin(ctx, spanName, Command{Name: command, Plugin: r.plugin.Network.Type, Network: r.list.Name})
+	defer func() { end(retErr) }()
 
 	path, conf, err := prepare(r.list, r.plugin, r.binDirs, r.values)
 	if err == nil {

@@ -92,6 +92,7 @@ func (s *service) join(ctx context.Context, r *runtime.RunPodSandboxRequest) (st
 			}
 			continue
 		}
+		s.sandboxes.Happened(RetrySuperseded)
 		c.cancel(errSuperseded)
 		select {
 		case <-c.ended:
@@ -139,6 +140,7 @@ func (s *service) enter(ctx context.Context, r *runtime.RunPodSandboxRequest) (_
 // that, which only a moment allows, wait returns nothing.
 func (s *service) wait(ctx context.Context, c *creation, joined bool) (id string, err error) {
 	if joined {
+		s.sandboxes.Happened(RetryJoined)
 		var span trace.Span
 		ctx, span = otel.Tracer(tracing.Name).Start(ctx, tracing.SpanRun, trace.WithLinks(trace.LinkFromContext(c.ctx)),
 			trace.WithAttributes(append(Attributes(c.request.GetConfig(), c.request.GetRuntimeHandler()), tracing.Joined.Bool(true))...))
@@ -177,14 +179,11 @@ func claimOf(ctx context.Context) lifecycle.Claim {
 // goes is the answer to a caller that ended before the creation did. What differs from try to try is in the log only.
 func (s *service) goes(ctx context.Context, c *creation) error {
 	name := PodName(c.request.GetConfig())
-	entry := log.G(ctx).WithField("pod", name)
-	if id := tracing.TraceID(c.ctx); id != "" {
-		entry = entry.WithField("trace", id)
-	}
+	entry := tracing.Log(c.ctx).WithField(tracing.LogPod, name)
 	if pod, ok := s.sandboxes.Named(c.request.GetConfig().GetMetadata()); ok {
-		entry = entry.WithField("sandbox", pod.ID).WithField("state", pod.State)
+		entry = entry.WithField(tracing.LogSandbox, pod.ID).WithField(tracing.LogState, pod.State)
 		if pod.Step != "" {
-			entry = entry.WithField("step", pod.Step).WithField("for", time.Since(pod.Since).Round(time.Millisecond))
+			entry = entry.WithField(tracing.LogStep, pod.Step).WithField(tracing.LogSeconds, time.Since(pod.Since).Seconds())
 		}
 	}
 	entry.Warn("podfsm: a caller has gone before its pod was ready; the creation goes on, and a retry joins it")
@@ -196,7 +195,7 @@ func (s *service) run(c *creation) {
 	defer s.creations.work.Done()
 	id, err := s.make(c)
 	if cause := context.Cause(c.ctx); err != nil && cause != nil {
-		log.G(c.ctx).WithField("pod", PodName(c.request.GetConfig())).WithError(err).Warn("podfsm: a creation was ended")
+		tracing.Log(c.ctx).WithField(tracing.LogPod, PodName(c.request.GetConfig())).WithError(err).Warn("podfsm: a creation was ended")
 		err = fmt.Errorf("the creation of pod %q was ended: %w", PodName(c.request.GetConfig()), cause)
 	}
 	tracing.End(trace.SpanFromContext(c.ctx), err)
@@ -206,7 +205,7 @@ func (s *service) run(c *creation) {
 	delete(s.creations.underWay, attemptOf(c.request.GetConfig()))
 	s.creations.mu.Unlock()
 	if err == nil {
-		log.G(c.ctx).WithField("pod", PodName(c.request.GetConfig())).WithField("sandbox", id).Debug("podfsm: a sandbox waits to be claimed")
+		tracing.Log(c.ctx).WithField(tracing.LogPod, PodName(c.request.GetConfig())).WithField(tracing.LogSandbox, id).Debug("podfsm: a sandbox waits to be claimed")
 		s.expireAfter(s.creations.timeout, id)
 	}
 	close(c.ended)
@@ -224,6 +223,8 @@ func (s *service) make(c *creation) (id string, err error) {
 	if id, err := s.present(c); id != "" || err != nil {
 		return id, err
 	}
+	begun := time.Now()
+	defer func() { s.sandboxes.Created(time.Since(begun), err) }()
 	if err := s.ensurePauseImage(c.ctx, c.request); err != nil {
 		return "", err
 	}
@@ -246,6 +247,7 @@ func (s *service) present(c *creation) (string, error) {
 		finished := pod.State == states.Ready || pod.State == states.NotReady
 		switch {
 		case pod.State == states.Ready && pod.Claim < lifecycle.Taken && sameShape(made, c.request):
+			s.sandboxes.Happened(RetryTook)
 			retried(c.ctx, pod)
 			return pod.ID, nil
 		case pod.Claim == lifecycle.Discarded, finished && s.sandboxes.Discard(pod.ID, lifecycle.Shown):
@@ -318,14 +320,16 @@ func (s *service) expire(id string) {
 	defer cancel()
 	ctx, span := tracing.StartLinked(ctx, tracing.SpanDiscard, pod.TraceParent,
 		append(Attributes(pod.Config, pod.Handler), tracing.SandboxID.String(id))...)
-	entry := log.G(ctx).WithField("pod", PodName(pod.Config)).WithField("sandbox", id)
+	entry := tracing.Log(ctx).WithField(tracing.LogPod, PodName(pod.Config)).WithField(tracing.LogSandbox, id)
 	entry.Info("podfsm: nobody has asked for a sandbox again whose caller had gone; it is discarded")
 	err := s.discard(ctx, id)
 	tracing.End(span, err)
 	if err != nil {
 		entry.WithError(err).Warn("podfsm: failed to discard a sandbox; it will be tried again")
 		s.expireAfter(s.creations.timeout, id)
+		return
 	}
+	s.sandboxes.Happened(PodUnclaimed)
 }
 
 // discard ends a sandbox that is marked as discarded, in containerd's service, too.

@@ -101,6 +101,11 @@ func TestCallerThatGoesLeavesTheCreationAlone(t *testing.T) {
 	}
 	require.EqualValues(t, 1, r.count.Load())
 	require.Equal(t, lifecycle.Taken, c.claims["s1"])
+	told := c.told()
+	require.Len(t, told, 21)
+	for _, what := range told { // a retry may come so late that the creation has ended
+		require.Contains(t, []Happening{"created", RetryJoined, RetryTook}, what)
+	}
 }
 
 // A sandbox that is returned to a caller whose deadline passes now may not have reached it.
@@ -132,6 +137,7 @@ func TestRequestOfAnotherShapeSupersedes(t *testing.T) {
 	got := <-first
 	require.True(t, errdefs.IsAborted(got.err), "%v", got.err)
 	require.ErrorContains(t, got.err, "superseded")
+	require.Equal(t, []Happening{RetrySuperseded, "failed", "created"}, c.told())
 }
 
 func TestSameShape(t *testing.T) {
@@ -319,6 +325,7 @@ func TestUnclaimedExpires(t *testing.T) {
 		names = append(names, span.Name())
 	}
 	require.Equal(t, []string{"sandbox.stop", "sandbox.remove", "sandbox.discard", "sandbox.stop", "sandbox.remove", "sandbox.discard"}, names)
+	require.Equal(t, []Happening{PodUnclaimed}, c.told(), "once, when it is gone")
 }
 
 // What is discarded isn't shown any more, by whatever method.

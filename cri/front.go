@@ -67,7 +67,21 @@ type Sandboxes interface {
 	StockRuns(config *runtime.PodSandboxConfig) (ended func(id string))
 	// StockRemoved tells that containerd's service has removed such a pod.
 	StockRemoved(id string)
+	// Created is told how the creation of a pod went that was run on containerd's service, and how long it took.
+	Created(took time.Duration, err error)
+	// Happened is told of what becomes of retries, and of pods that nobody asks for any more.
+	Happened(what Happening)
 }
+
+// Happening is something that is worth counting.
+type Happening string
+
+const (
+	RetryJoined     Happening = "joined"     // a retry waits for the creation that is under way
+	RetryTook       Happening = "taken"      // a retry got a pod that had been finished when its caller had gone
+	RetrySuperseded Happening = "superseded" // a retry with another configuration has ended the creation under way
+	PodUnclaimed    Happening = "unclaimed"  // nobody has asked for a finished pod again, so it is discarded
+)
 
 // Pod is what containerd's CRI service doesn't know of a sandbox of ours.
 type Pod struct {

@@ -14,6 +14,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/tracing"
 )
 
 // Namespace is the containerd namespace of everything that comes by CRI.
@@ -66,7 +68,7 @@ func (s *namespacedStream) Context() context.Context { return s.ctx }
 
 // answer calls next and logs and translates how it went.
 func answer(ctx context.Context, method string, req any, next grpc.UnaryHandler) (any, error) {
-	entry := log.G(ctx).WithField("request", subject(req))
+	entry := tracing.Log(ctx).WithField("request", subject(req))
 	level := levelOf(method)
 	entry.Logf(level, "%s", method)
 	resp, err := next(ctx, req)

@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -180,6 +181,8 @@ type controller struct {
 	mu     sync.Mutex
 	named  map[attempt]Pod
 	claims map[string]lifecycle.Claim
+	// What it was told of, and of creations "created" or "failed".
+	happened []Happening
 }
 
 var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
@@ -199,6 +202,27 @@ func (c *controller) CheckVolume(_ context.Context, id, path string) error {
 		return errUnmappable
 	}
 	return nil
+}
+
+func (c *controller) Created(_ time.Duration, err error) {
+	what := Happening("created")
+	if err != nil {
+		what = "failed"
+	}
+	c.Happened(what)
+}
+
+func (c *controller) Happened(what Happening) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.happened = append(c.happened, what)
+}
+
+// told are what it was told of.
+func (c *controller) told() []Happening {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.happened)
 }
 
 func (c *controller) StatusInfo() (map[string]string, error) {

@@ -158,6 +158,9 @@ func TestRestartWhileALookHangs(t *testing.T) {
 	for _, pid := range pids {
 		require.NoError(t, unix.Kill(pid, unix.SIGKILL)) // so that each look has something to find
 	}
+	for _, pid := range pids {
+		require.Eventually(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, waitFor, tick, "its shim has noticed")
+	}
 	require.NoError(t, n.Fault("start_pause.exited.before", "1*block"))
 	start := time.Now()
 	require.NoError(t, n.Start(t.Context()))

@@ -46,10 +46,30 @@ func normalise(key, value string) (string, bool) {
 	return value, true
 }
 
+// brief leaves out which pod it is, too, which is the same on every span.
+func brief(key, value string) (string, bool) {
+	switch key {
+	case "k8s.namespace.name", "k8s.pod.name", "k8s.pod.uid", "podfsm.pod.attempt", "podfsm.runtime.handler", "podfsm.sandbox.id",
+		"podfsm.cni.command", "podfsm.cni.interface", "podfsm.cni.network", "podfsm.snapshot.strategy":
+		return "", false
+	}
+	return normalise(key, value)
+}
+
 // requireGolden compares a tree of spans with the one on file.
 func requireGolden(t *testing.T, name string, spans []traces.Span) {
 	t.Helper()
-	tree := traces.Render(ours(spans), normalise)
+	requireTree(t, name, traces.Render(ours(spans), normalise))
+}
+
+// requireBriefly compares what happened in a tree of spans with the one on file.
+func requireBriefly(t *testing.T, name string, spans []traces.Span) {
+	t.Helper()
+	requireTree(t, name, traces.Render(ours(spans), brief))
+}
+
+func requireTree(t *testing.T, name, tree string) {
+	t.Helper()
 	file := filepath.Join("testdata", name+".trace")
 	if *update {
 		require.NoError(t, os.MkdirAll("testdata", 0o755))
@@ -132,5 +152,109 @@ func TestTraces(t *testing.T) {
 			return s.Name == "sandbox.attach_network.undo" && s.ParentID == spans[rollback].SpanID
 		}))
 		require.False(t, strings.Contains(traces.Render(spans, nil), "elsewhere"))
+	})
+}
+
+// What a fault leads to is in one trace with its cause, or in a trace that is linked to it.
+func TestTracesOfFaults(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon, Traces: true})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	config := n.PodConfig("pod")
+	whole := func(t *testing.T, id string) []traces.Span {
+		spans, err := n.Traces.WaitFor(t.Context(), id, traces.Finished("sandbox.run"))
+		require.NoError(t, err)
+		return spans
+	}
+	linked := func(t *testing.T, id, name string) []traces.Span {
+		ctx, cancel := context.WithTimeout(t.Context(), waitFor)
+		defer cancel()
+		spans, err := n.Traces.WaitForLinked(ctx, id, name)
+		require.NoError(t, err)
+		return spans
+	}
+
+	for _, step := range steps {
+		t.Run("failure of "+step, func(t *testing.T) {
+			require.NoError(t, n.Fault(step+".do.after", "1*error(injected)"))
+			ctx, id := traces.NewContext(t.Context())
+			_, err := n.RunPod(ctx, harness.PodfsmHandler, config)
+			require.ErrorContains(t, err, "injected")
+			requireBriefly(t, "failure-of-"+step, whole(t, id))
+			require.NoError(t, n.Heal())
+		})
+	}
+
+	t.Run("failed undo", func(t *testing.T) {
+		require.NoError(t, n.Fault("declare_ready.do.before", "1*error(injected)"))
+		require.NoError(t, n.Fault("capture_netns.undo.before", "2*error(injected into the undo)"))
+		ctx, id := traces.NewContext(t.Context())
+		_, err := n.RunPod(ctx, harness.PodfsmHandler, config)
+		require.ErrorContains(t, err, "the cleanup is owed")
+		requireBriefly(t, "failed-undo", whole(t, id))
+		first := linked(t, id, "sandbox.cleanup")
+		requireBriefly(t, "failed-cleanup", first)
+		n.RequireClean(t, before) // the second try has paid
+		require.Eventually(t, func() bool {
+			return slices.ContainsFunc(n.Traces.All(), func(s traces.Span) bool {
+				return s.Name == "sandbox.cleanup" && !s.Failed && s.TraceID != first[0].TraceID
+			})
+		}, waitFor, tick)
+		require.NoError(t, n.Heal())
+	})
+
+	unsampledCtx, unsampled := traces.NewUnsampledContext(t.Context())
+
+	t.Run("an unsampled failure and its debt", func(t *testing.T) {
+		require.NoError(t, n.Fault("declare_ready.do.before", "1*error(injected)"))
+		require.NoError(t, n.Fault("capture_netns.undo.before", "1*error(injected)"))
+		_, err := n.RunPod(unsampledCtx, harness.PodfsmHandler, config)
+		require.ErrorContains(t, err, "the cleanup is owed")
+		n.RequireClean(t, before) // it is paid
+		require.NoError(t, n.Heal())
+	})
+
+	t.Run("SIGTERM", func(t *testing.T) {
+		ctx, id := traces.NewContext(t.Context())
+		leaveBehind(ctx, t, n, "bridge.ADD", config)
+		require.NoError(t, n.Stop(t.Context()))
+		// The daemon has ended, so what hasn't arrived is lost.
+		require.True(t, traces.Finished("sandbox.run")(n.Traces.Trace(id)), "%s", traces.Render(n.Traces.Trace(id), nil))
+		requireBriefly(t, "sigterm", n.Traces.Trace(id))
+		require.NoError(t, n.Heal())
+		require.NoError(t, n.Start(t.Context()))
+		n.RequireClean(t, before)
+	})
+
+	t.Run("recovery and adoption after SIGKILL", func(t *testing.T) {
+		ctx, kept := traces.NewContext(t.Context())
+		pod, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig("kept"))
+		require.NoError(t, err)
+		silent, err := n.RunPod(unsampledCtx, harness.PodfsmHandler, n.PodConfig("silent"))
+		require.NoError(t, err)
+		ctx, interrupted := traces.NewContext(t.Context())
+		leaveBehind(ctx, t, n, "bridge.ADD", config)
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Heal())
+		require.NoError(t, n.Start(t.Context()))
+		requireBriefly(t, "recovery", linked(t, interrupted, "sandbox.recover"))
+		requireBriefly(t, "adoption", linked(t, kept, "sandbox.recover"))
+		requireBriefly(t, "check", linked(t, kept, "sandbox.check"))
+		require.Equal(t, unsampled, inspect(t, n, silent.ID).GetSandbox().GetTraceId(), "CLI and log name it all the same")
+		require.NoError(t, silent.StopAndRemove(unsampledCtx))
+		ctx, last := traces.NewContext(t.Context())
+		require.NoError(t, pod.StopAndRemove(ctx))
+		n.RequireClean(t, before)
+
+		// Spans arrive in the order in which they end.
+		_, err = n.Traces.WaitFor(t.Context(), last, traces.Finished("sandbox.remove"))
+		require.NoError(t, err)
+	})
+
+	t.Run("nothing of what the kubelet doesn't sample is recorded", func(t *testing.T) {
+		for _, span := range ours(n.Traces.All()) {
+			require.NotEqual(t, unsampled, span.TraceID, span.Name)
+			require.False(t, slices.ContainsFunc(span.Links, func(l traces.Link) bool { return l.TraceID == unsampled }), span.Name)
+		}
 	})
 }

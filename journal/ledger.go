@@ -300,6 +300,17 @@ func (l *Ledger) Forgotten(k Key) bool {
 // Damage returns what Open could not read.
 func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }
 
+// Sizes are how many bytes the files have: ledger.db, and the log in the state directory.
+func (l *Ledger) Sizes() (durable, log int64, err error) {
+	db, err := os.Stat(filepath.Join(l.rootDir, durableName))
+	if err != nil {
+		return 0, 0, fmt.Errorf("failed to look at the ledger: %w", withClass(err))
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return db.Size(), l.log.size, nil
+}
+
 // Aside returns the paths of the damaged files that are kept for somebody to look at; nothing else removes them but newer ones.
 func (l *Ledger) Aside() ([]string, error) { return asideIn(l.rootDir, l.stateDir) }
 

@@ -54,6 +54,11 @@ type Record struct {
 	TraceParent string `json:"traceparent,omitempty"`
 	// At is for people to read, never for ordering. Append sets it when it is zero.
 	At time.Time `json:"at"`
+	// Nth, Cause and Class are of a record that stands for a transition: its number in the sandbox's history, and, where an error led to
+	// it, the step that failed and the error's class.
+	Nth   uint64 `json:"nth,omitempty"`
+	Cause string `json:"cause,omitempty"`
+	Class string `json:"class,omitempty"`
 	// Error is stored as valid UTF-8: other bytes become U+FFFD.
 	Error string `json:"error,omitempty"`
 	Data  *Data  `json:"data,omitempty"`
@@ -131,7 +136,7 @@ func checkPointer(v any) error {
 type Sandbox struct {
 	Key Key
 	// Records are in Seq order. Of records that say the same again and again (a debt that is retried for months) the first
-	// and the newest are kept: equal are those that differ only in Seq, At, TraceParent and Error.
+	// and the newest are kept: equal are those that differ only in Seq, Nth, At, TraceParent, Cause, Class and Error.
 	// So read a step's condition from its newest record.
 	Records []Record
 }

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
+
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -52,14 +55,19 @@ func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) err
 	bounded, cancel := context.WithTimeout(ctx, facts.Deadline)
 	defer cancel()
 	r := s.run(step)
+	bounded = log.WithLogger(bounded, s.log(ctx).WithField(tracing.LogStep, facts.Name))
+	act := Act{Step: facts.Name, Kind: ActCheck, Started: time.Now().UTC()}
 	_, err := protect(func() (any, error) { return nil, checker.Check(bounded, r) })
 	if ctx.Err() != nil && err != nil {
 		return err // it gave way, and says nothing of the step
 	}
+	act.Ended, act.Err = time.Now().UTC(), err
+	outcome := OutcomeOK
 	if err != nil {
+		outcome = OutcomeError
 		err = fmt.Errorf("check of step %s of pod %q failed: %w", facts.Name, s.req.Pod, err)
-		s.log(ctx).WithError(err).Warn("sandbox: is ready, but not as it should be")
 	}
+	s.acted(ctx, act, outcome)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.steps[facts.Name].checkErr = err

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -33,14 +34,18 @@ func (c *creation) fail(err error) {
 	c.cancel()
 }
 
-// StepError says which step of a sandbox failed. Its text stays the same from try to try as far as the step's does.
+// StepError says which step of a sandbox failed, or whose undo. Its text stays the same from try to try as far as the step's does.
 type StepError struct {
 	Step states.Event
+	Undo bool
 	Pod  string
 	Err  error
 }
 
 func (e *StepError) Error() string {
+	if e.Undo {
+		return fmt.Sprintf("undo of step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
+	}
 	return fmt.Sprintf("step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
 }
 
@@ -131,6 +136,8 @@ func (s *sandbox) launch(step Step) {
 	name := step.Facts().Name
 	s.mu.Lock()
 	s.steps[name].status, s.steps[name].started = StepRunning, time.Now().UTC()
+	s.acts.begin(name, ActDo, s.steps[name].started)
+	s.steps[name].acting, s.steps[name].actingSince = ActDo, s.steps[name].started
 	s.mu.Unlock()
 
 	s.creation.running++
@@ -170,6 +177,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
 	defer func() { tracing.End(span, out.err) }()
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
 	out.started = time.Now().UTC()
 	r := s.run(step)
 	r.offer = func(ctx context.Context, result any) error { return s.offer(ctx, step, result) }
@@ -242,18 +250,24 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 	s.mu.Lock()
 	rec := s.steps[name]
 	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err
-	rec.started, rec.ended = out.started, out.ended
+	rec.started, rec.ended, rec.acting = out.started, out.ended, ""
+	s.acts.end(name, ActDo, out.started, out.ended, out.err)
 	_, skipped := out.result.(*Skipped)
+	outcome := OutcomeOK
 	switch {
 	case out.err != nil:
-		rec.status = StepFailed
+		rec.status, outcome = StepFailed, OutcomeError
 	case skipped:
-		rec.status = StepSkipped
+		rec.status, outcome = StepSkipped, OutcomeSkipped
 	default:
 		rec.status = StepDone
 	}
 	s.mu.Unlock()
 
+	if out.err != nil && s.creation.err != nil {
+		outcome = OutcomeCanceled
+	}
+	s.acted(s.creation.ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
 	s.creation.running--
 	if out.err != nil {
 		s.creation.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})

@@ -4,6 +4,8 @@ import (
 	"context"
 	"time"
 
+	"github.com/containerd/log"
+
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
@@ -16,6 +18,9 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 		s.owe(ctx, goal, err)
 		return err
 	}
+	if s.attempts > 0 {
+		s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid")
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.goal, s.attempts, s.nextTry, s.lastErr = "", 0, time.Time{}, s.failure
@@ -25,7 +30,8 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 
 // owe puts the debt on record and sets the time of the next try.
 func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
-	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Error: cause.Error(), Durable: true}
+	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Durable: true}
+	s.describe(record, cause)
 	if err := s.append(ctx, record, nil); err != nil {
 		s.log(ctx).WithError(err).Error("sandbox: an owed cleanup is not on record; it stays in memory")
 	}
@@ -35,11 +41,19 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	if goal == states.RolledBack {
 		s.engine.unname(s) // its caller was told that it failed, and tries again under the same name
 	}
+	wait := s.engine.backoff(s.attempts + 1)
+	entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
+		tracing.LogGoal: goal, tracing.LogAttempts: s.attempts + 1, tracing.LogErrorType: tracing.Class(cause),
+	})
+	if s.attempts == 0 {
+		entry.Warnf("sandbox: its cleanup is owed; it is tried again in %s, and then with longer and longer rests", wait)
+	} else {
+		entry.Debugf("sandbox: its cleanup is still owed; it is tried again in %s", wait)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.goal = goal
 	s.attempts++
-	wait := s.engine.backoff(s.attempts)
 	s.nextTry = time.Now().Add(wait)
 	s.stopTimerLocked()
 	s.timer = time.AfterFunc(wait, func() { s.post(s.retry) })

@@ -50,12 +50,14 @@ type Engine struct {
 	steps   []Step
 	journal Journal
 	backoff Backoff
+	observe Observer // nil for none
 
 	// paid is told of a removal; see [Engine.WhenPaid].
 	paid func(context.Context, journal.Key)
 
 	work     sync.WaitGroup // queues and steps that are running
 	resuming turns          // of restored sandboxes that are being undone
+	meter    Meter
 
 	mu        sync.Mutex
 	closed    bool
@@ -64,8 +66,15 @@ type Engine struct {
 	finished  []View // the newest last
 }
 
-// New makes an engine of steps, which must be the whole creation path of package states, in its order.
-func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
+// Observer is told of each transition, after it is on record: the last one of a view. Those of one sandbox are told in order; the
+// sandbox waits for it, so it must return soon.
+type Observer func(View)
+
+// New makes an engine of steps, which must be the whole creation path of package states, in its order. observe and meter may be nil.
+func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter) (*Engine, error) {
+	if meter == nil {
+		meter = unmetered{}
+	}
 	path := states.CreationPath()
 	if len(steps) != len(path) {
 		return nil, fmt.Errorf("there are %d steps for a creation path of %d: %w", len(steps), len(path), errdefs.ErrInvalidArgument)
@@ -85,10 +94,11 @@ func New(steps []Step, j Journal, backoff Backoff) (*Engine, error) {
 		}
 	}
 	return &Engine{
-		steps: steps, journal: j, backoff: backoff,
+		steps: steps, journal: j, backoff: backoff, observe: observe,
 		paid:      func(context.Context, journal.Key) {},
 		resuming:  turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+		meter: meter,
 	}, nil
 }
 
@@ -221,17 +231,22 @@ func (e *Engine) Created(key journal.Key) time.Time {
 
 // List is every sandbox as it is now, in no order.
 func (e *Engine) List() []View {
-	e.mu.Lock()
-	all := make([]*sandbox, 0, len(e.sandboxes))
-	for _, s := range e.sandboxes {
-		all = append(all, s)
-	}
-	e.mu.Unlock()
+	all := e.all()
 	views := make([]View, len(all))
 	for i, s := range all {
 		views[i] = s.view()
 	}
 	return views
+}
+
+func (e *Engine) all() []*sandbox {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := make([]*sandbox, 0, len(e.sandboxes))
+	for _, s := range e.sandboxes {
+		all = append(all, s)
+	}
+	return all
 }
 
 // Finished are the sandboxes that went last, the newest last.

@@ -208,6 +208,26 @@ type world struct {
 	*Engine
 	*node
 	book *book
+
+	toldMu sync.Mutex
+	told   []View // by the engine, as to an observer
+	meter  testMeter
+}
+
+func (w *world) tell(v View) {
+	w.toldMu.Lock()
+	defer w.toldMu.Unlock()
+	w.told = append(w.told, v)
+}
+
+// history are the transitions that were told of.
+func (w *world) history() (told []Transition) {
+	w.toldMu.Lock()
+	defer w.toldMu.Unlock()
+	for _, v := range w.told {
+		told = append(told, v.Transitions[len(v.Transitions)-1])
+	}
+	return told
 }
 
 // newWorld has steps in a line, as the real ones are, unless needs say otherwise.
@@ -249,7 +269,7 @@ func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *
 			steps = append(steps, &fakeStep{f, w.node})
 		}
 	}
-	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond })
+	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond }, w.tell, &w.meter)
 	require.NoError(t, err)
 	w.Engine = engine
 	t.Cleanup(func() { engine.Close(context.Background()) })
@@ -721,11 +741,11 @@ func TestNewRefusesStepsThatDontFit(t *testing.T) {
 		"no deadline":   func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := New(spoil(good()), &book{}, DefaultBackoff)
+			_, err := New(spoil(good()), &book{}, DefaultBackoff, nil, nil)
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		})
 	}
-	_, err := New(good(), &book{}, DefaultBackoff)
+	_, err := New(good(), &book{}, DefaultBackoff, nil, nil)
 	require.NoError(t, err)
 }
 

@@ -41,7 +41,7 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 			err = e.addRestored(s)
 		}
 		if err != nil {
-			log.G(ctx).WithField("sandbox", entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
+			log.G(ctx).WithField(tracing.LogSandbox, entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
 		}
 	}
 }
@@ -49,7 +49,7 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 // Replay is what the sandboxes of a ledger are by their records, for who only looks at them. What can't be understood is shown as
 // quarantined; it fails only for what a ledger can't hold.
 func Replay(saved []journal.Sandbox, describe Describe) ([]View, error) {
-	e := &Engine{journal: unwritten{}}
+	e := &Engine{journal: unwritten{}, meter: unmetered{}}
 	views := make([]View, 0, len(saved))
 	for _, entry := range saved {
 		s, err := restored(e, entry, describe)
@@ -90,17 +90,22 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	if past != Recorded {
 		history.lose(past)
 	}
-	if s.exit != nil {
-		s.announceExit()
-		if history.state == states.Ready { // the kill came between the record of the exit and that of the move
-			history.enter(states.LosePause, states.NotReady, &journal.Record{At: s.exit.At})
-		}
-	}
 	if history.spec == nil {
 		unreadable = append(unreadable, errors.New("its specification is not on record"))
 	}
 	if s.machine, err = states.NewMachine(history.state); err != nil {
 		return nil, err
+	}
+	if history.assumed && e.observe != nil {
+		e.observe(s.view())
+	}
+	if s.exit != nil {
+		s.announceExit()
+		if s.state() == states.Ready { // the kill came between the record of the exit and that of the move
+			if err := s.move(s.background(), states.LosePause, s.exit.cause()); err != nil {
+				return nil, err
+			}
+		}
 	}
 	if reason := errors.Join(unreadable...); reason != nil {
 		return s, s.quarantine(fmt.Errorf("the records of sandbox %q can't all be read: %w: %w", saved.Key.ID, reason, errdefs.ErrDataLoss))
@@ -131,6 +136,8 @@ type history struct {
 	begun bool // that is on record
 	spec  any
 	state states.State
+
+	assumed bool // the last transition is on no record
 }
 
 func (h *history) replay(record *journal.Record) error {
@@ -155,6 +162,7 @@ func (h *history) replay(record *journal.Record) error {
 	switch record.Kind {
 	case journal.Intent:
 		rec.plan, rec.touched, rec.status, rec.started = data, true, StepRunning, record.At
+		h.acts.begin(states.Event(record.Step), ActDo, record.At)
 	case journal.Noted:
 		rec.notes = append(rec.notes, data)
 	case journal.Done:
@@ -162,11 +170,14 @@ func (h *history) replay(record *journal.Record) error {
 		if _, skipped := data.(*Skipped); skipped {
 			rec.status = StepSkipped
 		}
-		h.advance(record.At)
+		h.acts.end(states.Event(record.Step), ActDo, rec.started, record.At, nil)
+		h.advance(record)
 	case journal.UndoIntent:
-		rec.status = StepUndoing
+		rec.status, rec.undoing = StepUndoing, record.At
+		h.acts.begin(states.Event(record.Step), ActUndo, record.At)
 	case journal.Undone:
 		rec.status = StepUndone
+		h.acts.end(states.Event(record.Step), ActUndo, rec.undoing, record.At, nil)
 	default:
 		return fmt.Errorf("record %d is of an unknown kind %q", record.Seq, record.Kind)
 	}
@@ -180,11 +191,15 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 			return fmt.Errorf("record %d is of an unknown state %q", record.Seq, record.State)
 		}
 		h.enter(states.Event(record.Event), states.State(record.State), record)
-		if h.state == states.Stopped {
+		switch h.state {
+		case states.Stopped:
 			h.settle()
+		case states.RollingBack:
+			h.fail(record)
 		}
 	case journal.Owed:
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
+		h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
 		h.goal = states.State(record.Goal)
 		h.owe(record)
 	case journal.Claimed:
@@ -228,6 +243,24 @@ func (h *history) owe(record *journal.Record) {
 	}
 }
 
+// fail ends what was being done when the rollback began, and keeps why that was.
+func (h *history) fail(record *journal.Record) {
+	if record.Error == "" {
+		return // an owed rollback is tried again
+	}
+	h.failure = errors.New(record.Error)
+	for name, rec := range h.steps {
+		if rec.status != StepRunning {
+			continue
+		}
+		rec.status, rec.ended = StepFailed, record.At
+		if name == states.Event(record.Cause) {
+			rec.err = h.failure
+		}
+	}
+	h.acts.endAll(ActDo, record.At, h.failure)
+}
+
 // settle takes back what was owed for a stop: what stays until the removal stands as it did.
 func (h *history) settle() {
 	for name := range h.steps {
@@ -238,13 +271,13 @@ func (h *history) settle() {
 var errWaits = errors.New("waits for the others")
 
 // advance moves along the completed prefix, as the engine did.
-func (h *history) advance(at time.Time) {
+func (h *history) advance(record *journal.Record) {
 	for _, event := range states.CreationPath() {
 		if !h.steps[event].status.complete() {
 			return
 		}
 		if to, ok := states.Next(h.state, event); ok {
-			h.enter(event, to, &journal.Record{At: at})
+			h.enter(event, to, &journal.Record{At: record.At, TraceParent: record.TraceParent})
 		}
 	}
 }
@@ -253,13 +286,15 @@ func (h *history) enter(event states.Event, to states.State, record *journal.Rec
 	var cause error
 	if record.Error != "" {
 		cause = errors.New(record.Error)
-		h.lastErr = cause
 	}
-	h.seq++
-	h.transitions = append(h.transitions, Transition{Seq: h.seq, At: record.At, Event: event, From: h.state, To: to, Err: cause})
-	if over := len(h.transitions) - keepTransitions; over > 0 {
-		h.transitions = h.transitions[over:]
+	t := Transition{Seq: record.Nth, At: record.At, Event: event, From: h.state, To: to, Step: states.Event(record.Cause), Err: cause, Class: record.Class}
+	if origin := tracing.FromParent(record.TraceParent); origin.IsValid() {
+		t.TraceID = origin.TraceID().String()
 	}
+	if t.Step == "" {
+		t.Step = stepOf(event, nil)
+	}
+	h.keep(t)
 	h.state = to
 }
 
@@ -272,6 +307,7 @@ func (h *history) lose(past Past) {
 	}
 	if past == LostReady && slices.Contains(creating, h.state) {
 		h.enter(states.LosePause, states.NotReady, &journal.Record{At: h.exit.At})
+		h.assumed = true
 	}
 }
 
@@ -327,11 +363,12 @@ func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) e
 
 func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(error)) {
 	if s.state() == states.Ready && verdict == Keep {
-		reply(s.look(ctx, 1))
+		reply(s.recover(ctx, func(ctx context.Context) (Recovery, error) { return s.look(ctx, 1) }))
 		return
 	}
 	reply(nil)
 	if s.next(verdict) == nil {
+		s.engine.meter.Recovered(RecoveryKept, 0)
 		return
 	}
 	turns := &s.engine.resuming
@@ -344,17 +381,49 @@ func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(erro
 
 // goOn does what a restored sandbox still needs, if nobody has asked for it meanwhile.
 func (s *sandbox) goOn(verdict Verdict) {
-	state := s.state()
 	work := s.next(verdict)
 	if work == nil {
+		s.engine.meter.Recovered(RecoveryKept, 0) // somebody was faster
 		return
 	}
-	ctx, span := tracing.StartLinked(s.background(), tracing.SpanRecover, s.traceParent, s.req.Attributes...)
-	err := work(ctx)
-	tracing.End(span, err)
-	if err != nil {
-		s.log(ctx).WithError(err).Warnf("sandbox: recovery of a sandbox that was %s", state)
+	_ = s.recover(s.background(), func(ctx context.Context) (Recovery, error) {
+		if err := work(ctx); err != nil {
+			return RecoveryOwed, err
+		}
+		return became(s.state()), nil
+	})
+}
+
+// became is the recovery that leads to a state.
+func became(state states.State) Recovery {
+	switch state {
+	case states.RolledBack:
+		return RecoveryRolledBack
+	case states.Removed:
+		return RecoveryRemoved
+	default:
+		return RecoveryStopped
 	}
+}
+
+// recover does what a restored sandbox needs, in a trace of its own that is linked to the sandbox's, and tells what became of it.
+func (s *sandbox) recover(ctx context.Context, work func(context.Context) (Recovery, error)) error {
+	begun, was := time.Now(), s.state()
+	ctx, span := tracing.StartLinked(ctx, tracing.SpanRecover, s.traceParent, s.req.Attributes...)
+	recovery, err := work(ctx)
+	span.SetAttributes(tracing.Recovery.String(string(recovery)))
+	tracing.End(span, err)
+	took := time.Since(begun)
+	s.engine.meter.Recovered(recovery, took)
+	entry := s.log(ctx).WithFields(log.Fields{
+		tracing.LogFrom: was, tracing.LogTo: s.state(), tracing.LogOutcome: recovery, tracing.LogSeconds: took.Seconds(),
+	})
+	if recovery == RecoveryAdopted || err != nil { // who has asked, or the debt, logs the error
+		entry.Debug("sandbox: taken up after the restart")
+	} else {
+		entry.Info("sandbox: taken up after the restart")
+	}
+	return err
 }
 
 // next is what a sandbox that isn't simply adopted still needs; nil for nothing.
@@ -390,22 +459,26 @@ var errInterrupted = fmt.Errorf("containerd was restarted before the sandbox was
 const lookTimeout = 5 * time.Second
 
 // look makes sure that the process of a ready sandbox lives. When that can't be told it looks again later, as many attempts as it takes.
-func (s *sandbox) look(ctx context.Context, attempts int) error {
+func (s *sandbox) look(ctx context.Context, attempts int) (Recovery, error) {
 	err := s.adopt(ctx)
+	if err == nil && s.state() == states.Ready {
+		return RecoveryAdopted, nil
+	}
 	if err == nil {
-		return nil
+		return RecoveryLostPause, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.post(func() { s.lookAgain(attempts + 1) }) })
-	return err
+	return RecoveryUnknown, err
 }
 
 func (s *sandbox) lookAgain(attempts int) {
 	if s.state() != states.Ready {
 		return
 	}
-	if err := s.look(s.background(), attempts); err != nil {
+	err := s.recover(s.background(), func(ctx context.Context) (Recovery, error) { return s.look(ctx, attempts) })
+	if err != nil {
 		s.log(s.background()).WithError(err).Warn("sandbox: nobody knows whether its process lives")
 	}
 }

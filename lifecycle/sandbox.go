@@ -2,7 +2,9 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,15 +18,22 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// keepTransitions bounds the history that is kept of one sandbox.
-const keepTransitions = 64
+// keepTransitions bounds the history that is kept of one sandbox. Where it has more transitions, the first of them stay, because
+// they say how all began, and the last.
+const (
+	keepTransitions      = 64
+	keepFirstTransitions = 16
+)
 
 // stepRecord is what the engine knows of one step of one sandbox.
 type stepRecord struct {
 	recorded
 	status         StepStatus
-	touched        bool // its intent is on record, so it may have acted
-	offered        bool // its result so far can be taken
+	touched        bool      // its intent is on record, so it may have acted
+	offered        bool      // its result so far can be taken
+	undoing        time.Time // when its undo was begun, where that is on record
+	acting         ActKind   // what is being done with it now; "" for nothing
+	actingSince    time.Time
 	started, ended time.Time
 	err            error // of Do
 	undoErr        error // of the last undo
@@ -62,6 +71,7 @@ type sandbox struct {
 	steps       map[states.Event]*stepRecord
 	seq         uint64
 	transitions []Transition
+	acts        acts
 	goal        states.State // what the owed cleanup leads to
 	attempts    int
 	nextTry     time.Time
@@ -209,24 +219,94 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.seq++
-	s.transitions = append(s.transitions, Transition{Seq: s.seq, At: at, Event: event, From: from, To: to, Err: cause})
-	if over := len(s.transitions) - keepTransitions; over > 0 {
-		s.transitions = s.transitions[over:]
-	}
+	t := Transition{At: at, Event: event, From: from, To: to, Step: stepOf(event, cause), Err: cause, TraceID: tracing.TraceID(ctx)}
 	if cause != nil {
-		s.lastErr = cause
+		t.Class = tracing.Class(cause)
 	}
+	s.mu.Lock()
+	t = s.keep(t)
 	s.mu.Unlock()
 
-	entry := s.log(ctx).WithField("from", from).WithField("to", to)
-	if cause != nil {
-		entry.WithError(cause).Warnf("sandbox: %s", event)
-	} else {
-		entry.Debugf("sandbox: %s", event)
+	s.tell(ctx, t)
+	if s.engine.observe != nil {
+		s.engine.observe(s.view())
 	}
 	return nil
+}
+
+// keep adds a transition to the history, as its next or by the number that it has. The caller holds mu, or is alone.
+func (s *sandbox) keep(t Transition) Transition {
+	s.seq = max(s.seq+1, t.Seq)
+	t.Seq = s.seq
+	t.After = t.At.Sub(s.since())
+	s.transitions = append(s.transitions, t)
+	if over := len(s.transitions) - keepTransitions; over > 0 {
+		s.transitions = slices.Delete(s.transitions, keepFirstTransitions, keepFirstTransitions+over)
+	}
+	if t.Err != nil {
+		s.lastErr = t.Err
+	}
+	return t
+}
+
+// tell logs a transition: what goes as it should, or follows from what was logged already, in the debug log.
+func (s *sandbox) tell(ctx context.Context, t Transition) {
+	entry := s.log(ctx).WithFields(log.Fields{
+		tracing.LogFrom: t.From, tracing.LogTo: t.To, tracing.LogSeconds: s.secondsOf(t),
+	})
+	if t.Step != "" {
+		entry = entry.WithField(tracing.LogStep, t.Step)
+	}
+	if t.Err != nil {
+		entry = entry.WithError(t.Err).WithField(tracing.LogErrorType, t.Class)
+	}
+	switch {
+	case t.Event == states.Quarantine:
+		entry.Errorf("sandbox: %s", t.Event)
+	case t.Event == states.OweCleanup, expected(t.Err):
+		entry.Debugf("sandbox: %s", t.Event)
+	default:
+		entry.Warnf("sandbox: %s", t.Event)
+	}
+}
+
+// secondsOf is how long the step took that a transition says is done, else how long the sandbox was in the state before.
+func (s *sandbox) secondsOf(t Transition) float64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if rec, ok := s.steps[t.Event]; ok {
+		return rec.ended.Sub(rec.started).Seconds()
+	}
+	return t.After.Seconds()
+}
+
+// since is when the state was entered. The caller holds mu, or is alone.
+func (s *sandbox) since() time.Time {
+	if n := len(s.transitions); n > 0 {
+		return s.transitions[n-1].At
+	}
+	return s.created
+}
+
+// stepOf is the step that a transition is about: the one that was done, or whose failure led to it.
+func stepOf(event states.Event, cause error) states.Event {
+	var failed *StepError
+	switch {
+	case slices.Contains(states.CreationPath(), event):
+		return event
+	case errors.As(cause, &failed):
+		return failed.Step
+	default:
+		return ""
+	}
+}
+
+// describe puts on a record what the transition that it stands for will be in the history.
+func (s *sandbox) describe(r *journal.Record, cause error) {
+	r.Nth = s.seq + 1
+	if cause != nil {
+		r.Error, r.Cause, r.Class = cause.Error(), string(stepOf("", cause)), tracing.Class(cause)
+	}
 }
 
 // move records a transition that no step's result stands for, and fires it. The move is made even if the ledger can't take
@@ -237,9 +317,7 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, s.state(), event, errdefs.ErrFailedPrecondition)
 	}
 	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to)}
-	if cause != nil {
-		record.Error = cause.Error()
-	}
+	s.describe(record, cause)
 	if err := s.append(ctx, record, nil); err != nil {
 		s.log(ctx).WithError(err).Warn("sandbox: a transition is not on record")
 	}
@@ -269,7 +347,7 @@ func (s *sandbox) pauseExited(exit Exit) {
 		return
 	}
 	defer s.announceExit()
-	cause := fmt.Errorf("pause exited with code %d: %w", exit.Code, errdefs.ErrUnavailable)
+	cause := exit.cause()
 	if s.creation != nil {
 		s.creation.fail(cause)
 		return
@@ -339,6 +417,9 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 	if err := s.engine.journal.Forget(ctx, s.key); err != nil {
 		return fmt.Errorf("failed to take sandbox %q off the ledger: %w", s.key.ID, err)
 	}
+	s.mu.Lock()
+	s.lastErr = s.failure // what was owed is paid
+	s.mu.Unlock()
 	if err := s.fire(ctx, event, time.Now().UTC(), nil); err != nil {
 		return err
 	}
@@ -353,9 +434,5 @@ func (s *sandbox) background() context.Context {
 }
 
 func (s *sandbox) log(ctx context.Context) *log.Entry {
-	entry := log.G(ctx).WithField("sandbox", s.key.ID).WithField("pod", s.req.Pod)
-	if id := tracing.TraceID(ctx); id != "" {
-		entry = entry.WithField("trace", id)
-	}
-	return entry
+	return tracing.Log(ctx).WithField(tracing.LogSandbox, s.key.ID).WithField(tracing.LogPod, s.req.Pod)
 }

@@ -2,10 +2,12 @@ package lifecycle
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 
 	"github.com/podfsm/podfsm/journal"
@@ -73,6 +75,11 @@ type Skipped struct {
 type Exit struct {
 	Code uint32
 	At   time.Time
+}
+
+// cause is why a sandbox whose process has ended isn't ready.
+func (e Exit) cause() error {
+	return fmt.Errorf("pause exited with code %d: %w", e.Code, errdefs.ErrUnavailable)
 }
 
 func init() {

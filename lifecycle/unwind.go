@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -104,7 +105,7 @@ func (s *sandbox) reapBeside(ctx context.Context) (reaped func() error) {
 		if !ok || !s.steps[name].touched {
 			continue
 		}
-		wait := s.try(ctx, step, tracing.Reap(string(name)), ender.Reap)
+		wait := s.try(ctx, step, ActReap, ender.Reap)
 		under = append(under, func() error {
 			err := wait()
 			if err != nil {
@@ -170,8 +171,7 @@ func (s *sandbox) end(ctx context.Context) error {
 		}
 		var exit Exit
 		name := step.Facts().Name
-		span := tracing.Stop(string(name))
-		err := s.attempt(ctx, step, span, func(ctx context.Context, r *Run) (err error) {
+		err := s.attempt(ctx, step, ActStop, func(ctx context.Context, r *Run) (err error) {
 			exit, err = ender.Stop(ctx, r)
 			return err
 		})
@@ -222,7 +222,7 @@ func (s *sandbox) undo(ctx context.Context, step Step) error {
 	name := step.Facts().Name
 	s.setStatus(name, StepUndoing)
 	s.record(ctx, &journal.Record{Kind: journal.UndoIntent, Step: string(name)})
-	if err := s.attempt(ctx, step, tracing.Undo(string(name)), s.undoOf(step)); err != nil {
+	if err := s.attempt(ctx, step, ActUndo, s.undoOf(step)); err != nil {
 		return err
 	}
 	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name)})
@@ -248,16 +248,35 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 }
 
 // attempt makes one bounded and traced try at an undo.
-func (s *sandbox) attempt(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) error {
-	return s.try(ctx, step, name, f)()
+func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) error {
+	return s.try(ctx, step, kind, f)()
+}
+
+// spanName is that of an attempt's span.
+func spanName(step states.Event, kind ActKind) string {
+	switch kind {
+	case ActStop:
+		return tracing.Stop(string(step))
+	case ActReap:
+		return tracing.Reap(string(step))
+	default:
+		return tracing.Undo(string(step))
+	}
 }
 
 // try begins an attempt. What it returns waits for its end, in the queue.
-func (s *sandbox) try(ctx context.Context, step Step, name string, f func(context.Context, *Run) error) (wait func() error) {
-	ctx, cancel := within(ctx, step.Facts().UndoDeadline)
-	ctx, span := tracing.Start(ctx, name, s.req.Attributes...)
+func (s *sandbox) try(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) (wait func() error) {
+	facts := step.Facts()
+	ctx, cancel := within(ctx, facts.UndoDeadline)
+	ctx, span := tracing.Start(ctx, spanName(facts.Name, kind), s.req.Attributes...)
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	r := s.run(step)
-	tried := make(chan error, 1)
+	act := Act{Step: facts.Name, Kind: kind, Started: time.Now().UTC()}
+	s.mu.Lock()
+	s.acts.begin(act.Step, act.Kind, act.Started)
+	s.steps[act.Step].acting, s.steps[act.Step].actingSince = act.Kind, act.Started
+	s.mu.Unlock()
+	tried := make(chan Act, 1)
 	go func() {
 		defer cancel()
 		_, err := protect(func() (any, error) { return nil, f(ctx, r) })
@@ -265,23 +284,27 @@ func (s *sandbox) try(ctx context.Context, step Step, name string, f func(contex
 			err = late(ctx, err)
 		}
 		tracing.End(span, err)
-		tried <- err
+		act.Ended, act.Err = time.Now().UTC(), err
+		tried <- act
 	}()
-	return func() error { return s.tried(step, r, <-tried) }
+	return func() error { return s.tried(ctx, r, <-tried) }
 }
 
 // tried keeps how an attempt ended.
-func (s *sandbox) tried(step Step, r *Run, err error) error {
-	facts := step.Facts()
+func (s *sandbox) tried(ctx context.Context, r *Run, act Act) error {
 	s.mu.Lock()
-	rec := s.steps[facts.Name]
-	rec.notes = r.Notes()
-	if err != nil {
+	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
+	rec := s.steps[act.Step]
+	rec.notes, rec.acting = r.Notes(), ""
+	outcome := OutcomeOK
+	if act.Err != nil {
 		rec.attempts++
+		outcome = OutcomeError
 	}
 	s.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("undo of step %s of pod %q failed: %w", facts.Name, s.req.Pod, err)
+	s.acted(ctx, act, outcome)
+	if act.Err != nil {
+		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: act.Err}
 	}
 	return nil
 }

@@ -34,16 +34,42 @@ type StepView struct {
 	Err       error         // of Do, of the last undo while it is owed, or of the last check of what is done
 	Attempts  int           // failed tries at undoing it
 	OwedSince time.Time     // when the first of them failed
+	Plan      any
+	Notes     []any
 	Result    any
 }
 
 // Transition is one change of a sandbox's state.
 type Transition struct {
-	Seq      uint64 // from 1, the transition out of New
+	Seq      uint64 // from 1, the transition out of New; it only ever grows, also over a restart
 	At       time.Time
+	After    time.Duration // how long the sandbox was in From
 	Event    states.Event
 	From, To states.State
-	Err      error
+	Step     states.Event // that was done, or whose failure led to it; "" for none
+	Err      error        // that led to it
+	Class    string       // of Err, as error.type of a span
+	TraceID  string       // of the span that it happened under; "" when that was in no trace
+}
+
+// ActKind is what an act does with its step.
+type ActKind string
+
+const (
+	ActDo   ActKind = "do"
+	ActUndo ActKind = "undo"
+	ActStop ActKind = "stop" // of the sandbox's process
+	ActReap ActKind = "reap" // of a process that has ended, by the runtime
+
+	ActCheck ActKind = "check" // of what is done; the acts of a view don't hold it
+)
+
+// Act is one try at doing or undoing a step. Of the tries at one thing the first and the last are kept.
+type Act struct {
+	Step           states.Event
+	Kind           ActKind
+	Started, Ended time.Time // Ended is zero while it is under way, and where nobody knows: the daemon was killed meanwhile
+	Err            error
 }
 
 // View is a sandbox at one moment. It shares nothing that changes with the engine.
@@ -58,10 +84,11 @@ type View struct {
 	TraceParent string    // of the span it was created under, a W3C traceparent
 	TraceID     string
 	Claim       Claim
-	Steps       []StepView // in the order of the creation path
-	Transitions []Transition
-	NextTry     time.Time // of the owed cleanup
-	Err         error     // the last one
+	Steps       []StepView   // in the order of the creation path
+	Transitions []Transition // without those in the middle where there are very many
+	Acts        []Act        // in the order in which they began
+	NextTry     time.Time    // of the owed cleanup
+	Err         error        // the last one
 	Exit        *Exit
 }
 
@@ -81,11 +108,12 @@ func (s *sandbox) view() View {
 	v := View{
 		Key: s.key, Pod: s.req.Pod, Spec: s.req.Spec,
 		State: s.state(), Goal: s.goal,
-		Created: s.created, Since: s.created,
+		Created: s.created, Since: s.since(),
 		TraceID:     tracing.FromParent(s.traceParent).TraceID().String(),
 		TraceParent: s.traceParent,
 		Claim:       Claim(s.claim.Load()),
 		Transitions: slices.Clone(s.transitions),
+		Acts:        slices.Clone(s.acts),
 		NextTry:     s.nextTry, Err: s.lastErr,
 	}
 	if !tracing.FromParent(s.traceParent).IsValid() {
@@ -94,16 +122,14 @@ func (s *sandbox) view() View {
 	if v.State != states.CleanupOwed {
 		v.Goal, v.NextTry = "", time.Time{} // it is being paid
 	}
-	if n := len(s.transitions); n > 0 {
-		v.Since = s.transitions[n-1].At
-	}
 	if s.exit != nil {
 		exit := *s.exit
 		v.Exit = &exit
 	}
 	for _, name := range states.CreationPath() {
 		rec := s.steps[name]
-		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince, Result: rec.result}
+		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
+			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
 		case rec.status == StepOwed:
 			view.Err = rec.undoErr

@@ -3,10 +3,13 @@ package plugin
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/typeurl/v2"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -27,13 +30,19 @@ func (a *api) Register(server *grpc.Server) error {
 	return nil
 }
 
-// List answers with every sandbox that hasn't ended.
-func (a *api) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
+// List answers with every sandbox that hasn't ended, and on request with those that have.
+func (a *api) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
 	engine, err := a.engine()
 	if err != nil {
 		return nil, err
 	}
-	return records.List(engine.List()), nil
+	var ended []*podfsmv1.InspectResponse
+	if r.GetEnded() {
+		if ended, err = a.controller.past.Read(); err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+	}
+	return records.List(engine.List(), ended...), nil
 }
 
 // Inspect answers with all there is to know of one sandbox, also one that ended not long ago.
@@ -42,15 +51,38 @@ func (a *api) Inspect(_ context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.
 	if err != nil {
 		return nil, err
 	}
-	view, err := records.Find(r.GetRef(), engine.List(), engine.Finished())
-	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
-	}
-	response, err := records.Inspection(view)
+	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.past.Read)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return response, nil
+}
+
+// Watch passes the transitions on that podfsm publishes, from the moment on at which it sends the headers.
+func (a *api) Watch(_ *podfsmv1.WatchRequest, stream grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error {
+	if _, err := a.engine(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	transitions, failed := a.controller.exchange.Subscribe(ctx, fmt.Sprintf("topic==%q", transitionTopic))
+	if err := stream.SendHeader(metadata.MD{}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case envelope := <-transitions:
+			t := &podfsmv1.SandboxTransition{}
+			if err := typeurl.UnmarshalTo(envelope.Event, t); err != nil {
+				return errgrpc.ToGRPC(fmt.Errorf("failed to read an event: %w", err))
+			}
+			if err := stream.Send(t); err != nil {
+				return err
+			}
+		case err := <-failed: // nil when the caller has gone
+			return errgrpc.ToGRPC(err)
+		}
+	}
 }
 
 // Leaks answers with what belongs to nobody, and removes it when asked to. What is gone afterwards is found out by looking.

@@ -20,6 +20,12 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
+// found is the id of the sandbox that the service finds.
+func found(w *world, ref string) (string, error) {
+	response, err := records.Inspect(ref, w.engine.List(), w.past.Read)
+	return response.GetSandbox().GetId(), err
+}
+
 func TestFind(t *testing.T) {
 	w := newWorld(t)
 	w.run(t, "aaa1", named("web"))
@@ -48,9 +54,9 @@ func TestFind(t *testing.T) {
 		"default/gone-too": "aaa3",
 		"aaa3":             "aaa3",
 	} {
-		view, err := records.Find(ref, w.engine.List(), w.engine.Finished())
+		id, err := found(w, ref)
 		require.NoError(t, err, "%q", ref)
-		require.Equal(t, want, view.Key.ID, "%q", ref)
+		require.Equal(t, want, id, "%q", ref)
 	}
 	for ref, is := range map[string]func(error) bool{
 		"":           errdefs.IsInvalidArgument,
@@ -62,10 +68,10 @@ func TestFind(t *testing.T) {
 		"eb":         errdefs.IsNotFound,
 		"x":          errdefs.IsNotFound,
 	} {
-		_, err := records.Find(ref, w.engine.List(), w.engine.Finished())
+		_, err := found(w, ref)
 		require.True(t, is(err), "%q: %v", ref, err)
 	}
-	_, err := records.Find("aaa", w.engine.List(), w.engine.Finished())
+	_, err := found(w, "aaa")
 	require.ErrorContains(t, err, "aaa1 (default/web)")
 	require.ErrorContains(t, err, "aaa2 (default/db)")
 	require.NotContains(t, err.Error(), "aaa3")
@@ -76,7 +82,7 @@ func TestFindNamesOnlySome(t *testing.T) {
 	for i := range 12 {
 		require.NoError(t, w.create(t, fmt.Sprintf("a%02d", i), named(fmt.Sprint("pod-", i))))
 	}
-	_, err := records.Find("a", w.engine.List(), w.engine.Finished())
+	_, err := found(w, "a")
 	require.True(t, errdefs.IsInvalidArgument(err))
 	require.ErrorContains(t, err, "12 sandboxes")
 	require.ErrorContains(t, err, "…")

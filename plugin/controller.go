@@ -20,11 +20,14 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/typeurl/v2"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
@@ -41,6 +44,10 @@ type Controller struct {
 	node     *node
 	ledger   *journal.Ledger
 	engine   *lifecycle.Engine
+	past     *history.File // of the sandboxes that have ended
+	meters   *meters
+	herald   *herald
+	exchange eventExchange // containerd's events
 	exits    *exitWatch
 	checks   checks
 	exam     examination
@@ -61,6 +68,7 @@ var (
 // can't work refuses pods, with the reason.
 func initController(ic *plugin.InitContext) (instance any, _ error) {
 	c := &Controller{stock: &stockConfig{}}
+	c.meters = newMeters(c)
 	defer func() {
 		if p := recover(); p != nil {
 			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
@@ -68,6 +76,9 @@ func initController(ic *plugin.InitContext) (instance any, _ error) {
 		c.callDoctor(ic)
 		if c.refusal != nil {
 			log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
+		}
+		if err := prometheus.Register(c.meters); err != nil {
+			log.G(ic.Context).WithError(err).Warn("podfsm: there will be no metrics of it")
 		}
 		instance = c
 	}()
@@ -103,6 +114,8 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err != nil {
 		return fmt.Errorf("failed to find containerd's events: %w", err)
 	}
+	c.exchange = events.(eventExchange)
+	c.herald = &herald{publisher: c.exchange}
 	if c.ledger, err = journal.Open(ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]); err != nil {
 		return fmt.Errorf("failed to open the ledger: %w", err)
 	}
@@ -110,18 +123,21 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
-	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits)
+	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits, c.meters.ran)
 	c.node.policies = c.policies
 	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {
 		return err
 	}
 	c.node.ids = userns.New(idHost{c}, pool)
-	engine, err := lifecycle.New(c.node.steps(c.limits), c.ledger, lifecycle.DefaultBackoff)
+	if c.past, err = history.Open(filepath.Join(ic.Properties[plugins.PropertyRootDir], history.FileName)); err != nil {
+		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
+	}
+	engine, err := lifecycle.New(c.node.steps(c.limits), timedLedger{c.ledger, c.meters}, lifecycle.DefaultBackoff, c.observe, c.meters)
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
-	c.engine, c.exits = engine, watchExits(events.(subscriber), engine)
+	c.engine, c.exits = engine, watchExits(c.exchange, engine)
 	if err := c.recover(ic.Context, client, gc); err != nil {
 		c.exits.close()
 		c.engine, c.exits = nil, nil // one that knows no sandbox would let containerd's service forget them all
@@ -132,6 +148,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 
 // Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
 func (c *Controller) Close() error {
+	if c.meters != nil {
+		prometheus.Unregister(c.meters)
+	}
 	c.checks.close()
 	c.exam.close()
 	if c.exits != nil {
@@ -141,6 +160,7 @@ func (c *Controller) Close() error {
 		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
 		c.engine.Close(ctx)
+		c.herald.settle(ctx)
 	}
 	if c.ledger != nil {
 		return c.ledger.Close()
@@ -289,7 +309,7 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 		ctx = call.Caller
 	} else {
 		var span trace.Span
-		ctx, span = tracing.Start(ctx, tracing.SpanRun, tracing.SandboxID.String(id))
+		ctx, span = tracing.Start(ctx, tracing.SpanRun, c.attributes(key)...)
 		defer func() { tracing.End(span, err) }()
 	}
 	defer func() {
@@ -334,7 +354,7 @@ func (c *Controller) Stop(ctx context.Context, id string, _ ...sandbox.StopOpt) 
 	if cri.FromContext(ctx) != nil {
 		return c.engine.Halt(ctx, key)
 	}
-	ctx, span := tracing.Start(ctx, tracing.SpanStop, tracing.SandboxID.String(id))
+	ctx, span := tracing.Start(ctx, tracing.SpanStop, c.attributes(key)...)
 	defer func() { tracing.End(span, err) }()
 	if err := c.engine.Halt(ctx, key); err != nil {
 		return err
@@ -350,7 +370,7 @@ func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
 	}
 	if cri.FromContext(ctx) == nil {
 		var span trace.Span
-		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, tracing.SandboxID.String(id))
+		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, c.attributes(key)...)
 		defer func() { tracing.End(span, err) }()
 	}
 	return c.engine.Remove(ctx, key)
@@ -538,6 +558,15 @@ func inCallersTrace(ctx context.Context) context.Context {
 		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
 	}
 	return ctx
+}
+
+// attributes are those of the spans of a sandbox, as far as it is known.
+func (c *Controller) attributes(key journal.Key) []attribute.KeyValue {
+	view, ok := c.engine.Find(key)
+	if !ok {
+		return []attribute.KeyValue{tracing.SandboxID.String(key.ID)}
+	}
+	return request(key, view.Spec.(*Spec)).Attributes
 }
 
 // inCreationTrace is ctx in the trace of the sandbox's creation if it is in none: when NRI or the store fails a creation, containerd's

@@ -18,6 +18,12 @@ type subscriber interface {
 	Subscribe(ctx context.Context, filters ...string) (<-chan *events.Envelope, <-chan error)
 }
 
+// eventExchange is containerd's event exchange.
+type eventExchange interface {
+	events.Publisher
+	subscriber
+}
+
 // exitWatch tells the engine when a pause has exited: one subscription for all sandboxes, so that none needs a goroutine.
 type exitWatch struct {
 	cancel context.CancelFunc

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -10,6 +11,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
@@ -20,7 +22,9 @@ import (
 	"go.uber.org/goleak"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
@@ -290,10 +294,37 @@ func (noRecords) Get(context.Context, string) (sandbox.Sandbox, error) {
 // world is a controller on a host of a test.
 type world struct {
 	*Controller
-	host    *host
-	book    *book
-	records *containerRecords
-	wait    time.Duration // until what is owed is tried again: so long that tests do that themselves, unless one sets another
+	host      *host
+	book      *book
+	records   *containerRecords
+	wait      time.Duration // until what is owed is tried again: so long that tests do that themselves, unless one sets another
+	published press
+}
+
+// press keeps what is published.
+type press struct {
+	mu     sync.Mutex
+	before func() // is called first, unless nil
+	events []*podfsmv1.SandboxTransition
+}
+
+func (p *press) Publish(_ context.Context, topic string, event events.Event) error {
+	if p.before != nil {
+		p.before()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if topic != transitionTopic {
+		return fmt.Errorf("topic %q: %w", topic, errdefs.ErrInvalidArgument)
+	}
+	p.events = append(p.events, event.(*podfsmv1.SandboxTransition))
+	return nil
+}
+
+func (p *press) all() []*podfsmv1.SandboxTransition {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.events)
 }
 
 func newWorld(t *testing.T) *world {
@@ -320,6 +351,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir(), pause.Sockets{})}
 	w.Controller = &Controller{stock: stock, node: n}
 	n.ids = userns.New(idHost{w.Controller}, nil)
+	w.meters = newMeters(w.Controller)
 
 	var steps []lifecycle.Step
 	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
@@ -335,7 +367,10 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 			steps = append(steps, &fake)
 		}
 	}
-	engine, err := lifecycle.New(steps, ledger, func(int) time.Duration { return w.wait })
+	w.past, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
+	require.NoError(t, err)
+	w.herald = &herald{publisher: &w.published}
+	engine, err := lifecycle.New(steps, timedLedger{ledger, w.meters}, func(int) time.Duration { return w.wait }, w.observe, w.meters)
 	require.NoError(t, err)
 	w.engine = engine
 	t.Cleanup(func() { require.NoError(t, w.Close()) })

@@ -31,6 +31,7 @@ func init() {
 		Requires: []plugin.Type{
 			plugins.CRIServicePlugin,
 			plugins.EventPlugin,
+			plugins.InternalPlugin, // tracing: what is made first is closed last, so that the last spans are exported, too
 			plugins.LeasePlugin,
 			plugins.MountManagerPlugin,
 			plugins.SandboxStorePlugin,

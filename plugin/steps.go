@@ -41,7 +41,7 @@ type node struct {
 	doctor     *doctor.Doctor // nil: nobody examines the node
 }
 
-func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts) *node {
+func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts, ran func(cni.Command)) *node {
 	return &node{
 		stock:   stock,
 		client:  client,
@@ -55,7 +55,7 @@ func newNode(stock *stockConfig, client *containerd.Client, bundles string, sock
 		},
 		containers: pause.NewContainers(client, bundles, sockets),
 		snapshots:  snapshot.NewPreparer(client),
-		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel}),
+		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel, Ran: ran}),
 	}
 }
 

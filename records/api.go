@@ -9,26 +9,34 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// List is the sandboxes in the words of the API, the oldest first.
-func List(views []lifecycle.View) *podfsmv1.ListResponse {
-	views = slices.SortedFunc(slices.Values(views), func(x, y lifecycle.View) int {
-		return cmp.Or(x.Created.Compare(y.Created), cmp.Compare(x.Key.ID, y.Key.ID))
-	})
+// List is the sandboxes in the words of the API, the oldest first. Of one that is among those that have ended, too, because it was
+// restored after its end, the view counts.
+func List(views []lifecycle.View, ended ...*podfsmv1.InspectResponse) *podfsmv1.ListResponse {
 	response := &podfsmv1.ListResponse{}
+	there := map[journal.Key]bool{}
 	for _, view := range views {
 		response.Sandboxes = append(response.Sandboxes, Sandbox(view))
+		there[view.Key] = true
 	}
+	for _, one := range ended {
+		if s := one.GetSandbox(); !there[journal.Key{Namespace: s.GetContainerdNamespace(), ID: s.GetId()}] {
+			response.Sandboxes = append(response.Sandboxes, s)
+		}
+	}
+	slices.SortFunc(response.Sandboxes, func(x, y *podfsmv1.Sandbox) int {
+		return cmp.Or(x.GetCreatedAt().AsTime().Compare(y.GetCreatedAt().AsTime()), cmp.Compare(x.GetId(), y.GetId()))
+	})
 	return response
 }
 
@@ -39,10 +47,9 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 		response.Steps = append(response.Steps, stepOf(step))
 	}
 	for _, t := range view.Transitions {
-		response.Transitions = append(response.Transitions, &podfsmv1.Transition{
-			Seq: t.Seq, At: timestamppb.New(t.At), Event: string(t.Event), From: string(t.From), To: string(t.To), Error: Text(t.Err),
-		})
+		response.Transitions = append(response.Transitions, transitionOf(t))
 	}
+	response.Acts = actsOf(view)
 	if attached, ok := NetworkOf(view); ok {
 		result, err := json.Marshal(attached.Result)
 		if err != nil {
@@ -51,42 +58,6 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 		response.CniResult = string(result)
 	}
 	return response, nil
-}
-
-// Find looks a reference up in one generation of sandboxes after the other, as those that there are and those that went: a whole
-// id, a pod's "namespace/name" or name, the start of an id. Errors: NotFound; InvalidArgument when it is empty or several match.
-func Find(ref string, generations ...[]lifecycle.View) (lifecycle.View, error) {
-	if ref == "" {
-		return lifecycle.View{}, fmt.Errorf("name a sandbox by its id or its pod: %w", errdefs.ErrInvalidArgument)
-	}
-	for _, views := range generations {
-		for _, matches := range []func(lifecycle.View) bool{
-			func(v lifecycle.View) bool { return v.Key.ID == ref },
-			func(v lifecycle.View) bool { return v.Pod == ref || strings.HasSuffix(v.Pod, "/"+ref) },
-			func(v lifecycle.View) bool { return strings.HasPrefix(v.Key.ID, ref) },
-		} {
-			found := slices.DeleteFunc(slices.Clone(views), func(v lifecycle.View) bool { return !matches(v) })
-			if len(found) == 1 {
-				return found[0], nil
-			}
-			if len(found) > 1 {
-				return lifecycle.View{}, ambiguous(ref, found)
-			}
-		}
-	}
-	return lifecycle.View{}, fmt.Errorf("no sandbox of podfsm matches %q: %w", ref, errdefs.ErrNotFound)
-}
-
-func ambiguous(ref string, views []lifecycle.View) error {
-	const most = 8
-	var names []string
-	for _, view := range views[:min(len(views), most)] {
-		names = append(names, view.Key.ID+" ("+view.Pod+")")
-	}
-	if len(views) > most {
-		names = append(names, "…")
-	}
-	return fmt.Errorf("%q matches %d sandboxes, name one by its id: %s: %w", ref, len(views), strings.Join(names, ", "), errdefs.ErrInvalidArgument)
 }
 
 // Sandbox is a sandbox in the words of the API.
@@ -108,6 +79,7 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 		Userns:              mappingOf(MappingsOf(view)),
 		TraceId:             view.TraceID,
 		Error:               Text(view.Err),
+		FailedStep:          failedStep(view),
 	}
 	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok && view.Exit == nil {
 		s.Pid = started.Pid
@@ -207,12 +179,19 @@ func pluginsOf(r *Network) string {
 	return strings.ToValidUTF8(strings.Join(times, ","), "\uFFFD")
 }
 
-// Text is an error as a message that protobuf takes: plugins write what they like.
+// maxText bounds an error's text: plugins write what they like.
+const maxText = 16 << 10
+
+// Text is an error as a message that protobuf takes.
 func Text(err error) string {
 	if err == nil {
 		return ""
 	}
-	return strings.ToValidUTF8(err.Error(), "\uFFFD")
+	text := err.Error()
+	if len(text) > maxText {
+		text = fmt.Sprintf("%s… (%d bytes in all)", text[:maxText], len(text))
+	}
+	return strings.ToValidUTF8(text, "\uFFFD")
 }
 
 // NetworkOf is the network a sandbox is attached to, until it is known to be off it.

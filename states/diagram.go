@@ -10,24 +10,41 @@ import (
 // legal wherever a sandbox has not ended, so that its edges don't hide the rest.
 const anyState State = "AnyOther"
 
-// Mermaid renders the table as a Mermaid stateDiagram-v2.
-func Mermaid() string {
+// Passage is a transition that a sandbox has made, by its number in the sandbox's history.
+type Passage struct {
+	Transition
+	Seq uint64
+}
+
+// Mermaid renders the table as a Mermaid stateDiagram-v2, and in it the path that a sandbox has taken: its states are filled, and its
+// transitions have their numbers. A passage of an unknown state or event is left out.
+func Mermaid(path ...Passage) string {
+	taken := newTaken(path)
 	var b strings.Builder
 	b.WriteString("stateDiagram-v2\n")
 	fmt.Fprintf(&b, "    state \"any other unfinished state\" as %s\n", anyState)
 	fmt.Fprintf(&b, "    [*] --> %s\n", New)
-	for _, e := range edges() {
-		fmt.Fprintf(&b, "    %s --> %s : %s\n", e.From, e.To, e.Event)
+	for _, e := range taken.edges() {
+		label := string(e.Event)
+		if numbers := taken.numbers[e]; numbers != "" {
+			label += " (" + numbers + ")"
+		}
+		fmt.Fprintf(&b, "    %s --> %s : %s\n", e.From, e.To, label)
 	}
 	for _, s := range terminals() {
 		fmt.Fprintf(&b, "    %s --> [*]\n", s)
 	}
+	if len(taken.states) > 0 {
+		b.WriteString("    classDef taken fill:#2563eb,color:#ffffff\n")
+		fmt.Fprintf(&b, "    class %s taken\n", strings.Join(taken.names(), ","))
+	}
 	return b.String()
 }
 
-// DOT renders the table in Graphviz's language. Terminal states have a double
-// border.
-func DOT() string {
+// DOT renders the table in Graphviz's language, and in it the path that a sandbox has taken, as [Mermaid] does. Terminal states have a
+// double border.
+func DOT(path ...Passage) string {
+	taken := newTaken(path)
 	var b strings.Builder
 	b.WriteString("digraph sandbox {\n")
 	b.WriteString("    node [shape=box, style=rounded];\n")
@@ -35,11 +52,72 @@ func DOT() string {
 	for _, s := range terminals() {
 		fmt.Fprintf(&b, "    %q [peripheries=2];\n", s)
 	}
-	for _, e := range edges() {
+	for _, name := range taken.names() {
+		fmt.Fprintf(&b, "    %q [style=\"rounded,filled\", fillcolor=\"#2563eb\", fontcolor=white];\n", name)
+	}
+	for _, e := range taken.edges() {
+		if numbers := taken.numbers[e]; numbers != "" {
+			fmt.Fprintf(&b, "    %q -> %q [label=%q, color=\"#2563eb\", penwidth=2];\n", e.From, e.To, fmt.Sprintf("%s (%s)", e.Event, numbers))
+			continue
+		}
 		fmt.Fprintf(&b, "    %q -> %q [label=%q];\n", e.From, e.To, e.Event)
 	}
 	b.WriteString("}\n")
 	return b.String()
+}
+
+// taken is the path that a sandbox has taken through the table.
+type taken struct {
+	states  map[State]bool
+	numbers map[Transition]string // of the passages of each transition
+	extra   []Transition          // those that the diagrams don't have an edge for
+}
+
+func newTaken(path []Passage) *taken {
+	t := &taken{states: map[State]bool{}, numbers: map[Transition]string{}}
+	of := map[Transition][]uint64{}
+	for _, p := range path {
+		if !p.From.known() || !p.To.known() || p.Event.Meaning() == "" {
+			continue
+		}
+		t.states[p.From], t.states[p.To] = true, true
+		if of[p.Transition] == nil && !slices.Contains(edges(), p.Transition) {
+			t.extra = append(t.extra, p.Transition)
+		}
+		of[p.Transition] = append(of[p.Transition], p.Seq)
+	}
+	for transition, all := range of {
+		t.numbers[transition] = Numbers(all)
+	}
+	return t
+}
+
+// Numbers are those of all the passages of a transition, of very many the first and the last.
+func Numbers(all []uint64) string {
+	const most = 4
+	var texts []string
+	for i, n := range all {
+		switch {
+		case len(all) <= most || i < most-1 || i == len(all)-1:
+			texts = append(texts, fmt.Sprint(n))
+		case i == most-1:
+			texts = append(texts, "…")
+		}
+	}
+	return strings.Join(texts, ", ")
+}
+
+// edges are those of the table, and the sandbox's own.
+func (t *taken) edges() []Transition { return slices.Concat(edges(), t.extra) }
+
+// names are the states on the path, in the order of a sandbox's life.
+func (t *taken) names() (names []string) {
+	for _, s := range All() {
+		if t.states[s] {
+			names = append(names, string(s))
+		}
+	}
+	return names
 }
 
 // edges returns the table with the sources of an event that is legal in every

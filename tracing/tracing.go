@@ -50,7 +50,8 @@ const (
 	SandboxID      = attribute.Key("podfsm.sandbox.id")
 	RuntimeHandler = attribute.Key("podfsm.runtime.handler")
 	StepSkipped    = attribute.Key("podfsm.step.skipped")
-	Joined         = attribute.Key("podfsm.joined") // the span is of a retry; its link leads to the creation
+	Recovery       = attribute.Key("podfsm.recovery") // what became of a sandbox that a restart has found
+	Joined         = attribute.Key("podfsm.joined")   // the span is of a retry; its link leads to the creation
 	CNIPlugin      = attribute.Key("podfsm.cni.plugin")
 	CNINetwork     = attribute.Key("podfsm.cni.network")
 	CNIIfName      = attribute.Key("podfsm.cni.interface")
@@ -107,16 +108,27 @@ var classes = []struct {
 	{"internal", errdefs.IsInternal},
 }
 
-// Class names the class of err for error.type, which must be of low cardinality: its errdefs class, else the Go type of its
-// innermost error.
-func Class(err error) string {
+// KnownClass is [Class] where no more values may come than these: "other" for an error without an errdefs class.
+func KnownClass(err error) string {
 	for _, c := range classes {
 		if c.is(err) {
 			return c.name
 		}
 	}
+	return "other"
+}
+
+// Class names the class of err for error.type, which must be of low cardinality: its errdefs class, else the Go type of its
+// innermost error, the first of joined ones.
+func Class(err error) string {
+	if known := KnownClass(err); known != "other" {
+		return known
+	}
 	for {
 		inner := errors.Unwrap(err)
+		if joined, ok := err.(interface{ Unwrap() []error }); ok && len(joined.Unwrap()) > 0 {
+			inner = joined.Unwrap()[0]
+		}
 		if inner == nil {
 			return fmt.Sprintf("%T", err)
 		}
@@ -154,7 +166,10 @@ func Link(traceparent string) []trace.Link {
 }
 
 // StartLinked starts a trace of its own for work that a traced request of an earlier time led to, linked to it by its W3C
-// traceparent.
+// traceparent. Where that request wasn't sampled, the work isn't either: its span is a child, which follows that decision.
 func StartLinked(ctx context.Context, name, traceparent string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {
+	if origin := FromParent(traceparent); origin.IsValid() && !origin.IsSampled() {
+		return otel.Tracer(Name).Start(trace.ContextWithRemoteSpanContext(ctx, origin), name)
+	}
 	return otel.Tracer(Name).Start(ctx, name, trace.WithNewRoot(), trace.WithAttributes(attrs...), trace.WithLinks(Link(traceparent)...))
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -39,6 +41,38 @@ func TestEndRecordsTheError(t *testing.T) {
 	require.Equal(t, codes.Unset, ended[1].Status().Code)
 }
 
+// A request that isn't sampled isn't recorded later either.
+func TestStartLinkedFollowsTheSampling(t *testing.T) {
+	const origin = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
+	spans := record(t)
+	for traceparent, want := range map[string]bool{origin + "01": true, origin + "00": false, "": true} {
+		ctx, span := StartLinked(context.Background(), SpanCleanup, traceparent)
+		_, child := Start(ctx, Undo("start_pause"))
+		require.Equal(t, want, child.IsRecording(), traceparent)
+		child.End()
+		span.End()
+	}
+	for _, span := range spans.Ended() {
+		require.NotEqual(t, "0af7651916cd43dd8448eb211c80319c", span.SpanContext().TraceID().String(), "it is linked to, not continued")
+	}
+	require.Len(t, spans.Ended(), 4)
+}
+
+// An operator finds every span and every field of the log on one page.
+func TestSpansAndFieldsAreInTheDocs(t *testing.T) {
+	docs, err := os.ReadFile("../docs/operators.md")
+	require.NoError(t, err)
+	for _, name := range []string{
+		SpanRun, SpanRollback, SpanStop, SpanRemove, SpanDiscard, SpanRecover, SpanCleanup, SpanCheck,
+		SpanCNIAdd, SpanCNIDel, SpanCNICheck, SpanCNIStatus, SpanCNIGC, Step("<step>"), Undo("<step>"), Stop("start_pause"),
+		string(PodName), string(PodNamespace), string(PodUID), string(ErrorType), string(PodAttempt), string(SandboxID), string(RuntimeHandler),
+		string(StepSkipped), string(Recovery), string(Joined), string(CNIPlugin),
+		LogPod, LogSandbox, LogStep, LogAct, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogTraceID,
+	} {
+		require.Contains(t, string(docs), "`"+name+"`")
+	}
+}
+
 func TestClass(t *testing.T) {
 	for _, tc := range []struct {
 		err  error
@@ -47,6 +81,7 @@ func TestClass(t *testing.T) {
 		{fmt.Errorf("a: %w", context.DeadlineExceeded), "deadline_exceeded"},
 		{fmt.Errorf("a: %w", errdefs.ErrInvalidArgument), "invalid_argument"},
 		{errors.Join(errdefs.ErrNotFound, errors.New("b")), "not_found"},
+		{fmt.Errorf("a: %w", errors.Join(&fs.PathError{Op: "open", Path: "/x", Err: syscall.EIO}, errors.New("b"))), "syscall.Errno"},
 		{&fs.PathError{Op: "open", Path: "/x", Err: errors.New("plain")}, "*errors.errorString"},
 	} {
 		require.Equal(t, tc.want, Class(tc.err), "%v", tc.err)

@@ -329,6 +329,16 @@ type Quarantined struct {
 	UsedBy   string
 }
 
+// Usage is how many ranges of the pool are free, held, and in quarantine. It searches nothing; ok is false without a pool.
+func (a *Allocator) Usage() (free, held, quarantined int, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.pool == nil {
+		return 0, 0, 0, false
+	}
+	return len(a.pool.free), len(a.pool.held), len(a.pool.quarantine), true
+}
+
 // Overview searches the host for what uses the ranges in quarantine, and returns how things stand. An error of the search is returned
 // with the overview.
 func (a *Allocator) Overview(ctx context.Context) (Overview, error) {

@@ -28,29 +28,44 @@ type method[Request, Response any] func(podfsmv1.SandboxesClient, context.Contex
 // for the operator to read.
 func call[Request, Response any](ctx context.Context, cmd *cli.Command, m method[Request, Response], request Request) (Response, error) {
 	var none Response
-	// crictl and kubelet flags have addresses with a scheme.
-	address := strings.TrimPrefix(cmd.String("address"), "unix://")
-	timeout := cmd.Duration("timeout")
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-
-	d := dialer{address: address}
-	conn, err := grpc.NewClient("passthrough:///containerd",
-		grpc.WithContextDialer(d.dial),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize)))
+	d, err := connect(cmd)
 	if err != nil {
 		return none, err
 	}
-	defer conn.Close()
-	response, err := m(podfsmv1.NewSandboxesClient(conn), ctx, request)
-	if err == nil {
-		return response, nil
+	defer d.conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, d.timeout)
+	defer cancel()
+	response, err := m(podfsmv1.NewSandboxesClient(d.conn), ctx, request)
+	if err != nil {
+		return none, d.explain(err)
 	}
+	return response, nil
+}
+
+// daemon is a connection to the daemon that cmd's flags name. It is made with
+// the first request.
+type daemon struct {
+	dialer
+	timeout time.Duration
+	conn    *grpc.ClientConn
+}
+
+func connect(cmd *cli.Command) (_ *daemon, err error) {
+	// crictl and kubelet flags have addresses with a scheme.
+	d := &daemon{dialer: dialer{address: strings.TrimPrefix(cmd.String("address"), "unix://")}, timeout: cmd.Duration("timeout")}
+	d.conn, err = grpc.NewClient("passthrough:///containerd",
+		grpc.WithContextDialer(d.dial),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize)))
+	return d, err
+}
+
+// explain makes an error of a request one for the operator to read.
+func (d *daemon) explain(err error) error {
 	if failure := d.failure.Load(); failure != nil {
-		return none, explainDial(address, *failure)
+		return explainDial(d.address, *failure)
 	}
-	return none, explainCall(address, timeout, err)
+	return explainCall(d.address, d.timeout, err)
 }
 
 // dialer connects to one socket and keeps the error when that fails, because

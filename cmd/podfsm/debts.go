@@ -23,7 +23,7 @@ func debtsCommand() *cli.Command {
 			if cmd.Args().Present() {
 				return errors.New("debts takes no arguments")
 			}
-			response, err := list(ctx, cmd)
+			response, err := list(ctx, cmd, false)
 			if err != nil {
 				return err
 			}

@@ -36,6 +36,9 @@ func addIdentity(b *bytes.Buffer, s *podfsmv1.Sandbox, now time.Time) {
 	}
 	t.row("Handler:", s.GetRuntimeHandler())
 	t.row("State:", fmt.Sprintf("%s for %s, since %s", stateOf(s), age(s.GetSince(), now), instant(s.GetSince(), now)))
+	if s.GetFailedStep() != "" {
+		t.row("Failed:", s.GetFailedStep())
+	}
 	t.row("Step:", s.GetStep())
 	t.row("Error:", s.GetError())
 	t.row("Created:", fmt.Sprintf("%s ago, at %s", age(s.GetCreatedAt(), now), instant(s.GetCreatedAt(), now)))

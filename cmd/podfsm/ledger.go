@@ -13,6 +13,7 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -50,6 +51,7 @@ type downError struct{ error }
 type ledger struct {
 	journal.Snapshot
 	views []lifecycle.View
+	ended []*podfsmv1.InspectResponse
 	host  leaks.Host
 }
 
@@ -70,6 +72,10 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 		return nil, err
 	}
 	w := cmd.Root().ErrWriter
+	ended, err := history.Read(filepath.Join(root, ledgerDir, history.FileName))
+	if err != nil {
+		fmt.Fprintf(w, "podfsm: %v\n", err)
+	}
 	fmt.Fprintf(w, "podfsm: %v\n", down)
 	fmt.Fprintf(w, "podfsm: the daemon is down; this is its ledger, last written %s ago\n", duration.HumanDuration(time.Since(saved.Written)))
 	for _, damage := range saved.Damage {
@@ -78,6 +84,7 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 	return &ledger{
 		Snapshot: *saved,
 		views:    views,
+		ended:    ended,
 		host: leaks.Host{
 			// The daemon's configuration says which of them; podfsm's names are in no other.
 			NetNSDirs: []string{"/var/run/netns", filepath.Join(state, criDir, "netns")},
@@ -98,16 +105,15 @@ func explainLedger(down downError, root, state string, err error) error {
 	return fmt.Errorf("%w\nand its ledger can't be read: %w", down, err)
 }
 
-func (l *ledger) list() *podfsmv1.ListResponse {
+func (l *ledger) list(ended bool) *podfsmv1.ListResponse {
+	if ended {
+		return records.List(l.views, l.ended...)
+	}
 	return records.List(l.views)
 }
 
 func (l *ledger) inspect(ref string) (*podfsmv1.InspectResponse, error) {
-	view, err := records.Find(ref, l.views)
-	if err != nil {
-		return nil, err
-	}
-	return records.Inspection(view)
+	return records.Inspect(ref, l.views, func() ([]*podfsmv1.InspectResponse, error) { return l.ended, nil })
 }
 
 // leaks are those that can be seen without containerd.

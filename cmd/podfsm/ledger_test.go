@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/records"
@@ -93,6 +94,41 @@ func TestDaemonDown(t *testing.T) {
 	require.Regexp(t, `remap_snapshot +running`, out)
 	_, _, err = d.podfsm(t, "inspect", "nobody")
 	require.ErrorContains(t, err, `no sandbox of podfsm matches "nobody"`)
+}
+
+// What has ended is found while the daemon is down, too; a history that can't be read is said to be so, and stops nothing else.
+func TestHistoryWhileTheDaemonIsDown(t *testing.T) {
+	d := newDaemonDirs(t)
+	l := d.openLedger(t)
+	fill(t, l)
+	require.NoError(t, l.Close())
+	path := filepath.Join(d.root, ledgerDir, history.FileName)
+	past, err := history.Open(path)
+	require.NoError(t, err)
+	require.NoError(t, past.Add(crashed))
+
+	out, _, err := d.podfsm(t, "ps", "--all")
+	require.NoError(t, err)
+	require.Regexp(t, `(?m)^7c41d09e55aa0 +default/web +RolledBack .* attach_network$`, out)
+	out, _, err = d.podfsm(t, "ps")
+	require.NoError(t, err)
+	require.NotContains(t, out, "default/web")
+	for _, command := range []string{"inspect", "timeline", "graph"} {
+		out, errOut, err := d.podfsm(t, command, "web")
+		require.NoError(t, err)
+		require.Contains(t, out, crashed.GetSandbox().GetId())
+		require.Contains(t, errOut, "the daemon is down")
+	}
+	out, _, err = d.podfsm(t, "timeline", "owed")
+	require.NoError(t, err)
+	require.Regexp(t, `(?m)^undo remap_snapshot +\S+ +\S+ \[ *!+ *\]$`, out)
+	require.Contains(t, out, `no\nluck`)
+
+	require.NoError(t, os.Remove(path))
+	require.NoError(t, os.Mkdir(path, 0o700))
+	_, errOut, err := d.podfsm(t, "ps", "--all")
+	require.NoError(t, err)
+	require.Contains(t, errOut, "failed to read the history of sandboxes that have ended")
 }
 
 func TestLeaksWhileTheDaemonIsDown(t *testing.T) {

@@ -70,7 +70,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())
@@ -93,12 +93,16 @@ func psCommand() *cli.Command {
 		Name:            "ps",
 		Usage:           "list the sandboxes, the oldest first",
 		HideHelpCommand: true,
-		Flags:           []cli.Flag{outputFlag("wide", "json")},
+		Flags: []cli.Flag{
+			outputFlag("wide", "json"),
+			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "also those that have ended: the last 200, failed creations among them"},
+		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if cmd.Args().Present() {
 				return errors.New("ps takes no arguments")
 			}
-			response, err := list(ctx, cmd)
+			all := cmd.Bool("all")
+			response, err := list(ctx, cmd, all)
 			if err != nil {
 				return err
 			}
@@ -106,14 +110,14 @@ func psCommand() *cli.Command {
 			if output == "json" {
 				return writeJSON(cmd.Root().Writer, response)
 			}
-			return writeList(cmd.Root().Writer, response.GetSandboxes(), output == "wide", time.Now())
+			return writeList(cmd.Root().Writer, response.GetSandboxes(), all, output == "wide", time.Now())
 		},
 	}
 }
 
 // list asks the daemon, or its ledger while that is down.
-func list(ctx context.Context, cmd *cli.Command) (*podfsmv1.ListResponse, error) {
-	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
+func list(ctx context.Context, cmd *cli.Command, ended bool) (*podfsmv1.ListResponse, error) {
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{Ended: ended})
 	if err == nil {
 		return response, nil
 	}
@@ -121,23 +125,28 @@ func list(ctx context.Context, cmd *cli.Command) (*podfsmv1.ListResponse, error)
 	if err != nil {
 		return nil, err
 	}
-	return found.list(), nil
+	return found.list(ended), nil
 }
+
+// refDescription says what a sandbox can be named by.
+const refDescription = `REF is a pod's namespace/name or name, a sandbox id or its beginning. Of several sandboxes of one
+pod the newest counts. Sandboxes that have ended are found, too: the last 200, failed creations among them.`
 
 func inspectCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "inspect",
 		Usage:       "show the steps, transitions and debts of one sandbox",
 		ArgsUsage:   "REF",
-		Description: "REF is a sandbox id, a unique prefix of one, a pod's namespace/name or a pod's name.",
+		Description: refDescription,
 		// Otherwise a pod named "help" could not be inspected.
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("json")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.NArg() != 1 {
-				return errors.New("inspect takes one argument: a sandbox id, a prefix of one, or a pod's namespace/name or name")
+			ref, err := oneRef(cmd)
+			if err != nil {
+				return err
 			}
-			response, err := inspect(ctx, cmd, cmd.Args().First())
+			response, err := inspect(ctx, cmd, ref)
 			if err != nil {
 				return err
 			}
@@ -160,6 +169,14 @@ func inspect(ctx context.Context, cmd *cli.Command, ref string) (*podfsmv1.Inspe
 		return nil, err
 	}
 	return found.inspect(ref)
+}
+
+// oneRef is the command's only argument.
+func oneRef(cmd *cli.Command) (string, error) {
+	if cmd.NArg() != 1 {
+		return "", fmt.Errorf("%s takes one argument: a pod's namespace/name or name, a sandbox id or its beginning", cmd.Name)
+	}
+	return cmd.Args().First(), nil
 }
 
 func outputFlag(formats ...string) cli.Flag {

@@ -39,10 +39,16 @@ type fakeSandboxes struct {
 	podfsmv1.UnimplementedSandboxesServer
 	inspect func(ctx context.Context, ref string) (*podfsmv1.InspectResponse, error)
 	leaks   func(fix bool) *podfsmv1.LeaksResponse
+	ended   []*podfsmv1.Sandbox
+	watch   func(grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error
 }
 
-func (fakeSandboxes) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
-	return &podfsmv1.ListResponse{Sandboxes: []*podfsmv1.Sandbox{ready, owing, starting}}, nil
+func (f fakeSandboxes) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
+	all := []*podfsmv1.Sandbox{ready, owing, starting}
+	if r.GetEnded() {
+		all = append(f.ended, all...)
+	}
+	return &podfsmv1.ListResponse{Sandboxes: all}, nil
 }
 
 func (f fakeSandboxes) Inspect(ctx context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.InspectResponse, error) {
@@ -211,6 +217,10 @@ func TestUsageErrors(t *testing.T) {
 		{[]string{"ps", "x"}, "ps takes no arguments"},
 		{[]string{"debts", "x"}, "debts takes no arguments"},
 		{[]string{"leaks", "x"}, "leaks takes no arguments"},
+		{[]string{"timeline"}, "timeline takes one argument"},
+		{[]string{"timeline", "a", "b"}, "timeline takes one argument"},
+		{[]string{"watch", "-o", "wide"}, "must be json"},
+		{[]string{"graph", "-o", "svg"}, "must be dot or mermaid"},
 		{[]string{"ps", "-o", "yaml"}, "must be wide or json"},
 		{[]string{"ps", "--colour"}, "not defined: -colour"},
 		{[]string{"inspect"}, "inspect takes one argument"},

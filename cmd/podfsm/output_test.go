@@ -31,16 +31,17 @@ func TestList(t *testing.T) {
 	for _, tc := range []struct {
 		golden    string
 		sandboxes []*podfsmv1.Sandbox
-		wide      bool
+		all, wide bool
 	}{
 		{golden: "ps.txt", sandboxes: all},
 		{golden: "ps-wide.txt", sandboxes: all, wide: true},
+		{golden: "ps-all.txt", sandboxes: append([]*podfsmv1.Sandbox{crashed.GetSandbox()}, all...), all: true},
 		{golden: "ps-none.txt"},
 		{golden: "ps-blank.txt", sandboxes: []*podfsmv1.Sandbox{{}}, wide: true},
 	} {
 		t.Run(tc.golden, func(t *testing.T) {
 			var b bytes.Buffer
-			require.NoError(t, writeList(&b, tc.sandboxes, tc.wide, now))
+			require.NoError(t, writeList(&b, tc.sandboxes, tc.all, tc.wide, now))
 			requireGolden(t, tc.golden, b.Bytes())
 		})
 	}

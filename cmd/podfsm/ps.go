@@ -15,18 +15,29 @@ import (
 // crictl, enough to be unique on a node.
 const shortID = 13
 
-func writeList(w io.Writer, sandboxes []*podfsmv1.Sandbox, wide bool, now time.Time) error {
+func writeList(w io.Writer, sandboxes []*podfsmv1.Sandbox, all, wide bool, now time.Time) error {
 	header := []string{"SANDBOX", "POD", "STATE", "SINCE", "STEP", "IP"}
+	if all || wide {
+		header = append(header, "ATTEMPT")
+	}
+	if all {
+		header = append(header, "FAILED STEP")
+	}
 	if wide {
-		header = append(header, "ATTEMPT", "AGE", "NAMESPACE", "HANDLER", "PID", "UIDS", "OWED", "TRACE", "ERROR")
+		header = append(header, "AGE", "NAMESPACE", "HANDLER", "PID", "UIDS", "OWED", "TRACE", "ERROR")
 	}
 	var b bytes.Buffer
 	t := newTable(&b, header...)
 	for _, s := range sandboxes {
 		cells := []string{shorten(s.GetId()), podOf(s), stateOf(s), age(s.GetSince(), now), s.GetStep(), s.GetIp()}
+		if all || wide {
+			cells = append(cells, strconv.FormatUint(uint64(s.GetAttempt()), 10))
+		}
+		if all {
+			cells = append(cells, s.GetFailedStep())
+		}
 		if wide {
 			cells = append(cells,
-				strconv.FormatUint(uint64(s.GetAttempt()), 10),
 				age(s.GetCreatedAt(), now),
 				s.GetContainerdNamespace(),
 				s.GetRuntimeHandler(),

@@ -165,7 +165,7 @@ func (d demo) failingPod(ctx context.Context) error {
 // history shows the timeline of a sandbox by podfsm's CLI, and podfsm's spans.
 func (d demo) history(ctx context.Context, ref, traceID string, spans ...string) error {
 	title("Its timeline")
-	cli := exec.CommandContext(ctx, d.CLI(), "--address", d.Socket(), "inspect", ref)
+	cli := exec.CommandContext(ctx, d.CLI(), "--address", d.Socket(), "timeline", ref)
 	cli.Stdout, cli.Stderr = os.Stdout, os.Stderr
 	if err := cli.Run(); err != nil {
 		return fmt.Errorf("failed to run %q: %w", cli, err)

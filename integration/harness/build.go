@@ -66,6 +66,9 @@ var parts = []install{
 // Without symbols it is linked faster and a third smaller.
 var kubelet = install{"integration/tools/kubelet", ".build/bin", []string{"-ldflags=-s -w", "tool"}, "kubelet (minutes the first time)"}
 
+// promql reads PromQL as Prometheus does.
+var promql = install{"integration/tools/promql", ".build/bin", []string{"."}, "promql"}
+
 // path returns where a daemon's binary is, below the repository.
 func (d Daemon) path() string {
 	if d == PodfsmRace {
@@ -110,13 +113,20 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 
 // BuildKubelet brings the kubelet up to date and returns its path. Progress goes
 // to stderr.
-func BuildKubelet(ctx context.Context) (string, error) {
-	end, err := builds.begin(ctx)
+func BuildKubelet(ctx context.Context) (string, error) { return builds.tool(ctx, kubelet, "kubelet") }
+
+// BuildPromQL brings the reader of PromQL up to date and returns its path.
+// Progress goes to stderr.
+func BuildPromQL(ctx context.Context) (string, error) { return builds.tool(ctx, promql, "promql") }
+
+// tool brings a single program up to date and returns its path.
+func (b *builder) tool(ctx context.Context, i install, name string) (string, error) {
+	end, err := b.begin(ctx)
 	if err != nil {
 		return "", err
 	}
 	defer end()
-	return filepath.Join(builds.repo, kubelet.bin, "kubelet"), builds.install(ctx, kubelet)
+	return filepath.Join(b.repo, i.bin, name), b.install(ctx, i)
 }
 
 // begin finds the repository and waits for its turn: builds run one after

@@ -95,6 +95,34 @@ func (c *Collector) WaitFor(ctx context.Context, traceID string, done func([]Spa
 	return spans, nil
 }
 
+// All returns all spans that have arrived so far.
+func (c *Collector) All() []Span { return c.spans.Items() }
+
+// WaitForLinked returns the spans of the first trace whose root has a name and
+// is linked to a trace, as soon as the root has arrived: it ends last.
+func (c *Collector) WaitForLinked(ctx context.Context, traceID, name string) ([]Span, error) {
+	var found string
+	spans, err := c.spans.WaitFor(ctx, func(all []Span) bool {
+		found = linked(all, traceID, name)
+		return found != ""
+	})
+	if err != nil {
+		return spans, fmt.Errorf("no %s linked to trace %s:\n%s%w", name, traceID, Render(spans, nil), err)
+	}
+	return ofTrace(spans, found), nil
+}
+
+func linked(spans []Span, traceID, name string) string {
+	for _, s := range spans {
+		for _, l := range s.Links {
+			if s.Name == name && l.TraceID == traceID {
+				return s.TraceID
+			}
+		}
+	}
+	return ""
+}
+
 // Finished tells whether spans hold, for each of the names, a span of that name.
 func Finished(names ...string) func([]Span) bool {
 	return func(spans []Span) bool {

@@ -7,6 +7,9 @@
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
 // served on containerd's own socket, and needs no containerd namespace: it
 // answers for all of them. Only Leaks changes anything, and only when asked to.
+//
+// The message SandboxTransition is also what containerd's events of the topic
+// "/podfsm/sandbox/transition" hold.
 
 package podfsmv1
 
@@ -385,7 +388,9 @@ func (x *Leak) GetError() string {
 }
 
 type ListRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Also return the sandboxes that have ended.
+	Ended         bool `protobuf:"varint,1,opt,name=ended,proto3" json:"ended,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -418,6 +423,13 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
 	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ListRequest) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
 }
 
 type ListResponse struct {
@@ -516,10 +528,14 @@ type InspectResponse struct {
 	// The steps of the creation path, in its order.
 	Steps []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
 	// The most recent transitions, the oldest first.
+	// Where there were very many, those in the middle are left out.
 	Transitions []*Transition `protobuf:"bytes,3,rep,name=transitions,proto3" json:"transitions,omitempty"`
 	// What the CNI plugins returned, as JSON in the form of containerd's verbose
 	// status. Empty when no network is attached.
-	CniResult     string `protobuf:"bytes,4,opt,name=cni_result,json=cniResult,proto3" json:"cni_result,omitempty"`
+	CniResult string `protobuf:"bytes,4,opt,name=cni_result,json=cniResult,proto3" json:"cni_result,omitempty"`
+	// What was tried, in the order in which it began. Of the tries at one thing the
+	// first and the last are kept.
+	Acts          []*Act `protobuf:"bytes,5,rep,name=acts,proto3" json:"acts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -582,6 +598,234 @@ func (x *InspectResponse) GetCniResult() string {
 	return ""
 }
 
+func (x *InspectResponse) GetActs() []*Act {
+	if x != nil {
+		return x.Acts
+	}
+	return nil
+}
+
+// Act is one try at doing or undoing a step, or a part of it.
+type Act struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Step  string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// "do", "undo", "stop" for the end of the sandbox's process; "ADD" or "DEL" for
+	// a CNI plugin that was run meanwhile.
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// The CNI plugin, as "network/type". Empty for an act of podfsm's own.
+	Plugin string `protobuf:"bytes,3,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	// Absent for a DEL that has failed.
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// Absent while it is under way, and where nobody knows, because the daemon
+	// was killed meanwhile.
+	Duration      *durationpb.Duration `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
+	Error         string               `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Act) Reset() {
+	*x = Act{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Act) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Act) ProtoMessage() {}
+
+func (x *Act) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Act.ProtoReflect.Descriptor instead.
+func (*Act) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Act) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *Act) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Act) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *Act) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *Act) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *Act) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
+}
+
+// SandboxTransition is a change of a sandbox's state, which is on record.
+type SandboxTransition struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId           string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	// The pod's identity, as in Sandbox.
+	PodName       string      `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	PodNamespace  string      `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	PodUid        string      `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	Attempt       uint32      `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	Transition    *Transition `protobuf:"bytes,7,opt,name=transition,proto3" json:"transition,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SandboxTransition) Reset() {
+	*x = SandboxTransition{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SandboxTransition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SandboxTransition) ProtoMessage() {}
+
+func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SandboxTransition.ProtoReflect.Descriptor instead.
+func (*SandboxTransition) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SandboxTransition) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SandboxTransition) GetContainerdNamespace() string {
+	if x != nil {
+		return x.ContainerdNamespace
+	}
+	return ""
+}
+
+func (x *SandboxTransition) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *SandboxTransition) GetPodNamespace() string {
+	if x != nil {
+		return x.PodNamespace
+	}
+	return ""
+}
+
+func (x *SandboxTransition) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *SandboxTransition) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *SandboxTransition) GetTransition() *Transition {
+	if x != nil {
+		return x.Transition
+	}
+	return nil
+}
+
 type Sandbox struct {
 	state               protoimpl.MessageState `protogen:"open.v1"`
 	Id                  string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -622,14 +866,16 @@ type Sandbox struct {
 	// The last error; empty when the last attempt at everything succeeded.
 	Error string `protobuf:"bytes,20,opt,name=error,proto3" json:"error,omitempty"`
 	// What is still owed, in the order in which it will be tried.
-	Debts         []*Debt `protobuf:"bytes,21,rep,name=debts,proto3" json:"debts,omitempty"`
+	Debts []*Debt `protobuf:"bytes,21,rep,name=debts,proto3" json:"debts,omitempty"`
+	// The step whose failure ended the sandbox's creation. Empty when none did.
+	FailedStep    string `protobuf:"bytes,22,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -641,7 +887,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -654,7 +900,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Sandbox) GetId() string {
@@ -804,6 +1050,13 @@ func (x *Sandbox) GetDebts() []*Debt {
 	return nil
 }
 
+func (x *Sandbox) GetFailedStep() string {
+	if x != nil {
+		return x.FailedStep
+	}
+	return ""
+}
+
 // UserNamespace is the mapping of a user namespace, as in user_namespaces(7).
 type UserNamespace struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -815,7 +1068,7 @@ type UserNamespace struct {
 
 func (x *UserNamespace) Reset() {
 	*x = UserNamespace{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -827,7 +1080,7 @@ func (x *UserNamespace) String() string {
 func (*UserNamespace) ProtoMessage() {}
 
 func (x *UserNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -840,7 +1093,7 @@ func (x *UserNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
 func (*UserNamespace) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *UserNamespace) GetUids() []*IDMapping {
@@ -868,7 +1121,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -880,7 +1133,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -893,7 +1146,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -934,7 +1187,7 @@ type Debt struct {
 
 func (x *Debt) Reset() {
 	*x = Debt{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -946,7 +1199,7 @@ func (x *Debt) String() string {
 func (*Debt) ProtoMessage() {}
 
 func (x *Debt) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -959,7 +1212,7 @@ func (x *Debt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Debt.ProtoReflect.Descriptor instead.
 func (*Debt) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Debt) GetStep() string {
@@ -1017,7 +1270,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1282,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1295,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Step) GetName() string {
@@ -1090,21 +1343,32 @@ func (x *Step) GetDetail() map[string]string {
 type Transition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The position in the sandbox's history, from 1, which is the transition out
-	// of "New". It orders transitions; the clock does not.
+	// of "New". It orders transitions; the clock does not. It only ever grows, and
+	// may leave numbers out after a restart.
 	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
 	At    *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
 	Event string                 `protobuf:"bytes,3,opt,name=event,proto3" json:"event,omitempty"`
 	From  string                 `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
 	To    string                 `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
 	// The error that led to the transition, when one did.
-	Error         string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	// The step that was done, or whose failure, or undo's failure, led to the
+	// transition. Empty when it is about no step.
+	Step string `protobuf:"bytes,7,opt,name=step,proto3" json:"step,omitempty"`
+	// The error's class, of low cardinality, as "deadline_exceeded".
+	ErrorType string `protobuf:"bytes,8,opt,name=error_type,json=errorType,proto3" json:"error_type,omitempty"`
+	// How long the sandbox was in the state that it left.
+	After *durationpb.Duration `protobuf:"bytes,9,opt,name=after,proto3" json:"after,omitempty"`
+	// The W3C trace id of what it was part of, in hexadecimal. Empty when that was
+	// not traced.
+	TraceId       string `protobuf:"bytes,10,opt,name=trace_id,json=traceId,proto3" json:"trace_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Transition) Reset() {
 	*x = Transition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1380,7 @@ func (x *Transition) String() string {
 func (*Transition) ProtoMessage() {}
 
 func (x *Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1393,7 @@ func (x *Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transition.ProtoReflect.Descriptor instead.
 func (*Transition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Transition) GetSeq() uint64 {
@@ -1174,6 +1438,34 @@ func (x *Transition) GetError() string {
 	return ""
 }
 
+func (x *Transition) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *Transition) GetErrorType() string {
+	if x != nil {
+		return x.ErrorType
+	}
+	return ""
+}
+
+func (x *Transition) GetAfter() *durationpb.Duration {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *Transition) GetTraceId() string {
+	if x != nil {
+		return x.TraceId
+	}
+	return ""
+}
+
 type IDsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1182,7 +1474,7 @@ type IDsRequest struct {
 
 func (x *IDsRequest) Reset() {
 	*x = IDsRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1486,7 @@ func (x *IDsRequest) String() string {
 func (*IDsRequest) ProtoMessage() {}
 
 func (x *IDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1499,7 @@ func (x *IDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsRequest.ProtoReflect.Descriptor instead.
 func (*IDsRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
 }
 
 type IDsResponse struct {
@@ -1226,7 +1518,7 @@ type IDsResponse struct {
 
 func (x *IDsResponse) Reset() {
 	*x = IDsResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1238,7 +1530,7 @@ func (x *IDsResponse) String() string {
 func (*IDsResponse) ProtoMessage() {}
 
 func (x *IDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1251,7 +1543,7 @@ func (x *IDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsResponse.ProtoReflect.Descriptor instead.
 func (*IDsResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *IDsResponse) GetPool() *IDPool {
@@ -1298,7 +1590,7 @@ type IDPool struct {
 
 func (x *IDPool) Reset() {
 	*x = IDPool{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1602,7 @@ func (x *IDPool) String() string {
 func (*IDPool) ProtoMessage() {}
 
 func (x *IDPool) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1615,7 @@ func (x *IDPool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDPool.ProtoReflect.Descriptor instead.
 func (*IDPool) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *IDPool) GetSource() string {
@@ -1373,7 +1665,7 @@ type QuarantinedIDs struct {
 
 func (x *QuarantinedIDs) Reset() {
 	*x = QuarantinedIDs{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +1677,7 @@ func (x *QuarantinedIDs) String() string {
 func (*QuarantinedIDs) ProtoMessage() {}
 
 func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +1690,7 @@ func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedIDs.ProtoReflect.Descriptor instead.
 func (*QuarantinedIDs) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *QuarantinedIDs) GetUserns() *UserNamespace {
@@ -1433,7 +1725,7 @@ type IDHolder struct {
 
 func (x *IDHolder) Reset() {
 	*x = IDHolder{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1737,7 @@ func (x *IDHolder) String() string {
 func (*IDHolder) ProtoMessage() {}
 
 func (x *IDHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1750,7 @@ func (x *IDHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDHolder.ProtoReflect.Descriptor instead.
 func (*IDHolder) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IDHolder) GetSandboxId() string {
@@ -1526,7 +1818,7 @@ type IDRefusal struct {
 
 func (x *IDRefusal) Reset() {
 	*x = IDRefusal{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +1830,7 @@ func (x *IDRefusal) String() string {
 func (*IDRefusal) ProtoMessage() {}
 
 func (x *IDRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1843,7 @@ func (x *IDRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDRefusal.ProtoReflect.Descriptor instead.
 func (*IDRefusal) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *IDRefusal) GetPodName() string {
@@ -1615,18 +1907,40 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x18\n" +
 	"\aremoved\x18\x04 \x01(\bR\aremoved\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"\r\n" +
-	"\vListRequest\"@\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"#\n" +
+	"\vListRequest\x12\x14\n" +
+	"\x05ended\x18\x01 \x01(\bR\x05ended\"@\n" +
 	"\fListResponse\x120\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x12.podfsm.v1.SandboxR\tsandboxes\"\"\n" +
 	"\x0eInspectRequest\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\"\xbe\x01\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"\xe2\x01\n" +
 	"\x0fInspectResponse\x12,\n" +
 	"\asandbox\x18\x01 \x01(\v2\x12.podfsm.v1.SandboxR\asandbox\x12%\n" +
 	"\x05steps\x18\x02 \x03(\v2\x0f.podfsm.v1.StepR\x05steps\x127\n" +
 	"\vtransitions\x18\x03 \x03(\v2\x15.podfsm.v1.TransitionR\vtransitions\x12\x1d\n" +
 	"\n" +
-	"cni_result\x18\x04 \x01(\tR\tcniResult\"\xa6\x05\n" +
+	"cni_result\x18\x04 \x01(\tR\tcniResult\x12\"\n" +
+	"\x04acts\x18\x05 \x03(\v2\x0e.podfsm.v1.ActR\x04acts\"\xcd\x01\n" +
+	"\x03Act\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06plugin\x18\x03 \x01(\tR\x06plugin\x129\n" +
+	"\n" +
+	"started_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
+	"\bduration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\"\x0e\n" +
+	"\fWatchRequest\"\x8f\x02\n" +
+	"\x11SandboxTransition\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x121\n" +
+	"\x14containerd_namespace\x18\x02 \x01(\tR\x13containerdNamespace\x12\x19\n" +
+	"\bpod_name\x18\x03 \x01(\tR\apodName\x12#\n" +
+	"\rpod_namespace\x18\x04 \x01(\tR\fpodNamespace\x12\x17\n" +
+	"\apod_uid\x18\x05 \x01(\tR\x06podUid\x12\x18\n" +
+	"\aattempt\x18\x06 \x01(\rR\aattempt\x125\n" +
+	"\n" +
+	"transition\x18\a \x01(\v2\x15.podfsm.v1.TransitionR\n" +
+	"transition\"\xc7\x05\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x121\n" +
 	"\x14containerd_namespace\x18\x02 \x01(\tR\x13containerdNamespace\x12\x19\n" +
@@ -1652,7 +1966,9 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\btrace_id\x18\x12 \x01(\tR\atraceId\x12\x12\n" +
 	"\x04step\x18\x13 \x01(\tR\x04step\x12\x14\n" +
 	"\x05error\x18\x14 \x01(\tR\x05error\x12%\n" +
-	"\x05debts\x18\x15 \x03(\v2\x0f.podfsm.v1.DebtR\x05debts\"c\n" +
+	"\x05debts\x18\x15 \x03(\v2\x0f.podfsm.v1.DebtR\x05debts\x12\x1f\n" +
+	"\vfailed_step\x18\x16 \x01(\tR\n" +
+	"failedStep\"c\n" +
 	"\rUserNamespace\x12(\n" +
 	"\x04uids\x18\x01 \x03(\v2\x14.podfsm.v1.IDMappingR\x04uids\x12(\n" +
 	"\x04gids\x18\x02 \x03(\v2\x14.podfsm.v1.IDMappingR\x04gids\"_\n" +
@@ -1676,7 +1992,7 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x06detail\x18\x06 \x03(\v2\x1b.podfsm.v1.Step.DetailEntryR\x06detail\x1a9\n" +
 	"\vDetailEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9a\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x99\x02\n" +
 	"\n" +
 	"Transition\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12*\n" +
@@ -1684,7 +2000,13 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x05event\x18\x03 \x01(\tR\x05event\x12\x12\n" +
 	"\x04from\x18\x04 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x05 \x01(\tR\x02to\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error\"\f\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\x12\x12\n" +
+	"\x04step\x18\a \x01(\tR\x04step\x12\x1d\n" +
+	"\n" +
+	"error_type\x18\b \x01(\tR\terrorType\x12/\n" +
+	"\x05after\x18\t \x01(\v2\x19.google.protobuf.DurationR\x05after\x12\x19\n" +
+	"\btrace_id\x18\n" +
+	" \x01(\tR\atraceId\"\f\n" +
 	"\n" +
 	"IDsRequest\"\xb8\x01\n" +
 	"\vIDsResponse\x12%\n" +
@@ -1717,10 +2039,11 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
 	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
-	"\x05count\x18\x05 \x01(\rR\x05count2\xb7\x02\n" +
+	"\x05count\x18\x05 \x01(\rR\x05count2\xf9\x02\n" +
 	"\tSandboxes\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
-	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x124\n" +
+	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x12@\n" +
+	"\x05Watch\x12\x17.podfsm.v1.WatchRequest\x1a\x1c.podfsm.v1.SandboxTransition0\x01\x124\n" +
 	"\x03IDs\x12\x15.podfsm.v1.IDsRequest\x1a\x16.podfsm.v1.IDsResponse\x12:\n" +
 	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponse\x12=\n" +
 	"\x06Doctor\x12\x18.podfsm.v1.DoctorRequest\x1a\x19.podfsm.v1.DoctorResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
@@ -1737,7 +2060,7 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
 	(*DoctorRequest)(nil),         // 0: podfsm.v1.DoctorRequest
 	(*DoctorResponse)(nil),        // 1: podfsm.v1.DoctorResponse
@@ -1749,64 +2072,74 @@ var file_podfsm_v1_podfsm_proto_goTypes = []any{
 	(*ListResponse)(nil),          // 7: podfsm.v1.ListResponse
 	(*InspectRequest)(nil),        // 8: podfsm.v1.InspectRequest
 	(*InspectResponse)(nil),       // 9: podfsm.v1.InspectResponse
-	(*Sandbox)(nil),               // 10: podfsm.v1.Sandbox
-	(*UserNamespace)(nil),         // 11: podfsm.v1.UserNamespace
-	(*IDMapping)(nil),             // 12: podfsm.v1.IDMapping
-	(*Debt)(nil),                  // 13: podfsm.v1.Debt
-	(*Step)(nil),                  // 14: podfsm.v1.Step
-	(*Transition)(nil),            // 15: podfsm.v1.Transition
-	(*IDsRequest)(nil),            // 16: podfsm.v1.IDsRequest
-	(*IDsResponse)(nil),           // 17: podfsm.v1.IDsResponse
-	(*IDPool)(nil),                // 18: podfsm.v1.IDPool
-	(*QuarantinedIDs)(nil),        // 19: podfsm.v1.QuarantinedIDs
-	(*IDHolder)(nil),              // 20: podfsm.v1.IDHolder
-	(*IDRefusal)(nil),             // 21: podfsm.v1.IDRefusal
-	nil,                           // 22: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
+	(*Act)(nil),                   // 10: podfsm.v1.Act
+	(*WatchRequest)(nil),          // 11: podfsm.v1.WatchRequest
+	(*SandboxTransition)(nil),     // 12: podfsm.v1.SandboxTransition
+	(*Sandbox)(nil),               // 13: podfsm.v1.Sandbox
+	(*UserNamespace)(nil),         // 14: podfsm.v1.UserNamespace
+	(*IDMapping)(nil),             // 15: podfsm.v1.IDMapping
+	(*Debt)(nil),                  // 16: podfsm.v1.Debt
+	(*Step)(nil),                  // 17: podfsm.v1.Step
+	(*Transition)(nil),            // 18: podfsm.v1.Transition
+	(*IDsRequest)(nil),            // 19: podfsm.v1.IDsRequest
+	(*IDsResponse)(nil),           // 20: podfsm.v1.IDsResponse
+	(*IDPool)(nil),                // 21: podfsm.v1.IDPool
+	(*QuarantinedIDs)(nil),        // 22: podfsm.v1.QuarantinedIDs
+	(*IDHolder)(nil),              // 23: podfsm.v1.IDHolder
+	(*IDRefusal)(nil),             // 24: podfsm.v1.IDRefusal
+	nil,                           // 25: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
 	2,  // 0: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
 	5,  // 1: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
-	10, // 2: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
-	10, // 3: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	14, // 4: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
-	15, // 5: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	23, // 6: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	23, // 7: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
-	11, // 8: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
-	13, // 9: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
-	12, // 10: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
-	12, // 11: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	23, // 12: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	23, // 13: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	23, // 14: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	24, // 15: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	22, // 16: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	23, // 17: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	18, // 18: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
-	20, // 19: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
-	21, // 20: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
-	19, // 21: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
-	11, // 22: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
-	11, // 23: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
-	23, // 24: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
-	23, // 25: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
-	6,  // 26: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	8,  // 27: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	16, // 28: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
-	3,  // 29: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
-	0,  // 30: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
-	7,  // 31: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	9,  // 32: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	17, // 33: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
-	4,  // 34: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
-	1,  // 35: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
-	31, // [31:36] is the sub-list for method output_type
-	26, // [26:31] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	13, // 2: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
+	13, // 3: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	17, // 4: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
+	18, // 5: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
+	10, // 6: podfsm.v1.InspectResponse.acts:type_name -> podfsm.v1.Act
+	26, // 7: podfsm.v1.Act.started_at:type_name -> google.protobuf.Timestamp
+	27, // 8: podfsm.v1.Act.duration:type_name -> google.protobuf.Duration
+	18, // 9: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
+	26, // 10: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	26, // 11: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	14, // 12: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
+	16, // 13: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
+	15, // 14: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
+	15, // 15: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
+	26, // 16: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
+	26, // 17: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
+	26, // 18: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	27, // 19: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	25, // 20: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	26, // 21: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	27, // 22: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
+	21, // 23: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
+	23, // 24: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
+	24, // 25: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
+	22, // 26: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
+	14, // 27: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
+	14, // 28: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
+	26, // 29: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
+	26, // 30: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
+	6,  // 31: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	8,  // 32: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	11, // 33: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
+	19, // 34: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
+	3,  // 35: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	0,  // 36: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
+	7,  // 37: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	9,  // 38: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	12, // 39: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
+	20, // 40: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
+	4,  // 41: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	1,  // 42: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
+	37, // [37:43] is the sub-list for method output_type
+	31, // [31:37] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -1820,7 +2153,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

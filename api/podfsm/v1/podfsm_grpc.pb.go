@@ -7,6 +7,9 @@
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
 // served on containerd's own socket, and needs no containerd namespace: it
 // answers for all of them. Only Leaks changes anything, and only when asked to.
+//
+// The message SandboxTransition is also what containerd's events of the topic
+// "/podfsm/sandbox/transition" hold.
 
 package podfsmv1
 
@@ -25,6 +28,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Sandboxes_List_FullMethodName    = "/podfsm.v1.Sandboxes/List"
 	Sandboxes_Inspect_FullMethodName = "/podfsm.v1.Sandboxes/Inspect"
+	Sandboxes_Watch_FullMethodName   = "/podfsm.v1.Sandboxes/Watch"
 	Sandboxes_IDs_FullMethodName     = "/podfsm.v1.Sandboxes/IDs"
 	Sandboxes_Leaks_FullMethodName   = "/podfsm.v1.Sandboxes/Leaks"
 	Sandboxes_Doctor_FullMethodName  = "/podfsm.v1.Sandboxes/Doctor"
@@ -36,13 +40,19 @@ const (
 //
 // Sandboxes lists and explains sandboxes.
 type SandboxesClient interface {
-	// List returns every sandbox that has not ended, the oldest first.
+	// List returns every sandbox that has not ended, the oldest first. When asked
+	// to, it also returns those that have ended, as far as they are kept.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Inspect returns all that is known of one sandbox. It also finds sandboxes
-	// that ended recently. It fails with NOT_FOUND when no sandbox matches the
+	// that have ended, as far as they are kept. Of several sandboxes of one pod it
+	// returns the newest. It fails with NOT_FOUND when no sandbox matches the
 	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
-	// several; the message then names them.
+	// several pods; the message then names them.
 	Inspect(ctx context.Context, in *InspectRequest, opts ...grpc.CallOption) (*InspectResponse, error)
+	// Watch follows the transitions of all sandboxes. The response headers are
+	// sent when it has begun: no transition after that is missed. Each comes once,
+	// and those of a sandbox in their order.
+	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SandboxTransition], error)
 	// IDs returns which sandbox holds which host ids, and how the pool of mode
 	// "auto" stands. It searches the host for what uses the ranges in quarantine,
 	// and frees those that nothing uses.
@@ -85,6 +95,25 @@ func (c *sandboxesClient) Inspect(ctx context.Context, in *InspectRequest, opts 
 	return out, nil
 }
 
+func (c *sandboxesClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SandboxTransition], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Sandboxes_ServiceDesc.Streams[0], Sandboxes_Watch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRequest, SandboxTransition]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Sandboxes_WatchClient = grpc.ServerStreamingClient[SandboxTransition]
+
 func (c *sandboxesClient) IDs(ctx context.Context, in *IDsRequest, opts ...grpc.CallOption) (*IDsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(IDsResponse)
@@ -121,13 +150,19 @@ func (c *sandboxesClient) Doctor(ctx context.Context, in *DoctorRequest, opts ..
 //
 // Sandboxes lists and explains sandboxes.
 type SandboxesServer interface {
-	// List returns every sandbox that has not ended, the oldest first.
+	// List returns every sandbox that has not ended, the oldest first. When asked
+	// to, it also returns those that have ended, as far as they are kept.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Inspect returns all that is known of one sandbox. It also finds sandboxes
-	// that ended recently. It fails with NOT_FOUND when no sandbox matches the
+	// that have ended, as far as they are kept. Of several sandboxes of one pod it
+	// returns the newest. It fails with NOT_FOUND when no sandbox matches the
 	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
-	// several; the message then names them.
+	// several pods; the message then names them.
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
+	// Watch follows the transitions of all sandboxes. The response headers are
+	// sent when it has begun: no transition after that is missed. Each comes once,
+	// and those of a sandbox in their order.
+	Watch(*WatchRequest, grpc.ServerStreamingServer[SandboxTransition]) error
 	// IDs returns which sandbox holds which host ids, and how the pool of mode
 	// "auto" stands. It searches the host for what uses the ranges in quarantine,
 	// and frees those that nothing uses.
@@ -155,6 +190,9 @@ func (UnimplementedSandboxesServer) List(context.Context, *ListRequest) (*ListRe
 }
 func (UnimplementedSandboxesServer) Inspect(context.Context, *InspectRequest) (*InspectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Inspect not implemented")
+}
+func (UnimplementedSandboxesServer) Watch(*WatchRequest, grpc.ServerStreamingServer[SandboxTransition]) error {
+	return status.Error(codes.Unimplemented, "method Watch not implemented")
 }
 func (UnimplementedSandboxesServer) IDs(context.Context, *IDsRequest) (*IDsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method IDs not implemented")
@@ -221,6 +259,17 @@ func _Sandboxes_Inspect_Handler(srv interface{}, ctx context.Context, dec func(i
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Sandboxes_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SandboxesServer).Watch(m, &grpc.GenericServerStream[WatchRequest, SandboxTransition]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Sandboxes_WatchServer = grpc.ServerStreamingServer[SandboxTransition]
 
 func _Sandboxes_IDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(IDsRequest)
@@ -304,6 +353,12 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Sandboxes_Doctor_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Watch",
+			Handler:       _Sandboxes_Watch_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "podfsm/v1/podfsm.proto",
 }

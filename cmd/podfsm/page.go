@@ -1,0 +1,265 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	_ "embed"
+	"errors"
+	"fmt"
+	"html/template"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v3"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+)
+
+// pageText is the page; html/template escapes what is put into it, wherever
+// that is, and the page's policy lets a browser load and run nothing.
+//
+//go:embed page.html
+var pageText string
+
+var pageTemplate = template.Must(template.New("page").Parse(pageText))
+
+// writePage writes a timeline as a page, to the file that the flag names.
+func writePage(cmd *cli.Command, t *timeline, now time.Time) error {
+	var b bytes.Buffer
+	if err := pageTemplate.Execute(&b, newPage(t, now)); err != nil {
+		return fmt.Errorf("failed to write the page: %w", err)
+	}
+	path := cmd.String("html")
+	if path == "-" {
+		_, err := cmd.Root().Writer.Write(b.Bytes())
+		return err
+	}
+	if err := replaceFile(path, b.Bytes()); err != nil {
+		return fmt.Errorf("failed to write the page: %w", err)
+	}
+	return nil
+}
+
+// replaceFile makes content what the file has: all of it, or what it had.
+func replaceFile(path string, content []byte) error {
+	info, err := os.Stat(path)
+	switch {
+	case path == "":
+		return errors.New("the file has no name")
+	case err == nil && !info.Mode().IsRegular():
+		return fmt.Errorf("%s is no file, and isn't replaced by one", path)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	fresh := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d", filepath.Base(path), os.Getpid()))
+	f, err := os.OpenFile(fresh, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o666)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(fresh, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(fresh))
+	}
+	return nil
+}
+
+// text is what pods, images and plugins may have had a hand in. What could
+// reorder or hide it is shown; line breaks stay.
+type text string
+
+// String is what html/template writes, and escapes.
+func (t text) String() string {
+	lines := strings.Split(string(t), "\n")
+	for i, line := range lines {
+		lines[i] = printable(strings.ReplaceAll(line, "\t", "    "))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// page is what stands on the page.
+type page struct {
+	Name        text
+	IsPod       bool
+	Attempt     uint32
+	Short       text
+	Created     moment
+	State       text
+	For         string
+	Verdict     string // a class: "bad", "warn" or none
+	FailedStep  text
+	Owes        string
+	Reason      text
+	Slowest     text
+	Stretches   []pageStretch
+	Mishaps     []pageNote
+	Debts       []pageNote
+	Graph       drawing
+	Transitions []pageTransition
+	Siblings    []pageSibling
+	Facts       []pageNote
+	Version     string
+	Now         moment
+}
+
+type pageStretch struct {
+	Title string
+	From  moment
+	Took  string
+	Lanes []pageLane
+}
+
+type pageLane struct {
+	Label       text
+	Nested      bool
+	Timed       bool
+	Left, Width float64 // percent
+	Start, Took string
+	Outcome     string
+	Class       string
+}
+
+// pageNote is a text and what it is of.
+type pageNote struct{ What, Text text }
+
+type pageTransition struct {
+	Seq       uint64
+	To, Event text
+	After     string
+	At        moment
+	Error     text
+}
+
+type pageSibling struct {
+	Attempt           uint32
+	Short             text
+	Created           moment
+	State, FailedStep text
+	This              bool
+}
+
+// moment is a time for people and for machines.
+type moment struct{ time.Time }
+
+func (m moment) ISO() string   { return m.Format("2006-01-02T15:04:05.000Z07:00") }
+func (m moment) Text() string  { return m.Format("2006-01-02 15:04:05.000 MST") }
+func (m moment) Short() string { return m.Format("2006-01-02 15:04:05") }
+func (m moment) Clock() string { return m.Format("15:04:05.000") }
+
+func newPage(t *timeline, now time.Time) page {
+	at := func(ts *timestamppb.Timestamp) moment { return moment{ts.AsTime().In(now.Location())} }
+	s := t.GetSandbox()
+	all := waterfall(t.InspectResponse, now)
+	p := page{
+		Name: text(cmp.Or(podOf(s), s.GetId())), IsPod: podOf(s) != "", Attempt: s.GetAttempt(), Short: text(shorten(s.GetId())),
+		Created: at(s.GetCreatedAt()), State: text(stateOf(s)), For: age(s.GetSince(), now), Verdict: verdictOf(s), FailedStep: text(s.GetFailedStep()),
+		Owes: owes(len(s.GetDebts())), Reason: text(reason(t.InspectResponse)), Graph: draw(t.GetTransitions()),
+		Facts: factsOf(t.InspectResponse), Version: versions(), Now: moment{now},
+	}
+	if most, total, ok := slowest(all); ok {
+		p.Slowest = text(fmt.Sprintf("Slowest step: %s, %s of the creation's %s.", most.label, span(most.when.length()), span(total)))
+	}
+	for _, stretch := range all {
+		p.Stretches = append(p.Stretches, newPageStretch(stretch, now))
+	}
+	for _, m := range mishaps(all) {
+		p.Mishaps = append(p.Mishaps, pageNote{text(m.what), text(m.text)})
+	}
+	for _, d := range s.GetDebts() {
+		p.Debts = append(p.Debts, pageNote{text("undo of " + d.GetStep() + ", " + when(d, now)), text(d.GetError())})
+	}
+	for _, tr := range t.GetTransitions() {
+		p.Transitions = append(p.Transitions, pageTransition{
+			tr.GetSeq(), text(tr.GetTo()), text(tr.GetEvent()), span(tr.GetAfter().AsDuration()), at(tr.GetAt()), text(tr.GetError()),
+		})
+	}
+	if len(t.siblings) > 1 {
+		for _, one := range t.siblings {
+			p.Siblings = append(p.Siblings, pageSibling{
+				one.GetAttempt(), text(shorten(one.GetId())), at(one.GetCreatedAt()), text(stateOf(one)), text(one.GetFailedStep()), one.GetId() == s.GetId(),
+			})
+		}
+	}
+	return p
+}
+
+func owes(debts int) string {
+	switch debts {
+	case 0:
+		return ""
+	case 1:
+		return "1 undo is still owed"
+	}
+	return fmt.Sprintf("%d undos are still owed", debts)
+}
+
+// verdictOf is the class of how a sandbox fares.
+func verdictOf(s *podfsmv1.Sandbox) string {
+	switch {
+	case len(s.GetDebts()) > 0 || s.GetFailedStep() != "" || s.GetState() == "Quarantined":
+		return "bad"
+	case s.GetError() != "" || s.GetState() == "NotReady":
+		return "warn"
+	}
+	return ""
+}
+
+func newPageStretch(s stretch, now time.Time) pageStretch {
+	view := pageStretch{Title: s.title, From: moment{s.whole.start.In(now.Location())}, Took: span(s.whole.length())}
+	for _, l := range s.lanes {
+		lane := pageLane{
+			Label: text(l.label), Nested: l.nested, Timed: l.timed,
+			Outcome: string(l.ending), Class: strings.ReplaceAll(string(l.ending), " ", "-"),
+		}
+		if l.timed {
+			lane.Start, lane.Took = "+"+span(l.when.start.Sub(s.whole.start)), span(l.when.length())
+			lane.Left = percent(min(s.whole.fraction(l.when.start), 0.995))
+			lane.Width = percent(min(s.whole.fraction(l.when.end), 1)) - lane.Left
+		}
+		if l.ending == unknownEnd {
+			lane.Took = "?"
+		}
+		view.Lanes = append(view.Lanes, lane)
+	}
+	return view
+}
+
+// percent is a fraction in percent, to a hundredth.
+func percent(fraction float64) float64 {
+	return math.Round(max(fraction, 0)*1e4) / 100
+}
+
+// factsOf are what is known of a sandbox, without what isn't.
+func factsOf(r *podfsmv1.InspectResponse) []pageNote {
+	s := r.GetSandbox()
+	var facts []pageNote
+	add := func(name, value string) {
+		if value != "" {
+			facts = append(facts, pageNote{text(name), text(value)})
+		}
+	}
+	add("Sandbox", s.GetId())
+	add("containerd namespace", s.GetContainerdNamespace())
+	add("Pod uid", s.GetPodUid())
+	add("Runtime handler", s.GetRuntimeHandler())
+	add("Addresses", strings.Join(addresses(s), ", "))
+	add("Pause process", pidOf(s))
+	add("Network namespace", netnsOf(s))
+	add("Host uids", mappings(s.GetUserns().GetUids()))
+	add("Host gids", mappings(s.GetUserns().GetGids()))
+	add("Trace", s.GetTraceId())
+	for _, step := range r.GetSteps() {
+		if len(step.GetDetail()) > 0 {
+			plain := &podfsmv1.Step{Detail: step.GetDetail()}
+			add(step.GetName(), detailOf(plain))
+		}
+	}
+	return facts
+}

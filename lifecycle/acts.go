@@ -1,0 +1,45 @@
+package lifecycle
+
+import (
+	"time"
+
+	"github.com/podfsm/podfsm/states"
+)
+
+// acts are what was tried for a sandbox, in the order in which it began. Of the tries at one thing they hold the first and the last,
+// as the ledger does, so that a debt of months doesn't push out how it came about.
+type acts []Act
+
+// begin notes that something is being tried.
+func (a *acts) begin(step states.Event, kind ActKind, at time.Time) {
+	var before []int
+	for i, act := range *a {
+		if act.Step == step && act.Kind == kind {
+			before = append(before, i)
+		}
+	}
+	if len(before) > 1 {
+		last := before[len(before)-1]
+		*a = append((*a)[:last:last], (*a)[last+1:]...)
+	}
+	*a = append(*a, Act{Step: step, Kind: kind, Started: at})
+}
+
+// end notes how the last try at something went.
+func (a acts) end(step states.Event, kind ActKind, started, ended time.Time, err error) {
+	for i := len(a) - 1; i >= 0; i-- {
+		if act := &a[i]; act.Step == step && act.Kind == kind {
+			act.Started, act.Ended, act.Err = started, ended, err
+			return
+		}
+	}
+}
+
+// endAll notes that all that is under way of a kind has ended because of an error.
+func (a acts) endAll(kind ActKind, at time.Time, err error) {
+	for i := range a {
+		if act := &a[i]; act.Kind == kind && act.Ended.IsZero() {
+			act.Ended, act.Err = at, err
+		}
+	}
+}

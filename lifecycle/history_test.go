@@ -1,0 +1,162 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/podfsm/podfsm/states"
+)
+
+// tried are the acts of a view in words, those that failed with a "!".
+func tried(v View) (words []string) {
+	for _, act := range v.Acts {
+		word := fmt.Sprintf("%s %s", act.Kind, act.Step)
+		if act.Err != nil {
+			word += "!"
+		}
+		words = append(words, word)
+	}
+	return words
+}
+
+func inTrace(ctx context.Context, id byte) context.Context {
+	return trace.ContextWithSpanContext(ctx, trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{id}, SpanID: trace.SpanID{id}}))
+}
+
+func TestEachTransitionIsToldOnceAndInOrder(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+
+	told := w.history()
+	require.Equal(t, slices.Concat(states.CreationPath(), []states.Event{states.Stop, states.FinishStop, states.Remove, states.FinishRemove}), events(told))
+	for i, transition := range told {
+		require.EqualValues(t, i+1, transition.Seq)
+		if i < len(states.CreationPath()) {
+			require.Equal(t, transition.Event, transition.Step)
+		} else {
+			require.Empty(t, transition.Step)
+		}
+		require.Empty(t, transition.Class)
+	}
+	for i := 1; i < len(told); i++ {
+		require.Equal(t, told[i].At.Sub(told[i-1].At), told[i].After)
+		require.Equal(t, told[i-1].To, told[i].From)
+	}
+	last := w.told[len(w.told)-1]
+	require.Equal(t, states.Removed, last.State)
+	kept, ok := w.Find(testKey)
+	require.True(t, ok)
+	require.Equal(t, kept, last, "what is told last is what is kept")
+}
+
+func events(transitions []Transition) (events []states.Event) {
+	for _, t := range transitions {
+		events = append(events, t.Event)
+	}
+	return events
+}
+
+// A transition is told only when the ledger has what it rests on.
+func TestTransitionsAreToldAfterTheyAreOnRecord(t *testing.T) {
+	w := newWorld(t)
+	w.create(t)
+	for i, want := range []string{"done allocate_ids", "done remap_snapshot", "done start_pause", "done capture_netns", "done attach_network", "done declare_ready"} {
+		step := states.CreationPath()[i]
+		w.do[step] = func(context.Context) error {
+			require.Len(t, w.history(), i)
+			require.NotContains(t, w.book.read(), want)
+			return nil
+		}
+	}
+	require.NoError(t, w.Start(t.Context(), testKey))
+}
+
+func TestHistoryOfAFailure(t *testing.T) {
+	w := newWorld(t)
+	w.do[states.CaptureNetNS] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
+	w.create(t)
+	require.Error(t, w.Start(inTrace(t.Context(), 7), testKey))
+
+	last := w.told[len(w.told)-1]
+	require.Equal(t, states.RolledBack, last.State)
+	require.ErrorContains(t, last.Err, "no luck")
+	rollback := last.Transitions[3]
+	require.Equal(t, states.RollBack, rollback.Event)
+	require.Equal(t, states.CaptureNetNS, rollback.Step)
+	require.Equal(t, "unavailable", rollback.Class)
+	require.Equal(t, trace.TraceID{7}.String(), rollback.TraceID)
+	require.Equal(t, []string{
+		"do allocate_ids", "do remap_snapshot", "do start_pause", "do capture_netns!",
+		"undo capture_netns", "undo start_pause", "undo remap_snapshot", "undo allocate_ids",
+	}, tried(last))
+	for _, act := range last.Acts {
+		require.False(t, act.Ended.Before(act.Started))
+		require.False(t, act.Ended.IsZero())
+	}
+}
+
+// What a restart makes of the records is what was told before it.
+func TestHistoryOverARestart(t *testing.T) {
+	w := newWorld(t)
+	w.do[states.AttachNetwork] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
+	w.undo[states.StartPause] = func() error { return errors.New("won't die") }
+	w.create(t)
+	require.Error(t, w.Start(inTrace(t.Context(), 7), testKey))
+	require.Eventually(t, func() bool { return len(w.history()) > 20 }, 10*time.Second, time.Millisecond, "the debt is tried again and again")
+	w.Close(context.Background())
+	before, err := w.Get(testKey)
+	require.NoError(t, err)
+
+	after := w.replayed(t)
+	require.Equal(t, events(before.Transitions), events(after.Transitions))
+	for i, was := range before.Transitions {
+		is := after.Transitions[i]
+		require.Equal(t, was.Seq, is.Seq)
+		require.Equal(t, was.Step, is.Step, "%s", was.Event)
+		require.Equal(t, was.Class, is.Class)
+		require.Equal(t, was.TraceID, is.TraceID)
+		require.Equal(t, was.After, is.After)
+		require.Equal(t, fmt.Sprint(was.Err), fmt.Sprint(is.Err))
+	}
+	require.Equal(t, tried(before), tried(after))
+	require.ErrorContains(t, after.Step(states.AttachNetwork).Err, "no luck")
+
+	// The numbers go on where they were, also when the ledger has compacted what says the same.
+	records := w.book.records
+	w.book.records = slices.Concat(records[:len(records)-8], records[len(records)-2:])
+	w.node.mend()
+	next := w.restart(t, Recorded)
+	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
+	told := next.history()
+	require.Greater(t, told[0].Seq, before.Transitions[len(before.Transitions)-1].Seq)
+	require.ErrorContains(t, next.told[len(next.told)-1].Err, "no luck", "why it was rolled back is known to the end")
+}
+
+func TestHistoryIsBounded(t *testing.T) {
+	w := newWorld(t)
+	w.do[states.AttachNetwork] = func(context.Context) error { return errors.New("no luck") }
+	w.undo[states.StartPause] = func() error { return errors.New("won't die") }
+	require.Error(t, w.run(t))
+	require.Eventually(t, func() bool { return len(w.history()) > 2*keepTransitions }, 20*time.Second, time.Millisecond)
+	view, ok := w.Find(testKey)
+	require.True(t, ok)
+	require.Len(t, view.Transitions, keepTransitions)
+	require.Equal(t, states.RollBack, view.Transitions[4].Event)
+	require.Equal(t, states.AttachNetwork, view.Transitions[4].Step, "how it began stays")
+	require.Greater(t, view.Transitions[keepTransitions-1].Seq, uint64(2*keepTransitions))
+	require.LessOrEqual(t, len(view.Acts), 3*2*len(states.CreationPath()))
+	require.Equal(t, "do allocate_ids", tried(view)[0])
+	w.node.mend()
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+}

@@ -1,0 +1,190 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// testMeter keeps what it is told.
+type testMeter struct {
+	mu         sync.Mutex
+	acts       []string
+	recoveries []Recovery
+}
+
+func (m *testMeter) Acted(act Act, outcome Outcome) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	text := fmt.Sprintf("%s %s: %s", act.Kind, act.Step, outcome)
+	if (act.Err != nil) != (outcome == OutcomeError || outcome == OutcomeCanceled) || act.Ended.Before(act.Started) || act.Started.IsZero() {
+		text += fmt.Sprintf(" %+v", act)
+	}
+	m.acts = append(m.acts, text)
+}
+
+func (m *testMeter) Recovered(recovery Recovery, _ time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.recoveries = append(m.recoveries, recovery)
+}
+
+func (m *testMeter) acted() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.acts)
+}
+
+func (m *testMeter) recovered() []Recovery {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.recoveries)
+}
+
+func TestEachTryIsMetered(t *testing.T) {
+	w := newWorld(t)
+	undos := 0
+	w.do[states.AttachNetwork] = func(context.Context) error { return errNoLuck }
+	w.undo[states.CaptureNetNS] = func() error {
+		if undos++; undos < 3 {
+			return errNoLuck
+		}
+		return nil
+	}
+	require.Error(t, w.run(t))
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+	require.Equal(t, []string{
+		"do allocate_ids: ok", "do remap_snapshot: ok", "do start_pause: ok", "do capture_netns: ok", "do attach_network: error",
+		"undo attach_network: ok", "undo capture_netns: error", "undo start_pause: ok", "undo remap_snapshot: ok", "undo allocate_ids: ok",
+		"undo capture_netns: error", "undo capture_netns: ok",
+	}, w.meter.acted())
+}
+
+// Of two steps that run at the same time one fails; that the other is ended is no second failure.
+func TestAStepThatIsEndedByAnothersFailureIsCanceled(t *testing.T) {
+	w := newWorld(t, func(f *Facts) {
+		if f.Name == states.CaptureNetNS {
+			f.Needs = []states.Event{states.RemapSnapshot}
+		}
+	})
+	running := make(chan struct{})
+	w.do[states.StartPause] = func(ctx context.Context) error {
+		close(running)
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	w.do[states.CaptureNetNS] = func(context.Context) error {
+		<-running
+		return errNoLuck
+	}
+	require.ErrorIs(t, w.run(t), errNoLuck)
+	require.Contains(t, w.meter.acted(), "do capture_netns: error")
+	require.Contains(t, w.meter.acted(), "do start_pause: canceled")
+}
+
+func TestCensus(t *testing.T) {
+	w := newWorld(t)
+	reached, release := make(chan struct{}), make(chan struct{})
+	w.do[states.AttachNetwork] = func(context.Context) error {
+		close(reached)
+		<-release
+		return errNoLuck
+	}
+	w.undo[states.AttachNetwork] = func() error { return errNoLuck }
+	w.engineWaits()
+	w.create(t)
+	require.Equal(t, map[states.State]int{states.New: 1}, w.Census().States)
+	done := make(chan error, 1)
+	go func() { done <- w.Start(context.Background(), testKey) }()
+	<-reached
+
+	census := w.Census()
+	require.Equal(t, map[states.State]int{states.NetNSCaptured: 1}, census.States)
+	require.Len(t, census.Acts, 1)
+	since, ok := census.Acts[StepAct{states.AttachNetwork, ActDo}]
+	require.True(t, ok)
+	require.WithinDuration(t, time.Now(), since, time.Minute)
+	require.Empty(t, census.Debts)
+
+	close(release)
+	require.Error(t, <-done)
+	census = w.Census()
+	require.Equal(t, map[states.State]int{states.CleanupOwed: 1}, census.States)
+	require.Empty(t, census.Acts)
+	require.Equal(t, 1, census.Debts[states.AttachNetwork].Count)
+	require.Equal(t, 1, census.Debts[states.CaptureNetNS].Count, "it waits for the other")
+	require.WithinDuration(t, time.Now(), census.Debts[states.AttachNetwork].Since, time.Minute)
+}
+
+// engineWaits makes the engine leave what is owed to the test.
+func (w *world) engineWaits() { w.backoff = func(int) time.Duration { return time.Hour } }
+
+func TestRecoveriesAreMetered(t *testing.T) {
+	for name, tc := range map[string]struct {
+		leave   func(t *testing.T) *world
+		past    Past
+		verdict Verdict
+		want    Recovery
+	}{
+		"ready":                   {leave: readyWorld, want: RecoveryAdopted},
+		"ready, and pause ended":  {leave: func(t *testing.T) *world { w := readyWorld(t); w.exited = &Exit{Code: 1}; return w }, want: RecoveryLostPause},
+		"ready, and nobody knows": {leave: func(t *testing.T) *world { w := readyWorld(t); w.unknown = errNoLuck; return w }, want: RecoveryUnknown},
+		"being made":              {leave: func(t *testing.T) *world { return interrupted(t, states.AttachNetwork) }, want: RecoveryRolledBack},
+		"nobody's":                {leave: readyWorld, verdict: Discard, want: RecoveryRemoved},
+		"from before a reboot":    {leave: readyWorld, past: LostReady, verdict: Gone, want: RecoveryStopped},
+		"stopped": {leave: func(t *testing.T) *world {
+			w := readyWorld(t)
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			return w
+		}, want: RecoveryKept},
+		"an undo that fails": {leave: func(t *testing.T) *world {
+			w := interrupted(t, states.AttachNetwork)
+			w.undo[states.AllocateIDs] = func() error { return errNoLuck }
+			return w
+		}, want: RecoveryOwed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			old := tc.leave(t)
+			w := old.restart(t, tc.past)
+			w.undo, w.unknown = old.undo, old.unknown
+			w.engineWaits()
+			_ = w.Resume(t.Context(), testKey, tc.verdict)
+			require.Eventually(t, func() bool { return len(w.meter.recovered()) > 0 }, 10*time.Second, time.Millisecond)
+			require.Equal(t, []Recovery{tc.want}, w.meter.recovered())
+		})
+	}
+}
+
+func readyWorld(t *testing.T) *world {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	return w
+}
+
+func BenchmarkCensus(b *testing.B) {
+	for _, count := range []int{10, 1000} {
+		b.Run(fmt.Sprint(count), func(b *testing.B) {
+			e := &Engine{sandboxes: map[journal.Key]*sandbox{}, meter: unmetered{}}
+			for i := range count {
+				key := journal.Key{Namespace: "ns", ID: fmt.Sprint(i)}
+				s, err := newSandbox(e, key, Request{})
+				require.NoError(b, err)
+				e.sandboxes[key] = s
+			}
+			for b.Loop() {
+				e.Census()
+			}
+		})
+	}
+}
+
+var errNoLuck = errors.New("no luck")

@@ -1,0 +1,148 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// gathered are the values of a metric by the values of its labels, in the order of their names; of a histogram the number of its values.
+func gathered(t *testing.T, c prometheus.Collector, name string) map[string]float64 {
+	t.Helper()
+	registry := prometheus.NewPedanticRegistry()
+	require.NoError(t, registry.Register(c))
+	families, err := registry.Gather()
+	require.NoError(t, err)
+	values := map[string]float64{}
+	for _, family := range families {
+		if family.GetName() != "podfsm_"+name {
+			continue
+		}
+		for _, m := range family.GetMetric() {
+			var labels []string
+			for _, l := range m.GetLabel() {
+				labels = append(labels, l.GetValue())
+			}
+			value := m.GetGauge().GetValue() + m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
+			if value != 0 {
+				values[strings.Join(labels, " ")] = value
+			}
+		}
+	}
+	return values
+}
+
+func TestMetersOfPods(t *testing.T) {
+	w := newWorld(t)
+	w.run(t, "a")
+	w.run(t, "b", named("other"), func(c *runtime.PodSandboxConfig) {
+		c.Metadata.Uid = "u-2"
+		options(c).UsernsOptions.Uids[0].HostId, options(c).UsernsOptions.Gids[0].HostId = 65536*9, 65536*9
+	})
+	w.host.fail(states.CaptureNetNS, errNoLuck)
+	require.Error(t, w.Stop(inCRI(t), "a"))
+
+	require.Equal(t, map[string]float64{"Ready": 1, "CleanupOwed": 1}, gathered(t, w.meters, "sandboxes"))
+	require.Equal(t, map[string]float64{"capture_netns": 1}, gathered(t, w.meters, "debts"))
+	require.Equal(t, map[string]float64{"idmap": 2}, gathered(t, w.meters, "remaps_total"))
+	require.Equal(t, map[string]float64{"undo unavailable capture_netns": 1}, gathered(t, w.meters, "step_errors_total"))
+	done := gathered(t, w.meters, "step_duration_seconds")
+	for _, step := range states.CreationPath() {
+		require.EqualValues(t, 2, done["do ok "+string(step)], "%v", done)
+	}
+	require.EqualValues(t, 1, done["stop ok start_pause"])
+	require.EqualValues(t, 1, done["undo error capture_netns"])
+	require.Empty(t, gathered(t, w.meters, "id_ranges"), "there is no pool")
+	require.Empty(t, gathered(t, w.meters, "refuses_pods"))
+	w.host.heal(states.CaptureNetNS)
+}
+
+func TestMetersOfADegradedController(t *testing.T) {
+	c := &Controller{}
+	c.meters = newMeters(c)
+	c.refuse(errNoLuck)
+	require.Equal(t, map[string]float64{"": 1}, gathered(t, c.meters, "refuses_pods"))
+	require.Empty(t, gathered(t, c.meters, "sandboxes"))
+}
+
+func TestMetersOfThePool(t *testing.T) {
+	pool, err := userns.OpenPool("test", userns.Ranges{
+		UIDs: []userns.Extent{{First: 1 << 20, Size: 3 * userns.RangeSize}}, GIDs: []userns.Extent{{First: 1 << 20, Size: 3 * userns.RangeSize}},
+	}, "")
+	require.NoError(t, err)
+	c := &Controller{node: &node{ids: userns.New(nil, pool)}}
+	c.meters = newMeters(c)
+	require.Equal(t, map[string]float64{"quarantined": 3}, gathered(t, c.meters, "id_ranges"))
+}
+
+// Plugins and networks come from files that anything on the node may write.
+func TestLabelsOfPluginsAreBounded(t *testing.T) {
+	m := newMeters(&Controller{})
+	for i := range 10 * maxPlugins {
+		m.ran(cni.Command{Name: "ADD", Plugin: "bridge", Network: fmt.Sprint("net", i)})
+	}
+	m.ran(cni.Command{Name: "DEL", Plugin: "not\xffUTF-8", Network: "net0", Err: errNoLuck})
+	values := gathered(t, m, "cni_command_duration_seconds")
+	require.Len(t, values, maxPlugins+2)
+	require.EqualValues(t, 9*maxPlugins, values["ADD other ok other"])
+	require.EqualValues(t, 1, values["DEL other error other"])
+}
+
+// fullBook is a ledger that can't write.
+type fullBook struct{ book }
+
+func (*fullBook) Append(context.Context, *journal.Record) error { return errNoLuck }
+
+func TestMetersOfTheLedger(t *testing.T) {
+	m := newMeters(&Controller{})
+	good, bad := timedLedger{&book{forgotten: map[journal.Key]bool{}}, m}, timedLedger{&fullBook{}, m}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	require.NoError(t, good.Append(t.Context(), &journal.Record{}))
+	require.NoError(t, good.Append(t.Context(), &journal.Record{Durable: true}))
+	require.NoError(t, good.Forget(t.Context(), journal.Key{}))
+	require.Error(t, bad.Append(t.Context(), &journal.Record{}))
+	require.Error(t, bad.Append(gone, &journal.Record{}))
+	require.Equal(t, map[string]float64{"durable ok": 2, "log ok": 1, "log error": 1, "log canceled": 1}, gathered(t, m, "ledger_write_duration_seconds"))
+}
+
+// What has no class must not become a label: it could be any type of any package.
+func TestErrorTypesAreBounded(t *testing.T) {
+	w := newWorld(t)
+	for i, err := range []error{errors.New("plain"), fmt.Errorf("typed: %w", &testError{}), errdefs.ErrNotFound} {
+		w.host.do[states.AttachNetwork] = func(context.Context, string) error { return err }
+		id := fmt.Sprint("p", i)
+		require.NoError(t, w.create(t, id, named(id)))
+		_, err := w.Start(inCRI(t), id)
+		require.Error(t, err)
+	}
+	require.Equal(t, map[string]float64{"do other attach_network": 2, "do not_found attach_network": 1}, gathered(t, w.meters, "step_errors_total"))
+}
+
+type testError struct{}
+
+func (*testError) Error() string { return "odd" }
+
+// Every metric has the form that Prometheus asks for.
+func TestMetricNames(t *testing.T) {
+	descs := make(chan *prometheus.Desc, 100)
+	newMeters(&Controller{}).Describe(descs)
+	close(descs)
+	for d := range descs {
+		text := d.String()
+		require.Regexp(t, `fqName: "podfsm_[a-z_]+"`, text)
+		require.Regexp(t, `help: "[A-Z].*\."`, text)
+	}
+}
