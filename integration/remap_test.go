@@ -154,6 +154,7 @@ func TestRemap(t *testing.T) {
 					layers = 0
 				}
 				require.Equal(t, layers, layersMade(n)-made)
+				require.EqualValues(t, layersMade(n), scrape(t, n)[`podfsm_remap_layers_total{strategy="`+strategy+`"}`])
 
 				exec(t, containers[0], "sh", "-c", "echo x >/tmp/new && chown 1000:7 /tmp/new && chmod 700 /owners/cat && rm /owners/many/5")
 				require.Equal(t, []string{

@@ -31,6 +31,7 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 	"github.com/podfsm/podfsm/userns"
@@ -46,6 +47,7 @@ type Controller struct {
 	engine   *lifecycle.Engine
 	past     *history.File // of the sandboxes that have ended
 	meters   *meters
+	remapper remapper // podfsm's own snapshotter; nil where it is disabled
 	herald   *herald
 	exchange eventExchange // containerd's events
 	exits    *exitWatch
@@ -109,6 +111,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	client, err := containerd.New("", containerd.WithDefaultPlatform(platforms.Default()), containerd.WithInMemoryServices(ic))
 	if err != nil {
 		return fmt.Errorf("failed to connect to containerd's services: %w", err)
+	}
+	if loaded, err := ic.GetByID(plugins.SnapshotPlugin, Name); err == nil {
+		c.remapper = loaded.(*remapping.Snapshotter)
 	}
 	events, err := ic.GetSingle(plugins.EventPlugin)
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -42,11 +43,15 @@ var (
 	sandboxesDesc = describe("sandboxes", "Sandboxes that podfsm has, by state.", "state")
 	stepAgeDesc   = describe("unfinished_step_age_seconds",
 		"How long the oldest try at a step is under way, by step and by what is done with it; 0 when there is none.", "step", "act")
-	debtsDesc   = describe("debts", "Undos that have failed and are tried again, by step.", "step")
-	debtAgeDesc = describe("debt_age_seconds", "Since when the oldest of them is owed, by step; 0 when there is none.", "step")
-	rangesDesc  = describe("id_ranges", "Ranges of the pool of host ids, by state. There are none without a pool.", "state")
-	ledgerDesc  = describe("ledger_size_bytes", "Size of the ledger's files: the one that outlives a reboot, and the log of this boot.", "file")
-	refusesDesc = describe("refuses_pods", "Whether podfsm runs degraded and refuses every pod, for the reason in the log: 1 or 0.")
+	debtsDesc    = describe("debts", "Undos that have failed and are tried again, by step.", "step")
+	debtAgeDesc  = describe("debt_age_seconds", "Since when the oldest of them is owed, by step; 0 when there is none.", "step")
+	rangesDesc   = describe("id_ranges", "Ranges of the pool of host ids, by state. There are none without a pool.", "state")
+	ledgerDesc   = describe("ledger_size_bytes", "Size of the ledger's files: the one that outlives a reboot, and the log of this boot.", "file")
+	layersDesc   = describe("remap_layers_total", "Layers that were made to give images the owners of user namespaces, by strategy.", "strategy")
+	inodesDesc   = describe("remap_inodes_total", "Inodes that have got other owners in them, by strategy.", "strategy")
+	bytesDesc    = describe("remap_bytes_total", "Size of the files that have got other owners in them, by strategy; metacopy copies none of it.", "strategy")
+	remapSecDesc = describe("remap_seconds_total", "Time that making them took, by strategy.", "strategy")
+	refusesDesc  = describe("refuses_pods", "Whether podfsm runs degraded and refuses every pod, for the reason in the log: 1 or 0.")
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
@@ -114,7 +119,7 @@ func (m *meters) Describe(descs chan<- *prometheus.Desc) {
 	for _, v := range m.vectors() {
 		v.Describe(descs)
 	}
-	for _, d := range []*prometheus.Desc{sandboxesDesc, stepAgeDesc, debtsDesc, debtAgeDesc, rangesDesc, ledgerDesc, refusesDesc} {
+	for _, d := range []*prometheus.Desc{sandboxesDesc, stepAgeDesc, debtsDesc, debtAgeDesc, rangesDesc, ledgerDesc, layersDesc, inodesDesc, bytesDesc, remapSecDesc, refusesDesc} {
 		descs <- d
 	}
 }
@@ -143,6 +148,9 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 			gauge(rangesDesc, float64(quarantined), "quarantined")
 		}
 	}
+	if c.remapper != nil {
+		collectRemaps(c.remapper.Totals(), metrics)
+	}
 	if c.ledger != nil {
 		durable, recent, err := c.ledger.Sizes()
 		if err != nil {
@@ -151,6 +159,24 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 		}
 		gauge(ledgerDesc, float64(durable), fileDurable)
 		gauge(ledgerDesc, float64(recent), fileLog)
+	}
+}
+
+// remapper is what remaps images, and counts it.
+type remapper interface {
+	Totals() map[remapping.Strategy]remapping.Totals
+}
+
+func collectRemaps(totals map[remapping.Strategy]remapping.Totals, metrics chan<- prometheus.Metric) {
+	for _, strategy := range []remapping.Strategy{remapping.Metacopy, remapping.Chown} { // idmap makes none
+		counter := func(desc *prometheus.Desc, value float64) {
+			metrics <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, value, string(strategy))
+		}
+		t := totals[strategy]
+		counter(layersDesc, float64(t.Layers))
+		counter(inodesDesc, float64(t.Inodes))
+		counter(bytesDesc, float64(t.Bytes))
+		counter(remapSecDesc, t.Took.Seconds())
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/prometheus/client_golang/prometheus"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -85,6 +87,19 @@ func TestMetersOfThePool(t *testing.T) {
 	c := &Controller{node: &node{ids: userns.New(nil, pool)}}
 	c.meters = newMeters(c)
 	require.Equal(t, map[string]float64{"quarantined": 3}, gathered(t, c.meters, "id_ranges"))
+}
+
+// images is a snapshotter that has remapped some.
+type images map[remapping.Strategy]remapping.Totals
+
+func (i images) Totals() map[remapping.Strategy]remapping.Totals { return i }
+
+func TestMetersOfRemaps(t *testing.T) {
+	c := &Controller{remapper: images{remapping.Metacopy: {Layers: 2, Work: remapping.Work{Inodes: 30, Bytes: 4000, Took: 1500 * time.Millisecond}}}}
+	c.meters = newMeters(c)
+	for metric, want := range map[string]float64{"remap_layers_total": 2, "remap_inodes_total": 30, "remap_bytes_total": 4000, "remap_seconds_total": 1.5} {
+		require.Equal(t, map[string]float64{"metacopy": want}, gathered(t, c.meters, metric))
+	}
 }
 
 // Plugins and networks come from files that anything on the node may write.

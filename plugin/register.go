@@ -37,6 +37,7 @@ func init() {
 			plugins.SandboxStorePlugin,
 			plugins.ServicePlugin,
 			plugins.ShimPlugin,
+			plugins.SnapshotPlugin,
 			plugins.TransferPlugin,
 		},
 		Config: defaultConfig(),
