@@ -336,7 +336,9 @@ func wrap(text string, first, rest int) []string {
 			cut = width
 		}
 		lines = append(lines, strings.TrimRight(string(runes[:cut]), " "))
-		runes = []rune(strings.TrimLeft(string(runes[cut:]), " "))
+		for runes = runes[cut:]; len(runes) > 0 && runes[0] == ' '; {
+			runes = runes[1:]
+		}
 		width = rest
 	}
 	return append(lines, string(runes))
