@@ -1,19 +1,20 @@
 package doctor
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
 // Strategy is a way in which files get the owners of a user namespace, and whether it works.
@@ -24,14 +25,8 @@ type Strategy struct {
 	Remedy   string // what would make it work; "" where it does
 }
 
-const (
-	// tryID is the host id that tries map root to. It is below those that pods may have, so that nobody takes a try for one.
-	tryID = 65533
-	// tryMap is that id map in containerd's form.
-	tryMap = "0:65533:1"
-	// tryDir begins the name of the directory that a try is made in; the process's id follows.
-	tryDir = ".podfsm-doctor-"
-)
+// tryDir begins the name of the directory that a try is made in; the process's id follows.
+const tryDir = ".podfsm-doctor-"
 
 // overlays tries the strategies on the filesystem of each snapshotter.
 func overlays(ctx context.Context, n Node) []Finding {
@@ -84,115 +79,31 @@ func (n Node) overlaysIn(ctx context.Context, g group[Snapshotter]) (found []Fin
 }
 
 // StrategyIDMap is the strategy that containerd's own snapshotters need.
-const StrategyIDMap = "idmap"
+const StrategyIDMap = string(remapping.IDMap)
 
-// TryStrategies tries idmapped layers, and copies of the metadata alone, with a small overlay in a directory below dir, mounted in a mount
-// namespace that ends with the try.
-func TryStrategies(_ context.Context, dir string) ([]Strategy, error) {
-	if _, err := os.Stat(dir); err != nil {
-		return nil, err
-	}
-	var strategies []Strategy
-	for _, s := range []struct {
-		name, works, remedy string
-		try                 func(dir string) error
-	}{
-		{StrategyIDMap, "idmapped overlay mounts work", "put the directory on ext4, xfs or btrfs, with Linux 5.19 or later", tryIDMap},
-		{"metacopy", "overlay mounts copy metadata alone", "put the directory on a filesystem with extended attributes, such as ext4, xfs or btrfs", tryMetacopy},
-	} {
-		strategy := Strategy{Name: s.name, Works: true, Evidence: s.works}
-		if err := s.try(dir); err != nil {
-			strategy = Strategy{Name: s.name, Evidence: err.Error(), Remedy: s.remedy}
-		}
-		strategies = append(strategies, strategy)
-	}
-	return strategies, nil
-}
-
-// tryIDMap has a layer shown under other ids, in the way of containerd's mounts.
-func tryIDMap(dir string) error {
-	users, err := mount.GetUsernsFD(tryMap, tryMap)
-	if err != nil {
-		return fmt.Errorf("failed to make a user namespace: %w", err)
-	}
-	defer users.Close()
-	return tryOverlay(dir, func(t overlayTry) error {
-		if err := mount.IDMapMountWithAttrs(t.path("lower"), t.path("mapped"), int(users.Fd()), unix.MOUNT_ATTR_RDONLY, 0); err != nil {
-			return err
-		}
-		if err := t.mount("lowerdir=" + t.path("mapped")); err != nil {
-			return err
-		}
-		var stat unix.Stat_t
-		if err := unix.Lstat(t.path("merged/file"), &stat); err != nil {
-			return err
-		}
-		if stat.Uid != tryID || stat.Gid != tryID {
-			return fmt.Errorf("a file of root's is %d:%d's instead of %d:%d's", stat.Uid, stat.Gid, tryID, tryID)
-		}
-		return nil
-	})
-}
-
-// tryMetacopy has the owner of a file changed without a copy of its content.
-func tryMetacopy(dir string) error {
-	return tryOverlay(dir, func(t overlayTry) error {
-		if err := t.mount("lowerdir=" + t.path("lower") + ",index=on,metacopy=on"); err != nil {
-			return err
-		}
-		if err := os.Lchown(t.path("merged/file"), tryID, tryID); err != nil {
-			return err
-		}
-		if _, err := unix.Lgetxattr(t.path("upper/file"), "trusted.overlay.metacopy", nil); err != nil {
-			return fmt.Errorf("a change of owner has copied the file: %w", err)
-		}
-		return nil
-	})
-}
-
-// overlayTry is the directory of a try.
-type overlayTry string
-
-func (t overlayTry) path(name string) string { return filepath.Join(string(t), name) }
-
-// mount mounts the overlay on merged.
-func (t overlayTry) mount(options string) error {
-	options += ",upperdir=" + t.path("upper") + ",workdir=" + t.path("work")
-	if err := unix.Mount("overlay", t.path("merged"), "overlay", 0, options); err != nil {
-		return fmt.Errorf("failed to mount an overlay: %w", err)
-	}
-	return nil
-}
-
-// tryOverlay runs try with the directories of an overlay below dir, in a mount namespace of its own: a kill leaves no mount, and the
-// directories are removed by the next try.
-func tryOverlay(dir string, try func(overlayTry) error) (err error) {
+// TryStrategies tries each strategy of podfsm's snapshotter in a directory below dir. A kill leaves no mount, and the directory is removed by
+// the next try.
+func TryStrategies(ctx context.Context, dir string) (_ []Strategy, err error) {
 	if err := removeTries(dir); err != nil {
-		return err
+		return nil, err
 	}
 	made, err := os.MkdirTemp(dir, fmt.Sprintf("%s%d-*", tryDir, os.Getpid()))
 	if err != nil {
-		return fmt.Errorf("failed to make a directory in %s: %w", dir, errors.Unwrap(err))
+		return nil, fmt.Errorf("failed to make a directory in %s: %w", dir, errors.Unwrap(err))
 	}
-	defer func() { err = nameless(errors.Join(err, os.RemoveAll(made)), made) }()
-	t := overlayTry(made)
-	for _, name := range []string{"lower", "mapped", "upper", "work", "merged"} {
-		if err := os.Mkdir(t.path(name), 0o755); err != nil {
-			return err
-		}
+	defer func() { err = errors.Join(err, os.RemoveAll(made)) }()
+	report, err := remapping.Probe(ctx, made)
+	if err != nil {
+		return nil, err
 	}
-	if err := os.WriteFile(t.path("lower/file"), bytes.Repeat([]byte("content\n"), 1024), 0o644); err != nil {
-		return err
+	// Without the random names of a try's directories: what is said of a node is the same each time.
+	names := regexp.MustCompile(regexp.QuoteMeta(made) + "(/probe-[0-9]+)?")
+	var strategies []Strategy
+	for _, v := range report {
+		evidence := names.ReplaceAllLiteralString(v.Evidence, filepath.Join(dir, tryDir+"PID"))
+		strategies = append(strategies, Strategy{Name: string(v.Strategy), Works: v.Works, Evidence: evidence, Remedy: v.Remedy})
 	}
-	return inPrivateMounts(func() error { return try(t) })
-}
-
-// nameless is err without the random name of a try's directory: what is said of a node is the same each time.
-func nameless(err error, made string) error {
-	if err == nil {
-		return nil
-	}
-	return errors.New(strings.ReplaceAll(err.Error(), made, filepath.Join(filepath.Dir(made), tryDir+"PID")))
+	return strategies, nil
 }
 
 // removeTries removes the directories of processes that were killed in a try.

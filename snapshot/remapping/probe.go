@@ -64,10 +64,11 @@ func (r Report) refusal() error {
 // probePattern is what the directories of probes are called.
 const probePattern = "probe-*"
 
-// Ids of files in probes.
+// Ids of files in probes. That of the host is below those that pods may have, so that
+// nobody takes a probe for one.
 const (
 	probeID = 0
-	hostID  = 1 << 20
+	hostID  = 65533
 )
 
 // Probe tries each strategy on files of its own in a directory, which has to be on
