@@ -314,6 +314,8 @@ func TestDaemonDown(t *testing.T) {
 		_, _ = n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig("half"))
 	}()
 	require.NoError(t, n.Faults.WaitReached(t.Context(), "capture_netns.do.after", 1))
+	// Pause is being executed beside it.
+	require.Eventually(t, func() bool { return inspect(t, n, "half").GetSandbox().GetState() == "PauseStarted" }, waitFor, tick)
 	lost := randomID(t)
 	lostPin := filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/netns/podfsm-"+lost)
 	pin(t, n, lostPin, false)

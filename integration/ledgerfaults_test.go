@@ -79,7 +79,7 @@ func TestLedgerDamage(t *testing.T) {
 	require.NoError(t, err)
 	stock := startPod(t, n, harness.StockHandler, n.PodConfig("stock"))
 	visitor := startContainer(t, stock, "visitor")
-	before, err := n.Census(t.Context())
+	before, err := n.Rest(t.Context())
 	require.NoError(t, err)
 
 	for _, damaged := range []struct {
@@ -197,7 +197,7 @@ func TestLedgerDiskFull(t *testing.T) {
 			require.NoError(t, n.Stop(t.Context()))
 			require.NoError(t, unix.Mount("podfsm-test", disk, "tmpfs", 0, "size=1m"))
 			require.NoError(t, n.Start(t.Context()))
-			before, err := n.Census(t.Context())
+			before, err := n.Rest(t.Context())
 			require.NoError(t, err)
 
 			pod := runPod(t, n, n.PodConfig("before"))

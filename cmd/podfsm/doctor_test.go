@@ -70,7 +70,7 @@ func TestDoctorWithoutDaemon(t *testing.T) {
 	for _, row := range []string{
 		`(?m)^ok +kernel +Linux \d`,
 		`(?m)^ok +user namespaces +user.max_user_namespaces = \d+`,
-		`(?m)^ok +overlay +idmap: idmapped`,
+		`(?m)^ok +overlay +idmap: overlayfs`,
 		`(?m)^fail +directories `,
 		`(?m)^unknown +runtime +containerd's configuration isn't known$`,
 		`(?m)^ok +ledger +there is none yet`,

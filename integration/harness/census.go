@@ -142,6 +142,25 @@ func (n *Node) Settle(ctx context.Context) (Census, error) {
 	return last, err
 }
 
+// Rest returns the census of a node with pods once two in a row are the same, and what their containers are to run has been executed.
+func (n *Node) Rest(ctx context.Context) (Census, error) {
+	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
+	defer cancel()
+	var last Census
+	err := poll(ctx, censusInterval, func() error {
+		before := last
+		var err error
+		if last, err = n.TidyCensus(ctx); err != nil {
+			return err
+		}
+		if diff := before.Diff(last); diff != "" || strings.Contains(strings.Join(last[Processes], "\n"), "(runc:[") {
+			return fmt.Errorf("node %q changes:\n%s: %w", n.name, diff, errdefs.ErrFailedPrecondition)
+		}
+		return nil
+	})
+	return last, err
+}
+
 // Diff returns what differs, in lines "+ item" for what is only in after and
 // "- item" for what is only in before, below the name of their category. It is
 // empty when nothing differs.
