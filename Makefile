@@ -69,6 +69,23 @@ long: deps ## Run the long matrices, which make test runs a part of
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration
 	PODFSM_FULL=1 go test -timeout 10m $(TESTFLAGS) -run '^TestSuite$$' ./snapshot/remapping
 
+# How long make fuzz works on each target.
+FUZZTIME ?= 5s
+
+.PHONY: fuzz
+fuzz: deps ## Fuzz each parser of foreign input for FUZZTIME
+	@grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u | while read -r package; do \
+		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' "$$package"/*_test.go); do \
+			echo "$$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null >.build/fuzz.log 2>&1 || { cat .build/fuzz.log; exit 1; }; \
+		done; \
+	done
+
+.PHONY: lint
+lint: ## Look for mistakes with go vet and staticcheck
+	go vet ./...
+	go tool -modfile=.ci/lint/go.mod staticcheck ./...
+
 .PHONY: compare
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
 	@go run ./integration/compare
