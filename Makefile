@@ -74,7 +74,7 @@ FUZZTIME ?= 5s
 
 .PHONY: fuzz
 fuzz: deps ## Fuzz each parser of foreign input for FUZZTIME
-	@grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u | while read -r package; do \
+	@mkdir -p .build; grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u | while read -r package; do \
 		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' "$$package"/*_test.go); do \
 			echo "$$package $$target"; \
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null >.build/fuzz.log 2>&1 || { cat .build/fuzz.log; exit 1; }; \

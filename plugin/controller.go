@@ -97,7 +97,10 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
-	config := ic.Config.(*Config)
+	config, err := optionsOf(ic.Config)
+	if err != nil {
+		return err
+	}
 	if c.limits, err = config.timeouts(); err != nil {
 		return err
 	}
