@@ -112,8 +112,9 @@ kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs
 
 .PHONY: generate
-generate: ## Write what is generated: the API, the state diagram
+generate: ## Write what is generated: the API, the state diagram, the reference of options, the example's module
 	go generate ./...
+	cd examples/own-containerd && go mod tidy
 
 .PHONY: clean
 clean: ## Remove what was built

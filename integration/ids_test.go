@@ -368,6 +368,7 @@ func TestBadConfiguration(t *testing.T) {
 	for name, tc := range map[string]struct{ toml, reason string }{
 		"a contradiction": {usernsTOML(`mode = "auto"`, ""), `userns.podfsm: mode "auto" needs a pool`},
 		"another type":    {section + "cni_gc = false", "option cni_gc has a value of the wrong type"},
+		"the snapshotter": {"[plugins.'io.containerd.snapshotter.v1.podfsm']\nstrategy = 1", "option strategy has a value of the wrong type"},
 		"unknown":         {section + `cni_add_timout = "3m"`, "unknown option cni_add_timout"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
 )
@@ -51,15 +52,22 @@ func (s *section) decode(into any) error {
 	return nil
 }
 
-// optionsOf reads podfsm's own section, as containerd gives it to the controller.
-func optionsOf(given any) (*Config, error) {
-	config := defaultConfig()
+// optionsOf reads podfsm's own section, as containerd gives it to the controller. With an error come the defaults.
+func optionsOf(given any) (*Config, error) { return read(given, URI, defaultConfig) }
+
+// snapshotterOptionsOf reads the section of podfsm's snapshotter likewise.
+func snapshotterOptionsOf(given any) (*SnapshotterConfig, error) {
+	return read(given, plugins.SnapshotPlugin.String()+"."+Name, defaultSnapshotterConfig)
+}
+
+func read[T any](given any, uri string, defaults func() *T) (*T, error) {
 	s, ok := given.(*section)
 	if !ok {
-		return config, fmt.Errorf("containerd gives its configuration as %T: %w", given, errdefs.ErrInternal)
+		return defaults(), fmt.Errorf("containerd gives the configuration of %s as %T: %w", uri, given, errdefs.ErrInternal)
 	}
+	config := defaults()
 	if err := s.decode(config); err != nil {
-		return defaultConfig(), fmt.Errorf("[plugins.'%s']: %w", URI, err)
+		return defaults(), fmt.Errorf("[plugins.'%s']: %w", uri, err)
 	}
 	return config, nil
 }

@@ -56,6 +56,19 @@ func TestSection(t *testing.T) {
 	}
 }
 
+func TestSnapshotterSection(t *testing.T) {
+	config, err := snapshotterOptionsOf(&section{"root_path": "/data", "strategy": "chown"})
+	require.NoError(t, err)
+	require.Equal(t, &SnapshotterConfig{RootPath: "/data", Strategy: "chown"}, config)
+	for key, value := range map[string]any{"strategies": "chown", "strategy": 7, "mount_options": "index=on"} {
+		config, err := snapshotterOptionsOf(&section{key: value})
+		require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+		require.ErrorContains(t, err, "[plugins.'io.containerd.snapshotter.v1.podfsm']")
+		require.ErrorContains(t, err, key)
+		require.Equal(t, defaultSnapshotterConfig(), config)
+	}
+}
+
 // The examples of the configuration reference are taken as they stand, and say what their names do.
 func TestExamplesOfTheReference(t *testing.T) {
 	for name, want := range map[string]struct {

@@ -63,7 +63,7 @@ func init() {
 	registry.Register(&plugin.Registration{
 		Type:   plugins.SnapshotPlugin,
 		ID:     Name,
-		Config: defaultSnapshotterConfig(),
+		Config: sectionOf(defaultSnapshotterConfig()),
 		InitFn: initSnapshotter,
 	})
 	wrapStock()
