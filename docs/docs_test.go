@@ -48,7 +48,7 @@ func code(t *testing.T) map[string]string {
 	return found
 }
 
-var named = regexp.MustCompile("\\b(?:Test|Fuzz|Benchmark)[A-Z]\\w*\\b(\\*)?")
+var named = regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*\b(\*)?`)
 
 // What the pages name as seen in a test was seen in one that there is.
 func TestNamedTestsExist(t *testing.T) {

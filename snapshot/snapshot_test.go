@@ -383,7 +383,7 @@ func TestPreparePassesAnnotationsOn(t *testing.T) {
 			// A pod that would like files of other owners, or another's snapshot.
 			snapshots.LabelSnapshotUIDMapping: "0:0:4294967294",
 			snapshots.LabelSnapshotGIDMapping: "0:0:4294967294",
-			labelSnapshotRef:        n.chainIDs[1],
+			labelSnapshotRef:                  n.chainIDs[1],
 		},
 	})
 	require.NoError(t, err)
