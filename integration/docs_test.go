@@ -18,6 +18,9 @@ import (
 var notRun = map[string]string{
 	"make demo": "it is a build and a node of its own, as the tests are",
 	"make test": "it runs this test",
+
+	"podfsm drain": "the node takes no pods afterwards; it has tests of its own",
+	"podfsm watch": "it doesn't end by itself; TestCLI runs it",
 }
 
 // pages are README.md and the pages of docs.
