@@ -69,6 +69,32 @@ long: deps ## Run the long matrices, which make test runs a part of
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration
 	PODFSM_FULL=1 go test -timeout 10m $(TESTFLAGS) -run '^TestSuite$$' ./snapshot/remapping
 
+# How long make fuzz works on each target.
+FUZZTIME ?= 5s
+
+.PHONY: fuzz
+fuzz: deps ## Fuzz each parser of foreign input for FUZZTIME
+	@mkdir -p .build; grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u | while read -r package; do \
+		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' "$$package"/*_test.go); do \
+			echo "$$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null >.build/fuzz.log 2>&1 || { cat .build/fuzz.log; exit 1; }; \
+		done; \
+	done
+
+# containerd's long-term release, and the version of its API that it is built with.
+lts := github.com/containerd/containerd/v2@v2.3.7 github.com/containerd/containerd/api@v1.11.1
+
+.PHONY: compat
+compat: deps ## Run the tests of the library packages with containerd's long-term release, 2.3
+	@mkdir -p .build; cp go.mod .build/compat.mod; cp go.sum .build/compat.sum
+	go get -modfile=.build/compat.mod $(lts)
+	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/plugin$$\|/cmd/containerd-podfsm$$')
+
+.PHONY: lint
+lint: ## Look for mistakes with go vet and staticcheck
+	go vet ./...
+	go tool -modfile=.ci/lint/go.mod staticcheck ./...
+
 .PHONY: compare
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
 	@go run ./integration/compare
@@ -86,8 +112,9 @@ kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs
 
 .PHONY: generate
-generate: ## Write what is generated: the API, the state diagram
+generate: ## Write what is generated: the API, the state diagram, the reference of options, the example's module
 	go generate ./...
+	cd examples/own-containerd && go mod tidy
 
 .PHONY: clean
 clean: ## Remove what was built

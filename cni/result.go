@@ -105,7 +105,7 @@ func merge(merged *gocni.Result, result *types100.Result) error {
 		merged.Interfaces[i.Name] = &gocni.Config{Mac: i.Mac, Sandbox: i.Sandbox, PciID: i.PciID, SocketPath: i.SocketPath}
 	}
 	for _, ip := range result.IPs {
-		if ip == nil {
+		if ip == nil || len(ip.Address.IP) == 0 {
 			return errors.New("an address is null")
 		}
 		name := defaultIfName // a plugin need not list interfaces

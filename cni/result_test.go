@@ -49,6 +49,7 @@ func TestResultInvalid(t *testing.T) {
 		"not attached":        {``, "is not attached"},
 		"null interface":      {`{"cniVersion":"1.0.0","interfaces":[null]}`, "interface is null"},
 		"null address":        {`{"cniVersion":"1.0.0","ips":[null]}`, "address is null"},
+		"empty address":       {`{"cniVersion":"1.0.0","ips":[{}]}`, "address is null"},
 		"interface too large": {`{"cniVersion":"1.0.0","interfaces":[{"name":"eth0"}],"ips":[{"address":"10.0.0.1/24","interface":1}]}`, "on interface 1 of 1"},
 		"interface negative":  {`{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/24","interface":-1}]}`, "on interface -1 of 0"},
 		"no address":          {`{"cniVersion":"1.0.0"}`, "gave eth0 no address"},

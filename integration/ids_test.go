@@ -362,10 +362,22 @@ node_wide_gid_mapping = { container_id = 0, host_id = 2100000000, size = 131072 
 	n.RequireClean(t, before)
 }
 
-func TestBadUserNSConfig(t *testing.T) {
-	n := harness.StartNode(t, harness.Config{TOML: usernsTOML(`mode = "auto"`, "")})
-	requireRefused(t, n, n.PodConfig("pod"), codes.Unavailable, `userns.podfsm: mode "auto" needs a pool`)
-	stock, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("stock"))
-	require.NoError(t, err, "all else works")
-	require.NoError(t, stock.StopAndRemove(t.Context()))
+// A configuration that can't be used keeps only podfsm's handlers from running pods, with the option in the reason.
+func TestBadConfiguration(t *testing.T) {
+	const section = "[plugins.'io.containerd.podsandbox.controller.v1.podfsm']\n"
+	for name, tc := range map[string]struct{ toml, reason string }{
+		"a contradiction": {usernsTOML(`mode = "auto"`, ""), `userns.podfsm: mode "auto" needs a pool`},
+		"another type":    {section + "cni_gc = false", "option cni_gc has a value of the wrong type"},
+		"the snapshotter": {"[plugins.'io.containerd.snapshotter.v1.podfsm']\nstrategy = 1", "option strategy has a value of the wrong type"},
+		"unknown":         {section + `cni_add_timout = "3m"`, "unknown option cni_add_timout"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := harness.StartNode(t, harness.Config{TOML: tc.toml})
+			requireRefused(t, n, n.PodConfig("pod"), codes.Unavailable, tc.reason)
+			require.Contains(t, n.Log(), strings.ReplaceAll(tc.reason, `"`, `\"`))
+			stock, err := n.RunPod(t.Context(), harness.StockHandler, n.PodConfig("stock"))
+			require.NoError(t, err, "all else works")
+			require.NoError(t, stock.StopAndRemove(t.Context()))
+		})
+	}
 }

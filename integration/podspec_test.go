@@ -92,7 +92,8 @@ func shapes(seccompFile string) map[string]harness.PodOption {
 		},
 		"groups, seccomp by the old field": func(c *runtime.PodSandboxConfig) {
 			security(c).SupplementalGroups = []int64{4000, 3000}
-			security(c).Seccomp, security(c).SeccompProfilePath = nil, "localhost/"+seccompFile //nolint:staticcheck // of older clients
+			//lint:ignore SA1019 older clients send it
+			security(c).Seccomp, security(c).SeccompProfilePath = nil, "localhost/"+seccompFile
 		},
 		"sysctls that the node has defaults for, seccomp off": func(c *runtime.PodSandboxConfig) {
 			harness.HostUsers()(c)

@@ -83,7 +83,8 @@ func oddRuns() map[string]oddRun {
 		"seccomp that is no JSON": seccomp(&runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_Localhost, LocalhostRef: "/etc/hostname"}),
 		"seccomp of tomorrow":     seccomp(&runtime.SecurityProfile{ProfileType: 77}),
 		"old seccomp field": podOdd(func(c *runtime.PodSandboxConfig) {
-			security(c).Seccomp, security(c).SeccompProfilePath = nil, "garbage" //nolint:staticcheck // of older clients
+			//lint:ignore SA1019 older clients send it
+			security(c).Seccomp, security(c).SeccompProfilePath = nil, "garbage"
 		}),
 		"SELinux label in pieces": podOdd(func(c *runtime.PodSandboxConfig) { security(c).SelinuxOptions = &runtime.SELinuxOption{User: "u"} }),
 		"group without user":      podOdd(func(c *runtime.PodSandboxConfig) { security(c).RunAsGroup = &runtime.Int64Value{Value: 7} }),

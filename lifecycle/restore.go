@@ -118,7 +118,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 func (s *sandbox) quarantine(reason error) error {
 	s.touchAll()
 	s.raise(Taken, Taken)
-	if s.state() == states.Quarantined {
+	if state := s.state(); state == states.Quarantined || state.Terminal() { // nothing is left of what has ended
 		return nil
 	}
 	return s.move(s.background(), states.Quarantine, reason)

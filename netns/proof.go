@@ -1,7 +1,6 @@
 package netns
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"fmt"
@@ -75,9 +74,17 @@ func parentOf(pid int) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("failed to read the parent of process %d: %w", pid, err)
 	}
+	parent, err := parseParent(stat)
+	if err != nil {
+		return 0, fmt.Errorf("failed to parse %q: %w", procPath(pid, "stat"), err)
+	}
+	return parent, nil
+}
+
+func parseParent(stat []byte) (int, error) {
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	if len(fields) < 2 {
-		return 0, fmt.Errorf("failed to parse %q: %w", procPath(pid, "stat"), errdefs.ErrInternal)
+		return 0, fmt.Errorf("%d fields after the name: %w", len(fields), errdefs.ErrInternal)
 	}
 	return strconv.Atoi(fields[1])
 }
@@ -107,14 +114,22 @@ func proveCgroup(e Expect) error {
 	if err != nil {
 		return fmt.Errorf("failed to read the cgroups of process %d: %w", e.Pid, err)
 	}
-	for line := range strings.Lines(string(groups)) {
+	if !anyCgroup(string(groups), matches) {
+		return violated(proofCgroup, e, "it is not in %q", e.CgroupPath)
+	}
+	return nil
+}
+
+// anyCgroup says whether a path in /proc/PID/cgroup matches.
+func anyCgroup(groups string, matches func(string) bool) bool {
+	for line := range strings.Lines(groups) {
 		// hierarchy-id:controllers:path (cgroups(7)); the path itself may contain colons.
 		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
 		if len(fields) == 3 && matches(fields[2]) {
-			return nil
+			return true
 		}
 	}
-	return violated(proofCgroup, e, "it is not in %q", e.CgroupPath)
+	return false
 }
 
 // cgroupMatcher returns what tells whether a path of /proc/PID/cgroup is that of the OCI cgroupsPath.
@@ -180,15 +195,22 @@ func readIDMap(file string) ([]IDMap, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to read an id mapping: %w", err)
 	}
-	var maps []IDMap
-	for scanner := bufio.NewScanner(bytes.NewReader(data)); scanner.Scan(); {
+	maps, err := parseIDMap(string(data))
+	if err != nil {
+		return nil, fmt.Errorf("failed to parse %q: %w", file, err)
+	}
+	return sorted(maps), nil
+}
+
+func parseIDMap(text string) (maps []IDMap, err error) {
+	for line := range strings.Lines(text) {
 		var m IDMap
-		if _, err := fmt.Sscan(scanner.Text(), &m.ContainerID, &m.HostID, &m.Size); err != nil {
-			return nil, fmt.Errorf("failed to parse %q: %w", file, err)
+		if _, err := fmt.Sscan(line, &m.ContainerID, &m.HostID, &m.Size); err != nil {
+			return nil, fmt.Errorf("%q: %w", line, err)
 		}
 		maps = append(maps, m)
 	}
-	return sorted(maps), nil
+	return maps, nil
 }
 
 // sorted orders extents as the kernel may do on its own.

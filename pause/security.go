@@ -63,7 +63,8 @@ func seccompProfile(security *runtime.LinuxSandboxSecurityContext, unset string)
 	if profile := security.GetSeccomp(); profile != nil {
 		return profile, nil
 	}
-	name := security.GetSeccompProfilePath() //nolint:staticcheck // older clients send nothing else
+	//lint:ignore SA1019 older clients send nothing else
+	name := security.GetSeccompProfilePath()
 	if name == "" {
 		name = unset
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -163,13 +164,19 @@ func allShims() ([]Shim, error) {
 		if err != nil {
 			continue // it has ended
 		}
-		args := strings.Split(string(bytes.TrimSuffix(cmdline, []byte{0})), "\x00")
-		namespace, id := flag(args, "-namespace"), flag(args, "-id")
-		if namespace != "" && id != "" {
-			shims = append(shims, Shim{Pid: pid, Namespace: namespace, ID: id, starter: slices.Contains(args, "start")})
+		if shim, ok := parseShim(cmdline); ok {
+			shim.Pid = pid
+			shims = append(shims, shim)
 		}
 	}
 	return shims, nil
+}
+
+// parseShim reads a /proc/PID/cmdline, which any process may have made up.
+func parseShim(cmdline []byte) (Shim, bool) {
+	args := strings.Split(string(bytes.TrimSuffix(cmdline, []byte{0})), "\x00")
+	shim := Shim{Namespace: flag(args, "-namespace"), ID: flag(args, "-id"), starter: slices.Contains(args, "start")}
+	return shim, shim.Namespace != "" && shim.ID != ""
 }
 
 // flag returns the value of a flag, "" when it is not given.
@@ -256,12 +263,16 @@ func socketsOf(pid int) ([]string, error) {
 		return nil, err
 	}
 	defer table.Close()
-	var paths []string
+	return socketPaths(table, inodes), nil
+}
+
+// socketPaths are those of the sockets with the given inodes, by a /proc/PID/net/unix. Whoever binds a socket chooses its path.
+func socketPaths(table io.Reader, inodes map[string]bool) (paths []string) {
 	for lines := bufio.NewScanner(table); lines.Scan(); {
 		// Num RefCount Protocol Flags Type St Inode Path
 		if fields := strings.Fields(lines.Text()); len(fields) == 8 && inodes[fields[6]] && filepath.IsAbs(fields[7]) {
 			paths = append(paths, fields[7])
 		}
 	}
-	return paths, nil
+	return paths
 }

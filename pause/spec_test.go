@@ -1,5 +1,7 @@
 package pause
 
+//lint:file-ignore SA1019 older clients name seccomp profiles by the old field
+
 import (
 	"context"
 	"os"

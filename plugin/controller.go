@@ -97,7 +97,15 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
-	config := ic.Config.(*Config)
+	config, err := optionsOf(ic.Config)
+	if err != nil {
+		return err
+	}
+	if loaded := ic.Plugins().Get(plugins.SnapshotPlugin, Name); loaded != nil {
+		if _, err := snapshotterOptionsOf(loaded.Config); err != nil {
+			return err
+		}
+	}
 	if c.limits, err = config.timeouts(); err != nil {
 		return err
 	}
@@ -480,8 +488,9 @@ func podOf(view lifecycle.View) cri.Pod {
 			pod.Step, pod.Since = string(step.Name), step.Started
 		}
 	}
-	if captured := view.Step(states.CaptureNetNS); captured.Status == lifecycle.StepDone {
-		pod.NetNSPath = captured.Result.(*NetNS).Path
+	captured := view.Step(states.CaptureNetNS)
+	if pinned, ok := captured.Result.(*NetNS); ok && captured.Status == lifecycle.StepDone {
+		pod.NetNSPath = pinned.Path
 	}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs

@@ -39,7 +39,7 @@ func (c *Controller) callDoctor(ic *plugin.InitContext) {
 			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
 		}
 	}()
-	config, _ := ic.Config.(*Config)
+	config, _ := optionsOf(ic.Config) // the defaults where it can't be read, which is a refusal
 	rootDir, stateDir := ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]
 	c.exam.doctor = doctor.New(doctor.Node{
 		Proc:       "/proc",

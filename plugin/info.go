@@ -27,7 +27,10 @@ import (
 
 // instance is what containerd's service keeps of a sandbox that was started. The container record is pause's.
 func instance(view lifecycle.View, container containers.Container) (sandbox.ControllerInstance, error) {
-	started := view.Step(states.StartPause).Result.(*Pause)
+	started, ok := view.Step(states.StartPause).Result.(*Pause)
+	if !ok {
+		return sandbox.ControllerInstance{}, fmt.Errorf("it isn't on record how sandbox %q was started: %w", view.Key.ID, errdefs.ErrDataLoss)
+	}
 	spec, err := specWithNetNS(view, container)
 	if err != nil {
 		return sandbox.ControllerInstance{}, err

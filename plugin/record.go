@@ -103,29 +103,40 @@ func keepProcessLabel(ctx context.Context, client *containerd.Client, record san
 	if label == "" || !ok {
 		return nil
 	}
-	// As maps, so that what a later containerd keeps beside is kept.
-	var stored, fields map[string]json.RawMessage
-	if err := json.Unmarshal(extension.GetValue(), &stored); err != nil {
-		return fmt.Errorf("failed to read containerd's metadata of sandbox %q: %w", record.ID, err)
-	}
-	if err := json.Unmarshal(stored["Metadata"], &fields); err != nil {
-		return fmt.Errorf("failed to read containerd's metadata of sandbox %q: %w", record.ID, err)
-	}
-	quoted, err := json.Marshal(label)
-	if err != nil || bytes.Equal(fields["ProcessLabel"], quoted) {
-		return err
-	}
-	fields["ProcessLabel"] = quoted
-	if stored["Metadata"], err = json.Marshal(fields); err != nil {
-		return err
-	}
-	text, err := json.Marshal(stored)
+	text, err := withProcessLabel(extension.GetValue(), label)
 	if err != nil {
-		return err
+		return fmt.Errorf("failed to read containerd's metadata of sandbox %q: %w", record.ID, err)
+	}
+	if bytes.Equal(text, extension.GetValue()) {
+		return nil
 	}
 	record.Extensions[metadataExtension] = &anypb.Any{TypeUrl: extension.GetTypeUrl(), Value: text}
 	if _, err := client.SandboxStore().Update(ctx, record, "extensions"); err != nil {
 		return fmt.Errorf("failed to update containerd's record of sandbox %q: %w", record.ID, err)
 	}
 	return nil
+}
+
+// withProcessLabel is containerd's metadata of a sandbox with the label in it. It reads it as maps, so that what a later containerd keeps
+// beside is kept.
+func withProcessLabel(metadata []byte, label string) ([]byte, error) {
+	var stored, fields map[string]json.RawMessage
+	if err := json.Unmarshal(metadata, &stored); err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(stored["Metadata"], &fields); err != nil {
+		return nil, err
+	}
+	if fields == nil {
+		return nil, fmt.Errorf("it is null: %w", errdefs.ErrDataLoss)
+	}
+	quoted, err := json.Marshal(label)
+	if err != nil || bytes.Equal(fields["ProcessLabel"], quoted) {
+		return metadata, err
+	}
+	fields["ProcessLabel"] = quoted
+	if stored["Metadata"], err = json.Marshal(fields); err != nil {
+		return nil, err
+	}
+	return json.Marshal(stored)
 }

@@ -48,6 +48,7 @@ func TestKeepProcessLabel(t *testing.T) {
 		"without SELinux":    {before: `{"Metadata":{ "ProcessLabel":""}}`, after: `{"Metadata":{ "ProcessLabel":""}}`},
 		"can't be read":      {label: label, before: `[]`, after: `[]`, fails: true},
 		"has no metadata":    {label: label, before: `{}`, after: `{}`, fails: true},
+		"metadata is null":   {label: label, before: `{"Metadata":null}`, after: `{"Metadata":null}`, fails: true},
 		"metadata is a list": {label: label, before: `{"Metadata":[]}`, after: `{"Metadata":[]}`, fails: true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -21,8 +21,13 @@ import (
 	"github.com/podfsm/podfsm/cri"
 )
 
+//go:generate go run ./gen . ../docs
+
 // Name is the sandboxer's name in a runtime handler's configuration, and the id of podfsm's plugins.
 const Name = "podfsm"
+
+// URI is the controller's name among containerd's plugins, and that of podfsm's section of the configuration.
+const URI = "io.containerd.podsandbox.controller.v1." + Name
 
 func init() {
 	registry.Register(&plugin.Registration{
@@ -40,7 +45,7 @@ func init() {
 			plugins.SnapshotPlugin,
 			plugins.TransferPlugin,
 		},
-		Config: defaultConfig(),
+		Config: sectionOf(defaultConfig()),
 		InitFn: initController,
 	})
 	registry.Register(&plugin.Registration{
@@ -58,7 +63,7 @@ func init() {
 	registry.Register(&plugin.Registration{
 		Type:   plugins.SnapshotPlugin,
 		ID:     Name,
-		Config: defaultSnapshotterConfig(),
+		Config: sectionOf(defaultSnapshotterConfig()),
 		InitFn: initSnapshotter,
 	})
 	wrapStock()

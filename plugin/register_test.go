@@ -78,7 +78,8 @@ func TestRegistryAfterInit(t *testing.T) {
 			require.ErrorIs(t, err, plugin.ErrPluginNotFound)
 			require.ErrorContains(t, err, "CRI runtime service")
 		case "io.containerd.podsandbox.controller.v1.podfsm":
-			require.Equal(t, defaultConfig(), r.Config)
+			require.Equal(t, sectionOf(defaultConfig()), r.Config)
+			require.Equal(t, URI, r.URI())
 		}
 	}
 }
@@ -205,15 +206,17 @@ func TestInitControllerNeverFails(t *testing.T) {
 		reason string
 		reads  bool // containerd's configuration
 	}{
-		"nothing is loaded":     {config: defaultConfig(), reason: "io.containerd.cri.v1"},
-		"no configuration":      {config: nil, cri: stock, reason: "panic", reads: true},
-		"another configuration": {config: "x", cri: stock, reason: "panic", reads: true},
+		"nothing is loaded":     {config: sectionOf(defaultConfig()), reason: "io.containerd.cri.v1"},
+		"no configuration":      {config: nil, cri: stock, reason: "<nil>", reads: true},
+		"another configuration": {config: "x", cri: stock, reason: "string", reads: true},
 		"a bad option": {
-			config: &Config{CNIAddTimeout: "soon", CNIDelTimeout: "1s", RuntimeTimeout: "1s"},
+			config: sectionOf(&Config{CNIAddTimeout: "soon", CNIDelTimeout: "1s", RuntimeTimeout: "1s"}),
 			cri:    stock, reason: "cni_add_timeout", reads: true,
 		},
+		"an option of another type": {config: &section{"cni_gc": 7}, cri: stock, reason: "option cni_gc", reads: true},
+		"an unknown option":         {config: &section{"cni": "off"}, cri: stock, reason: "unknown option cni", reads: true},
 		"no services": {
-			config: defaultConfig(), cri: stock, reason: "containerd's services", reads: true,
+			config: sectionOf(defaultConfig()), cri: stock, reason: "containerd's services", reads: true,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

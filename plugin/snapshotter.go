@@ -33,9 +33,13 @@ type SnapshotterConfig struct {
 func defaultSnapshotterConfig() *SnapshotterConfig { return &SnapshotterConfig{Strategy: "auto"} }
 
 // initSnapshotter touches nothing: most nodes don't use the snapshotter. It always says that it can take id maps, so that containerd's
-// client leaves that to it.
+// client leaves that to it. Nor does it fail, which would take the CRI of a node down whose handlers name it: with a configuration that
+// can't be used it has the defaults, and the controller refuses pods.
 func initSnapshotter(ic *plugin.InitContext) (any, error) {
-	config := ic.Config.(*SnapshotterConfig)
+	config, err := snapshotterOptionsOf(ic.Config)
+	if err != nil {
+		log.G(ic.Context).WithError(err).Error("podfsm: the snapshotter goes on with its defaults")
+	}
 	root := ic.Properties[plugins.PropertyRootDir]
 	if config.RootPath != "" {
 		root = config.RootPath

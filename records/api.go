@@ -84,8 +84,7 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok && view.Exit == nil {
 		s.Pid = started.Pid
 	}
-	if step := view.Step(states.CaptureNetNS); step.Status == lifecycle.StepDone {
-		pinned := step.Result.(*NetNS)
+	if pinned, ok := view.Step(states.CaptureNetNS).Result.(*NetNS); ok && view.Step(states.CaptureNetNS).Status == lifecycle.StepDone {
 		s.NetnsPath, s.NetnsInode = pinned.Path, pinned.Inode
 	}
 	if attached, ok := NetworkOf(view); ok {

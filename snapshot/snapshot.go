@@ -271,7 +271,7 @@ func (r Request) labels() map[string]string {
 	if labels == nil {
 		labels = map[string]string{}
 	}
-	delete(labels, snapshots.LabelSnapshotRef)
+	delete(labels, labelSnapshotRef)
 	delete(labels, snapshots.LabelSnapshotUIDMapping)
 	delete(labels, snapshots.LabelSnapshotGIDMapping)
 	labels[labelGCRoot] = time.Now().UTC().Format(time.RFC3339)
@@ -282,6 +282,9 @@ func (r Request) labels() map[string]string {
 	}
 	return labels
 }
+
+// labelSnapshotRef is the label of unpacked layers; containerd has a name for it since 2.4.
+const labelSnapshotRef = "containerd.io/snapshot.ref"
 
 // prepareOnce prepares a snapshot from a parent that exists, else it returns a
 // NotFound error.

@@ -383,7 +383,7 @@ func TestPreparePassesAnnotationsOn(t *testing.T) {
 			// A pod that would like files of other owners, or another's snapshot.
 			snapshots.LabelSnapshotUIDMapping: "0:0:4294967294",
 			snapshots.LabelSnapshotGIDMapping: "0:0:4294967294",
-			snapshots.LabelSnapshotRef:        n.chainIDs[1],
+			labelSnapshotRef:                  n.chainIDs[1],
 		},
 	})
 	require.NoError(t, err)
@@ -394,12 +394,12 @@ func TestPreparePassesAnnotationsOn(t *testing.T) {
 
 func TestPrepareLeavesAnnotationsAlone(t *testing.T) {
 	n := newNode(t)
-	annotations := map[string]string{snapshots.LabelSnapshotRef: "x", "containerd.io/snapshot/a": "b"}
+	annotations := map[string]string{labelSnapshotRef: "x", "containerd.io/snapshot/a": "b"}
 	_, err := NewPreparer(n.client).Prepare(n.ctx, Request{
 		Key: "pod", Snapshotter: overlayfs, Image: n.image, UIDs: podUIDs, GIDs: podGIDs, Annotations: annotations,
 	})
 	require.NoError(t, err)
-	require.Equal(t, map[string]string{snapshots.LabelSnapshotRef: "x", "containerd.io/snapshot/a": "b"}, annotations)
+	require.Equal(t, map[string]string{labelSnapshotRef: "x", "containerd.io/snapshot/a": "b"}, annotations)
 }
 
 func TestPrepareAppendsImageAnnotations(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"unsafe"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
@@ -104,11 +105,16 @@ func statMount(id uint64, reply []byte) (use Use, idmapped bool, err error) {
 
 // parseStatMount reads struct statmount, whose strings stand behind its 512 bytes.
 func parseStatMount(reply []byte) (use Use, idmapped bool, err error) {
+	const fixed = 512
+	if len(reply) < fixed {
+		return use, false, fmt.Errorf("statmount(2) has answered %d bytes: %w", len(reply), errdefs.ErrInternal)
+	}
 	word := func(offset int) uint32 { return binary.NativeEndian.Uint32(reply[offset:]) }
 	texts := func(offset, n uint32) string {
-		rest := reply[512+offset:]
+		rest := reply[fixed:]
+		rest = rest[min(uint64(offset), uint64(len(rest))):]
 		var all []byte
-		for range n {
+		for ; n > 0 && len(rest) > 0; n-- {
 			text, after, _ := bytes.Cut(rest, []byte{0})
 			all, rest = append(append(all, text...), '\n'), after
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync/atomic"
 
 	"github.com/podfsm/podfsm/integration/harness"
@@ -117,8 +116,4 @@ func (b *bench) close(ctx context.Context) error {
 		return harness.Sweep(ctx)
 	}
 	return nil
-}
-
-func (b *bench) side(name string) *side {
-	return b.sides[slices.IndexFunc(b.sides, func(s *side) bool { return s.name == name })]
 }

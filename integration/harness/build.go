@@ -24,6 +24,7 @@ const (
 	Podfsm     Daemon = "containerd-podfsm" // the product
 	PodfsmRace Daemon = "race"              // the product with the race detector
 	Stock      Daemon = "containerd"        // containerd without the plugin
+	Own        Daemon = "own-containerd"    // examples/own-containerd, a module of its own with the product in it
 	// TestDaemon is the product with fault points, from integration/testdaemon.
 	TestDaemon Daemon = "testdaemon"
 )
@@ -44,6 +45,7 @@ var daemons = map[Daemon]install{
 	Podfsm:     {".", "bin", []string{"./cmd/..."}, "containerd-podfsm, podfsm"},
 	PodfsmRace: {".", ".build/race", []string{"-race", "./cmd/containerd-podfsm"}, "containerd-podfsm with the race detector"},
 	Stock:      {".", ".build/bin", []string{"github.com/containerd/containerd/v2/cmd/containerd"}, "containerd"},
+	Own:        {"examples/own-containerd", ".build/bin", []string{"."}, "own-containerd"},
 	TestDaemon: {".", ".build/bin", []string{"./integration/testdaemon", "./cmd/podfsm"}, "testdaemon, podfsm"},
 }
 

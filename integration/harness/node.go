@@ -205,6 +205,13 @@ func (n *Node) Start(ctx context.Context) error {
 	return nil
 }
 
+// Use has another build as the daemon from the next Start on, as an upgrade does.
+func (n *Node) Use(ctx context.Context, daemon Daemon) error {
+	repo, _, err := builds.build(ctx, daemon)
+	n.executable = filepath.Join(repo, daemon.path())
+	return err
+}
+
 // Stop ends the daemon by SIGTERM. Pods run on.
 func (n *Node) Stop(ctx context.Context) error { return n.end(ctx, unix.SIGTERM) }
 

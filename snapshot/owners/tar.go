@@ -22,7 +22,8 @@ func (m Map) Header(h *tar.Header) error {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	h.Uid, h.Gid = int(uid), int(gid)
-	h.Xattrs = nil //nolint:staticcheck // deprecated, but a reader sets it, and a writer prefers it to the records
+	//lint:ignore SA1019 a reader sets it, and a writer prefers it to the records
+	h.Xattrs = nil
 	for _, name := range []string{nameCapability, nameACL, nameDefaultACL} {
 		value, ok := h.PAXRecords[xattrRecord+name]
 		if !ok {

@@ -1,0 +1,88 @@
+package integration
+
+import (
+	"os"
+	"strconv"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// A containerd that somebody else builds, in a module of its own, has podfsm by one import.
+func TestOwnContainerd(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{Daemon: harness.Own})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	t.Run("pods", func(t *testing.T) {
+		pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("web"))
+		require.Equal(t, "0\n", exec(t, startContainer(t, pod, "main"), "id", "-u"))
+		require.Equal(t, "Ready", inspect(t, n, pod.ID).GetSandbox().GetState())
+	})
+	n.RequireClean(t, before)
+}
+
+// A node goes from an unmodified containerd to podfsm, back, and to podfsm again, with pods running all the time. Pods of the stock handler
+// keep it and work with either. Pods of podfsm live on under the unmodified containerd, which can't end them, and are podfsm's again
+// afterwards.
+func TestFromStockAndBack(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.StockHandler)
+	require.NoError(t, err)
+	become := func(daemon harness.Daemon) {
+		t.Helper()
+		require.NoError(t, n.Stop(t.Context()))
+		require.NoError(t, n.Use(t.Context(), daemon))
+		require.NoError(t, n.Start(t.Context()))
+	}
+	become(harness.Stock)
+	works := func(pod *harness.Pod, main *harness.Container, handler string) {
+		t.Helper()
+		status, err := pod.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, status.GetState())
+		require.Equal(t, handler, status.GetRuntimeHandler())
+		require.NotEmpty(t, status.GetNetwork().GetIp())
+		require.Equal(t, "0\n", exec(t, main, "id", "-u"))
+	}
+
+	t.Run("pods", func(t *testing.T) {
+		old := startPod(t, n, harness.StockHandler, n.PodConfig("old"))
+		oldMain := startContainer(t, old, "main")
+		goes := startPod(t, n, harness.StockHandler, n.PodConfig("goes"))
+		works(old, oldMain, harness.StockHandler)
+
+		become(harness.Podfsm)
+		works(old, oldMain, harness.StockHandler)
+		startContainer(t, old, "later")
+		require.NoError(t, goes.StopAndRemove(t.Context()), "stock pods can be ended by podfsm's build")
+		ours := startPod(t, n, harness.PodfsmHandler, n.PodConfig("ours"))
+		ourMain := startContainer(t, ours, "main")
+		works(ours, ourMain, harness.PodfsmHandler)
+		stopped := startPod(t, n, harness.PodfsmHandler, n.PodConfig("stopped"))
+		pid, err := ours.Pid(t.Context())
+		require.NoError(t, err)
+		same, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/net")
+		require.NoError(t, err)
+
+		become(harness.Stock)
+		works(old, oldMain, harness.StockHandler)
+		inBetween := startPod(t, n, harness.StockHandler, n.PodConfig("in-between"))
+		require.NoError(t, unix.Kill(pid, 0), "the pod of podfsm lives on")
+		require.Error(t, stopped.Stop(t.Context()), "nobody can end one")
+
+		become(harness.Podfsm)
+		works(ours, ourMain, harness.PodfsmHandler)
+		again, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/net")
+		require.NoError(t, err)
+		require.Equal(t, same, again)
+		works(old, oldMain, harness.StockHandler)
+		require.NoError(t, inBetween.StopAndRemove(t.Context()))
+		require.NoError(t, stopped.StopAndRemove(t.Context()))
+		require.Equal(t, "Ready", inspect(t, n, ours.ID).GetSandbox().GetState())
+	})
+	n.RequireClean(t, before)
+}

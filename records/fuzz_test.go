@@ -1,0 +1,71 @@
+package records
+
+import (
+	"encoding/json"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// FuzzReplay has what the ledger says of a sandbox's specification and of a step's result, of any of the types on record. It can be
+// shown, whatever it is.
+func FuzzReplay(f *testing.F) {
+	types := []any{&Spec{}, &userns.Mappings{}, &Snapshot{}, &Pause{}, &NetNS{}, &Network{}, &Ready{}, &cni.Attachment{}, &cni.Progress{}, &lifecycle.Skipped{}, &lifecycle.Exit{}}
+	f.Add([]byte(`{"Config":{"metadata":{"name":"web","namespace":"default"}},"Handler":"podfsm"}`), 0, []byte(`{"IP":"10.0.0.2","Result":{"Interfaces":{"eth0":null}}}`), 4, 5)
+	f.Add([]byte(`null`), 0, []byte(`{"Plugins":[{}]}`), 4, 5)
+	f.Add([]byte(`{"Config":null,"Mapping":{}}`), 0, []byte(`null`), 0, 1)
+	f.Add([]byte(`[]`), 3, []byte(`{"UIDs":{"HostID":-1}}`), 9, 9)
+	f.Fuzz(func(t *testing.T, spec []byte, specType int, result []byte, step, resultType int) {
+		data := func(kind int, value []byte) *journal.Data {
+			url, err := typeurl.TypeURL(types[uint(kind)%uint(len(types))])
+			require.NoError(t, err)
+			return &journal.Data{TypeURL: url, Value: value}
+		}
+		const known = 1 // the version of the steps
+		path := states.CreationPath()
+		name := string(path[uint(step)%uint(len(path))])
+		key := journal.Key{Namespace: "k8s.io", ID: "s1"}
+		views, err := Replay([]journal.Sandbox{{Key: key, Records: []journal.Record{
+			{Seq: 1, Key: key, Kind: journal.Begun, Data: data(specType, spec), At: time.Unix(1, 0), Version: known},
+			{Seq: 2, Key: key, Kind: journal.Intent, Step: name, Data: data(resultType, result), At: time.Unix(1, 0), Version: known},
+			{Seq: 3, Key: key, Kind: journal.Done, Step: name, Data: data(resultType, result), At: time.Unix(1, 0), Version: known},
+		}}})
+		require.NoError(t, err)
+		require.Len(t, List(views).GetSandboxes(), 1)
+		shown, err := Inspection(views[0])
+		require.NoError(t, err)
+		if text := shown.GetCniResult(); text != "" {
+			require.True(t, json.Valid([]byte(text)))
+		}
+	})
+}
+
+// FuzzFind has what an operator types for a sandbox. It finds one that the text names, or says that there is none or that there are several.
+func FuzzFind(f *testing.F) {
+	views := []lifecycle.View{
+		{Key: journal.Key{Namespace: "k8s.io", ID: "abc1"}, Pod: "default/web", Spec: &Spec{}},
+		{Key: journal.Key{Namespace: "k8s.io", ID: "abc2"}, Pod: "default/abc1", Spec: &Spec{}},
+		{Key: journal.Key{Namespace: "k8s.io", ID: "d"}, Pod: "other/web", Spec: &Spec{}},
+	}
+	for _, ref := range []string{"", "abc1", "abc", "web", "default/web", "/", "/web", "d", "\xff", "*"} {
+		f.Add(ref)
+	}
+	f.Fuzz(func(t *testing.T, ref string) {
+		view, err := Find(ref, views)
+		switch {
+		case err == nil:
+			require.Contains(t, view.Key.ID+" "+view.Pod, ref)
+		default:
+			require.True(t, errdefs.IsNotFound(err) || errdefs.IsInvalidArgument(err), "%v", err)
+		}
+	})
+}
