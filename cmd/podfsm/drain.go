@@ -180,7 +180,7 @@ func tellGone(w io.Writer, before, now []*podfsmv1.Sandbox) {
 // stillThere lists what a drain has not come to the end of.
 func stillThere(w io.Writer, left []*podfsmv1.Sandbox) error {
 	fmt.Fprintln(w, "left:")
-	if err := writeList(w, left, true, false, time.Now()); err != nil {
+	if err := writeList(w, left, false, true, time.Now()); err != nil {
 		return err
 	}
 	return undrainedError{fmt.Errorf("%s left, and new pods are still refused; let the kubelet end them (kubectl drain) or use --force, "+
