@@ -64,7 +64,7 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of

@@ -159,18 +159,38 @@ func pack(t *testing.T, arch, binaries string) (tarball, deb string) {
 	return filepath.Join(dir, "podfsm-1.2.3-4-gabcdef0-linux-"+arch+".tar.gz"), filepath.Join(dir, "podfsm_1.2.3-4-gabcdef0_"+arch+".deb")
 }
 
-// A node that runs stock containerd gets the package, runs pods with podfsm, and goes back.
-func TestInstall(t *testing.T) {
+// packages are the tarball and the Debian package for this machine: what make dist builds in full, else the daemon that all tests run.
+func packages(t *testing.T) (tarball, deb string) {
+	t.Helper()
+	if full() {
+		dir := dist(t)
+		return only(t, dir, "*-linux-"+goruntime.GOARCH+".tar.gz"), only(t, dir, "*_"+goruntime.GOARCH+".deb")
+	}
 	daemon, err := harness.BuildDaemon(t.Context(), harness.Podfsm)
-	require.NoError(t, err)
-	stock, err := harness.BuildDaemon(t.Context(), harness.Stock)
 	require.NoError(t, err)
 	binaries := t.TempDir()
 	for _, name := range []string{"containerd-podfsm", "podfsm"} {
 		out, err := osexec.CommandContext(t.Context(), "strip", "-o", filepath.Join(binaries, name), filepath.Join(filepath.Dir(daemon), name)).CombinedOutput()
 		require.NoError(t, err, "%s", out)
 	}
-	tarball, deb := pack(t, goruntime.GOARCH, binaries)
+	return pack(t, goruntime.GOARCH, binaries)
+}
+
+// only is the one file in a directory that a pattern matches.
+func only(t *testing.T, dir, pattern string) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, pattern))
+	require.NoError(t, err)
+	require.Len(t, files, 1)
+	return files[0]
+}
+
+// A node that runs stock containerd gets the package, runs pods with podfsm, and goes back. In full, with the static binaries of make
+// dist.
+func TestInstall(t *testing.T) {
+	stock, err := harness.BuildDaemon(t.Context(), harness.Stock)
+	require.NoError(t, err)
+	tarball, deb := packages(t)
 
 	var m *machine
 	n := harness.StartNode(t, harness.Config{Install: func(n *harness.Node) (string, error) {
@@ -341,12 +361,10 @@ func TestPackagesAreReproducible(t *testing.T) {
 	require.Equal(t, string(sums), string(again))
 	require.Len(t, strings.Split(strings.TrimSpace(string(sums)), "\n"), 4)
 
-	tarballs, err := filepath.Glob(filepath.Join(dists[0], "*-linux-"+goruntime.GOARCH+".tar.gz"))
-	require.NoError(t, err)
-	require.Len(t, tarballs, 1)
+	tarball := only(t, dists[0], "*-linux-"+goruntime.GOARCH+".tar.gz")
 	dir := t.TempDir()
 	for _, program := range []string{"podfsm", "containerd-podfsm"} {
-		require.NoError(t, osexec.CommandContext(t.Context(), "tar", "-C", dir, "-xzf", tarballs[0], "usr/bin/"+program).Run())
+		require.NoError(t, osexec.CommandContext(t.Context(), "tar", "-C", dir, "-xzf", tarball, "usr/bin/"+program).Run())
 		version, err := osexec.CommandContext(t.Context(), filepath.Join(dir, "usr/bin", program), "--version").Output()
 		require.NoError(t, err)
 		require.Regexp(t, `v?0\.0\.0-1-g[0-9a-f]{7,}`, string(version))
