@@ -17,7 +17,9 @@ packages := \
 	e2fsprogs:mkfs.ext4 \
 	busybox-static:/usr/share/doc/busybox-static/copyright \
 	crun:crun \
-	strace:strace
+	strace:strace \
+	binutils:strip \
+	systemd:systemd-analyze
 
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=
@@ -62,7 +64,7 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of
@@ -111,6 +113,10 @@ bench: build ## Measure podfsm beside an unmodified containerd and the floor, an
 kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs
 
+.PHONY: dist
+dist: ## Build dist/: tarballs and Debian packages for amd64 and arm64, the same bytes for the same commit
+	@deploy/package/dist
+
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram, the reference of options, the example's module
 	go generate ./...
@@ -118,4 +124,4 @@ generate: ## Write what is generated: the API, the state diagram, the reference 
 
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf bin .build
+	rm -rf bin .build dist

@@ -7,9 +7,11 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -42,7 +44,11 @@ func (a *api) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListRe
 			return nil, errgrpc.ToGRPC(err)
 		}
 	}
-	return records.List(engine.List(), ended...), nil
+	response := records.List(engine.List(), ended...)
+	if since := a.controller.drain.since.Load(); since != nil {
+		response.DrainingSince = timestamppb.New(*since)
+	}
+	return response, nil
 }
 
 // Inspect answers with all there is to know of one sandbox, also one that ended not long ago.
@@ -95,6 +101,15 @@ func (a *api) Leaks(ctx context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.Le
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return response, nil
+}
+
+// Drain begins or ends the drain, also where podfsm can't run pods.
+func (a *api) Drain(ctx context.Context, r *podfsmv1.DrainRequest) (*podfsmv1.DrainResponse, error) {
+	if err := a.controller.drain.set(!r.GetCancel()); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	log.G(ctx).WithField("draining", !r.GetCancel()).Info("podfsm: somebody has asked for a drain, or for its end")
+	return &podfsmv1.DrainResponse{}, nil
 }
 
 func (a *api) leaks(ctx context.Context, fix bool) (*podfsmv1.LeaksResponse, error) {

@@ -54,6 +54,7 @@ type Controller struct {
 	checks   checks
 	exam     examination
 	looks    looks
+	drain    drain
 
 	passing atomic.Uint64 // pods of other controllers that have passed the front
 
@@ -105,6 +106,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		if _, err := snapshotterOptionsOf(loaded.Config); err != nil {
 			return err
 		}
+	}
+	if err := c.drain.open(ic.Properties[plugins.PropertyRootDir]); err != nil {
+		return err
 	}
 	if c.limits, err = config.timeouts(); err != nil {
 		return err
@@ -222,7 +226,7 @@ const untrustedWorkload = "io.kubernetes.cri.untrusted-workload"
 // Admit refuses a pod before anything is made for it: InvalidArgument for what can never run, FailedPrecondition for what
 // the node lacks, Unavailable for what is to come.
 func (c *Controller) Admit(ctx context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
-	if err := c.well(); err != nil {
+	if err := c.takesPods(); err != nil {
 		return err
 	}
 	if config.GetAnnotations()[untrustedWorkload] == "true" {
@@ -250,7 +254,7 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 
 // Create accepts a sandbox. Nothing of it is made yet.
 func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) error {
-	if err := c.well(); err != nil {
+	if err := c.takesPods(); err != nil {
 		return err
 	}
 	var options sandbox.CreateOptions

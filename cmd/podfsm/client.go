@@ -68,6 +68,9 @@ func (d *daemon) explain(err error) error {
 	return explainCall(d.address, d.timeout, err)
 }
 
+// stockError says that a containerd without podfsm has answered.
+type stockError struct{ error }
+
 // dialer connects to one socket and keeps the error when that fails, because
 // gRPC hands it on only as a text.
 type dialer struct {
@@ -100,7 +103,7 @@ func explainCall(address string, timeout time.Duration, err error) error {
 	message := printable(status.Convert(err).Message())
 	switch status.Code(err) {
 	case codes.Unimplemented:
-		return fmt.Errorf("the daemon at %s is a containerd without podfsm, or its podfsm plugin did not load: %s", address, message)
+		return stockError{fmt.Errorf("the daemon at %s is a containerd without podfsm, or its podfsm plugin did not load: %s", address, message)}
 	case codes.DeadlineExceeded:
 		return fmt.Errorf("no answer from the daemon at %s within %s", address, timeout)
 	case codes.Unavailable:

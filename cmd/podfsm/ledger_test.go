@@ -27,8 +27,12 @@ func newDaemonDirs(t *testing.T) daemonDirs {
 // podfsm runs the command line tool against the daemon.
 func (d daemonDirs) podfsm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
+	return d.run(t, append([]string{"podfsm", "--address", d.socket, "--root", d.root, "--state", d.state}, args...)...)
+}
+
+func (daemonDirs) run(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
 	var out, errOut bytes.Buffer
-	args = append([]string{"podfsm", "--address", d.socket, "--root", d.root, "--state", d.state}, args...)
 	err = run(t.Context(), args, &out, &errOut)
 	return out.String(), errOut.String(), err
 }

@@ -30,10 +30,10 @@ func main() {
 	}
 }
 
-// exitStatus is 2 for leaks and for checks that fail, and 1 for whatever could
-// not be done.
+// exitStatus is 2 for leaks, for checks that fail and for a drain that isn't
+// done, and 1 for whatever could not be done.
 func exitStatus(err error) int {
-	if errors.As(err, new(leftError)) || errors.As(err, new(failedError)) {
+	if errors.As(err, new(leftError)) || errors.As(err, new(failedError)) || errors.As(err, new(undrainedError)) {
 		return 2
 	}
 	return 1
@@ -70,7 +70,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand(), drainCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
@@ -69,6 +70,9 @@ func serve(t *testing.T, service podfsmv1.SandboxesServer) string {
 	server := grpc.NewServer()
 	if service != nil {
 		podfsmv1.RegisterSandboxesServer(server, service)
+	}
+	if cri, ok := service.(runtime.RuntimeServiceServer); ok {
+		runtime.RegisterRuntimeServiceServer(server, cri)
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

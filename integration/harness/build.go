@@ -113,6 +113,9 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 	return b.repo, b.images, err
 }
 
+// nfpm makes Debian packages.
+var nfpm = install{"integration/tools/nfpm", ".build/bin", []string{"tool"}, "nfpm"}
+
 // BuildKubelet brings the kubelet up to date and returns its path. Progress goes
 // to stderr.
 func BuildKubelet(ctx context.Context) (string, error) { return builds.tool(ctx, kubelet, "kubelet") }
@@ -120,6 +123,15 @@ func BuildKubelet(ctx context.Context) (string, error) { return builds.tool(ctx,
 // BuildPromQL brings the reader of PromQL up to date and returns its path.
 // Progress goes to stderr.
 func BuildPromQL(ctx context.Context) (string, error) { return builds.tool(ctx, promql, "promql") }
+
+// BuildNFPM brings nfpm up to date and returns its path. Progress goes to stderr.
+func BuildNFPM(ctx context.Context) (string, error) { return builds.tool(ctx, nfpm, "nfpm") }
+
+// BuildDaemon brings a daemon up to date, with the podfsm CLI beside it where it
+// is the product, and returns its path. Progress goes to stderr.
+func BuildDaemon(ctx context.Context, d Daemon) (string, error) {
+	return builds.tool(ctx, daemons[d], filepath.Base(d.path()))
+}
 
 // tool brings a single program up to date and returns its path.
 func (b *builder) tool(ctx context.Context, i install, name string) (string, error) {

@@ -55,6 +55,9 @@ type Config struct {
 	Handlers []string
 	// FakeRuntime has fakerunc in the place of runc, for thousands of sandboxes. Pods can't have containers then.
 	FakeRuntime bool
+	// Install puts the daemon where it is run from, before its first start, and
+	// returns the program that runs it. Nil runs it from where it was built.
+	Install func(*Node) (executable string, err error)
 }
 
 // Node is one containerd with everything that is its own: directories, sockets,
@@ -108,6 +111,11 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	}()
 	if err := n.prepare(ctx, c); err != nil {
 		return nil, fmt.Errorf("failed to prepare node %q: %w", n.name, err)
+	}
+	if c.Install != nil {
+		if n.executable, err = c.Install(n); err != nil {
+			return nil, fmt.Errorf("failed to install the daemon of node %q: %w", n.name, err)
+		}
 	}
 	if err := n.Start(ctx); err != nil {
 		return nil, err

@@ -6,7 +6,8 @@
 
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
 // served on containerd's own socket, and needs no containerd namespace: it
-// answers for all of them. Only Leaks changes anything, and only when asked to.
+// answers for all of them. Only Drain, and Leaks when asked to, change
+// anything.
 //
 // The message SandboxTransition is also what containerd's events of the topic
 // "/podfsm/sandbox/transition" hold.
@@ -205,6 +206,87 @@ func (x *Finding) GetRefusedPods() string {
 	return ""
 }
 
+type DrainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Take new pods again.
+	Cancel        bool `protobuf:"varint,1,opt,name=cancel,proto3" json:"cancel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DrainRequest) GetCancel() bool {
+	if x != nil {
+		return x.Cancel
+	}
+	return false
+}
+
+type DrainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+}
+
 type LeaksRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Remove what is found. The response says what was, and why the rest was not.
@@ -215,7 +297,7 @@ type LeaksRequest struct {
 
 func (x *LeaksRequest) Reset() {
 	*x = LeaksRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -227,7 +309,7 @@ func (x *LeaksRequest) String() string {
 func (*LeaksRequest) ProtoMessage() {}
 
 func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -240,7 +322,7 @@ func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksRequest.ProtoReflect.Descriptor instead.
 func (*LeaksRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *LeaksRequest) GetFix() bool {
@@ -263,7 +345,7 @@ type LeaksResponse struct {
 
 func (x *LeaksResponse) Reset() {
 	*x = LeaksResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -275,7 +357,7 @@ func (x *LeaksResponse) String() string {
 func (*LeaksResponse) ProtoMessage() {}
 
 func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -288,7 +370,7 @@ func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksResponse.ProtoReflect.Descriptor instead.
 func (*LeaksResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *LeaksResponse) GetLeaks() []*Leak {
@@ -324,7 +406,7 @@ type Leak struct {
 
 func (x *Leak) Reset() {
 	*x = Leak{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +418,7 @@ func (x *Leak) String() string {
 func (*Leak) ProtoMessage() {}
 
 func (x *Leak) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +431,7 @@ func (x *Leak) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Leak.ProtoReflect.Descriptor instead.
 func (*Leak) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Leak) GetSandboxId() string {
@@ -397,7 +479,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -409,7 +491,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -422,7 +504,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListRequest) GetEnded() bool {
@@ -433,15 +515,18 @@ func (x *ListRequest) GetEnded() bool {
 }
 
 type ListResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sandboxes     []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Sandboxes []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	// Since when new pods have been refused because of Drain. Absent while they
+	// are taken.
+	DrainingSince *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=draining_since,json=drainingSince,proto3" json:"draining_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -453,7 +538,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -466,12 +551,19 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
 	if x != nil {
 		return x.Sandboxes
+	}
+	return nil
+}
+
+func (x *ListResponse) GetDrainingSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DrainingSince
 	}
 	return nil
 }
@@ -487,7 +579,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -499,7 +591,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -512,7 +604,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *InspectRequest) GetRef() string {
@@ -542,7 +634,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -554,7 +646,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -567,7 +659,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *InspectResponse) GetSandbox() *Sandbox {
@@ -626,7 +718,7 @@ type Act struct {
 
 func (x *Act) Reset() {
 	*x = Act{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +730,7 @@ func (x *Act) String() string {
 func (*Act) ProtoMessage() {}
 
 func (x *Act) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +743,7 @@ func (x *Act) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Act.ProtoReflect.Descriptor instead.
 func (*Act) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Act) GetStep() string {
@@ -704,7 +796,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +808,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +821,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
 }
 
 // SandboxTransition is a change of a sandbox's state, which is on record.
@@ -749,7 +841,7 @@ type SandboxTransition struct {
 
 func (x *SandboxTransition) Reset() {
 	*x = SandboxTransition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +853,7 @@ func (x *SandboxTransition) String() string {
 func (*SandboxTransition) ProtoMessage() {}
 
 func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +866,7 @@ func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxTransition.ProtoReflect.Descriptor instead.
 func (*SandboxTransition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SandboxTransition) GetSandboxId() string {
@@ -875,7 +967,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -887,7 +979,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -900,7 +992,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Sandbox) GetId() string {
@@ -1068,7 +1160,7 @@ type UserNamespace struct {
 
 func (x *UserNamespace) Reset() {
 	*x = UserNamespace{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1172,7 @@ func (x *UserNamespace) String() string {
 func (*UserNamespace) ProtoMessage() {}
 
 func (x *UserNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1185,7 @@ func (x *UserNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
 func (*UserNamespace) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UserNamespace) GetUids() []*IDMapping {
@@ -1121,7 +1213,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1133,7 +1225,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1146,7 +1238,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -1187,7 +1279,7 @@ type Debt struct {
 
 func (x *Debt) Reset() {
 	*x = Debt{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1199,7 +1291,7 @@ func (x *Debt) String() string {
 func (*Debt) ProtoMessage() {}
 
 func (x *Debt) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1212,7 +1304,7 @@ func (x *Debt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Debt.ProtoReflect.Descriptor instead.
 func (*Debt) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Debt) GetStep() string {
@@ -1270,7 +1362,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1374,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1387,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Step) GetName() string {
@@ -1368,7 +1460,7 @@ type Transition struct {
 
 func (x *Transition) Reset() {
 	*x = Transition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1472,7 @@ func (x *Transition) String() string {
 func (*Transition) ProtoMessage() {}
 
 func (x *Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1485,7 @@ func (x *Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transition.ProtoReflect.Descriptor instead.
 func (*Transition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Transition) GetSeq() uint64 {
@@ -1474,7 +1566,7 @@ type IDsRequest struct {
 
 func (x *IDsRequest) Reset() {
 	*x = IDsRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1578,7 @@ func (x *IDsRequest) String() string {
 func (*IDsRequest) ProtoMessage() {}
 
 func (x *IDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1591,7 @@ func (x *IDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsRequest.ProtoReflect.Descriptor instead.
 func (*IDsRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
 }
 
 type IDsResponse struct {
@@ -1518,7 +1610,7 @@ type IDsResponse struct {
 
 func (x *IDsResponse) Reset() {
 	*x = IDsResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1622,7 @@ func (x *IDsResponse) String() string {
 func (*IDsResponse) ProtoMessage() {}
 
 func (x *IDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1635,7 @@ func (x *IDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsResponse.ProtoReflect.Descriptor instead.
 func (*IDsResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *IDsResponse) GetPool() *IDPool {
@@ -1590,7 +1682,7 @@ type IDPool struct {
 
 func (x *IDPool) Reset() {
 	*x = IDPool{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +1694,7 @@ func (x *IDPool) String() string {
 func (*IDPool) ProtoMessage() {}
 
 func (x *IDPool) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +1707,7 @@ func (x *IDPool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDPool.ProtoReflect.Descriptor instead.
 func (*IDPool) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IDPool) GetSource() string {
@@ -1665,7 +1757,7 @@ type QuarantinedIDs struct {
 
 func (x *QuarantinedIDs) Reset() {
 	*x = QuarantinedIDs{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1769,7 @@ func (x *QuarantinedIDs) String() string {
 func (*QuarantinedIDs) ProtoMessage() {}
 
 func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1782,7 @@ func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedIDs.ProtoReflect.Descriptor instead.
 func (*QuarantinedIDs) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *QuarantinedIDs) GetUserns() *UserNamespace {
@@ -1725,7 +1817,7 @@ type IDHolder struct {
 
 func (x *IDHolder) Reset() {
 	*x = IDHolder{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1737,7 +1829,7 @@ func (x *IDHolder) String() string {
 func (*IDHolder) ProtoMessage() {}
 
 func (x *IDHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1750,7 +1842,7 @@ func (x *IDHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDHolder.ProtoReflect.Descriptor instead.
 func (*IDHolder) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *IDHolder) GetSandboxId() string {
@@ -1818,7 +1910,7 @@ type IDRefusal struct {
 
 func (x *IDRefusal) Reset() {
 	*x = IDRefusal{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1830,7 +1922,7 @@ func (x *IDRefusal) String() string {
 func (*IDRefusal) ProtoMessage() {}
 
 func (x *IDRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1843,7 +1935,7 @@ func (x *IDRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDRefusal.ProtoReflect.Descriptor instead.
 func (*IDRefusal) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IDRefusal) GetPodName() string {
@@ -1895,7 +1987,10 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\averdict\x18\x03 \x01(\tR\averdict\x12\x1a\n" +
 	"\bevidence\x18\x04 \x01(\tR\bevidence\x12\x16\n" +
 	"\x06remedy\x18\x05 \x01(\tR\x06remedy\x12!\n" +
-	"\frefused_pods\x18\x06 \x01(\tR\vrefusedPods\" \n" +
+	"\frefused_pods\x18\x06 \x01(\tR\vrefusedPods\"&\n" +
+	"\fDrainRequest\x12\x16\n" +
+	"\x06cancel\x18\x01 \x01(\bR\x06cancel\"\x0f\n" +
+	"\rDrainResponse\" \n" +
 	"\fLeaksRequest\x12\x10\n" +
 	"\x03fix\x18\x01 \x01(\bR\x03fix\"h\n" +
 	"\rLeaksResponse\x12%\n" +
@@ -1909,9 +2004,10 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\aremoved\x18\x04 \x01(\bR\aremoved\x12\x14\n" +
 	"\x05error\x18\x05 \x01(\tR\x05error\"#\n" +
 	"\vListRequest\x12\x14\n" +
-	"\x05ended\x18\x01 \x01(\bR\x05ended\"@\n" +
+	"\x05ended\x18\x01 \x01(\bR\x05ended\"\x83\x01\n" +
 	"\fListResponse\x120\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x12.podfsm.v1.SandboxR\tsandboxes\"\"\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x12.podfsm.v1.SandboxR\tsandboxes\x12A\n" +
+	"\x0edraining_since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\rdrainingSince\"\"\n" +
 	"\x0eInspectRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"\xe2\x01\n" +
 	"\x0fInspectResponse\x12,\n" +
@@ -2039,14 +2135,15 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
 	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
-	"\x05count\x18\x05 \x01(\rR\x05count2\xf9\x02\n" +
+	"\x05count\x18\x05 \x01(\rR\x05count2\xb5\x03\n" +
 	"\tSandboxes\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
 	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x12@\n" +
 	"\x05Watch\x12\x17.podfsm.v1.WatchRequest\x1a\x1c.podfsm.v1.SandboxTransition0\x01\x124\n" +
 	"\x03IDs\x12\x15.podfsm.v1.IDsRequest\x1a\x16.podfsm.v1.IDsResponse\x12:\n" +
 	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponse\x12=\n" +
-	"\x06Doctor\x12\x18.podfsm.v1.DoctorRequest\x1a\x19.podfsm.v1.DoctorResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
+	"\x06Doctor\x12\x18.podfsm.v1.DoctorRequest\x1a\x19.podfsm.v1.DoctorResponse\x12:\n" +
+	"\x05Drain\x12\x17.podfsm.v1.DrainRequest\x1a\x18.podfsm.v1.DrainResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
 
 var (
 	file_podfsm_v1_podfsm_proto_rawDescOnce sync.Once
@@ -2060,86 +2157,91 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
 	(*DoctorRequest)(nil),         // 0: podfsm.v1.DoctorRequest
 	(*DoctorResponse)(nil),        // 1: podfsm.v1.DoctorResponse
 	(*Finding)(nil),               // 2: podfsm.v1.Finding
-	(*LeaksRequest)(nil),          // 3: podfsm.v1.LeaksRequest
-	(*LeaksResponse)(nil),         // 4: podfsm.v1.LeaksResponse
-	(*Leak)(nil),                  // 5: podfsm.v1.Leak
-	(*ListRequest)(nil),           // 6: podfsm.v1.ListRequest
-	(*ListResponse)(nil),          // 7: podfsm.v1.ListResponse
-	(*InspectRequest)(nil),        // 8: podfsm.v1.InspectRequest
-	(*InspectResponse)(nil),       // 9: podfsm.v1.InspectResponse
-	(*Act)(nil),                   // 10: podfsm.v1.Act
-	(*WatchRequest)(nil),          // 11: podfsm.v1.WatchRequest
-	(*SandboxTransition)(nil),     // 12: podfsm.v1.SandboxTransition
-	(*Sandbox)(nil),               // 13: podfsm.v1.Sandbox
-	(*UserNamespace)(nil),         // 14: podfsm.v1.UserNamespace
-	(*IDMapping)(nil),             // 15: podfsm.v1.IDMapping
-	(*Debt)(nil),                  // 16: podfsm.v1.Debt
-	(*Step)(nil),                  // 17: podfsm.v1.Step
-	(*Transition)(nil),            // 18: podfsm.v1.Transition
-	(*IDsRequest)(nil),            // 19: podfsm.v1.IDsRequest
-	(*IDsResponse)(nil),           // 20: podfsm.v1.IDsResponse
-	(*IDPool)(nil),                // 21: podfsm.v1.IDPool
-	(*QuarantinedIDs)(nil),        // 22: podfsm.v1.QuarantinedIDs
-	(*IDHolder)(nil),              // 23: podfsm.v1.IDHolder
-	(*IDRefusal)(nil),             // 24: podfsm.v1.IDRefusal
-	nil,                           // 25: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
+	(*DrainRequest)(nil),          // 3: podfsm.v1.DrainRequest
+	(*DrainResponse)(nil),         // 4: podfsm.v1.DrainResponse
+	(*LeaksRequest)(nil),          // 5: podfsm.v1.LeaksRequest
+	(*LeaksResponse)(nil),         // 6: podfsm.v1.LeaksResponse
+	(*Leak)(nil),                  // 7: podfsm.v1.Leak
+	(*ListRequest)(nil),           // 8: podfsm.v1.ListRequest
+	(*ListResponse)(nil),          // 9: podfsm.v1.ListResponse
+	(*InspectRequest)(nil),        // 10: podfsm.v1.InspectRequest
+	(*InspectResponse)(nil),       // 11: podfsm.v1.InspectResponse
+	(*Act)(nil),                   // 12: podfsm.v1.Act
+	(*WatchRequest)(nil),          // 13: podfsm.v1.WatchRequest
+	(*SandboxTransition)(nil),     // 14: podfsm.v1.SandboxTransition
+	(*Sandbox)(nil),               // 15: podfsm.v1.Sandbox
+	(*UserNamespace)(nil),         // 16: podfsm.v1.UserNamespace
+	(*IDMapping)(nil),             // 17: podfsm.v1.IDMapping
+	(*Debt)(nil),                  // 18: podfsm.v1.Debt
+	(*Step)(nil),                  // 19: podfsm.v1.Step
+	(*Transition)(nil),            // 20: podfsm.v1.Transition
+	(*IDsRequest)(nil),            // 21: podfsm.v1.IDsRequest
+	(*IDsResponse)(nil),           // 22: podfsm.v1.IDsResponse
+	(*IDPool)(nil),                // 23: podfsm.v1.IDPool
+	(*QuarantinedIDs)(nil),        // 24: podfsm.v1.QuarantinedIDs
+	(*IDHolder)(nil),              // 25: podfsm.v1.IDHolder
+	(*IDRefusal)(nil),             // 26: podfsm.v1.IDRefusal
+	nil,                           // 27: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
 	2,  // 0: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
-	5,  // 1: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
-	13, // 2: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
-	13, // 3: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	17, // 4: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
-	18, // 5: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	10, // 6: podfsm.v1.InspectResponse.acts:type_name -> podfsm.v1.Act
-	26, // 7: podfsm.v1.Act.started_at:type_name -> google.protobuf.Timestamp
-	27, // 8: podfsm.v1.Act.duration:type_name -> google.protobuf.Duration
-	18, // 9: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
-	26, // 10: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	26, // 11: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
-	14, // 12: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
-	16, // 13: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
-	15, // 14: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
-	15, // 15: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	26, // 16: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	26, // 17: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	26, // 18: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	27, // 19: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	25, // 20: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	26, // 21: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	27, // 22: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
-	21, // 23: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
-	23, // 24: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
-	24, // 25: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
-	22, // 26: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
-	14, // 27: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
-	14, // 28: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
-	26, // 29: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
-	26, // 30: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
-	6,  // 31: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	8,  // 32: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	11, // 33: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
-	19, // 34: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
-	3,  // 35: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
-	0,  // 36: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
-	7,  // 37: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	9,  // 38: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	12, // 39: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
-	20, // 40: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
-	4,  // 41: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
-	1,  // 42: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
-	37, // [37:43] is the sub-list for method output_type
-	31, // [31:37] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	7,  // 1: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
+	15, // 2: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
+	28, // 3: podfsm.v1.ListResponse.draining_since:type_name -> google.protobuf.Timestamp
+	15, // 4: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	19, // 5: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
+	20, // 6: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
+	12, // 7: podfsm.v1.InspectResponse.acts:type_name -> podfsm.v1.Act
+	28, // 8: podfsm.v1.Act.started_at:type_name -> google.protobuf.Timestamp
+	29, // 9: podfsm.v1.Act.duration:type_name -> google.protobuf.Duration
+	20, // 10: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
+	28, // 11: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	28, // 12: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	16, // 13: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
+	18, // 14: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
+	17, // 15: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
+	17, // 16: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
+	28, // 17: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
+	28, // 18: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
+	28, // 19: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	29, // 20: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	27, // 21: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	28, // 22: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	29, // 23: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
+	23, // 24: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
+	25, // 25: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
+	26, // 26: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
+	24, // 27: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
+	16, // 28: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
+	16, // 29: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
+	28, // 30: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
+	28, // 31: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
+	8,  // 32: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	10, // 33: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	13, // 34: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
+	21, // 35: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
+	5,  // 36: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	0,  // 37: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
+	3,  // 38: podfsm.v1.Sandboxes.Drain:input_type -> podfsm.v1.DrainRequest
+	9,  // 39: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	11, // 40: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	14, // 41: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
+	22, // 42: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
+	6,  // 43: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	1,  // 44: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
+	4,  // 45: podfsm.v1.Sandboxes.Drain:output_type -> podfsm.v1.DrainResponse
+	39, // [39:46] is the sub-list for method output_type
+	32, // [32:39] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -2153,7 +2255,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

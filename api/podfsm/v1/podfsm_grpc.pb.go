@@ -6,7 +6,8 @@
 
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
 // served on containerd's own socket, and needs no containerd namespace: it
-// answers for all of them. Only Leaks changes anything, and only when asked to.
+// answers for all of them. Only Drain, and Leaks when asked to, change
+// anything.
 //
 // The message SandboxTransition is also what containerd's events of the topic
 // "/podfsm/sandbox/transition" hold.
@@ -32,6 +33,7 @@ const (
 	Sandboxes_IDs_FullMethodName     = "/podfsm.v1.Sandboxes/IDs"
 	Sandboxes_Leaks_FullMethodName   = "/podfsm.v1.Sandboxes/Leaks"
 	Sandboxes_Doctor_FullMethodName  = "/podfsm.v1.Sandboxes/Doctor"
+	Sandboxes_Drain_FullMethodName   = "/podfsm.v1.Sandboxes/Drain"
 )
 
 // SandboxesClient is the client API for Sandboxes service.
@@ -65,6 +67,10 @@ type SandboxesClient interface {
 	// also where podfsm itself can't run pods, within some seconds. What it makes
 	// for its tries is gone when it answers.
 	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
+	// Drain has the daemon refuse new pods of podfsm's handlers, also after a
+	// restart, or take them again. Sandboxes that there are stay as they are. It
+	// fails, and changes nothing, when that can't be written to disk.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 }
 
 type sandboxesClient struct {
@@ -144,6 +150,16 @@ func (c *sandboxesClient) Doctor(ctx context.Context, in *DoctorRequest, opts ..
 	return out, nil
 }
 
+func (c *sandboxesClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_Drain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxesServer is the server API for Sandboxes service.
 // All implementations must embed UnimplementedSandboxesServer
 // for forward compatibility.
@@ -175,6 +191,10 @@ type SandboxesServer interface {
 	// also where podfsm itself can't run pods, within some seconds. What it makes
 	// for its tries is gone when it answers.
 	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
+	// Drain has the daemon refuse new pods of podfsm's handlers, also after a
+	// restart, or take them again. Sandboxes that there are stay as they are. It
+	// fails, and changes nothing, when that can't be written to disk.
+	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
 
@@ -202,6 +222,9 @@ func (UnimplementedSandboxesServer) Leaks(context.Context, *LeaksRequest) (*Leak
 }
 func (UnimplementedSandboxesServer) Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Doctor not implemented")
+}
+func (UnimplementedSandboxesServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
 }
 func (UnimplementedSandboxesServer) mustEmbedUnimplementedSandboxesServer() {}
 func (UnimplementedSandboxesServer) testEmbeddedByValue()                   {}
@@ -325,6 +348,24 @@ func _Sandboxes_Doctor_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxes_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).Drain(ctx, req.(*DrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxes_ServiceDesc is the grpc.ServiceDesc for Sandboxes service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -351,6 +392,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Doctor",
 			Handler:    _Sandboxes_Doctor_Handler,
+		},
+		{
+			MethodName: "Drain",
+			Handler:    _Sandboxes_Drain_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

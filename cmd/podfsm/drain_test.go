@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+)
+
+// drained is a daemon with some sandboxes, which end by the CRI, unless it is
+// told that they don't.
+type drained struct {
+	podfsmv1.UnimplementedSandboxesServer
+	runtime.UnimplementedRuntimeServiceServer
+
+	mu        sync.Mutex
+	since     *timestamppb.Timestamp
+	sandboxes []*podfsmv1.Sandbox
+	stopped   []string
+	refuses   string // the id of the one that doesn't end
+	looked    func(d *drained)
+}
+
+func (d *drained) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	response := &podfsmv1.ListResponse{Sandboxes: slices.Clone(d.sandboxes), DrainingSince: d.since}
+	if d.looked != nil {
+		d.looked(d)
+	}
+	return response, nil
+}
+
+func (d *drained) Drain(_ context.Context, r *podfsmv1.DrainRequest) (*podfsmv1.DrainResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.since = timestamppb.Now()
+	if r.GetCancel() {
+		d.since = nil
+	}
+	return &podfsmv1.DrainResponse{}, nil
+}
+
+func (d *drained) StopPodSandbox(_ context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.stopped = append(d.stopped, r.GetPodSandboxId())
+	if r.GetPodSandboxId() == d.refuses {
+		return nil, status.Error(codes.FailedPrecondition, "no\nluck")
+	}
+	return &runtime.StopPodSandboxResponse{}, nil
+}
+
+func (d *drained) RemovePodSandbox(_ context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.sandboxes = slices.DeleteFunc(d.sandboxes, func(s *podfsmv1.Sandbox) bool { return s.GetId() == r.GetPodSandboxId() })
+	return &runtime.RemovePodSandboxResponse{}, nil
+}
+
+// drain runs the command with a containerd configuration that says where the
+// daemon is.
+func drain(t *testing.T, address string, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.toml")
+	text := fmt.Sprintf("version = 4\nroot = '%s/root'\nstate = '%[1]s/state'\n[plugins.'io.containerd.server.v1.grpc']\naddress = '%[2]s'\n", dir, address)
+	require.NoError(t, os.WriteFile(config, []byte(text), 0o600))
+	d := daemonDirs{}
+	return d.run(t, append([]string{"podfsm", "drain", "--config", config}, args...)...)
+}
+
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name           string
+		daemon         *drained
+		args           []string
+		status         int // that the command ends with
+		stdout, stderr string
+		stopped        []string
+	}{
+		{
+			name:   "the kubelet ends them",
+			daemon: &drained{sandboxes: []*podfsmv1.Sandbox{ready}, looked: func(d *drained) { d.sandboxes = nil }},
+			stdout: `(?s)^podfsm takes no new pods.*waiting for 1 sandbox:\n.*default/web +Ready.*\ngone: 3b1f0c9a7e5d4 default/web\ndrained: podfsm has no sandboxes\n$`,
+		},
+		{
+			name: "one that was admitted before comes late",
+			daemon: &drained{looked: func(d *drained) {
+				d.sandboxes = []*podfsmv1.Sandbox{ready}
+				d.looked = func(d *drained) { d.sandboxes = nil }
+			}},
+			stdout: `gone: 3b1f0c9a7e5d4 default/web\ndrained: `,
+		},
+		{
+			name:    "they are ended",
+			daemon:  &drained{sandboxes: []*podfsmv1.Sandbox{ready}},
+			args:    []string{"--force"},
+			stdout:  `gone: 3b1f0c9a7e5d4 default/web\ndrained: `,
+			stopped: []string{ready.GetId()},
+		},
+		{
+			name:    "one can't be ended",
+			daemon:  &drained{sandboxes: []*podfsmv1.Sandbox{ready}, refuses: ready.GetId()},
+			args:    []string{"--force", "--wait=2s"},
+			status:  2,
+			stdout:  `left:\n.*\n.*default/web`,
+			stderr:  `^podfsm: failed to end 3b1f0c9a7e5d4 default/web: no\\nluck\n$`,
+			stopped: []string{ready.GetId()},
+		},
+		{
+			name:   "somebody has ended the drain",
+			daemon: &drained{sandboxes: []*podfsmv1.Sandbox{ready}, looked: func(d *drained) { d.since = nil }},
+			status: 2,
+			stdout: `^podfsm takes no new pods`,
+		},
+		{name: "cancel", daemon: &drained{since: timestamppb.Now()}, args: []string{"--cancel"}, stdout: `^podfsm takes new pods again\n$`},
+		{name: "check while pods are taken", daemon: &drained{}, args: []string{"--check"}, status: 2},
+		{name: "check", daemon: &drained{since: timestamppb.Now()}, args: []string{"--check"}, stdout: `^drained: podfsm has no sandboxes\n$`},
+		{
+			name: "check while pods live", args: []string{"--check"}, status: 2, stdout: `default/web +Ready`,
+			daemon: &drained{since: timestamppb.Now(), sandboxes: []*podfsmv1.Sandbox{ready}},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			out, errOut, err := drain(t, serve(t, tc.daemon), tc.args...)
+			if tc.status == 0 {
+				require.NoError(t, err)
+			} else {
+				require.Equal(t, tc.status, exitStatus(err), "%v", err)
+			}
+			require.Regexp(t, tc.stdout, out)
+			require.Regexp(t, tc.stderr, errOut)
+			require.Equal(t, tc.stopped, tc.daemon.stopped)
+		})
+	}
+}
+
+func TestDrainWithoutTheDaemon(t *testing.T) {
+	for name, address := range map[string]string{"stock": serve(t, nil), "down": filepath.Join(t.TempDir(), "c.sock")} {
+		t.Run(name, func(t *testing.T) {
+			_, _, err := drain(t, address, "--force")
+			require.ErrorContains(t, err, "containerd-podfsm and try again")
+			require.Equal(t, 1, exitStatus(err))
+
+			out, _, err := drain(t, address, "--check")
+			require.NoError(t, err, "podfsm has never run")
+			require.Equal(t, "drained: podfsm has no sandboxes\n", out)
+
+			d := newDaemonDirs(t)
+			l := d.openLedger(t)
+			_, _, err = d.run(t, "podfsm", "--address", address, "--root", d.root, "--state", d.state, "drain", "--check")
+			require.ErrorContains(t, err, "a daemon has the ledger")
+			fill(t, l)
+			require.NoError(t, l.Close())
+			out, _, err = d.run(t, "podfsm", "--address", address, "--root", d.root, "--state", d.state, "drain", "--check")
+			require.ErrorContains(t, err, "podfsm has 2 sandboxes, which a containerd without podfsm can't stop")
+			require.Equal(t, 2, exitStatus(err))
+			require.Regexp(t, `default/owed +CleanupOwed`, out)
+
+			require.NoError(t, os.Truncate(filepath.Join(d.state, ledgerDir, "ledger.log"), 100))
+			_, _, err = d.run(t, "podfsm", "--address", address, "--root", d.root, "--state", d.state, "drain", "--check")
+			require.ErrorContains(t, err, "damaged")
+			require.Equal(t, 1, exitStatus(err))
+		})
+	}
+}
+
+func TestDrainRefuses(t *testing.T) {
+	for want, args := range map[string][]string{
+		"takes no arguments":                            {"all"},
+		"takes one of --force":                          {"--force", "--check"},
+		"failed to read containerd's configuration /no": {"--config=/no"},
+	} {
+		_, _, err := daemonDirs{}.run(t, append([]string{"podfsm", "drain"}, args...)...)
+		require.ErrorContains(t, err, want)
+	}
+	start := time.Now()
+	_, _, err := drain(t, serve(t, &drained{sandboxes: []*podfsmv1.Sandbox{ready}}), "--wait=0s")
+	require.ErrorContains(t, err, "1 sandbox left")
+	require.Less(t, time.Since(start), 20*time.Second)
+}

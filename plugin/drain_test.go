@@ -1,0 +1,68 @@
+package plugin
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+)
+
+func TestDrain(t *testing.T) {
+	w := newWorld(t)
+	dir := filepath.Join(t.TempDir(), "podfsm")
+	require.NoError(t, w.drain.open(dir))
+	service := &api{controller: w.Controller}
+	draining := func(d *drain) bool { return d.since.Load() != nil }
+	reopened := func() bool {
+		var d drain
+		require.NoError(t, d.open(dir))
+		return draining(&d)
+	}
+	w.run(t, "s1", named("before"))
+	require.False(t, reopened())
+
+	for range 2 {
+		_, err := service.Drain(t.Context(), &podfsmv1.DrainRequest{})
+		require.NoError(t, err)
+	}
+	require.True(t, reopened(), "a restart doesn't end it")
+	err := w.Admit(t.Context(), "podfsm", podConfig(named("after")))
+	require.True(t, errdefs.IsUnavailable(err))
+	require.ErrorContains(t, err, "podfsm drain --cancel")
+	require.True(t, errdefs.IsUnavailable(w.create(t, "s2", named("admitted before"))), "also what was admitted before")
+	list, err := service.List(t.Context(), &podfsmv1.ListRequest{})
+	require.NoError(t, err)
+	require.Len(t, list.GetSandboxes(), 1)
+	require.WithinDuration(t, *w.drain.since.Load(), list.GetDrainingSince().AsTime(), 0)
+	require.NoError(t, w.Shutdown(inCRI(t), "s1"), "sandboxes end as ever")
+
+	for range 2 {
+		_, err = service.Drain(t.Context(), &podfsmv1.DrainRequest{Cancel: true})
+		require.NoError(t, err)
+	}
+	require.False(t, reopened())
+	require.NoError(t, w.create(t, "s3", named("after")))
+	list, err = service.List(t.Context(), &podfsmv1.ListRequest{})
+	require.NoError(t, err)
+	require.Nil(t, list.GetDrainingSince())
+}
+
+// What can't be written isn't claimed.
+func TestDrainThatCannotBeKept(t *testing.T) {
+	service := &api{controller: &Controller{}}
+	_, err := service.Drain(t.Context(), &podfsmv1.DrainRequest{})
+	require.Equal(t, codes.Unavailable, grpcstatus.Code(err))
+
+	file := filepath.Join(t.TempDir(), "file")
+	var d drain
+	require.NoError(t, d.open(file))
+	require.NoError(t, os.WriteFile(file, nil, 0o600)) // where the directory should be
+	require.ErrorContains(t, d.set(true), "failed to begin the drain")
+	require.Nil(t, d.since.Load())
+}
