@@ -95,6 +95,7 @@ spec:
 // The kubelet runs pods on podfsm as on any other runtime, and when containerd is killed and comes back, it has nothing to do. Nor does
 // it notice that a pod which asks for no user namespace gets one.
 func TestKubelet(t *testing.T) {
+	t.Parallel() // kubelets mostly wait
 	n, before := startNodeWithPool(t, harness.Config{Handlers: []string{autoHandler}, TOML: podfsmForAll + usersOf(harness.PodfsmHandler, `
 		mode = "auto"
 		unmappable = "host"`)})
@@ -143,6 +144,7 @@ func TestKubelet(t *testing.T) {
 
 // A kubelet whose calls time out before the network is there asks again, with the same attempt, and gets the one sandbox that was made. Pain 2.
 func TestKubeletOnASlowNode(t *testing.T) {
+	t.Parallel() // kubelets mostly wait
 	n := harness.StartNode(t, harness.Config{TOML: podfsmForAll})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)

@@ -218,6 +218,7 @@ func requireEnd(t *testing.T, n *harness.Node, uids map[string]bool) {
 // The kubelet has all of a pod's life on podfsm: what comes before its containers and after them, what they are given, and what is asked of them.
 // What runs goes on when the kubelet ends in the middle of it.
 func TestKubeletPods(t *testing.T) {
+	t.Parallel() // kubelets mostly wait
 	n := harness.StartNode(t, harness.Config{TOML: podfsmForAll})
 	before := warmUp(t, n, harness.PodfsmHandler, n.PodConfig("first", func(c *runtime.PodSandboxConfig) {
 		c.PortMappings = []*runtime.PortMapping{{ContainerPort: 8080, HostPort: 18080}}
