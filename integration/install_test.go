@@ -119,7 +119,10 @@ func (m *machine) do(t *testing.T, command ...string) string {
 // mounts are those of the machine.
 func (m *machine) mounts(t *testing.T) (points []string) {
 	t.Helper()
-	mounts, err := mountinfo.PidMountInfo(m.holder)
+	file, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", m.holder))
+	require.NoError(t, err)
+	defer file.Close()
+	mounts, err := mountinfo.GetMountsFromReader(file, nil)
 	require.NoError(t, err)
 	for _, mount := range mounts {
 		points = append(points, mount.Mountpoint)
