@@ -176,7 +176,11 @@ func TestTracesOfFaults(t *testing.T) {
 
 	for _, step := range steps {
 		t.Run("failure of "+step, func(t *testing.T) {
-			require.NoError(t, n.Fault(step+".do.after", "1*error(injected)"))
+			fail := step + ".do.after"
+			if step == "start_pause" {
+				fail = step + ".do.before" // later, the network is on its way
+			}
+			require.NoError(t, n.Fault(fail, "1*error(injected)"))
 			ctx, id := traces.NewContext(t.Context())
 			_, err := n.RunPod(ctx, harness.PodfsmHandler, config)
 			require.ErrorContains(t, err, "injected")

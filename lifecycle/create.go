@@ -68,7 +68,8 @@ type offer struct {
 	taken chan struct{}
 }
 
-// offer hands a step's result so far to those that take it, and waits for them.
+// offer hands a step's result so far to those that take it, and waits for them. They have deadlines of their own: who waits for one that
+// hangs isn't to be blamed for it, so ctx is the creation's.
 func (s *sandbox) offer(ctx context.Context, step Step, result any) error {
 	o := offer{step, make(chan struct{})}
 	s.resume(func() {
@@ -80,7 +81,7 @@ func (s *sandbox) offer(ctx context.Context, step Step, result any) error {
 	})
 	select {
 	case <-o.taken:
-		return nil
+		return context.Cause(ctx) // one that has failed has ended the creation before
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -172,7 +173,7 @@ type outcome struct {
 
 // execute plans, records, does, and records again.
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
-	f := step.Facts()
+	f, creation := step.Facts(), ctx
 	ctx, cancel := within(ctx, f.Deadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
@@ -180,7 +181,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
 	out.started = time.Now().UTC()
 	r := s.run(step)
-	r.offer = func(ctx context.Context, result any) error { return s.offer(ctx, step, result) }
+	r.offer = func(result any) error { return s.offer(creation, step, result) }
 	defer func() {
 		if p := recover(); p != nil {
 			out.err = panicked(p)

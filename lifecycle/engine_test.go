@@ -139,7 +139,7 @@ func (s *fakeStep) Do(ctx context.Context, r *Run) (any, error) {
 	s.node.mu.Unlock()
 	s.node.act("do %s", s.facts.Name)
 	if offer := s.node.offer[s.facts.Name]; offer != nil {
-		if err := r.Offer(ctx, offer); err != nil {
+		if err := r.Offer(offer); err != nil {
 			return nil, err
 		}
 		s.node.act("go on with %s", s.facts.Name)
@@ -705,6 +705,21 @@ func TestAnOfferEndsWithItsCreation(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestWhoHangsIsBlamedAndNotWhoWaitsForIt(t *testing.T) {
+	w := newWorld(t, func(f *Facts) {
+		takes(f)
+		switch f.Name {
+		case states.StartPause:
+			f.Deadline = 10 * time.Millisecond
+		case states.CaptureNetNS:
+			f.Deadline = 100 * time.Millisecond
+		}
+	})
+	w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
+	w.do[states.CaptureNetNS] = func(ctx context.Context) error { <-ctx.Done(); return context.Cause(ctx) }
+	require.EqualError(t, w.run(t), `step capture_netns of pod "ns/pod" failed: no answer within 100ms: context deadline exceeded`)
 }
 
 func TestRefusals(t *testing.T) {

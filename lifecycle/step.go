@@ -97,7 +97,7 @@ type Run struct {
 	step  states.Event
 	facts map[states.Event]recorded // of the steps done before, a copy
 	note  func(ctx context.Context, data any) error
-	offer func(ctx context.Context, result any) error // nil but in Do
+	offer func(result any) error // nil but in Do
 
 	mu    sync.Mutex
 	notes []any
@@ -124,8 +124,8 @@ func (r *Run) Notes() []any {
 }
 
 // Offer gives what Do has made so far to the steps that take it (Facts.Takes), and returns when none of them runs any more: what
-// comes after them may go on beside the rest of Do. The sandbox's state waits for Do all the same. It fails when ctx ends.
-func (r *Run) Offer(ctx context.Context, result any) error { return r.offer(ctx, result) }
+// comes after them may go on beside the rest of Do. The sandbox's state waits for Do all the same. It fails when the creation ends.
+func (r *Run) Offer(result any) error { return r.offer(result) }
 
 // Note records a fact of the step's own while it acts, for its Undo. An error means that it may not be on record: whatever
 // the note announces must then not be done. It may be called by several goroutines.

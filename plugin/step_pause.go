@@ -53,7 +53,7 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath); err != nil {
 		return err
 	}
-	if err := r.Offer(ctx, result); err != nil {
+	if err := r.Offer(result); err != nil {
 		return err
 	}
 	ctx, cancel := outlast(ctx, startGrace)

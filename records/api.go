@@ -93,7 +93,7 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 	for _, step := range slices.Backward(view.Steps) {
 		switch step.Status {
 		case lifecycle.StepRunning, lifecycle.StepUndoing:
-			s.Step = string(step.Name)
+			s.Step = cmp.Or(s.Step, string(step.Name)) // the last: an earlier one may be waiting for it
 		case lifecycle.StepOwed:
 			s.Debts = append(s.Debts, &podfsmv1.Debt{
 				Step: string(step.Name), Error: Text(step.Err), Attempts: uint32(step.Attempts),
