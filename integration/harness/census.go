@@ -120,30 +120,29 @@ func (n *Node) WarmUp(ctx context.Context, handler string) (Census, error) {
 
 // Settle returns the census of a node without pods once it is at rest.
 func (n *Node) Settle(ctx context.Context) (Census, error) {
-	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
-	defer cancel()
-	var last Census
-	err := poll(ctx, censusInterval, func() error {
-		before := last
-		var err error
-		if last, err = n.TidyCensus(ctx); err != nil {
-			return err
-		}
+	return n.rest(ctx, func(c Census) error {
 		for _, category := range idle {
-			if len(last[category]) > 0 {
-				return fmt.Errorf("a node without pods has %s: %v: %w", category, last[category], errdefs.ErrFailedPrecondition)
+			if len(c[category]) > 0 {
+				return fmt.Errorf("a node without pods has %s: %v: %w", category, c[category], errdefs.ErrFailedPrecondition)
 			}
-		}
-		if diff := before.Diff(last); diff != "" {
-			return fmt.Errorf("a node without pods changes:\n%s: %w", diff, errdefs.ErrFailedPrecondition)
 		}
 		return nil
 	})
-	return last, err
 }
 
-// Rest returns the census of a node with pods once two in a row are the same, and what their containers are to run has been executed.
+// Rest returns the census of a node with pods once it is at rest, and what their
+// containers are to run has been executed.
 func (n *Node) Rest(ctx context.Context) (Census, error) {
+	return n.rest(ctx, func(c Census) error {
+		if processes := strings.Join(c[Processes], "\n"); strings.Contains(processes, "(runc:[") {
+			return fmt.Errorf("a container is being started:\n%s: %w", processes, errdefs.ErrFailedPrecondition)
+		}
+		return nil
+	})
+}
+
+// rest waits for two censuses in a row that are the same and pass the check.
+func (n *Node) rest(ctx context.Context, check func(Census) error) (Census, error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
 	var last Census
@@ -153,7 +152,10 @@ func (n *Node) Rest(ctx context.Context) (Census, error) {
 		if last, err = n.TidyCensus(ctx); err != nil {
 			return err
 		}
-		if diff := before.Diff(last); diff != "" || strings.Contains(strings.Join(last[Processes], "\n"), "(runc:[") {
+		if err := check(last); err != nil {
+			return err
+		}
+		if diff := before.Diff(last); diff != "" {
 			return fmt.Errorf("node %q changes:\n%s: %w", n.name, diff, errdefs.ErrFailedPrecondition)
 		}
 		return nil
