@@ -119,10 +119,14 @@ func (f *File) append(line []byte) error {
 	if err != nil {
 		return err
 	}
-	// What another write has left half-way, for want of space, must not spoil this line.
+	before, err := file.Stat()
+	if err != nil {
+		return errors.Join(err, file.Close())
+	}
+	// What this leaves half-way, for want of space, must not spoil the next line.
 	n, err := file.Write(line)
 	if err != nil && n > 0 {
-		err = errors.Join(err, file.Truncate(f.size))
+		err = errors.Join(err, file.Truncate(before.Size()))
 	}
 	if err := errors.Join(err, file.Close()); err != nil {
 		return err

@@ -828,3 +828,13 @@ func TestWhenPaid(t *testing.T) {
 		})
 	}
 }
+
+func TestNotesThatAreRepeatedAreKeptTwice(t *testing.T) {
+	r := &Run{note: func(context.Context, any) error { return nil }}
+	for range 100 {
+		for _, plugin := range []string{"bridge", "portmap"} {
+			require.NoError(t, r.Note(t.Context(), &testResult{states.Event(plugin)}))
+		}
+	}
+	require.Equal(t, []any{&testResult{"bridge"}, &testResult{"portmap"}, &testResult{"bridge"}, &testResult{"portmap"}}, r.Notes())
+}

@@ -3,6 +3,7 @@ package lifecycle
 import (
 	"context"
 	"fmt"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -135,6 +136,23 @@ func (r *Run) Note(ctx context.Context, data any) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.notes = append(r.notes, data)
+	r.notes = append(withoutRepeated(r.notes, data), data)
 	return nil
+}
+
+// withoutRepeated leaves out the newest of several notes that say the same, for the one that comes: the first and the last are kept, as the
+// ledger does, however often an owed undo is tried.
+func withoutRepeated(notes []any, coming any) []any {
+	same := 0
+	for i, note := range slices.Backward(notes) {
+		if !reflect.DeepEqual(note, coming) {
+			continue
+		}
+		if same == 0 {
+			same = i
+			continue
+		}
+		return slices.Delete(slices.Clone(notes), same, same+1)
+	}
+	return notes
 }

@@ -98,6 +98,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
+	if err := c.drain.open(ic.Properties[plugins.PropertyRootDir]); err != nil {
+		return err
+	}
 	config, err := optionsOf(ic.Config)
 	if err != nil {
 		return err
@@ -106,9 +109,6 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		if _, err := snapshotterOptionsOf(loaded.Config); err != nil {
 			return err
 		}
-	}
-	if err := c.drain.open(ic.Properties[plugins.PropertyRootDir]); err != nil {
-		return err
 	}
 	if c.limits, err = config.timeouts(); err != nil {
 		return err
