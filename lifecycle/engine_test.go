@@ -693,7 +693,9 @@ func TestAnOfferEndsWithItsCreation(t *testing.T) {
 			w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
 			w.do[failing] = func(context.Context) error { return errors.New("no luck") }
 			if failing == states.AttachNetwork {
-				w.do[states.StartPause] = func(ctx context.Context) error { <-ctx.Done(); return nil } // it comes to its end all the same
+				going := make(chan struct{})
+				w.do[failing] = func(context.Context) error { <-going; return errors.New("no luck") }
+				w.do[states.StartPause] = func(ctx context.Context) error { close(going); <-ctx.Done(); return nil } // it comes to its end all the same
 			}
 			require.EqualError(t, w.run(t), fmt.Sprintf(`step %s of pod "ns/pod" failed: no luck`, failing))
 			require.True(t, w.gone())

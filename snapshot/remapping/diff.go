@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/containerd/containerd/v2/pkg/labels"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -33,6 +34,9 @@ import (
 func NewComparer(stock diff.Comparer, store content.Store, sn *Snapshotter) diff.Comparer {
 	return &comparer{stock, store, sn}
 }
+
+// mediaTypes are those that containerd's differ writes.
+var mediaTypes = []string{imagespec.MediaTypeImageLayer, imagespec.MediaTypeImageLayerGzip, imagespec.MediaTypeImageLayerZstd}
 
 type comparer struct {
 	stock diff.Comparer
@@ -58,6 +62,9 @@ func (c *comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts
 	}
 	if config.MediaType == "" {
 		config.MediaType = imagespec.MediaTypeImageLayerGzip
+	}
+	if config.Compressor == nil && !slices.Contains(mediaTypes, config.MediaType) {
+		return imagespec.Descriptor{}, fmt.Errorf("a diff of media type %q: %w", config.MediaType, errdefs.ErrNotImplemented) // another differ may
 	}
 	u := &unshift{maps: maps.Inverse(), compress: config.Compressor}
 	opts = append(slices.Clone(opts), diff.WithMediaType(config.MediaType), diff.WithCompressor(u.open))

@@ -172,6 +172,17 @@ func TestDiffRefusals(t *testing.T) {
 	}
 	_, err = comparer.Compare(t.Context(), nil, []mount.Mount{{Type: "overlay", Options: []string{"uidmap=x", "gidmap=y", "lowerdir=/"}}})
 	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+	_, err = rootfs.CreateDiff(t.Context(), "pod", n, comparer, diff.WithMediaType("application/vnd.docker.image.rootfs.diff.tar.gzip"))
+	require.True(t, errdefs.IsNotImplemented(err), "%v", err)
+}
+
+// Nothing to compare with is nothing that a caller may bring the daemon down with.
+func TestDiffWithoutALowerSide(t *testing.T) {
+	n := newNode(t, Chown)
+	store, err := local.NewLabeledStore(t.TempDir(), newLabels())
+	require.NoError(t, err)
+	_, err = NewComparer(walking.NewWalkingDiff(store), store, n.Snapshotter).Compare(t.Context(), nil, n.pod("pod"))
+	require.NoError(t, err)
 }
 
 func TestDiffMediaTypes(t *testing.T) {

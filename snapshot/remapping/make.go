@@ -135,6 +135,10 @@ func (s *Snapshotter) removeLayer(ctx context.Context, b *backend, key string) e
 	return err
 }
 
+// parallelLayers bounds the layers that are made at a time, each by several workers:
+// after a drain, all pods of a node come at once.
+const parallelLayers = 4
+
 // make makes a layer that isn't there yet.
 func (s *Snapshotter) make(ctx context.Context, b *backend, l layer) (work Work, err error) {
 	defer func() {
@@ -145,6 +149,12 @@ func (s *Snapshotter) make(ctx context.Context, b *backend, l layer) (work Work,
 	}()
 	if _, err := b.Stat(ctx, l.key()); !errdefs.IsNotFound(err) {
 		return Work{}, err
+	}
+	select {
+	case s.makers <- struct{}{}:
+		defer func() { <-s.makers }()
+	case <-ctx.Done():
+		return Work{}, ctx.Err()
 	}
 	ctx, span := tracing.Start(ctx, tracing.SpanRemap, tracing.SnapshotStrategy.String(string(l.strategy)))
 	defer func() {
@@ -262,6 +272,9 @@ func remapOptions(dir string, strategy Strategy, mounts []mount.Mount) []string 
 
 // option is the value of an option of the last mount, "" where it isn't given.
 func option(mounts []mount.Mount, key string) string {
+	if len(mounts) == 0 {
+		return ""
+	}
 	for _, o := range mounts[len(mounts)-1].Options {
 		if value, ok := strings.CutPrefix(o, key+"="); ok {
 			return value

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -89,7 +90,11 @@ func Probe(ctx context.Context, dir string) (Report, error) {
 			return nil, fmt.Errorf("failed to make a directory to try strategies in: %w", err)
 		}
 		v := Verdict{Strategy: try.strategy, Works: true}
-		if v.Evidence, err = try.try(ctx, try.strategy, probe); err != nil {
+		v.Evidence, err = try.try(ctx, try.strategy, probe)
+		if passes(err) {
+			return nil, errors.Join(fmt.Errorf("failed to try strategy %q: %w", try.strategy, err), os.RemoveAll(probe))
+		}
+		if err != nil {
 			v.Works, v.Evidence, v.Remedy = false, err.Error(), try.remedy
 		}
 		if err := os.RemoveAll(probe); err != nil {
@@ -100,6 +105,11 @@ func Probe(ctx context.Context, dir string) (Report, error) {
 	return report, nil
 }
 
+// passes says of an error that it tells of the moment, not of what the node can.
+func passes(err error) bool {
+	return slices.ContainsFunc([]error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN, unix.EINTR}, func(one error) bool { return errors.Is(err, one) })
+}
+
 // strategy is the one to take here. What a node can is tried once.
 func (s *Snapshotter) strategy(ctx context.Context, b *backend) (Strategy, error) {
 	s.probing.Lock()
@@ -107,7 +117,7 @@ func (s *Snapshotter) strategy(ctx context.Context, b *backend) (Strategy, error
 	if s.probed != "" {
 		return s.probed, nil
 	}
-	report, err := Probe(ctx, b.root)
+	report, err := Probe(context.WithoutCancel(ctx), b.root) // the verdict is for all, and takes milliseconds
 	if err != nil {
 		return "", err
 	}

@@ -61,6 +61,7 @@ type Snapshotter struct {
 	entries map[string]*entry // by key of a layer
 	totals  map[Strategy]Totals
 	running sync.WaitGroup
+	makers  chan struct{} // has room for as many layers as are made at a time
 }
 
 var (
@@ -79,7 +80,7 @@ type backend struct {
 // New returns a snapshotter. An unknown strategy is told by everything that needs
 // one.
 func New(config Config) *Snapshotter {
-	return &Snapshotter{config: config, entries: map[string]*entry{}, totals: map[Strategy]Totals{}}
+	return &Snapshotter{config: config, entries: map[string]*entry{}, totals: map[Strategy]Totals{}, makers: make(chan struct{}, parallelLayers)}
 }
 
 const database = "metadata.db"
