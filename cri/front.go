@@ -287,6 +287,11 @@ func (s *service) show(ctx context.Context, id string) bool {
 	return s.sandboxes.Claim(ctx, id, lifecycle.Shown)
 }
 
+// shown are those of a list that may be shown, by the ids of their sandboxes.
+func shown[T any](ctx context.Context, s *service, all []T, id func(T) string) []T {
+	return slices.DeleteFunc(all, func(one T) bool { return !s.show(ctx, id(one)) })
+}
+
 // discarded is the answer to who asks for a sandbox that may not be shown.
 func discarded(id string) error {
 	return fmt.Errorf("sandbox %q is being discarded, because nobody has asked for it: %w", id, errdefs.ErrNotFound)
@@ -335,7 +340,7 @@ func (l *listStream) Send(resp *runtime.StreamPodSandboxesResponse) error {
 
 // presentable are the items that may be shown, with the times when sandboxes of ours were created. The messages are made for one answer.
 func (s *service) presentable(ctx context.Context, items []*runtime.PodSandbox) []*runtime.PodSandbox {
-	items = slices.DeleteFunc(items, func(item *runtime.PodSandbox) bool { return !s.show(ctx, item.GetId()) })
+	items = shown(ctx, s, items, (*runtime.PodSandbox).GetId)
 	for _, item := range items {
 		if created := s.sandboxes.CreatedAt(item.GetId()); !created.IsZero() {
 			item.CreatedAt = created.UnixNano()

@@ -79,7 +79,7 @@ func answer(ctx context.Context, method string, req any, next grpc.UnaryHandler)
 		return resp, errgrpc.ToGRPC(err)
 	}
 	if id, ok := resp.(interface{ GetPodSandboxId() string }); ok {
-		entry = entry.WithField("sandbox", id.GetPodSandboxId())
+		entry = entry.WithField(tracing.LogSandbox, id.GetPodSandboxId())
 	}
 	if id, ok := resp.(interface{ GetContainerId() string }); ok {
 		entry = entry.WithField("container", id.GetContainerId())

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -12,6 +11,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/tracing"
 )
 
 const (
@@ -85,7 +86,7 @@ func (m *metricsStream) Send(resp *runtime.StreamPodSandboxMetricsResponse) erro
 // presentableStats are the stats that may be shown, with the networks' figures. One pod after the other: it takes a fraction of a
 // millisecond each, and one thread for all.
 func (s *service) presentableStats(ctx context.Context, stats []*runtime.PodSandboxStats) []*runtime.PodSandboxStats {
-	stats = slices.DeleteFunc(stats, func(one *runtime.PodSandboxStats) bool { return !s.show(ctx, one.GetAttributes().GetId()) })
+	stats = shown(ctx, s, stats, func(one *runtime.PodSandboxStats) string { return one.GetAttributes().GetId() })
 	for _, one := range stats {
 		s.restoreUsage(ctx, one)
 	}
@@ -117,7 +118,7 @@ func (s *service) restoreUsage(ctx context.Context, stats *runtime.PodSandboxSta
 
 // presentableMetrics are the metrics that may be shown, with those of the network before what containerd's service has of a pod of ours.
 func (s *service) presentableMetrics(ctx context.Context, metrics []*runtime.PodSandboxMetrics) []*runtime.PodSandboxMetrics {
-	metrics = slices.DeleteFunc(metrics, func(one *runtime.PodSandboxMetrics) bool { return !s.show(ctx, one.GetPodSandboxId()) })
+	metrics = shown(ctx, s, metrics, (*runtime.PodSandboxMetrics).GetPodSandboxId)
 	for _, one := range metrics {
 		pod, links, ok := s.linksOf(ctx, one.GetPodSandboxId())
 		if !ok {
@@ -173,7 +174,7 @@ func (s *service) linksOf(ctx context.Context, id string) (Pod, []*netlink.LinkA
 	}
 	links, err := linksIn(pod.NetNSPath)
 	if err != nil {
-		log.G(ctx).WithField("sandbox", id).WithError(err).Debug("podfsm: a pod's network figures are left out")
+		log.G(ctx).WithField(tracing.LogSandbox, id).WithError(err).Debug("podfsm: a pod's network figures are left out")
 		return Pod{}, nil, false
 	}
 	return pod, links, true

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
 // networks reads the CNI configurations and looks for their plugins.
@@ -104,7 +105,7 @@ func tryDirectory(dir string) error {
 	case !errors.Is(err, unix.EOPNOTSUPP): // of some filesystems
 		return fmt.Errorf("failed to make a file in %s: %w", dir, errors.Unwrap(err))
 	}
-	return inPrivateMounts(func() error {
+	return remapping.InMountNamespace(func() error {
 		if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("failed to mount %s on itself: %w", dir, err)
 		}

@@ -8,11 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
@@ -123,28 +120,4 @@ func removeTries(dir string) error {
 		}
 	}
 	return nil
-}
-
-// inPrivateMounts runs f in a mount namespace of its own, which goes with it. It never uses the process's main thread, whose namespaces
-// are those that /proc shows of the whole process, and which doesn't end before that.
-func inPrivateMounts(f func() error) error {
-	result := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == os.Getpid() {
-			result <- inPrivateMounts(f) // on another thread, while this goroutine has the main one
-			runtime.UnlockOSThread()
-			return
-		}
-		result <- func() error { // the thread stays locked, and so ends
-			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-				return fmt.Errorf("failed to make a mount namespace: %w", err)
-			}
-			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-				return fmt.Errorf("failed to make the mounts private: %w", err)
-			}
-			return f()
-		}()
-	}()
-	return <-result
 }

@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"slices"
 	"time"
 
 	"github.com/podfsm/podfsm/states"
@@ -12,17 +13,25 @@ type acts []Act
 
 // begin notes that something is being tried.
 func (a *acts) begin(step states.Event, kind ActKind, at time.Time) {
-	var before []int
-	for i, act := range *a {
-		if act.Step == step && act.Kind == kind {
-			before = append(before, i)
+	*a = withLast(*a, Act{Step: step, Kind: kind, Started: at}, func(act Act) bool { return act.Step == step && act.Kind == kind })
+}
+
+// withLast is a new list with an item at its end. Of those that are like it, the first and the last are kept, so it is the last from now on.
+func withLast[T any](all []T, item T, like func(T) bool) []T {
+	first, last := -1, -1
+	for i, other := range all {
+		if like(other) {
+			if first < 0 {
+				first = i
+			}
+			last = i
 		}
 	}
-	if len(before) > 1 {
-		last := before[len(before)-1]
-		*a = append((*a)[:last:last], (*a)[last+1:]...)
+	all = slices.Clone(all)
+	if first != last {
+		all = slices.Delete(all, last, last+1)
 	}
-	*a = append(*a, Act{Step: step, Kind: kind, Started: at})
+	return append(all, item)
 }
 
 // end notes how the last try at something went.

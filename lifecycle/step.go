@@ -136,23 +136,7 @@ func (r *Run) Note(ctx context.Context, data any) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.notes = append(withoutRepeated(r.notes, data), data)
+	// As the ledger does: however often an owed undo is tried, what it notes of that is bounded.
+	r.notes = withLast(r.notes, data, func(note any) bool { return reflect.DeepEqual(note, data) })
 	return nil
-}
-
-// withoutRepeated leaves out the newest of several notes that say the same, for the one that comes: the first and the last are kept, as the
-// ledger does, however often an owed undo is tried.
-func withoutRepeated(notes []any, coming any) []any {
-	same := 0
-	for i, note := range slices.Backward(notes) {
-		if !reflect.DeepEqual(note, coming) {
-			continue
-		}
-		if same == 0 {
-			same = i
-			continue
-		}
-		return slices.Delete(slices.Clone(notes), same, same+1)
-	}
-	return notes
 }

@@ -20,7 +20,6 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -128,11 +127,7 @@ func (c *Controller) examineLedger(rootDir, stateDir string) (doctor.Ledger, err
 	}
 	l.Damaged = records.Damaged(c.ledger.Damage(), aside)
 	if c.engine != nil {
-		for _, view := range c.engine.List() {
-			if view.State == states.CleanupOwed {
-				l.Owed++
-			}
-		}
+		l.Owed = records.Owing(c.engine.List())
 	}
 	return l, nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -103,7 +104,7 @@ func (c *Controller) restoreIDs(ctx context.Context, lost map[journal.Key]bool, 
 	for key, record := range others {
 		m, err := mappingsOfRecord(record)
 		if err != nil {
-			log.G(ctx).WithField("sandbox", key.ID).WithError(err).Warn("podfsm: the id mapping of a sandbox of another controller can't be read; nothing keeps other pods off its ids")
+			log.G(ctx).WithField(tracing.LogSandbox, key.ID).WithError(err).Warn("podfsm: the id mapping of a sandbox of another controller can't be read; nothing keeps other pods off its ids")
 		}
 		if m != nil {
 			config, _ := requestOf(record)

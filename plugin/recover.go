@@ -22,6 +22,7 @@ import (
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
 )
 
 const (
@@ -150,11 +151,11 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 			ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, view.Key.Namespace), probeTimeout)
 			defer cancel()
 			if err := c.engine.Resume(ctx, view.Key, verdict); err != nil {
-				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
+				log.G(ctx).WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
 				return nil
 			}
 			if err := keepProcessLabel(ctx, client, records[view.Key], view); err != nil {
-				log.G(ctx).WithField("sandbox", view.Key.ID).WithError(err).Warn("podfsm: containers created from now on may get another SELinux label than their pod")
+				log.G(ctx).WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Warn("podfsm: containers created from now on may get another SELinux label than their pod")
 			}
 			return nil
 		})
@@ -235,7 +236,7 @@ func storedSandboxes(ctx context.Context, client *containerd.Client) (records, o
 // service would list it. The record goes last, because the next start finds the rest by it.
 func sweep(ctx context.Context, client *containerd.Client, key journal.Key) {
 	ctx = namespaces.WithNamespace(ctx, key.Namespace)
-	entry := log.G(ctx).WithField("sandbox", key.ID)
+	entry := log.G(ctx).WithField(tracing.LogSandbox, key.ID)
 	if err := client.LeasesService().Delete(ctx, leases.Lease{ID: key.ID}); err != nil && !errdefs.IsNotFound(err) {
 		entry.WithError(err).Warn("podfsm: failed to delete the lease of an unfinished sandbox")
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/tracing"
 )
 
 // attachNetwork runs the pod's CNI chains.
@@ -115,7 +116,7 @@ func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) 
 	}
 	plan, err := s.Plan(ctx, r)
 	if err != nil {
-		log.G(ctx).WithField("sandbox", r.Key.ID).WithError(err).Warn("podfsm: the records of a pod's network are lost, and it can't be detached from any of today")
+		log.G(ctx).WithField(tracing.LogSandbox, r.Key.ID).WithError(err).Warn("podfsm: the records of a pod's network are lost, and it can't be detached from any of today")
 		return nil
 	}
 	attachment := plan.(*cni.Attachment)

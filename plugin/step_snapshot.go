@@ -42,7 +42,7 @@ func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		return nil, err
 	}
 	trace.SpanFromContext(ctx).SetAttributes(tracing.SnapshotStrategy.String(string(made.Strategy)))
-	log.G(ctx).WithFields(log.Fields{"sandbox": r.Key.ID, "strategy": made.Strategy, "snapshotter": spec.Snapshotter}).
+	log.G(ctx).WithFields(log.Fields{tracing.LogSandbox: r.Key.ID, "strategy": made.Strategy, "snapshotter": spec.Snapshotter}).
 		Debug("podfsm: pause has got its root filesystem")
 	return &Snapshot{
 		Snapshotter: spec.Snapshotter, Parent: made.Parent, Strategy: string(made.Strategy),

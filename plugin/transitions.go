@@ -11,6 +11,7 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/tracing"
 )
 
 // transitionTopic is the topic of containerd's events that tell of transitions. They hold a podfsm.v1.SandboxTransition.
@@ -61,7 +62,7 @@ func (h *herald) publish(done chan struct{}) {
 		for _, t := range all {
 			ctx := namespaces.WithNamespace(context.Background(), t.GetContainerdNamespace())
 			if err := h.publisher.Publish(ctx, transitionTopic, t); err != nil {
-				log.G(ctx).WithField("sandbox", t.GetSandboxId()).WithError(err).Warn("podfsm: a transition was not published as an event")
+				log.G(ctx).WithField(tracing.LogSandbox, t.GetSandboxId()).WithError(err).Warn("podfsm: a transition was not published as an event")
 			}
 		}
 		if lost > 0 {
@@ -100,6 +101,6 @@ func (c *Controller) keepHistory(view lifecycle.View) {
 		err = c.past.Add(ended)
 	}
 	if err != nil {
-		log.L.WithField("sandbox", view.Key.ID).WithError(err).Warn("podfsm: what became of a sandbox can't be looked up later")
+		log.L.WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Warn("podfsm: what became of a sandbox can't be looked up later")
 	}
 }

@@ -4,6 +4,8 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
 )
 
 // Examination is what a doctor has found, in the words of the API.
@@ -37,4 +39,14 @@ func Damaged(damage []journal.Damage, aside []string) (damaged []doctor.Damaged)
 		damaged = append(damaged, doctor.Damaged{File: file, Reason: reasons[file]})
 	}
 	return damaged
+}
+
+// Owing is how many sandboxes owe a cleanup.
+func Owing(views []lifecycle.View) (n int) {
+	for _, view := range views {
+		if view.State == states.CleanupOwed {
+			n++
+		}
+	}
+	return n
 }

@@ -10,8 +10,10 @@ import (
 	"slices"
 
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/pelletier/go-toml/v2"
+	"github.com/urfave/cli/v3"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
@@ -67,6 +69,11 @@ type ownConfig struct {
 		Ranges []map[string]any `toml:"ranges"`
 		User   string           `toml:"user"`
 	} `toml:"userns_pool"`
+}
+
+// configFlag says where containerd's configuration is.
+func configFlag(usage string) cli.Flag {
+	return &cli.StringFlag{Name: "config", Usage: usage, Value: filepath.Join(defaults.DefaultConfigDir, "config.toml")}
 }
 
 // readConfig reads the configuration of a containerd that is down, as far as

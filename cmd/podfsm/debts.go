@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 	"slices"
 	"time"
@@ -20,8 +19,8 @@ func debtsCommand() *cli.Command {
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("json")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return errors.New("debts takes no arguments")
+			if err := noArguments(cmd); err != nil {
+				return err
 			}
 			response, err := list(ctx, cmd, false)
 			if err != nil {

@@ -10,16 +10,13 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
 	"github.com/urfave/cli/v3"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/journal"
-	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
-	"github.com/podfsm/podfsm/states"
 )
 
 func doctorCommand() *cli.Command {
@@ -30,14 +27,10 @@ func doctorCommand() *cli.Command {
 			"The exit status is 0 when nothing fails, 2 when something does, and 1 when the node could not be examined.\n" +
 			"While the daemon is down, its configuration is read, and what only the daemon knows is unknown.",
 		HideHelpCommand: true,
-		Flags: []cli.Flag{outputFlag("json"), &cli.StringFlag{
-			Name:  "config",
-			Usage: "containerd's configuration, read while the daemon is down",
-			Value: filepath.Join(defaults.DefaultConfigDir, "config.toml"),
-		}},
+		Flags:           []cli.Flag{outputFlag("json"), configFlag("containerd's configuration, read while the daemon is down")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return errors.New("doctor takes no arguments")
+			if err := noArguments(cmd); err != nil {
+				return err
 			}
 			response, err := examine(ctx, cmd)
 			if err != nil {
@@ -106,17 +99,8 @@ func closedLedger(rootDir, stateDir string) (doctor.Ledger, error) {
 	}
 	l.Files = journal.Files(rootDir, stateDir)
 	l.Damaged = records.Damaged(saved.Damage, saved.Aside)
-	l.Owed = owed(views)
+	l.Owed = records.Owing(views)
 	return l, nil
-}
-
-func owed(views []lifecycle.View) (n int) {
-	for _, view := range views {
-		if view.State == states.CleanupOwed {
-			n++
-		}
-	}
-	return n
 }
 
 // The columns of the table, in characters: those of the verdict and of the

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
-	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/plugins"
 	containerd "github.com/containerd/containerd/v2/version"
 	"github.com/containerd/errdefs"
@@ -51,15 +50,11 @@ func drainCommand() *cli.Command {
 			&cli.BoolFlag{Name: "check", Usage: "change nothing and don't wait: say whether the node can do without podfsm"},
 			&cli.BoolFlag{Name: "cancel", Usage: "take new pods again"},
 			&cli.DurationFlag{Name: "wait", Usage: "how long to wait until no sandbox is left", Value: drainWait},
-			&cli.StringFlag{
-				Name:  "config",
-				Usage: "containerd's configuration",
-				Value: filepath.Join(defaults.DefaultConfigDir, "config.toml"),
-			},
+			configFlag("containerd's configuration"),
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return errors.New("drain takes no arguments")
+			if err := noArguments(cmd); err != nil {
+				return err
 			}
 			force, check, cancel := cmd.Bool("force"), cmd.Bool("check"), cmd.Bool("cancel")
 			if force && check || force && cancel || check && cancel {

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -21,8 +20,8 @@ func idsCommand() *cli.Command {
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("json")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return errors.New("ids takes no arguments")
+			if err := noArguments(cmd); err != nil {
+				return err
 			}
 			response, err := call(ctx, cmd, podfsmv1.SandboxesClient.IDs, &podfsmv1.IDsRequest{})
 			if err != nil {

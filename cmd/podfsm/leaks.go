@@ -30,8 +30,8 @@ func leaksCommand() *cli.Command {
 			&cli.BoolFlag{Name: "fix", Usage: "have the daemon remove it"},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return errors.New("leaks takes no arguments")
+			if err := noArguments(cmd); err != nil {
+				return err
 			}
 			fix := cmd.Bool("fix")
 			response, err := findLeaks(ctx, cmd, fix)
@@ -59,17 +59,10 @@ func findLeaks(ctx context.Context, cmd *cli.Command, fix bool) (*podfsmv1.Leaks
 		}
 	}
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Leaks, &podfsmv1.LeaksRequest{Fix: fix})
-	if err == nil {
-		return response, nil
-	}
 	if fix && errors.As(err, new(downError)) {
 		return nil, fmt.Errorf("%w\nonly the daemon knows what belongs to whom, and removes leaks: start it and try again", err)
 	}
-	found, err := readLedger(cmd, err)
-	if err != nil {
-		return nil, err
-	}
-	return found.leaks()
+	return orLedger(cmd, response, err, (*ledger).leaks)
 }
 
 // writeLeaks has a line for each leak, with what became of it after a fix.

@@ -95,6 +95,18 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 	}, nil
 }
 
+// orLedger is the daemon's answer, or what its ledger says while it is down.
+func orLedger[T any](cmd *cli.Command, answer T, err error, look func(*ledger) (T, error)) (none T, _ error) {
+	if err == nil {
+		return answer, nil
+	}
+	found, err := readLedger(cmd, err)
+	if err != nil {
+		return none, err
+	}
+	return look(found)
+}
+
 func explainLedger(down downError, root, state string, err error) error {
 	switch {
 	case errdefs.IsNotFound(err):

@@ -98,8 +98,8 @@ func psCommand() *cli.Command {
 			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "also those that have ended: the last 200, failed creations among them"},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return errors.New("ps takes no arguments")
+			if err := noArguments(cmd); err != nil {
+				return err
 			}
 			all := cmd.Bool("all")
 			response, err := list(ctx, cmd, all)
@@ -118,14 +118,7 @@ func psCommand() *cli.Command {
 // list asks the daemon, or its ledger while that is down.
 func list(ctx context.Context, cmd *cli.Command, ended bool) (*podfsmv1.ListResponse, error) {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{Ended: ended})
-	if err == nil {
-		return response, nil
-	}
-	found, err := readLedger(cmd, err)
-	if err != nil {
-		return nil, err
-	}
-	return found.list(ended), nil
+	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.ListResponse, error) { return l.list(ended), nil })
 }
 
 // refDescription says what a sandbox can be named by.
@@ -161,14 +154,15 @@ func inspectCommand() *cli.Command {
 // inspect asks the daemon, or its ledger while that is down.
 func inspect(ctx context.Context, cmd *cli.Command, ref string) (*podfsmv1.InspectResponse, error) {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Inspect, &podfsmv1.InspectRequest{Ref: ref})
-	if err == nil {
-		return response, nil
+	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.InspectResponse, error) { return l.inspect(ref) })
+}
+
+// noArguments fails where the command has any.
+func noArguments(cmd *cli.Command) error {
+	if cmd.Args().Present() {
+		return fmt.Errorf("%s takes no arguments", cmd.Name)
 	}
-	found, err := readLedger(cmd, err)
-	if err != nil {
-		return nil, err
-	}
-	return found.inspect(ref)
+	return nil
 }
 
 // oneRef is the command's only argument.

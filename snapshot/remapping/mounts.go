@@ -3,6 +3,7 @@ package remapping
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -43,7 +44,7 @@ func hasKey(keys ...string) func(option string) bool {
 // below dir. Nobody else ever sees the mount, as it is made in a mount namespace of
 // its own; it ends with the last descriptor in it, also when this process is killed.
 func openOverlay(dir string, options []string) (root *os.File, err error) {
-	err = inMountNamespace(func() error {
+	err = InMountNamespace(func() error {
 		if err := unix.Chdir(dir); err != nil {
 			return &os.PathError{Op: "chdir", Path: dir, Err: err}
 		}
@@ -72,25 +73,26 @@ func mountOverlay(target string, options []string) error {
 	return nil
 }
 
-// inMountNamespace runs f on a thread with mounts and a working directory of its
-// own, which ends with f.
-func inMountNamespace(f func() error) error {
+// InMountNamespace runs f on a thread with mounts and a working directory of its
+// own, which ends with f: what it mounts nobody else sees, and a kill leaves none of
+// it.
+func InMountNamespace(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
 			// The main thread would stay, and show the process as in that namespace.
-			done <- inMountNamespace(f)
+			done <- InMountNamespace(f)
 			runtime.UnlockOSThread()
 			return
 		}
 		// Never unlocked: the thread ends with the goroutine.
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			done <- os.NewSyscallError("unshare", err)
+			done <- fmt.Errorf("failed to make a mount namespace: %w", err)
 			return
 		}
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			done <- os.NewSyscallError("mount", err)
+			done <- fmt.Errorf("failed to make the mounts private: %w", err)
 			return
 		}
 		done <- f()

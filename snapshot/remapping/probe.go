@@ -162,7 +162,7 @@ func tryIDMap(_ context.Context, _ Strategy, dir string) (evidence string, err e
 		return "", fmt.Errorf("can't make a user namespace: %w", err)
 	}
 	defer userns.Close()
-	err = inMountNamespace(func() error {
+	err = InMountNamespace(func() error {
 		mapped := filepath.Join(dir, "mapped")
 		err := mount.IDMapMountWithAttrs(filepath.Join(dir, "lower"), mapped, int(userns.Fd()), unix.MOUNT_ATTR_RDONLY, 0)
 		if err != nil {
