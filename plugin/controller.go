@@ -531,12 +531,16 @@ func (c *Controller) Unclaimed() []string {
 	}
 	var ids []string
 	for _, view := range c.engine.List() {
-		finished := view.State == states.Ready || view.State == states.NotReady
-		if finished && view.Claim == lifecycle.Unclaimed && view.Key.Namespace == cri.Namespace {
+		if finished(view) && view.Claim == lifecycle.Unclaimed && view.Key.Namespace == cri.Namespace {
 			ids = append(ids, view.Key.ID)
 		}
 	}
 	return ids
+}
+
+// finished says that a sandbox's creation has come to its end, and nobody has ended the sandbox yet.
+func finished(view lifecycle.View) bool {
+	return view.State == states.Ready || view.State == states.NotReady
 }
 
 // StopPod takes a sandbox off its network, for the front.

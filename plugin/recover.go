@@ -143,6 +143,9 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		case lost[view.Key]:
 			verdict = lifecycle.Gone
 		}
+		if verdict == lifecycle.Discard && finished(view) {
+			c.engine.Discard(view.Key, lifecycle.Taken) // it goes a little later, and a retry must not take it meanwhile
+		}
 		doomed[view.Key] = !staysListed(view) || neverShown(view, records[view.Key])
 		if damaged(c.ledger.Damage(), view.Key) {
 			c.engine.Claim(ctx, view.Key, lifecycle.Taken) // who has claimed it may have been on record

@@ -351,6 +351,7 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 			_, err = client.SandboxStore().Get(inCRI(t), "s1")
 			if tc.goes {
 				w.waitFor(t, "s1", states.Removed)
+				require.Equal(t, lifecycle.Discarded, w.view(t, "s1").Claim, "a retry that came first would have had it")
 				require.Empty(t, w.host.left("s1"))
 				require.True(t, errdefs.IsNotFound(err), "containerd's service doesn't list it: %v", err)
 				return
