@@ -68,22 +68,23 @@ type offer struct {
 	taken chan struct{}
 }
 
-// offer hands a step's result so far to those that take it, and waits for them. They have deadlines of their own: who waits for one that
-// hangs isn't to be blamed for it, so ctx is the creation's.
-func (s *sandbox) offer(ctx context.Context, step Step, result any) error {
+// offer hands something to the steps that take it. They have deadlines of their own: who waits for one that hangs isn't to be blamed for
+// it, so ctx is the creation's.
+func (s *sandbox) offer(ctx context.Context, step Step, something any) (taken func() error) {
 	o := offer{step, make(chan struct{})}
 	s.resume(func() {
 		s.mu.Lock()
-		s.steps[step.Facts().Name].offered, s.steps[step.Facts().Name].result = true, result
+		s.steps[step.Facts().Name].offer = something
 		s.mu.Unlock()
 		s.creation.offers = append(s.creation.offers, o)
 		s.proceed()
 	})
-	select {
-	case <-o.taken:
+	return func() error {
+		select {
+		case <-o.taken:
+		case <-ctx.Done():
+		}
 		return context.Cause(ctx) // one that has failed has ended the creation before
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 }
 
@@ -125,7 +126,7 @@ func (s *sandbox) startable(step Step) bool {
 		}
 	}
 	for _, take := range f.Takes {
-		if !s.steps[take].status.complete() && !s.steps[take].offered {
+		if !s.steps[take].status.complete() && s.steps[take].offer == nil {
 			return false
 		}
 	}
@@ -181,7 +182,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
 	out.started = time.Now().UTC()
 	r := s.run(step)
-	r.offer = func(result any) error { return s.offer(creation, step, result) }
+	r.offer = func(something any) func() error { return s.offer(creation, step, something) }
 	defer func() {
 		if p := recover(); p != nil {
 			out.err = panicked(p)
@@ -299,6 +300,11 @@ func (s *sandbox) finishCreation() {
 	c := s.creation
 	s.creation = nil
 	defer c.cancel()
+	s.mu.Lock()
+	for _, rec := range s.steps {
+		rec.offer = nil
+	}
+	s.mu.Unlock()
 	if c.err == nil {
 		c.reply(nil)
 		return

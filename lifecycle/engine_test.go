@@ -139,7 +139,9 @@ func (s *fakeStep) Do(ctx context.Context, r *Run) (any, error) {
 	s.node.mu.Unlock()
 	s.node.act("do %s", s.facts.Name)
 	if offer := s.node.offer[s.facts.Name]; offer != nil {
-		if err := r.Offer(offer); err != nil {
+		taken := r.Offer(offer)
+		s.node.act("wait with %s", s.facts.Name)
+		if err := taken(); err != nil {
 			return nil, err
 		}
 		s.node.act("go on with %s", s.facts.Name)

@@ -30,7 +30,7 @@ type stepRecord struct {
 	recorded
 	status         StepStatus
 	touched        bool      // its intent is on record, so it may have acted
-	offered        bool      // its result so far can be taken
+	offer          any       // what it has offered to those that take it; never on record
 	undoing        time.Time // when its undo was begun, where that is on record
 	acting         ActKind   // what is being done with it now; "" for nothing
 	actingSince    time.Time
@@ -327,10 +327,10 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 // run is what step sees of the sandbox now.
 func (s *sandbox) run(step Step) *Run {
 	f := step.Facts()
-	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps))}
+	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps)), offers: map[states.Event]any{}}
 	s.mu.Lock()
 	for name, rec := range s.steps {
-		r.facts[name] = rec.recorded
+		r.facts[name], r.offers[name] = rec.recorded, rec.offer
 	}
 	r.notes = r.facts[f.Name].notes
 	s.mu.Unlock()

@@ -22,7 +22,7 @@ type Facts struct {
 	Name states.Event
 	// Needs are the steps that must be done before this one may start. Steps that need nothing of each other run at the same time.
 	Needs []states.Event
-	// Takes are the steps that must be done too, or have offered what they have made so far: see [Run.Offer].
+	// Takes are the steps that must be done too, or have offered something: see [Run.Offer].
 	Takes []states.Event
 	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
 	// holds its ids and its rootfs.
@@ -95,10 +95,11 @@ type Run struct {
 	// Spec is what the sandbox was created with; it must not be changed.
 	Spec any
 
-	step  states.Event
-	facts map[states.Event]recorded // of the steps done before, a copy
-	note  func(ctx context.Context, data any) error
-	offer func(result any) error // nil but in Do
+	step   states.Event
+	facts  map[states.Event]recorded // of the steps done before, a copy
+	note   func(ctx context.Context, data any) error
+	offers map[states.Event]any              // what steps that aren't done have offered
+	offer  func(so any) (taken func() error) // nil but in Do
 
 	mu    sync.Mutex
 	notes []any
@@ -114,8 +115,11 @@ type recorded struct {
 // Plan is what the step's own Plan returned; nil before.
 func (r *Run) Plan() any { return r.facts[r.step].plan }
 
-// Result is what a step's Do returned, or has offered meanwhile; nil when it isn't done.
+// Result is what a step's Do returned; nil when it isn't done.
 func (r *Run) Result(step states.Event) any { return r.facts[step].result }
+
+// Offered is what a step of Facts.Takes has offered; nil when it hasn't.
+func (r *Run) Offered(step states.Event) any { return r.offers[step] }
 
 // Notes are what the step's own Do noted, in order.
 func (r *Run) Notes() []any {
@@ -124,9 +128,10 @@ func (r *Run) Notes() []any {
 	return slices.Clone(r.notes)
 }
 
-// Offer gives what Do has made so far to the steps that take it (Facts.Takes), and returns when none of them runs any more: what
-// comes after them may go on beside the rest of Do. The sandbox's state waits for Do all the same. It fails when the creation ends.
-func (r *Run) Offer(result any) error { return r.offer(result) }
+// Offer gives something to the steps that take it (Facts.Takes), once: they, and what comes after them, run beside the rest of Do. It is
+// never on record, and the sandbox's state waits for Do all the same. taken returns when none of them runs any more, with an error when
+// the creation has failed.
+func (r *Run) Offer(something any) (taken func() error) { return r.offer(something) }
 
 // Note records a fact of the step's own while it acts, for its Undo. An error means that it may not be on record: whatever
 // the note announces must then not be done. It may be called by several goroutines.

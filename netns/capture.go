@@ -21,7 +21,7 @@ type IDMap struct {
 
 // Expect says what the process must be whose network namespace is captured.
 type Expect struct {
-	// Pid is the process's id in containerd's pid namespace.
+	// Pid is the process's id in containerd's pid namespace. [Await] needs none.
 	Pid int
 	// Namespace and ID are the containerd namespace and the sandbox id that the parent, the pod's shim, was started for.
 	Namespace, ID string
@@ -32,7 +32,8 @@ type Expect struct {
 	// UIDs and GIDs are the mapping that the pod's user namespace must have. Both nil is a pod in the host's user namespace,
 	// whose network namespace must not be the host's.
 	UIDs, GIDs []IDMap
-	// Alive asks containerd whether the pod's task still runs under Pid; any error means it doesn't, or that nobody knows.
+	// Alive asks containerd whether the pod's task still runs under Pid; any error means it doesn't, or that nobody knows. [Await]
+	// doesn't ask.
 	Alive func(context.Context) error
 }
 
@@ -76,12 +77,19 @@ func (e Expect) validate() error {
 	switch {
 	case e.Pid <= 0:
 		return fmt.Errorf("pid %d of the pause process is not a process: %w", e.Pid, errdefs.ErrInvalidArgument)
+	case e.Alive == nil:
+		return fmt.Errorf("no way to ask containerd for the task: %w", errdefs.ErrInvalidArgument)
+	}
+	return e.validateOwner()
+}
+
+// validateOwner is about whose process it is.
+func (e Expect) validateOwner() error {
+	switch {
 	case e.Namespace == "" || e.ID == "":
 		return fmt.Errorf("containerd namespace %q and sandbox id %q must both be known to prove a process: %w", e.Namespace, e.ID, errdefs.ErrInvalidArgument)
 	case (e.UIDs == nil) != (e.GIDs == nil):
 		return fmt.Errorf("uid and gid mapping must both be given or both be absent: %w", errdefs.ErrInvalidArgument)
-	case e.Alive == nil:
-		return fmt.Errorf("no way to ask containerd for the task: %w", errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
@@ -95,6 +103,28 @@ func capture(ctx context.Context, pidfd *os.File, expect Expect) (_ *Handle, ret
 	if err := proveCgroup(expect); err != nil {
 		return nil, err
 	}
+	h, err := proveNamespaces(pidfd, expect)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			h.Close()
+		}
+	}()
+	// All above would hold as well for a process that a shim of the same sandbox started earlier or beside pause. Only containerd
+	// knows which one is pause; it is asked after the pidfd was opened, so its answer is about the process that the pidfd holds.
+	if err := expect.Alive(ctx); err != nil {
+		return nil, fmt.Errorf("failed to confirm with containerd that sandbox %q runs as process %d: %w", expect.ID, expect.Pid, err)
+	}
+	if err := proveSameParent(expect, parent); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// proveNamespaces takes the process's network namespace and proves it by its own and the user namespace.
+func proveNamespaces(pidfd *os.File, expect Expect) (_ *Handle, retErr error) {
 	owner, err := proveUserNS(pidfd, expect)
 	if err != nil {
 		return nil, err
@@ -112,16 +142,11 @@ func capture(ctx context.Context, pidfd *os.File, expect Expect) (_ *Handle, ret
 	if err != nil {
 		return nil, err
 	}
-	// All above would hold as well for a process that a shim of the same sandbox started earlier or beside pause. Only containerd
-	// knows which one is pause; it is asked after the pidfd was opened, so its answer is about the process that the pidfd holds.
-	if err := expect.Alive(ctx); err != nil {
-		return nil, fmt.Errorf("failed to confirm with containerd that sandbox %q runs as process %d: %w", expect.ID, expect.Pid, err)
-	}
-	if err := proveSameParent(expect, parent); err != nil {
-		return nil, err
-	}
 	return &Handle{ns: netns, id: id}, nil
 }
+
+// Same says whether both are the same namespace.
+func (h *Handle) Same(other *Handle) bool { return h.id == other.id }
 
 // Inode is the namespace's inode number on nsfs, as in the text of /proc/PID/ns/net.
 func (h *Handle) Inode() uint64 { return h.id.ino }

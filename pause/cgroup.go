@@ -10,8 +10,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
@@ -19,6 +21,88 @@ import (
 // cgroupRetry is how often a cgroup is tried to be removed whose processes have
 // been killed and are on their way out.
 const cgroupRetry = 10 * time.Millisecond
+
+// hierarchies are the directories where cgroup hierarchies are mounted. They stay where a node has mounted them when it came up, and to
+// read all its mounts again takes the longer the more pods there are.
+func hierarchies() ([]string, error) {
+	if known := knownHierarchies.Load(); known != nil {
+		return *known, nil
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+	}
+	roots := make([]string, 0, len(mounts))
+	for _, mount := range mounts {
+		roots = append(roots, mount.Mountpoint)
+	}
+	knownHierarchies.Store(&roots)
+	return roots, nil
+}
+
+var knownHierarchies atomic.Pointer[[]string]
+
+// Processes returns the pids of the processes in a pause container's cgroup, by
+// the first hierarchy that has it; none before the runtime has made it.
+//
+// cgroupsPath is as in the OCI specification. A relative one is below the
+// runtime's own cgroup, which is not known: NotFound.
+func Processes(cgroupsPath string) ([]int, error) {
+	dir, err := cgroupDir(cgroupsPath)
+	if err != nil {
+		return nil, err
+	}
+	roots, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	for _, root := range roots {
+		pids, err := processesIn(filepath.Join(root, dir))
+		if ignoreGone(err) != nil {
+			return nil, fmt.Errorf("failed to look for the processes of cgroup %q: %w", cgroupsPath, err)
+		}
+		if len(pids) > 0 {
+			return pids, nil
+		}
+	}
+	return nil, nil
+}
+
+// cgroupDir is where a cgroup is below the root of its hierarchy.
+func cgroupDir(cgroupsPath string) (string, error) {
+	if slice, rest, ok := strings.Cut(cgroupsPath, ":"); ok { // the systemd driver's
+		prefix, name, _ := strings.Cut(rest, ":")
+		// systemd.slice(5): a slice is in those that its name is made of, "a-b.slice" in "a.slice".
+		var dir string
+		for i, r := range slice + "-" {
+			if r == '-' {
+				dir = filepath.Join(dir, strings.TrimSuffix(slice[:i], ".slice")+".slice")
+			}
+		}
+		return filepath.Join(dir, prefix+"-"+name+".scope"), nil
+	}
+	if !filepath.IsAbs(cgroupsPath) {
+		return "", fmt.Errorf("cgroup %q is below one that is not known: %w", cgroupsPath, errdefs.ErrNotFound)
+	}
+	return cgroupsPath, nil
+}
+
+// processesIn reads the pids in a cgroup.
+func processesIn(dir string) ([]int, error) {
+	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for field := range strings.FieldsSeq(string(procs)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, pid)
+	}
+	return pids, nil
+}
 
 // RemoveCgroup kills what still runs in a pause container's cgroup and removes
 // it from every hierarchy: a runtime that was interrupted leaves it behind, and
@@ -30,12 +114,12 @@ func RemoveCgroup(ctx context.Context, cgroupsPath string) error {
 	if !filepath.IsAbs(cgroupsPath) || filepath.Clean(cgroupsPath) == "/" {
 		return nil
 	}
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	roots, err := hierarchies()
 	if err != nil {
-		return fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+		return err
 	}
-	for _, mount := range mounts {
-		if err := removeCgroup(ctx, filepath.Join(mount.Mountpoint, cgroupsPath)); err != nil {
+	for _, root := range roots {
+		if err := removeCgroup(ctx, filepath.Join(root, cgroupsPath)); err != nil {
 			return fmt.Errorf("failed to remove cgroup %q: %w", cgroupsPath, err)
 		}
 	}
@@ -46,13 +130,13 @@ func RemoveCgroup(ctx context.Context, cgroupsPath string) error {
 // name of one of the containers. Those of the systemd driver have other names:
 // systemd removes them.
 func Cgroups(ids []string) ([]string, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	roots, err := hierarchies()
 	if err != nil {
-		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+		return nil, err
 	}
 	var found []string
-	for _, mount := range mounts {
-		err := filepath.WalkDir(mount.Mountpoint, func(path string, entry fs.DirEntry, err error) error {
+	for _, root := range roots {
+		err := filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || !entry.IsDir() {
 				return ignoreGone(err)
 			}
@@ -113,15 +197,11 @@ func removeCgroup(ctx context.Context, dir string) error {
 
 // killAll kills the processes of a cgroup.
 func killAll(dir string) error {
-	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	pids, err := processesIn(dir)
 	if err != nil {
 		return err
 	}
-	for field := range strings.FieldsSeq(string(procs)) {
-		pid, err := strconv.Atoi(field)
-		if err != nil {
-			return err
-		}
+	for _, pid := range pids {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 			return err
 		}

@@ -3,10 +3,13 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 
 	"github.com/podfsm/podfsm/lifecycle"
@@ -40,25 +43,67 @@ func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return result, nil
 }
 
-// startGrace is how long the start of pause goes on when the creation has failed meanwhile. It takes some milliseconds, and a half of it
-// is no easier to undo.
+// startGrace is how long the start of pause goes on when the creation has failed meanwhile. It takes some dozen milliseconds, and a half
+// of it is no easier to undo.
 const startGrace = 2 * time.Second
 
-// run makes the container and its process, and completes result. The namespaces are there before pause is executed, so the network is
-// attached meanwhile.
+// comingPause is a pause that the runtime is making.
+type comingPause struct {
+	CgroupPath string
+	early      bool            // its namespaces may be used before it is created
+	making     context.Context // ends when it is created, or never will be
+	pid        uint32          // after making; 0: it never will be
+}
+
+// created waits for the pid. Without one the creation fails, and ctx ends.
+func (c *comingPause) created(ctx context.Context) (uint32, error) {
+	select {
+	case <-c.making.Done():
+		if c.pid != 0 {
+			return c.pid, nil
+		}
+		<-ctx.Done()
+	case <-ctx.Done():
+	}
+	return 0, context.Cause(ctx)
+}
+
+// run makes the container and its process, and completes result. The namespaces are there long before containerd hears of the process, so
+// they are captured, and the network is attached, meanwhile.
 func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.CreateRequest, result *Pause) (err error) {
 	if _, err = s.containers.Create(ctx, request); err != nil {
 		return err
 	}
+	ctx, cancel := outlast(ctx, startGrace)
+	defer cancel()
+	making, made := context.WithCancel(ctx)
+	defer made()
+	coming := &comingPause{CgroupPath: result.CgroupPath, early: lendsNamespaces(r.Spec.(*Spec), request.Spec.OCI), making: making}
+	captured := r.Offer(coming)
 	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath); err != nil {
 		return err
 	}
-	if err := r.Offer(result); err != nil {
+	coming.pid = result.Pid
+	made()
+	if err := captured(); err != nil {
 		return err
 	}
-	ctx, cancel := outlast(ctx, startGrace)
-	defer cancel()
 	return s.containers.Start(ctx, request.ID)
+}
+
+// lendsNamespaces says whether the namespaces of a pause may be used while it is still being created. Only runc's shim is known to make them
+// in processes of pause's cgroup. And what changes its network namespace by the OCI specification has to come before CNI, as ever: an
+// interface takes on the settings that are there when it is made.
+func lendsNamespaces(spec *Spec, oci *specs.Spec) bool {
+	if spec.RuntimeType != plugins.RuntimeRuncV2 || oci.Hooks != nil || len(oci.Linux.NetDevices) > 0 {
+		return false
+	}
+	for name := range spec.Config.GetLinux().GetSysctls() {
+		if strings.HasPrefix(name, "net.") || strings.HasPrefix(name, "net/") {
+			return false
+		}
+	}
+	return true
 }
 
 // outlast is ctx, but ends a while after it.

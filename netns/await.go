@@ -1,0 +1,78 @@
+package netns
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// Await looks at least every firstLook, and the longer it has waited the more rarely: a look costs some microseconds, and the runtime
+// needs 20 ms on an idle node and seconds on a busy one. So it finds the namespace when it is an eighth older at most.
+const (
+	firstLook    = time.Millisecond
+	looksTheTime = 8
+)
+
+// Await returns the network namespace of the sandbox as soon as a process of its cgroup is in it, while the runtime is still making the
+// container: a runtime makes the namespaces first, in processes of that cgroup. The caller closes it. processes returns the pids in the
+// cgroup, none before there is one.
+//
+// Cgroup, user namespace and owner are proven as by [Capture]. Which of the processes becomes pause nobody knows by then, so what is
+// done with the namespace has to be undone unless a later Capture of pause finds the same one.
+//
+// It returns when ctx ends, with its cause; and errors: InvalidArgument for an incomplete Expect, and those of processes.
+func Await(ctx context.Context, expect Expect, processes func() ([]int, error)) (*Handle, error) {
+	if err := expect.validateOwner(); err != nil {
+		return nil, err
+	}
+	if expect.CgroupPath == "" {
+		return nil, fmt.Errorf("no cgroup to find the processes of sandbox %q in: %w", expect.ID, errdefs.ErrInvalidArgument)
+	}
+	if hostErr != nil {
+		return nil, fmt.Errorf("failed to tell a pod's namespaces from the host's: %w", hostErr)
+	}
+	begun := time.Now()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-timer.C:
+		}
+		pids, err := processes()
+		if err != nil {
+			return nil, err
+		}
+		for _, pid := range pids {
+			expect.Pid = pid
+			if h := look(expect); h != nil {
+				return h, nil
+			}
+		}
+		timer.Reset(max(firstLook, time.Since(begun)/looksTheTime))
+	}
+}
+
+// look returns the network namespace of a process if all proofs hold now. If one doesn't, the process may be on its way there.
+func look(expect Expect) *Handle {
+	pidfd, err := openPidfd(expect.Pid)
+	if err != nil {
+		return nil
+	}
+	defer pidfd.Close()
+	if proveCgroup(expect) != nil {
+		return nil
+	}
+	h, err := proveNamespaces(pidfd, expect)
+	if err != nil {
+		return nil
+	}
+	if checkAlive(pidfd, expect.Pid) != nil {
+		h.Close()
+		return nil
+	}
+	return h
+}
