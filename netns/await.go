@@ -8,10 +8,11 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Await looks at least every firstLook, and the longer it has waited the more rarely: a look costs some microseconds, and the runtime
-// needs 20 ms on an idle node and seconds on a busy one. So it finds the namespace when it is an eighth older at most.
+// Await looks for the first time after firstLook, which a shim alone takes to start, and then the more rarely the longer it has waited, so
+// that it finds the namespace when it is an eighth older at most. A runtime needs 20 ms on an idle node and seconds on a busy one; a look
+// costs some microseconds and the wake of a thread.
 const (
-	firstLook    = time.Millisecond
+	firstLook    = 8 * time.Millisecond
 	looksTheTime = 8
 )
 
@@ -34,7 +35,7 @@ func Await(ctx context.Context, expect Expect, processes func() ([]int, error)) 
 		return nil, fmt.Errorf("failed to tell a pod's namespaces from the host's: %w", hostErr)
 	}
 	begun := time.Now()
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(firstLook)
 	defer timer.Stop()
 	for {
 		select {
@@ -52,12 +53,15 @@ func Await(ctx context.Context, expect Expect, processes func() ([]int, error)) 
 				return h, nil
 			}
 		}
-		timer.Reset(max(firstLook, time.Since(begun)/looksTheTime))
+		timer.Reset(time.Since(begun) / looksTheTime)
 	}
 }
 
 // look returns the network namespace of a process if all proofs hold now. If one doesn't, the process may be on its way there.
 func look(expect Expect) *Handle {
+	if id, err := statNS(procPath(expect.Pid, "ns/net")); err != nil || id == host.net {
+		return nil
+	}
 	pidfd, err := openPidfd(expect.Pid)
 	if err != nil {
 		return nil

@@ -165,13 +165,26 @@ func (p *pod) line(t *testing.T) string {
 	return strings.TrimSpace(line)
 }
 
-// enterCgroup puts pause into a cgroup of its own, in one hierarchy of v1 or in v2.
-func (p *pod) enterCgroup(t *testing.T) {
-	t.Helper()
+// hierarchy is one of v1, or v2.
+func hierarchy() string {
 	root := "/sys/fs/cgroup"
 	if _, err := os.Stat(filepath.Join(root, "cgroup.controllers")); err != nil {
 		root = filepath.Join(root, "pids")
 	}
+	return root
+}
+
+// join moves pause into the cgroup of another pod's.
+func (p *pod) join(t *testing.T, other *pod) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(filepath.Join(hierarchy(), other.cgroup, "cgroup.procs"), []byte(strconv.Itoa(p.pid)), 0))
+	t.Cleanup(func() { p.leaveCgroup(t, hierarchy()) })
+}
+
+// enterCgroup puts pause into a cgroup of its own.
+func (p *pod) enterCgroup(t *testing.T) {
+	t.Helper()
+	root := hierarchy()
 	p.cgroup = "/podfsm-netns-test-" + p.id + "/" + p.id
 	dir := filepath.Join(root, p.cgroup)
 	require.NoError(t, os.MkdirAll(dir, 0o755))

@@ -22,9 +22,9 @@ import (
 // been killed and are on their way out.
 const cgroupRetry = 10 * time.Millisecond
 
-// hierarchies are the directories where cgroup hierarchies are mounted. They stay where a node has mounted them when it came up, and to
-// read all its mounts again takes the longer the more pods there are.
-func hierarchies() ([]string, error) {
+// hierarchies are where cgroup hierarchies are mounted. They stay where a node has mounted them when it came up, and to read all its mounts
+// again takes the longer the more pods there are.
+func hierarchies() ([]*mountinfo.Info, error) {
 	if known := knownHierarchies.Load(); known != nil {
 		return *known, nil
 	}
@@ -32,18 +32,15 @@ func hierarchies() ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
 	}
-	roots := make([]string, 0, len(mounts))
-	for _, mount := range mounts {
-		roots = append(roots, mount.Mountpoint)
-	}
-	knownHierarchies.Store(&roots)
-	return roots, nil
+	knownHierarchies.Store(&mounts)
+	return mounts, nil
 }
 
-var knownHierarchies atomic.Pointer[[]string]
+var knownHierarchies atomic.Pointer[[]*mountinfo.Info]
 
-// Processes returns the pids of the processes in a pause container's cgroup, by
-// the first hierarchy that has it; none before the runtime has made it.
+// Processes returns the pids of the processes in a pause container's cgroup; none
+// before the runtime has made it. With cgroup v1 the hierarchy of devices is
+// asked, which no runtime goes without.
 //
 // cgroupsPath is as in the OCI specification. A relative one is below the
 // runtime's own cgroup, which is not known: NotFound.
@@ -52,20 +49,31 @@ func Processes(cgroupsPath string) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	roots, err := hierarchies()
+	root, err := mainHierarchy()
 	if err != nil {
 		return nil, err
 	}
-	for _, root := range roots {
-		pids, err := processesIn(filepath.Join(root, dir))
-		if ignoreGone(err) != nil {
-			return nil, fmt.Errorf("failed to look for the processes of cgroup %q: %w", cgroupsPath, err)
-		}
-		if len(pids) > 0 {
-			return pids, nil
-		}
+	pids, err := processesIn(filepath.Join(root, dir))
+	if ignoreGone(err) != nil {
+		return nil, fmt.Errorf("failed to look for the processes of cgroup %q: %w", cgroupsPath, err)
 	}
-	return nil, nil
+	return pids, nil
+}
+
+// mainHierarchy is where every container has a cgroup.
+func mainHierarchy() (string, error) {
+	mounts, err := hierarchies()
+	if err != nil {
+		return "", err
+	}
+	i := slices.IndexFunc(mounts, func(m *mountinfo.Info) bool { return slices.Contains(strings.Split(m.VFSOptions, ","), "devices") })
+	if i < 0 {
+		i = slices.IndexFunc(mounts, func(m *mountinfo.Info) bool { return m.FSType == "cgroup2" })
+	}
+	if i < 0 {
+		return "", fmt.Errorf("no cgroup hierarchy is mounted: %w", errdefs.ErrNotFound)
+	}
+	return mounts[i].Mountpoint, nil
 }
 
 // cgroupDir is where a cgroup is below the root of its hierarchy.
@@ -114,12 +122,12 @@ func RemoveCgroup(ctx context.Context, cgroupsPath string) error {
 	if !filepath.IsAbs(cgroupsPath) || filepath.Clean(cgroupsPath) == "/" {
 		return nil
 	}
-	roots, err := hierarchies()
+	mounts, err := hierarchies()
 	if err != nil {
 		return err
 	}
-	for _, root := range roots {
-		if err := removeCgroup(ctx, filepath.Join(root, cgroupsPath)); err != nil {
+	for _, mount := range mounts {
+		if err := removeCgroup(ctx, filepath.Join(mount.Mountpoint, cgroupsPath)); err != nil {
 			return fmt.Errorf("failed to remove cgroup %q: %w", cgroupsPath, err)
 		}
 	}
@@ -130,13 +138,13 @@ func RemoveCgroup(ctx context.Context, cgroupsPath string) error {
 // name of one of the containers. Those of the systemd driver have other names:
 // systemd removes them.
 func Cgroups(ids []string) ([]string, error) {
-	roots, err := hierarchies()
+	mounts, err := hierarchies()
 	if err != nil {
 		return nil, err
 	}
 	var found []string
-	for _, root := range roots {
-		err := filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+	for _, mount := range mounts {
+		err := filepath.WalkDir(mount.Mountpoint, func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || !entry.IsDir() {
 				return ignoreGone(err)
 			}

@@ -1,6 +1,7 @@
 package pause
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 )
@@ -47,5 +49,48 @@ func TestRemoveCgroup(t *testing.T) {
 	}
 	for _, other := range []string{"", "/", "//", "kubepods.slice:cri-containerd:s1", "relative"} {
 		require.NoError(t, RemoveCgroup(t.Context(), other), other)
+	}
+}
+
+func TestProcesses(t *testing.T) {
+	root, err := mainHierarchy()
+	require.NoError(t, err)
+	parent := "/podfsm-processes-" + strconv.Itoa(os.Getpid())
+	path := filepath.Join(parent, "pause")
+	none := func() {
+		pids, err := Processes(path)
+		require.NoError(t, err)
+		require.Empty(t, pids)
+	}
+	none()
+	require.NoError(t, os.MkdirAll(filepath.Join(root, path), 0o755))
+	t.Cleanup(func() { require.NoError(t, os.Remove(filepath.Join(root, parent))) })
+	t.Cleanup(func() { require.NoError(t, RemoveCgroup(context.WithoutCancel(t.Context()), path)) })
+	none()
+
+	process := exec.Command("sleep", "600")
+	require.NoError(t, process.Start())
+	t.Cleanup(func() {
+		require.NoError(t, process.Process.Kill())
+		require.Error(t, process.Wait())
+	})
+	require.NoError(t, os.WriteFile(filepath.Join(root, path, "cgroup.procs"), []byte(strconv.Itoa(process.Process.Pid)), 0o644))
+	pids, err := Processes(path)
+	require.NoError(t, err)
+	require.Equal(t, []int{process.Process.Pid}, pids)
+
+	_, err = Processes("relative")
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
+}
+
+func TestCgroupDir(t *testing.T) {
+	for path, want := range map[string]string{
+		"/kubepods/pod1/id": "/kubepods/pod1/id",
+		"kubepods-besteffort-pod1.slice:cri-containerd:id": "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-id.scope",
+		"system.slice:cri-containerd:id":                   "system.slice/cri-containerd-id.scope",
+	} {
+		got, err := cgroupDir(path)
+		require.NoError(t, err)
+		require.Equal(t, want, got)
 	}
 }
