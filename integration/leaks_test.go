@@ -344,7 +344,7 @@ func TestDaemonDown(t *testing.T) {
 		out, _, code := cli(t, n, "ps")
 		require.Zero(t, code)
 		require.Regexp(t, `(?m)^\w{13} +default/ready +Ready +\S+ +- +10\.88\.`, out)
-		require.Regexp(t, `(?m)^\w{13} +default/half +SnapshotRemapped +\S+ +capture_netns`, out)
+		require.Regexp(t, `(?m)^\w{13} +default/half +SnapshotRemapped +\S+ +start_pause`, out)
 		out, _, code = cli(t, n, "inspect", "ready")
 		require.Zero(t, code)
 		require.Contains(t, out, ready.ID)

@@ -48,6 +48,12 @@ func leaveBehind(ctx context.Context, t *testing.T, n *harness.Node, point strin
 		gone <- err
 	}()
 	require.NoError(t, n.Faults.WaitReached(t.Context(), point, 1))
+	if point == "bridge.ADD" { // which runs beside the runtime, and that comes to its end
+		require.Eventually(t, func() bool {
+			sandbox, _ := find(t, n, config)
+			return sandbox.GetState() == "NetNSCaptured"
+		}, waitFor, tick)
+	}
 	cancel()
 	require.Equal(t, codes.Canceled, status.Code(<-gone))
 }

@@ -80,12 +80,20 @@ func (s *sandbox) offer(ctx context.Context, step Step, something any) (taken fu
 		s.proceed()
 	})
 	return func() error {
+		s.setWaiting(step, true)
+		defer s.setWaiting(step, false)
 		select {
 		case <-o.taken:
 		case <-ctx.Done():
 		}
 		return context.Cause(ctx) // one that has failed has ended the creation before
 	}
+}
+
+func (s *sandbox) setWaiting(step Step, waiting bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.steps[step.Facts().Name].waiting = waiting
 }
 
 // endOffers tells the steps that have offered something that nobody who takes it runs any more.

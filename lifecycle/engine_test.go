@@ -682,6 +682,7 @@ func TestStepsTakeWhatAnotherOffersAndGoOnBesideIt(t *testing.T) {
 		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
 	}, w.transitions(t))
 	acts := w.acted()
+	require.Less(t, slices.Index(acts, "wait with start_pause"), slices.Index(acts, "go on with start_pause"))
 	require.Less(t, slices.Index(acts, "do capture_netns"), slices.Index(acts, "go on with start_pause"))
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
@@ -722,7 +723,16 @@ func TestWhoHangsIsBlamedAndNotWhoWaitsForIt(t *testing.T) {
 		}
 	})
 	w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
-	w.do[states.CaptureNetNS] = func(ctx context.Context) error { <-ctx.Done(); return context.Cause(ctx) }
+	w.do[states.CaptureNetNS] = func(ctx context.Context) error {
+		require.Eventually(t, func() bool {
+			view, err := w.Get(testKey)
+			require.NoError(t, err)
+			current, _ := view.Current()
+			return current.Name == states.CaptureNetNS
+		}, time.Second, time.Millisecond, "who waits isn't what the sandbox waits for")
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
 	require.EqualError(t, w.run(t), `step capture_netns of pod "ns/pod" failed: no answer within 100ms: context deadline exceeded`)
 }
 

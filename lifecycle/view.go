@@ -34,6 +34,7 @@ type StepView struct {
 	Err       error         // of Do, of the last undo while it is owed, or of the last check of what is done
 	Attempts  int           // failed tries at undoing it
 	OwedSince time.Time     // when the first of them failed
+	Waiting   bool          // it runs, and waits for those that take what it has offered
 	Plan      any
 	Notes     []any
 	Result    any
@@ -102,6 +103,22 @@ func (v View) Step(name states.Event) StepView {
 	return StepView{}
 }
 
+// Current is the step that the sandbox waits for, if there is one. Of several that run it is the first of the path that doesn't wait itself:
+// what runs beside it can't be done before it.
+func (v View) Current() (StepView, bool) {
+	for _, step := range slices.Backward(v.Steps) {
+		if step.Status == StepUndoing {
+			return step, true
+		}
+	}
+	for _, step := range v.Steps {
+		if step.Status == StepRunning && !step.Waiting {
+			return step, true
+		}
+	}
+	return StepView{}, false
+}
+
 func (s *sandbox) view() View {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,7 +146,7 @@ func (s *sandbox) view() View {
 	for _, name := range states.CreationPath() {
 		rec := s.steps[name]
 		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
-			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
+			Waiting: rec.waiting, Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
 		case rec.status == StepOwed:
 			view.Err = rec.undoErr

@@ -487,10 +487,8 @@ func podOf(view lifecycle.View) cri.Pod {
 		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler, CreatedAt: view.Created, Ready: view.State == states.Ready,
 		State: view.State, Claim: view.Claim, TraceParent: view.TraceParent,
 	}
-	for _, step := range view.Steps {
-		if step.Status == lifecycle.StepRunning || step.Status == lifecycle.StepUndoing {
-			pod.Step, pod.Since = string(step.Name), step.Started
-		}
+	if step, ok := view.Current(); ok {
+		pod.Step, pod.Since = string(step.Name), step.Started
 	}
 	captured := view.Step(states.CaptureNetNS)
 	if pinned, ok := captured.Result.(*NetNS); ok && captured.Status == lifecycle.StepDone {

@@ -90,11 +90,11 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 	if attached, ok := NetworkOf(view); ok {
 		s.Ip, s.AdditionalIps = attached.IP, attached.AdditionalIPs
 	}
+	if step, ok := view.Current(); ok {
+		s.Step = string(step.Name)
+	}
 	for _, step := range slices.Backward(view.Steps) {
-		switch step.Status {
-		case lifecycle.StepRunning, lifecycle.StepUndoing:
-			s.Step = cmp.Or(s.Step, string(step.Name)) // the last: an earlier one may be waiting for it
-		case lifecycle.StepOwed:
+		if step.Status == lifecycle.StepOwed {
 			s.Debts = append(s.Debts, &podfsmv1.Debt{
 				Step: string(step.Name), Error: Text(step.Err), Attempts: uint32(step.Attempts),
 				NextTry: timestamp(view.NextTry), Since: timestamp(step.OwedSince),
