@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -353,4 +354,50 @@ func TestRemovalPaidLater(t *testing.T) {
 			n.RequireClean(t, before)
 		})
 	}
+}
+
+// impatientRunc runs a process in pause's cgroup before pause is made, in a network namespace of that one's own, until podfsm has captured it.
+const impatientRunc = `#!/bin/sh
+for arg; do
+	case $arg in
+	create) create=yes ;;
+	esac
+	[ -f "$arg/config.json" ] && bundle=$arg
+done
+if [ "$create" ]; then
+	cgroup=/sys/fs/cgroup/devices$(sed 's/.*"cgroupsPath":"\([^"]*\)".*/\1/' "$bundle/config.json")
+	mkdir -p "$cgroup"
+	unshare --net sleep 60 &
+	echo $! > "$cgroup/cgroup.procs"
+	for i in $(seq 1000); do
+		[ -e "%[2]s/podfsm-${bundle##*/}" ] && break
+		sleep 0.01
+	done
+	kill $!
+	wait $!
+fi
+exec %[1]s "$@"
+`
+
+// What is captured before anybody knows which process is pause must be pause's.
+func TestRuntimeThatRunsSomethingBefore(t *testing.T) {
+	dir := t.TempDir()
+	script := filepath.Join(dir, "runc")
+	n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.impatient]
+  runtime_type = "io.containerd.runc.v2"
+  sandboxer = "podfsm"
+  options = {BinaryName = %q, Root = %q}
+`, script, filepath.Join(dir, "root"))})
+	pins := filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/netns")
+	require.NoError(t, os.WriteFile(script, fmt.Appendf(nil, impatientRunc, filepath.Join(n.Dir(), "bin/runc"), pins), 0o755))
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	err = failRun(t, n, "impatient", n.PodConfig("pod", harness.HostUsers()))
+	require.ErrorContains(t, err, "step start_pause")
+	require.Regexp(t, `pause is in network namespace \d+, and what its runtime had started before was in \d+`, err.Error())
+	n.RequireClean(t, before)
+	runOnce(t, n, n.PodConfig("pod"))
+	n.RequireClean(t, before)
 }

@@ -68,8 +68,8 @@ type offer struct {
 	taken chan struct{}
 }
 
-// offer hands something to the steps that take it. They have deadlines of their own: who waits for one that hangs isn't to be blamed for
-// it, so ctx is the creation's.
+// offer hands something to the steps that take it. ctx is the creation's: they have deadlines of their own, and who waits for one that
+// hangs isn't to be blamed for it.
 func (s *sandbox) offer(ctx context.Context, step Step, something any) (taken func() error) {
 	o := offer{step, make(chan struct{})}
 	s.resume(func() {
@@ -82,10 +82,7 @@ func (s *sandbox) offer(ctx context.Context, step Step, something any) (taken fu
 	return func() error {
 		s.setWaiting(step, true)
 		defer s.setWaiting(step, false)
-		select {
-		case <-o.taken:
-		case <-ctx.Done():
-		}
+		<-o.taken
 		return context.Cause(ctx) // one that has failed has ended the creation before
 	}
 }

@@ -7,17 +7,14 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
-	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// captureNetNS takes the network namespace that pause is started in and pins it by a bind mount, as soon as the runtime has made it: so that
-// the network is attached meanwhile. It is done when containerd has said which process is pause, and that one is proven to be in there.
+// captureNetNS takes the network namespace that pause is started in, proves whose it is, and pins it by a bind mount.
 type captureNetNS struct {
 	*node
 	facts lifecycle.Facts
@@ -35,55 +32,20 @@ func (s *captureNetNS) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if spec.NetNSPath != "" {
 		return s.adopt(spec.NetNSPath)
 	}
-	coming := r.Offered(states.StartPause).(*comingPause)
-	path := s.netNSPath(r.Key.ID)
-	early := s.early(ctx, r, coming)
-	if early != nil {
-		defer early.Close()
-		if err := early.Pin(path); err != nil {
+	of := r.Offered(states.StartPause).(*offeredPause)
+	handle := of.netns
+	if handle == nil {
+		var err error
+		if handle, err = s.capture(ctx, r, of.pause); err != nil {
 			return nil, err
 		}
-		r.Offer(path)
+		defer handle.Close()
 	}
-	handle, err := s.prove(ctx, r, coming)
-	if err != nil {
-		return nil, err
-	}
-	defer handle.Close()
-	if early != nil && !handle.Same(early) {
-		return nil, fmt.Errorf("pause is in network namespace %d, and what its runtime started before it in %d: %w",
-			handle.Inode(), early.Inode(), errdefs.ErrFailedPrecondition)
-	}
+	path := s.netNSPath(r.Key.ID)
 	if err := handle.Pin(path); err != nil {
 		return nil, err
 	}
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
-}
-
-// early is the namespace of a pause that its runtime is still making; nil where that is made before.
-func (s *captureNetNS) early(ctx context.Context, r *lifecycle.Run, coming *comingPause) *netns.Handle {
-	if !coming.early {
-		return nil
-	}
-	handle, err := netns.Await(coming.making, expect(r, coming), func() ([]int, error) { return pause.Processes(coming.CgroupPath) })
-	if err != nil && coming.making.Err() == nil {
-		log.G(ctx).WithError(err).Debug("podfsm: the network waits until pause is created")
-	}
-	return handle
-}
-
-// prove captures the namespace of the process that containerd says is pause.
-func (s *captureNetNS) prove(ctx context.Context, r *lifecycle.Run, coming *comingPause) (*netns.Handle, error) {
-	pid, err := coming.created(ctx)
-	if err != nil {
-		return nil, err
-	}
-	expect := expect(r, coming)
-	expect.Pid = int(pid)
-	expect.Alive = func(ctx context.Context) error {
-		return runsAs(ctx, s.node, r.Key.ID, pid, containerd.Created, containerd.Running)
-	}
-	return netns.Capture(ctx, expect)
 }
 
 // adopt takes a namespace that the caller made and keeps.
@@ -96,9 +58,19 @@ func (s *captureNetNS) adopt(path string) (any, error) {
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
 }
 
+// capture takes the network namespace of a pause that containerd knows the pid of.
+func (n *node) capture(ctx context.Context, r *lifecycle.Run, p Pause) (*netns.Handle, error) {
+	expect := expect(r, p)
+	expect.Pid = int(p.Pid)
+	expect.Alive = func(ctx context.Context) error {
+		return runsAs(ctx, n, r.Key.ID, p.Pid, containerd.Created, containerd.Running)
+	}
+	return netns.Capture(ctx, expect)
+}
+
 // expect is what a process must be whose network namespace this is.
-func expect(r *lifecycle.Run, coming *comingPause) netns.Expect {
-	expect := netns.Expect{Namespace: r.Key.Namespace, ID: r.Key.ID, CgroupPath: coming.CgroupPath}
+func expect(r *lifecycle.Run, p Pause) netns.Expect {
+	expect := netns.Expect{Namespace: r.Key.Namespace, ID: r.Key.ID, CgroupPath: p.CgroupPath}
 	if allocated, ok := r.Result(states.AllocateIDs).(*userns.Mappings); ok {
 		expect.UIDs, expect.GIDs = extent(allocated.UIDs), extent(allocated.GIDs)
 	}

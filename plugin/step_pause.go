@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -9,10 +10,12 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/states"
 )
@@ -47,29 +50,14 @@ func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 // of it is no easier to undo.
 const startGrace = 2 * time.Second
 
-// comingPause is a pause that the runtime is making.
-type comingPause struct {
-	CgroupPath string
-	early      bool            // its namespaces may be used before it is created
-	making     context.Context // ends when it is created, or never will be
-	pid        uint32          // after making; 0: it never will be
+// offeredPause is what start_pause offers, the namespaces of a process, or of a pause that the runtime is still making.
+type offeredPause struct {
+	pause Pause
+	netns *netns.Handle // nil when there is a pid
 }
 
-// created waits for the pid. Without one the creation fails, and ctx ends.
-func (c *comingPause) created(ctx context.Context) (uint32, error) {
-	select {
-	case <-c.making.Done():
-		if c.pid != 0 {
-			return c.pid, nil
-		}
-		<-ctx.Done()
-	case <-ctx.Done():
-	}
-	return 0, context.Cause(ctx)
-}
-
-// run makes the container and its process, and completes result. The namespaces are there long before containerd hears of the process, so
-// they are captured, and the network is attached, meanwhile.
+// run makes the container and its process, and completes result. Its namespaces are there long before containerd hears of the process, so
+// the network is attached meanwhile.
 func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.CreateRequest, result *Pause) (err error) {
 	if _, err = s.containers.Create(ctx, request); err != nil {
 		return err
@@ -78,23 +66,77 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	defer cancel()
 	making, made := context.WithCancel(ctx)
 	defer made()
-	coming := &comingPause{CgroupPath: result.CgroupPath, early: lendsNamespaces(r.Spec.(*Spec), request.Spec.OCI), making: making}
-	captured := r.Offer(coming)
-	if result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath); err != nil {
+	lent := func() (*netns.Handle, error) { return nil, nil }
+	if lendsNamespaces(r.Spec.(*Spec), request.Spec.OCI) {
+		lent = lend(making, r, *result)
+	}
+	result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath)
+	made()
+	early, lendErr := lent()
+	if early != nil {
+		defer early.Close()
+	}
+	if err := cmp.Or(err, lendErr); err != nil {
 		return err
 	}
-	coming.pid = result.Pid
-	made()
-	if err := captured(); err != nil {
+	if early == nil {
+		captured := r.Offer(&offeredPause{pause: *result})
+		err = captured()
+	} else {
+		err = s.proveLent(ctx, r, *result, early)
+	}
+	if err != nil {
 		return err
 	}
 	return s.containers.Start(ctx, request.ID)
+}
+
+// lend offers the network namespace of a pause that its runtime is still making. lent waits until it is captured, or making ends without
+// it, and returns it.
+func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() (*netns.Handle, error)) {
+	var handle *netns.Handle
+	captured, done := func() error { return nil }, make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if p := recover(); p != nil {
+				log.G(making).WithField("panic", p).Error("podfsm: the namespaces of a pause in the making can't be found")
+			}
+		}()
+		found, err := netns.Await(making, expect(r, p), func() ([]int, error) { return pause.Processes(p.CgroupPath) })
+		if err == nil {
+			handle, captured = found, r.Offer(&offeredPause{p, found})
+		} else if making.Err() == nil {
+			log.G(making).WithError(err).Debug("podfsm: the network waits until pause is created")
+		}
+	}()
+	return func() (*netns.Handle, error) {
+		<-done
+		return handle, captured()
+	}
+}
+
+// proveLent proves that a namespace that was lent is that of the process which containerd says is pause.
+func (s *startPause) proveLent(ctx context.Context, r *lifecycle.Run, p Pause, early *netns.Handle) error {
+	handle, err := s.capture(ctx, r, p)
+	if err != nil {
+		return err
+	}
+	defer handle.Close()
+	if !handle.Same(early) {
+		return fmt.Errorf("pause is in network namespace %d, and what its runtime had started before was in %d: %w",
+			handle.Inode(), early.Inode(), errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 // lendsNamespaces says whether the namespaces of a pause may be used while it is still being created. Only runc's shim is known to make them
 // in processes of pause's cgroup. And what changes its network namespace by the OCI specification has to come before CNI, as ever: an
 // interface takes on the settings that are there when it is made.
 func lendsNamespaces(spec *Spec, oci *specs.Spec) bool {
+	if spec.OnNodeNetwork() || spec.NetNSPath != "" { // there is none to capture
+		return false
+	}
 	if spec.RuntimeType != plugins.RuntimeRuncV2 || oci.Hooks != nil || len(oci.Linux.NetDevices) > 0 {
 		return false
 	}

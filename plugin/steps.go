@@ -90,7 +90,7 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 		})},
 		&attachNetwork{n, lifecycle.Facts{
 			Name:  states.AttachNetwork,
-			Takes: []states.Event{states.CaptureNetNS},
+			Needs: []states.Event{states.CaptureNetNS},
 			// A DEL without the namespace would miss what is only found inside: the bridge plugin takes the addresses whose
 			// masquerade rules it removes from there.
 			Holds:        []states.Event{states.CaptureNetNS},
@@ -101,7 +101,7 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 		}},
 		&declareReady{n, bounds(lifecycle.Facts{
 			Name:  states.DeclareReady,
-			Needs: []states.Event{states.StartPause, states.CaptureNetNS, states.AttachNetwork},
+			Needs: []states.Event{states.StartPause, states.AttachNetwork},
 		})},
 	}
 	for i, step := range steps {
