@@ -396,7 +396,7 @@ func TestRuntimeThatRunsSomethingBefore(t *testing.T) {
 
 	err = failRun(t, n, "impatient", n.PodConfig("pod", harness.HostUsers()))
 	require.ErrorContains(t, err, "step start_pause")
-	require.Regexp(t, `pause is in network namespace \d+, and what its runtime had started before was in \d+`, err.Error())
+	require.ErrorContains(t, err, "pause is in network namespace INODE, and what its runtime had started before was in INODE")
 	n.RequireClean(t, before)
 	runOnce(t, n, n.PodConfig("pod"))
 	n.RequireClean(t, before)

@@ -177,7 +177,7 @@ func TestTracesOfFaults(t *testing.T) {
 	for _, step := range steps {
 		t.Run("failure of "+step, func(t *testing.T) {
 			fail := step + ".do.after"
-			if step == "start_pause" || step == "capture_netns" {
+			if step == "start_pause" {
 				fail = step + ".do.before" // later, the network is on its way
 			}
 			require.NoError(t, n.Fault(fail, "1*error(injected)"))

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -66,17 +65,17 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	defer cancel()
 	making, made := context.WithCancel(ctx)
 	defer made()
-	lent := func() (*netns.Handle, error) { return nil, nil }
+	lent := func() *netns.Handle { return nil }
 	if lendsNamespaces(r.Spec.(*Spec), request.Spec.OCI) {
 		lent = lend(making, r, *result)
 	}
 	result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath)
 	made()
-	early, lendErr := lent()
+	early := lent()
 	if early != nil {
 		defer early.Close()
 	}
-	if err := cmp.Or(err, lendErr); err != nil {
+	if err != nil {
 		return err
 	}
 	if early == nil {
@@ -91,9 +90,9 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	return s.containers.Start(ctx, request.ID)
 }
 
-// lend offers the network namespace of a pause that its runtime is still making. lent waits until it is captured, or making ends without
-// it, and returns it.
-func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() (*netns.Handle, error)) {
+// lend offers the network namespace of a pause that its runtime is still making. lent waits until that is captured, or making has ended
+// without one, and returns it. It is no error when the creation has failed by then: pause comes to its end.
+func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() *netns.Handle) {
 	var handle *netns.Handle
 	captured, done := func() error { return nil }, make(chan struct{})
 	go func() {
@@ -110,9 +109,10 @@ func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() (*netn
 			log.G(making).WithError(err).Debug("podfsm: the network waits until pause is created")
 		}
 	}()
-	return func() (*netns.Handle, error) {
+	return func() *netns.Handle {
 		<-done
-		return handle, captured()
+		_ = captured()
+		return handle
 	}
 }
 
