@@ -44,6 +44,8 @@ type Containers struct {
 	bundles string
 	sockets Sockets
 
+	turns turns
+
 	// started are the ids of sandboxes whose tasks this process has made:
 	// containerd knows all of their shims.
 	started sync.Map
@@ -53,7 +55,7 @@ type Containers struct {
 // the directory where that containerd keeps the bundles of its tasks, by
 // namespace; sockets says where its shims listen.
 func NewContainers(client *containerd.Client, bundles string, sockets Sockets) *Containers {
-	return &Containers{client: client, bundles: bundles, sockets: sockets}
+	return &Containers{client: client, bundles: bundles, sockets: sockets, turns: newTurns()}
 }
 
 // CreateRequest is what a pause container is made of.
@@ -131,6 +133,11 @@ func (c *Containers) Get(ctx context.Context, id string) (containers.Container, 
 	}
 	return record, nil
 }
+
+// Turn waits until the runtime may be asked to make a pause, a few seconds at
+// most: of a burst it makes a few at a time, so that the first are ready early.
+// The caller calls done when that is made, or has failed.
+func (c *Containers) Turn(ctx context.Context) (done func()) { return c.turns.take(ctx) }
 
 // CreateTask has the runtime make pause's namespaces, with the process in them
 // that becomes pause at Start, and returns its pid. A runtimePath replaces the

@@ -12,11 +12,13 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
 )
 
 // startPause makes the sandbox's files, pause's container and its process, which gets new user and network namespaces.
@@ -61,6 +63,12 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	if _, err = s.containers.Create(ctx, request); err != nil {
 		return err
 	}
+	asked := time.Now()
+	done := s.containers.Turn(ctx)
+	defer done()
+	if waited := time.Since(asked); waited > time.Millisecond {
+		trace.SpanFromContext(ctx).SetAttributes(tracing.PauseWaited.Float64(waited.Seconds()))
+	}
 	ctx, cancel := outlast(ctx, startGrace)
 	defer cancel()
 	making, made := context.WithCancel(ctx)
@@ -70,6 +78,7 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 		lent = lend(making, r, *result)
 	}
 	result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath)
+	done()
 	made()
 	early := lent()
 	if early != nil {

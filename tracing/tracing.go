@@ -60,6 +60,8 @@ const (
 	SnapshotStrategy = attribute.Key("podfsm.snapshot.strategy")
 	SnapshotInodes   = attribute.Key("podfsm.snapshot.inodes") // that have got other owners
 	SnapshotBytes    = attribute.Key("podfsm.snapshot.bytes")  // of these
+
+	PauseWaited = attribute.Key("podfsm.pause.waited") // seconds, while runtimes of other pods were at work
 )
 
 // Step is the name of the span of a step's work.

@@ -1,0 +1,44 @@
+package pause
+
+import (
+	"context"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// turnsPerCPU is how many runtimes are at work at a time. One keeps a CPU busy
+// but for some waits in the kernel; more of them only make each other late, and
+// with them the first pods of a burst.
+const turnsPerCPU = 2
+
+// turnTime bounds how long a start waits for its turn, and how long it keeps it:
+// a runtime that hangs delays the others by no more.
+const turnTime = 2 * time.Second
+
+// turns are taken by those who start a runtime, the first come first.
+type turns struct{ free *semaphore.Weighted }
+
+func newTurns() turns {
+	return turns{semaphore.NewWeighted(int64(turnsPerCPU * runtime.GOMAXPROCS(0)))}
+}
+
+// take waits for a turn, not longer than turnTime or ctx. give gives it back,
+// once; it is the caller's to call.
+func (t turns) take(ctx context.Context) (give func()) {
+	if !t.free.TryAcquire(1) {
+		waiting, cancel := context.WithTimeout(ctx, turnTime)
+		defer cancel()
+		if t.free.Acquire(waiting, 1) != nil {
+			return func() {} // it goes on without one
+		}
+	}
+	once := sync.OnceFunc(func() { t.free.Release(1) })
+	timer := time.AfterFunc(turnTime, once)
+	return func() {
+		timer.Stop()
+		once()
+	}
+}
