@@ -3,6 +3,7 @@ package journal
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -93,15 +94,17 @@ func (l *Ledger) runCommitter() {
 	}
 }
 
-// commit writes ledger.db first and the log second: see the package comment.
+// commit writes ledger.db first and the log second: see the package comment. What has waited for it is in the log already.
 func (l *Ledger) commit(ops []*operation) error {
-	l.findSuperseded(ops)
-	if err := l.durable.commit(l.header(), ops); err != nil {
-		return err
-	}
+	waiting := l.prepare(ops)
+	err := l.durable.commit(l.header(), slices.Concat(waiting, ops))
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err != nil {
+		l.waiting = slices.Concat(waiting, l.waiting)
+		return err
+	}
 	// From here on a restart would find the operations, whatever becomes of the log.
 	var frames []byte
 	for _, op := range ops {
@@ -110,6 +113,7 @@ func (l *Ledger) commit(ops []*operation) error {
 			l.live.add(*op.put)
 		} else {
 			delete(l.live, op.key)
+			l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return w.key == op.key })
 		}
 	}
 	if err := l.log.append(frames); err != nil {
@@ -119,18 +123,42 @@ func (l *Ledger) commit(ops []*operation) error {
 	return nil
 }
 
-// findSuperseded does not see that one operation supersedes another of the same batch. Such a record stays until the next one.
-func (l *Ledger) findSuperseded(ops []*operation) {
+// prepare finds what the operations supersede, and takes what has waited for a record of the same sandbox. It does not see that one
+// operation supersedes another of the same batch. Such a record stays until the next one.
+func (l *Ledger) prepare(ops []*operation) (waiting []*operation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	recorded := map[Key]bool{}
 	for _, op := range ops {
 		if op.put == nil {
 			continue
 		}
+		recorded[op.key] = true
 		if old, ok := l.live.superseded(*op.put); ok {
 			op.superseded = append(op.superseded, recordKey(op.key, old.seq))
 		}
 	}
+	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool {
+		if recorded[w.key] {
+			waiting = append(waiting, w)
+		}
+		return recorded[w.key]
+	})
+	return waiting
+}
+
+// wait has a durable record go into the next transaction of its sandbox. What it supersedes need not go there any more. The caller
+// holds mu, and files the record in live afterwards.
+func (l *Ledger) wait(s stored) {
+	op := &operation{key: s.key, put: &s}
+	if old, ok := l.live.superseded(s); ok {
+		op.superseded = [][]byte{recordKey(old.key, old.seq)}
+		if at := slices.IndexFunc(l.waiting, func(w *operation) bool { return w.put.seq == old.seq }); at >= 0 {
+			op.superseded = l.waiting[at].superseded
+			l.waiting = slices.Delete(l.waiting, at, at+1)
+		}
+	}
+	l.waiting = append(l.waiting, op)
 }
 
 var errClosed = fmt.Errorf("the ledger is closed: %w", errdefs.ErrFailedPrecondition)

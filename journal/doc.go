@@ -4,7 +4,7 @@
 // # Two files
 //
 //   - ROOT/ledger.db (bbolt) holds the records that must outlive a reboot. Append returns once they are fsynced.
-//     Concurrent durable writes share a transaction.
+//     Concurrent durable writes share a transaction, and take along what of their sandboxes has waited for one (Record.CanWait).
 //   - STATE/ledger.log holds every record, the durable ones too. It is append-only, never fsynced, and on a real node
 //     on tmpfs: one write(2) a record. It is rewritten with only the live sandboxes at Open and when it has outgrown them.
 //
@@ -14,11 +14,13 @@
 // # Write order
 //
 // A durable record is committed to ledger.db before it is appended to ledger.log. Forget deletes from ledger.db before it
-// appends a tombstone to ledger.log. So ledger.db alone decides which sandboxes exist, and each crash has one reading:
+// appends a tombstone to ledger.log. So ledger.db alone decides which sandboxes exist, and each crash has one reading. A record that
+// can wait is appended to ledger.log at once, and committed to ledger.db with the next of its sandbox that can't.
 //
 //	crash                                          what replay finds
 //	before the bbolt commit of a durable record    the record in neither file: it was never acknowledged
 //	between the commit and the log append          the record, from ledger.db
+//	before the commit that a record waits for      the record, from ledger.log: it waits on; after a reboot, nothing of it
 //	inside the log append (torn tail)              Damage with Torn set; the record is there if it is durable
 //	before the bbolt commit of Forget              the whole sandbox
 //	between the commit and the tombstone           log records of a sandbox that ledger.db does not know: dropped

@@ -34,7 +34,7 @@ func runKilledWriter() {
 				k := key(fmt.Sprintf("%d-%d-%d", os.Getpid(), i, j))
 				for _, r := range []*Record{
 					{Key: k, Kind: Begun, Data: &Data{TypeURL: "spec", Value: make([]byte, 20_000)}},
-					{Key: k, Kind: Intent, Step: "cni", Data: &Data{TypeURL: "conflist", Value: make([]byte, 10_000)}},
+					{Key: k, Kind: Intent, Step: "cni", Data: &Data{TypeURL: "conflist", Value: make([]byte, 10_000)}, Durable: true, CanWait: true},
 					{Key: k, Kind: Done, Step: "cni", Durable: true},
 				} {
 					if err := l.Append(ctx, r); err != nil {

@@ -41,10 +41,11 @@ type Ledger struct {
 	durable       *durableDB // the committer's alone until it has ended
 
 	// mu is held across writes to the log: serialising them is its purpose.
-	mu     sync.Mutex
-	live   live
-	log    logWriter
-	closed bool
+	mu      sync.Mutex
+	live    live
+	log     logWriter
+	waiting []*operation // durable records that are in the log alone, each sandbox's in Seq order
+	closed  bool
 }
 
 // Open opens the ledger in two directories, which are created with mode 0700 if need be: rootDir must outlive a reboot,
@@ -126,6 +127,7 @@ func (l *Ledger) openDurable(f *os.File, found *image) error {
 		db, err := attachDurable(f, len(found.records))
 		if err == nil {
 			l.durable = db
+			l.waiting = l.live.lacking(found.records)
 			return nil
 		}
 		found.damaged(Key{}, "%v", err)
@@ -161,7 +163,8 @@ func (l *Ledger) header() header {
 	return header{Format: format, BootID: l.bootID, BootSeq: l.bootSeq, LastSeq: l.seq.Load()}
 }
 
-// Append records r and sets its Seq (and At, and Durable, see there). A durable record is on the disk when Append returns.
+// Append records r and sets its Seq (and At, and Durable, see there). A durable record is on the disk when Append returns, unless
+// it can wait.
 // On an error the record may or may not be there: what it would have announced must not be done.
 //
 // It returns InvalidArgument for a record without a kind, with an invalid key or of more than 16 MiB, NotFound for a sandbox that
@@ -191,7 +194,7 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 		return err
 	}
 	s := newStored(r, frame)
-	if r.Durable {
+	if r.Durable && !r.CanWait {
 		return l.submit(ctx, &operation{key: r.Key, put: &s, frame: frame})
 	}
 
@@ -205,6 +208,9 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 	}
 	if err := l.log.append(frame); err != nil {
 		return err
+	}
+	if r.Durable {
+		l.wait(s)
 	}
 	l.live.add(s)
 	l.trimLog()

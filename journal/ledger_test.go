@@ -238,6 +238,70 @@ func TestRepeatedRecordsStayFew(t *testing.T) {
 	require.Equal(t, 5, l.durable.records, "ledger.db drops them too")
 }
 
+// What can wait is written by no transaction of its own: a kill loses nothing of it, a reboot what no transaction has taken along.
+func TestRecordsThatCanWait(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	transactions := func() int {
+		tx, err := l.durable.db.Begin(false)
+		require.NoError(t, err)
+		defer tx.Rollback()
+		return tx.ID()
+	}
+	afterReboot := func() []string {
+		rebooted := d.image(t)
+		rebooted.reboot(t, "boot-2")
+		require.NoError(t, os.Remove(rebooted.log()))
+		return lines(rebooted.open(t).Sandboxes())
+	}
+	note := func(step string) {
+		mustAppend(t, l, &Record{Key: key("a"), Kind: Noted, Step: step, Durable: true, CanWait: true})
+	}
+	require.True(t, errdefs.IsNotFound(l.Append(t.Context(), &Record{Key: key("a"), Kind: Begun, CanWait: true})), "ledger.db says what exists")
+
+	begin(t, l, key("a"))
+	before := transactions()
+	note("one")
+	note("two")
+	require.Equal(t, before, transactions())
+	require.Equal(t, []string{"a begun"}, afterReboot())
+
+	require.NoError(t, l.Close())
+	l = d.open(t) // as after a kill
+	all := []string{"a begun", "a noted one", "a noted two"}
+	require.Equal(t, all, lines(l.Sandboxes()))
+	require.Equal(t, []string{"a begun"}, afterReboot())
+	begin(t, l, key("b"))
+	require.Equal(t, []string{"a begun", "b begun"}, afterReboot(), "it waits for its own sandbox")
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Done, Durable: true})
+	require.Equal(t, before+2, transactions())
+	require.Equal(t, append(all, "a done", "b begun"), afterReboot())
+
+	note("three")
+	require.NoError(t, l.Forget(t.Context(), key("a")))
+	require.Empty(t, l.waiting)
+	require.Equal(t, []string{"b begun"}, afterReboot())
+}
+
+// What waits while the disk is full is no more than what the ledger holds.
+func TestWaitingRecordsStayFew(t *testing.T) {
+	l := newDirs(t).open(t)
+	begin(t, l, key("a"))
+	note := func() {
+		mustAppend(t, l, &Record{Key: key("a"), Kind: Noted, Step: "cni", Durable: true, CanWait: true})
+	}
+	for range 3 {
+		for range 10 {
+			note()
+		}
+		require.LessOrEqual(t, len(l.waiting), 2)
+		mustAppend(t, l, &Record{Key: key("a"), Kind: Owed})
+		require.Empty(t, l.waiting)
+	}
+	require.Equal(t, []string{"a begun", "a noted cni", "a owed", "a noted cni", "a owed"}, lines(l.Sandboxes()))
+	require.Equal(t, 5, l.durable.records, "ledger.db has no more")
+}
+
 func TestClosed(t *testing.T) {
 	l := newDirs(t).open(t)
 	begin(t, l, key("a"))

@@ -291,6 +291,10 @@ func TestFullRootDir(t *testing.T) {
 	}
 	require.True(t, errdefs.IsResourceExhausted(err), "%v", err)
 	mustAppend(t, l, &Record{Key: key("s0"), Kind: Done, Step: "cni"}) // the log has room
+	waits := &Record{Key: key("s1"), Kind: Noted, Durable: true, CanWait: true}
+	mustAppend(t, l, waits)
+	require.True(t, errdefs.IsResourceExhausted(l.Append(ctx, &Record{Key: key("s1"), Kind: Owed, Data: &Data{Value: make([]byte, 200<<10)}})))
+	require.Len(t, l.waiting, 1, "it waits on")
 
 	require.NoError(t, unix.Mount("journal-test", d.root, "tmpfs", unix.MS_REMOUNT, "size=512k"))
 	for i := range begun {

@@ -24,6 +24,7 @@ type modelEntry struct {
 	id        string // of the sandbox
 	says      string // of a record; equal for records that say the same
 	durable   bool
+	canWait   bool
 	tombstone bool
 }
 
@@ -33,10 +34,18 @@ func (m model) committed(e modelEntry) model {
 	switch {
 	case e.tombstone:
 		next.db = slices.DeleteFunc(next.db, func(old modelEntry) bool { return old.id == e.id })
-	case e.durable:
-		next.db = firstAndNewest(append(next.db, e))
+	case e.inTransaction():
+		next.db = firstAndNewest(slices.Concat(next.db, m.waiting(e.id), []modelEntry{e}))
 	}
 	return next
+}
+
+// inTransaction says that an operation is one of ledger.db before it is one of the log.
+func (e modelEntry) inTransaction() bool { return e.tombstone || e.durable && !e.canWait }
+
+// waiting are the records that the next durable one of a sandbox takes along.
+func (m model) waiting(id string) []modelEntry {
+	return slices.DeleteFunc(m.replay(false), func(e modelEntry) bool { return e.id != id || !e.durable || slices.Contains(m.db, e) })
 }
 
 func (m model) logged(e modelEntry) model {
@@ -159,7 +168,7 @@ func (w *sequence) operate(t *testing.T) []crash {
 		{when: "in the log", files: torn(t, between, after), model: committed, torn: true},
 		{when: "after", files: after, model: logged},
 	}
-	if e.durable || e.tombstone {
+	if e.inTransaction() {
 		crashes = append(crashes, crash{when: "between the files", files: between, model: committed})
 	}
 	w.model = logged
@@ -181,7 +190,8 @@ func (w *sequence) choose(l *Ledger) (modelEntry, func(context.Context) error) {
 		return e, func(ctx context.Context) error { return l.Forget(ctx, r.Key) }
 	default:
 		e.durable = w.rand.IntN(2) == 0
-		r.Kind, r.Durable = kinds[e.durable][w.rand.IntN(len(kinds[e.durable]))], e.durable
+		e.canWait = e.durable && w.rand.IntN(2) == 0
+		r.Kind, r.Durable, r.CanWait = kinds[e.durable][w.rand.IntN(len(kinds[e.durable]))], e.durable, e.canWait
 	}
 	e.says = string(r.Kind)
 	if r.Step != "" {

@@ -65,6 +65,10 @@ type Record struct {
 
 	// Durable records outlive a reboot: they are fsynced before Append returns. Append sets it for Begun and Owed.
 	Durable bool `json:"durable,omitempty"`
+	// CanWait is for a durable record that nothing which outlives a reboot depends on yet. A kill doesn't lose it once Append has
+	// returned, but a reboot may, until the sandbox's next durable record that can't wait: they become durable together, by one
+	// fsync. A sandbox can't begin with such a record.
+	CanWait bool `json:"-"`
 }
 
 // Data is a value with its type. It is kept as it is, also when this binary does not know the type.

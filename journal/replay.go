@@ -116,6 +116,23 @@ func (l live) superseded(s stored) (_ stored, ok bool) {
 	return stored{}, false
 }
 
+// lacking are the durable records that aren't among those of ledger.db, in Seq order.
+func (l live) lacking(inDB []stored) (ops []*operation) {
+	there := make(map[uint64]bool, len(inDB))
+	for _, s := range inDB {
+		there[s.seq] = true
+	}
+	for _, history := range l {
+		for _, s := range history {
+			if s.durable && !there[s.seq] {
+				ops = append(ops, &operation{key: s.key, put: &s})
+			}
+		}
+	}
+	slices.SortFunc(ops, func(a, b *operation) int { return cmp.Compare(a.put.seq, b.put.seq) })
+	return ops
+}
+
 // add files s, which replaces what it supersedes. Adding a record twice is adding it once.
 func (l live) add(s stored) {
 	h := l[s.key]
