@@ -70,6 +70,10 @@ type Progress struct {
 	Took    time.Duration `json:"took,omitempty"`
 }
 
+// Announces says that the fact is of an ADD that is about to start, and so has to be on record before; the others are of what has
+// happened.
+func (p Progress) Announces() bool { return p.Phase == Adding && p.Error == "" }
+
 // NewAttachment prepares an attachment of a pod to the networks; nothing is done yet. netnsPath is where the pod's network
 // namespace is pinned.
 //

@@ -80,18 +80,21 @@ func (c call) execAdd(ctx context.Context, path string, conf []byte) (types.Resu
 	return result, raw, nil
 }
 
-// del runs the plugin's DEL on the result that ADD had. What has come of it is not on record yet.
-func (c call) del(ctx context.Context, prev types.Result) (outcome Progress, retErr error) {
+// del runs the plugin's DEL on the result that ADD had.
+func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	ctx, end := c.begin(ctx, tracing.SpanCNIDel, "DEL")
 	defer func() { end(retErr) }()
 
 	began := time.Now().UTC()
-	if err := c.execDel(ctx, prev); err != nil {
+	err := c.execDel(ctx, prev)
+	ctx = context.WithoutCancel(ctx) // as in add
+	if err != nil {
 		c.driver.run.Delete(c.attachment.ContainerID)
 		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
-		return Progress{Phase: c.state().Phase, Command: "DEL", Error: err.Error()}, c.failed("delete", err)
+		outcome := Progress{Phase: c.state().Phase, Command: "DEL", Error: err.Error()}
+		return errors.Join(c.failed("delete", err), c.advance(ctx, outcome))
 	}
-	return Progress{Phase: Deleted, Command: "DEL", Began: began, Took: time.Since(began)}, nil
+	return c.advance(ctx, Progress{Phase: Deleted, Command: "DEL", Began: began, Took: time.Since(began)})
 }
 
 func (c call) execDel(ctx context.Context, prev types.Result) error {

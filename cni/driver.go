@@ -52,7 +52,8 @@ type Command struct {
 }
 
 // Record journals a fact before the driver goes on. It must be safe for concurrent use, since networks are attached in parallel.
-// An error before ADD keeps the plugin from being run, and any error fails the command.
+// An error before ADD keeps the plugin from being run, and any error fails the command. Only a fact that [Progress.Announces] has to
+// outlive a reboot at once, with all before it: a DEL that isn't on record is only made again, and an ADD without a result gets its DEL.
 type Record func(context.Context, Progress) error
 
 // Driver runs CNI plugins. It is safe for concurrent use on different attachments.
@@ -184,19 +185,14 @@ func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, net
 	if err != nil {
 		return err
 	}
-	errs := make([]error, len(list.Plugins))
-	var records sync.WaitGroup
+	var errs []error
 	for p := len(list.Plugins) - 1; p >= 0; p-- {
 		if !a.state(network, p).owed() {
 			continue
 		}
 		c := call{driver: d, attachment: a, record: record, network: network, plugin: p, list: list, netns: netns}
-		outcome, err := c.del(ctx, result)
-		// Beside the next plugin: a DEL that isn't on record is only made again.
-		records.Go(func() { errs[p] = errors.Join(err, c.advance(context.WithoutCancel(ctx), outcome)) })
+		errs = append(errs, c.del(ctx, result))
 	}
-	records.Wait()
-	slices.Reverse(errs) // the order of the DELs
 	return errors.Join(errs...)
 }
 

@@ -51,9 +51,16 @@ func (l *ledger) record(ctx context.Context, p Progress) error {
 }
 
 // phases are the facts as text, and whether they tell of an error: "network.plugin phase[!]".
-func (l *ledger) phases() []string {
+func (l *ledger) phases() []string { return textsOf(l.facts) }
+
+// announced are those of what was about to happen.
+func (l *ledger) announced() []string {
+	return textsOf(slices.DeleteFunc(slices.Clone(l.facts), func(p Progress) bool { return !p.Announces() }))
+}
+
+func textsOf(facts []Progress) []string {
 	var texts []string
-	for _, p := range l.facts {
+	for _, p := range facts {
 		text := strconv.Itoa(p.Network) + "." + strconv.Itoa(p.Plugin) + " " + string(p.Phase)
 		if p.Error != "" {
 			text += "!"
@@ -139,6 +146,7 @@ echo for the log >&2`)
 	require.NoError(t, r.add(ctx))
 	require.Equal(t, []string{"ADD first eth0", "ADD second eth0"}, r.calls())
 	require.Equal(t, []string{"0.0 adding", "0.0 added", "0.1 adding", "0.1 added"}, r.phases())
+	require.Equal(t, []string{"0.0 adding", "0.1 adding"}, r.announced())
 	require.False(t, r.attachment.Settled())
 	r.requireReplay(t)
 	require.True(t, loopbackIsUp(t, r.attachment.NetNSPath))
@@ -331,6 +339,9 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 			require.Less(t, len(err.Error()), 8<<10)
 			require.NotContains(t, r.calls(), "ADD third eth0")
 			require.Equal(t, append([]string{"0.0 adding", "0.0 added"}, test.facts...), r.phases())
+			for _, fact := range r.announced() {
+				require.NotContains(t, fact, "!")
+			}
 			require.False(t, r.attachment.Settled())
 			r.requireReplay(t)
 			if !strings.HasPrefix(name, "result without") {
@@ -482,6 +493,7 @@ func TestDelFailsOnce(t *testing.T) {
 	require.EqualError(t, err, `plugin type="second" name="net" failed (delete): ippool not found: no such file or directory`)
 	require.Equal(t, []string{"DEL third eth0", "DEL second eth0", "DEL first eth0"}, r.calls())
 	require.Equal(t, []string{"0.2 deleted", "0.1 added!", "0.0 deleted"}, r.phases())
+	require.Empty(t, r.announced())
 	require.False(t, r.attachment.Settled())
 
 	require.NoError(t, r.del(t.Context()))

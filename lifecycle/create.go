@@ -203,7 +203,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	}
 	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error
 	r.facts[f.Name] = out.recorded
-	intent := &journal.Record{Kind: journal.Intent, Step: string(f.Name), Durable: f.Lasting && out.plan != nil}
+	intent := &journal.Record{Kind: journal.Intent, Step: string(f.Name), Durable: f.Lasting && out.plan != nil, CanWait: true}
 	if out.err = s.append(ctx, intent, out.plan); out.err != nil {
 		return out
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -843,8 +844,44 @@ func TestWhenPaid(t *testing.T) {
 	}
 }
 
+// Of a lasting step a reboot may take what nothing depends on yet. What it announces, its result, and that a stop has undone it, wait
+// for the disk.
+func TestWhatWaitsForTheDisk(t *testing.T) {
+	w := newWorld(t, func(f *Facts) { f.Lasting = f.Lasting || f.Name == states.AllocateIDs })
+	w.plans = map[states.Event]any{}
+	for _, name := range states.CreationPath() {
+		w.plans[name] = &testResult{name}
+	}
+	require.NoError(t, w.run(t))
+	s, err := w.lookup(testKey)
+	require.NoError(t, err)
+	for _, step := range w.Engine.steps {
+		if name := step.Facts().Name; name == states.AttachNetwork || name == states.StartPause {
+			r := s.run(step)
+			require.NoError(t, r.Announce(t.Context(), &testResult{"begins"}))
+			require.NoError(t, r.Note(t.Context(), &testResult{"has ended"}))
+		}
+	}
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	var lasting []string
+	for _, r := range w.book.all {
+		if r.Durable {
+			how := "at once"
+			if r.CanWait {
+				how = "later"
+			}
+			lasting = append(lasting, strings.Join(strings.Fields(string(r.Kind)+" "+r.Step+" "+how), " "))
+		}
+	}
+	require.Equal(t, []string{
+		"begun at once", "intent allocate_ids later", "done allocate_ids at once", "intent attach_network later", "done attach_network at once",
+		"noted attach_network at once", "noted attach_network later", "undone attach_network at once",
+	}, lasting)
+}
+
 func TestNotesThatAreRepeatedAreKeptTwice(t *testing.T) {
-	r := &Run{note: func(context.Context, any) error { return nil }}
+	r := &Run{note: func(context.Context, any, bool) error { return nil }}
 	for range 100 {
 		for _, plugin := range []string{"bridge", "portmap"} {
 			require.NoError(t, r.Note(t.Context(), &testResult{states.Event(plugin)}))

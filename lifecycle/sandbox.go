@@ -335,8 +335,8 @@ func (s *sandbox) run(step Step) *Run {
 	}
 	r.notes = r.facts[f.Name].notes
 	s.mu.Unlock()
-	r.note = func(ctx context.Context, data any) error {
-		return s.append(ctx, &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting}, data)
+	r.note = func(ctx context.Context, data any, canWait bool) error {
+		return s.append(ctx, &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}, data)
 	}
 	return r
 }

@@ -29,7 +29,8 @@ type Facts struct {
 	Holds []states.Event
 	// AtStop says that the step is undone when the sandbox stops, not only when it is removed.
 	AtStop bool
-	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan.
+	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan. The plan
+	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).
 	Lasting bool
 	// Deadline bounds Plan and Do, UndoDeadline bounds Undo, Stop and Reap.
 	Deadline, UndoDeadline time.Duration
@@ -97,7 +98,7 @@ type Run struct {
 
 	step   states.Event
 	facts  map[states.Event]recorded // of the steps done before, a copy
-	note   func(ctx context.Context, data any) error
+	note   func(ctx context.Context, data any, canWait bool) error
 	offers map[states.Event]any              // what steps that aren't done have offered
 	offer  func(so any) (taken func() error) // nil but in Do
 
@@ -133,10 +134,18 @@ func (r *Run) Notes() []any {
 // the creation has failed.
 func (r *Run) Offer(something any) (taken func() error) { return r.offer(something) }
 
-// Note records a fact of the step's own while it acts, for its Undo. An error means that it may not be on record: whatever
-// the note announces must then not be done. It may be called by several goroutines.
-func (r *Run) Note(ctx context.Context, data any) error {
-	if err := r.note(ctx, data); err != nil {
+// Announce records what the step is about to do, for its Undo. When it returns, that, the plan and all notes before it are there after a
+// kill, and for a lasting step after a reboot, too. An error means that it may not be on record: it must then not be done. It may be
+// called by several goroutines.
+func (r *Run) Announce(ctx context.Context, data any) error { return r.keep(ctx, data, false) }
+
+// Note records what the step has done, for its Undo. When it returns, that is there after a kill; after a reboot, too, once the step
+// announces something else, or its Do or Undo has ended or is owed. An error means that it may not be on record. It may be called by
+// several goroutines.
+func (r *Run) Note(ctx context.Context, data any) error { return r.keep(ctx, data, true) }
+
+func (r *Run) keep(ctx context.Context, data any, canWait bool) error {
+	if err := r.note(ctx, data, canWait); err != nil {
 		return err
 	}
 	r.mu.Lock()

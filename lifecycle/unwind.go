@@ -225,7 +225,9 @@ func (s *sandbox) undo(ctx context.Context, step Step) error {
 	if err := s.attempt(ctx, step, ActUndo, s.undoOf(step)); err != nil {
 		return err
 	}
-	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name)})
+	// What only a removal undoes leaves the ledger with the sandbox; of what a stop undoes, a reboot must not lose that it is gone.
+	lasts := step.Facts().Lasting && step.Facts().AtStop && s.steps[name].plan != nil
+	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name), Durable: lasts})
 	s.setStatus(name, StepUndone)
 	return nil
 }

@@ -300,7 +300,7 @@ func (l timedLedger) Append(ctx context.Context, r *journal.Record) error {
 	begun := time.Now()
 	err := l.Journal.Append(ctx, r)
 	file := fileLog
-	if r.Durable {
+	if r.Durable && !r.CanWait {
 		file = fileDurable
 	}
 	l.wrote(ctx, file, begun, err)

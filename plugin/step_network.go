@@ -146,7 +146,12 @@ func (s *attachNetwork) Probe(_ context.Context, r *lifecycle.Run) (bool, error)
 
 // recorder puts what the driver does on record, plugin by plugin.
 func recorder(r *lifecycle.Run) cni.Record {
-	return func(ctx context.Context, p cni.Progress) error { return r.Note(ctx, &p) }
+	return func(ctx context.Context, p cni.Progress) error {
+		if p.Announces() {
+			return r.Announce(ctx, &p)
+		}
+		return r.Note(ctx, &p)
+	}
 }
 
 // attachment is the plan with everything that has been noted since, in an own copy.
