@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	bootstrap "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	task "github.com/containerd/containerd/api/runtime/task/v3"
@@ -29,8 +30,8 @@ import (
 // floor runs what nobody who starts a pod by a shim, runc and CNI plugins can do without, and nothing else: those programs themselves, as
 // far as possible at the same time.
 //
-//	start:  shim start -> runc create -> runc start
-//	                                  -> CNI ADD, plugin by plugin
+//	start:  shim start -> runc create ----------------> runc start
+//	                      its namespaces are made -> CNI ADD, plugin by plugin
 //	stop:   runc kill -> end of the process -> runc delete -> end of the shim -> shim delete
 //	                                        -> CNI DEL, plugin by plugin
 //
@@ -42,6 +43,7 @@ type floor struct {
 	group  cgroup
 	models map[string]*model // by kind
 	chain  *libcni.NetworkConfigList
+	netns  string // the node's, as in /proc/PID/ns
 	count  atomic.Int64
 }
 
@@ -55,6 +57,9 @@ func newFloor(ctx context.Context, n *harness.Node) (*floor, error) {
 	f := &floor{node: n, models: map[string]*model{}}
 	var err error
 	if f.group, err = newCgroup(n); err != nil {
+		return nil, err
+	}
+	if f.netns, err = os.Readlink(fmt.Sprintf("/proc/%d/ns/net", n.Pid())); err != nil {
 		return nil, err
 	}
 	if f.chain, err = libcni.NetworkConfFromFile(filepath.Join(n.CNIConfDir(), "10-pods.conflist")); err != nil {
@@ -162,25 +167,63 @@ func (b *bare) start(ctx context.Context) (float64, error) {
 		if err := b.startShim(ctx); err != nil {
 			return err
 		}
-		pidFile := filepath.Join(b.bundle, "pid")
-		if err := b.runc(ctx, "create", "--bundle", b.bundle, "--pid-file", pidFile, b.id); err != nil {
-			return err
-		}
-		pid, err := os.ReadFile(pidFile)
-		if err != nil {
-			return err
-		}
-		if b.pid, err = strconv.Atoi(string(pid)); err != nil {
-			return err
-		}
-		if err := unix.Mount(fmt.Sprintf("/proc/%d/ns/net", b.pid), b.netns, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("failed to pin a network namespace: %w", err)
-		}
 		both, ctx := errgroup.WithContext(ctx)
-		both.Go(func() error { return b.runc(ctx, "start", b.id) })
-		both.Go(func() error { return b.attach(ctx) })
+		created := make(chan struct{})
+		both.Go(func() error {
+			defer close(created)
+			return b.create(ctx)
+		})
+		both.Go(func() error {
+			if err := b.pin(created); err != nil {
+				return err
+			}
+			return b.attach(ctx)
+		})
 		return both.Wait()
 	})
+}
+
+// create has runc make the process and start it.
+func (b *bare) create(ctx context.Context) error {
+	pidFile := filepath.Join(b.bundle, "pid")
+	if err := b.runc(ctx, "create", "--bundle", b.bundle, "--pid-file", pidFile, b.id); err != nil {
+		return err
+	}
+	pid, err := os.ReadFile(pidFile)
+	if err != nil {
+		return err
+	}
+	if b.pid, err = strconv.Atoi(string(pid)); err != nil {
+		return err
+	}
+	return b.runc(ctx, "start", b.id)
+}
+
+// pin pins the network namespace as soon as runc has made it, and looks for the last time when runc has ended.
+func (b *bare) pin(created <-chan struct{}) error {
+	for ticker := time.NewTicker(time.Millisecond / 2); ; {
+		select {
+		case <-ticker.C:
+		case <-created:
+			ticker.Stop()
+			created = nil
+		}
+		procs, err := os.ReadFile(filepath.Join(b.floor.group.path("podfloor"), b.id, "cgroup.procs"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		for pid := range strings.FieldsSeq(string(procs)) {
+			netns := fmt.Sprintf("/proc/%s/ns/net", pid)
+			name, err := os.Readlink(netns)
+			if err == nil && name != b.floor.netns && unix.Mount(netns, b.netns, "", unix.MS_BIND, "") == nil {
+				ticker.Stop()
+				return nil
+			}
+		}
+		if created == nil {
+			return fmt.Errorf("found no network namespace of %s", b.id)
+		}
+	}
 }
 
 func (b *bare) stop(ctx context.Context) (float64, error) {
