@@ -66,17 +66,11 @@ func BenchmarkAppendDurableParallel(b *testing.B) {
 	})
 }
 
-// BenchmarkOpen is a restart of a node with 300 sandboxes of 20 records.
-func BenchmarkOpen(b *testing.B) {
+// BenchmarkRestart is a restart of a node with 300 sandboxes of 20 records.
+func BenchmarkRestart(b *testing.B) {
 	d := benchDirs(b)
 	l := d.open(b)
-	for i := range 300 {
-		k := key(fmt.Sprint("s", i))
-		begin(b, l, k)
-		for j := range 20 {
-			mustAppend(b, l, &Record{Key: k, Kind: Done, Step: fmt.Sprint(j), Data: stepData})
-		}
-	}
+	fill(b, l)
 	if err := l.Close(); err != nil {
 		b.Fatal(err)
 	}
@@ -85,8 +79,31 @@ func BenchmarkOpen(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
+		if n := len(l.Sandboxes()); n != 300 {
+			b.Fatal("sandboxes: ", n)
+		}
 		if err := l.Close(); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkRewrite is one of the log, of 300 sandboxes of 20 records.
+func BenchmarkRewrite(b *testing.B) {
+	l := benchDirs(b).open(b)
+	fill(b, l)
+	for b.Loop() {
+		l.log.limit = 0
+		mustAppend(b, l, &Record{Key: key("s0"), Kind: Done, Step: "again", Data: stepData})
+	}
+}
+
+func fill(b *testing.B, l *Ledger) {
+	for i := range 300 {
+		k := key(fmt.Sprint("s", i))
+		begin(b, l, k)
+		for j := range 20 {
+			mustAppend(b, l, &Record{Key: k, Kind: Done, Step: fmt.Sprint(j), Data: stepData})
 		}
 	}
 }

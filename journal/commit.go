@@ -14,7 +14,7 @@ type operation struct {
 	key        Key
 	put        *stored  // nil: forget the sandbox
 	superseded [][]byte // ledger.db's keys of the records that put replaces
-	frame      []byte   // what the log gets: the record or the tombstone
+	frame      []byte   // the record or the tombstone
 	done       chan error
 }
 
@@ -105,18 +105,25 @@ func (l *Ledger) commit(ops []*operation) error {
 		l.waiting = slices.Concat(waiting, l.waiting)
 		return err
 	}
-	// From here on a restart would find the operations, whatever becomes of the log.
 	var frames []byte
 	for _, op := range ops {
 		frames = append(frames, op.frame...)
-		if op.put != nil {
-			l.live.add(*op.put)
-		} else {
+	}
+	at, err := l.log.append(frames)
+	// A restart would find the operations, whatever became of the log. What that lacks stays in memory until it is rewritten.
+	for _, op := range ops {
+		switch {
+		case op.put == nil:
 			delete(l.live, op.key)
 			l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return w.key == op.key })
+		case err != nil:
+			l.live.add(op.key, *op.put)
+		default:
+			l.live.add(op.key, op.put.loggedAt(at))
 		}
+		at += int64(len(op.frame))
 	}
-	if err := l.log.append(frames); err != nil {
+	if err != nil {
 		return err
 	}
 	l.trimLog()
@@ -134,7 +141,7 @@ func (l *Ledger) prepare(ops []*operation) (waiting []*operation) {
 			continue
 		}
 		recorded[op.key] = true
-		if old, ok := l.live.superseded(*op.put); ok {
+		if old, ok := l.live.superseded(op.key, *op.put); ok {
 			op.superseded = append(op.superseded, recordKey(op.key, old.seq))
 		}
 	}
@@ -149,10 +156,10 @@ func (l *Ledger) prepare(ops []*operation) (waiting []*operation) {
 
 // wait has a durable record go into the next transaction of its sandbox. What it supersedes need not go there any more. The caller
 // holds mu, and files the record in live afterwards.
-func (l *Ledger) wait(s stored) {
-	op := &operation{key: s.key, put: &s}
-	if old, ok := l.live.superseded(s); ok {
-		op.superseded = [][]byte{recordKey(old.key, old.seq)}
+func (l *Ledger) wait(k Key, s stored) {
+	op := &operation{key: k, put: &s, frame: s.frame}
+	if old, ok := l.live.superseded(k, s); ok {
+		op.superseded = [][]byte{recordKey(k, old.seq)}
 		if at := slices.IndexFunc(l.waiting, func(w *operation) bool { return w.put.seq == old.seq }); at >= 0 {
 			op.superseded = l.waiting[at].superseded
 			l.waiting = slices.Delete(l.waiting, at, at+1)

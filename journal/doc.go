@@ -8,6 +8,9 @@
 //   - STATE/ledger.log holds every record, the durable ones too. It is append-only, never fsynced, and on a real node
 //     on tmpfs: one write(2) a record. It is rewritten with only the live sandboxes at Open and when it has outgrown them.
 //
+// In memory a record is only where its frame stands in the log, and what it is sorted by. The log is read when it is rewritten and for
+// Sandboxes. What it doesn't have yet, because it was damaged or missing or an append failed, stays in memory until it is rewritten.
+//
 // Both hold the same frames: magic, length, CRC32C, JSON. The magic holds bytes that never occur in JSON, so nothing that
 // a pod puts into a record can be mistaken for a frame when a damaged file is searched for the next one.
 //
@@ -35,4 +38,7 @@
 // bbolt panics, loops or faults on a file that was cut or altered. So it never gets one: ledger.db is first read
 // page by page with bounds checks (see boltWalk). Whatever cannot be read is reported by Damage, a copy of the damaged file
 // is kept beside it as *.damaged-N, and a new file is written from what could be read. Damage is never an error of Open.
+//
+// The log can be damaged while it is open, too. A rewrite that would lose a record because of that leaves the log as it is, growing,
+// until the record's sandbox is forgotten, or the next Open reports what is lost. Sandboxes has an Unreadable record in the place of each.
 package journal

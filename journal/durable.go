@@ -170,7 +170,7 @@ func release(f *os.File) error {
 
 // createDurable puts a new ledger.db with the given content in the place of the old one, if there is one.
 // If keep is set, the old one is kept aside under the name that is returned.
-func createDurable(path string, h header, l live, keep bool) (_ *durableDB, kept string, retErr error) {
+func createDurable(path string, h header, l live, log logContent, keep bool) (_ *durableDB, kept string, retErr error) {
 	temp := path + ".new"
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -187,12 +187,17 @@ func createDurable(path string, h header, l live, keep bool) (_ *durableDB, kept
 		}
 	}()
 	var ops []*operation
-	for _, history := range l {
+	for k, history := range l {
 		for i, s := range history {
 			// The first record stands for the sandbox, also where its Begun is lost: what ledger.db does not know is forgotten.
-			if s.durable || i == 0 {
-				ops = append(ops, &operation{key: s.key, put: &s})
+			if !s.durable && i > 0 {
+				continue
 			}
+			frame, err := log.frame(s)
+			if err != nil {
+				return nil, "", err
+			}
+			ops = append(ops, &operation{key: k, put: &s, frame: frame})
 		}
 	}
 	if err := d.commit(h, ops); err != nil {
@@ -253,7 +258,7 @@ func (h *header) apply(tx *bbolt.Tx, ops []*operation) error {
 			h.Records--
 		}
 		if op.put != nil {
-			if err := b.Put(recordKey(op.key, op.put.seq), op.put.frame); err != nil {
+			if err := b.Put(recordKey(op.key, op.put.seq), op.frame); err != nil {
 				return err
 			}
 			h.Records++

@@ -71,6 +71,9 @@ func (e entry) frame() ([]byte, error) {
 	return append(b, payload...), nil
 }
 
+// frameSum is the checksum that a frame carries.
+func frameSum(frame []byte) uint32 { return binary.LittleEndian.Uint32(frame[len(magic)+4:]) }
+
 // cutFrame returns the payload of the frame that b begins with, and the frame's length.
 // The error is errShort when b ends before the frame does.
 func cutFrame(b []byte) (payload []byte, size int, err error) {

@@ -86,7 +86,7 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 		committerDone: make(chan struct{}),
 	}
 	l.seq.Store(r.lastSeq)
-	if err := l.openDurable(dbFile, inDB); err != nil {
+	if err := l.openDurable(dbFile, inDB, inLog.content); err != nil {
 		return nil, err
 	}
 	if err := l.openLog(inLog); err != nil {
@@ -122,12 +122,14 @@ func readBootID(path string) (string, error) {
 }
 
 // openDurable goes on with the ledger.db that was found, or makes a new one when it is damaged or missing.
-func (l *Ledger) openDurable(f *os.File, found *image) error {
+func (l *Ledger) openDurable(f *os.File, found *image, log logContent) error {
 	if found.complete {
 		db, err := attachDurable(f, len(found.records))
 		if err == nil {
+			if l.waiting, err = l.live.lacking(found.records, log); err != nil {
+				return errors.Join(err, db.close())
+			}
 			l.durable = db
-			l.waiting = l.live.lacking(found.records)
 			return nil
 		}
 		found.damaged(Key{}, "%v", err)
@@ -135,7 +137,7 @@ func (l *Ledger) openDurable(f *os.File, found *image) error {
 	if f != nil {
 		defer f.Close()
 	}
-	db, kept, err := createDurable(found.path, l.header(), l.live, found.found)
+	db, kept, err := createDurable(found.path, l.header(), l.live, log, found.found)
 	if err != nil {
 		return err
 	}
@@ -147,8 +149,9 @@ func (l *Ledger) openDurable(f *os.File, found *image) error {
 // openLog rewrites the log with what is live. When that fails, a log that we may append to is better than no ledger.
 func (l *Ledger) openLog(found *image) error {
 	l.log.keep = found.found && !found.complete
-	kept, err := l.log.rewrite(l.header(), l.live)
+	logged, kept, err := l.log.rewrite(l.header(), l.live, found.content)
 	if err == nil {
+		l.live = logged
 		found.keptAs(kept)
 		return nil
 	}
@@ -206,13 +209,14 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 	if _, ok := l.live[r.Key]; !ok {
 		return errNotBegun
 	}
-	if err := l.log.append(frame); err != nil {
+	at, err := l.log.append(frame)
+	if err != nil {
 		return err
 	}
 	if r.Durable {
-		l.wait(s)
+		l.wait(r.Key, s)
 	}
-	l.live.add(s)
+	l.live.add(r.Key, s.loggedAt(at))
 	l.trimLog()
 	return nil
 }
@@ -263,26 +267,31 @@ func (l *Ledger) trimLog() {
 	if l.log.size <= l.log.limit {
 		return
 	}
-	if _, err := l.log.rewrite(l.header(), l.live); err != nil {
+	logged, _, err := l.log.rewrite(l.header(), l.live, l.log.read())
+	if err != nil {
 		l.log.limit = l.log.size + logSlack // do not try at each append
 		log.L.WithError(err).Warn("failed to rewrite the ledger's log, going on with the old one")
+		return
 	}
+	l.live = logged
 }
 
 // Sandboxes returns copies of all records of the sandboxes that are not forgotten, oldest sandbox first: what was found at Open
-// and what was appended since.
+// and what was appended since. A record whose bytes in the log were damaged meanwhile is Unreadable.
 func (l *Ledger) Sandboxes() []Sandbox {
-	return l.copyLive().sandboxes() // decodes for milliseconds: not under the lock
+	live, log := l.copyLive()
+	return live.sandboxes(log) // decodes for milliseconds: not under the lock
 }
 
-func (l *Ledger) copyLive() live {
+// copyLive returns the records with the log that they stand in.
+func (l *Ledger) copyLive() (live, logContent) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c := make(live, len(l.live))
 	for k, history := range l.live {
 		c[k] = slices.Clone(history)
 	}
-	return c
+	return c, l.log.read()
 }
 
 // BootChanged says whether the node has booted since the ledger was last open; false if it is new, true if it can't be told.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -382,22 +381,15 @@ func TestForgottenSandboxesCostNothing(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	heap := func() int64 {
-		runtime.GC()
-		runtime.GC()
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return int64(m.HeapAlloc)
-	}
 	size := func(path string) int64 {
 		info, err := os.Stat(path)
 		require.NoError(t, err)
 		return info.Size()
 	}
 	begin(t, l, key("stays"))
-	before := heap()
+	before := heapInUse()
 	cycle()
-	require.Less(t, heap()-before, int64(1<<20))
+	require.Less(t, heapInUse()-before, int64(1<<20))
 	require.Less(t, size(d.log()), int64(logSlack+1<<20))
 	require.Less(t, size(d.db()), int64(8<<20), "a hundred sandboxes of four KiB at a time")
 	require.Equal(t, []string{"stays begun"}, lines(l.Sandboxes()))

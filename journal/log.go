@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -19,8 +20,9 @@ const (
 	logSlack = 4 << 20
 )
 
-// logFile is the part of *os.File that the log writes through. Tests put faults behind it.
+// logFile is the part of *os.File that the log goes through. Tests put faults behind it.
 type logFile interface {
+	io.ReaderAt
 	io.WriterAt
 	io.Closer
 	Truncate(size int64) error
@@ -39,39 +41,40 @@ type logWriter struct {
 	keep bool
 }
 
-// append writes frames with one system call. When that fails the log is cut back to what it was.
-func (w *logWriter) append(frames []byte) error {
+// append writes frames with one system call and returns where they begin. When that fails the log is cut back to what it was.
+func (w *logWriter) append(frames []byte) (at int64, err error) {
 	if w.cut {
 		if err := w.f.Truncate(w.size); err != nil {
-			return fmt.Errorf("failed to cut %s back to %d bytes after a failed write: %w", w.path, w.size, withClass(err))
+			return 0, fmt.Errorf("failed to cut %s back to %d bytes after a failed write: %w", w.path, w.size, withClass(err))
 		}
 		w.cut = false
 	}
 	if _, err := w.f.WriteAt(frames, w.size); err != nil {
 		w.cut = w.f.Truncate(w.size) != nil
-		return fmt.Errorf("failed to append to %s: %w", w.path, withClass(err))
+		return 0, fmt.Errorf("failed to append to %s: %w", w.path, withClass(err))
 	}
+	at = w.size
 	w.size += int64(len(frames))
-	return nil
+	return at, nil
 }
 
-// rewrite replaces the log by one with the given header and records. The old one stays when it fails. If the old one is to be
-// kept aside, rewrite returns where.
-func (w *logWriter) rewrite(h header, l live) (kept string, retErr error) {
-	content, err := entry{Header: &h}.frame()
-	if err != nil {
-		return "", err
+// read returns the log as it is now on the disk, at once: a restart needs all of it.
+func (w *logWriter) read() logContent {
+	b := make([]byte, w.size)
+	n, err := w.f.ReadAt(b, 0)
+	if errors.Is(err, io.EOF) {
+		err = nil // somebody has cut it
 	}
-	for _, history := range l {
-		for _, s := range history {
-			content = append(content, s.frame...)
-		}
-	}
+	return logContent{path: w.path, bytes: b[:n], err: err}
+}
 
+// rewrite replaces the log, whose content old is, by one with the given header and records, and returns the records as they stand there.
+// The old one stays when it fails, also because a record can't be read. If the old one is to be kept aside, rewrite returns where.
+func (w *logWriter) rewrite(h header, l live, old logContent) (_ live, kept string, retErr error) {
 	temp := w.path + ".new"
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return "", fmt.Errorf("failed to create %s: %w", temp, withClass(err))
+		return nil, "", fmt.Errorf("failed to create %s: %w", temp, withClass(err))
 	}
 	defer func() {
 		if retErr != nil {
@@ -79,24 +82,52 @@ func (w *logWriter) rewrite(h header, l live) (kept string, retErr error) {
 			os.Remove(temp)
 		}
 	}()
-	if _, err := f.Write(content); err != nil {
-		return "", fmt.Errorf("failed to write %s: %w", temp, withClass(err))
+	logged, size, err := writeLog(f, h, l, old)
+	if err != nil {
+		return nil, "", fmt.Errorf("failed to write %s: %w", temp, err)
 	}
 	if w.keep {
 		if kept, err = keepAside(w.path); err != nil {
-			return "", err
+			return nil, "", err
 		}
 	}
 	if err := os.Rename(temp, w.path); err != nil {
-		return "", fmt.Errorf("failed to replace %s: %w", w.path, withClass(err))
+		return nil, "", fmt.Errorf("failed to replace %s: %w", w.path, withClass(err))
 	}
 	if w.f != nil {
 		w.f.Close() // no longer linked; nothing of it is needed
 	}
-	size := int64(len(content))
 	w.f, w.size, w.limit = f, size, max(logSlack, 2*size)
 	w.cut, w.keep = false, false
-	return kept, nil
+	return logged, kept, nil
+}
+
+// writeLog writes a whole log, whose records may have stood in the old one.
+func writeLog(f io.Writer, h header, l live, old logContent) (logged live, size int64, err error) {
+	frame, err := entry{Header: &h}.frame()
+	if err != nil {
+		return nil, 0, err
+	}
+	out := bufio.NewWriterSize(f, 64<<10) // it keeps an error for Flush
+	out.Write(frame)
+	size = int64(len(frame))
+	logged = make(live, len(l))
+	for k, history := range l {
+		moved := make([]stored, len(history))
+		for i, s := range history {
+			if frame, err = old.frame(s); err != nil {
+				return nil, 0, err
+			}
+			out.Write(frame)
+			moved[i] = s.loggedAt(size)
+			size += int64(len(frame))
+		}
+		logged[k] = moved
+	}
+	if err := out.Flush(); err != nil {
+		return nil, 0, withClass(err)
+	}
+	return logged, size, nil
 }
 
 // reuse opens the log that is there, to go on at its end.
@@ -112,6 +143,45 @@ func (w *logWriter) reuse() error {
 	}
 	w.f, w.size, w.limit = f, info.Size(), info.Size()+logSlack
 	return nil
+}
+
+// logContent is the log as it was read.
+type logContent struct {
+	path  string
+	bytes []byte
+	err   error // why that is not all
+}
+
+// frame returns the frame of a record, from memory or from where it stands in the log. It returns DataLoss when that isn't there any more
+// as it was written.
+func (c logContent) frame(s stored) ([]byte, error) {
+	if s.frame != nil {
+		return s.frame, nil
+	}
+	b := c.bytes[min(s.at, int64(len(c.bytes))):]
+	_, size, err := cutFrame(b)
+	switch {
+	case err == nil && frameSum(b) != s.sum:
+		err = errors.New("another frame is there")
+	case err == nil:
+		return b[:size], nil
+	case errors.Is(err, errShort) && c.err != nil:
+		err = c.err
+	}
+	return nil, fmt.Errorf("failed to read record %d at offset %d of %s: %w: %w", s.seq, s.at, c.path, errdefs.ErrDataLoss, err)
+}
+
+// record decodes a record of k, or says why it can't.
+func (c logContent) record(k Key, s stored) Record {
+	var e entry
+	frame, err := c.frame(s)
+	if err == nil {
+		e, err = decodeFrame(frame)
+	}
+	if err != nil {
+		return Record{Seq: s.seq, Key: k, Kind: Unreadable, Error: err.Error(), Durable: s.durable}
+	}
+	return *e.Record // by its checksum it is the one that was read before, or that Append has encoded
 }
 
 // readLog reads the log as it is. All that can be wrong with it becomes damage.
@@ -133,13 +203,14 @@ func readLog(path string) *image {
 
 // scanLog takes all frames of b. After a damaged one it goes on at the next that is whole.
 func scanLog(m *image, b []byte) {
+	m.content = logContent{path: m.path, bytes: b}
 	if len(b) == 0 {
 		m.damaged(Key{}, "empty")
 	}
 	for at := 0; at < len(b); {
 		frame, e, err := firstFrame(b[at:])
 		if err == nil {
-			m.take(e, bytes.Clone(frame)) // clone: the records that stay must not hold the whole file in memory
+			m.takeAt(e, frame, int64(at))
 			at += len(frame)
 			continue
 		}

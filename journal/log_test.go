@@ -42,7 +42,7 @@ func scan(b []byte) *image {
 	return m
 }
 
-func seqs(records []stored) []uint64 {
+func seqs(records []keyed) []uint64 {
 	out := []uint64{}
 	for _, r := range records {
 		out = append(out, r.seq)
@@ -85,7 +85,7 @@ func TestBitFlipsInLog(t *testing.T) {
 
 			// All but the damaged frame is there.
 			hit := uint64(slices.IndexFunc(ends, func(end int) bool { return at < end }))
-			want := slices.DeleteFunc(slices.Clone(all.records), func(r stored) bool { return r.seq == hit })
+			want := slices.DeleteFunc(slices.Clone(all.records), func(r keyed) bool { return r.seq == hit })
 			require.Equal(t, seqs(want), seqs(m.records), "byte %d bit %d: %+v", at, bit, m.damage)
 		}
 	}
@@ -340,13 +340,15 @@ func FuzzReplay(f *testing.F) {
 		again := []byte{}
 		for _, history := range r.live {
 			for _, s := range history {
-				again = append(again, s.frame...)
+				frame, err := log.content.frame(s)
+				require.NoError(t, err)
+				again = append(again, frame...)
 			}
 		}
 		frame, err := entry{Header: &header{Format: format, LastSeq: r.lastSeq}}.frame()
 		require.NoError(t, err)
 		m := scan(append(frame, again...))
 		require.True(t, m.complete, "%+v", m.damage)
-		require.Equal(t, r.live.sandboxes(), replay(newImage("db"), m, "boot-1").live.sandboxes())
+		require.Equal(t, r.live.sandboxes(log.content), replay(newImage("db"), m, "boot-1").live.sandboxes(m.content))
 	})
 }

@@ -50,7 +50,7 @@ func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Sn
 	}
 	r := replay(inDB, inLog, bootID)
 	return &Snapshot{
-		Sandboxes:   r.live.sandboxes(),
+		Sandboxes:   r.live.sandboxes(inLog.content),
 		BootChanged: r.bootChanged,
 		BootSeq:     r.bootSeq,
 		Damage:      slices.Concat(inDB.damage, inLog.damage),

@@ -32,6 +32,9 @@ const (
 	Exited     Kind = "exited"      // pause exited; Data is the exit status
 	Claimed    Kind = "claimed"     // somebody has seen the sandbox, or has it, or it is discarded: Claim says which
 	Owed       Kind = "owed"        // an undo failed and is owed; Error says why, Goal what for. Always durable.
+
+	// Unreadable stands in the place of a record whose bytes were damaged while the ledger was open; Error says how. It is never written.
+	Unreadable Kind = "unreadable"
 )
 
 // Record is one line of the ledger.

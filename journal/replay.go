@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"hash/maphash"
@@ -14,7 +15,8 @@ type image struct {
 	found    bool
 	header   *header // nil if it could not be read
 	newer    bool    // written in a later format than ours: nothing of it is used
-	records  []stored
+	records  []keyed
+	content  logContent     // if it is the log's: the records' frames are there
 	forgot   map[Key]uint64 // highest tombstone of each key
 	lastSeq  uint64         // highest sequence number seen
 	damage   []Damage
@@ -41,11 +43,20 @@ func (m *image) take(e entry, frame []byte) {
 		m.header = e.Header
 		m.lastSeq = max(m.lastSeq, e.Header.LastSeq)
 	case e.Record != nil:
-		m.records = append(m.records, newStored(e.Record, frame))
+		m.records = append(m.records, keyed{e.Record.Key, newStored(e.Record, frame)})
 		m.lastSeq = max(m.lastSeq, e.Record.Seq)
 	case e.Forgot != nil:
 		m.forgot[e.Forgot.Key] = max(m.forgot[e.Forgot.Key], e.Forgot.Seq)
 		m.lastSeq = max(m.lastSeq, e.Forgot.Seq)
+	}
+}
+
+// takeAt files one decoded frame, which is where the log's content has it.
+func (m *image) takeAt(e entry, frame []byte, at int64) {
+	m.take(e, frame)
+	if e.Record != nil {
+		last := &m.records[len(m.records)-1]
+		last.stored = last.loggedAt(at)
 	}
 }
 
@@ -61,13 +72,26 @@ func (m *image) finish() {
 	m.complete = len(m.damage) == 0
 }
 
-// stored is one record as the ledger keeps it in memory: its frame, to rewrite the files with, and what it is sorted by.
+// stored is one record as the ledger keeps it in memory: what it is sorted by, and where its frame is, to rewrite the files with.
 type stored struct {
-	key     Key
 	seq     uint64
 	says    uint64 // equal for records that say the same
+	frame   []byte // nil if it stands in the log
+	at      int64  // where it stands there
+	sum     uint32 // its checksum
 	durable bool
-	frame   []byte
+}
+
+// loggedAt is the record once its frame stands in the log.
+func (s stored) loggedAt(at int64) stored {
+	s.frame, s.at = nil, at
+	return s
+}
+
+// keyed is a record and whose it is.
+type keyed struct {
+	key Key
+	stored
 }
 
 // saying is what makes two records of a sandbox say the same.
@@ -83,7 +107,6 @@ var sayingSeed = maphash.MakeSeed()
 
 func newStored(r *Record, frame []byte) stored {
 	return stored{
-		key: r.Key,
 		seq: r.Seq,
 		says: maphash.Comparable(sayingSeed, saying{
 			kind: r.Kind,
@@ -92,8 +115,9 @@ func newStored(r *Record, frame []byte) stored {
 			typeURL: r.Data.GetTypeUrl(), value: string(r.Data.GetValue()),
 			durable: r.Durable,
 		}),
-		durable: r.Durable,
 		frame:   frame,
+		sum:     frameSum(frame),
+		durable: r.Durable,
 	}
 }
 
@@ -102,9 +126,9 @@ type live map[Key][]stored
 
 // superseded returns the record between the first and the newest of those that say what s says, if there is one:
 // once s is added nobody needs it.
-func (l live) superseded(s stored) (_ stored, ok bool) {
+func (l live) superseded(k Key, s stored) (_ stored, ok bool) {
 	first := true
-	for _, old := range l[s.key] {
+	for _, old := range l[k] {
 		if old.says != s.says || old.seq == s.seq {
 			continue
 		}
@@ -117,42 +141,47 @@ func (l live) superseded(s stored) (_ stored, ok bool) {
 }
 
 // lacking are the durable records that aren't among those of ledger.db, in Seq order.
-func (l live) lacking(inDB []stored) (ops []*operation) {
+func (l live) lacking(inDB []keyed, inLog logContent) (ops []*operation, err error) {
 	there := make(map[uint64]bool, len(inDB))
 	for _, s := range inDB {
 		there[s.seq] = true
 	}
-	for _, history := range l {
+	for k, history := range l {
 		for _, s := range history {
-			if s.durable && !there[s.seq] {
-				ops = append(ops, &operation{key: s.key, put: &s})
+			if !s.durable || there[s.seq] {
+				continue
 			}
+			frame, err := inLog.frame(s)
+			if err != nil {
+				return nil, err
+			}
+			ops = append(ops, &operation{key: k, put: &s, frame: bytes.Clone(frame)}) // clone: it must not hold the whole log in memory
 		}
 	}
 	slices.SortFunc(ops, func(a, b *operation) int { return cmp.Compare(a.put.seq, b.put.seq) })
-	return ops
+	return ops, nil
 }
 
-// add files s, which replaces what it supersedes. Adding a record twice is adding it once.
-func (l live) add(s stored) {
-	h := l[s.key]
+// add files a record of k, which replaces what it supersedes. Adding a record twice is adding it once.
+func (l live) add(k Key, s stored) {
+	h := l[k]
 	at, found := slices.BinarySearchFunc(h, s.seq, bySeq)
 	if found {
 		return
 	}
-	old, superseded := l.superseded(s)
+	old, superseded := l.superseded(k, s)
 	h = slices.Insert(h, at, s)
 	if superseded {
 		at, _ = slices.BinarySearchFunc(h, old.seq, bySeq)
 		h = slices.Delete(h, at, at+1)
 	}
-	l[s.key] = h
+	l[k] = h
 }
 
 func bySeq(s stored, seq uint64) int { return cmp.Compare(s.seq, seq) }
 
-// sandboxes decodes all records, oldest sandbox first.
-func (l live) sandboxes() []Sandbox {
+// sandboxes decodes all records, oldest sandbox first. Those that aren't in memory are in the log's content.
+func (l live) sandboxes(log logContent) []Sandbox {
 	keys := slices.SortedFunc(maps.Keys(l), func(a, b Key) int {
 		return cmp.Compare(l[a][0].seq, l[b][0].seq)
 	})
@@ -160,10 +189,7 @@ func (l live) sandboxes() []Sandbox {
 	for _, k := range keys {
 		sb := Sandbox{Key: k, Records: make([]Record, 0, len(l[k]))}
 		for _, s := range l[k] {
-			// Every frame in memory was decoded when it was read, or encoded by Append.
-			if e, err := decodeFrame(s.frame); err == nil {
-				sb.Records = append(sb.Records, *e.Record)
-			}
+			sb.Records = append(sb.Records, log.record(k, s))
 		}
 		all = append(all, sb)
 	}
@@ -215,7 +241,7 @@ func unite(durable, log *image) live {
 		}
 	}
 	all := slices.Concat(durable.records, log.records)
-	slices.SortStableFunc(all, func(a, b stored) int { return cmp.Compare(a.seq, b.seq) })
+	slices.SortStableFunc(all, func(a, b keyed) int { return cmp.Compare(a.seq, b.seq) })
 
 	l := live{}
 	for _, s := range all {
@@ -225,7 +251,7 @@ func unite(durable, log *image) live {
 		if first, exists := begun[s.key]; durable.complete && (!exists || s.seq < first) {
 			continue // of a sandbox that was forgotten, or of an earlier one with the same id
 		}
-		l.add(s)
+		l.add(s.key, s.stored)
 	}
 	return l
 }

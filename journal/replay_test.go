@@ -17,6 +17,14 @@ type spyFile struct {
 	beforeWrite func() // as the disk is when the log is about to be written
 	fail        error  // writes end with it, after half of the bytes
 	failCut     error  // Truncate ends with it
+	failRead    error  // ReadAt ends with it
+}
+
+func (f *spyFile) ReadAt(b []byte, at int64) (int, error) {
+	if f.failRead != nil {
+		return 0, f.failRead
+	}
+	return f.logFile.ReadAt(b, at)
 }
 
 func (f *spyFile) WriteAt(b []byte, at int64) (int, error) {
@@ -147,7 +155,7 @@ func TestReusedIDAfterLostTombstone(t *testing.T) {
 	frame, err := entry{Record: r}.frame()
 	require.NoError(t, err)
 	s := newStored(r, frame)
-	require.NoError(t, db.commit(*m.header, []*operation{{key: r.Key, put: &s}}))
+	require.NoError(t, db.commit(*m.header, []*operation{{key: r.Key, put: &s, frame: frame}}))
 	require.NoError(t, db.close())
 
 	l = between.open(t)
@@ -278,7 +286,7 @@ func TestBoot(t *testing.T) {
 func TestForgottenWithoutATombstone(t *testing.T) {
 	k := Key{Namespace: "k8s.io", ID: "s1"}
 	log, db := newImage("log"), newImage("db")
-	log.records = []stored{newStored(&Record{Seq: 3, Key: k, Kind: Begun, Durable: true}, nil)}
+	log.records = []keyed{{key: k, stored: stored{seq: 3, durable: true}}}
 	db.complete = true
 	require.Contains(t, forgotten(db, log), k)
 	db.complete = false

@@ -141,6 +141,9 @@ type history struct {
 }
 
 func (h *history) replay(record *journal.Record) error {
+	if record.Kind == journal.Unreadable {
+		return errors.New(record.Error)
+	}
 	if record.Version != definitionVersion {
 		return fmt.Errorf("record %d was written by version %d of the steps, this is %d", record.Seq, record.Version, definitionVersion)
 	}

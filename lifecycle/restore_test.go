@@ -256,10 +256,14 @@ func TestRestartLooksForWhatItUndid(t *testing.T) {
 
 func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 	for name, spoil := range map[string]func([]journal.Record) []journal.Record{
-		"another version":  func(r []journal.Record) []journal.Record { r[3].Version++; return r },
-		"an unknown type":  func(r []journal.Record) []journal.Record { r[2].Data = &journal.Data{TypeURL: "x"}; return r },
-		"an unknown step":  func(r []journal.Record) []journal.Record { r[3].Step = "dance"; return r },
-		"an unknown kind":  func(r []journal.Record) []journal.Record { r[3].Kind = "sung"; return r },
+		"another version": func(r []journal.Record) []journal.Record { r[3].Version++; return r },
+		"an unknown type": func(r []journal.Record) []journal.Record { r[2].Data = &journal.Data{TypeURL: "x"}; return r },
+		"an unknown step": func(r []journal.Record) []journal.Record { r[3].Step = "dance"; return r },
+		"an unknown kind": func(r []journal.Record) []journal.Record { r[3].Kind = "sung"; return r },
+		"damaged bytes": func(r []journal.Record) []journal.Record {
+			r[3] = journal.Record{Seq: r[3].Seq, Key: testKey, Kind: journal.Unreadable, Error: "checksum mismatch"}
+			return r
+		},
 		"no specification": func(r []journal.Record) []journal.Record { return r[1:] },
 		"an unknown state": func(r []journal.Record) []journal.Record {
 			return append(r, journal.Record{Kind: journal.Moved, State: "Dancing", Version: definitionVersion})
