@@ -9,7 +9,8 @@
 //     on tmpfs: one write(2) a record. It is rewritten with only the live sandboxes at Open and when it has outgrown them.
 //
 // In memory a record is only where its frame stands in the log, and what it is sorted by. The log is read when it is rewritten and for
-// Sandboxes. What it doesn't have yet, because it was damaged or missing or an append failed, stays in memory until it is rewritten.
+// Sandboxes. What it doesn't have yet, because it was damaged or missing or an append failed, stays in memory until it is rewritten, and
+// what can wait for ledger.db until it is there.
 //
 // Both hold the same frames: magic, length, CRC32C, JSON. The magic holds bytes that never occur in JSON, so nothing that
 // a pod puts into a record can be mistaken for a frame when a damaged file is searched for the next one.

@@ -170,7 +170,7 @@ func release(f *os.File) error {
 
 // createDurable puts a new ledger.db with the given content in the place of the old one, if there is one.
 // If keep is set, the old one is kept aside under the name that is returned.
-func createDurable(path string, h header, l live, log logContent, keep bool) (_ *durableDB, kept string, retErr error) {
+func createDurable(path string, h header, l live, inLog logContent, keep bool) (_ *durableDB, kept string, retErr error) {
 	temp := path + ".new"
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -193,7 +193,7 @@ func createDurable(path string, h header, l live, log logContent, keep bool) (_ 
 			if !s.durable && i > 0 {
 				continue
 			}
-			frame, err := log.frame(s)
+			frame, err := inLog.frame(s)
 			if err != nil {
 				return nil, "", err
 			}

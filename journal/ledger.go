@@ -122,11 +122,11 @@ func readBootID(path string) (string, error) {
 }
 
 // openDurable goes on with the ledger.db that was found, or makes a new one when it is damaged or missing.
-func (l *Ledger) openDurable(f *os.File, found *image, log logContent) error {
+func (l *Ledger) openDurable(f *os.File, found *image, inLog logContent) error {
 	if found.complete {
 		db, err := attachDurable(f, len(found.records))
 		if err == nil {
-			if l.waiting, err = l.live.lacking(found.records, log); err != nil {
+			if l.waiting, err = l.live.lacking(found.records, inLog); err != nil {
 				return errors.Join(err, db.close())
 			}
 			l.durable = db
@@ -137,7 +137,7 @@ func (l *Ledger) openDurable(f *os.File, found *image, log logContent) error {
 	if f != nil {
 		defer f.Close()
 	}
-	db, kept, err := createDurable(found.path, l.header(), l.live, log, found.found)
+	db, kept, err := createDurable(found.path, l.header(), l.live, inLog, found.found)
 	if err != nil {
 		return err
 	}
@@ -277,10 +277,10 @@ func (l *Ledger) trimLog() {
 }
 
 // Sandboxes returns copies of all records of the sandboxes that are not forgotten, oldest sandbox first: what was found at Open
-// and what was appended since. A record whose bytes in the log were damaged meanwhile is Unreadable.
+// and what was appended since. A record whose bytes in the log were damaged meanwhile is Unreadable, as all in the log are after Close.
 func (l *Ledger) Sandboxes() []Sandbox {
-	live, log := l.copyLive()
-	return live.sandboxes(log) // decodes for milliseconds: not under the lock
+	records, inLog := l.copyLive()
+	return records.sandboxes(inLog) // decodes for milliseconds: not under the lock
 }
 
 // copyLive returns the records with the log that they stand in.

@@ -158,6 +158,8 @@ func (w *sequence) operate(t *testing.T) []crash {
 	l.spy().beforeWrite = func() { between = w.files.image(t) }
 	require.NoError(t, do(context.Background()))
 	after := w.files.image(t)
+	require.True(t, rewritten(t, l))
+	trimmed := w.files.image(t)
 	require.NoError(t, l.Close())
 
 	committed := w.model.committed(e)
@@ -167,11 +169,12 @@ func (w *sequence) operate(t *testing.T) []crash {
 		{when: "in a rewrite of the log", files: rewriting(t, after), model: logged},
 		{when: "in the log", files: torn(t, between, after), model: committed, torn: true},
 		{when: "after", files: after, model: logged},
+		{when: "after a rewrite of the log", files: trimmed, model: logged.opened(false)},
 	}
 	if e.inTransaction() {
 		crashes = append(crashes, crash{when: "between the files", files: between, model: committed})
 	}
-	w.model = logged
+	w.model = logged.opened(false)
 	return crashes
 }
 

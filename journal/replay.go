@@ -180,8 +180,8 @@ func (l live) add(k Key, s stored) {
 
 func bySeq(s stored, seq uint64) int { return cmp.Compare(s.seq, seq) }
 
-// sandboxes decodes all records, oldest sandbox first. Those that aren't in memory are in the log's content.
-func (l live) sandboxes(log logContent) []Sandbox {
+// sandboxes decodes all records, oldest sandbox first. Those that aren't in memory are in the log.
+func (l live) sandboxes(inLog logContent) []Sandbox {
 	keys := slices.SortedFunc(maps.Keys(l), func(a, b Key) int {
 		return cmp.Compare(l[a][0].seq, l[b][0].seq)
 	})
@@ -189,7 +189,7 @@ func (l live) sandboxes(log logContent) []Sandbox {
 	for _, k := range keys {
 		sb := Sandbox{Key: k, Records: make([]Record, 0, len(l[k]))}
 		for _, s := range l[k] {
-			sb.Records = append(sb.Records, log.record(k, s))
+			sb.Records = append(sb.Records, inLog.record(k, s))
 		}
 		all = append(all, sb)
 	}
