@@ -45,26 +45,56 @@ func TestRecordsAreNotKeptInMemory(t *testing.T) {
 	l := d.open(t)
 	begin(t, l, key("a"))
 	before := heapInUse()
-	little := func(when string) {
+	little := func(when string, want int) {
 		t.Helper()
 		require.Less(t, heapInUse()-before, int64(records*size/10), "%s: the log has %d bytes", when, l.log.size)
-		require.Len(t, lines(l.Sandboxes()), records+1)
+		require.Len(t, lines(l.Sandboxes()), want)
 	}
 	for i := range records {
 		mustAppend(t, l, &Record{Key: key("a"), Kind: Noted, Step: fmt.Sprint(i), Durable: i%10 == 0, Data: &Data{Value: make([]byte, size)}})
 	}
-	little("appended")
+	little("appended", records+1)
 	require.True(t, rewritten(t, l))
-	little("rewritten")
+	little("rewritten", records+1)
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Durable: true, CanWait: true})
 	require.NoError(t, l.Close())
 	l = d.open(t)
-	little("opened")
+	require.Len(t, l.waiting, 1)
+	little("opened", records+2)
 	require.NoError(t, l.Close())
 	d.reboot(t, "boot-2")
 	require.NoError(t, os.Remove(d.log()))
 	l = d.open(t)
 	require.Less(t, heapInUse()-before, int64(records*size/100), "opened without a log")
 	require.Len(t, lines(l.Sandboxes()), records/10+1)
+}
+
+// What waits for ledger.db gets there whatever becomes of the log meanwhile.
+func TestWhatWaitsIsInMemory(t *testing.T) {
+	for name, killed := range map[string]bool{"of this daemon": false, "of the one before": true} {
+		t.Run(name, func(t *testing.T) {
+			d := newDirs(t)
+			l := d.open(t)
+			begin(t, l, key("a"))
+			mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Step: "cni", Data: stepData, Durable: true, CanWait: true})
+			want := l.Sandboxes()
+			if killed {
+				require.NoError(t, l.Close())
+				l = d.open(t)
+			}
+			require.True(t, rewritten(t, l))
+			require.NoError(t, os.Truncate(d.log(), 0))
+			mustAppend(t, l, &Record{Key: key("a"), Kind: Done, Step: "cni", Durable: true})
+
+			rebooted := d.image(t)
+			rebooted.reboot(t, "boot-2")
+			require.NoError(t, os.Remove(rebooted.log()))
+			again := rebooted.open(t)
+			require.Empty(t, again.Damage())
+			require.Equal(t, []string{"a begun", "a intent cni", "a done cni"}, lines(again.Sandboxes()))
+			require.Equal(t, want[0].Records, again.Sandboxes()[0].Records[:2])
+		})
+	}
 }
 
 func TestRewriteFromTheLog(t *testing.T) {
