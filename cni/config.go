@@ -33,6 +33,15 @@ type Network struct {
 	Conflist json.RawMessage `json:"conflist"`
 }
 
+// SetsSysctls says whether a plugin of the network is configured to set sysctls in the pod's namespace, as tuning is.
+func (n Network) SetsSysctls() bool {
+	var list struct {
+		Plugins []map[string]json.RawMessage `json:"plugins"`
+	}
+	_ = json.Unmarshal(n.Conflist, &list) // Load has read it before
+	return slices.ContainsFunc(list.Plugins, func(plugin map[string]json.RawMessage) bool { return plugin["sysctl"] != nil })
+}
+
 // conflist is the form that configurations are kept in. Keys at the top of a list that aren't here reach no plugin.
 type conflist struct {
 	Name                   string            `json:"name"`

@@ -3,12 +3,16 @@ package integration
 import (
 	"fmt"
 	"os"
+	osexec "os/exec"
 	"path/filepath"
+	goruntime "runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -365,7 +369,9 @@ for arg; do
 	[ -f "$arg/config.json" ] && bundle=$arg
 done
 if [ "$create" ]; then
-	cgroup=/sys/fs/cgroup/devices$(sed 's/.*"cgroupsPath":"\([^"]*\)".*/\1/' "$bundle/config.json")
+	root=/sys/fs/cgroup
+	[ -d $root/devices ] && root=$root/devices # cgroup v1
+	cgroup=$root$(sed 's/.*"cgroupsPath":"\([^"]*\)".*/\1/' "$bundle/config.json")
 	mkdir -p "$cgroup"
 	unshare --net sleep 60 &
 	echo $! > "$cgroup/cgroup.procs"
@@ -399,5 +405,80 @@ func TestRuntimeThatRunsSomethingBefore(t *testing.T) {
 	require.ErrorContains(t, err, "pause is in network namespace INODE, and what its runtime had started before was in INODE")
 	n.RequireClean(t, before)
 	runOnce(t, n, n.PodConfig("pod"))
+	n.RequireClean(t, before)
+}
+
+// What waits for its turn in a burst starts no runtime any more when containerd stops.
+func TestStopOfABurst(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	require.NoError(t, n.Fault("runc.create", "block"))
+	turns := 2 * goruntime.GOMAXPROCS(0)
+	var burst sync.WaitGroup
+	for i := range 3 * turns {
+		burst.Go(func() { _, _ = n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", i))) })
+	}
+	require.NoError(t, n.Faults.WaitReached(t.Context(), "runc.create", turns))
+	require.NoError(t, n.Stop(t.Context()))
+	burst.Wait()
+	hits, err := n.Faults.Hits("runc.create")
+	require.NoError(t, err)
+	require.Equal(t, turns, hits)
+	require.NoError(t, n.Heal())
+	require.NoError(t, n.Start(t.Context()))
+	n.RequireClean(t, before)
+}
+
+// The network is attached while the runtime makes pause, but for what runc sets in its namespace meanwhile.
+func TestNetworkBesideTheRuntime(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	bridge := n.DefaultChain()[0]
+	for name, tc := range map[string]struct {
+		chain  []harness.Plugin
+		sysctl map[string]string // the pod's
+		beside bool
+	}{
+		"beside it":                  {chain: []harness.Plugin{bridge}, beside: true},
+		"a pod with a sysctl":        {chain: []harness.Plugin{bridge}, sysctl: map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}},
+		"a pod with another sysctl":  {chain: []harness.Plugin{bridge}, sysctl: map[string]string{"kernel.shm_rmid_forced": "1"}, beside: true},
+		"a plugin that sets sysctls": {chain: []harness.Plugin{bridge, {"type": "tuning", "dataDir": filepath.Join(n.Dir(), "tuning"), "sysctl": map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			require.NoError(t, n.SetChain(t.Context(), tc.chain...))
+			require.NoError(t, n.Fault("bridge.ADD", "off"))
+			require.NoError(t, n.Fault("runc.create.after", "1*block"))
+			started := make(chan *harness.Pod, 1)
+			go func() {
+				defer close(started)
+				pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod", func(c *runtime.PodSandboxConfig) { c.Linux.Sysctls = tc.sysctl }))
+				if assert.NoError(t, err) {
+					started <- pod
+				}
+			}()
+			require.NoError(t, n.Faults.WaitReached(t.Context(), "runc.create.after", 1))
+			if tc.beside {
+				require.NoError(t, n.Faults.WaitReached(t.Context(), "bridge.ADD", 1))
+			} else {
+				hits, err := n.Faults.Hits("bridge.ADD")
+				require.NoError(t, err)
+				require.Zero(t, hits)
+			}
+			require.NoError(t, n.Heal())
+			pod := <-started
+			require.NotNil(t, pod)
+			if !tc.beside {
+				pid, err := pod.Pid(t.Context())
+				require.NoError(t, err)
+				value, err := osexec.Command("nsenter", "-t", strconv.Itoa(pid), "-n", "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start").Output()
+				require.NoError(t, err)
+				require.Equal(t, "80\n", string(value))
+			}
+			require.NoError(t, pod.StopAndRemove(t.Context()))
+		})
+	}
+	require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	n.RequireClean(t, before)
 }

@@ -89,6 +89,9 @@ func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter
 				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", f.Name, earlier, errdefs.ErrInvalidArgument)
 			}
 		}
+		if len(f.Takes) > 0 && len(f.Needs) > 0 {
+			return nil, fmt.Errorf("step %q takes an offer, which doesn't wait until what it needs is done: %w", f.Name, errdefs.ErrInvalidArgument)
+		}
 		if f.Deadline <= 0 || f.UndoDeadline <= 0 {
 			return nil, fmt.Errorf("step %q has no deadline: %w", f.Name, errdefs.ErrInvalidArgument)
 		}

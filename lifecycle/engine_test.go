@@ -768,7 +768,11 @@ func TestNewRefusesStepsThatDontFit(t *testing.T) {
 		"wrong order":   func(s []Step) []Step { s[0], s[1] = s[1], s[0]; return s },
 		"needs a later": func(s []Step) []Step { s[0].(*fakeStep).facts.Needs = []states.Event{states.DeclareReady}; return s },
 		"holds itself":  func(s []Step) []Step { s[1].(*fakeStep).facts.Holds = []states.Event{states.RemapSnapshot}; return s },
-		"no deadline":   func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
+		"takes and needs": func(s []Step) []Step {
+			s[2].(*fakeStep).facts.Takes, s[2].(*fakeStep).facts.Needs = []states.Event{states.RemapSnapshot}, []states.Event{states.AllocateIDs}
+			return s
+		},
+		"no deadline": func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := New(spoil(good()), &book{}, DefaultBackoff, nil, nil)

@@ -31,7 +31,7 @@ type stepRecord struct {
 	status         StepStatus
 	touched        bool      // its intent is on record, so it may have acted
 	offer          any       // what it has offered to those that take it; never on record
-	waiting        bool      // it waits for those
+	waiting        bool      // it waits for those; set by the step itself
 	undoing        time.Time // when its undo was begun, where that is on record
 	acting         ActKind   // what is being done with it now; "" for nothing
 	actingSince    time.Time

@@ -20,8 +20,8 @@ const (
 // container: a runtime makes the namespaces first, in processes of that cgroup. The caller closes it. processes returns the pids in the
 // cgroup, none before there is one.
 //
-// Cgroup, user namespace and owner are proven as by [Capture]. Which of the processes becomes pause nobody knows by then, so what is
-// done with the namespace has to be undone unless a later Capture of pause finds the same one.
+// Cgroup, user namespace and owner are proven as by [Capture], and that the process is below the sandbox's shim. Which of the processes
+// becomes pause nobody knows by then, so what is done with the namespace has to be undone unless a later Capture of pause finds the same one.
 //
 // It returns when ctx ends, with its cause; and errors: InvalidArgument for an incomplete Expect, and those of processes.
 func Await(ctx context.Context, expect Expect, processes func() ([]int, error)) (*Handle, error) {
@@ -67,7 +67,7 @@ func look(expect Expect) *Handle {
 		return nil
 	}
 	defer pidfd.Close()
-	if proveCgroup(expect) != nil {
+	if proveDescent(expect) != nil || proveCgroup(expect) != nil {
 		return nil
 	}
 	h, err := proveNamespaces(pidfd, expect)

@@ -30,7 +30,9 @@ func TestAwait(t *testing.T) {
 		"pod on the host's users, only user namespace": {pod: shimOptions{Flags: unix.CLONE_NEWNET}, another: shimOptions{Flags: unix.CLONE_NEWUSER}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p, other := startPod(t, test.pod), startPod(t, test.another)
+			p := startPod(t, test.pod)
+			test.another.ID = p.id
+			other := startPod(t, test.another)
 			other.join(t, p)
 			expect := p.expect()
 			expect.Pid, expect.Alive = 0, nil
@@ -55,6 +57,21 @@ func TestAwait(t *testing.T) {
 			require.NoError(t, captured.Close())
 			require.NoError(t, h.Close())
 			require.LessOrEqual(t, countFDs(t), open, "file descriptors leak")
+		})
+	}
+}
+
+// A process of another pod's may be moved into the cgroup, by an agent that runs as root.
+func TestAwaitPassesOverWhatIsNotTheShims(t *testing.T) {
+	requireRoot(t)
+	for name, flags := range map[string]uintptr{"host users": unix.CLONE_NEWNET, "userns": unix.CLONE_NEWUSER | unix.CLONE_NEWNET} {
+		t.Run(name, func(t *testing.T) {
+			p, other := startPod(t, shimOptions{Flags: flags}), startPod(t, shimOptions{Flags: flags})
+			other.join(t, p)
+			h, err := Await(t.Context(), p.expect(), func() ([]int, error) { return []int{other.pid, p.pid}, nil })
+			require.NoError(t, err)
+			require.Equal(t, p.netnsInode(t), h.Inode())
+			require.NoError(t, h.Close())
 		})
 	}
 }

@@ -2,6 +2,7 @@ package netns
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -37,6 +38,7 @@ type shimOptions struct {
 	LeaveZombie  bool    // don't reap pause
 	ShimInNetNS  bool    // start pause from a network namespace that the host's user namespace owns
 	ShimInUserNS bool    // run the shim itself in a user namespace
+	ID           string  // of the sandbox; if it is another pod's, pause is in no cgroup of its own
 }
 
 func (o shimOptions) ids() []IDMap {
@@ -128,7 +130,7 @@ type pod struct {
 
 func startPod(t *testing.T, o shimOptions) *pod {
 	t.Helper()
-	id := "pod" + strconv.Itoa(os.Getpid()) + filepath.Base(t.TempDir())
+	id := cmp.Or(o.ID, "pod"+strconv.Itoa(os.Getpid())+filepath.Base(t.TempDir()))
 	options, err := json.Marshal(o)
 	require.NoError(t, err)
 
@@ -154,7 +156,9 @@ func startPod(t *testing.T, o shimOptions) *pod {
 	})
 	p.pid, err = strconv.Atoi(p.line(t))
 	require.NoError(t, err)
-	p.enterCgroup(t)
+	if o.ID == "" {
+		p.enterCgroup(t)
+	}
 	return p
 }
 

@@ -36,22 +36,46 @@ func proveParent(e Expect) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	return parent, proveShim(e, parent)
+}
+
+// mostBetween is how many processes may stand between the shim and what its runtime starts: the runtime, and what wraps it.
+const mostBetween = 4
+
+// proveDescent proves that a process is below the sandbox's shim. While a runtime is at work it stands in between.
+func proveDescent(e Expect) error {
+	pid := e.Pid
+	for range mostBetween + 1 {
+		parent, err := parentOf(pid)
+		if err != nil {
+			return err
+		}
+		if proveShim(e, parent) == nil {
+			return nil
+		}
+		pid = parent
+	}
+	return violated(proofParent, e, "it is not below the sandbox's shim")
+}
+
+// proveShim proves that a process is the sandbox's shim.
+func proveShim(e Expect, parent int) error {
 	argv, err := os.ReadFile(procPath(parent, "cmdline"))
 	if err != nil {
-		return 0, violated(proofParent, e, "its parent %d can't be read: %v", parent, err)
+		return violated(proofParent, e, "its parent %d can't be read: %v", parent, err)
 	}
 	args := strings.Split(strings.TrimSuffix(string(argv), "\x00"), "\x00")
 	if !hasFlag(args, "-namespace", e.Namespace) || !hasFlag(args, "-id", e.ID) {
-		return 0, violated(proofParent, e, "its parent %d is not the sandbox's shim", parent)
+		return violated(proofParent, e, "its parent %d is not the sandbox's shim", parent)
 	}
 	user, err := statNS(procPath(parent, "ns/user"))
 	if err != nil {
-		return 0, violated(proofParent, e, "the user namespace of its parent %d can't be read: %v", parent, err)
+		return violated(proofParent, e, "the user namespace of its parent %d can't be read: %v", parent, err)
 	}
 	if user != host.user {
-		return 0, violated(proofParent, e, "its parent %d is not in the host's user namespace", parent)
+		return violated(proofParent, e, "its parent %d is not in the host's user namespace", parent)
 	}
-	return parent, nil
+	return nil
 }
 
 // proveSameParent proves that what proveParent has read was the parent's. No pidfd holds the parent, but still being the parent

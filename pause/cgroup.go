@@ -32,7 +32,9 @@ func hierarchies() ([]*mountinfo.Info, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
 	}
-	knownHierarchies.Store(&mounts)
+	if len(mounts) > 0 {
+		knownHierarchies.Store(&mounts)
+	}
 	return mounts, nil
 }
 
@@ -78,21 +80,22 @@ func mainHierarchy() (string, error) {
 
 // cgroupDir is where a cgroup is below the root of its hierarchy.
 func cgroupDir(cgroupsPath string) (string, error) {
-	if slice, rest, ok := strings.Cut(cgroupsPath, ":"); ok { // the systemd driver's
-		prefix, name, _ := strings.Cut(rest, ":")
-		// systemd.slice(5): a slice is in those that its name is made of, "a-b.slice" in "a.slice".
-		var dir string
-		for i, r := range slice + "-" {
-			if r == '-' {
-				dir = filepath.Join(dir, strings.TrimSuffix(slice[:i], ".slice")+".slice")
-			}
-		}
-		return filepath.Join(dir, prefix+"-"+name+".scope"), nil
+	if filepath.IsAbs(cgroupsPath) {
+		return cgroupsPath, nil
 	}
-	if !filepath.IsAbs(cgroupsPath) {
+	slice, rest, ok := strings.Cut(cgroupsPath, ":")
+	if !ok {
 		return "", fmt.Errorf("cgroup %q is below one that is not known: %w", cgroupsPath, errdefs.ErrNotFound)
 	}
-	return cgroupsPath, nil
+	// The systemd driver's. A slice is in those that its name is made of, "a-b.slice" in "a.slice" (systemd.slice(5)).
+	prefix, name, _ := strings.Cut(rest, ":")
+	var dir string
+	for i, r := range slice + "-" {
+		if r == '-' {
+			dir = filepath.Join(dir, strings.TrimSuffix(slice[:i], ".slice")+".slice")
+		}
+	}
+	return filepath.Join(dir, prefix+"-"+name+".scope"), nil
 }
 
 // processesIn reads the pids in a cgroup.

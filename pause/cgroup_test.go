@@ -86,6 +86,7 @@ func TestProcesses(t *testing.T) {
 func TestCgroupDir(t *testing.T) {
 	for path, want := range map[string]string{
 		"/kubepods/pod1/id": "/kubepods/pod1/id",
+		"/kubepods/a:b/id":  "/kubepods/a:b/id",
 		"kubepods-besteffort-pod1.slice:cri-containerd:id": "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-id.scope",
 		"system.slice:cri-containerd:id":                   "system.slice/cri-containerd-id.scope",
 	} {

@@ -3,7 +3,9 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -14,6 +16,7 @@ import (
 	"github.com/opencontainers/selinux/go-selinux"
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
@@ -69,21 +72,23 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	if waited := time.Since(asked); waited > time.Millisecond {
 		trace.SpanFromContext(ctx).SetAttributes(tracing.PauseWaited.Float64(waited.Seconds()))
 	}
+	if ctx.Err() != nil { // nothing is half made yet
+		return context.Cause(ctx)
+	}
 	ctx, cancel := outlast(ctx, startGrace)
 	defer cancel()
 	making, made := context.WithCancel(ctx)
-	defer made()
-	lent := func() *netns.Handle { return nil }
-	if lendsNamespaces(r.Spec.(*Spec), request.Spec.OCI) {
-		lent = lend(making, r, *result)
-	}
+	lent := s.lend(making, r, *result, request.Spec.OCI)
+	defer func() {
+		made()
+		if early := lent(); early != nil {
+			early.Close()
+		}
+	}()
 	result.Pid, err = s.containers.CreateTask(ctx, request.ID, r.Spec.(*Spec).RuntimePath)
 	done()
 	made()
 	early := lent()
-	if early != nil {
-		defer early.Close()
-	}
 	if err != nil {
 		return err
 	}
@@ -101,7 +106,7 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 
 // lend offers the network namespace of a pause that its runtime is still making. lent waits until that is captured, or making has ended
 // without one, and returns it. It is no error when the creation has failed by then: pause comes to its end.
-func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() *netns.Handle) {
+func (s *startPause) lend(making context.Context, r *lifecycle.Run, p Pause, oci *specs.Spec) (lent func() *netns.Handle) {
 	var handle *netns.Handle
 	captured, done := func() error { return nil }, make(chan struct{})
 	go func() {
@@ -111,6 +116,9 @@ func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() *netns
 				log.G(making).WithField("panic", p).Error("podfsm: the namespaces of a pause in the making can't be found")
 			}
 		}()
+		if !s.lendsNamespaces(r.Spec.(*Spec), oci) {
+			return
+		}
 		found, err := netns.Await(making, expect(r, p), func() ([]int, error) { return pause.Processes(p.CgroupPath) })
 		if err == nil {
 			handle, captured = found, r.Offer(&offeredPause{p, found})
@@ -118,11 +126,11 @@ func lend(making context.Context, r *lifecycle.Run, p Pause) (lent func() *netns
 			log.G(making).WithError(err).Debug("podfsm: the network waits until pause is created")
 		}
 	}()
-	return func() *netns.Handle {
+	return sync.OnceValue(func() *netns.Handle {
 		<-done
 		_ = captured()
 		return handle
-	}
+	})
 }
 
 // proveLent proves that a namespace that was lent is that of the process which containerd says is pause.
@@ -140,13 +148,14 @@ func (s *startPause) proveLent(ctx context.Context, r *lifecycle.Run, p Pause, e
 }
 
 // lendsNamespaces says whether the namespaces of a pause may be used while it is still being created. Only runc's shim is known to make them
-// in processes of pause's cgroup. And what changes its network namespace by the OCI specification has to come before CNI, as ever: an
-// interface takes on the settings that are there when it is made.
-func lendsNamespaces(spec *Spec, oci *specs.Spec) bool {
-	if spec.OnNodeNetwork() || spec.NetNSPath != "" { // there is none to capture
+// in processes of pause's cgroup. And what changes the network namespace by the OCI specification has to come before CNI, as ever: an
+// interface takes on the settings that are there when it is made. The node's own defaults (unprivileged ports and pings) matter only to a
+// plugin that sets the same.
+func (s *startPause) lendsNamespaces(spec *Spec, oci *specs.Spec) bool {
+	switch {
+	case spec.OnNodeNetwork() || spec.NetNSPath != "": // there is none to capture
 		return false
-	}
-	if spec.RuntimeType != plugins.RuntimeRuncV2 || oci.Hooks != nil || len(oci.Linux.NetDevices) > 0 {
+	case spec.RuntimeType != plugins.RuntimeRuncV2 || oci.Hooks != nil || len(oci.Linux.NetDevices) > 0:
 		return false
 	}
 	for name := range spec.Config.GetLinux().GetSysctls() {
@@ -154,17 +163,20 @@ func lendsNamespaces(spec *Spec, oci *specs.Spec) bool {
 			return false
 		}
 	}
-	return true
+	networks, err := cni.Load(networkConfig(s.stock, spec))
+	return err == nil && !slices.ContainsFunc(networks, cni.Network.SetsSysctls)
 }
 
-// outlast is ctx, but ends a while after it.
+// outlast is ctx, a step's, but ends a while after it when that is cancelled, though not after its deadline.
 func outlast(ctx context.Context, grace time.Duration) (context.Context, context.CancelFunc) {
 	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	deadline, _ := ctx.Deadline() // every step has one
+	timely, end := context.WithDeadline(longer, deadline)
 	stop := context.AfterFunc(ctx, func() {
 		timer := time.AfterFunc(grace, func() { cancel(context.Cause(ctx)) })
 		context.AfterFunc(longer, func() { timer.Stop() })
 	})
-	return longer, func() { stop(); cancel(context.Canceled) }
+	return timely, func() { stop(); end(); cancel(context.Canceled) }
 }
 
 // describe builds pause's container, and makes nothing.
