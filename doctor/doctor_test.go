@@ -43,8 +43,9 @@ func wellNode(t *testing.T) Node {
 	n := Node{
 		Proc: filepath.Join(dir, "proc"), Sys: "/sys", Etc: filepath.Join(dir, "etc"), SystemdDir: filepath.Join(dir, "systemd"),
 		Daemon: 7, Root: dir, State: dir, Strategies: strategies(StrategyIDMap, "metacopy"),
-		Refusal: func() error { return nil },
-		Ledger:  func() (Ledger, error) { return Ledger{Dirs: []string{dir}}, nil },
+		Refusal:  func() error { return nil },
+		Draining: func() (time.Time, bool) { return time.Time{}, false },
+		Ledger:   func() (Ledger, error) { return Ledger{Dirs: []string{dir}}, nil },
 	}
 	write(t, n.proc("sys/kernel/osrelease"), "6.18.44-generic\n")
 	write(t, n.proc("sys/user/max_user_namespaces"), "15000\n")
@@ -165,6 +166,9 @@ func TestChecks(t *testing.T) {
 		{name: "ledger that was damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log.damaged-3", ""}}}, nil), verdict: Warn, evidence: "damaged: /x/ledger.log.damaged-3", remedy: "rm /x/ledger.log.damaged-3"},
 		{name: "debts", look: debts, change: ledgerWith(Ledger{Owed: 3}, nil), verdict: Warn, evidence: "is owed: 3", remedy: "podfsm debts"},
 		{name: "podfsm that is degraded", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = func() error { return errors.New("bad option") } }, verdict: Fail, evidence: "bad option", remedy: "restart containerd"},
+		{name: "podfsm that is being drained", look: controller, change: func(_ *testing.T, n *Node) {
+			n.Draining = func() (time.Time, bool) { return time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC), true }
+		}, verdict: Fail, evidence: "drained since 2026-03-01T12:00:00Z", remedy: "podfsm drain --cancel"},
 		{name: "podfsm that is down", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = nil }, verdict: Unknown, evidence: "down", remedy: "start containerd"},
 		{name: "configuration that isn't known", look: runtimes, change: func(_ *testing.T, n *Node) { without(n) }, verdict: Unknown, evidence: "configuration", remedy: "start containerd"},
 	} {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 )
 
 // controller says whether podfsm itself runs pods.
@@ -13,6 +14,10 @@ func controller(_ context.Context, n Node) []Finding {
 	}
 	if err := n.Refusal(); err != nil {
 		return []Finding{fail(NoPods, err.Error(), "correct what it names and restart containerd: until then podfsm refuses every pod")}
+	}
+	if since, draining := n.Draining(); draining {
+		return []Finding{fail(NoPods, fmt.Sprintf("it is being drained since %s and takes no new pods", since.Format(time.RFC3339)),
+			"podfsm drain --cancel, unless the node is on its way to a containerd without podfsm")}
 	}
 	return []Finding{ok("it runs pods")}
 }

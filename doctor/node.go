@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/userns"
@@ -26,6 +27,8 @@ type Node struct {
 	Strategies func(ctx context.Context, dir string) ([]Strategy, error)
 	// Refusal says why podfsm runs no pods at all; nil when all is well. Nil while the daemon is down.
 	Refusal func() error
+	// Draining says whether new pods are refused because the node is being drained, and since when.
+	Draining func() (since time.Time, draining bool)
 	// Ledger reads how the ledger is.
 	Ledger func() (Ledger, error)
 }

@@ -44,9 +44,10 @@ func (a *api) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListRe
 			return nil, errgrpc.ToGRPC(err)
 		}
 	}
+	since, draining := a.controller.drain.settledSince() // before the list: after it, a pod that came between would be missed
 	response := records.List(engine.List(), ended...)
-	if since := a.controller.drain.since.Load(); since != nil {
-		response.DrainingSince = timestamppb.New(*since)
+	if draining {
+		response.DrainingSince = timestamppb.New(since)
 	}
 	return response, nil
 }
@@ -105,7 +106,11 @@ func (a *api) Leaks(ctx context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.Le
 
 // Drain begins or ends the drain, also where podfsm can't run pods.
 func (a *api) Drain(ctx context.Context, r *podfsmv1.DrainRequest) (*podfsmv1.DrainResponse, error) {
-	if err := a.controller.drain.set(!r.GetCancel()); err != nil {
+	change := func() error { return a.controller.drain.begin(ctx) }
+	if r.GetCancel() {
+		change = a.controller.drain.end
+	}
+	if err := change(); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	log.G(ctx).WithField("draining", !r.GetCancel()).Info("podfsm: somebody has asked for a drain, or for its end")

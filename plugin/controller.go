@@ -254,9 +254,14 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 
 // Create accepts a sandbox. Nothing of it is made yet.
 func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) error {
-	if err := c.takesPods(); err != nil {
+	if err := c.well(); err != nil {
 		return err
 	}
+	left, err := c.drain.enter()
+	if err != nil {
+		return err
+	}
+	defer left()
 	var options sandbox.CreateOptions
 	for _, opt := range opts {
 		if err := opt(&options); err != nil {

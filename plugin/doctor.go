@@ -51,6 +51,7 @@ func (c *Controller) callDoctor(ic *plugin.InitContext) {
 		Config:     c.examined(ic, config),
 		Strategies: doctor.TryStrategies,
 		Refusal:    c.refused,
+		Draining:   c.drain.draining,
 		Ledger:     func() (doctor.Ledger, error) { return c.examineLedger(rootDir, stateDir) },
 	})
 	if c.node != nil {

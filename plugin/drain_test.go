@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"testing"
@@ -11,6 +12,7 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/journal"
 )
 
 func TestDrain(t *testing.T) {
@@ -18,11 +20,11 @@ func TestDrain(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "podfsm")
 	require.NoError(t, w.drain.open(dir))
 	service := &api{controller: w.Controller}
-	draining := func(d *drain) bool { return d.since.Load() != nil }
 	reopened := func() bool {
 		var d drain
 		require.NoError(t, d.open(dir))
-		return draining(&d)
+		_, draining := d.draining()
+		return draining
 	}
 	w.run(t, "s1", named("before"))
 	require.False(t, reopened())
@@ -39,7 +41,7 @@ func TestDrain(t *testing.T) {
 	list, err := service.List(t.Context(), &podfsmv1.ListRequest{})
 	require.NoError(t, err)
 	require.Len(t, list.GetSandboxes(), 1)
-	require.WithinDuration(t, *w.drain.since.Load(), list.GetDrainingSince().AsTime(), 0)
+	require.WithinDuration(t, w.drain.since, list.GetDrainingSince().AsTime(), 0)
 	require.NoError(t, w.Shutdown(inCRI(t), "s1"), "sandboxes end as ever")
 
 	for range 2 {
@@ -53,6 +55,43 @@ func TestDrain(t *testing.T) {
 	require.Nil(t, list.GetDrainingSince())
 }
 
+// A pod that was let in just before is on record before the drain says that it has begun.
+func TestDrainWaitsForWhoWasLetIn(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.drain.open(t.TempDir()))
+	service := &api{controller: w.Controller}
+	reached, release := w.book.waitAt(journal.Begun)
+	created := make(chan error, 1)
+	go func() { created <- w.create(t, "s1", named("late")) }()
+	<-reached
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := service.Drain(ctx, &podfsmv1.DrainRequest{})
+	require.Equal(t, codes.Canceled, grpcstatus.Code(err))
+	require.True(t, errdefs.IsUnavailable(w.create(t, "s2", named("later"))), "nobody else is let in")
+	list, err := service.List(t.Context(), &podfsmv1.ListRequest{})
+	require.NoError(t, err)
+	require.Nil(t, list.GetDrainingSince(), "nobody may go by a list that isn't complete yet")
+
+	drained := make(chan error, 2)
+	for range 2 {
+		go func() {
+			_, err := service.Drain(t.Context(), &podfsmv1.DrainRequest{})
+			drained <- err
+		}()
+	}
+	close(release)
+	require.NoError(t, <-created)
+	for range 2 {
+		require.NoError(t, <-drained)
+	}
+	list, err = service.List(t.Context(), &podfsmv1.ListRequest{})
+	require.NoError(t, err)
+	require.NotNil(t, list.GetDrainingSince())
+	require.Len(t, list.GetSandboxes(), 1)
+}
+
 // What can't be written isn't claimed.
 func TestDrainThatCannotBeKept(t *testing.T) {
 	service := &api{controller: &Controller{}}
@@ -63,6 +102,7 @@ func TestDrainThatCannotBeKept(t *testing.T) {
 	var d drain
 	require.NoError(t, d.open(file))
 	require.NoError(t, os.WriteFile(file, nil, 0o600)) // where the directory should be
-	require.ErrorContains(t, d.set(true), "failed to begin the drain")
-	require.Nil(t, d.since.Load())
+	require.ErrorContains(t, d.begin(t.Context()), "failed to begin the drain")
+	_, draining := d.draining()
+	require.False(t, draining)
 }

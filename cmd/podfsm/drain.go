@@ -26,8 +26,7 @@ import (
 
 const (
 	drainWait = 10 * time.Minute
-	// drainPoll is between two looks at what is left. Two in a row have to find
-	// nothing: a pod that was admitted just before may come yet.
+	// drainPoll is between two looks at what is left.
 	drainPoll = time.Second
 	// endTimeout bounds the stop and the removal of one sandbox. The daemon's own
 	// deadlines, which say more, are shorter.
@@ -119,14 +118,15 @@ func explainDrain(err error) error {
 // undrainedError says that the node can't do without podfsm yet.
 type undrainedError struct{ error }
 
-// awaitDrained waits until no sandbox is left, and tells of each that goes. With
-// force it ends each of them, once.
+// awaitDrained waits until no sandbox is left, and tells of each that goes: since
+// the daemon has begun the drain, none comes. With force it ends each of them,
+// once.
 func awaitDrained(ctx context.Context, cmd *cli.Command, force bool) error {
 	w := cmd.Root().Writer
 	deadline := time.Now().Add(cmd.Duration("wait"))
 	var before []*podfsmv1.Sandbox
 	tried := map[string]bool{}
-	for looks := 0; ; looks++ {
+	for first := true; ; first = false {
 		response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
 		if err != nil {
 			return explainDrain(err)
@@ -136,15 +136,15 @@ func awaitDrained(ctx context.Context, cmd *cli.Command, force bool) error {
 		switch {
 		case response.GetDrainingSince() == nil:
 			return undrainedError{errors.New("somebody has ended the drain: podfsm takes new pods")}
-		case looks > 0 && len(before)+len(left) == 0:
+		case len(left) == 0:
 			_, err := fmt.Fprintln(w, "drained: podfsm has no sandboxes")
 			return err
-		case looks == 0 && len(left) > 0:
+		case first:
 			fmt.Fprintf(w, "waiting for %s:\n", count(left))
 			if err := writeList(w, left, false, false, time.Now()); err != nil {
 				return err
 			}
-		case time.Now().After(deadline) && len(left) > 0:
+		case time.Now().After(deadline):
 			return stillThere(w, left)
 		}
 		if force {

@@ -3,12 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
 	"github.com/urfave/cli/v3"
+	"google.golang.org/protobuf/types/known/timestamppb"
 	"k8s.io/apimachinery/pkg/util/duration"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
@@ -52,7 +54,10 @@ type ledger struct {
 	journal.Snapshot
 	views []lifecycle.View
 	ended []*podfsmv1.InspectResponse
-	host  leaks.Host
+	// draining is when a drain began that the next daemon goes on with; nil for
+	// none.
+	draining *timestamppb.Timestamp
+	host     leaks.Host
 }
 
 // readLedger reads the ledger if err says that the daemon is down, and tells
@@ -76,6 +81,10 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %v\n", err)
 	}
+	draining, err := drainingSince(root)
+	if err != nil {
+		fmt.Fprintf(w, "podfsm: %v\n", err)
+	}
 	fmt.Fprintf(w, "podfsm: %v\n", down)
 	fmt.Fprintf(w, "podfsm: the daemon is down; this is its ledger, last written %s ago\n", duration.HumanDuration(time.Since(saved.Written)))
 	for _, damage := range saved.Damage {
@@ -85,6 +94,7 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 		Snapshot: *saved,
 		views:    views,
 		ended:    ended,
+		draining: draining,
 		host: leaks.Host{
 			// The daemon's configuration says which of them; podfsm's names are in no other.
 			NetNSDirs: []string{"/var/run/netns", filepath.Join(state, criDir, "netns")},
@@ -117,11 +127,25 @@ func explainLedger(down downError, root, state string, err error) error {
 	return fmt.Errorf("%w\nand its ledger can't be read: %w", down, err)
 }
 
-func (l *ledger) list(ended bool) *podfsmv1.ListResponse {
-	if ended {
-		return records.List(l.views, l.ended...)
+func drainingSince(root string) (*timestamppb.Timestamp, error) {
+	info, err := os.Stat(filepath.Join(root, ledgerDir, records.DrainFile))
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("failed to find out whether the node is being drained: %w", err)
 	}
-	return records.List(l.views)
+	return timestamppb.New(info.ModTime()), nil
+}
+
+func (l *ledger) list(ended bool) *podfsmv1.ListResponse {
+	var past []*podfsmv1.InspectResponse
+	if ended {
+		past = l.ended
+	}
+	response := records.List(l.views, past...)
+	response.DrainingSince = l.draining
+	return response
 }
 
 func (l *ledger) inspect(ref string) (*podfsmv1.InspectResponse, error) {

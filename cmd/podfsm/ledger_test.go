@@ -93,6 +93,12 @@ func TestDaemonDown(t *testing.T) {
 	out, _, err = d.podfsm(t, "ps", "-o", "json")
 	require.NoError(t, err)
 	require.Contains(t, out, `"state": "IDsAllocated"`)
+	require.NotContains(t, out, "draining")
+
+	require.NoError(t, os.WriteFile(filepath.Join(d.root, ledgerDir, records.DrainFile), nil, 0o600))
+	_, errOut, err = d.podfsm(t, "ps")
+	require.NoError(t, err)
+	require.Regexp(t, `(?m)^podfsm: no new pods are taken since \d+s ago`, errOut)
 	out, _, err = d.podfsm(t, "inspect", "half")
 	require.NoError(t, err)
 	require.Regexp(t, `remap_snapshot +running`, out)

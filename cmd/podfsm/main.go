@@ -110,6 +110,9 @@ func psCommand() *cli.Command {
 			if output == "json" {
 				return writeJSON(cmd.Root().Writer, response)
 			}
+			if since := response.GetDrainingSince(); since != nil {
+				fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: no new pods are taken since %s ago (podfsm drain --cancel ends that)\n", age(since, time.Now()))
+			}
 			return writeList(cmd.Root().Writer, response.GetSandboxes(), all, output == "wide", time.Now())
 		},
 	}

@@ -518,7 +518,7 @@ type ListResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Sandboxes []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	// Since when new pods have been refused because of Drain. Absent while they
-	// are taken.
+	// are taken, or one that was taken before isn't among the sandboxes yet.
 	DrainingSince *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=draining_since,json=drainingSince,proto3" json:"draining_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

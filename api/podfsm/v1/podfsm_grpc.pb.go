@@ -68,8 +68,9 @@ type SandboxesClient interface {
 	// for its tries is gone when it answers.
 	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
 	// Drain has the daemon refuse new pods of podfsm's handlers, also after a
-	// restart, or take them again. Sandboxes that there are stay as they are. It
-	// fails, and changes nothing, when that can't be written to disk.
+	// restart, or take them again. Sandboxes that there are stay as they are, and
+	// when it has answered, every one that there can be is listed. It fails, and
+	// changes nothing, when that can't be written to disk.
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 }
 
@@ -192,8 +193,9 @@ type SandboxesServer interface {
 	// for its tries is gone when it answers.
 	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
 	// Drain has the daemon refuse new pods of podfsm's handlers, also after a
-	// restart, or take them again. Sandboxes that there are stay as they are. It
-	// fails, and changes nothing, when that can't be written to disk.
+	// restart, or take them again. Sandboxes that there are stay as they are, and
+	// when it has answered, every one that there can be is listed. It fails, and
+	// changes nothing, when that can't be written to disk.
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
