@@ -1,0 +1,121 @@
+package plugin
+
+import (
+	"bytes"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"testing"
+
+	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/plugin/registry"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/stretchr/testify/require"
+)
+
+// snippets are the pieces of containerd's configuration in the pages and in what is installed, by where they are.
+func snippets(t *testing.T) map[string][]string {
+	pages, err := filepath.Glob("../docs/*.md")
+	require.NoError(t, err)
+	found := map[string][]string{}
+	for _, page := range append(pages, "../README.md") {
+		text, err := os.ReadFile(page)
+		require.NoError(t, err)
+		for _, block := range regexp.MustCompile("(?ms)^ *```toml\n(.*?)^ *```").FindAllStringSubmatch(string(text), -1) {
+			found[page] = append(found[page], block[1])
+		}
+	}
+	installed, err := os.ReadFile("../deploy/conf.d/podfsm.toml")
+	require.NoError(t, err)
+	found["../deploy/conf.d/podfsm.toml"] = []string{string(installed)}
+	return found
+}
+
+// strictly decodes TOML, and fails for a key that the type doesn't have.
+func strictly(t *testing.T, text []byte, into any) {
+	t.Helper()
+	require.NoError(t, toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(into), "%s", text)
+}
+
+// sections are the types of the sections that containerd's own plugins have.
+func sections() map[string]reflect.Type {
+	types := map[string]reflect.Type{}
+	for _, r := range registry.Graph(nil) {
+		if config := reflect.TypeOf(r.Config); config != nil && config.Kind() == reflect.Pointer && config != reflect.TypeFor[*section]() {
+			types[r.URI()] = config.Elem()
+		}
+	}
+	return types
+}
+
+// usable fails where podfsm would not run pods with its own options.
+func usable(t *testing.T, options map[string]any) {
+	t.Helper()
+	s := sectionOf(defaultConfig())
+	maps.Copy(*s, options)
+	config, err := optionsOf(s)
+	require.NoError(t, err)
+	_, err = config.timeouts()
+	require.NoError(t, err)
+	_, err = config.gc()
+	require.NoError(t, err)
+	all, err := config.policies(stockWith(func(stock *stockConfig) {
+		for name := range config.UserNS {
+			stock.Containerd.Runtimes[name] = handler{Sandboxer: Name}
+		}
+	}))
+	require.NoError(t, err)
+	_, err = config.Pool.open(all, t.TempDir())
+	require.NoError(t, err)
+}
+
+// What the pages show of containerd's configuration can be put into it as it stands: containerd and podfsm know every section and option,
+// and podfsm takes the values of its own. Where a page says that it shows the defaults, it does.
+func TestSnippetsInTheDocs(t *testing.T) {
+	const snapshotterURI = "io.containerd.snapshotter.v1." + Name
+	types, count, defaults := sections(), map[string]int{}, 0
+	for where, blocks := range snippets(t) {
+		for _, block := range blocks {
+			var file server.Config
+			strictly(t, []byte(block), &file)
+			for uri, values := range file.Plugins {
+				count[uri]++
+				given := section(values.(map[string]any))
+				switch uri {
+				case URI:
+					usable(t, given)
+					if _, all := given["cni_gc"]; all {
+						defaults++
+						require.Equal(t, stringsOf(*sectionOf(defaultConfig())), stringsOf(given), where)
+					}
+				case snapshotterURI:
+					_, err := snapshotterOptionsOf(&given)
+					require.NoError(t, err, where)
+					defaults++
+					require.Equal(t, stringsOf(*sectionOf(defaultSnapshotterConfig())), stringsOf(given), where)
+				default:
+					require.Contains(t, types, uri, "%s shows a section that nobody has", where)
+					text, err := toml.Marshal(values)
+					require.NoError(t, err)
+					strictly(t, text, reflect.New(types[uri]).Interface())
+				}
+			}
+		}
+	}
+	require.Equal(t, 2, defaults)
+	require.GreaterOrEqual(t, count["io.containerd.cri.v1.runtime"], 6)
+	require.GreaterOrEqual(t, count[URI], 5)
+}
+
+// stringsOf are the options of a section that are strings.
+func stringsOf(s section) map[string]string {
+	found := map[string]string{}
+	for key, value := range s {
+		if text, ok := value.(string); ok {
+			found[key] = text
+		}
+	}
+	return found
+}
