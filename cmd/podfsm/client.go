@@ -71,6 +71,10 @@ func (d *daemon) explain(err error) error {
 // stockError says that a containerd without podfsm has answered.
 type stockError struct{ error }
 
+// unavailableError says that a daemon with podfsm can't answer: it is degraded,
+// or about to end.
+type unavailableError struct{ error }
+
 // dialer connects to one socket and keeps the error when that fails, because
 // gRPC hands it on only as a text.
 type dialer struct {
@@ -107,7 +111,7 @@ func explainCall(address string, timeout time.Duration, err error) error {
 	case codes.DeadlineExceeded:
 		return fmt.Errorf("no answer from the daemon at %s within %s", address, timeout)
 	case codes.Unavailable:
-		return fmt.Errorf("the daemon at %s is unavailable: %s", address, message)
+		return unavailableError{fmt.Errorf("the daemon at %s is unavailable: %s", address, message)}
 	case codes.Internal, codes.Unknown:
 		return fmt.Errorf("the daemon at %s failed: %s", address, message)
 	}

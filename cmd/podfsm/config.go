@@ -94,16 +94,8 @@ func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, 
 	}{"overlayfs"}
 	var own ownConfig
 	for section, into := range map[string]any{runtimeSection: &runtime, imagesSection: &images, podfsmSection: &own} {
-		values, set := file.Plugins[section]
-		if !set {
-			continue
-		}
-		text, err := toml.Marshal(values)
-		if err == nil {
-			err = toml.Unmarshal(text, into)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("failed to read the section %s of %s: %w", section, path, err)
+		if err := readSection(&file, section, into); err != nil {
+			return nil, err
 		}
 	}
 	config := &doctor.Config{
@@ -124,6 +116,22 @@ func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, 
 		}
 	}
 	return config, nil
+}
+
+// readSection reads what a configuration says of a plugin, if anything.
+func readSection(config *server.Config, section string, into any) error {
+	values, set := config.Plugins[section]
+	if !set {
+		return nil
+	}
+	text, err := toml.Marshal(values)
+	if err == nil {
+		err = toml.Unmarshal(text, into)
+	}
+	if err != nil {
+		return fmt.Errorf("failed to read the section %s of containerd's configuration: %w", section, err)
+	}
+	return nil
 }
 
 func (c runtimeConfig) handler(name string, h handlerConfig) doctor.Handler {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
@@ -59,11 +60,12 @@ func drainCommand() *cli.Command {
 			if force && check || force && cancel || check && cancel {
 				return errors.New("drain takes one of --force, --check and --cancel")
 			}
-			if err := findDaemon(ctx, cmd); err != nil {
+			config, err := findDaemon(ctx, cmd)
+			if err != nil {
 				return err
 			}
 			if check {
-				return checkDrained(ctx, cmd)
+				return checkDrained(ctx, cmd, config)
 			}
 			if _, err := call(ctx, cmd, podfsmv1.SandboxesClient.Drain, &podfsmv1.DrainRequest{Cancel: cancel}); err != nil {
 				return explainDrain(err)
@@ -80,15 +82,16 @@ func drainCommand() *cli.Command {
 }
 
 // findDaemon sets the flags that say where the daemon is, as far as they aren't
-// set, to what its configuration says. Without that, they are the defaults.
-func findDaemon(ctx context.Context, cmd *cli.Command) error {
+// set, to what its configuration says, and returns that. Without one, they are
+// the defaults.
+func findDaemon(ctx context.Context, cmd *cli.Command) (*server.Config, error) {
 	path := cmd.String("config")
+	config := &server.Config{Version: containerd.ConfigVersion, Root: cmd.String("root"), State: cmd.String("state")}
 	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && !cmd.IsSet("config") {
-		return nil
+		return config, nil
 	}
-	config := server.Config{Version: containerd.ConfigVersion, Root: cmd.String("root"), State: cmd.String("state")}
-	if err := server.LoadConfig(ctx, path, &config); err != nil {
-		return fmt.Errorf("failed to read containerd's configuration %s, to find the daemon (or give --address, --root and --state, and --config=%s): %w",
+	if err := server.LoadConfig(ctx, path, config); err != nil {
+		return nil, fmt.Errorf("failed to read containerd's configuration %s, to find the daemon (or give --address, --root and --state, and --config=%s): %w",
 			path, os.DevNull, err)
 	}
 	says := map[string]string{"root": config.Root, "state": config.State}
@@ -98,11 +101,11 @@ func findDaemon(ctx context.Context, cmd *cli.Command) error {
 	for flag, value := range says {
 		if value != "" && !cmd.IsSet(flag) {
 			if err := cmd.Set(flag, value); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	}
-	return nil
+	return config, nil
 }
 
 func explainDrain(err error) error {
@@ -242,11 +245,11 @@ func end(ctx context.Context, cmd *cli.Command, s *podfsmv1.Sandbox) error {
 }
 
 // checkDrained is an error unless a containerd without podfsm can take over:
-// podfsm has no sandboxes, and will have none.
-func checkDrained(ctx context.Context, cmd *cli.Command) error {
+// podfsm has no sandboxes, and will have none, and other pods don't need it.
+func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) error {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
 	takesPods := err == nil && response.GetDrainingSince() == nil
-	if errors.As(err, new(downError)) || errors.As(err, new(stockError)) {
+	if errors.As(err, new(downError)) || errors.As(err, new(stockError)) || errors.As(err, new(unavailableError)) {
 		response, err = onRecord(cmd, err)
 	}
 	if err != nil {
@@ -265,18 +268,22 @@ func checkDrained(ctx context.Context, cmd *cli.Command) error {
 	if takesPods {
 		return undrainedError{errors.New("podfsm has no sandboxes, but takes new pods; end that first: podfsm drain")}
 	}
+	if err := checkSnapshotter(config); err != nil {
+		return err
+	}
 	_, err = fmt.Fprintln(w, "drained: podfsm has no sandboxes")
 	return err
 }
 
-// onRecord is what the ledger has on record while no daemon with podfsm runs,
-// which why says. Without a ledger podfsm has never run, and has nothing.
+// onRecord is what the ledger has on record while no daemon with podfsm runs, or
+// one that runs no pods, which why says. Without a ledger podfsm has never run,
+// and has nothing, unless it runs elsewhere.
 func onRecord(cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
 	root, state := cmd.String("root"), cmd.String("state")
 	saved, err := journal.OpenReadOnly(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
 	switch {
 	case errdefs.IsNotFound(err):
-		return &podfsmv1.ListResponse{}, nil
+		return &podfsmv1.ListResponse{}, runsElsewhere(why)
 	case err != nil:
 		return nil, explainLedger(downError{why}, root, state, err)
 	case len(saved.Damage) > 0:
@@ -288,4 +295,26 @@ func onRecord(cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
 		return nil, err
 	}
 	return records.List(views), nil
+}
+
+// runsElsewhere is an error when the daemon that is installed beside this program
+// runs, although why says that it isn't where its configuration says.
+func runsElsewhere(why error) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	beside := filepath.Join(filepath.Dir(self), "containerd-podfsm")
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		return err
+	}
+	for _, link := range links {
+		// An upgrade leaves a daemon whose file is deleted. A process that has ended is none.
+		if exe, err := os.Readlink(link); err == nil && strings.TrimSuffix(exe, " (deleted)") == beside {
+			return fmt.Errorf("%w\nbut %s runs (process %s): name its socket by --address or in CONTAINERD_ADDRESS",
+				why, beside, filepath.Base(filepath.Dir(link)))
+		}
+	}
+	return nil
 }

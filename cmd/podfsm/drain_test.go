@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -74,12 +75,17 @@ func (d *drained) RemovePodSandbox(_ context.Context, r *runtime.RemovePodSandbo
 // daemon is.
 func drain(t *testing.T, address string, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
+	return drainWith(t, "", address, args...)
+}
+
+// drainWith is drain with more configuration.
+func drainWith(t *testing.T, more, address string, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.toml")
-	text := fmt.Sprintf("version = 4\nroot = '%s/root'\nstate = '%[1]s/state'\n[plugins.'io.containerd.server.v1.grpc']\naddress = '%[2]s'\n", dir, address)
+	text := fmt.Sprintf("version = 4\nroot = '%s/root'\nstate = '%[1]s/state'\n[plugins.'io.containerd.server.v1.grpc']\naddress = '%[2]s'\n%[3]s", dir, address, more)
 	require.NoError(t, os.WriteFile(config, []byte(text), 0o600))
-	d := daemonDirs{}
-	return d.run(t, append([]string{"podfsm", "drain", "--config", config}, args...)...)
+	return daemonDirs{}.run(t, append([]string{"podfsm", "drain", "--config", config}, args...)...)
 }
 
 func TestDrain(t *testing.T) {
@@ -188,6 +194,68 @@ func TestDrainWithoutTheDaemon(t *testing.T) {
 			require.ErrorContains(t, err, "damaged")
 			require.Equal(t, 1, exitStatus(err))
 		})
+	}
+}
+
+// A daemon that runs no pods has what is on record, if it can be read.
+func TestDrainOfADegradedDaemon(t *testing.T) {
+	degraded := serve(t, fakeSandboxes{list: func() (*podfsmv1.ListResponse, error) {
+		return nil, status.Error(codes.Unavailable, "podfsm runs no pods: unknown option cni_gcc")
+	}})
+	d := newDaemonDirs(t)
+	d.socket = degraded
+	_, _, err := d.podfsm(t, "drain", "--check")
+	require.NoError(t, err)
+	l := d.openLedger(t)
+	_, _, err = d.podfsm(t, "drain", "--check")
+	require.ErrorContains(t, err, "unknown option cni_gcc")
+	require.ErrorContains(t, err, "a daemon has the ledger")
+	fill(t, l)
+	require.NoError(t, l.Close())
+	_, _, err = d.podfsm(t, "drain", "--check")
+	require.ErrorContains(t, err, "podfsm has 2 sandboxes")
+}
+
+// Where nothing is known, a daemon that runs is not overlooked.
+func TestDrainOfADaemonElsewhere(t *testing.T) {
+	self, err := os.Executable()
+	require.NoError(t, err)
+	daemon := filepath.Join(filepath.Dir(self), "containerd-podfsm")
+	program, err := os.ReadFile("/bin/sleep")
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(daemon, program, 0o700))
+	running := exec.Command(daemon, "infinity")
+	require.NoError(t, running.Start())
+	t.Cleanup(func() {
+		require.NoError(t, running.Process.Kill())
+		_ = running.Wait() // it was killed
+	})
+	for range 2 {
+		_, _, err = newDaemonDirs(t).podfsm(t, "drain", "--check")
+		require.ErrorContains(t, err, fmt.Sprintf("%s runs (process %d)", daemon, running.Process.Pid))
+		require.Equal(t, 1, exitStatus(err))
+		require.NoError(t, os.RemoveAll(daemon), "an upgrade removes the file of the one that runs")
+	}
+}
+
+// Pods of other handlers may need podfsm's snapshotter.
+func TestDrainChecksWhoHasTheSnapshotter(t *testing.T) {
+	t.Parallel()
+	down := filepath.Join(t.TempDir(), "c.sock")
+	for more, said := range map[string]string{
+		"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'podfsm'":                                              "out of [plugins.'io.containerd.cri.v1.images'],",
+		"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\nsnapshotter = 'podfsm'":                    "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]",
+		"[plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = 'podfsm'":                                     "[plugins.'io.containerd.grpc.v1.cri'.containerd]",
+		"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.a]\nsnapshotter = 'podfsm'\nsandboxer = 'podfsm'": "",
+		"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'overlayfs'":                                           "",
+		"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 7":                                                     "failed to read the section io.containerd.cri.v1.images",
+	} {
+		_, _, err := drainWith(t, more, down, "--check")
+		if said == "" {
+			require.NoError(t, err, more)
+		} else {
+			require.ErrorContains(t, err, said)
+		}
 	}
 }
 
