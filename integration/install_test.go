@@ -44,8 +44,6 @@ done
 mount -t tmpfs tmpfs run
 rm -rf etc/containerd var/lib/containerd etc/systemd/system/containerd.service*
 mkdir -p etc/containerd usr/lib/systemd/system usr/local/bin .old
-ln -s "$node/root" var/lib/containerd
-ln -s "$node/state" run/containerd
 pivot_root . .old
 umount -l .old
 rmdir .old
@@ -227,6 +225,13 @@ func TestInstall(t *testing.T) {
 		require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, now.GetState())
 	}
 
+	noLedger := func() {
+		t.Helper()
+		for _, dir := range []string{"root", "state"} { // as config.toml has them
+			require.NoDirExists(t, filepath.Join(n.Dir(), dir, "io.containerd.podsandbox.controller.v1.podfsm"))
+		}
+	}
+
 	require.Equal(t, "/usr/local/bin/containerd", runs())
 	old := startPod(t, n, harness.StockHandler, n.PodConfig("old"))
 	startContainer(t, old, "main")
@@ -313,6 +318,7 @@ func TestInstall(t *testing.T) {
 	require.ErrorContains(t, err, "podfsm", "nobody has that sandboxer")
 	m.do(t, "dpkg", "-P", "podfsm")
 	require.NoFileExists(t, m.path(handler))
+	noLedger()
 	require.NoError(t, n.Restart(t.Context()))
 	isReady(old)
 	again := startPod(t, n, harness.StockHandler, n.PodConfig("again"))
@@ -329,6 +335,7 @@ func TestInstall(t *testing.T) {
 	require.ErrorContains(t, err, "takes new pods")
 	m.do(t, "podfsm", "drain")
 	m.do(t, "/usr/share/podfsm/uninstall")
+	noLedger()
 	require.NoError(t, n.Restart(t.Context()))
 	require.Equal(t, "/usr/local/bin/containerd", runs())
 	require.Empty(t, strings.TrimSpace(m.do(t, "sh", "-c", "find /usr /etc -xdev -path '*podfsm*' -not -path '*/.build/*' -newer /systemd")))
