@@ -188,6 +188,22 @@ func logged(ctx context.Context) (context.Context, *bytes.Buffer) {
 	return log.WithLogger(ctx, logrus.NewEntry(logger)), &out
 }
 
+// Who reads the log can't use the URLs of streams.
+func TestTicketsStayOutOfTheLog(t *testing.T) {
+	const ticket = "http://127.0.0.1:1/portforward/hunter2"
+	for method, response := range map[string]any{
+		"PortForward": &runtime.PortForwardResponse{Url: ticket},
+		"Exec":        &runtime.ExecResponse{Url: ticket},
+		"Attach":      &runtime.AttachResponse{Url: ticket},
+	} {
+		ctx, out := logged(t.Context())
+		_, err := answer(ctx, method, &runtime.PortForwardRequest{PodSandboxId: "s1"}, func(context.Context, any) (any, error) { return response, nil })
+		require.NoError(t, err)
+		require.Contains(t, out.String(), method+" succeeded")
+		require.NotContains(t, out.String(), "hunter2")
+	}
+}
+
 func TestRequestLog(t *testing.T) {
 	for name, tc := range map[string]struct {
 		method   string
