@@ -95,3 +95,67 @@ func TestLinks(t *testing.T) {
 		}
 	}
 }
+
+// rows are those of the tables between two headings of a page, without their heads.
+func rows(t *testing.T, text, from, to string) (found []string) {
+	t.Helper()
+	_, text, there := strings.Cut(text, "\n"+from+"\n")
+	require.True(t, there, from)
+	if to != "" {
+		text, _, there = strings.Cut(text, "\n"+to+"\n")
+		require.True(t, there, to)
+	}
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		head := strings.HasPrefix(line, "|---") || i+1 < len(lines) && strings.HasPrefix(lines[i+1], "|---")
+		if strings.HasPrefix(line, "|") && !head {
+			found = append(found, line)
+		}
+	}
+	return found
+}
+
+// Whoever compares, or says that a threat is met, names what shows it.
+func TestClaimsNameTheirEvidence(t *testing.T) {
+	evidence := regexp.MustCompile("`(?:Test|Fuzz|Benchmark)[A-Z]\\w*`|`make [a-z-]+`")
+	all := pages(t)
+	compared := rows(t, all["../README.md"], "## What you get", "## Limits")
+	threats := rows(t, all["security.md"], "## A hostile pod", "")
+	require.Greater(t, len(compared), 30)
+	require.Greater(t, len(threats), 40)
+	for _, row := range append(compared, threats...) {
+		cells := strings.Split(strings.Trim(row, "| "), "|")
+		require.Regexp(t, evidence, cells[len(cells)-1], row)
+	}
+}
+
+// The targets of make that the pages name are there.
+func TestMakeTargets(t *testing.T) {
+	makefile, err := os.ReadFile("../Makefile")
+	require.NoError(t, err)
+	count := 0
+	for page, text := range pages(t) {
+		for _, m := range regexp.MustCompile("(?m)(?:`|^)make ([a-z-]+)").FindAllStringSubmatch(text, -1) {
+			count++
+			require.Regexp(t, `(?m)^`+m[1]+`: `, string(makefile), "named in %s", page)
+		}
+	}
+	require.Greater(t, count, 20)
+}
+
+// Files of this repository that the pages name are there: by their path in it, or by that beside the page.
+func TestNamedFilesExist(t *testing.T) {
+	count := 0
+	for page, text := range pages(t) {
+		for _, m := range regexp.MustCompile("`([a-z][\\w-]*(?:/[\\w.-]+)*/[\\w-]+\\.(?:go|md|toml|yaml|json|proto))`").FindAllStringSubmatch(text, -1) {
+			if strings.Contains(m[1], "NAME") {
+				continue // it isn't one's name
+			}
+			count++
+			_, besideErr := os.Stat(m[1])
+			_, err := os.Stat(filepath.Join("..", m[1]))
+			require.True(t, besideErr == nil || err == nil, "%s names %s", page, m[1])
+		}
+	}
+	require.Greater(t, count, 20)
+}
