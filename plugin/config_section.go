@@ -55,9 +55,17 @@ func (s *section) decode(into any) error {
 // optionsOf reads podfsm's own section, as containerd gives it to the controller. With an error come the defaults.
 func optionsOf(given any) (*Config, error) { return read(given, URI, defaultConfig) }
 
-// snapshotterOptionsOf reads the section of podfsm's snapshotter likewise.
+// snapshotterOptionsOf reads the section of podfsm's snapshotter likewise, and looks at the values.
 func snapshotterOptionsOf(given any) (*SnapshotterConfig, error) {
-	return read(given, plugins.SnapshotPlugin.String()+"."+Name, defaultSnapshotterConfig)
+	uri := plugins.SnapshotPlugin.String() + "." + Name
+	config, err := read(given, uri, defaultSnapshotterConfig)
+	if err != nil {
+		return config, err
+	}
+	if err := config.check(); err != nil {
+		return defaultSnapshotterConfig(), fmt.Errorf("[plugins.'%s']: %w", uri, err)
+	}
+	return config, nil
 }
 
 func read[T any](given any, uri string, defaults func() *T) (*T, error) {

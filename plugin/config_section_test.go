@@ -4,6 +4,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -60,8 +61,11 @@ func TestSnapshotterSection(t *testing.T) {
 	config, err := snapshotterOptionsOf(&section{"root_path": "/data", "strategy": "chown"})
 	require.NoError(t, err)
 	require.Equal(t, &SnapshotterConfig{RootPath: "/data", Strategy: "chown"}, config)
-	for key, value := range map[string]any{"strategies": "chown", "strategy": 7, "mount_options": "index=on"} {
-		config, err := snapshotterOptionsOf(&section{key: value})
+	for _, s := range []section{
+		{"strategies": "chown"}, {"strategy": 7}, {"strategy": "magic"}, {"mount_options": "index=on"}, {"root_path": "snapshots"},
+	} {
+		key := slices.Collect(maps.Keys(s))[0]
+		config, err := snapshotterOptionsOf(&s)
 		require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		require.ErrorContains(t, err, "[plugins.'io.containerd.snapshotter.v1.podfsm']")
 		require.ErrorContains(t, err, key)

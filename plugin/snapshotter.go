@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/metadata"
@@ -28,6 +29,15 @@ type SnapshotterConfig struct {
 	Strategy string `toml:"strategy"`
 	// MountOptions are put on every overlay, as with containerd's overlayfs.
 	MountOptions []string `toml:"mount_options"`
+}
+
+// check fails with InvalidArgument and the option's name for a value that can't be.
+func (c *SnapshotterConfig) check() error {
+	if c.RootPath != "" && !filepath.IsAbs(c.RootPath) {
+		return fmt.Errorf("root_path = %q isn't an absolute path: %w", c.RootPath, errdefs.ErrInvalidArgument)
+	}
+	_, err := oneOf("strategy", c.Strategy, "auto", "idmap", "metacopy", "chown")
+	return err
 }
 
 func defaultSnapshotterConfig() *SnapshotterConfig { return &SnapshotterConfig{Strategy: "auto"} }
