@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
 
 // pages are README.md and all pages of this directory, by their paths.
@@ -113,6 +115,43 @@ func rows(t *testing.T, text, from, to string) (found []string) {
 		}
 	}
 	return found
+}
+
+// What is logged of a sandbox, but for level debug, stands in the table of messages.
+func TestLogMessages(t *testing.T) {
+	var told []string
+	for _, row := range rows(t, pages(t)["operators.md"], "## Logs", "## What is owed, and what has leaked") {
+		for _, m := range regexp.MustCompile("`(sandbox: [^`]+)`").FindAllStringSubmatch(strings.Split(row, " | ")[0], -1) {
+			told = append(told, strings.NewReplacer("…", ".*", "<event>", "%s").Replace(regexp.QuoteMeta(m[1])))
+		}
+	}
+	files, err := filepath.Glob("../lifecycle/*.go")
+	require.NoError(t, err)
+	count := 0
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		for _, m := range regexp.MustCompile(`\.(?:Info|Warn|Error)f?\("(sandbox: [^"]+)"`).FindAllStringSubmatch(string(text), -1) {
+			count++
+			require.Regexp(t, "^(?:"+strings.Join(told, "|")+")$", m[1], "%s logs what operators.md doesn't tell of", file)
+		}
+	}
+	require.Greater(t, count, 10)
+}
+
+// Every field of an event stands in the table of them.
+func TestFieldsOfEvents(t *testing.T) {
+	table := strings.Join(rows(t, pages(t)["operators.md"], "## Events", "## Metrics"), "\n")
+	event := (&podfsmv1.SandboxTransition{}).ProtoReflect().Descriptor().Fields()
+	transition := (&podfsmv1.Transition{}).ProtoReflect().Descriptor().Fields()
+	for i := range event.Len() {
+		if name := event.Get(i).Name(); name != "transition" {
+			require.Contains(t, table, "`"+string(name)+"`")
+		}
+	}
+	for i := range transition.Len() {
+		require.Contains(t, table, "`transition."+string(transition.Get(i).Name())+"`")
+	}
 }
 
 // Whoever compares, or says that a threat is met, names what shows it.

@@ -305,3 +305,12 @@ func TestFirstPods(t *testing.T) {
 		require.Equal(t, firstWait, time.Since(begun))
 	})
 }
+
+// An operator finds every check on one page.
+func TestChecksAreInTheDocs(t *testing.T) {
+	docs, err := os.ReadFile("../docs/operators.md")
+	require.NoError(t, err)
+	for _, c := range checks {
+		require.Contains(t, string(docs), "\n| `"+c.name+"` | ")
+	}
+}
