@@ -20,9 +20,10 @@ import (
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
-// SnapshotterConfig is the section [plugins.'io.containerd.snapshotter.v1.podfsm'].
+// SnapshotterConfig is the section [plugins.'io.containerd.snapshotter.v1.podfsm']. It counts for handlers with snapshotter = "podfsm", on
+// nodes that can't map ids in the mount.
 type SnapshotterConfig struct {
-	// RootPath is the directory of the snapshots. Default: one in containerd's root directory.
+	// RootPath is the directory of the snapshots, an absolute path. Default: one in containerd's root directory.
 	RootPath string `toml:"root_path"`
 	// Strategy is how files get the owners of a user namespace: "idmap", "metacopy", "chown", or "auto" for the first of them that
 	// works here. Default: "auto".
