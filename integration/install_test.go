@@ -139,14 +139,18 @@ func (m *machine) configure(n *harness.Node, edit func(config map[string]any)) e
 	if err := toml.Unmarshal(text, &config); err != nil {
 		return err
 	}
-	runtimes := config["plugins"].(map[string]any)["io.containerd.cri.v1.runtime"].(map[string]any)["containerd"].(map[string]any)["runtimes"].(map[string]any)
-	delete(runtimes, harness.PodfsmHandler)
+	delete(criOf(config)["runtimes"].(map[string]any), harness.PodfsmHandler)
 	delete(config, "imports")
 	edit(config)
 	if text, err = toml.Marshal(config); err != nil {
 		return err
 	}
 	return os.WriteFile(m.path("/etc/containerd/config.toml"), text, 0o644)
+}
+
+// criOf is the section that has the runtime handlers.
+func criOf(config map[string]any) map[string]any {
+	return config["plugins"].(map[string]any)["io.containerd.cri.v1.runtime"].(map[string]any)["containerd"].(map[string]any)
 }
 
 // pack makes packages of built binaries for an architecture, and returns the paths of the tarball and of the Debian package.
@@ -242,7 +246,8 @@ func TestInstall(t *testing.T) {
 
 	// Install.
 	require.Contains(t, m.do(t, "dpkg", "-i", deb), `imports = ["/etc/containerd/conf.d/*.toml"]`, "it says what is missing")
-	require.NoError(t, m.configure(n, func(config map[string]any) { config["imports"] = []string{"/etc/containerd/conf.d/*.toml"} }))
+	imports := func(config map[string]any) { config["imports"] = []string{"/etc/containerd/conf.d/*.toml"} }
+	require.NoError(t, m.configure(n, imports))
 	handler := filepath.Join("/etc/containerd/conf.d", "podfsm.toml")
 	text, err := os.ReadFile(m.path(handler))
 	require.NoError(t, err)
@@ -307,7 +312,16 @@ func TestInstall(t *testing.T) {
 	require.Empty(t, list.GetSandboxes())
 	require.Contains(t, m.do(t, "podfsm", "--address", n.Socket(), "leaks"), "SANDBOX")
 
-	// Back to stock.
+	// Back to stock, once nothing but podfsm's handlers needs it.
+	require.NoError(t, m.configure(n, func(config map[string]any) {
+		imports(config)
+		config["plugins"].(map[string]any)["io.containerd.cri.v1.images"].(map[string]any)["snapshotter"] = "podfsm"
+		criOf(config)["default_runtime_name"] = harness.PodfsmHandler
+	}))
+	_, err = m.run("dpkg", "-r", "podfsm")
+	require.ErrorContains(t, err, "change snapshotter in [plugins.'io.containerd.cri.v1.images'] and default_runtime_name in [")
+	require.FileExists(t, m.path("/usr/bin/containerd-podfsm"))
+	require.NoError(t, m.configure(n, imports))
 	m.do(t, "dpkg", "-r", "podfsm")
 	require.NoFileExists(t, m.path("/usr/bin/containerd-podfsm"))
 	require.FileExists(t, m.path(handler), "as it was edited, dpkg keeps it until it is purged")

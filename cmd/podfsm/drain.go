@@ -245,7 +245,7 @@ func end(ctx context.Context, cmd *cli.Command, s *podfsmv1.Sandbox) error {
 }
 
 // checkDrained is an error unless a containerd without podfsm can take over:
-// podfsm has no sandboxes, and will have none, and other pods don't need it.
+// podfsm has no sandboxes, and will have none, and nothing else needs it.
 func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) error {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
 	takesPods := err == nil && response.GetDrainingSince() == nil
@@ -268,7 +268,7 @@ func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) 
 	if takesPods {
 		return undrainedError{errors.New("podfsm has no sandboxes, but takes new pods; end that first: podfsm drain")}
 	}
-	if err := checkSnapshotter(config); err != nil {
+	if err := checkStock(config); err != nil {
 		return err
 	}
 	_, err = fmt.Fprintln(w, "drained: podfsm has no sandboxes")

@@ -238,24 +238,30 @@ func TestDrainOfADaemonElsewhere(t *testing.T) {
 	}
 }
 
-// Pods of other handlers may need podfsm's snapshotter.
-func TestDrainChecksWhoHasTheSnapshotter(t *testing.T) {
+// Nothing that containerd needs to serve other pods is taken away.
+func TestDrainChecksTheConfiguration(t *testing.T) {
 	t.Parallel()
-	down := filepath.Join(t.TempDir(), "c.sock")
-	for more, said := range map[string]string{
-		"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'podfsm'":                                              "out of [plugins.'io.containerd.cri.v1.images'],",
-		"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\nsnapshotter = 'podfsm'":                    "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]",
-		"[plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = 'podfsm'":                                     "[plugins.'io.containerd.grpc.v1.cri'.containerd]",
-		"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.a]\nsnapshotter = 'podfsm'\nsandboxer = 'podfsm'": "",
-		"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'overlayfs'":                                           "",
-		"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 7":                                                     "failed to read the section io.containerd.cri.v1.images",
+	const cri, runtimes = "[plugins.'io.containerd.cri.v1.runtime'.containerd", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes"
+	ours := runtimes + ".ours]\nsandboxer = 'podfsm'\nsnapshotter = 'podfsm'\n"
+	for name, tc := range map[string]struct{ config, said string }{
+		"a handler of podfsm's":                 {ours, ""},
+		"another default handler":               {ours + cri + "]\ndefault_runtime_name = 'runc'", ""},
+		"another snapshotter":                   {"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'overlayfs'", ""},
+		"the default snapshotter":               {"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'podfsm'", "change snapshotter in [plugins.'io.containerd.cri.v1.images']"},
+		"the snapshotter of another handler":    {ours + runtimes + ".runc]\nsnapshotter = 'podfsm'", "change snapshotter in " + runtimes + ".runc]"},
+		"the default handler":                   {ours + cri + "]\ndefault_runtime_name = 'ours'", "change default_runtime_name in " + cri + "]"},
+		"the snapshotter of version 2":          {"[plugins.'io.containerd.grpc.v1.cri'.containerd]\nsnapshotter = 'podfsm'", "change snapshotter in [plugins.'io.containerd.grpc.v1.cri'.containerd]"},
+		"a configuration that can't be decoded": {"[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 7", "failed to read the section io.containerd.cri.v1.images"},
 	} {
-		_, _, err := drainWith(t, more, down, "--check")
-		if said == "" {
-			require.NoError(t, err, more)
-		} else {
-			require.ErrorContains(t, err, said)
-		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, _, err := drainWith(t, tc.config, filepath.Join(t.TempDir(), "c.sock"), "--check")
+			if tc.said == "" {
+				require.NoError(t, err)
+				return
+			}
+			require.ErrorContains(t, err, tc.said)
+		})
 	}
 }
 
