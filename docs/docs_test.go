@@ -84,18 +84,48 @@ func TestEachFuzzTargetIsInTheTable(t *testing.T) {
 	}
 }
 
-// Links lead to pages and files that there are.
+// anchors are a page's headings, as links lead to them.
+func anchors(text string) map[string]bool {
+	found := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.+)$`).FindAllStringSubmatch(text, -1) {
+		plain := regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		found[strings.ReplaceAll(plain, " ", "-")] = true
+	}
+	return found
+}
+
+// Links lead to pages, headings and files that there are.
 func TestLinks(t *testing.T) {
-	link := regexp.MustCompile(`\]\(([^)#]+?)(?:#[^)]*)?\)`)
-	for page, text := range pages(t) {
+	link := regexp.MustCompile(`\]\(([^)#]*)(?:#([^)]*))?\)`)
+	all := pages(t)
+	for page, text := range all {
 		for _, m := range link.FindAllStringSubmatch(text, -1) {
 			if strings.Contains(m[1], "://") {
 				continue
 			}
-			_, err := os.Stat(filepath.Join(filepath.Dir(page), m[1]))
-			require.NoError(t, err, "linked in %s", page)
+			target := page
+			if m[1] != "" {
+				target = filepath.Join(filepath.Dir(page), m[1])
+				_, err := os.Stat(target)
+				require.NoError(t, err, "linked in %s", page)
+			}
+			if m[2] != "" {
+				require.True(t, anchors(all[target] + all[filepath.Base(target)])[m[2]], "%s links to %s, which has no heading #%s", page, target, m[2])
+			}
 		}
 	}
+}
+
+// What a page says is told under a heading of it is.
+func TestNamedHeadings(t *testing.T) {
+	count := 0
+	for page, text := range pages(t) {
+		for _, m := range regexp.MustCompile(`(?:see|See) "([^"\n]+)"`).FindAllStringSubmatch(text, -1) {
+			count++
+			require.Regexp(t, `(?m)^#+ `+regexp.QuoteMeta(m[1]), text, "%s says: see %q", page, m[1])
+		}
+	}
+	require.Greater(t, count, 5)
 }
 
 // rows are those of the tables between two headings of a page, without their heads.

@@ -10,6 +10,7 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"regexp"
 	goruntime "runtime"
 	"slices"
 	"strings"
@@ -374,6 +375,7 @@ func TestPackagesAreReproducible(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, arch+"\n", string(field))
 			require.NotEqual(t, digest(t, tarball), digest(t, deb))
+			requirePages(t, tarball)
 		}
 		return
 	}
@@ -392,6 +394,26 @@ func TestPackagesAreReproducible(t *testing.T) {
 		version, err := osexec.CommandContext(t.Context(), filepath.Join(dir, "usr/bin", program), "--version").Output()
 		require.NoError(t, err)
 		require.Regexp(t, `v?0\.0\.0-1-g[0-9a-f]{7,}`, string(version))
+	}
+}
+
+// requirePages fails unless the pages in a tarball are all there and lead to each other.
+func requirePages(t *testing.T, tarball string) {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, osexec.CommandContext(t.Context(), "tar", "-C", dir, "-xzf", tarball, "usr/share/doc/podfsm").Run())
+	root := filepath.Join(dir, "usr/share/doc/podfsm")
+	for page, text := range pages(t) {
+		in := filepath.Join(root, "docs")
+		if page == "README.md" {
+			in = root
+		}
+		require.FileExists(t, filepath.Join(in, page))
+		for _, link := range regexp.MustCompile(`\]\(([^):#]+)`).FindAllStringSubmatch(text, -1) {
+			if target := filepath.Join(in, link[1]); strings.HasPrefix(target, filepath.Join(root, "docs")) {
+				require.FileExists(t, target, "linked in %s", page)
+			}
+		}
 	}
 }
 
