@@ -9,7 +9,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pelletier/go-toml/v2"
 	"github.com/stretchr/testify/require"
+	node "k8s.io/api/node/v1"
+	"sigs.k8s.io/yaml"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
@@ -227,4 +230,32 @@ func TestNamedFilesExist(t *testing.T) {
 		}
 	}
 	require.Greater(t, count, 20)
+}
+
+// What is installed fits together: the RuntimeClass names the handler that the drop-in has, and the kubelet has its cgroup driver.
+func TestDeployedFilesFit(t *testing.T) {
+	read := func(path string) []byte {
+		text, err := os.ReadFile(filepath.Join("..", "deploy", path))
+		require.NoError(t, err)
+		return text
+	}
+	var class node.RuntimeClass
+	require.NoError(t, yaml.UnmarshalStrict(read("runtimeclass.yaml"), &class))
+	require.Equal(t, "node.k8s.io/v1 RuntimeClass", class.APIVersion+" "+class.Kind)
+	var dropIn struct {
+		Plugins map[string]struct {
+			Containerd struct {
+				Runtimes map[string]struct {
+					Sandboxer string
+					Options   struct{ SystemdCgroup bool }
+				}
+			}
+		}
+	}
+	require.NoError(t, toml.Unmarshal(read("conf.d/podfsm.toml"), &dropIn))
+	handler := dropIn.Plugins["io.containerd.cri.v1.runtime"].Containerd.Runtimes[class.Handler]
+	require.Equal(t, "podfsm", handler.Sandboxer)
+	var kubelet struct{ CgroupDriver string }
+	require.NoError(t, yaml.Unmarshal(read("kubelet.yaml"), &kubelet))
+	require.Equal(t, handler.Options.SystemdCgroup, kubelet.CgroupDriver == "systemd")
 }

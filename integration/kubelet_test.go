@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"sigs.k8s.io/yaml"
 
 	"github.com/podfsm/podfsm/integration/harness"
 	"github.com/podfsm/podfsm/integration/kubelet"
@@ -99,7 +101,7 @@ func TestKubelet(t *testing.T) {
 	n, before := startNodeWithPool(t, harness.Config{Handlers: []string{autoHandler}, TOML: podfsmForAll + usersOf(harness.PodfsmHandler, `
 		mode = "auto"
 		unmappable = "host"`)})
-	k := startKubelet(t, n, nil)
+	k := startKubelet(t, n, deployedSettings(t))
 
 	for name, manifest := range manifests {
 		require.NoError(t, k.Run(name, manifest))
@@ -232,6 +234,20 @@ func requireProbes(t *testing.T, n *harness.Node, server string) {
 	require.EventuallyWithT(t, func(c *assert.CollectT) {
 		require.Greater(c, execIn(t.Context(), c, n, server, "cat", "/probes/alive"), before)
 	}, kubeletWait, kubeletTick)
+}
+
+// deployedSettings are those that deploy/kubelet.yaml has for a node, but for what differs with the machine.
+func deployedSettings(t *testing.T) map[string]any {
+	t.Helper()
+	text, err := os.ReadFile("../deploy/kubelet.yaml")
+	require.NoError(t, err)
+	var settings map[string]any
+	require.NoError(t, yaml.Unmarshal(text, &settings))
+	for _, key := range []string{"containerRuntimeEndpoint", "cgroupDriver"} {
+		require.Contains(t, settings, key)
+		delete(settings, key)
+	}
+	return settings
 }
 
 // startKubelet starts a kubelet that ends with the test. When the test has failed, the end of its log is shown.

@@ -114,6 +114,8 @@ func explainDrain(err error) error {
 		return fmt.Errorf("%w\nonly the daemon can stop pods: start containerd-podfsm and try again", err)
 	case errors.As(err, new(stockError)):
 		return fmt.Errorf("%w\nonly a containerd with podfsm can drain, and stop podfsm's pods: run containerd-podfsm and try again", err)
+	case errors.As(err, new(unavailableError)):
+		return fmt.Errorf("%w\npodfsm drain --check says whether there are sandboxes on record", err)
 	}
 	return err
 }

@@ -197,14 +197,21 @@ func TestDrainWithoutTheDaemon(t *testing.T) {
 	}
 }
 
+// degraded is a daemon that runs no pods.
+type degraded struct{ *drained }
+
+func (degraded) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
+	return nil, status.Error(codes.Unavailable, "podfsm runs no pods: unknown option cni_gcc")
+}
+
 // A daemon that runs no pods has what is on record, if it can be read.
 func TestDrainOfADegradedDaemon(t *testing.T) {
-	degraded := serve(t, fakeSandboxes{list: func() (*podfsmv1.ListResponse, error) {
-		return nil, status.Error(codes.Unavailable, "podfsm runs no pods: unknown option cni_gcc")
-	}})
 	d := newDaemonDirs(t)
-	d.socket = degraded
-	_, _, err := d.podfsm(t, "drain", "--check")
+	d.socket = serve(t, degraded{&drained{}})
+	_, _, err := d.podfsm(t, "drain")
+	require.ErrorContains(t, err, "unknown option cni_gcc")
+	require.ErrorContains(t, err, "podfsm drain --check")
+	_, _, err = d.podfsm(t, "drain", "--check")
 	require.NoError(t, err)
 	l := d.openLedger(t)
 	_, _, err = d.podfsm(t, "drain", "--check")

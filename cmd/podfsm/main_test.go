@@ -40,15 +40,11 @@ type fakeSandboxes struct {
 	podfsmv1.UnimplementedSandboxesServer
 	inspect func(ctx context.Context, ref string) (*podfsmv1.InspectResponse, error)
 	leaks   func(fix bool) *podfsmv1.LeaksResponse
-	list    func() (*podfsmv1.ListResponse, error)
 	ended   []*podfsmv1.Sandbox
 	watch   func(grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error
 }
 
 func (f fakeSandboxes) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
-	if f.list != nil {
-		return f.list()
-	}
 	all := []*podfsmv1.Sandbox{ready, owing, starting}
 	if r.GetEnded() {
 		all = append(f.ended, all...)
