@@ -284,6 +284,8 @@ func onRecord(cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
 	root, state := cmd.String("root"), cmd.String("state")
 	saved, err := journal.OpenReadOnly(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
 	switch {
+	case errdefs.IsNotFound(err) && errors.As(why, new(unavailableError)):
+		return &podfsmv1.ListResponse{}, nil
 	case errdefs.IsNotFound(err):
 		return &podfsmv1.ListResponse{}, runsElsewhere(why)
 	case err != nil:

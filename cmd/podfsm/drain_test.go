@@ -237,6 +237,10 @@ func TestDrainOfADaemonElsewhere(t *testing.T) {
 		require.NoError(t, running.Process.Kill())
 		_ = running.Wait() // it was killed
 	})
+	d := newDaemonDirs(t)
+	d.socket = serve(t, degraded{&drained{}})
+	_, _, err = d.podfsm(t, "drain", "--check")
+	require.NoError(t, err, "it is the one that has answered")
 	for range 2 {
 		_, _, err = newDaemonDirs(t).podfsm(t, "drain", "--check")
 		require.ErrorContains(t, err, fmt.Sprintf("%s runs (process %d)", daemon, running.Process.Pid))
