@@ -64,11 +64,88 @@ func newer(b []byte) []byte {
 	old, next := []byte(`{"header":{"format":1,`), []byte(`{"header":{"format":9,`)
 	for at := bytes.Index(b, old); at >= 0; at = bytes.Index(b, old) {
 		copy(b[at:], next)
-		length := binary.LittleEndian.Uint32(b[at-8:])
-		sum := crc32.Checksum(b[at:at+int(length)], crc32.MakeTable(crc32.Castagnoli))
-		binary.LittleEndian.PutUint32(b[at-4:], sum)
+		seal(b, at)
 	}
 	return b
+}
+
+// seal makes the checksum of the frame right whose JSON is at a place.
+func seal(b []byte, at int) {
+	length := binary.LittleEndian.Uint32(b[at-8:])
+	sum := crc32.Checksum(b[at:at+int(length)], crc32.MakeTable(crc32.Castagnoli))
+	binary.LittleEndian.PutUint32(b[at-4:], sum)
+}
+
+// written has the records of a sandbox say that another version of the steps has written them.
+func written(b []byte, id, from, to string) []byte {
+	begin, old, next := []byte(`{"record":{`), []byte(`"version":`+from+`,`), []byte(`"version":`+to+`,`)
+	for at := bytes.Index(b, begin); at >= 0; {
+		length := int(binary.LittleEndian.Uint32(b[at-8:]))
+		frame := b[at:min(at+length, len(b))]
+		if version := bytes.Index(frame, old); version >= 0 && bytes.Contains(frame, []byte(id)) {
+			copy(frame[version:], next)
+			seal(b, at)
+		}
+		following := bytes.Index(b[at+1:], begin)
+		if following < 0 {
+			break
+		}
+		at += 1 + following
+	}
+	return b
+}
+
+// Pods of the next version of podfsm run on after a downgrade, beside pods of this one. The kubelet is told that they aren't ready, ends
+// them, there or after the upgrade that follows, and nothing is left of them.
+func TestDowngradeWithPodsRunning(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	old := runPod(t, n, n.PodConfig("old"))
+	main := startContainer(t, old, "main")
+	later := []*harness.Pod{runPod(t, n, n.PodConfig("later")), runPod(t, n, n.PodConfig("later-still"))}
+	var pids []int
+	for _, pod := range later {
+		startContainer(t, pod, "main")
+		pid, err := pod.Pid(t.Context())
+		require.NoError(t, err)
+		pids = append(pids, pid)
+	}
+	changeVersion := func(from, to string) {
+		t.Helper()
+		require.NoError(t, n.Stop(t.Context()))
+		for _, file := range []string{ledgerDB, ledgerLog} {
+			rewrite(t, filepath.Join(n.Dir(), file), func(b []byte) []byte {
+				for _, pod := range later {
+					b = written(b, pod.ID, from, to)
+				}
+				return b
+			})
+		}
+		require.NoError(t, n.Start(t.Context()))
+		require.Equal(t, "Ready", inspect(t, n, old.ID).GetSandbox().GetState())
+		require.Equal(t, "0\n", exec(t, main, "id", "-u"))
+	}
+	requireQuarantined := func(pod *harness.Pod, pid int) {
+		t.Helper()
+		require.Equal(t, "Quarantined", inspect(t, n, pod.ID).GetSandbox().GetState())
+		now, err := pod.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, now.GetState())
+		require.NoError(t, unix.Kill(pid, 0))
+	}
+
+	changeVersion("1", "2") // to this one
+	requireQuarantined(later[0], pids[0])
+	requireQuarantined(later[1], pids[1])
+	require.NoError(t, later[0].StopAndRemove(t.Context()))
+	require.NoError(t, runPod(t, n, n.PodConfig("new")).StopAndRemove(t.Context()))
+
+	changeVersion("2", "1") // back to the next one
+	requireQuarantined(later[1], pids[1])
+	require.NoError(t, later[1].StopAndRemove(t.Context()))
+	require.NoError(t, old.StopAndRemove(t.Context()))
+	n.RequireClean(t, before)
 }
 
 // Whatever becomes of the ledger's files, containerd starts and serves, stock pods don't notice, and podfsm's pods can be seen,
