@@ -118,17 +118,24 @@ func TestExamplesOfTheReference(t *testing.T) {
 	}
 }
 
-// FuzzSection has podfsm's section as an operator may write it.
+// FuzzSection has podfsm's sections as an operator may write them.
 func FuzzSection(f *testing.F) {
 	f.Add("cni_gc = \"off\"\n[userns.podfsm]\nmode = \"auto\"\n[userns_pool]\nranges = [{ host_id = 100000, size = 131072 }]")
 	f.Add("[userns.podfsm]\n" + nodeWide)
 	f.Add("cni_gc = 1979-05-27\nuserns = [{}]\n\"\" = inf")
+	f.Add("strategy = \"magic\"\nroot_path = \"/\"\nmount_options = [1]")
 	f.Add("[userns_pool]\nuser = \"nobody\"\nranges = [{ host_id = -1, size = 9223372036854775807 }]")
 	stock, dir := stockWith(), f.TempDir()
 	f.Fuzz(func(t *testing.T, text string) {
 		s := sectionOf(defaultConfig())
 		if toml.Unmarshal([]byte(text), s) != nil {
 			return // containerd's configuration as a whole is no TOML
+		}
+		alone := section{}
+		require.NoError(t, toml.Unmarshal([]byte(text), &alone))
+		if snapshotter, err := snapshotterOptionsOf(&alone); err != nil {
+			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+			require.Equal(t, defaultSnapshotterConfig(), snapshotter)
 		}
 		config, err := optionsOf(s)
 		if err != nil {
