@@ -125,7 +125,8 @@ type Call struct {
 	Handler string
 	// SandboxID is set by the controller when it has accepted the sandbox.
 	SandboxID string
-	// Err is set by the controller when it has undone, or owes, a start that failed: the error without wrapping.
+	// Err is set by the controller when it has refused a sandbox, or undone, or owes, a start that failed: the error without wrapping,
+	// which is the same at each try.
 	Err error
 }
 

@@ -253,7 +253,13 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 }
 
 // Create accepts a sandbox. Nothing of it is made yet.
-func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) error {
+func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) (err error) {
+	call := cri.FromContext(ctx)
+	defer func() {
+		if err != nil && call != nil {
+			call.Err = err
+		}
+	}()
 	if err := c.well(); err != nil {
 		return err
 	}
@@ -283,7 +289,7 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	if err := c.engine.Create(inCallersTrace(ctx), key, request(key, spec)); err != nil {
 		return err
 	}
-	if call := cri.FromContext(ctx); call != nil {
+	if call != nil {
 		call.SandboxID = info.ID
 	}
 	return nil

@@ -2,10 +2,12 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
@@ -38,6 +40,15 @@ func TestDrain(t *testing.T) {
 	require.True(t, errdefs.IsUnavailable(err))
 	require.ErrorContains(t, err, "podfsm drain --cancel")
 	require.True(t, errdefs.IsUnavailable(w.create(t, "s2", named("admitted before"))), "also what was admitted before")
+	_, err = service.Drain(t.Context(), &podfsmv1.DrainRequest{Cancel: true})
+	require.NoError(t, err)
+	err = through(t, w.Controller, podConfig(named("in between"), onNode), func(ctx context.Context) error {
+		_, err := service.Drain(t.Context(), &podfsmv1.DrainRequest{})
+		require.NoError(t, err)
+		return fmt.Errorf("failed to create sandbox %q: %w", "s3", w.Create(ctx, sandbox.Sandbox{ID: "s3"}))
+	})
+	require.Equal(t, codes.Unavailable, grpcstatus.Code(err))
+	require.NotContains(t, err.Error(), "s3", "the kubelet is to count one event")
 	list, err := service.List(t.Context(), &podfsmv1.ListRequest{})
 	require.NoError(t, err)
 	require.Len(t, list.GetSandboxes(), 1)
