@@ -172,6 +172,31 @@ func TestLogMessages(t *testing.T) {
 	require.Greater(t, count, 10)
 }
 
+// Symptoms are in words that are said.
+func TestSymptoms(t *testing.T) {
+	var said strings.Builder
+	for _, dir := range []string{"cmd/podfsm", "cri", "lifecycle", "plugin", "states"} {
+		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
+		require.NoError(t, err)
+		for _, file := range files {
+			if text, err := os.ReadFile(file); !strings.HasSuffix(file, "_test.go") {
+				require.NoError(t, err)
+				said.Write(text)
+			}
+		}
+	}
+	count := 0
+	for _, row := range rows(t, pages(t)["operators.md"], "## By symptom", "## Configuration") {
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(strings.Split(row, " | ")[0], -1) {
+			for _, piece := range regexp.MustCompile(`…|NAME|podfsm ps -o wide`).Split(m[1], -1) {
+				count++
+				require.Contains(t, said.String(), strings.TrimSpace(piece))
+			}
+		}
+	}
+	require.Greater(t, count, 10)
+}
+
 // Every field of an event stands in the table of them.
 func TestFieldsOfEvents(t *testing.T) {
 	table := strings.Join(rows(t, pages(t)["operators.md"], "## Events", "## Metrics"), "\n")
