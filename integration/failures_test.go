@@ -414,9 +414,9 @@ func TestStopOfABurst(t *testing.T) {
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	require.NoError(t, n.Fault("runc.create", "block"))
-	turns := 2 * goruntime.GOMAXPROCS(0)
+	turns := goruntime.GOMAXPROCS(0)
 	var burst sync.WaitGroup
-	for i := range 3 * turns {
+	for i := range 4 * turns {
 		burst.Go(func() { _, _ = n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", i))) })
 	}
 	require.NoError(t, n.Faults.WaitReached(t.Context(), "runc.create", turns))

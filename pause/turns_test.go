@@ -14,7 +14,7 @@ import (
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ts := newTurns()
-		most := turnsPerCPU * runtime.GOMAXPROCS(0)
+		most := runtime.GOMAXPROCS(0)
 		var gives []func()
 		for range most {
 			gives = append(gives, ts.take(t.Context()))
@@ -45,7 +45,7 @@ func TestTurns(t *testing.T) {
 func TestTurnsOfThoseThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ts := newTurns()
-		most := turnsPerCPU * runtime.GOMAXPROCS(0)
+		most := runtime.GOMAXPROCS(0)
 		for range most {
 			ts.take(t.Context())
 		}
