@@ -9,11 +9,11 @@ import (
 )
 
 // Await looks for the first time after firstLook, which a shim alone takes to start, and then the more rarely the longer it has waited, so
-// that it finds the namespace when it is an eighth older at most. A runtime needs 20 ms on an idle node and seconds on a busy one; a look
+// that it finds the namespace when it is a sixteenth older at most. A runtime needs 20 ms on an idle node and seconds on a busy one; a look
 // costs some microseconds and the wake of a thread.
 const (
-	firstLook    = 8 * time.Millisecond
-	looksTheTime = 8
+	firstLook    = 12 * time.Millisecond
+	looksTheTime = 16
 )
 
 // Await returns the network namespace of the sandbox as soon as a process of its cgroup is in it, while the runtime is still making the

@@ -51,31 +51,76 @@ func Processes(cgroupsPath string) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := mainHierarchy()
+	main, err := mainHierarchy()
 	if err != nil {
 		return nil, err
 	}
-	pids, err := processesIn(filepath.Join(root, dir))
+	pids, err := processesIn(filepath.Join(main.Mountpoint, dir))
 	if ignoreGone(err) != nil {
 		return nil, fmt.Errorf("failed to look for the processes of cgroup %q: %w", cgroupsPath, err)
 	}
 	return pids, nil
 }
 
-// mainHierarchy is where every container has a cgroup.
-func mainHierarchy() (string, error) {
+// mainHierarchy is the one where every container has a cgroup.
+func mainHierarchy() (*mountinfo.Info, error) {
 	mounts, err := hierarchies()
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	i := slices.IndexFunc(mounts, func(m *mountinfo.Info) bool { return slices.Contains(strings.Split(m.VFSOptions, ","), "devices") })
 	if i < 0 {
 		i = slices.IndexFunc(mounts, func(m *mountinfo.Info) bool { return m.FSType == "cgroup2" })
 	}
 	if i < 0 {
-		return "", fmt.Errorf("no cgroup hierarchy is mounted: %w", errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no cgroup hierarchy is mounted: %w", errdefs.ErrNotFound)
 	}
-	return mounts[i].Mountpoint, nil
+	return mounts[i], nil
+}
+
+// expectMove has the kernel get ready for the move of a process to another
+// cgroup, which the runtime makes some 20 ms after its shim is asked for. A move
+// takes a lock that all forks take, too (cgroup_threadgroup_rwsem), and the first
+// who takes it for writing waits until all CPUs have noticed, a grace period of
+// RCU of 5 to 20 ms; who comes within the next one doesn't (rcu_sync in
+// kernel/rcu/sync.c). So this process moves to the cgroup that it is in, which
+// changes nothing, while the shim starts. With the mount option favordynmods
+// there is nothing to wait for.
+func expectMove() error {
+	main, err := mainHierarchy()
+	if err != nil {
+		return err
+	}
+	groups, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return fmt.Errorf("failed to read the own cgroup: %w", err)
+	}
+	own, ok := ownCgroup(main, string(groups))
+	if !ok {
+		return nil
+	}
+	err = os.WriteFile(filepath.Join(own, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
+	if err != nil {
+		return fmt.Errorf("failed to move to the own cgroup: %w", err)
+	}
+	return nil
+}
+
+// ownCgroup is the directory of the cgroup that /proc/self/cgroup names, where
+// that is sure: another part of the hierarchy may be mounted (cgroup_namespaces(7)).
+func ownCgroup(mount *mountinfo.Info, groups string) (string, bool) {
+	if mount.Root != "/" {
+		return "", false
+	}
+	for line := range strings.Lines(groups) {
+		// hierarchy-id:controllers:path (cgroups(7)), without controllers with cgroup v2.
+		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(fields) == 3 && !strings.Contains(fields[2], "..") &&
+			(mount.FSType == "cgroup2" && fields[1] == "" || mount.FSType == "cgroup" && slices.Contains(strings.Split(fields[1], ","), "devices")) {
+			return filepath.Join(mount.Mountpoint, fields[2]), true
+		}
+	}
+	return "", false
 }
 
 // cgroupDir is where a cgroup is below the root of its hierarchy.

@@ -53,8 +53,9 @@ func TestRemoveCgroup(t *testing.T) {
 }
 
 func TestProcesses(t *testing.T) {
-	root, err := mainHierarchy()
+	main, err := mainHierarchy()
 	require.NoError(t, err)
+	root := main.Mountpoint
 	parent := "/podfsm-processes-" + strconv.Itoa(os.Getpid())
 	path := filepath.Join(parent, "pause")
 	none := func() {
@@ -93,5 +94,43 @@ func TestCgroupDir(t *testing.T) {
 		got, err := cgroupDir(path)
 		require.NoError(t, err)
 		require.Equal(t, want, got)
+	}
+}
+
+// Preparing for a move moves nothing.
+func TestExpectMove(t *testing.T) {
+	before, err := os.ReadFile("/proc/self/cgroup")
+	require.NoError(t, err)
+	require.NoError(t, expectMove())
+	after, err := os.ReadFile("/proc/self/cgroup")
+	require.NoError(t, err)
+	require.Equal(t, string(before), string(after))
+	main, err := mainHierarchy()
+	require.NoError(t, err)
+	own, ok := ownCgroup(main, string(before))
+	require.True(t, ok)
+	pids, err := processesIn(own)
+	require.NoError(t, err)
+	require.Contains(t, pids, os.Getpid())
+}
+
+func TestOwnCgroup(t *testing.T) {
+	const v1 = "4:devices:/system.slice/containerd.service\n3:cpu,cpuacct:/elsewhere\n1:name=systemd:/system.slice\n0::/unified\n"
+	for name, tc := range map[string]struct {
+		mount  mountinfo.Info
+		groups string
+		want   string
+	}{
+		"v1":             {mountinfo.Info{FSType: "cgroup", Root: "/", Mountpoint: "/m"}, v1, "/m/system.slice/containerd.service"},
+		"v2":             {mountinfo.Info{FSType: "cgroup2", Root: "/", Mountpoint: "/m"}, "0::/system.slice/containerd.service\n", "/m/system.slice/containerd.service"},
+		"hybrid":         {mountinfo.Info{FSType: "cgroup2", Root: "/", Mountpoint: "/m"}, v1, "/m/unified"},
+		"the root":       {mountinfo.Info{FSType: "cgroup2", Root: "/", Mountpoint: "/m"}, "0::/\n", "/m"},
+		"a part mounted": {mountinfo.Info{FSType: "cgroup2", Root: "/docker/x", Mountpoint: "/m"}, "0::/docker/x\n", ""},
+		"out of sight":   {mountinfo.Info{FSType: "cgroup2", Root: "/", Mountpoint: "/m"}, "0::/../other\n", ""},
+		"nothing":        {mountinfo.Info{FSType: "cgroup", Root: "/", Mountpoint: "/m"}, "0::/\n", ""},
+	} {
+		got, ok := ownCgroup(&tc.mount, tc.groups)
+		require.Equal(t, tc.want, got, name)
+		require.Equal(t, tc.want != "", ok, name)
 	}
 }

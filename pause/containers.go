@@ -18,8 +18,10 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
+	"golang.org/x/sync/singleflight"
 )
 
 // When a shim dies, containerd cleans up after it for up to 5 s (its timeout
@@ -45,6 +47,7 @@ type Containers struct {
 	sockets Sockets
 
 	turns turns
+	moves singleflight.Group // of expectMove: one serves all that begin meanwhile
 
 	// started are the ids of sandboxes whose tasks this process has made:
 	// containerd knows all of their shims.
@@ -147,6 +150,12 @@ func (c *Containers) CreateTask(ctx context.Context, id, runtimePath string) (ui
 	if err != nil {
 		return 0, fmt.Errorf("failed to create the pause task of sandbox %q: %w", id, err)
 	}
+	c.moves.DoChan("", func() (any, error) {
+		if err := expectMove(); err != nil {
+			log.L.WithError(err).Debug("podfsm: the kernel isn't prepared for the cgroup of a pause")
+		}
+		return nil, nil
+	})
 	var opts []containerd.NewTaskOpts
 	if runtimePath != "" {
 		opts = append(opts, containerd.WithRuntimePath(runtimePath))
