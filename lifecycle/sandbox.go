@@ -239,7 +239,11 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
-	t.After = max(0, t.At.Sub(s.since())) // steps that end at the same time may be handled in another order
+	// Steps that end at the same time may be handled in another order than their times', now or when the records are read again.
+	if since := s.since(); t.At.Before(since) {
+		t.At = since
+	}
+	t.After = t.At.Sub(s.since())
 	s.transitions = append(s.transitions, t)
 	if over := len(s.transitions) - keepTransitions; over > 0 {
 		s.transitions = slices.Delete(s.transitions, keepFirstTransitions, keepFirstTransitions+over)
