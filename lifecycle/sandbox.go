@@ -332,10 +332,13 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 // run is what step sees of the sandbox now.
 func (s *sandbox) run(step Step) *Run {
 	f := step.Facts()
-	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps)), offers: map[states.Event]any{}}
+	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps)), offers: make(map[states.Event]any, len(f.Takes))}
 	s.mu.Lock()
 	for name, rec := range s.steps {
-		r.facts[name], r.offers[name] = rec.recorded, rec.offer
+		r.facts[name] = rec.recorded
+	}
+	for _, name := range f.Takes {
+		r.offers[name] = s.steps[name].offer
 	}
 	r.notes = r.facts[f.Name].notes
 	s.mu.Unlock()

@@ -99,8 +99,8 @@ type Run struct {
 	step   states.Event
 	facts  map[states.Event]recorded // of the steps done before, a copy
 	note   func(ctx context.Context, data any, canWait bool) error
-	offers map[states.Event]any              // what steps that aren't done have offered
-	offer  func(so any) (taken func() error) // nil but in Do
+	offers map[states.Event]any                     // to the step, so far
+	offer  func(something any) (taken func() error) // nil but in Do
 
 	mu    sync.Mutex
 	notes []any

@@ -30,17 +30,14 @@ var errDraining = fmt.Errorf("podfsm is being drained and takes no new pods; `po
 
 // open reads how an earlier daemon has left it.
 func (d *drain) open(dir string) error {
-	path := filepath.Join(dir, records.DrainFile)
-	info, err := os.Stat(path)
-	switch {
-	case err == nil:
-		d.setSince(info.ModTime())
-	case !errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("failed to find out whether the node is being drained: %w", err)
+	since, err := records.DrainingSince(dir)
+	if err != nil {
+		return err
 	}
+	d.setSince(since)
 	d.changing.Lock()
 	defer d.changing.Unlock()
-	d.path = path
+	d.path = filepath.Join(dir, records.DrainFile)
 	return nil
 }
 

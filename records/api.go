@@ -60,10 +60,6 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 	return response, nil
 }
 
-// DrainFile is the name of the file that says that new pods are refused, in the directory of the ledger that outlives a reboot. It is
-// empty; its time is when the drain began.
-const DrainFile = "draining"
-
 // Sandbox is a sandbox in the words of the API.
 func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 	spec := view.Spec.(*Spec)

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -54,9 +53,9 @@ type ledger struct {
 	journal.Snapshot
 	views []lifecycle.View
 	ended []*podfsmv1.InspectResponse
-	// draining is when a drain began that the next daemon goes on with; nil for
+	// draining is when a drain began that the next daemon goes on with; zero for
 	// none.
-	draining *timestamppb.Timestamp
+	draining time.Time
 	host     leaks.Host
 }
 
@@ -81,7 +80,7 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %v\n", err)
 	}
-	draining, err := drainingSince(root)
+	draining, err := records.DrainingSince(filepath.Join(root, ledgerDir))
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %v\n", err)
 	}
@@ -127,24 +126,15 @@ func explainLedger(down downError, root, state string, err error) error {
 	return fmt.Errorf("%w\nand its ledger can't be read: %w", down, err)
 }
 
-func drainingSince(root string) (*timestamppb.Timestamp, error) {
-	info, err := os.Stat(filepath.Join(root, ledgerDir, records.DrainFile))
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return nil, nil
-	case err != nil:
-		return nil, fmt.Errorf("failed to find out whether the node is being drained: %w", err)
-	}
-	return timestamppb.New(info.ModTime()), nil
-}
-
 func (l *ledger) list(ended bool) *podfsmv1.ListResponse {
 	var past []*podfsmv1.InspectResponse
 	if ended {
 		past = l.ended
 	}
 	response := records.List(l.views, past...)
-	response.DrainingSince = l.draining
+	if !l.draining.IsZero() {
+		response.DrainingSince = timestamppb.New(l.draining)
+	}
 	return response
 }
 
