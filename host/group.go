@@ -1,0 +1,323 @@
+package host
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Groups are the cgroups that one podfsm makes for what it starts, below one directory of their own. They have no controllers: they
+// limit nothing and tell only who is in there, so the daemon may stay in the cgroup above them ("no internal processes" of v2 is about
+// controllers that a cgroup gives to its children, cgroups(7)).
+type Groups struct{ dir string }
+
+// GroupsBelow returns the groups in a directory, which the first that is made makes, of the cgroup of this process: in the v2
+// hierarchy where there is one, also beside v1, and else in one of v1. systemd leaves them alone in a service with Delegate=yes.
+//
+// Errors: FailedPrecondition when no hierarchy is mounted that can be written to.
+func GroupsBelow(name string) (Groups, error) {
+	if err := checkName(name); err != nil {
+		return Groups{}, err
+	}
+	own, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return Groups{}, fmt.Errorf("failed to read the cgroup of this process: %w", err)
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2", "cgroup"))
+	if err != nil {
+		return Groups{}, fmt.Errorf("failed to list mounts: %w", err)
+	}
+	dir, ok := ownCgroup(parseCgroups(own), mounts)
+	if !ok {
+		return Groups{}, fmt.Errorf("no cgroup of this process is below a mount that it can write to: mount cgroup2 on /sys/fs/cgroup: %w", errdefs.ErrFailedPrecondition)
+	}
+	return Groups{filepath.Join(dir, name)}, nil
+}
+
+// v1Preference are the v1 hierarchies that are taken where there is no v2, the first one first: an empty cgroup of theirs changes
+// nothing for its members.
+var v1Preference = []string{"name=systemd", "freezer", "pids"}
+
+// ownCgroup returns the directory of a process's cgroup. paths are its cgroups by hierarchy, "" for v2.
+func ownCgroup(paths map[string]string, mounts []*mountinfo.Info) (dir string, ok bool) {
+	for _, hierarchy := range append([]string{""}, v1Preference...) {
+		path, known := paths[hierarchy]
+		if !known || strings.HasPrefix(path, "/..") { // it is above the root of the cgroup namespace
+			continue
+		}
+		for _, m := range mounts {
+			if (hierarchy == "") != (m.FSType == "cgroup2") || slices.Contains(strings.Split(m.Options, ","), "ro") {
+				continue
+			}
+			if hierarchy != "" && !slices.Contains(strings.Split(m.VFSOptions, ","), hierarchy) {
+				continue
+			}
+			if below, err := filepath.Rel(m.Root, path); err == nil && filepath.IsLocal(below) {
+				return filepath.Join(m.Mountpoint, below), true
+			}
+		}
+	}
+	return "", false
+}
+
+// parseCgroups reads a /proc/PID/cgroup (cgroups(7)): ID:CONTROLLERS:PATH a line, without controllers for v2.
+func parseCgroups(data []byte) map[string]string {
+	paths := map[string]string{}
+	for line := range strings.Lines(string(data)) {
+		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		for controller := range strings.SplitSeq(fields[1], ",") {
+			paths[controller] = fields[2]
+		}
+	}
+	return paths
+}
+
+// checkName keeps a group in its directory.
+func checkName(name string) error {
+	if name == "" || name == "." || !filepath.IsLocal(name) || strings.ContainsAny(name, "/\n") {
+		return fmt.Errorf("%q names no cgroup: %w", name, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// Dir is the directory of the groups.
+func (g Groups) Dir() string { return g.dir }
+
+// Make makes a group. One that exists is returned as it is.
+//
+// Errors: InvalidArgument for a name that isn't one.
+func (g Groups) Make(name string) (Group, error) {
+	group, err := g.Get(name)
+	if err != nil {
+		return Group{}, err
+	}
+	for _, dir := range []string{g.dir, group.dir} {
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return Group{}, fmt.Errorf("failed to make a cgroup: %w", err)
+		}
+	}
+	return group, nil
+}
+
+// Get returns a group, whether it exists or not. One that doesn't exist has no processes, and can be killed and removed.
+//
+// Errors: InvalidArgument for a name that isn't one.
+func (g Groups) Get(name string) (Group, error) {
+	if err := checkName(name); err != nil {
+		return Group{}, err
+	}
+	return Group{filepath.Join(g.dir, name)}, nil
+}
+
+// Names are those of the groups that exist, sorted.
+func (g Groups) Names() ([]string, error) {
+	entries, err := os.ReadDir(g.dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("failed to list cgroups: %w", err)
+	}
+	var names []string
+	for _, entry := range entries {
+		if entry.IsDir() {
+			names = append(names, entry.Name())
+		}
+	}
+	return names, nil
+}
+
+// Group is a cgroup of its own for what podfsm starts together. Its members are all that was started in it and all descendants of
+// these, however they were forked; only root can leave it.
+type Group struct{ dir string }
+
+// Dir is the group's directory.
+func (g Group) Dir() string { return g.dir }
+
+// Start has start make a process in the group, as [Cgroups.Start] does.
+func (g Group) Start(start func(cgroupFD int) error) error { return Cgroups{g.dir}.Start(start) }
+
+// Procs are the pids of the processes in the group and in cgroups below it. This process isn't one of them: a thread of it that starts
+// another in a v1 cgroup is listed there for a moment. Processes that have ended aren't either.
+//
+// Errors: FailedPrecondition for a process of another pid namespace, which has no pid here.
+func (g Group) Procs() ([]int, error) {
+	pids, err := g.procs()
+	if err == nil && slices.Contains(pids, 0) {
+		err = foreign(g)
+	}
+	return pids, err
+}
+
+func foreign(g Group) error {
+	return fmt.Errorf("cgroup %q has a process of another pid namespace: %w", g.dir, errdefs.ErrFailedPrecondition)
+}
+
+// procs are the group's processes, 0 for each of another pid namespace.
+func (g Group) procs() ([]int, error) {
+	dirs, err := g.tree()
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, dir := range dirs {
+		data, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("failed to list the processes of cgroup %q: %w", dir, err)
+		}
+		for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+			pid, err := strconv.Atoi(lines.Text())
+			if err != nil || pid < 0 {
+				return nil, fmt.Errorf("cgroup %q lists %q: %w", dir, lines.Text(), errdefs.ErrDataLoss)
+			}
+			if pid != os.Getpid() {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids, nil
+}
+
+// tree are the group's directory and all below it, each behind the one that it is in.
+func (g Group) tree() (dirs []string, err error) {
+	err = filepath.WalkDir(g.dir, func(path string, entry fs.DirEntry, err error) error {
+		if gone(err) {
+			return nil
+		}
+		if err == nil && entry.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("failed to look at cgroup %q: %w", g.dir, err)
+	}
+	return dirs, nil
+}
+
+// gone says that a cgroup was removed, also between the opening and the reading of its file.
+func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
+
+// pauses are the waits between two looks at a cgroup, until it is as it will be: 1 ms, doubled up to 50 ms.
+func pauses(yield func(time.Duration) bool) {
+	for pause := time.Millisecond; yield(pause); pause = min(2*pause, 50*time.Millisecond) {
+	}
+}
+
+// Kill ends the processes of the group and returns when none is left: by cgroup.kill (Linux 5.14), which no fork escapes, else one by
+// one behind their pidfds until there are no more.
+//
+// Errors: what ended ctx, naming the processes that are left; FailedPrecondition for a process of another pid namespace that only
+// cgroup.kill could reach.
+func (g Group) Kill(ctx context.Context) error {
+	for pause := range pauses {
+		pids, err := g.procs()
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		if err := g.kill(pids); err != nil {
+			return fmt.Errorf("failed to end the processes of cgroup %q: %w", g.dir, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return fmt.Errorf("processes %d of cgroup %q don't end: %w", pids, g.dir, context.Cause(ctx))
+		}
+	}
+	return nil
+}
+
+func (g Group) kill(pids []int) error {
+	err := writeFile(filepath.Join(g.dir, "cgroup.kill"), "1")
+	if err == nil || !gone(err) {
+		return err
+	}
+	for _, pid := range pids {
+		if pid == 0 {
+			return foreign(g)
+		}
+		if err := g.killOne(pid); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// killOne kills a process of the group, if it still is one when it is held.
+func (g Group) killOne(pid int) error {
+	process, err := Open(pid)
+	if err != nil {
+		return err
+	}
+	defer process.Close()
+	if pids, err := g.procs(); err != nil || !slices.Contains(pids, pid) {
+		return err
+	}
+	return process.Kill()
+}
+
+// writeFile writes to a file that exists.
+func writeFile(path, text string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
+}
+
+// Remove removes the group and all cgroups below it, and returns when they are gone. The kernel keeps a cgroup for a moment after the
+// end of its last process.
+//
+// Errors: FailedPrecondition when the group has processes, naming them; what ended ctx.
+func (g Group) Remove(ctx context.Context) error {
+	for pause := range pauses {
+		busy, err := g.remove()
+		if err == nil || !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		pids, listErr := g.procs()
+		if listErr != nil {
+			return listErr
+		}
+		if len(pids) > 0 {
+			return fmt.Errorf("cgroup %q has processes %d: %w", busy, pids, errdefs.ErrFailedPrecondition)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", err, context.Cause(ctx))
+		}
+	}
+	return nil
+}
+
+// remove removes what it can, and says what it couldn't.
+func (g Group) remove() (busy string, err error) {
+	dirs, err := g.tree()
+	if err != nil {
+		return "", err
+	}
+	for _, dir := range slices.Backward(dirs) {
+		if err := unix.Rmdir(dir); err != nil && !gone(err) {
+			return dir, fmt.Errorf("failed to remove cgroup %q: %w", dir, err)
+		}
+	}
+	return "", nil
+}

@@ -1,0 +1,202 @@
+package host
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func TestGroup(t *testing.T) {
+	for kind, groups := range kinds(t) {
+		names, err := groups.Names()
+		require.NoError(t, err)
+		require.Empty(t, names)
+		g, err := groups.Get("a")
+		require.NoError(t, err)
+		pids, err := g.Procs()
+		require.NoError(t, err)
+		require.Empty(t, pids)
+		require.NoError(t, g.Kill(t.Context()))
+		require.NoError(t, g.Remove(t.Context()))
+
+		for range 2 {
+			g, err = groups.Make("a")
+			require.NoError(t, err)
+		}
+		// A process that forks twice into a session of its own, and lets go of everything.
+		cmd := startIn(t, Cgroups{g.Dir()}, "setsid sh -c 'sleep 300 & sleep 300' </dev/null >/dev/null 2>&1 & exit 0")
+		require.NoError(t, cmd.Wait())
+		soon(t, func() bool {
+			pids, err = g.Procs()
+			return err == nil && len(pids) == 3
+		}, "all descendants are members")
+		require.NotContains(t, pids, os.Getpid())
+
+		err = g.Remove(t.Context())
+		require.True(t, errdefs.IsFailedPrecondition(err), "%s: %v", kind, err)
+		require.NoError(t, os.Mkdir(filepath.Join(g.Dir(), "below"), 0o755))
+		names, err = groups.Names()
+		require.NoError(t, err)
+		require.Equal(t, []string{"a"}, names)
+
+		require.NoError(t, g.Kill(t.Context()))
+		pids, err = g.Procs()
+		require.NoError(t, err)
+		require.Empty(t, pids)
+		require.NoError(t, g.Remove(t.Context()))
+		require.NoDirExists(t, g.Dir())
+		names, err = groups.Names()
+		require.NoError(t, err)
+		require.Empty(t, names)
+	}
+}
+
+// TestGroupOfAForkBomb ends processes that fork as fast as they can.
+func TestGroupOfAForkBomb(t *testing.T) {
+	for kind, groups := range kinds(t) {
+		g, err := groups.Make("bomb")
+		require.NoError(t, err)
+		startIn(t, Cgroups{g.Dir()}, "while :; do (sleep 0.01 &) ; done")
+		time.Sleep(100 * time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		require.NoErrorf(t, g.Kill(ctx), kind)
+		require.NoErrorf(t, g.Remove(ctx), kind)
+		cancel()
+	}
+}
+
+func TestGroupKillIsBounded(t *testing.T) {
+	groups, ok := kinds(t)["v1"]
+	if !ok {
+		t.Skip("needs the v1 freezer")
+	}
+	g, err := groups.Make("frozen")
+	require.NoError(t, err)
+	cmd := startIn(t, Cgroups{g.Dir()}, "sleep 300")
+	require.NoError(t, writeFile(filepath.Join(g.Dir(), "freezer.state"), "FROZEN"))
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	err = g.Kill(ctx)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorContains(t, err, "don't end")
+	require.NoError(t, writeFile(filepath.Join(g.Dir(), "freezer.state"), "THAWED"))
+	require.Error(t, cmd.Wait())
+	require.NoError(t, g.Kill(t.Context()))
+}
+
+// TestPidZero has a group list a process of another pid namespace, which kill(2) would take for the whole process group.
+func TestPidZero(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir() // stands for a v1 cgroup, as it has no cgroup.kill
+	for _, tc := range []struct {
+		procs string
+		is    func(error) bool
+	}{
+		{"0\n", errdefs.IsFailedPrecondition},
+		{"4194305\n0\n", errdefs.IsFailedPrecondition},
+		{"-1\n", errdefs.IsDataLoss},
+		{"x\n", errdefs.IsDataLoss},
+	} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(tc.procs), 0o644))
+		g := Group{dir}
+		_, err := g.Procs()
+		require.Truef(t, tc.is(err), "%q: %v", tc.procs, err)
+		err = g.Kill(t.Context())
+		require.Truef(t, tc.is(err), "%q: %v", tc.procs, err)
+	}
+}
+
+func TestGroupNames(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"", ".", "..", "/", "a/b", "../a", "a/", "a\nb"} {
+		_, err := Groups{t.TempDir()}.Make(name)
+		require.Truef(t, errdefs.IsInvalidArgument(err), "%q: %v", name, err)
+		_, err = GroupsBelow(name)
+		require.Truef(t, errdefs.IsInvalidArgument(err), "%q: %v", name, err)
+	}
+}
+
+func TestOwnCgroup(t *testing.T) {
+	t.Parallel()
+	v2 := &mountinfo.Info{FSType: "cgroup2", Root: "/", Mountpoint: "/sys/fs/cgroup/unified", Options: "rw,relatime"}
+	v2ReadOnly := &mountinfo.Info{FSType: "cgroup2", Root: "/", Mountpoint: "/elsewhere", Options: "ro"}
+	v2Below := &mountinfo.Info{FSType: "cgroup2", Root: "/kind", Mountpoint: "/sys/fs/cgroup", Options: "rw"}
+	pids := &mountinfo.Info{FSType: "cgroup", Root: "/", Mountpoint: "/sys/fs/cgroup/pids", Options: "rw", VFSOptions: "rw,pids"}
+	systemd := &mountinfo.Info{FSType: "cgroup", Root: "/", Mountpoint: "/sys/fs/cgroup/systemd", Options: "rw", VFSOptions: "rw,xattr,name=systemd"}
+	const hybrid = "9:name=systemd:/a\n8:pids:/b\n1:cpu,cpuacct:/c\n0::/system.slice/containerd.service\n"
+	const legacy = "9:name=systemd:/a\n8:pids:/b\n"
+	for _, tc := range []struct {
+		own    string
+		mounts []*mountinfo.Info
+		dir    string
+	}{
+		{hybrid, []*mountinfo.Info{systemd, v2}, "/sys/fs/cgroup/unified/system.slice/containerd.service"},
+		{hybrid, []*mountinfo.Info{v2ReadOnly, v2}, "/sys/fs/cgroup/unified/system.slice/containerd.service"},
+		{hybrid, []*mountinfo.Info{v2ReadOnly, pids}, "/sys/fs/cgroup/pids/b"},
+		{legacy, []*mountinfo.Info{pids, systemd}, "/sys/fs/cgroup/systemd/a"},
+		{legacy, []*mountinfo.Info{pids}, "/sys/fs/cgroup/pids/b"},
+		{"0::/kind/x\n", []*mountinfo.Info{v2Below}, "/sys/fs/cgroup/x"},
+		{"0::/other\n", []*mountinfo.Info{v2Below}, ""},
+		{"0::/../other\n", []*mountinfo.Info{v2}, ""},
+		{"1:cpu:/\n", []*mountinfo.Info{v2, pids}, ""},
+		{"", nil, ""},
+	} {
+		dir, ok := ownCgroup(parseCgroups([]byte(tc.own)), tc.mounts)
+		require.Equal(t, tc.dir, dir, tc.own)
+		require.Equal(t, tc.dir != "", ok, tc.own)
+	}
+}
+
+// TestStart has a process be born in its cgroups of both kinds, on threads that don't stay in them.
+func TestStart(t *testing.T) {
+	var dirs Cgroups
+	for _, groups := range kinds(t) {
+		g, err := groups.Make("born")
+		require.NoError(t, err)
+		dirs = append(dirs, g.Dir())
+	}
+	for range 50 {
+		cmd := startIn(t, dirs, "cat /proc/self/cgroup; exec sleep 300")
+		data, err := Read(t.Context(), cmd.Process.Pid, "cgroup")
+		require.NoError(t, err)
+		require.GreaterOrEqual(t, strings.Count(string(data), "/born\n"), len(dirs), string(data))
+		for _, dir := range dirs {
+			procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			require.NoError(t, err)
+			require.NotContains(t, strings.Fields(string(procs)), "0")
+			for _, pid := range strings.Fields(string(procs)) {
+				require.NotEqual(t, pid, strconv.Itoa(os.Getpid()), "a thread has stayed in the cgroup")
+			}
+		}
+		require.NoError(t, cmd.Process.Kill())
+		_ = cmd.Wait()
+	}
+	tasks, err := filepath.Glob("/proc/self/task/*/cgroup")
+	require.NoError(t, err)
+	for _, task := range tasks {
+		data, _ := os.ReadFile(task)
+		require.NotContains(t, string(data), "/born\n", task)
+	}
+}
+
+func TestStartRefuses(t *testing.T) {
+	groups := kinds(t)["own"]
+	g, err := groups.Make("one")
+	require.NoError(t, err)
+	never := func(int) error { t.Error("it was started"); return nil }
+	require.ErrorIs(t, Cgroups{filepath.Join(g.Dir(), "none")}.Start(never), unix.ENOENT)
+	if unified, err := isUnified(g.Dir()); err == nil && unified {
+		err := Cgroups{g.Dir(), g.Dir()}.Start(never)
+		require.True(t, errdefs.IsInvalidArgument(err), err)
+	}
+	require.EqualError(t, g.Start(func(int) error { return os.ErrProcessDone }), os.ErrProcessDone.Error())
+}
