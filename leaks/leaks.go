@@ -7,6 +7,7 @@ package leaks
 
 import (
 	"cmp"
+	"context"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
 )
@@ -94,16 +96,16 @@ func (h Host) Marked() ([]Thing, error) {
 
 // Unmarked returns the things that have the same names whoever made them, podfsm or containerd's own controller, and those of app
 // containers beside them.
-func (h Host) Unmarked() ([]Thing, error) {
+//
+// Shims are found only from the daemon's own cgroup.
+func (h Host) Unmarked(ctx context.Context) ([]Thing, error) {
 	var things []Thing
-	shims, err := pause.Shims(h.Bundles)
+	shims, err := host.Siblings(ctx, filepath.Join(h.Bundles, h.Namespace))
 	if err != nil {
 		return nil, err
 	}
-	for _, shim := range shims {
-		if shim.Namespace == h.Namespace {
-			things = add(things, Shim, shim.ID, strconv.Itoa(shim.Pid))
-		}
+	for pid, bundle := range shims {
+		things = add(things, Shim, strings.TrimPrefix(filepath.Base(bundle), "."), strconv.Itoa(pid))
 	}
 	bundles, err := pause.Bundles(h.Bundles, h.Namespace)
 	if err != nil {
@@ -129,13 +131,13 @@ func Cgroups(things []Thing) ([]Thing, error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	dirs, err := pause.Cgroups(ids)
+	dirs, err := host.FindPodCgroups(ids)
 	if err != nil {
 		return nil, err
 	}
 	var cgroups []Thing
 	for _, dir := range dirs {
-		cgroups = add(cgroups, Cgroup, filepath.Base(dir), dir)
+		cgroups = add(cgroups, Cgroup, host.CgroupID(dir), dir)
 	}
 	return cgroups, nil
 }

@@ -1,16 +1,19 @@
 package leaks
 
-import "slices"
+import (
+	"context"
+	"slices"
+)
 
 // WithoutStores returns what has leaked, as far as the host alone can tell, without containerd's stores: things that bear podfsm's
 // mark, and what else their sandboxes have. known are the ids of the sandboxes that are on record.
-func (h Host) WithoutStores(known func(id string) bool) ([]Thing, error) {
+func (h Host) WithoutStores(ctx context.Context, known func(id string) bool) ([]Thing, error) {
 	marked, err := h.Marked()
 	if err != nil {
 		return nil, err
 	}
 	marked = slices.DeleteFunc(marked, func(t Thing) bool { return known(t.ID) })
-	unmarked, err := h.Unmarked()
+	unmarked, err := h.Unmarked(ctx)
 	if err != nil {
 		return nil, err
 	}

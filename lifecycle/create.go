@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -20,8 +19,7 @@ type creation struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
 	reply   func(error)
-	running int
-	offers  []offer
+	running bool     // a step is under way
 	err     error    // why it failed, the first reason
 	then    []func() // requests that wait for its end
 }
@@ -62,92 +60,25 @@ func (s *sandbox) start(ctx context.Context, reply func(error)) {
 	s.proceed()
 }
 
-// offer is one that waits for the steps that take it.
-type offer struct {
-	step  Step
-	taken chan struct{}
-}
-
-// offer hands something to the steps that take it. ctx is the creation's: they have deadlines of their own, and who waits for one that
-// hangs isn't to be blamed for it.
-func (s *sandbox) offer(ctx context.Context, step Step, something any) (taken func() error) {
-	o := offer{step, make(chan struct{})}
-	s.resume(func() {
-		s.mu.Lock()
-		s.steps[step.Facts().Name].offer = something
-		s.mu.Unlock()
-		s.creation.offers = append(s.creation.offers, o)
-		s.proceed()
-	})
-	return func() error {
-		s.setWaiting(step, true)
-		defer s.setWaiting(step, false)
-		<-o.taken
-		return context.Cause(ctx) // one that has failed has ended the creation before
-	}
-}
-
-func (s *sandbox) setWaiting(step Step, waiting bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.steps[step.Facts().Name].waiting = waiting
-}
-
-// endOffers tells the steps that have offered something that nobody who takes it runs any more.
-func (s *sandbox) endOffers() {
-	s.creation.offers = slices.DeleteFunc(s.creation.offers, func(o offer) bool {
-		for _, step := range s.engine.steps {
-			f := step.Facts()
-			if slices.Contains(f.Takes, o.step.Facts().Name) && s.steps[f.Name].status == StepRunning {
-				return false
+// proceed starts the next step of the path, and ends the creation after the last one or a failure.
+func (s *sandbox) proceed() {
+	if s.creation.err == nil {
+		for _, step := range s.engine.path() {
+			if s.steps[step.Facts().Name].status == StepPending {
+				s.launch(step)
+				return
 			}
 		}
-		close(o.taken)
-		return true
-	})
-}
-
-// proceed starts every step whose needs are met, and ends the creation when none is left running.
-func (s *sandbox) proceed() {
-	for _, step := range s.engine.steps {
-		if s.creation.err == nil && s.startable(step) {
-			s.launch(step)
-		}
 	}
-	s.endOffers()
-	if s.creation.running == 0 {
+	if !s.creation.running {
 		s.finishCreation()
 	}
 }
 
-func (s *sandbox) startable(step Step) bool {
-	f := step.Facts()
-	if s.steps[f.Name].status != StepPending {
-		return false
-	}
-	for _, need := range f.Needs {
-		if !s.steps[need].status.complete() {
-			return false
-		}
-	}
-	for _, take := range f.Takes {
-		if !s.steps[take].status.complete() && s.steps[take].offer == nil {
-			return false
-		}
-	}
-	return true
-}
-
-// launch runs step beside the queue; its outcome comes back as an event.
+// launch runs step beside the queue, which takes other events meanwhile; its outcome comes back as an event.
 func (s *sandbox) launch(step Step) {
-	name := step.Facts().Name
-	s.mu.Lock()
-	s.steps[name].status, s.steps[name].started = StepRunning, time.Now().UTC()
-	s.acts.begin(name, ActDo, s.steps[name].started)
-	s.steps[name].acting, s.steps[name].actingSince = ActDo, s.steps[name].started
-	s.mu.Unlock()
-
-	s.creation.running++
+	s.setRunning(step)
+	s.creation.running = true
 	ctx := s.creation.ctx
 	s.engine.work.Add(1) // the queue that is being handled keeps the group from being waited out
 	go func() {
@@ -155,6 +86,16 @@ func (s *sandbox) launch(step Step) {
 		out := s.execute(ctx, step)
 		s.resume(func() { s.stepEnded(step, out) })
 	}()
+}
+
+func (s *sandbox) setRunning(step Step) {
+	name := step.Facts().Name
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rec := s.steps[name]
+	rec.status, rec.started = StepRunning, time.Now().UTC()
+	rec.acting, rec.actingSince = ActDo, rec.started
+	s.acts.begin(name, ActDo, rec.started)
 }
 
 // resume queues the outcome of work that is counted in already, so it is taken even while the engine closes.
@@ -179,7 +120,7 @@ type outcome struct {
 
 // execute plans, records, does, and records again.
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
-	f, creation := step.Facts(), ctx
+	f := step.Facts()
 	ctx, cancel := within(ctx, f.Deadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
@@ -187,7 +128,6 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
 	out.started = time.Now().UTC()
 	r := s.run(step)
-	r.offer = func(something any) func() error { return s.offer(creation, step, something) }
 	defer func() {
 		if p := recover(); p != nil {
 			out.err = panicked(p)
@@ -253,6 +193,18 @@ func panicked(p any) error { return fmt.Errorf("panic: %v: %w", p, errdefs.ErrIn
 
 // stepEnded handles the outcome of a step.
 func (s *sandbox) stepEnded(step Step, out outcome) {
+	s.keepOutcome(s.creation.ctx, step, out, s.creation.err != nil)
+	s.creation.running = false
+	if out.err != nil {
+		s.creation.fail(&StepError{Step: step.Facts().Name, Pod: s.req.Pod, Err: out.err})
+	} else {
+		s.advance(out.ended)
+	}
+	s.proceed()
+}
+
+// keepOutcome keeps how a step went, and tells the meter. canceled says that it had to end because something else had failed.
+func (s *sandbox) keepOutcome(ctx context.Context, step Step, out outcome, canceled bool) {
 	name := step.Facts().Name
 	s.mu.Lock()
 	rec := s.steps[name]
@@ -271,17 +223,10 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 	}
 	s.mu.Unlock()
 
-	if out.err != nil && s.creation.err != nil {
+	if out.err != nil && canceled {
 		outcome = OutcomeCanceled
 	}
-	s.acted(s.creation.ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
-	s.creation.running--
-	if out.err != nil {
-		s.creation.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})
-	} else {
-		s.advance(out.ended)
-	}
-	s.proceed()
+	s.acted(ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
 }
 
 // advance moves the state along the completed prefix of the creation path.
@@ -305,11 +250,6 @@ func (s *sandbox) finishCreation() {
 	c := s.creation
 	s.creation = nil
 	defer c.cancel()
-	s.mu.Lock()
-	for _, rec := range s.steps {
-		rec.offer = nil
-	}
-	s.mu.Unlock()
 	if c.err == nil {
 		c.reply(nil)
 		return

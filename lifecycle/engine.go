@@ -1,10 +1,10 @@
 // Package lifecycle is the engine that runs every sandbox as a state machine.
 //
 // A sandbox is a queue of events: requests, the results of steps, the exit of pause, retry timers. One goroutine at a time
-// handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. Steps run beside
-// the queue, as many at once as their needs allow, and their results come back as events. What is undone is undone inside the
-// queue, one step after the other, newest first; when a sandbox stops, its process, once it is dead, is reaped beside that. A check
-// of a sandbox that is ready is an event, too, which ends as soon as another comes.
+// handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. The steps of a creation
+// run one after the other beside the queue, and their results come back as events. What is undone is undone inside the
+// queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which ends as soon as another
+// comes.
 //
 // Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
 package lifecycle
@@ -70,27 +70,24 @@ type Engine struct {
 // sandbox waits for it, so it must return soon.
 type Observer func(View)
 
-// New makes an engine of steps, which must be the whole creation path of package states, in its order. observe and meter may be nil.
+// New makes an engine of steps, which must be those of package states, in their order. observe and meter may be nil.
 func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter) (*Engine, error) {
 	if meter == nil {
 		meter = unmetered{}
 	}
-	path := states.CreationPath()
-	if len(steps) != len(path) {
-		return nil, fmt.Errorf("there are %d steps for a creation path of %d: %w", len(steps), len(path), errdefs.ErrInvalidArgument)
+	path, all := states.CreationPath(), states.Steps()
+	if len(steps) != len(all) {
+		return nil, fmt.Errorf("there are %d steps, want %d: %w", len(steps), len(all), errdefs.ErrInvalidArgument)
 	}
 	for i, step := range steps {
 		f := step.Facts()
-		if f.Name != path[i] {
-			return nil, fmt.Errorf("step %d is %q, the creation path has %q there: %w", i, f.Name, path[i], errdefs.ErrInvalidArgument)
+		if f.Name != all[i] || f.OnDemand != (i >= len(path)) {
+			return nil, fmt.Errorf("step %d is %q (on demand: %t), want %q: %w", i, f.Name, f.OnDemand, all[i], errdefs.ErrInvalidArgument)
 		}
-		for _, earlier := range slices.Concat(f.Needs, f.Takes, f.Holds) {
-			if !slices.Contains(path[:i], earlier) {
+		for _, earlier := range f.Holds {
+			if !slices.Contains(all[:i], earlier) {
 				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", f.Name, earlier, errdefs.ErrInvalidArgument)
 			}
-		}
-		if len(f.Takes) > 0 && len(f.Needs) > 0 {
-			return nil, fmt.Errorf("step %q takes an offer, which doesn't wait until what it needs is done: %w", f.Name, errdefs.ErrInvalidArgument)
 		}
 		if f.Deadline <= 0 || f.UndoDeadline <= 0 {
 			return nil, fmt.Errorf("step %q has no deadline: %w", f.Name, errdefs.ErrInvalidArgument)
@@ -104,6 +101,9 @@ func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter
 		meter: meter,
 	}, nil
 }
+
+// path are the steps of the creation path.
+func (e *Engine) path() []Step { return e.steps[:len(states.CreationPath())] }
 
 // WhenPaid sets what is called when an owed removal has succeeded with nobody waiting for it, right before the sandbox is forgotten: who
 // asked for it was told that it had failed, and may have it on record. It must be set before there is any sandbox, and holds up the
@@ -240,6 +240,13 @@ func (e *Engine) List() []View {
 		views[i] = s.view()
 	}
 	return views
+}
+
+// Keys are the keys of all sandboxes, in no order, without the cost of their views.
+func (e *Engine) Keys() []journal.Key {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Collect(maps.Keys(e.sandboxes))
 }
 
 func (e *Engine) all() []*sandbox {

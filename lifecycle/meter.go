@@ -113,7 +113,7 @@ func (s *sandbox) count(c Census) {
 	defer s.mu.Unlock()
 	c.States[s.state()]++
 	for name, rec := range s.steps {
-		if act := (StepAct{name, rec.acting}); rec.acting != "" && !rec.waiting && earlier(rec.actingSince, c.Acts[act]) {
+		if act := (StepAct{name, rec.acting}); rec.acting != "" && earlier(rec.actingSince, c.Acts[act]) {
 			c.Acts[act] = rec.actingSince
 		}
 		if rec.status == StepOwed {

@@ -228,7 +228,7 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 func (h *history) owe(record *journal.Record) {
 	all := states.State(record.Goal) != states.Stopped
 	begun := false
-	for _, name := range slices.Backward(states.CreationPath()) {
+	for _, name := range slices.Backward(states.Steps()) {
 		rec := h.steps[name]
 		if !rec.touched || rec.status == StepUndone {
 			continue

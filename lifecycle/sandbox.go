@@ -30,8 +30,6 @@ type stepRecord struct {
 	recorded
 	status         StepStatus
 	touched        bool      // its intent is on record, so it may have acted
-	offer          any       // what it has offered to those that take it; never on record
-	waiting        bool      // it waits for those; set by the step itself
 	undoing        time.Time // when its undo was begun, where that is on record
 	acting         ActKind   // what is being done with it now; "" for nothing
 	actingSince    time.Time
@@ -92,7 +90,7 @@ func newSandbox(e *Engine, key journal.Key, req Request) (*sandbox, error) {
 		created: time.Now(),
 		steps:   map[states.Event]*stepRecord{},
 	}
-	for _, name := range states.CreationPath() {
+	for _, name := range states.Steps() {
 		s.steps[name] = &stepRecord{status: StepPending}
 	}
 	return s, nil
@@ -332,13 +330,10 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 // run is what step sees of the sandbox now.
 func (s *sandbox) run(step Step) *Run {
 	f := step.Facts()
-	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps)), offers: make(map[states.Event]any, len(f.Takes))}
+	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps))}
 	s.mu.Lock()
 	for name, rec := range s.steps {
 		r.facts[name] = rec.recorded
-	}
-	for _, name := range f.Takes {
-		r.offers[name] = s.steps[name].offer
 	}
 	r.notes = r.facts[f.Name].notes
 	s.mu.Unlock()
@@ -364,23 +359,6 @@ func (s *sandbox) pauseExited(exit Exit) {
 		if err := s.move(ctx, states.LosePause, cause); err != nil {
 			s.log(ctx).WithError(err).Error("sandbox: lost pause")
 		}
-	}
-	s.announceExit()
-	s.reap(ctx)
-}
-
-// reap lets the runtime forget a process that ended by itself.
-func (s *sandbox) reap(ctx context.Context) {
-	for _, step := range s.engine.steps {
-		ender, ok := step.(Ender)
-		if !ok {
-			continue
-		}
-		ctx, cancel := context.WithTimeout(ctx, step.Facts().UndoDeadline)
-		if err := ender.Reap(ctx, s.run(step)); err != nil {
-			s.log(ctx).WithError(err).Warn("sandbox: failed to collect the exited pause; stop will try again")
-		}
-		cancel()
 	}
 }
 

@@ -20,19 +20,17 @@ import (
 type Facts struct {
 	// Name is the event that the step's completion fires; it also names the step in the ledger, in spans and in messages.
 	Name states.Event
-	// Needs are the steps that must be done before this one may start. Steps that need nothing of each other run at the same time.
-	Needs []states.Event
-	// Takes are the steps that must be done too, or have offered something: see [Run.Offer].
-	Takes []states.Event
 	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
 	// holds its ids and its rootfs.
 	Holds []states.Event
 	// AtStop says that the step is undone when the sandbox stops, not only when it is removed.
 	AtStop bool
+	// OnDemand says that the step is not on the creation path: [Engine.Demand] does it for a ready sandbox. Its Do is idempotent.
+	OnDemand bool
 	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan. The plan
 	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).
 	Lasting bool
-	// Deadline bounds Plan and Do, UndoDeadline bounds Undo, Stop and Reap.
+	// Deadline bounds Plan and Do, UndoDeadline bounds Undo and Stop.
 	Deadline, UndoDeadline time.Duration
 }
 
@@ -55,10 +53,8 @@ type Step interface {
 type Ender interface {
 	// Stop ends the process and returns how it ended. It is idempotent.
 	Stop(ctx context.Context, r *Run) (Exit, error)
-	// Reap collects what the runtime keeps of a process that was stopped or exited by itself. It is idempotent, and may run beside the
-	// undos of a stop.
-	Reap(ctx context.Context, r *Run) error
-	// Exited says how a process that was started by an earlier daemon has ended; nil while it runs.
+	// Exited says how a process that was started by an earlier daemon has ended; nil while it runs, and then its end is told from now
+	// on, as that of a process that this daemon has started.
 	Exited(ctx context.Context, r *Run) (*Exit, error)
 }
 
@@ -96,11 +92,9 @@ type Run struct {
 	// Spec is what the sandbox was created with; it must not be changed.
 	Spec any
 
-	step   states.Event
-	facts  map[states.Event]recorded // of the steps done before, a copy
-	note   func(ctx context.Context, data any, canWait bool) error
-	offers map[states.Event]any                     // to the step, so far
-	offer  func(something any) (taken func() error) // nil but in Do
+	step  states.Event
+	facts map[states.Event]recorded // of the steps done before, a copy
+	note  func(ctx context.Context, data any, canWait bool) error
 
 	mu    sync.Mutex
 	notes []any
@@ -119,20 +113,12 @@ func (r *Run) Plan() any { return r.facts[r.step].plan }
 // Result is what a step's Do returned; nil when it isn't done.
 func (r *Run) Result(step states.Event) any { return r.facts[step].result }
 
-// Offered is what a step of Facts.Takes has offered; nil when it hasn't.
-func (r *Run) Offered(step states.Event) any { return r.offers[step] }
-
 // Notes are what the step's own Do noted, in order.
 func (r *Run) Notes() []any {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.notes)
 }
-
-// Offer gives something to the steps that take it (Facts.Takes), once: they, and what comes after them, run beside the rest of Do. It is
-// never on record, and the sandbox's state waits for Do all the same. taken returns when none of them runs any more, with an error when
-// the creation has failed.
-func (r *Run) Offer(something any) (taken func() error) { return r.offer(something) }
 
 // Announce records what the step is about to do, for its Undo. When it returns, that, the plan and all notes before it are there after a
 // kill, and for a lasting step after a reboot, too. An error means that it may not be on record: it must then not be done. It may be

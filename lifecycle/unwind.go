@@ -86,43 +86,12 @@ func (s *sandbox) stop(ctx context.Context) error {
 	})
 }
 
-// detach ends the process and undoes what a stopped sandbox must not have, while the runtime lets go of the process.
+// detach ends the process and undoes what a stopped sandbox must not have.
 func (s *sandbox) detach(ctx context.Context) error {
 	if err := s.end(ctx); err != nil {
 		return err
 	}
-	reaped := s.reapBeside(ctx)
-	err := s.unwind(ctx, func(f Facts) bool { return f.AtStop })
-	return errors.Join(err, reaped())
-}
-
-// reapBeside has the runtime let go of a process that has ended, beside what the queue does until it calls reaped.
-func (s *sandbox) reapBeside(ctx context.Context) (reaped func() error) {
-	var under []func() error
-	for _, step := range s.engine.steps {
-		name := step.Facts().Name
-		ender, ok := step.(Ender)
-		if !ok || !s.steps[name].touched {
-			continue
-		}
-		wait := s.try(ctx, step, ActReap, ender.Reap)
-		under = append(under, func() error {
-			err := wait()
-			if err != nil {
-				s.setOwed(name, err)
-			} else {
-				s.settleStep(name)
-			}
-			return err
-		})
-	}
-	return func() error {
-		var failed []error
-		for _, wait := range under {
-			failed = append(failed, wait())
-		}
-		return errors.Join(failed...)
-	}
+	return s.unwind(ctx, func(f Facts) bool { return f.AtStop })
 }
 
 // remove undoes everything and forgets the sandbox.
@@ -249,27 +218,21 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 	}
 }
 
-// attempt makes one bounded and traced try at an undo.
-func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) error {
-	return s.try(ctx, step, kind, f)()
-}
-
 // spanName is that of an attempt's span.
 func spanName(step states.Event, kind ActKind) string {
 	switch kind {
 	case ActStop:
 		return tracing.Stop(string(step))
-	case ActReap:
-		return tracing.Reap(string(step))
 	default:
 		return tracing.Undo(string(step))
 	}
 }
 
-// try begins an attempt. What it returns waits for its end, in the queue.
-func (s *sandbox) try(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) (wait func() error) {
+// attempt makes one bounded and traced try at an undo.
+func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) error {
 	facts := step.Facts()
 	ctx, cancel := within(ctx, facts.UndoDeadline)
+	defer cancel()
 	ctx, span := tracing.Start(ctx, spanName(facts.Name, kind), s.req.Attributes...)
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	r := s.run(step)
@@ -278,18 +241,13 @@ func (s *sandbox) try(ctx context.Context, step Step, kind ActKind, f func(conte
 	s.acts.begin(act.Step, act.Kind, act.Started)
 	s.steps[act.Step].acting, s.steps[act.Step].actingSince = act.Kind, act.Started
 	s.mu.Unlock()
-	tried := make(chan Act, 1)
-	go func() {
-		defer cancel()
-		_, err := protect(func() (any, error) { return nil, f(ctx, r) })
-		if err != nil {
-			err = late(ctx, err)
-		}
-		tracing.End(span, err)
-		act.Ended, act.Err = time.Now().UTC(), err
-		tried <- act
-	}()
-	return func() error { return s.tried(ctx, r, <-tried) }
+	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
+	if err != nil {
+		err = late(ctx, err)
+	}
+	tracing.End(span, err)
+	act.Ended, act.Err = time.Now().UTC(), err
+	return s.tried(ctx, r, act)
 }
 
 // tried keeps how an attempt ended.

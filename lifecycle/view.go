@@ -34,7 +34,6 @@ type StepView struct {
 	Err       error         // of Do, of the last undo while it is owed, or of the last check of what is done
 	Attempts  int           // failed tries at undoing it
 	OwedSince time.Time     // when the first of them failed
-	Waiting   bool          // it runs, and waits for those that take what it has offered
 	Plan      any
 	Notes     []any
 	Result    any
@@ -60,7 +59,6 @@ const (
 	ActDo   ActKind = "do"
 	ActUndo ActKind = "undo"
 	ActStop ActKind = "stop" // of the sandbox's process
-	ActReap ActKind = "reap" // of a process that has ended, by the runtime
 
 	ActCheck ActKind = "check" // of what is done; the acts of a view don't hold it
 )
@@ -85,7 +83,7 @@ type View struct {
 	TraceParent string    // of the span it was created under, a W3C traceparent
 	TraceID     string
 	Claim       Claim
-	Steps       []StepView   // in the order of the creation path
+	Steps       []StepView   // in the order of the creation path, then those on demand that somebody has asked for
 	Transitions []Transition // without those in the middle where there are very many
 	Acts        []Act        // in the order in which they began
 	NextTry     time.Time    // of the owed cleanup
@@ -103,8 +101,7 @@ func (v View) Step(name states.Event) StepView {
 	return StepView{}
 }
 
-// Current is the step that the sandbox waits for, if there is one. Of several that run it is the first of the path that doesn't wait itself:
-// what runs beside it can't be done before it.
+// Current is the step that the sandbox waits for, if there is one.
 func (v View) Current() (StepView, bool) {
 	for _, step := range slices.Backward(v.Steps) {
 		if step.Status == StepUndoing {
@@ -112,7 +109,7 @@ func (v View) Current() (StepView, bool) {
 		}
 	}
 	for _, step := range v.Steps {
-		if step.Status == StepRunning && !step.Waiting {
+		if step.Status == StepRunning {
 			return step, true
 		}
 	}
@@ -143,10 +140,13 @@ func (s *sandbox) view() View {
 		exit := *s.exit
 		v.Exit = &exit
 	}
-	for _, name := range states.CreationPath() {
+	for _, name := range states.Steps() {
 		rec := s.steps[name]
+		if rec.status == StepPending && !slices.Contains(states.CreationPath(), name) {
+			continue // nobody has asked for it
+		}
 		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
-			Waiting: rec.waiting, Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
+			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
 		case rec.status == StepOwed:
 			view.Err = rec.undoErr

@@ -120,6 +120,7 @@ func (f Files) hostname(id string) string   { return filepath.Join(f.rootDir(id)
 func (f Files) hosts(id string) string      { return filepath.Join(f.rootDir(id), "hosts") }
 func (f Files) resolvConf(id string) string { return filepath.Join(f.rootDir(id), "resolv.conf") }
 func (f Files) shm(id string) string        { return filepath.Join(f.stateDir(id), "shm") }
+func (f Files) rootfs(id string) string     { return filepath.Join(f.stateDir(id), "rootfs") }
 
 // validateID refuses ids that lead out of a directory, as "../x" does.
 func validateID(id string) error {

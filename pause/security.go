@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	kernelseccomp "github.com/containerd/containerd/v2/pkg/seccomp"
@@ -32,29 +31,23 @@ var selinuxLevel = func() *regexp.Regexp {
 	return regexp.MustCompile(`^s\d(?:-s\d)?(?::` + category + `(?:,` + category + `)*)?$`)
 }()
 
-// seccompOpts confine pause by the profile of its security context, or by the
-// node's for pods that name none. A privileged pause is not confined.
-func seccompOpts(security *runtime.LinuxSandboxSecurityContext, unset string) ([]oci.SpecOpts, error) {
+// checkSeccomp refuses a seccomp profile that can't be, of the security context or the node's for pods that name none. Pause runs under
+// a filter of its own in any case; the profile is for the containers.
+func checkSeccomp(security *runtime.LinuxSandboxSecurityContext, unset string) error {
 	profile, err := seccompProfile(security, unset)
 	if err != nil || profile == nil || security.GetPrivileged() {
-		return nil, err
+		return err
 	}
 	kind, file := profile.GetProfileType(), profile.GetLocalhostRef()
-	if kind != runtime.SecurityProfile_Localhost && file != "" {
-		return nil, fmt.Errorf("seccomp profile type %s takes no file, got %q: %w", kind, file, errdefs.ErrInvalidArgument)
-	}
-	if kind != runtime.SecurityProfile_Unconfined && !kernelseccomp.IsEnabled() {
-		return nil, fmt.Errorf("seccomp profile type %s needs a kernel with CONFIG_SECCOMP_FILTER: %w", kind, errdefs.ErrFailedPrecondition)
-	}
-	switch kind {
-	case runtime.SecurityProfile_Unconfined:
-		return nil, nil
-	case runtime.SecurityProfile_RuntimeDefault:
-		return []oci.SpecOpts{seccomp.WithDefaultProfile()}, nil
-	case runtime.SecurityProfile_Localhost:
-		return []oci.SpecOpts{seccomp.WithProfile(strings.TrimPrefix(file, localhostProfile))}, nil
+	switch {
+	case kind != runtime.SecurityProfile_Localhost && file != "":
+		return fmt.Errorf("seccomp profile type %s takes no file, got %q: %w", kind, file, errdefs.ErrInvalidArgument)
+	case runtime.SecurityProfile_ProfileType_name[int32(kind)] == "":
+		return fmt.Errorf("unknown seccomp profile type %s: %w", kind, errdefs.ErrInvalidArgument)
+	case kind != runtime.SecurityProfile_Unconfined && !kernelseccomp.IsEnabled():
+		return fmt.Errorf("seccomp profile type %s needs a kernel with CONFIG_SECCOMP_FILTER: %w", kind, errdefs.ErrFailedPrecondition)
 	default:
-		return nil, fmt.Errorf("unknown seccomp profile type %s: %w", kind, errdefs.ErrInvalidArgument)
+		return nil
 	}
 }
 

@@ -1,10 +1,10 @@
-// Package pause makes what a pod sandbox is on the node: the files its
-// containers share, and the pause container with its task, whose process holds
-// the pod's namespaces.
+// Package pause makes what a pod sandbox is on the node: the files that its
+// containers share, the pause process, which holds the pod's namespaces, and its
+// record among containerd's containers. It also starts the pod's shim, which runs
+// the containers.
 //
-// It does what containerd's own CRI service does for its sandboxes, except that
-// it lets the runtime make the network and user namespaces instead of handing
-// over pinned ones.
+// Pause is cloned by the daemon itself, in all of the pod's namespaces at once.
+// podfsm-init sets it up from inside, and becomes the pause program of the image.
 package pause
 
 import (
@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -63,11 +64,11 @@ type Pod struct {
 	UIDs, GIDs []specs.LinuxIDMapping
 
 	// NetNSPath is the network namespace that the caller brings along. When it
-	// is empty the runtime makes a new one, owned by the pod's user namespace.
+	// is empty pause is started in a new one, owned by the pod's user namespace.
 	NetNSPath string
 
 	// PodAnnotations are the patterns (path.Match) of the annotations that the
-	// runtime handler passes on to the runtime.
+	// runtime handler passes on to the runtime of the pod's containers.
 	PodAnnotations []string
 
 	// ImageConfig is the configuration of the pause image.
@@ -83,7 +84,7 @@ type Spec struct {
 	OCI *specs.Spec
 
 	// Opts complete OCI when the container is created: they read the rootfs of
-	// the container and seccomp profiles on the node.
+	// the container.
 	Opts []oci.SpecOpts
 
 	// ProcessLabel is the SELinux label of the pod's processes, which its
@@ -134,8 +135,7 @@ func (s Settings) build(ctx context.Context, pod Pod) (*Spec, error) {
 	if err != nil {
 		return nil, err
 	}
-	seccomp, err := seccompOpts(pod.securityContext(), s.UnsetSeccompProfile)
-	if err != nil {
+	if err := checkSeccomp(pod.securityContext(), s.UnsetSeccompProfile); err != nil {
 		return nil, err
 	}
 	user, err := userOpts(pod.securityContext(), pod.ImageConfig.User)
@@ -145,7 +145,8 @@ func (s Settings) build(ctx context.Context, pod Pod) (*Spec, error) {
 	spec, err := oci.GenerateSpec(ctx, nil, &containers.Container{ID: pod.ID}, slices.Concat(
 		processOpts(pod.ImageConfig),
 		namespaceOpts(pod),
-		mountOpts(pod, s.Files),
+		rootOpts(pod, s.Files),
+		confineOpts(),
 		[]oci.SpecOpts{
 			oci.WithCgroup(CgroupPath(pod.Config, namespace, pod.ID)),
 			oci.WithCPUShares(sandboxCPUShares),
@@ -162,7 +163,7 @@ func (s Settings) build(ctx context.Context, pod Pod) (*Spec, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Spec{OCI: spec, Opts: slices.Concat(seccomp, user), ProcessLabel: processLabel}, nil
+	return &Spec{OCI: spec, Opts: user, ProcessLabel: processLabel}, nil
 }
 
 func (p Pod) validate() error {
@@ -233,31 +234,40 @@ func namespaceOpts(pod Pod) []oci.SpecOpts {
 	return opts
 }
 
-func mountOpts(pod Pod, files Files) []oci.SpecOpts {
+// rootOpts make pause's root: read-only, with the pod's shm, and nothing else of the host's or of the kernel's filesystems. So nothing
+// has to be masked in it.
+func rootOpts(pod Pod, files Files) []oci.SpecOpts {
 	shm := files.shm(pod.ID)
 	if pod.namespaceOptions().GetIpc() == runtime.NamespaceMode_NODE {
 		shm = hostShm
 	}
-	opts := []oci.SpecOpts{
+	mounts := []specs.Mount{
+		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "nodev", "mode=755", "size=64k"}},
+		bindMount(shm, "/dev/shm", "ro"),
+	}
+	return []oci.SpecOpts{
 		oci.WithRootFSReadonly(),
-		oci.WithoutMounts("/run", "/dev/shm"),
-		oci.WithMounts([]specs.Mount{
-			bindMount(shm, "/dev/shm", "ro"),
-			// For runtimes that run the pod in a virtual machine.
-			bindMount(files.resolvConf(pod.ID), "/etc/resolv.conf", "ro"),
-		}),
+		oci.WithMaskedPaths(nil),
+		oci.WithReadonlyPaths(nil),
+		func(_ context.Context, _ oci.Client, _ *containers.Container, spec *specs.Spec) error {
+			spec.Mounts = mounts
+			return nil
+		},
 	}
-	if pod.hasUserNS() && pod.hasHostNetwork() {
-		// Mounting sysfs takes CAP_SYS_ADMIN over the network namespace, which
-		// here belongs to the node's user namespace.
-		opts = append(opts,
-			oci.WithoutMounts("/sys"),
-			oci.WithMounts([]specs.Mount{bindMount("/sys", "/sys", "rro")}))
+}
+
+// confineOpts take away what pause doesn't need, whatever the pod asks for: capabilities, and the system calls that [SeccompFilter]
+// leaves out. There are no devices to allow or deny: every mount is nodev.
+func confineOpts() []oci.SpecOpts {
+	return []oci.SpecOpts{
+		oci.WithCapabilities(nil),
+		oci.WithNoNewPrivileges,
+		seccomp.WithDefaultProfile(),
+		func(_ context.Context, _ oci.Client, _ *containers.Container, spec *specs.Spec) error {
+			spec.Linux.Resources.Devices = nil
+			return nil
+		},
 	}
-	if pod.securityContext().GetPrivileged() {
-		opts = append(opts, oci.WithWriteableSysfs)
-	}
-	return opts
 }
 
 // bindMount sets nosuid, nodev and noexec because where the source's mount has

@@ -27,7 +27,7 @@ type Config struct {
 	// kubelet's 4 minutes for running a sandbox, and 2 for stopping it, to roll back and to say which plugin hangs.
 	CNIAddTimeout string `toml:"cni_add_timeout"`
 	CNIDelTimeout string `toml:"cni_del_timeout"`
-	// RuntimeTimeout bounds each of the other steps: the snapshot, the runtime's create and start. Default: "2m".
+	// RuntimeTimeout bounds each of the other steps: the snapshot, pause, the pod's shim. Default: "2m".
 	RuntimeTimeout string `toml:"runtime_timeout"`
 	// UnclaimedTimeout is how long a sandbox that was finished after its caller had gone waits for a retry, or for anybody who looks
 	// at it, before it is removed. Default: "2m".
@@ -35,6 +35,9 @@ type Config struct {
 	// CNIGC is "auto" for a CNI GC at containerd's start of the networks that no other runtime seems to share, or "off". Default:
 	// "auto".
 	CNIGC string `toml:"cni_gc"`
+	// InitPath is the path of the program podfsm-init that becomes pause. Default: "", which is the one beside the daemon's executable,
+	// else the one in PATH.
+	InitPath string `toml:"init_path"`
 	// UserNS says, by runtime handler, who chooses the id mappings of pods.
 	UserNS map[string]UserNSConfig `toml:"userns"`
 	// Pool holds the host ids that mode "auto" gives to pods.
@@ -162,15 +165,21 @@ func (c *stockConfig) handlerName(name string) string {
 	return name
 }
 
-// shimSockets says where shims listen, by the configuration of containerd's shim manager, which has put its default there.
-func shimSockets(ic *plugin.InitContext) pause.Sockets {
-	sockets := pause.Sockets{Address: ic.Properties[plugins.PropertyGRPCAddress]}
+// shimDirs says where containerd keeps what belongs to shims, by its task service's directories and the configuration of its shim
+// manager, which has put its default there.
+func shimDirs(ic *plugin.InitContext) pause.ShimDirs {
+	tasks := plugins.RuntimePluginV2.String() + ".task"
+	dirs := pause.ShimDirs{
+		Root:    filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyRootDir]), tasks),
+		State:   filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), tasks),
+		Address: ic.Properties[plugins.PropertyGRPCAddress],
+	}
 	if manager := ic.Plugins().Get(plugins.ShimPlugin, "manager"); manager != nil {
 		if config, ok := manager.Config.(*shims.ShimConfig); ok {
-			sockets.Dir = config.SocketDir
+			dirs.Sockets = config.SocketDir
 		}
 	}
-	return sockets
+	return dirs
 }
 
 // readStreaming reads how containerd's CRI service, whose init function ic is for, serves streams.

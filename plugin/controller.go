@@ -11,9 +11,11 @@ import (
 
 	"github.com/containerd/containerd/api/types"
 	containerd "github.com/containerd/containerd/v2/client"
+	shims "github.com/containerd/containerd/v2/core/runtime/v2"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/containerd/v2/plugins/services"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/platforms"
@@ -30,6 +32,7 @@ import (
 	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 	"github.com/podfsm/podfsm/states"
@@ -50,7 +53,6 @@ type Controller struct {
 	remapper remapper // podfsm's own snapshotter; nil where it is disabled
 	herald   *herald
 	exchange eventExchange // containerd's events
-	exits    *exitWatch
 	checks   checks
 	exam     examination
 	looks    looks
@@ -139,9 +141,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	for _, damage := range c.ledger.Damage() {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
-	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
-	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits, c.meters.ran)
+	c.node = newNode(c.stock, client, c.limits, c.meters.ran)
 	c.node.policies = c.policies
+	c.node.tasks = taskEvents{c.exchange}
 	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {
 		return err
@@ -154,12 +156,43 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
-	c.engine, c.exits = engine, watchExits(c.exchange, engine)
+	c.engine = engine
+	if err := c.openProcesses(ic, config); err != nil {
+		c.engine = nil
+		return err
+	}
 	if err := c.recover(ic.Context, client, gc); err != nil {
-		c.exits.close()
-		c.engine, c.exits = nil, nil // one that knows no sandbox would let containerd's service forget them all
+		c.engine = nil // one that knows no sandbox would let containerd's service forget them all
 		return fmt.Errorf("failed to take up the sandboxes of the last run: %w", err)
 	}
+	return nil
+}
+
+// openProcesses gets ready to start and to watch pauses and shims, and to answer for them in containerd's task service.
+func (c *Controller) openProcesses(ic *plugin.InitContext, config *Config) (err error) {
+	path := config.InitPath
+	if path == "" {
+		if path, err = pause.FindInit(); err != nil {
+			return err
+		}
+	}
+	if c.node.seccomp, err = pause.SeccompFilter(); err != nil {
+		return err
+	}
+	if c.node.pauses, err = pause.NewProcesses(path, c.pauseExited); err != nil {
+		return err
+	}
+	manager, err := ic.GetByID(plugins.ShimPlugin, "manager")
+	if err != nil {
+		return fmt.Errorf("failed to find containerd's shim manager: %w", err)
+	}
+	c.node.shimDirs = shimDirs(ic)
+	c.node.shims = pause.NewShims(manager.(*shims.ShimManager), c.node.shimDirs)
+	service, err := ic.GetByID(plugins.ServicePlugin, services.TasksService)
+	if err != nil {
+		return fmt.Errorf("failed to find containerd's task service: %w", err)
+	}
+	service.(*taskService).of.Store(c)
 	return nil
 }
 
@@ -170,19 +203,20 @@ func (c *Controller) Close() error {
 	}
 	c.checks.close()
 	c.exam.close()
-	if c.exits != nil {
-		c.exits.close()
-	}
 	if c.engine != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
 		c.engine.Close(ctx)
 		c.herald.settle(ctx)
 	}
-	if c.ledger != nil {
-		return c.ledger.Close()
+	var failed []error
+	if c.node != nil && c.node.pauses != nil {
+		failed = append(failed, c.node.pauses.Close(), c.node.seccomp.Close())
 	}
-	return nil
+	if c.ledger != nil {
+		failed = append(failed, c.ledger.Close())
+	}
+	return errors.Join(failed...)
 }
 
 // closeTimeout is how long a stop of containerd waits for what is under way: the front has ended its creations by then, and they roll

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"strings"
 
-	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -54,13 +56,14 @@ func (h idHost) stockStanding(ctx context.Context, id string) (userns.Standing, 
 	} else if err != nil {
 		return userns.Lives, fmt.Errorf("failed to look for sandbox %q: %w", id, err)
 	}
-	status, err := h.node.containers.Status(ctx, id)
+	response, err := h.node.client.TaskService().Get(ctx, &tasks.GetRequest{ContainerID: id})
+	err = errgrpc.ToNative(err)
 	switch {
 	case errdefs.IsNotFound(err):
 		return userns.Ended, nil
 	case err != nil:
-		return userns.Lives, err
-	case status.State == containerd.Stopped:
+		return userns.Lives, fmt.Errorf("failed to get the task of sandbox %q: %w", id, err)
+	case response.GetProcess().GetStatus() == task.Status_STOPPED:
 		return userns.Ended, nil
 	default:
 		return userns.Lives, nil

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/cgroups/v3/cgroup1"
 	"github.com/containerd/cgroups/v3/cgroup2"
 	"github.com/containerd/containerd/api/types"
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/protobuf"
@@ -51,9 +52,9 @@ func instance(view lifecycle.View, container containers.Container) (sandbox.Cont
 // specWithNetNS is pause's OCI spec with the network namespace by the path where it is pinned: NRI leaves out namespaces
 // without one.
 func specWithNetNS(view lifecycle.View, container containers.Container) (*specs.Spec, error) {
-	spec := &specs.Spec{}
-	if err := json.Unmarshal(container.Spec.GetValue(), spec); err != nil {
-		return nil, fmt.Errorf("failed to read the spec of sandbox %q: %w", view.Key.ID, err)
+	spec, err := specOf(container)
+	if err != nil {
+		return nil, err
 	}
 	pinned, ok := view.Step(states.CaptureNetNS).Result.(*NetNS)
 	if ok && spec.Linux != nil {
@@ -146,10 +147,8 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 	if info.Overhead, info.Resources, err = updatedResources(ctx, n.client, view.Key.ID); err != nil {
 		return nil, err
 	}
-	if task, err := n.containers.Status(ctx, view.Key.ID); err == nil {
-		info.Status = string(task.State)
-	} else if !errdefs.IsNotFound(err) {
-		return nil, err
+	if process, err := n.pauses.Process(holderID(view.Key)); err == nil && process.Alive() {
+		info.Status = string(containerd.Running)
 	}
 	container, err := n.containers.Get(ctx, view.Key.ID)
 	switch {

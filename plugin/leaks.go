@@ -13,6 +13,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/netns"
@@ -116,7 +117,7 @@ func (c *Controller) things(ctx context.Context) ([]leaks.Thing, error) {
 	if err != nil {
 		return nil, err
 	}
-	unmarked, err := c.node.host().Unmarked()
+	unmarked, err := c.node.host().Unmarked(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -177,7 +178,7 @@ func (c *Controller) storedThings(ctx context.Context) ([]leaks.Thing, error) {
 
 // host is where this node has the things of its sandboxes.
 func (n *node) host() leaks.Host {
-	return leaks.Host{NetNSDirs: []string{n.stock.netNSDir()}, Files: n.settings.Files, Bundles: n.bundles, Namespace: cri.Namespace}
+	return leaks.Host{NetNSDirs: []string{n.stock.netNSDir()}, Files: n.settings.Files, Bundles: n.shimDirs.State, Namespace: cri.Namespace}
 }
 
 // fix removes what has leaked. It returns, by sandbox, why something could not be removed; what is gone, another look says.
@@ -240,17 +241,17 @@ func (c *Controller) endLeaked(ctx context.Context, id string, found []leaks.Thi
 	if err := cni.End(ctx, id, pluginPatience); err != nil {
 		return err
 	}
-	if err := c.node.containers.Purge(ctx, id); err != nil {
+	if err := c.node.shims.End(ctx, id); err != nil {
 		return err
 	}
 	for _, thing := range found {
 		if thing.Kind == leaks.Cgroup {
-			if err := pause.RemoveCgroupDir(ctx, thing.Name); err != nil {
+			if err := host.EndCgroupDir(ctx, thing.Name); err != nil {
 				return err
 			}
 		}
 	}
-	return nil
+	return c.node.containers.Delete(ctx, id)
 }
 
 // unpinUnused leaves a network namespace alone that processes are in: they are nobody's that we know, so perhaps another

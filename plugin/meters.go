@@ -193,16 +193,15 @@ func collectCensus(census lifecycle.Census, now time.Time, gauge func(desc *prom
 			gauge(sandboxesDesc, float64(census.States[state]), string(state))
 		}
 	}
-	for _, step := range states.CreationPath() {
+	for _, step := range states.Steps() {
 		for _, kind := range []lifecycle.ActKind{lifecycle.ActDo, lifecycle.ActUndo} {
 			gauge(stepAgeDesc, age(census.Acts[lifecycle.StepAct{Step: step, Kind: kind}]), string(step), string(kind))
 		}
 		gauge(debtsDesc, float64(census.Debts[step].Count), string(step))
 		gauge(debtAgeDesc, age(census.Debts[step].Since), string(step))
 	}
-	for _, kind := range []lifecycle.ActKind{lifecycle.ActStop, lifecycle.ActReap} {
-		gauge(stepAgeDesc, age(census.Acts[lifecycle.StepAct{Step: states.StartPause, Kind: kind}]), string(states.StartPause), string(kind))
-	}
+	stop := lifecycle.StepAct{Step: states.StartPause, Kind: lifecycle.ActStop}
+	gauge(stepAgeDesc, age(census.Acts[stop]), string(stop.Step), string(stop.Kind))
 }
 
 const (

@@ -14,9 +14,11 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 
-	// The CRI service has to be registered before the front can be put on it, and the differ before it can be wrapped.
+	// What is wrapped has to be registered before.
 	_ "github.com/containerd/containerd/v2/plugins/cri"
 	_ "github.com/containerd/containerd/v2/plugins/diff/walking/plugin"
+	"github.com/containerd/containerd/v2/plugins/services"
+	_ "github.com/containerd/containerd/v2/plugins/services/tasks"
 
 	"github.com/podfsm/podfsm/cri"
 )
@@ -69,8 +71,8 @@ func init() {
 	wrapStock()
 }
 
-// wrapStock registers every plugin anew, with the init functions of containerd's CRI service and differ wrapped: the registry hands
-// out copies only, and takes each id once.
+// wrapStock registers every plugin anew, with the init functions of containerd's CRI service, task service and differ wrapped: the
+// registry hands out copies only, and takes each id once.
 func wrapStock() {
 	graph := registry.Graph(nil)
 	registry.Reset()
@@ -78,6 +80,8 @@ func wrapStock() {
 		switch {
 		case r.Type == plugins.GRPCPlugin && r.ID == "cri":
 			r.InitFn = fronted(r.InitFn)
+		case r.Type == plugins.ServicePlugin && r.ID == services.TasksService:
+			r.InitFn = withPauses(r.InitFn)
 		case r.Type == plugins.DiffPlugin && r.ID == "walking":
 			r.InitFn = comparing(r.InitFn)
 		}

@@ -2,14 +2,16 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 
-	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/pause"
 )
 
-// declareReady makes sure that pause still runs after all that was done around it.
+// declareReady sets the pod's sysctls, now that its interfaces are there, and makes sure that pause still runs after all that was done
+// around it.
 type declareReady struct {
 	*node
 	facts lifecycle.Facts
@@ -20,8 +22,23 @@ func (s *declareReady) Facts() lifecycle.Facts { return s.facts }
 func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
-	if err := runsAs(ctx, s.node, r.Key.ID, r.Result(states.StartPause).(*Pause).Pid, containerd.Running); err != nil {
+	process, err := s.pauses.Process(holderID(r.Key))
+	if err != nil {
 		return nil, err
+	}
+	record, err := s.containers.Get(ctx, r.Key.ID)
+	if err != nil {
+		return nil, err
+	}
+	oci, err := specOf(record)
+	if err != nil {
+		return nil, err
+	}
+	if err := pause.SetSysctls(process, oci); err != nil {
+		return nil, err
+	}
+	if !process.Alive() {
+		return nil, fmt.Errorf("pause, process %d, has ended: %w", process.Pid(), errdefs.ErrUnavailable)
 	}
 	return &Ready{}, nil
 }

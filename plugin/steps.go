@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"os"
 	"path/filepath"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -33,19 +34,22 @@ type node struct {
 	policies   policies
 	ids        *userns.Allocator
 	client     *containerd.Client
-	bundles    string // of tasks, by containerd namespace
 	settings   pause.Settings
-	containers *pause.Containers
+	containers pause.Containers
+	pauses     *pause.Processes
+	seccomp    *os.File // the filter of every pause
+	shims      *pause.Shims
+	shimDirs   pause.ShimDirs
+	tasks      taskEvents
 	snapshots  *snapshot.Preparer
 	driver     *cni.Driver
 	doctor     *doctor.Doctor // nil: nobody examines the node
 }
 
-func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts, ran func(cni.Command)) *node {
+func newNode(stock *stockConfig, client *containerd.Client, limits timeouts, ran func(cni.Command)) *node {
 	return &node{
-		stock:   stock,
-		client:  client,
-		bundles: bundles,
+		stock:  stock,
+		client: client,
 		settings: pause.Settings{
 			Files:                   pause.Files{RootDir: stock.RootDir, StateDir: stock.StateDir},
 			EnableUnprivilegedPorts: stock.EnableUnprivilegedPorts,
@@ -53,7 +57,7 @@ func newNode(stock *stockConfig, client *containerd.Client, bundles string, sock
 			RestrictOOMScoreAdj:     stock.RestrictOOMScoreAdj,
 			UnsetSeccompProfile:     stock.UnsetSeccompProfile,
 		},
-		containers: pause.NewContainers(client, bundles, sockets),
+		containers: pause.NewContainers(client),
 		snapshots:  snapshot.NewPreparer(client),
 		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel, Ran: ran}),
 	}
@@ -65,7 +69,7 @@ var decorate = func(step lifecycle.Step) lifecycle.Step { return step }
 // DecorateSteps puts something around every step: fault points, in a build for tests. It must be called before containerd runs.
 func DecorateSteps(around func(lifecycle.Step) lifecycle.Step) { decorate = around }
 
-// steps are those of the creation path, in its order.
+// steps are those of the creation path, in its order, and then those on demand.
 func (n *node) steps(limits timeouts) []lifecycle.Step {
 	bounds := func(f lifecycle.Facts) lifecycle.Facts {
 		f.Deadline, f.UndoDeadline = limits.runtime, limits.runtime
@@ -75,22 +79,18 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 		&allocateIDs{n, bounds(lifecycle.Facts{Name: states.AllocateIDs, Lasting: true})},
 		&remapSnapshot{n, bounds(lifecycle.Facts{
 			Name:  states.RemapSnapshot,
-			Needs: []states.Event{states.AllocateIDs},
 			Holds: []states.Event{states.AllocateIDs},
 		})},
 		&startPause{n, bounds(lifecycle.Facts{
 			Name:  states.StartPause,
-			Needs: []states.Event{states.RemapSnapshot},
 			Holds: []states.Event{states.AllocateIDs, states.RemapSnapshot},
 		})},
 		&captureNetNS{n, bounds(lifecycle.Facts{
 			Name:   states.CaptureNetNS,
-			Takes:  []states.Event{states.StartPause}, // the namespace is there before pause is
 			AtStop: true,
 		})},
 		&attachNetwork{n, lifecycle.Facts{
-			Name:  states.AttachNetwork,
-			Needs: []states.Event{states.CaptureNetNS},
+			Name: states.AttachNetwork,
 			// A DEL without the namespace would miss what is only found inside: the bridge plugin takes the addresses whose
 			// masquerade rules it removes from there.
 			Holds:        []states.Event{states.CaptureNetNS},
@@ -99,9 +99,13 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 			Deadline:     2 * limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
 			UndoDeadline: 2 * limits.cniDel,
 		}},
-		&declareReady{n, bounds(lifecycle.Facts{
-			Name:  states.DeclareReady,
-			Needs: []states.Event{states.StartPause, states.AttachNetwork},
+		&declareReady{n, bounds(lifecycle.Facts{Name: states.DeclareReady})},
+		&startShim{n, bounds(lifecycle.Facts{
+			Name: states.StartShim,
+			// It runs containers in the pod's namespaces, and under its ids.
+			Holds:    []states.Event{states.AllocateIDs, states.StartPause, states.CaptureNetNS},
+			AtStop:   true,
+			OnDemand: true,
 		})},
 	}
 	for i, step := range steps {

@@ -5,6 +5,7 @@ package records
 import (
 	"time"
 
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	gocni "github.com/containerd/go-cni"
 	"github.com/containerd/typeurl/v2"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -48,6 +49,19 @@ func (s *Spec) Options() typeurl.Any {
 	return s.RuntimeOptions
 }
 
+// SystemdCgroup says whether the runtime handler has systemd make cgroups, by the runtime's options.
+func (s *Spec) SystemdCgroup() bool {
+	if s.RuntimeOptions == nil {
+		return false
+	}
+	options, err := typeurl.UnmarshalAny(s.RuntimeOptions)
+	if err != nil {
+		return false // of another runtime than runc
+	}
+	runc, ok := options.(*runcoptions.Options)
+	return ok && runc.GetSystemdCgroup()
+}
+
 // OnNodeNetwork says whether the pod shares the node's network.
 func (s *Spec) OnNodeNetwork() bool { return s.NetNSPath == "" && cri.OnNodeNetwork(s.Config) }
 
@@ -69,6 +83,7 @@ type Snapshot struct {
 // Pause is the result of the step start_pause.
 type Pause struct {
 	Pid          uint32
+	StartTime    uint64 // in clock ticks since the boot, field 22 of proc_pid_stat(5)
 	CgroupPath   string // the OCI spec's linux.cgroupsPath
 	ProcessLabel string // SELinux
 	Labels       map[string]string

@@ -11,6 +11,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/unpack"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
@@ -111,6 +112,19 @@ func (p *Preparer) Remove(ctx context.Context, snapshotter, key string) error {
 		return fmt.Errorf("failed to remove snapshot %q: %w", key, err)
 	}
 	return nil
+}
+
+// Mounts returns what mounts a snapshot that Prepare has made.
+func (p *Preparer) Mounts(ctx context.Context, snapshotter, key string) ([]mount.Mount, error) {
+	sn, err := p.snapshotter(snapshotter)
+	if err != nil {
+		return nil, fmt.Errorf("failed to get the mounts of snapshot %q: %w", key, err)
+	}
+	mounts, err := sn.Mounts(ctx, key)
+	if err != nil {
+		return nil, fmt.Errorf("failed to get the mounts of snapshot %q: %w", key, err)
+	}
+	return mounts, nil
 }
 
 // Exists tells whether a snapshot exists.

@@ -54,6 +54,9 @@ const (
 	DeclareReady  Event = "declare_ready"
 )
 
+// StartShim is a step that is no event: a ready sandbox stays ready. It starts the process that runs the pod's containers.
+const StartShim Event = "start_shim"
+
 // The events off the creation path.
 const (
 	RollBack       Event = "roll_back"
@@ -145,6 +148,10 @@ func Events() []Event {
 func CreationPath() []Event {
 	return []Event{AllocateIDs, RemapSnapshot, StartPause, CaptureNetNS, AttachNetwork, DeclareReady}
 }
+
+// Steps returns all that is done for a sandbox one after the other, and undone in reverse order: the creation path, then what a ready
+// sandbox gets on demand.
+func Steps() []Event { return append(CreationPath(), StartShim) }
 
 // Table returns every legal transition, one for each pair of event and source
 // state.

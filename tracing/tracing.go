@@ -61,7 +61,6 @@ const (
 	SnapshotInodes   = attribute.Key("podfsm.snapshot.inodes") // that have got other owners
 	SnapshotBytes    = attribute.Key("podfsm.snapshot.bytes")  // of these
 
-	PauseWaited = attribute.Key("podfsm.pause.waited") // seconds, while runtimes of other pods were at work
 )
 
 // Step is the name of the span of a step's work.
@@ -72,9 +71,6 @@ func Undo(step string) string { return "sandbox." + step + ".undo" }
 
 // Stop is the name of the span of ending a step's process.
 func Stop(step string) string { return "sandbox." + step + ".stop" }
-
-// Reap is the name of the span of collecting what the runtime keeps of a step's process that has ended.
-func Reap(step string) string { return "sandbox." + step + ".reap" }
 
 // Start starts a span as a child of the one in ctx.
 func Start(ctx context.Context, name string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {

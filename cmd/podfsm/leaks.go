@@ -62,7 +62,7 @@ func findLeaks(ctx context.Context, cmd *cli.Command, fix bool) (*podfsmv1.Leaks
 	if fix && errors.As(err, new(downError)) {
 		return nil, fmt.Errorf("%w\nonly the daemon knows what belongs to whom, and removes leaks: start it and try again", err)
 	}
-	return orLedger(cmd, response, err, (*ledger).leaks)
+	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.LeaksResponse, error) { return l.leaks(ctx) })
 }
 
 // writeLeaks has a line for each leak, with what became of it after a fix.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -143,12 +144,12 @@ func (l *ledger) inspect(ref string) (*podfsmv1.InspectResponse, error) {
 }
 
 // leaks are those that can be seen without containerd.
-func (l *ledger) leaks() (*podfsmv1.LeaksResponse, error) {
+func (l *ledger) leaks(ctx context.Context) (*podfsmv1.LeaksResponse, error) {
 	known := map[string]bool{}
 	for _, s := range l.Sandboxes {
 		known[s.Key.ID] = true
 	}
-	things, err := l.host.WithoutStores(func(id string) bool { return known[id] })
+	things, err := l.host.WithoutStores(ctx, func(id string) bool { return known[id] })
 	if err != nil {
 		return nil, err
 	}

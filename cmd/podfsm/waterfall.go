@@ -148,7 +148,7 @@ func endingOf(r *podfsmv1.InspectResponse, act *podfsmv1.Act) ending {
 		return failed
 	case act.GetError() != "":
 		return undoFailed
-	case !ended && (status == "running" || status == "undoing" || act.GetKind() == "stop" || act.GetKind() == "reap"): // on no record, so it is today's
+	case !ended && (status == "running" || status == "undoing" || act.GetKind() == "stop"): // on no record, so it is today's
 		return underWay
 	case !ended:
 		return unknownEnd

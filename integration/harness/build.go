@@ -42,7 +42,7 @@ type install struct {
 }
 
 var daemons = map[Daemon]install{
-	Podfsm:     {".", "bin", []string{"./cmd/..."}, "containerd-podfsm, podfsm"},
+	Podfsm:     {".", "bin", []string{"./cmd/..."}, "containerd-podfsm, podfsm, podfsm-init"},
 	PodfsmRace: {".", ".build/race", []string{"-race", "./cmd/containerd-podfsm"}, "containerd-podfsm with the race detector"},
 	Stock:      {".", ".build/bin", []string{"github.com/containerd/containerd/v2/cmd/containerd"}, "containerd"},
 	Own:        {"examples/own-containerd", ".build/bin", []string{"."}, "own-containerd"},
@@ -55,11 +55,12 @@ var parts = []install{
 	{".", ".build/bin", []string{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
 		"github.com/containerd/containerd/v2/cmd/ctr",
+		"./cmd/podfsm-init",
 		"./integration/attack",
 		"./integration/fakerunc",
 		"./integration/faultwrap",
 		"./integration/delegate",
-	}, "containerd-shim-runc-v2, ctr, attack, fakerunc, faultwrap, delegate"},
+	}, "containerd-shim-runc-v2, ctr, podfsm-init, attack, fakerunc, faultwrap, delegate"},
 	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
 	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
 }

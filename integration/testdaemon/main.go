@@ -90,10 +90,6 @@ func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (exit *lifec
 	return exit, err
 }
 
-func (s *faultyEnder) Reap(ctx context.Context, r *lifecycle.Run) error {
-	return s.between(ctx, "reap", func() error { return s.ender.Reap(ctx, r) })
-}
-
 type faultyChecker struct {
 	*faultyStep
 	checker lifecycle.Checker

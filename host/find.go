@@ -1,0 +1,66 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// FindPodCgroups returns the directories of cgroups, in every hierarchy, that have the name of one of the containers: a directory of
+// that name, or systemd's scope of it. Cgroups below one that belongs to somebody else than root are left out, because their owner
+// chooses the names.
+func FindPodCgroups(ids []string) (found []string, _ error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+	}
+	for _, mount := range mounts {
+		err := filepath.WalkDir(mount.Mountpoint, func(path string, entry fs.DirEntry, err error) error {
+			switch {
+			case gone(err):
+				return nil
+			case err != nil:
+				return err
+			case !entry.IsDir():
+				return nil
+			}
+			var st unix.Stat_t
+			if unix.Lstat(path, &st) != nil || st.Uid != 0 {
+				return fs.SkipDir
+			}
+			if slices.Contains(ids, CgroupID(path)) {
+				found = append(found, path)
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("failed to look for cgroups: %w", err)
+		}
+	}
+	slices.Sort(found)
+	return slices.Compact(found), nil
+}
+
+// CgroupID is the id of the container that a cgroup has its name from.
+func CgroupID(dir string) string {
+	name := filepath.Base(dir)
+	if scope, ok := strings.CutSuffix(name, ".scope"); ok {
+		return scope[strings.LastIndexByte(scope, '-')+1:]
+	}
+	return name
+}
+
+// EndCgroupDir kills what runs in a cgroup and below it, and removes the directory. It succeeds where there is none.
+func EndCgroupDir(ctx context.Context, dir string) error {
+	g := Group{dir}
+	if err := g.Kill(ctx); err != nil {
+		return err
+	}
+	return g.Remove(ctx)
+}

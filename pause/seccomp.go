@@ -1,0 +1,86 @@
+package pause
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/containerd/containerd/v2/contrib/seccomp"
+	seccompbpf "github.com/elastic/go-seccomp-bpf"
+	"github.com/elastic/go-seccomp-bpf/arch"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// SeccompFilter returns the filter that every pause runs under, whatever the pod asks for: what containerd's RuntimeDefault allows a
+// process without capabilities on this architecture. Pause only sleeps and reaps, so no pod needs more, and none is confined less. The
+// file is an array of struct sock_filter (seccomp(2)); the caller closes it.
+func SeccompFilter() (*os.File, error) {
+	filter, err := assemble(seccomp.DefaultProfile(&specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{}}}))
+	if err != nil {
+		return nil, fmt.Errorf("failed to make the seccomp filter of pause: %w", err)
+	}
+	fd, err := unix.MemfdCreate("seccomp", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("failed to make the seccomp filter of pause: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), "seccomp")
+	if err := binary.Write(file, binary.NativeEndian, filter); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("failed to make the seccomp filter of pause: %w", err)
+	}
+	return file, nil
+}
+
+// assemble turns the rules of an OCI profile that allow something into a filter. All else fails with EPERM, system calls of other
+// architectures included.
+func assemble(profile *specs.LinuxSeccomp) ([]bpf.RawInstruction, error) {
+	info, err := arch.GetInfo("")
+	if err != nil {
+		return nil, err
+	}
+	group := seccompbpf.SyscallGroup{Action: seccompbpf.ActionAllow}
+	for _, rule := range profile.Syscalls {
+		if rule.Action != specs.ActAllow {
+			continue
+		}
+		conditions, ok := conditionsOf(rule.Args)
+		for _, name := range rule.Names {
+			switch _, known := info.SyscallNames[name]; {
+			case !known || !ok: // of another architecture; and what can't be expressed isn't allowed
+			case len(conditions) > 0:
+				group.NamesWithCondtions = append(group.NamesWithCondtions, seccompbpf.NameWithConditions{Name: name, Conditions: conditions})
+			case !slices.Contains(group.Names, name):
+				group.Names = append(group.Names, name)
+			}
+		}
+	}
+	policy := seccompbpf.Policy{DefaultAction: seccompbpf.ActionErrno, Syscalls: []seccompbpf.SyscallGroup{group}}
+	program, err := policy.Assemble()
+	if err != nil {
+		return nil, err
+	}
+	return bpf.Assemble(program)
+}
+
+// conditionsOf are the conditions on the arguments of a system call; ok is false when there is one that can't be expressed.
+func conditionsOf(args []specs.LinuxSeccompArg) (all seccompbpf.ArgumentConditions, ok bool) {
+	operations := map[specs.LinuxSeccompOperator]seccompbpf.Operation{
+		specs.OpEqualTo: seccompbpf.Equal, specs.OpNotEqual: seccompbpf.NotEqual,
+		specs.OpLessThan: seccompbpf.LessThan, specs.OpLessEqual: seccompbpf.LessOrEqual,
+		specs.OpGreaterThan: seccompbpf.GreaterThan, specs.OpGreaterEqual: seccompbpf.GreaterOrEqual,
+	}
+	for _, arg := range args {
+		operation := operations[arg.Op]
+		if arg.Op == specs.OpMaskedEqual && arg.ValueTwo == 0 {
+			operation = seccompbpf.BitsNotSet
+		}
+		if operation == "" {
+			return nil, false
+		}
+		all = append(all, seccompbpf.Condition{Argument: uint32(arg.Index), Operation: operation, Value: arg.Value})
+	}
+	return all, true
+}

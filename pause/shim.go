@@ -1,0 +1,178 @@
+package pause
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/runtime"
+	shims "github.com/containerd/containerd/v2/core/runtime/v2"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+
+	"github.com/podfsm/podfsm/host"
+)
+
+// Shims starts and ends the shims of pods: the one process of a pod that runs its containers. containerd finds it by the id of the
+// sandbox, and starts no other for a container of that sandbox.
+//
+// Its methods take a context with a containerd namespace, and are safe for concurrent use on different sandboxes. Their errors keep
+// containerd's classes.
+type Shims struct {
+	manager *shims.ShimManager
+	dirs    ShimDirs
+}
+
+// ShimDirs says where a containerd keeps what belongs to its shims.
+type ShimDirs struct {
+	Root, State string // of the tasks, by containerd namespace: their working directories and their bundles
+	Sockets     string // the shim manager's socket_dir
+	Address     string // of containerd's gRPC server, a part of the names of the sockets
+}
+
+// NewShims returns the shims of a shim manager.
+func NewShims(manager *shims.ShimManager, dirs ShimDirs) *Shims { return &Shims{manager, dirs} }
+
+// Running says whether containerd has the shim of a sandbox.
+func (s *Shims) Running(ctx context.Context, id string) bool {
+	_, err := s.manager.Get(ctx, id)
+	return err == nil
+}
+
+// Exists says whether there is anything of a shim: containerd has it, or its bundle is there.
+func (s *Shims) Exists(ctx context.Context, id string) (bool, error) {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return false, err
+	}
+	_, err = os.Lstat(filepath.Join(s.dirs.State, namespace, id))
+	return err == nil || s.Running(ctx, id), nil
+}
+
+// Start starts the shim of a sandbox. It gets the specification of pause, by whose annotations it knows that it is the pod's.
+// runtimePath replaces the shim that the runtime of the record stands for, where it isn't empty. It is idempotent.
+func (s *Shims) Start(ctx context.Context, record containers.Container, runtimePath string) error {
+	if s.Running(ctx, record.ID) {
+		return nil
+	}
+	if err := s.removeBundle(ctx, record.ID); err != nil { // of a shim that is dead
+		return err
+	}
+	bundle, err := shims.NewBundle(ctx, s.dirs.Root, s.dirs.State, record.ID, record.Spec)
+	if err != nil {
+		return fmt.Errorf("failed to make the bundle of the shim of sandbox %q: %w", record.ID, err)
+	}
+	opts := runtime.CreateOpts{Spec: record.Spec, Runtime: record.Runtime.Name, RuntimeOptions: record.Runtime.Options}
+	if runtimePath != "" {
+		opts.Runtime = runtimePath
+	}
+	if _, err := s.manager.Start(ctx, record.ID, bundle, opts); err != nil {
+		return errors.Join(fmt.Errorf("failed to start the shim of sandbox %q: %w", record.ID, err), bundle.Delete())
+	}
+	return nil
+}
+
+// End ends the shim of a sandbox, which has no containers any more, and removes all that containerd keeps for it. It succeeds where
+// there is none.
+func (s *Shims) End(ctx context.Context, id string) error {
+	if err := validateID(id); err != nil {
+		return err
+	}
+	instance, err := s.manager.Get(ctx, id)
+	switch {
+	case err == nil:
+		err = s.shutdown(ctx, instance)
+	case errdefs.IsNotFound(err):
+		err = s.endUnknown(ctx, id)
+	}
+	if err != nil {
+		return fmt.Errorf("failed to end the shim of sandbox %q: %w", id, err)
+	}
+	if err := s.removeBundle(ctx, id); err != nil {
+		return err
+	}
+	return s.removeSockets(ctx, id)
+}
+
+func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance) error {
+	_, version := instance.Endpoint()
+	client, err := shims.NewTaskClient(instance.Client(), version)
+	if err != nil {
+		return err
+	}
+	_, err = client.Shutdown(ctx, &taskapi.ShutdownRequest{ID: instance.ID()})
+	if err = errgrpc.ToNative(err); err != nil && !errors.Is(err, ttrpc.ErrClosed) && !errdefs.IsNotFound(err) {
+		return err
+	}
+	return s.manager.Delete(ctx, instance.ID())
+}
+
+// endUnknown ends a shim that containerd doesn't know: a containerd that was killed between the start of a shim and its own note of it
+// leaves one, which never ends, or the process that was about to start it. They run in the bundle.
+func (s *Shims) endUnknown(ctx context.Context, id string) error {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	return host.KillIn(ctx, filepath.Join(s.dirs.State, namespace, id))
+}
+
+// removeBundle removes the bundle and the working directory of a shim that is gone. containerd renames a bundle to ".id" before it
+// deletes it, and skips those when it starts.
+func (s *Shims) removeBundle(ctx context.Context, id string) error {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	bundles := filepath.Join(s.dirs.State, namespace)
+	err = removeTrees(filepath.Join(bundles, id), filepath.Join(bundles, "."+id), filepath.Join(s.dirs.Root, namespace, id))
+	if err != nil {
+		return fmt.Errorf("failed to remove the bundle of sandbox %q: %w", id, err)
+	}
+	return nil
+}
+
+// removeSockets removes the sockets of a shim that is gone: one that was killed, or that ended before it was up, leaves them.
+func (s *Shims) removeSockets(ctx context.Context, id string) error {
+	if s.dirs.Sockets == "" {
+		return nil
+	}
+	for _, debug := range []bool{false, true} {
+		address, err := shim.CreateSocketAddress(ctx, s.dirs.Sockets, s.dirs.Address, id, debug)
+		if err != nil {
+			return err
+		}
+		err = os.Remove(strings.TrimPrefix(address, "unix://"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("failed to remove a socket of the shim of sandbox %q: %w", id, err)
+		}
+	}
+	return nil
+}
+
+// Bundle is the directory of a shim or a task, of a sandbox or of a container.
+type Bundle struct {
+	Path, ID string
+}
+
+// Bundles returns the bundles of a containerd namespace in a containerd's directory of bundles, also those that it was about to
+// delete.
+func Bundles(bundles, namespace string) ([]Bundle, error) {
+	names, err := subdirs(filepath.Join(bundles, namespace))
+	if err != nil {
+		return nil, fmt.Errorf("failed to list bundles: %w", err)
+	}
+	all := make([]Bundle, 0, len(names))
+	for _, name := range names {
+		all = append(all, Bundle{Path: filepath.Join(bundles, namespace, name), ID: strings.TrimPrefix(name, ".")})
+	}
+	return all, nil
+}

@@ -1,0 +1,348 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/cgroups/v3"
+	"github.com/containerd/cgroups/v3/cgroup1"
+	"github.com/containerd/cgroups/v3/cgroup2"
+	eventtypes "github.com/containerd/containerd/api/events"
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/core/runtime"
+	"github.com/containerd/containerd/v2/pkg/filters"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/protobuf"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/plugin"
+	"github.com/containerd/typeurl/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/states"
+)
+
+// taskService is containerd's task service with podfsm's pauses among its tasks. No shim runs them, but the rest of the world sees a
+// container with a task all the same: cAdvisor takes the figures of a pod's network from the pid of its sandbox container's task.
+//
+// It also has the pod's shim started before a container's task is created.
+type taskService struct {
+	tasksapi.TasksClient
+	of atomic.Pointer[Controller] // nil until podfsm's controller is loaded, which is after this service, and before anybody calls it
+}
+
+var _ tasksapi.TasksClient = (*taskService)(nil)
+
+// withPauses wraps the init function of containerd's task service. It fails only where that fails.
+func withPauses(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitContext) (any, error) {
+	return func(ic *plugin.InitContext) (any, error) {
+		instance, err := stock(ic)
+		if client, ok := instance.(tasksapi.TasksClient); ok && err == nil {
+			return &taskService{TasksClient: client}, nil
+		}
+		return instance, err
+	}
+}
+
+// pauseTask is a pause that runs.
+type pauseTask struct {
+	key journal.Key
+	pid uint32
+}
+
+// find is the pause of a container, if it is one of podfsm's and runs. A task is NotFound once it has ended, as it is when containerd's
+// own controller has deleted it.
+func (t *taskService) find(ctx context.Context, id string) (pauseTask, bool) {
+	controller := t.of.Load()
+	namespace, ok := namespaces.Namespace(ctx)
+	if controller == nil || controller.node == nil || !ok {
+		return pauseTask{}, false
+	}
+	key := journal.Key{Namespace: namespace, ID: id}
+	process, err := controller.node.pauses.Process(holderID(key))
+	if err != nil || !process.Alive() {
+		return pauseTask{}, false
+	}
+	return pauseTask{key, uint32(process.Pid())}, true
+}
+
+func (p pauseTask) process() *task.Process {
+	return &task.Process{ContainerID: p.key.ID, ID: p.key.ID, Pid: p.pid, Status: task.Status_RUNNING}
+}
+
+// refuse says what to do instead of a call that would end or change pause behind podfsm's back.
+func (p pauseTask) refuse(what string) error {
+	return errgrpc.ToGRPC(fmt.Errorf("failed to %s the task of container %q: it is the pause of a pod that podfsm runs; stop or remove the pod instead, crictl stopp %s: %w",
+		what, p.key.ID, p.key.ID, errdefs.ErrFailedPrecondition))
+}
+
+func noExec(p pauseTask, exec string) error {
+	return errgrpc.ToGRPC(fmt.Errorf("pause of sandbox %q has no process %q: %w", p.key.ID, exec, errdefs.ErrNotFound))
+}
+
+func (t *taskService) Create(ctx context.Context, r *tasksapi.CreateTaskRequest, opts ...grpc.CallOption) (*tasksapi.CreateTaskResponse, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("create")
+	}
+	if err := t.startShim(ctx, r.GetContainerID()); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return t.TasksClient.Create(ctx, r, opts...)
+}
+
+// startShim makes sure that the pod of a container has its shim. A container of no pod of podfsm's needs none.
+func (t *taskService) startShim(ctx context.Context, container string) error {
+	controller := t.of.Load()
+	if controller == nil || controller.engine == nil {
+		return nil
+	}
+	record, err := controller.node.client.ContainerService().Get(ctx, container)
+	if err != nil || record.SandboxID == "" {
+		return nil // the service itself says what is wrong
+	}
+	key, err := keyOf(ctx, record.SandboxID)
+	if err != nil {
+		return err
+	}
+	return controller.StartShim(ctx, key)
+}
+
+func (t *taskService) Get(ctx context.Context, r *tasksapi.GetRequest, opts ...grpc.CallOption) (*tasksapi.GetResponse, error) {
+	p, ok := t.find(ctx, r.GetContainerID())
+	switch {
+	case !ok:
+		return t.TasksClient.Get(ctx, r, opts...)
+	case r.GetExecID() != "":
+		return nil, noExec(p, r.GetExecID())
+	default:
+		return &tasksapi.GetResponse{Process: p.process()}, nil
+	}
+}
+
+func (t *taskService) List(ctx context.Context, r *tasksapi.ListTasksRequest, opts ...grpc.CallOption) (*tasksapi.ListTasksResponse, error) {
+	response, err := t.TasksClient.List(ctx, r, opts...)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range t.all(ctx) {
+		response.Tasks = append(response.Tasks, p.process())
+	}
+	return response, nil
+}
+
+// all are the pauses of a containerd namespace.
+func (t *taskService) all(ctx context.Context) (all []pauseTask) {
+	controller := t.of.Load()
+	namespace, _ := namespaces.Namespace(ctx)
+	if controller == nil || controller.engine == nil {
+		return nil
+	}
+	for _, key := range controller.engine.Keys() {
+		if key.Namespace != namespace {
+			continue
+		}
+		if p, ok := t.find(ctx, key.ID); ok {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+func (t *taskService) ListPids(ctx context.Context, r *tasksapi.ListPidsRequest, opts ...grpc.CallOption) (*tasksapi.ListPidsResponse, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return &tasksapi.ListPidsResponse{Processes: []*task.ProcessInfo{{Pid: p.pid}}}, nil
+	}
+	return t.TasksClient.ListPids(ctx, r, opts...)
+}
+
+func (t *taskService) Metrics(ctx context.Context, r *tasksapi.MetricsRequest, opts ...grpc.CallOption) (*tasksapi.MetricsResponse, error) {
+	response, err := t.TasksClient.Metrics(ctx, r, opts...)
+	if err != nil {
+		return nil, err
+	}
+	filter, err := filters.ParseAll(r.GetFilters()...)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	for _, p := range t.all(ctx) {
+		if !filter.Match(filters.AdapterFunc(p.field)) {
+			continue
+		}
+		metric, err := p.metric()
+		if err != nil {
+			log.G(ctx).WithError(err).WithField("id", p.key.ID).Debug("failed to read the metrics of a pause") // it may have ended just now
+			continue
+		}
+		response.Metrics = append(response.Metrics, metric)
+	}
+	return response, nil
+}
+
+func (p pauseTask) field(path []string) (string, bool) {
+	switch path[0] {
+	case "id":
+		return p.key.ID, true
+	case "namespace":
+		return p.key.Namespace, true
+	default:
+		return "", false
+	}
+}
+
+// metric reads the cgroup that pause is in.
+func (p pauseTask) metric() (*types.Metric, error) {
+	read := pause1Metrics
+	if cgroups.Mode() == cgroups.Unified {
+		read = pause2Metrics
+	}
+	data, err := read(int(p.pid))
+	if err != nil {
+		return nil, err
+	}
+	packed, err := typeurl.MarshalAnyToProto(data)
+	if err != nil {
+		return nil, err
+	}
+	return &types.Metric{Timestamp: protobuf.ToTimestamp(time.Now()), ID: p.key.ID, Data: packed}, nil
+}
+
+func pause1Metrics(pid int) (any, error) {
+	control, err := cgroup1.Load(cgroup1.PidPath(pid))
+	if err != nil {
+		return nil, err
+	}
+	return control.Stat(cgroup1.IgnoreNotExist)
+}
+
+func pause2Metrics(pid int) (any, error) {
+	path, err := cgroup2.PidGroupPath(pid)
+	if err != nil {
+		return nil, err
+	}
+	return cgroup2Metrics(path)
+}
+
+func (t *taskService) Wait(ctx context.Context, r *tasksapi.WaitRequest, opts ...grpc.CallOption) (*tasksapi.WaitResponse, error) {
+	p, ok := t.find(ctx, r.GetContainerID())
+	switch {
+	case !ok:
+		return t.TasksClient.Wait(ctx, r, opts...)
+	case r.GetExecID() != "":
+		return nil, noExec(p, r.GetExecID())
+	}
+	exit, err := t.of.Load().engine.Wait(ctx, p.key)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return &tasksapi.WaitResponse{ExitStatus: exit.Code, ExitedAt: protobuf.ToTimestamp(exit.At)}, nil
+}
+
+func (t *taskService) Start(ctx context.Context, r *tasksapi.StartRequest, opts ...grpc.CallOption) (*tasksapi.StartResponse, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("start")
+	}
+	return t.TasksClient.Start(ctx, r, opts...)
+}
+
+func (t *taskService) Delete(ctx context.Context, r *tasksapi.DeleteTaskRequest, opts ...grpc.CallOption) (*tasksapi.DeleteResponse, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("delete")
+	}
+	return t.TasksClient.Delete(ctx, r, opts...)
+}
+
+func (t *taskService) Kill(ctx context.Context, r *tasksapi.KillRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("kill")
+	}
+	return t.TasksClient.Kill(ctx, r, opts...)
+}
+
+func (t *taskService) Exec(ctx context.Context, r *tasksapi.ExecProcessRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("start a process in")
+	}
+	return t.TasksClient.Exec(ctx, r, opts...)
+}
+
+func (t *taskService) Pause(ctx context.Context, r *tasksapi.PauseTaskRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("pause")
+	}
+	return t.TasksClient.Pause(ctx, r, opts...)
+}
+
+func (t *taskService) Checkpoint(ctx context.Context, r *tasksapi.CheckpointTaskRequest, opts ...grpc.CallOption) (*tasksapi.CheckpointTaskResponse, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("checkpoint")
+	}
+	return t.TasksClient.Checkpoint(ctx, r, opts...)
+}
+
+func (t *taskService) Update(ctx context.Context, r *tasksapi.UpdateTaskRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	if p, ok := t.find(ctx, r.GetContainerID()); ok {
+		return nil, p.refuse("update")
+	}
+	return t.TasksClient.Update(ctx, r, opts...)
+}
+
+// eventExchange is containerd's event exchange.
+type eventExchange interface {
+	events.Publisher
+	Subscribe(ctx context.Context, filters ...string) (<-chan *events.Envelope, <-chan error)
+}
+
+// taskEvents publishes what containerd publishes of a task that a shim runs.
+type taskEvents struct{ publisher events.Publisher }
+
+func (e taskEvents) created(ctx context.Context, key journal.Key, pid uint32) {
+	e.publish(ctx, key, runtime.TaskCreateEventTopic, &eventtypes.TaskCreate{ContainerID: key.ID, Pid: pid})
+	e.publish(ctx, key, runtime.TaskStartEventTopic, &eventtypes.TaskStart{ContainerID: key.ID, Pid: pid})
+}
+
+func (e taskEvents) exited(key journal.Key, pid uint32, exit pause.Exit) {
+	ctx := context.Background()
+	at := protobuf.ToTimestamp(exit.At)
+	e.publish(ctx, key, runtime.TaskExitEventTopic, &eventtypes.TaskExit{ContainerID: key.ID, ID: key.ID, Pid: pid, ExitStatus: exit.Status, ExitedAt: at})
+	e.publish(ctx, key, runtime.TaskDeleteEventTopic, &eventtypes.TaskDelete{ContainerID: key.ID, Pid: pid, ExitStatus: exit.Status, ExitedAt: at})
+}
+
+func (e taskEvents) publish(ctx context.Context, key journal.Key, topic string, event events.Event) {
+	if err := e.publisher.Publish(namespaces.WithNamespace(ctx, key.Namespace), topic, event); err != nil {
+		log.G(ctx).WithError(err).WithField("id", key.ID).Warnf("failed to publish %s of a pause", topic)
+	}
+}
+
+// StartShim makes sure that a pod has the shim that runs its containers. It does nothing for a sandbox that isn't podfsm's.
+func (c *Controller) StartShim(ctx context.Context, key journal.Key) error {
+	if c.node.shims.Running(namespaces.WithNamespace(ctx, key.Namespace), key.ID) {
+		return nil
+	}
+	err := c.engine.Demand(ctx, key, states.StartShim)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// pauseExited tells the engine, and whoever watches containerd's events.
+func (c *Controller) pauseExited(name string, exit pause.Exit) {
+	key, err := keyOfHolder(name)
+	if err != nil {
+		return // no sandbox has that name
+	}
+	if process, err := c.node.pauses.Process(name); err == nil {
+		c.node.tasks.exited(key, uint32(process.Pid()), exit)
+	}
+	c.engine.PauseExited(key, lifecycle.Exit{Code: exit.Status, At: exit.At})
+}
