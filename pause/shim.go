@@ -109,7 +109,8 @@ func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance) error
 		return err
 	}
 	_, err = client.Shutdown(ctx, &taskapi.ShutdownRequest{ID: instance.ID()})
-	if err = errgrpc.ToNative(err); err != nil && !errors.Is(err, ttrpc.ErrClosed) && !errdefs.IsNotFound(err) {
+	// A shim that ends may close the connection before it answers.
+	if err != nil && !errors.Is(err, ttrpc.ErrClosed) && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return err
 	}
 	return s.manager.Delete(ctx, instance.ID())
