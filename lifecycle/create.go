@@ -16,15 +16,14 @@ import (
 
 // creation is one run of the creation path. It belongs to the queue's goroutine.
 type creation struct {
-	ctx     context.Context
-	cancel  context.CancelFunc
-	reply   func(error)
-	running bool     // a step is under way
-	err     error    // why it failed, the first reason
-	then    []func() // requests that wait for its end
+	ctx    context.Context
+	cancel context.CancelFunc
+	reply  func(error)
+	err    error    // why it failed, the first reason
+	then   []func() // requests that wait for its end
 }
 
-// fail makes the creation end as soon as the steps that are running have returned.
+// fail makes the creation end as soon as the step that is running has returned.
 func (c *creation) fail(err error) {
 	if c.err == nil {
 		c.err = err
@@ -70,15 +69,12 @@ func (s *sandbox) proceed() {
 			}
 		}
 	}
-	if !s.creation.running {
-		s.finishCreation()
-	}
+	s.finishCreation()
 }
 
 // launch runs step beside the queue, which takes other events meanwhile; its outcome comes back as an event.
 func (s *sandbox) launch(step Step) {
 	s.setRunning(step)
-	s.creation.running = true
 	ctx := s.creation.ctx
 	s.engine.work.Add(1) // the queue that is being handled keeps the group from being waited out
 	go func() {
@@ -93,7 +89,7 @@ func (s *sandbox) setRunning(step Step) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rec := s.steps[name]
-	rec.status, rec.started = StepRunning, time.Now().UTC()
+	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now().UTC(), time.Time{}, nil
 	rec.acting, rec.actingSince = ActDo, rec.started
 	s.acts.begin(name, ActDo, rec.started)
 }
@@ -193,17 +189,17 @@ func panicked(p any) error { return fmt.Errorf("panic: %v: %w", p, errdefs.ErrIn
 
 // stepEnded handles the outcome of a step.
 func (s *sandbox) stepEnded(step Step, out outcome) {
-	s.keepOutcome(s.creation.ctx, step, out, s.creation.err != nil)
-	s.creation.running = false
+	c, name := s.creation, step.Facts().Name
+	s.keepOutcome(c.ctx, step, out, c.err != nil)
 	if out.err != nil {
-		s.creation.fail(&StepError{Step: step.Facts().Name, Pod: s.req.Pod, Err: out.err})
-	} else {
-		s.advance(out.ended)
+		c.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})
+	} else if err := s.fire(c.ctx, name, out.ended, nil); err != nil {
+		c.fail(err)
 	}
 	s.proceed()
 }
 
-// keepOutcome keeps how a step went, and tells the meter. canceled says that it had to end because something else had failed.
+// keepOutcome keeps how a step went, and tells the meter. canceled says that the step had to end because the creation had failed already.
 func (s *sandbox) keepOutcome(ctx context.Context, step Step, out outcome, canceled bool) {
 	name := step.Facts().Name
 	s.mu.Lock()
@@ -229,22 +225,6 @@ func (s *sandbox) keepOutcome(ctx context.Context, step Step, out outcome, cance
 	s.acted(ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
 }
 
-// advance moves the state along the completed prefix of the creation path.
-func (s *sandbox) advance(at time.Time) {
-	for _, event := range states.CreationPath() {
-		if !s.steps[event].status.complete() {
-			return
-		}
-		if !s.machine.Can(event) {
-			continue // fired before
-		}
-		if err := s.fire(s.creation.ctx, event, at, nil); err != nil {
-			s.creation.fail(err)
-			return
-		}
-	}
-}
-
 // finishCreation answers the caller, after the rollback if there has to be one.
 func (s *sandbox) finishCreation() {
 	c := s.creation
@@ -264,8 +244,8 @@ func (s *sandbox) finishCreation() {
 	}
 }
 
-// afterCreation handles a request that ends the sandbox. A creation that is under way fails because of it, and the request waits
-// until nothing of it runs any more.
+// afterCreation handles a request that ends the sandbox. A creation that is under way fails because of the request, and the request
+// waits until the creation has been rolled back.
 func (s *sandbox) afterCreation(request func()) {
 	if s.creation == nil {
 		request()

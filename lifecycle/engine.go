@@ -2,9 +2,9 @@
 //
 // A sandbox is a queue of events: requests, the results of steps, the exit of pause, retry timers. One goroutine at a time
 // handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. The steps of a creation
-// run one after the other beside the queue, and their results come back as events. What is undone is undone inside the
-// queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which ends as soon as another
-// comes.
+// run one after the other beside the queue, and their results come back as events. A step on demand is done inside the queue. What is
+// undone is undone inside the queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which
+// ends as soon as another comes.
 //
 // Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
 package lifecycle

@@ -97,8 +97,6 @@ type node struct {
 	undo    map[states.Event]func() error
 	plans   map[states.Event]any // set before anything runs
 	stop    error
-	reap    func() error
-	offer   map[states.Event]any // what a step offers before its hook runs
 }
 
 func newNode() *node {
@@ -133,20 +131,14 @@ func (s *fakeStep) Facts() Facts { return s.facts }
 func (s *fakeStep) Plan(context.Context, *Run) (any, error) { return s.node.plans[s.facts.Name], nil }
 
 // Do makes the thing first and fails then: a step that fails may have acted.
-func (s *fakeStep) Do(ctx context.Context, r *Run) (any, error) {
+func (s *fakeStep) Do(ctx context.Context, _ *Run) (any, error) {
 	s.node.mu.Lock()
-	s.node.exists = append(s.node.exists, s.facts.Name)
+	if !slices.Contains(s.node.exists, s.facts.Name) {
+		s.node.exists = append(s.node.exists, s.facts.Name)
+	}
 	hook := s.node.do[s.facts.Name]
 	s.node.mu.Unlock()
 	s.node.act("do %s", s.facts.Name)
-	if offer := s.node.offer[s.facts.Name]; offer != nil {
-		taken := r.Offer(offer)
-		s.node.act("wait with %s", s.facts.Name)
-		if err := taken(); err != nil {
-			return nil, err
-		}
-		s.node.act("go on with %s", s.facts.Name)
-	}
 	if hook != nil {
 		if err := hook(ctx); err != nil {
 			return nil, err
@@ -196,14 +188,6 @@ func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) {
 	return s.node.exited, s.node.unknown
 }
 
-func (s *fakeEnder) Reap(context.Context, *Run) error {
-	s.node.act("reap %s", s.facts.Name)
-	if s.node.reap != nil {
-		return s.node.reap()
-	}
-	return nil
-}
-
 var testKey = journal.Key{Namespace: "k8s.io", ID: "s1"}
 
 // world is an engine over a test's node and ledger.
@@ -233,7 +217,7 @@ func (w *world) history() (told []Transition) {
 	return told
 }
 
-// newWorld has steps in a line, as the real ones are, unless needs say otherwise.
+// newWorld has steps that hold each other as the real ones do.
 func newWorld(t *testing.T, change ...func(*Facts)) *world {
 	b := &book{}
 	w := newWorldOn(t, b, newNode(), change...)
@@ -245,12 +229,8 @@ func newWorld(t *testing.T, change ...func(*Facts)) *world {
 func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *world {
 	w := &world{node: n}
 	var steps []Step
-	var before []states.Event
-	for _, name := range states.CreationPath() {
+	for _, name := range states.Steps() {
 		f := Facts{Name: name, Deadline: time.Minute, UndoDeadline: time.Minute}
-		if n := len(before); n > 0 {
-			f.Needs = before[n-1:]
-		}
 		switch name {
 		case states.RemapSnapshot:
 			f.Holds = []states.Event{states.AllocateIDs}
@@ -261,11 +241,13 @@ func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *
 			f.AtStop, f.Lasting = true, true
 		case states.CaptureNetNS:
 			f.AtStop = true
+		case states.StartShim:
+			f.Holds = []states.Event{states.AllocateIDs, states.StartPause, states.CaptureNetNS}
+			f.AtStop, f.OnDemand = true, true
 		}
 		for _, c := range change {
 			c(&f)
 		}
-		before = append(slices.Clone(before), name)
 		if name == states.StartPause {
 			steps = append(steps, &fakeEnder{fakeStep{f, w.node}})
 		} else {
@@ -449,25 +431,6 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-func TestStopReapsBesideItsUndos(t *testing.T) {
-	w := newWorld(t)
-	require.NoError(t, w.run(t))
-	undone, tries := make(chan struct{}), 0
-	w.undo[states.CaptureNetNS] = sync.OnceValue(func() error { close(undone); return nil })
-	w.reap = func() error {
-		if tries++; tries > 1 {
-			return nil
-		}
-		<-undone // the last undo of a stop
-		return errors.New("no luck")
-	}
-	require.ErrorContains(t, w.Stop(t.Context(), testKey), "undo of step start_pause")
-	require.NoError(t, w.Stop(t.Context(), testKey))
-	require.Equal(t, 2, tries)
-	require.NoError(t, w.Remove(t.Context(), testKey))
-	require.Empty(t, w.left())
-}
-
 func TestRecordThatFails(t *testing.T) {
 	full := fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
 	for _, tc := range []struct {
@@ -542,7 +505,6 @@ func TestPauseExit(t *testing.T) {
 		w.PauseExited(testKey, Exit{Code: 9})
 		w.PauseExited(testKey, Exit{Code: 10})
 		require.Equal(t, uint32(9), (<-waited).Code)
-		require.Eventually(t, func() bool { return slices.Contains(w.acted(), "reap start_pause") }, 10*time.Second, time.Millisecond)
 		require.Equal(t, states.NotReady, w.state(t))
 		require.NoError(t, w.Remove(t.Context(), testKey))
 		require.Empty(t, w.left())
@@ -646,95 +608,68 @@ func TestStepThatPanics(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-func TestIndependentStepsRunAtOnceAndTheStateIsTheCompletedPrefix(t *testing.T) {
+// While a step hangs, it is what the sandbox waits for.
+func TestStepThatHangsIsBlamed(t *testing.T) {
 	w := newWorld(t, func(f *Facts) {
 		if f.Name == states.CaptureNetNS {
-			f.Needs = []states.Event{states.RemapSnapshot} // beside start_pause
-		}
-	})
-	captured := make(chan struct{})
-	w.do[states.CaptureNetNS] = func(context.Context) error { close(captured); return nil }
-	w.do[states.StartPause] = func(context.Context) error { <-captured; return nil }
-	require.NoError(t, w.run(t))
-	require.Equal(t, []states.State{
-		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
-	}, w.transitions(t))
-}
-
-// takes makes capture_netns take what start_pause offers.
-func takes(f *Facts) {
-	if f.Name == states.CaptureNetNS {
-		f.Needs, f.Takes = nil, []states.Event{states.StartPause}
-	}
-}
-
-func TestStepsTakeWhatAnotherOffersAndGoOnBesideIt(t *testing.T) {
-	w := newWorld(t, takes)
-	w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
-	attached := make(chan struct{})
-	w.do[states.AttachNetwork] = func(context.Context) error { close(attached); return nil }
-	w.do[states.StartPause] = func(context.Context) error {
-		<-attached
-		require.Equal(t, states.SnapshotRemapped, w.state(t), "the state waits for the step")
-		return nil
-	}
-	require.NoError(t, w.run(t))
-	require.Equal(t, []states.State{
-		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
-	}, w.transitions(t))
-	acts := w.acted()
-	require.Less(t, slices.Index(acts, "wait with start_pause"), slices.Index(acts, "go on with start_pause"))
-	require.Less(t, slices.Index(acts, "do capture_netns"), slices.Index(acts, "go on with start_pause"))
-	view, err := w.Get(testKey)
-	require.NoError(t, err)
-	require.Equal(t, &testResult{states.StartPause}, view.Step(states.StartPause).Result, "what it returned in the end")
-}
-
-func TestAnOfferEndsWithItsCreation(t *testing.T) {
-	for _, failing := range []states.Event{states.CaptureNetNS, states.AttachNetwork} {
-		t.Run(string(failing), func(t *testing.T) {
-			w := newWorld(t, takes)
-			w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
-			w.do[failing] = func(context.Context) error { return errors.New("no luck") }
-			if failing == states.AttachNetwork {
-				going := make(chan struct{})
-				w.do[failing] = func(context.Context) error { <-going; return errors.New("no luck") }
-				w.do[states.StartPause] = func(ctx context.Context) error { close(going); <-ctx.Done(); return nil } // it comes to its end all the same
-			}
-			require.EqualError(t, w.run(t), fmt.Sprintf(`step %s of pod "ns/pod" failed: no luck`, failing))
-			require.True(t, w.gone())
-			require.Empty(t, w.left())
-			if failing == states.AttachNetwork {
-				require.Equal(t, []states.State{
-					states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.RollingBack, states.RolledBack,
-				}, w.transitions(t))
-			}
-		})
-	}
-}
-
-func TestWhoHangsIsBlamedAndNotWhoWaitsForIt(t *testing.T) {
-	w := newWorld(t, func(f *Facts) {
-		takes(f)
-		switch f.Name {
-		case states.StartPause:
-			f.Deadline = 10 * time.Millisecond
-		case states.CaptureNetNS:
 			f.Deadline = 100 * time.Millisecond
 		}
 	})
-	w.offer = map[states.Event]any{states.StartPause: &testResult{"so far"}}
 	w.do[states.CaptureNetNS] = func(ctx context.Context) error {
-		require.Eventually(t, func() bool {
-			view, err := w.Get(testKey)
-			require.NoError(t, err)
-			current, _ := view.Current()
-			return current.Name == states.CaptureNetNS
-		}, time.Second, time.Millisecond, "who waits isn't what the sandbox waits for")
+		view, err := w.Get(testKey)
+		require.NoError(t, err)
+		current, _ := view.Current()
+		require.Equal(t, states.CaptureNetNS, current.Name)
+		require.Equal(t, states.PauseStarted, view.State, "the state waits for the step")
 		<-ctx.Done()
 		return context.Cause(ctx)
 	}
 	require.EqualError(t, w.run(t), `step capture_netns of pod "ns/pod" failed: no answer within 100ms: context deadline exceeded`)
+	require.Empty(t, w.left())
+}
+
+// What ends a creation ends the step that runs, and the step's result counts if there is one all the same. It is no failure of the step.
+func TestCreationEndsWhileAStepRuns(t *testing.T) {
+	for name, tc := range map[string]struct {
+		end  func(w *world) error // of the creation
+		want string
+	}{
+		"a halt":            {func(w *world) error { return w.Halt(context.Background(), testKey) }, errEnded.Error()},
+		"a stop":            {func(w *world) error { return w.Stop(context.Background(), testKey) }, errEnded.Error()},
+		"a removal":         {func(w *world) error { return w.Remove(context.Background(), testKey) }, errEnded.Error()},
+		"the exit of pause": {func(w *world) error { w.PauseExited(testKey, Exit{Code: 1}); return nil }, "pause exited with code 1: unavailable"},
+	} {
+		for outcome, result := range map[Outcome]func(context.Context) error{
+			OutcomeCanceled: context.Cause,
+			OutcomeOK:       func(context.Context) error { return nil },
+		} {
+			t.Run(fmt.Sprintf("%s, %s", name, outcome), func(t *testing.T) {
+				w := newWorld(t)
+				running := make(chan struct{})
+				w.do[states.AttachNetwork] = func(ctx context.Context) error {
+					close(running)
+					<-ctx.Done()
+					return result(ctx)
+				}
+				w.create(t)
+				started := make(chan error, 1)
+				go func() { started <- w.Start(context.Background(), testKey) }()
+				<-running
+				require.NoError(t, tc.end(w))
+				require.EqualError(t, <-started, tc.want)
+				require.True(t, w.gone())
+				require.Empty(t, w.left())
+				require.NotContains(t, w.acted(), "do declare_ready")
+				require.Contains(t, w.meter.acted(), fmt.Sprintf("do attach_network: %s", outcome))
+
+				passed := []states.State{states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured}
+				if outcome == OutcomeOK {
+					passed = append(passed, states.NetworkReady)
+				}
+				require.Equal(t, append(passed, states.RollingBack, states.RolledBack), w.transitions(t))
+			})
+		}
+	}
 }
 
 func TestRefusals(t *testing.T) {
@@ -758,21 +693,21 @@ func TestRefusals(t *testing.T) {
 func TestNewRefusesStepsThatDontFit(t *testing.T) {
 	good := func() []Step {
 		var steps []Step
-		for _, name := range states.CreationPath() {
-			steps = append(steps, &fakeStep{Facts{Name: name, Deadline: 1, UndoDeadline: 1}, newNode()})
+		for _, name := range states.Steps() {
+			steps = append(steps, &fakeStep{Facts{Name: name, Deadline: 1, UndoDeadline: 1, OnDemand: name == states.StartShim}, newNode()})
 		}
 		return steps
 	}
 	for name, spoil := range map[string]func([]Step) []Step{
-		"one too few":   func(s []Step) []Step { return s[1:] },
-		"wrong order":   func(s []Step) []Step { s[0], s[1] = s[1], s[0]; return s },
-		"needs a later": func(s []Step) []Step { s[0].(*fakeStep).facts.Needs = []states.Event{states.DeclareReady}; return s },
-		"holds itself":  func(s []Step) []Step { s[1].(*fakeStep).facts.Holds = []states.Event{states.RemapSnapshot}; return s },
-		"takes and needs": func(s []Step) []Step {
-			s[2].(*fakeStep).facts.Takes, s[2].(*fakeStep).facts.Needs = []states.Event{states.RemapSnapshot}, []states.Event{states.AllocateIDs}
-			return s
-		},
-		"no deadline": func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
+		"one too few":                func(s []Step) []Step { return s[1:] },
+		"none on demand":             func(s []Step) []Step { return s[:len(s)-1] },
+		"wrong order":                func(s []Step) []Step { s[0], s[1] = s[1], s[0]; return s },
+		"holds a later":              func(s []Step) []Step { s[0].(*fakeStep).facts.Holds = []states.Event{states.DeclareReady}; return s },
+		"holds itself":               func(s []Step) []Step { s[1].(*fakeStep).facts.Holds = []states.Event{states.RemapSnapshot}; return s },
+		"the path's on demand":       func(s []Step) []Step { s[1].(*fakeStep).facts.OnDemand = true; return s },
+		"off the path, not demanded": func(s []Step) []Step { s[len(s)-1].(*fakeStep).facts.OnDemand = false; return s },
+		"no deadline":                func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
+		"no deadline of its undo":    func(s []Step) []Step { s[1].(*fakeStep).facts.UndoDeadline = 0; return s },
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := New(spoil(good()), &book{}, DefaultBackoff, nil, nil)

@@ -26,7 +26,7 @@ const (
 	OutcomeOK       Outcome = "ok"
 	OutcomeSkipped  Outcome = "skipped" // there was nothing to do for this sandbox
 	OutcomeError    Outcome = "error"
-	OutcomeCanceled Outcome = "canceled" // the creation had ended before it did, by another failure or by a request
+	OutcomeCanceled Outcome = "canceled" // the creation had failed before the step ended: pause had exited, or a request ended it
 )
 
 // Outcomes are all that there are.

@@ -69,28 +69,6 @@ func TestEachTryIsMetered(t *testing.T) {
 	}, w.meter.acted())
 }
 
-// Of two steps that run at the same time one fails; that the other is ended is no second failure.
-func TestAStepThatIsEndedByAnothersFailureIsCanceled(t *testing.T) {
-	w := newWorld(t, func(f *Facts) {
-		if f.Name == states.CaptureNetNS {
-			f.Needs = []states.Event{states.RemapSnapshot}
-		}
-	})
-	running := make(chan struct{})
-	w.do[states.StartPause] = func(ctx context.Context) error {
-		close(running)
-		<-ctx.Done()
-		return ctx.Err()
-	}
-	w.do[states.CaptureNetNS] = func(context.Context) error {
-		<-running
-		return errNoLuck
-	}
-	require.ErrorIs(t, w.run(t), errNoLuck)
-	require.Contains(t, w.meter.acted(), "do capture_netns: error")
-	require.Contains(t, w.meter.acted(), "do start_pause: canceled")
-}
-
 func TestCensus(t *testing.T) {
 	w := newWorld(t)
 	reached, release := make(chan struct{}), make(chan struct{})

@@ -38,6 +38,7 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	for _, entry := range saved {
 		s, err := restored(e, entry, describe)
 		if err == nil {
+			s.failInterrupted()
 			err = e.addRestored(s)
 		}
 		if err != nil {
@@ -124,6 +125,22 @@ func (s *sandbox) quarantine(reason error) error {
 	return s.move(s.background(), states.Quarantine, reason)
 }
 
+// failInterrupted ends the steps on demand that the daemon before was doing or undoing. The stop of the sandbox undoes them.
+func (s *sandbox) failInterrupted() {
+	for _, name := range states.Steps()[len(states.CreationPath()):] {
+		rec := s.steps[name]
+		if rec.status != StepRunning && rec.status != StepUndoing {
+			continue
+		}
+		rec.status = StepFailed
+		if rec.err == nil {
+			rec.err = errRestarted
+		}
+	}
+}
+
+var errRestarted = fmt.Errorf("containerd was restarted before the step had ended: %w", errdefs.ErrAborted)
+
 func (s *sandbox) touchAll() {
 	for _, rec := range s.steps {
 		rec.touched = true
@@ -164,7 +181,7 @@ func (h *history) replay(record *journal.Record) error {
 	}
 	switch record.Kind {
 	case journal.Intent:
-		rec.plan, rec.touched, rec.status, rec.started = data, true, StepRunning, record.At
+		rec.plan, rec.touched, rec.status, rec.started, rec.ended, rec.err = data, true, StepRunning, record.At, time.Time{}, nil
 		h.acts.begin(states.Event(record.Step), ActDo, record.At)
 	case journal.Noted:
 		rec.notes = append(rec.notes, data)
@@ -174,8 +191,14 @@ func (h *history) replay(record *journal.Record) error {
 			rec.status = StepSkipped
 		}
 		h.acts.end(states.Event(record.Step), ActDo, rec.started, record.At, nil)
-		h.advance(record)
+		if to, ok := states.Next(h.state, states.Event(record.Step)); ok {
+			h.enter(states.Event(record.Step), to, record)
+		}
 	case journal.UndoIntent:
+		if rec.status == StepRunning && record.Error != "" { // a step on demand: no rollback says that it failed
+			rec.ended, rec.err = record.At, errors.New(record.Error)
+			h.acts.end(states.Event(record.Step), ActDo, rec.started, record.At, rec.err)
+		}
 		rec.status, rec.undoing = StepUndoing, record.At
 		h.acts.begin(states.Event(record.Step), ActUndo, record.At)
 	case journal.Undone:
@@ -272,18 +295,6 @@ func (h *history) settle() {
 }
 
 var errWaits = errors.New("waits for the others")
-
-// advance moves along the completed prefix, as the engine did.
-func (h *history) advance(record *journal.Record) {
-	for _, event := range states.CreationPath() {
-		if !h.steps[event].status.complete() {
-			return
-		}
-		if to, ok := states.Next(h.state, event); ok {
-			h.enter(event, to, &journal.Record{At: record.At, TraceParent: record.TraceParent})
-		}
-	}
-}
 
 func (h *history) enter(event states.Event, to states.State, record *journal.Record) {
 	var cause error

@@ -237,7 +237,7 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
-	// Steps that end at the same time may be handled in another order than their times', now or when the records are read again.
+	// The wall clock may have been set back since.
 	if since := s.since(); t.At.Before(since) {
 		t.At = since
 	}

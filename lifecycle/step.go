@@ -18,14 +18,16 @@ import (
 
 // Facts are what the engine has to know of a step. They are fixed when the engine is made.
 type Facts struct {
-	// Name is the event that the step's completion fires; it also names the step in the ledger, in spans and in messages.
+	// Name is the event that the completion of a step of the creation path fires. It also names the step in the ledger, in spans and in
+	// messages.
 	Name states.Event
 	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
 	// holds its ids and its rootfs.
 	Holds []states.Event
 	// AtStop says that the step is undone when the sandbox stops, not only when it is removed.
 	AtStop bool
-	// OnDemand says that the step is not on the creation path: [Engine.Demand] does it for a ready sandbox. Its Do is idempotent.
+	// OnDemand says that the step is not on the creation path: [Engine.Demand] does it for a ready sandbox. Its Do is idempotent, and
+	// holds up the sandbox's queue.
 	OnDemand bool
 	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan. The plan
 	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).

@@ -23,8 +23,6 @@ const (
 	StepOwed    StepStatus = "owed"
 )
 
-func (s StepStatus) complete() bool { return s == StepDone || s == StepSkipped }
-
 // StepView is one step of a sandbox.
 type StepView struct {
 	Name      states.Event
@@ -140,9 +138,10 @@ func (s *sandbox) view() View {
 		exit := *s.exit
 		v.Exit = &exit
 	}
-	for _, name := range states.Steps() {
+	onPath := len(states.CreationPath())
+	for i, name := range states.Steps() {
 		rec := s.steps[name]
-		if rec.status == StepPending && !slices.Contains(states.CreationPath(), name) {
+		if rec.status == StepPending && i >= onPath {
 			continue // nobody has asked for it
 		}
 		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
