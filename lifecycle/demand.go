@@ -3,15 +3,19 @@ package lifecycle
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
 )
 
-// Demand does a step on demand (Facts.OnDemand) for a ready sandbox, and waits until it is done. A failure is undone at once, and leaves
-// the sandbox ready: it is the caller's alone.
+// Demand does a step on demand (Facts.OnDemand) for a ready sandbox, and waits until the step is done. A failure leaves the sandbox
+// ready: the failure is the caller's alone. What a failed step may have half done is undone at once, and at the stop of the sandbox if
+// that undo fails, too. A step that is done already is done once more, and then a failure undoes nothing: what stands may be in use.
 //
 // Errors: NotFound for an unknown sandbox, FailedPrecondition for one that isn't ready, a *StepError. When ctx ends first, the request
 // continues after its caller's deadline.
@@ -31,28 +35,61 @@ func (e *Engine) Demand(ctx context.Context, key journal.Key, name states.Event)
 
 func (s *sandbox) demand(ctx context.Context, name states.Event) error {
 	if state := s.state(); state != states.Ready {
-		return fmt.Errorf("sandbox %q is %s, a container needs one that is %s: %w", s.key.ID, state, states.Ready, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("step %s needs sandbox %q to be %s, but it is %s: %w", name, s.key.ID, states.Ready, state, errdefs.ErrFailedPrecondition)
 	}
 	for _, step := range s.engine.steps {
-		if facts := step.Facts(); facts.Name == name && facts.OnDemand {
-			return s.doNow(ctx, step)
+		if facts := step.Facts(); facts.Name != name || !facts.OnDemand {
+			continue
 		}
+		if status := s.steps[name].status; status == StepDone || status == StepSkipped {
+			return s.doAgain(ctx, step)
+		}
+		return s.doNow(ctx, step)
 	}
 	return fmt.Errorf("there is no step %q on demand: %w", name, errdefs.ErrInvalidArgument)
 }
 
+// doNow does a step inside the queue, and undoes it at once if it fails.
 func (s *sandbox) doNow(ctx context.Context, step Step) error {
+	name := step.Facts().Name
 	s.setRunning(step)
 	out := s.execute(ctx, step)
 	s.keepOutcome(ctx, step, out, false)
 	if out.err == nil {
 		return nil
 	}
-	failed := &StepError{Step: step.Facts().Name, Pod: s.req.Pod, Err: out.err}
-	if out.touched {
-		if err := s.undo(ctx, step); err != nil { // the stop of the sandbox tries again
-			s.log(ctx).WithError(err).Warn("sandbox: a step on demand failed, and so did its undo; the stop of the sandbox tries again")
-		}
+	if out.touched && s.undo(ctx, step) != nil {
+		s.setStatus(name, StepFailed) // the stop of the sandbox tries again
 	}
-	return failed
+	return &StepError{Step: name, Pod: s.req.Pod, Err: out.err}
+}
+
+// doAgain has a step that is done look after what it made. The ledger says already that there is something to undo.
+func (s *sandbox) doAgain(ctx context.Context, step Step) error {
+	facts := step.Facts()
+	ctx, cancel := within(ctx, facts.Deadline)
+	defer cancel()
+	ctx, span := tracing.Start(ctx, tracing.Step(string(facts.Name)), s.req.Attributes...)
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
+	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now().UTC()}
+	s.setActing(act.Step, act.Kind, act.Started)
+	_, err := protect(func() (any, error) { return step.Do(ctx, s.run(step)) })
+	outcome := OutcomeOK
+	if err != nil {
+		err, outcome = late(ctx, err), OutcomeError
+	}
+	tracing.End(span, err)
+	act.Ended, act.Err = time.Now().UTC(), err
+	s.setActing(act.Step, "", time.Time{})
+	s.acted(ctx, act, outcome)
+	if err != nil {
+		return &StepError{Step: facts.Name, Pod: s.req.Pod, Err: err}
+	}
+	return nil
+}
+
+func (s *sandbox) setActing(name states.Event, kind ActKind, since time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.steps[name].acting, s.steps[name].actingSince = kind, since
 }

@@ -53,6 +53,12 @@ func TestReplayShowsWhatIsOwed(t *testing.T) {
 			w.undo[states.AttachNetwork] = fail
 			return w.Stop(t.Context(), testKey)
 		}, states.Stopped, []states.Event{states.AttachNetwork, states.CaptureNetNS}},
+		{"a stop, of a step on demand", func(t *testing.T, w *world) error {
+			require.NoError(t, w.run(t))
+			require.NoError(t, w.Demand(t.Context(), testKey, states.StartShim))
+			w.undo[states.StartShim] = fail
+			return w.Stop(t.Context(), testKey)
+		}, states.Stopped, []states.Event{states.StartShim, states.CaptureNetNS}},
 		{"a process that can't be ended", func(t *testing.T, w *world) error {
 			require.NoError(t, w.run(t))
 			w.stop = errors.New("no luck")

@@ -193,6 +193,7 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
+	require.NoError(t, w.Demand(t.Context(), testKey, states.StartShim))
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	full := w.book.all
@@ -201,7 +202,7 @@ func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
 		last := full[cut-1]
 		t.Run("after "+string(last.Kind)+" "+last.Step+last.Event, func(t *testing.T) {
 			old := newWorld(t)
-			for _, name := range states.CreationPath() {
+			for _, name := range states.Steps() {
 				undone := func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(name) }
 				if !slices.ContainsFunc(full[:cut], undone) {
 					old.node.exists = append(old.node.exists, name)

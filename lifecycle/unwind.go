@@ -190,7 +190,11 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
 func (s *sandbox) undo(ctx context.Context, step Step) error {
 	name := step.Facts().Name
 	s.setStatus(name, StepUndoing)
-	s.record(ctx, &journal.Record{Kind: journal.UndoIntent, Step: string(name)})
+	intent := &journal.Record{Kind: journal.UndoIntent, Step: string(name)}
+	if err := s.steps[name].err; err != nil {
+		intent.Error = err.Error()
+	}
+	s.record(ctx, intent)
 	if err := s.attempt(ctx, step, ActUndo, s.undoOf(step)); err != nil {
 		return err
 	}
@@ -220,15 +224,13 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 
 // spanName is that of an attempt's span.
 func spanName(step states.Event, kind ActKind) string {
-	switch kind {
-	case ActStop:
+	if kind == ActStop {
 		return tracing.Stop(string(step))
-	default:
-		return tracing.Undo(string(step))
 	}
+	return tracing.Undo(string(step))
 }
 
-// attempt makes one bounded and traced try at an undo.
+// attempt makes one bounded and traced try at an undo, or at ending the process, and keeps how it ended.
 func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) error {
 	facts := step.Facts()
 	ctx, cancel := within(ctx, facts.UndoDeadline)
@@ -247,24 +249,19 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	}
 	tracing.End(span, err)
 	act.Ended, act.Err = time.Now().UTC(), err
-	return s.tried(ctx, r, act)
-}
-
-// tried keeps how an attempt ended.
-func (s *sandbox) tried(ctx context.Context, r *Run, act Act) error {
 	s.mu.Lock()
 	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
 	rec := s.steps[act.Step]
 	rec.notes, rec.acting = r.Notes(), ""
 	outcome := OutcomeOK
-	if act.Err != nil {
+	if err != nil {
 		rec.attempts++
 		outcome = OutcomeError
 	}
 	s.mu.Unlock()
 	s.acted(ctx, act, outcome)
-	if act.Err != nil {
-		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: act.Err}
+	if err != nil {
+		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: err}
 	}
 	return nil
 }

@@ -1,0 +1,514 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// demand asks for the shim of the test's sandbox.
+func (w *world) demand(t *testing.T) error {
+	return w.Demand(t.Context(), testKey, states.StartShim)
+}
+
+func (w *world) view(t *testing.T) View {
+	t.Helper()
+	view, err := w.Get(testKey)
+	require.NoError(t, err)
+	return view
+}
+
+// requireReady checks that a sandbox is ready with all of its creation path, and says what else there is of it.
+func (w *world) requireReady(t *testing.T, more ...states.Event) {
+	t.Helper()
+	require.Equal(t, states.Ready, w.state(t))
+	require.ElementsMatch(t, append(states.CreationPath(), more...), w.left())
+}
+
+// requireStops checks that a stop leaves nothing of a step on demand, and a removal nothing at all.
+func (w *world) requireStops(t *testing.T) {
+	t.Helper()
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.NotContains(t, w.left(), states.StartShim)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+// since are the lines of the ledger after some that were there.
+func (b *book) since(before []string) []string { return b.read()[len(before):] }
+
+func TestDemand(t *testing.T) {
+	w := readyWorld(t)
+	before := w.view(t)
+	require.Len(t, before.Steps, len(states.CreationPath()), "nobody has asked for a shim")
+	require.Len(t, w.replayed(t).Steps, len(states.CreationPath()))
+	lines := w.book.read()
+
+	require.NoError(t, w.demand(t))
+	w.requireReady(t, states.StartShim)
+	view := w.view(t)
+	require.Equal(t, before.Transitions, view.Transitions, "it is no transition")
+	require.Equal(t, states.StartShim, view.Steps[len(view.Steps)-1].Name)
+	require.Equal(t, StepDone, view.Step(states.StartShim).Status)
+	require.Equal(t, &testResult{states.StartShim}, view.Step(states.StartShim).Result)
+	require.Equal(t, view.Steps, w.replayed(t).Steps)
+	require.Equal(t, []string{"intent start_shim", "done start_shim"}, w.book.since(lines))
+	require.Contains(t, w.meter.acted(), "do start_shim: ok")
+
+	lines = w.book.read()
+	require.NoError(t, w.demand(t))
+	acts := w.acted()
+	require.Equal(t, []string{"do start_shim", "do start_shim"}, acts[len(acts)-2:], "what was made may have gone")
+	require.Empty(t, w.book.since(lines), "what is to be undone is on record already")
+	require.Equal(t, view, w.view(t))
+
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.Equal(t, []string{
+		"moved stop", "exited",
+		"undo-intent start_shim", "undone start_shim",
+		"undo-intent attach_network", "undone attach_network",
+		"undo-intent capture_netns", "undone capture_netns",
+		"moved finish_stop",
+	}, w.book.since(lines))
+	require.Equal(t, StepUndone, w.view(t).Step(states.StartShim).Status)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+	require.Equal(t, 1, count(w.acted(), "undo start_shim"))
+}
+
+// A step that fails is undone, and the sandbox stays what it was.
+func TestDemandFails(t *testing.T) {
+	refuse := func(kind journal.Kind) func(*world) {
+		return func(w *world) {
+			w.book.refuse = func(r *journal.Record) error {
+				if r.Kind == kind {
+					return errNoLuck
+				}
+				return nil
+			}
+		}
+	}
+	do := func(f func(context.Context) error) func(*world) {
+		return func(w *world) { w.do[states.StartShim] = f }
+	}
+	for name, tc := range map[string]struct {
+		spoil func(*world)
+		class error // of what the caller gets
+		tried []string
+		lines []string
+	}{
+		"it fails": {
+			do(func(context.Context) error { return errdefs.ErrUnavailable }), errdefs.ErrUnavailable,
+			[]string{"do start_shim", "undo start_shim"}, []string{"intent start_shim", "undo-intent start_shim", "undone start_shim"},
+		},
+		"it panics": {
+			do(func(context.Context) error { panic("a bug") }), errdefs.ErrInternal,
+			[]string{"do start_shim", "undo start_shim"}, []string{"intent start_shim", "undo-intent start_shim", "undone start_shim"},
+		},
+		"it hangs": {
+			do(func(ctx context.Context) error { <-ctx.Done(); return errdefs.ErrUnknown }), context.DeadlineExceeded,
+			[]string{"do start_shim", "undo start_shim"}, []string{"intent start_shim", "undo-intent start_shim", "undone start_shim"},
+		},
+		"its intent is not on record": {refuse(journal.Intent), errNoLuck, nil, []string{}},
+		"its result is not on record": {
+			refuse(journal.Done), errNoLuck,
+			[]string{"do start_shim", "undo start_shim"}, []string{"intent start_shim", "undo-intent start_shim", "undone start_shim"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, func(f *Facts) {
+				if f.Name == states.StartShim {
+					f.Deadline = 50 * time.Millisecond
+				}
+			})
+			require.NoError(t, w.run(t))
+			lines, acts := w.book.read(), w.acted()
+			tc.spoil(w)
+			err := w.demand(t)
+			require.ErrorIs(t, err, tc.class)
+			var failed *StepError
+			require.ErrorAs(t, err, &failed)
+			require.Equal(t, states.StartShim, failed.Step)
+			require.False(t, failed.Undo)
+			require.Equal(t, tc.tried, append([]string(nil), w.acted()[len(acts):]...))
+			require.Equal(t, tc.lines, w.book.since(lines))
+			w.requireReady(t)
+			view := w.view(t)
+			require.ErrorIs(t, view.Step(states.StartShim).Err, tc.class)
+			require.NoError(t, view.Err, "it is the caller's alone")
+			_, waits := view.Current()
+			require.False(t, waits)
+			require.Contains(t, w.meter.acted(), "do start_shim: error")
+
+			w.mend()
+			w.book.refuse = nil
+			require.NoError(t, w.demand(t))
+			w.requireReady(t, states.StartShim)
+			step := w.view(t).Step(states.StartShim)
+			require.NoError(t, step.Err)
+			require.Equal(t, StepDone, step.Status)
+			w.requireStops(t)
+		})
+	}
+}
+
+// What stands may be in use: only the stop of the sandbox undoes it.
+func TestDemandAgainFails(t *testing.T) {
+	for name, do := range map[string]func(context.Context) error{
+		"it fails":  func(context.Context) error { return errNoLuck },
+		"it panics": func(context.Context) error { panic("a bug") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := readyWorld(t)
+			require.NoError(t, w.demand(t))
+			view := w.view(t)
+			w.do[states.StartShim] = do
+			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
+			var failed *StepError
+			require.ErrorAs(t, w.demand(t), &failed)
+			require.Equal(t, states.StartShim, failed.Step)
+			require.Equal(t, view, w.view(t))
+			require.NotContains(t, w.acted(), "undo start_shim")
+			require.Contains(t, w.meter.acted(), "do start_shim: error")
+			require.Empty(t, w.Census().Acts)
+
+			w.book.refuse = nil
+			w.requireStops(t)
+		})
+	}
+}
+
+// The stop of the sandbox tries once more what could not be undone, and owes it then.
+func TestDemandWhoseUndoFails(t *testing.T) {
+	for name, undo := range map[string]func() error{
+		"it fails":  func() error { return errNoLuck },
+		"it panics": func() error { panic("a bug") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := readyWorld(t)
+			w.engineWaits()
+			w.do[states.StartShim] = func(context.Context) error { return errors.New("no shim") }
+			w.undo[states.StartShim] = undo
+			err := w.demand(t)
+			require.EqualError(t, err, `step start_shim of pod "ns/pod" failed: no shim`)
+			w.requireReady(t, states.StartShim)
+			view := w.view(t)
+			require.Equal(t, StepFailed, view.Step(states.StartShim).Status)
+			require.EqualError(t, view.Step(states.StartShim).Err, "no shim")
+			require.Equal(t, 1, view.Step(states.StartShim).Attempts)
+			require.Empty(t, debts(view))
+			_, waits := view.Current()
+			require.False(t, waits)
+
+			require.ErrorContains(t, w.Stop(t.Context(), testKey), "undo of step start_shim")
+			view = w.view(t)
+			require.Equal(t, states.CleanupOwed, view.State)
+			require.Equal(t, states.Stopped, view.Goal)
+			require.Equal(t, []states.Event{states.CaptureNetNS, states.StartShim}, debts(view), "the namespace stays as long as the shim")
+			require.NotContains(t, w.left(), states.AttachNetwork)
+			require.True(t, errdefs.IsFailedPrecondition(w.demand(t)))
+
+			w.mend()
+			w.requireStops(t)
+		})
+	}
+}
+
+func TestDemandIsRefused(t *testing.T) {
+	for name, tc := range map[string]struct {
+		leave func(t *testing.T) *world
+		step  states.Event
+		want  error
+	}{
+		"unknown": {func(t *testing.T) *world { return newWorld(t) }, states.StartShim, errdefs.ErrNotFound},
+		"new":     {func(t *testing.T) *world { w := newWorld(t); w.create(t); return w }, states.StartShim, errdefs.ErrFailedPrecondition},
+		"not ready": {func(t *testing.T) *world {
+			w := readyWorld(t)
+			w.PauseExited(testKey, Exit{Code: 1})
+			return w
+		}, states.StartShim, errdefs.ErrFailedPrecondition},
+		"stopped": {func(t *testing.T) *world {
+			w := readyWorld(t)
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			return w
+		}, states.StartShim, errdefs.ErrFailedPrecondition},
+		"removed": {func(t *testing.T) *world {
+			w := readyWorld(t)
+			require.NoError(t, w.Remove(t.Context(), testKey))
+			return w
+		}, states.StartShim, errdefs.ErrNotFound},
+		"quarantined": {func(t *testing.T) *world {
+			w := readyWorld(t)
+			w.book.records[3].Kind = "sung"
+			return w.restart(t, Recorded)
+		}, states.StartShim, errdefs.ErrFailedPrecondition},
+		"closed":             {func(t *testing.T) *world { w := readyWorld(t); w.Close(t.Context()); return w }, states.StartShim, errdefs.ErrUnavailable},
+		"a step of the path": {readyWorld, states.AttachNetwork, errdefs.ErrInvalidArgument},
+		"an unknown step":    {readyWorld, "dance", errdefs.ErrInvalidArgument},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := tc.leave(t)
+			acts := w.acted()
+			require.ErrorIs(t, w.Demand(t.Context(), testKey, tc.step), tc.want)
+			require.Equal(t, acts, w.acted())
+		})
+	}
+	t.Run("being made", func(t *testing.T) {
+		w := newWorld(t)
+		w.do[states.DeclareReady] = func(context.Context) error {
+			require.ErrorIs(t, w.demand(t), errdefs.ErrFailedPrecondition)
+			return nil
+		}
+		require.NoError(t, w.run(t))
+		require.NoError(t, w.demand(t))
+	})
+}
+
+// queued waits until so many requests wait in the queue of the test's sandbox.
+func (w *world) queued(t *testing.T, n int) {
+	t.Helper()
+	s, err := w.lookup(testKey)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool {
+		s.queueMu.Lock()
+		defer s.queueMu.Unlock()
+		return len(s.queue) == n
+	}, 10*time.Second, time.Millisecond)
+}
+
+// One event after the other: what comes while a step runs waits for it, as a step waits for what came before.
+func TestDemandWaitsItsTurn(t *testing.T) {
+	ask := func(f func() error) <-chan error {
+		answer := make(chan error, 1)
+		go func() { answer <- f() }()
+		return answer
+	}
+	hang := func() (reached chan struct{}, release chan struct{}, f func() error) {
+		reached, release = make(chan struct{}), make(chan struct{})
+		return reached, release, func() error {
+			select {
+			case <-reached:
+			default:
+				close(reached)
+			}
+			<-release
+			return nil
+		}
+	}
+	t.Run("before a stop and after it", func(t *testing.T) {
+		w := readyWorld(t)
+		reached, release, f := hang()
+		w.do[states.StartShim] = func(context.Context) error { return f() }
+		first := ask(func() error { return w.demand(t) })
+		<-reached
+		current, _ := w.view(t).Current()
+		require.Equal(t, states.StartShim, current.Name)
+		require.Contains(t, w.Census().Acts, StepAct{states.StartShim, ActDo})
+		second := ask(func() error { return w.demand(t) })
+		w.queued(t, 1)
+		stop := ask(func() error { return w.Stop(t.Context(), testKey) })
+		w.queued(t, 2)
+		third := ask(func() error { return w.demand(t) })
+		w.queued(t, 3)
+		require.NotContains(t, w.acted(), "stop start_pause")
+		close(release)
+		require.NoError(t, <-first)
+		require.NoError(t, <-second)
+		require.NoError(t, <-stop)
+		require.ErrorIs(t, <-third, errdefs.ErrFailedPrecondition)
+		require.Equal(t, []string{
+			"do start_shim", "do start_shim", "stop start_pause", "undo start_shim", "undo attach_network", "undo capture_netns",
+		}, w.acted()[len(states.CreationPath()):])
+	})
+	t.Run("behind a check, which gives way", func(t *testing.T) {
+		reached := make(chan struct{})
+		w := checked(t, func(ctx context.Context) error { close(reached); <-ctx.Done(); return context.Cause(ctx) })
+		require.NoError(t, w.run(t))
+		check := ask(func() error { return w.Check(t.Context(), testKey) })
+		<-reached
+		require.NoError(t, w.demand(t))
+		require.ErrorIs(t, <-check, context.Canceled)
+		w.requireReady(t, states.StartShim)
+	})
+	t.Run("before the exit of pause", func(t *testing.T) {
+		w := readyWorld(t)
+		reached, release, f := hang()
+		w.do[states.StartShim] = func(context.Context) error { return f() }
+		first := ask(func() error { return w.demand(t) })
+		<-reached
+		w.PauseExited(testKey, Exit{Code: 1})
+		close(release)
+		require.NoError(t, <-first)
+		_, err := w.Wait(t.Context(), testKey)
+		require.NoError(t, err)
+		require.Equal(t, states.NotReady, w.state(t))
+		require.Equal(t, StepDone, w.view(t).Step(states.StartShim).Status)
+		w.requireStops(t)
+	})
+	t.Run("before the engine's end", func(t *testing.T) {
+		w := readyWorld(t)
+		reached, release, f := hang()
+		w.do[states.StartShim] = func(context.Context) error { return f() }
+		first := ask(func() error { return w.demand(t) })
+		<-reached
+		closed := ask(func() error { w.Close(context.Background()); return nil })
+		require.Eventually(t, func() bool {
+			return errdefs.IsUnavailable(w.Create(t.Context(), journal.Key{ID: "s2"}, Request{Spec: &testSpec{}}))
+		},
+			10*time.Second, time.Millisecond)
+		close(release)
+		require.NoError(t, <-first)
+		<-closed
+		require.Contains(t, w.book.read(), "done start_shim")
+	})
+	t.Run("without its caller", func(t *testing.T) {
+		w := readyWorld(t)
+		reached, release, f := hang()
+		w.do[states.StartShim] = func(context.Context) error { return f() }
+		ctx, cancel := context.WithCancel(t.Context())
+		first := ask(func() error { return w.Demand(ctx, testKey, states.StartShim) })
+		<-reached
+		cancel()
+		err := <-first
+		require.ErrorIs(t, err, context.Canceled)
+		require.EqualError(t, err, `step start_shim of sandbox "s1" continues after its caller's deadline: context canceled`)
+		close(release)
+		require.NoError(t, w.demand(t))
+		w.requireReady(t, states.StartShim)
+		require.Equal(t, 1, count(w.book.read(), "done start_shim"))
+	})
+}
+
+// killed is a world as a kill leaves it that comes while the shim is being made or undone.
+func killed(t *testing.T, during ActKind) *world {
+	w := readyWorld(t)
+	var saved []journal.Sandbox
+	w.do[states.StartShim] = func(context.Context) error {
+		if during == ActDo {
+			saved = w.book.saved()
+		}
+		return errors.New("killed")
+	}
+	w.undo[states.StartShim] = func() error {
+		if during == ActUndo {
+			saved = w.book.saved()
+		}
+		return errors.New("killed")
+	}
+	require.Error(t, w.demand(t))
+	w.book.records = saved[0].Records
+	return w
+}
+
+func TestDemandOverARestart(t *testing.T) {
+	failed := func(t *testing.T, undo func() error) *world {
+		w := readyWorld(t)
+		w.do[states.StartShim] = func(context.Context) error { return errNoLuck }
+		w.undo[states.StartShim] = undo
+		require.Error(t, w.demand(t))
+		return w
+	}
+	for name, tc := range map[string]struct {
+		leave  func(t *testing.T) *world
+		killed bool // what is shown before says nothing of it
+		status StepStatus
+		err    string
+		there  []states.Event // beside the creation path
+	}{
+		"done": {leave: func(t *testing.T) *world {
+			w := readyWorld(t)
+			require.NoError(t, w.demand(t))
+			return w
+		}, status: StepDone, there: []states.Event{states.StartShim}},
+		"done again, and that failed": {leave: func(t *testing.T) *world {
+			w := readyWorld(t)
+			require.NoError(t, w.demand(t))
+			w.do[states.StartShim] = func(context.Context) error { return errNoLuck }
+			require.Error(t, w.demand(t))
+			return w
+		}, status: StepDone, there: []states.Event{states.StartShim}},
+		"failed":                  {leave: func(t *testing.T) *world { return failed(t, nil) }, status: StepUndone, err: "no luck"},
+		"failed, and so its undo": {leave: func(t *testing.T) *world { return failed(t, func() error { return errNoLuck }) }, status: StepFailed, err: "no luck", there: []states.Event{states.StartShim}},
+		"failed, and then done": {leave: func(t *testing.T) *world {
+			w := failed(t, func() error { return errNoLuck })
+			w.mend()
+			require.NoError(t, w.demand(t))
+			return w
+		}, status: StepDone, there: []states.Event{states.StartShim}},
+		"killed while it was made": {leave: func(t *testing.T) *world { return killed(t, ActDo) }, killed: true,
+			status: StepFailed, err: "containerd was restarted", there: []states.Event{states.StartShim}},
+		"killed while it was undone": {leave: func(t *testing.T) *world { return killed(t, ActUndo) }, killed: true,
+			status: StepFailed, err: "killed", there: []states.Event{states.StartShim}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			old := tc.leave(t)
+			was := old.view(t).Step(states.StartShim)
+			w := old.restart(t, Recorded)
+			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			require.Equal(t, []Recovery{RecoveryAdopted}, w.meter.recovered())
+			w.requireReady(t, tc.there...)
+			view := w.view(t)
+			require.NoError(t, view.Err)
+			_, waits := view.Current()
+			require.False(t, waits)
+			is := view.Step(states.StartShim)
+			require.Equal(t, tc.status, is.Status)
+			if tc.err == "" {
+				require.NoError(t, is.Err)
+			} else {
+				require.ErrorContains(t, is.Err, tc.err)
+			}
+			if !tc.killed {
+				require.Equal(t, was.Status, is.Status)
+				require.Equal(t, fmt.Sprint(was.Err), fmt.Sprint(is.Err))
+				require.Equal(t, was.Result, is.Result)
+				require.Equal(t, was.Started, is.Started)
+			}
+			require.Empty(t, w.acted(), "nothing is done to what is ready")
+			w.requireStops(t)
+			require.Equal(t, len(tc.there), count(w.acted(), "undo start_shim"))
+		})
+	}
+	t.Run("asked again after a kill", func(t *testing.T) {
+		w := killed(t, ActDo).restart(t, Recorded)
+		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		require.NoError(t, w.demand(t))
+		require.Equal(t, StepDone, w.view(t).Step(states.StartShim).Status)
+		require.Equal(t, []string{"do start_shim"}, w.acted())
+		w.requireStops(t)
+	})
+	t.Run("nobody has asked", func(t *testing.T) {
+		w := readyWorld(t).restart(t, Recorded)
+		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		require.Len(t, w.view(t).Steps, len(states.CreationPath()))
+		w.requireStops(t)
+		require.NotContains(t, w.acted(), "undo start_shim")
+	})
+	t.Run("its records are lost", func(t *testing.T) {
+		old := readyWorld(t)
+		require.NoError(t, old.demand(t))
+		old.book.records = slices.DeleteFunc(old.book.records, func(r journal.Record) bool { return r.Step == string(states.StartShim) })
+		w := old.restart(t, LostReady)
+		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
+		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
+		w.requireStops(t)
+	})
+}
+
+func count(words []string, word string) (n int) {
+	for _, w := range words {
+		if w == word {
+			n++
+		}
+	}
+	return n
+}
