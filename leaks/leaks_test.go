@@ -2,7 +2,10 @@ package leaks
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -39,7 +42,7 @@ func TestWithoutStores(t *testing.T) {
 		Bundles:   filepath.Join(dir, "bundles"),
 		Namespace: "test",
 	}
-	things, err := h.WithoutStores(func(string) bool { return false })
+	things, err := h.WithoutStores(t.Context(), func(string) bool { return false })
 	require.NoError(t, err)
 	require.Empty(t, things)
 
@@ -53,11 +56,33 @@ func TestWithoutStores(t *testing.T) {
 		require.NoError(t, os.MkdirAll(filepath.Join(dir, "bundles/test", id), 0o755))
 		require.NoError(t, os.MkdirAll(filepath.Join(dir, "bundles/another", id), 0o755))
 	}
-	things, err = h.WithoutStores(func(id string) bool { return id == known })
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "bundles/test", "."+lost), 0o755))
+	shims := map[string]string{} // by sandbox
+	for _, bundle := range []string{lost, known, stock, "." + lost} {
+		shims[bundle] = shimIn(t, filepath.Join(dir, "bundles/test", bundle))
+	}
+	shimIn(t, filepath.Join(dir, "bundles/another", lost))
+	things, err = h.WithoutStores(t.Context(), func(id string) bool { return id == known })
 	require.NoError(t, err)
+	lostShims := []string{shims[lost], shims["."+lost]}
+	slices.Sort(lostShims)
 	require.Equal(t, []Thing{
+		{Shim, lost, lostShims[0]}, {Shim, lost, lostShims[1]},
+		{Bundle, lost, filepath.Join(dir, "bundles/test", "."+lost)},
 		{Bundle, lost, filepath.Join(dir, "bundles/test", lost)},
 		{Files, lost, lost},
 		{NetNS, lost, filepath.Join(dir, "netns", Pin(lost))},
 	}, things)
+}
+
+// shimIn starts a process that works in a bundle, as a shim does, and returns its pid.
+func shimIn(t *testing.T, bundle string) string {
+	shim := exec.Command("sleep", "300")
+	shim.Dir = bundle
+	require.NoError(t, shim.Start())
+	t.Cleanup(func() {
+		_ = shim.Process.Kill()
+		_ = shim.Wait()
+	})
+	return strconv.Itoa(shim.Process.Pid)
 }
