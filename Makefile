@@ -18,6 +18,7 @@ packages := \
 	busybox-static:/usr/share/doc/busybox-static/copyright \
 	crun:crun \
 	strace:strace \
+	conmon:conmon \
 	binutils:strip \
 	systemd:systemd-analyze
 
