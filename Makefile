@@ -109,7 +109,7 @@ bench-remap: deps ## Measure what the owners of a user namespace cost, and write
 	@go run ./integration/benchremap
 
 .PHONY: bench
-bench: build ## Measure podfsm beside an unmodified containerd and the floor, and write docs/bench.md and docs/bench.svg
+bench: build ## Measure podfsm beside an unmodified containerd, CRI-O and a floor, and write docs/bench.md and docs/bench.svg
 	@go run ./integration/bench $(BENCHFLAGS)
 
 .PHONY: kill-matrix

@@ -31,8 +31,8 @@ const (
 // aim is what a row's ratios of podfsm to the other columns should be: at most, or at least where more is better. 0 is no aim.
 type aim struct{ crio, unmodified, floor float64 }
 
-// aims are those of issue 17, for pods with user namespaces. The ones to an unmodified containerd hold for pods with the node's users,
-// too.
+// aims were set before podfsm cloned pause itself. Those to an unmodified containerd hold for both kinds of pods, the others for pods with
+// user namespaces.
 var aims = map[string]aim{
 	withFirst + ", alone":                              {crio: 0.90, unmodified: 0.60},
 	withFirstPerSecond + ", 8 at a time":               {crio: 1.10, unmodified: 1.5},

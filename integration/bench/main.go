@@ -56,7 +56,7 @@ func main() {
 	var names, parallel, stand string
 	flag.IntVar(&o.rounds, "rounds", 20, "how many pods of each kind and side are run alone; the other sections have fewer rounds in proportion")
 	flag.StringVar(&parallel, "parallel", "8,32", "how many pods are run at a time")
-	flag.StringVar(&stand, "standing", "10,100,300", "how many pods daemons have while they are looked at; the first is only the start of the memory per pod")
+	flag.StringVar(&stand, "standing", "10,100,300", "how many pods daemons have while they are looked at; memory per pod is counted from the first number on, and further pods are run beside the second")
 	flag.StringVar(&names, "sections", "", "the sections to measure, separated by commas; all when empty:"+describe())
 	flag.StringVar(&o.page, "page", "docs/bench.md", "where to write the page, and the plot beside it; nothing is written when empty or when not all sections are measured")
 	flag.Parse()
@@ -125,7 +125,11 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	start, load := time.Now(), loadAverage()
 	b := &bench{options: o, results: newResults()}
-	defer func() { err = errors.Join(err, b.close(context.WithoutCancel(ctx)), leftovers()) }()
+	defer func() {
+		err = errors.Join(err, b.close(context.WithoutCancel(ctx)))
+		harness.RemoveEmptyDirs()
+		err = errors.Join(err, leftovers())
+	}()
 	progress("starting the daemons")
 	if err := b.start(ctx); err != nil {
 		return err

@@ -16,11 +16,11 @@ type named struct {
 	runner
 }
 
-// daemons are the sides without the floor, each as the runner that make returns for it.
-func (b *bench) daemons(make func(*side) runner) []named {
+// daemons are the sides without the floor, each as the runner that as returns.
+func (b *bench) daemons(as func(*side) runner) []named {
 	var all []named
 	for _, s := range b.sides {
-		all = append(all, named{s.name, make(s)})
+		all = append(all, named{s.name, as(s)})
 	}
 	return all
 }

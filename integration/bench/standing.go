@@ -48,14 +48,15 @@ func (b *bench) stand(ctx context.Context, k kind, numbers []int) error {
 			}
 		}
 		progress("  %d %s on each side, load %s", pods, k.name, loadAverage())
-		if i == 0 {
-			continue
+		if i == 1 {
+			if err := b.amidst(ctx, k, pods); err != nil {
+				return err
+			}
 		}
-		if err := b.amidst(ctx, k, pods); err != nil {
-			return err
-		}
-		if err := b.lists(ctx, crowds, pods); err != nil {
-			return err
+		if i > 0 {
+			if err := b.lists(ctx, crowds, pods); err != nil {
+				return err
+			}
 		}
 	}
 	few, many := numbers[0], numbers[len(numbers)-1]
@@ -155,7 +156,7 @@ func (b *bench) lists(ctx context.Context, crowds []*crowdOf, pods int) error {
 
 // restarts measures how long a daemon takes from its start to its first answer.
 func (b *bench) restarts(ctx context.Context, crowds []*crowdOf, pods int) error {
-	return inTurns(b.fewer(25), crowds, func(round int, c *crowdOf) error {
+	return inTurns(b.fewer(20), crowds, func(round int, c *crowdOf) error {
 		if err := c.node.Stop(ctx); err != nil {
 			return err
 		}
