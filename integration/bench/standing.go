@@ -156,7 +156,7 @@ func (b *bench) lists(ctx context.Context, crowds []*crowdOf, pods int) error {
 
 // restarts measures how long a daemon takes from its start to its first answer.
 func (b *bench) restarts(ctx context.Context, crowds []*crowdOf, pods int) error {
-	return inTurns(b.fewer(20), crowds, func(round int, c *crowdOf) error {
+	return inTurns(b.fewer(15), crowds, func(round int, c *crowdOf) error {
 		if err := c.node.Stop(ctx); err != nil {
 			return err
 		}
