@@ -9,11 +9,11 @@ import (
 // The plot's measures, in pixels.
 const (
 	labelWidth = 430
-	barWidth   = 500 // of the ratio scale
+	barWidth   = 560 // of the ratio scale
 	barHeight  = 11
 	rowHeight  = 36
 	topMargin  = 64
-	scale      = 2.5
+	scale      = 3.5
 )
 
 // The colours of the bars.
