@@ -18,6 +18,7 @@ packages := \
 	busybox-static:/usr/share/doc/busybox-static/copyright \
 	crun:crun \
 	strace:strace \
+	conmon:conmon \
 	binutils:strip \
 	systemd:systemd-analyze
 
@@ -108,7 +109,7 @@ bench-remap: deps ## Measure what the owners of a user namespace cost, and write
 	@go run ./integration/benchremap
 
 .PHONY: bench
-bench: build ## Measure podfsm beside an unmodified containerd and the floor, and write docs/bench.md and docs/bench.svg
+bench: build ## Measure podfsm beside an unmodified containerd, CRI-O and a floor, and write docs/bench.md and docs/bench.svg
 	@go run ./integration/bench $(BENCHFLAGS)
 
 .PHONY: kill-matrix

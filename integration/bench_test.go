@@ -27,19 +27,21 @@ func TestBench(t *testing.T) {
 		}
 	}
 	for row, want := range map[string]int{ // of both kinds of pods where both are measured
-		"RunPodSandbox, alone":                 12,
-		"StopPodSandbox, 2 at a time":          12,
-		"RemovePodSandbox, alone":              8,
-		"pods started a second, 2 at a time":   12,
-		"CPU time a pod":                       12,
-		"a pod and its first container, alone": 4,
-		"RunPodSandbox, by crun, alone":        3,
-		"syncs to disk a pod, start":           4,
-		"bytes of the ledger's log a pod":      1,
-		"heap bytes a sandbox":                 4,
-		"ListPodSandbox with 2 pods":           4,
-		"restart with 2 pods":                  4,
-		"RunPodSandbox, podfsm, by tracing":    5,
+		"pod and first container, alone":                            2 * (3 + 2),
+		"pods with first container started per second, 2 at a time": 2 * (3 + 2),
+		"RunPodSandbox, alone":                                      2 * (4 + 3),
+		"StopPodSandbox, 2 at a time":                               2 * (4 + 3),
+		"RemovePodSandbox, alone":                                   2 * (3 + 2),
+		"pods started per second, 2 at a time":                      2 * (4 + 3),
+		"CPU time per pod":                                          2 * (4 + 3),
+		"syncs per pod":                                             3 + 2,
+		"bytes written per pod":                                     3 + 2,
+		"RunPodSandbox, alone, with 2 pods":                         2 * (3 + 2),
+		"pods started per second, 2 at a time, with 2 pods":         2 * (3 + 2),
+		"resident memory per pod":                                   2 * (3 + 2),
+		"ListPodSandbox, with 2 pods":                               2 * (3 + 2),
+		"restart with 2 pods":                                       2 * (3 + 2),
+		"RunPodSandbox, podfsm, by tracing":                         3 + 2,
 	} {
 		require.Equal(t, want, figures[row], row)
 	}

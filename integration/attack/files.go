@@ -21,13 +21,13 @@ func chownFile(args []string) error { return failed("chown", unix.Chown(args[0],
 // openByHandle opens a file by the handle of its directory entry on the filesystem of the volume args[0], which needs no path to
 // it: the root of that filesystem, whose inode is 2 on ext4 (the "shocker" of 2014).
 func openByHandle(args []string) error {
-	volume, err := unix.Open(args[0], unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	volume, err := os.Open(args[0])
 	if err != nil {
 		return failed("open", err)
 	}
-	defer unix.Close(volume)
+	defer volume.Close()
 	handle := unix.NewFileHandle(1, []byte{2, 0, 0, 0, 0, 0, 0, 0}) // FILEID_INO32_GEN: inode, generation
-	root, err := unix.OpenByHandleAt(volume, handle, unix.O_RDONLY)
+	root, err := unix.OpenByHandleAt(int(volume.Fd()), handle, unix.O_RDONLY)
 	if err != nil {
 		return failed("open_by_handle_at", err)
 	}

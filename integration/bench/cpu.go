@@ -10,28 +10,30 @@ import (
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
-	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// cgroup counts the CPU time of a node: of its daemon and all that it starts, and of the pods, whose cgroups are beside it.
+// cgroup counts the CPU time of a node: of its daemon with everything that the daemon starts, and of the pods, whose cgroups are beside it.
 type cgroup struct {
-	parent string // of the daemon's and the pods', in the hierarchy that counts CPU time
-	pid    int    // the daemon's
+	parent string // of the daemon's cgroup and the pods', in the hierarchy that counts CPU time
+	pid    int    // the daemon's, or 0 without one
 }
 
-// newCgroup puts a node's daemon into one.
+// newCgroup makes the cgroups of a node.
 func newCgroup(n *harness.Node) (cgroup, error) {
 	mount, err := cpuHierarchy()
 	if err != nil {
 		return cgroup{}, err
 	}
-	g := cgroup{parent: filepath.Join(mount, n.Name()), pid: n.Pid()}
-	if err := os.MkdirAll(g.path("bench"), 0o755); err != nil {
-		return cgroup{}, err
-	}
-	return g, os.WriteFile(g.path("bench/cgroup.procs"), []byte(strconv.Itoa(g.pid)), 0)
+	g := cgroup{parent: filepath.Join(mount, n.Name())}
+	return g, os.MkdirAll(g.path("bench"), 0o755)
+}
+
+// addDaemon puts a node's daemon into its cgroup.
+func (g *cgroup) addDaemon(n *harness.Node) error {
+	g.pid = n.Pid()
+	return os.WriteFile(g.path("bench/cgroup.procs"), []byte(strconv.Itoa(g.pid)), 0)
 }
 
 // cpuHierarchy is where CPU time is counted: a hierarchy of its own with cgroup v1, else the only one.
@@ -57,10 +59,10 @@ func cpuHierarchy() (string, error) {
 
 func (g cgroup) path(below string) string { return filepath.Join(g.parent, below) }
 
-// addThread puts the calling thread into the cgroup, and with it what it starts. Only cgroup v1 takes single threads; elsewhere they aren't
-// counted.
+// addThread puts the calling thread, and with it what the thread starts, into the daemon's cgroup. Only cgroup v1 takes single threads;
+// with cgroup v2 they are not counted.
 func (g cgroup) addThread() error {
-	err := os.WriteFile(g.path("bench/tasks"), []byte(strconv.Itoa(unix.Gettid())), 0)
+	err := os.WriteFile(g.path("bench/tasks"), []byte("0"), 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -70,8 +72,8 @@ func (g cgroup) addThread() error {
 // cpu is CPU time by process, in seconds.
 type cpu struct {
 	daemon  float64
-	plugins float64 // what the daemon has waited for: CNI plugins with their helpers, starts of shims
-	rest    float64 // shims, the OCI runtime, pause
+	plugins float64 // programs that the daemon has waited for: CNI plugins with their helpers, pinns, starts of shims
+	rest    float64 // everything else: shims, the OCI runtime, pause
 }
 
 func (c cpu) total() float64 { return c.daemon + c.plugins + c.rest }
@@ -82,12 +84,11 @@ func (c cpu) minus(before cpu) cpu {
 
 // used is the CPU time so far. The daemon's own is kept in clock ticks, of 10 ms.
 func (g cgroup) used() (c cpu, err error) {
-	all, err := g.usage()
-	if err != nil {
+	if c.rest, err = g.usage(); err != nil || g.pid == 0 {
 		return c, err
 	}
 	c.daemon, c.plugins, err = ticks(g.pid)
-	c.rest = all - c.daemon - c.plugins
+	c.rest -= c.daemon + c.plugins
 	return c, err
 }
 

@@ -27,15 +27,16 @@ type cri struct {
 	pod  *harness.Pod
 }
 
-func (s *side) newLife(_ context.Context, k kind) (life, error) { return &cri{side: s, kind: k}, nil }
+func (s *side) newLife(_ context.Context, k kind) (life, error) { return s.newPod(k), nil }
+
+func (s *side) newPod(k kind) *cri { return &cri{side: s, kind: k} }
 
 func (c *cri) start(ctx context.Context) (took float64, err error) {
 	config := c.side.node.PodConfig(fmt.Sprint("pod-", c.side.pods.Add(1)), c.kind.options...)
-	took, err = timed(func() (err error) {
+	return timed(func() (err error) {
 		c.pod, err = c.side.node.RunPod(ctx, c.side.handler, config)
 		return err
 	})
-	return took, err
 }
 
 func (c *cri) stop(ctx context.Context) (float64, error) {
@@ -44,6 +45,38 @@ func (c *cri) stop(ctx context.Context) (float64, error) {
 
 func (c *cri) remove(ctx context.Context) (float64, error) {
 	return timed(func() error { return c.pod.Remove(ctx) })
+}
+
+// withContainers is a side whose pods have one container each. It starts, and is killed, with the pod.
+type withContainers struct{ *side }
+
+func (w withContainers) newLife(_ context.Context, k kind) (life, error) {
+	return &criWithContainer{cri: w.newPod(k)}, nil
+}
+
+type criWithContainer struct {
+	*cri
+	container *harness.Container
+}
+
+func (c *criWithContainer) start(ctx context.Context) (float64, error) {
+	return timed(func() (err error) {
+		if _, err := c.cri.start(ctx); err != nil {
+			return err
+		}
+		c.container, err = c.pod.StartContainer(ctx, "busybox")
+		return err
+	})
+}
+
+// stop has no grace period: CRI-O would wait for it to pass, because the container ignores SIGTERM.
+func (c *criWithContainer) stop(ctx context.Context) (float64, error) {
+	return timed(func() error {
+		if err := c.container.Stop(ctx, 0); err != nil {
+			return err
+		}
+		return c.pod.Stop(ctx)
+	})
 }
 
 func timed(f func() error) (float64, error) {
@@ -56,8 +89,6 @@ func timed(f func() error) (float64, error) {
 type runner interface {
 	newLife(ctx context.Context, k kind) (life, error)
 }
-
-func (s *side) cycle(ctx context.Context, k kind) (times, error) { return cycle(ctx, s, k) }
 
 // cycle runs, stops and removes one pod.
 func cycle(ctx context.Context, r runner, k kind) (t times, err error) {

@@ -1,5 +1,5 @@
-// Command bench measures an unmodified containerd, containerd's own handler in podfsm's binary, and podfsm's handler, side by side, and the
-// floor: the external programs of a pod run bare. It writes docs/bench.md and docs/bench.svg, and leaves nothing else behind.
+// Command bench measures an unmodified containerd, CRI-O and podfsm side by side, and the floor: a clone of pause and the CNI plugins, bare.
+// It writes docs/bench.md and docs/bench.svg, and leaves nothing else behind.
 //
 // It runs in the repository's folder.
 package main
@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,7 +26,7 @@ import (
 type options struct {
 	rounds   int
 	parallel []int // pods at a time
-	standing []int // pods that stand while the daemons are looked at, ascending
+	standing []int // how many pods daemons have while they are looked at, ascending
 	sections []string
 	page     string // where the table goes, and the plot beside it; "" writes neither
 }
@@ -38,21 +39,24 @@ type section struct {
 }
 
 var sections = []section{
-	{"alone", "one pod at a time, and the CPU time it takes", alone},
-	{"parallel", "many pods at a time", inParallel},
 	{"container", "a pod and its first container", withContainer},
-	{"crun", "one pod on host users at a time, by crun", withCrun},
+	{"alone", "one pod at a time, and the CPU time that a pod takes", alone},
+	{"parallel", "many pods at a time", inParallel},
+	{"writes", "what a daemon syncs and writes per pod", writes},
+	{"standing", "daemons that have pods already: further pods, memory, lists, restarts", standing},
 	{"tracing", "podfsm with tracing off, sampled out, and on", traced},
-	{"writes", "what containerd writes and syncs for a pod", writes},
-	{"standing", "daemons with many pods: memory, lists, restarts", standing},
 }
+
+// The main goroutine keeps the main thread. A thread that a goroutine has moved into a cgroup or namespace ends with the goroutine, except
+// the main thread, which would stay there.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	var o options
 	var names, parallel, stand string
-	flag.IntVar(&o.rounds, "rounds", 20, "pods of each kind and side that are run alone; the other sections have fewer rounds in proportion")
+	flag.IntVar(&o.rounds, "rounds", 20, "how many pods of each kind and side are run alone; the other sections have fewer rounds in proportion")
 	flag.StringVar(&parallel, "parallel", "8,32", "how many pods are run at a time")
-	flag.StringVar(&stand, "standing", "10,100,300", "with how many pods daemons are looked at")
+	flag.StringVar(&stand, "standing", "10,100,300", "how many pods daemons have while they are looked at; memory per pod is counted from the first number on, and further pods are run beside the second")
 	flag.StringVar(&names, "sections", "", "the sections to measure, separated by commas; all when empty:"+describe())
 	flag.StringVar(&o.page, "page", "docs/bench.md", "where to write the page, and the plot beside it; nothing is written when empty or when not all sections are measured")
 	flag.Parse()
@@ -121,7 +125,11 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	start, load := time.Now(), loadAverage()
 	b := &bench{options: o, results: newResults()}
-	defer func() { err = errors.Join(err, b.close(context.WithoutCancel(ctx)), leftovers()) }()
+	defer func() {
+		err = errors.Join(err, b.close(context.WithoutCancel(ctx)))
+		harness.RemoveEmptyDirs()
+		err = errors.Join(err, leftovers())
+	}()
 	progress("starting the daemons")
 	if err := b.start(ctx); err != nil {
 		return err

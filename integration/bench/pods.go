@@ -2,10 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/podfsm/podfsm/integration/harness"
@@ -17,34 +16,74 @@ type named struct {
 	runner
 }
 
-// all are the sides and the floor.
-func (b *bench) all() []named {
-	all := []named{{floorSide, b.floor}}
+// daemons are the sides without the floor, each as the runner that as returns.
+func (b *bench) daemons(as func(*side) runner) []named {
+	var all []named
 	for _, s := range b.sides {
-		all = append(all, named{s.name, s})
+		all = append(all, named{s.name, as(s)})
 	}
 	return all
 }
 
+// all are the floor and the sides.
+func (b *bench) all() []named {
+	return append([]named{{floorSide, b.floor}}, b.daemons(func(s *side) runner { return s })...)
+}
+
 // alone runs one pod at a time, each side in turn.
 func alone(ctx context.Context, b *bench) error {
-	for _, k := range []kind{userNS, onHost} {
-		err := b.spent(ctx, k, b.rounds, func() error {
-			return inTurns(b.rounds, b.all(), func(round int, r named) error {
-				t, err := cycle(ctx, r, k)
-				if err != nil {
-					return fmt.Errorf("%s: %w", r.name, err)
-				}
-				b.file(k, "alone", r.name, round, t)
-				return nil
-			})
-		})
+	for _, k := range kinds {
+		err := b.spent(ctx, k, b.rounds, func() error { return b.oneByOne(ctx, b.all(), k, b.rounds, "alone") })
 		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// inParallel runs many pods at a time, each side in turn.
+func inParallel(ctx context.Context, b *bench) error {
+	for _, pods := range b.parallel {
+		for _, k := range kinds {
+			if err := b.atATime(ctx, b.all(), k, pods, ""); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// oneByOne runs pods alone and files what each took.
+func (b *bench) oneByOne(ctx context.Context, runners []named, k kind, rounds int, how string) error {
+	return inTurns(rounds, runners, func(round int, r named) error {
+		t, err := cycle(ctx, r, k)
+		if err != nil {
+			return fmt.Errorf("%s: %w", r.name, err)
+		}
+		b.file(k, how, r.name, round, t)
+		return nil
+	})
+}
+
+// atATime runs pods in bursts, and files what each pod and each burst took. The suffix tells the rows from others.
+func (b *bench) atATime(ctx context.Context, runners []named, k kind, pods int, suffix string) error {
+	how := fmt.Sprintf("%d at a time%s", pods, suffix)
+	return inTurns(b.bursts(pods), runners, func(round int, r named) error {
+		burst, err := crowd(ctx, r, k, pods)
+		if err != nil {
+			return fmt.Errorf("%s, %s: %w", r.name, how, err)
+		}
+		b.results.add(metric(startedPerSecond+", "+how, k), r.name, round, float64(pods)/burst.wall.start)
+		b.results.add(metric(stoppedPerSecond+", "+how, k), r.name, round, float64(pods)/burst.wall.stop)
+		for _, t := range burst.each {
+			b.file(k, how, r.name, round, t)
+		}
+		return nil
+	})
+}
+
+// bursts is how many bursts of so many pods are run: out of 20 rounds, 8 of 8 pods, and 3 of 32.
+func (b *bench) bursts(pods int) int { return b.fewer(max(15, min(40, 320/pods))) }
 
 // file adds what one pod took.
 func (b *bench) file(k kind, how, side string, round int, t times) {
@@ -55,143 +94,71 @@ func (b *bench) file(k kind, how, side string, round int, t times) {
 	}
 }
 
-// inParallel runs many pods at a time, each side in turn.
-func inParallel(ctx context.Context, b *bench) error {
-	for _, pods := range b.parallel {
-		how := fmt.Sprint(pods, " at a time")
-		rounds := max(1, b.rounds*5/(2*pods)) // 6 of 8 pods, 1 of 32, out of 20
-		if pods > 8 && b.rounds > 1 {
-			rounds = max(2, rounds)
-		}
-		for _, k := range []kind{userNS, onHost} {
-			err := inTurns(rounds, b.all(), func(round int, r named) error {
-				burst, err := crowd(ctx, r, k, pods)
-				if err != nil {
-					return fmt.Errorf("%s, %s: %w", r.name, how, err)
-				}
-				for _, t := range burst.each {
-					b.file(k, how, r.name, round, t)
-				}
-				b.results.add(metric("pods started a second, "+how, k), r.name, round, float64(pods)/burst.wall.start)
-				b.results.add(metric("pods stopped a second, "+how, k), r.name, round, float64(pods)/burst.wall.stop)
-				return nil
-			})
+// withContainer starts pods with their first containers, alone and in bursts of the smallest size.
+func withContainer(ctx context.Context, b *bench) error {
+	runners := b.daemons(func(s *side) runner { return withContainers{s} })
+	pods := b.parallel[0]
+	for _, k := range kinds {
+		err := inTurns(b.rounds, runners, func(round int, r named) error {
+			t, err := cycle(ctx, r, k)
 			if err != nil {
-				return err
+				return fmt.Errorf("%s: %w", r.name, err)
 			}
+			b.results.add(metric(withFirst+", alone", k), r.name, round, t.start)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		how := fmt.Sprintf(", %d at a time", pods)
+		err = inTurns(b.bursts(pods), runners, func(round int, r named) error {
+			burst, err := crowd(ctx, r, k, pods)
+			if err != nil {
+				return fmt.Errorf("%s%s: %w", r.name, how, err)
+			}
+			b.results.add(metric(withFirstPerSecond+how, k), r.name, round, float64(pods)/burst.wall.start)
+			for _, t := range burst.each {
+				b.results.add(metric(withFirst+how, k), r.name, round, t.start)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// withContainer runs a pod and its first container.
-func withContainer(ctx context.Context, b *bench) error {
-	return inTurns(b.fewer(50), b.sides, func(round int, s *side) error {
-		l := &cri{side: s, kind: userNS}
-		took, err := timed(func() error {
-			if _, err := l.start(ctx); err != nil {
-				return err
-			}
-			_, err := l.pod.StartContainer(ctx, "busybox")
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
-		}
-		b.results.add(metric("a pod and its first container, alone", userNS), s.name, round, took)
-		return l.pod.StopAndRemove(ctx)
-	})
-}
-
-// crunScript runs Debian 12's crun 1.8, which makes no userns pods of containerd's, knows version 1.0 of the OCI runtime specification only,
-// and nothing of cgroup v2 beside v1. The script costs both sides the same.
-const crunScript = `#!/bin/sh
-for arg; do
-	[ -f "$arg/config.json" ] && sed -i 's/"ociVersion":"[0-9.]*"/"ociVersion":"1.0.2"/' "$arg/config.json"
-done
-exec unshare --mount sh -c 'umount /sys/fs/cgroup/unified 2>/dev/null; exec crun "$@"' crun "$@"
-`
-
-// withCrun runs pods on host users by another OCI runtime.
-func withCrun(ctx context.Context, b *bench) error {
-	dir, err := os.MkdirTemp("", "podfsm-bench-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	script := filepath.Join(dir, "crun")
-	if err := os.WriteFile(script, []byte(crunScript), 0o755); err != nil {
-		return err
-	}
-	config := fmt.Sprintf(`
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes]
-  runc.options = {BinaryName = %[1]q, Root = %[2]q}
-  podfsm.options = {BinaryName = %[1]q, Root = %[2]q}
-`, script, filepath.Join(dir, "root"))
-	return b.extra(ctx, []extra{
-		{unmodifiedSide, harness.StockHandler, harness.Config{Daemon: harness.Stock, TOML: config}},
-		{podfsmSide, harness.PodfsmHandler, harness.Config{TOML: config}},
-	}, func(sides []*side) error {
-		return inTurns(b.fewer(50), sides, func(round int, s *side) error {
-			t, err := cycle(ctx, s, onHost)
-			if err != nil {
-				return fmt.Errorf("%s with crun: %w", s.name, err)
-			}
-			b.file(onHost, "by crun, alone", s.name, round, t)
-			return nil
-		})
-	})
-}
-
-// extra is a daemon for one section.
-type extra struct {
-	name, handler string
-	config        harness.Config
-}
-
-// extra starts daemons, runs f, and ends them.
-func (b *bench) extra(ctx context.Context, extras []extra, f func([]*side) error) (err error) {
-	var sides []*side
-	defer func() {
-		for _, s := range sides {
-			if closeErr := s.node.Close(context.WithoutCancel(ctx)); err == nil {
-				err = closeErr
-			}
-		}
-	}()
-	for _, e := range extras {
-		s, err := newSide(ctx, e.name, e.handler, e.config)
-		if err != nil {
-			return err
-		}
-		sides = append(sides, s)
-		if _, err := s.cycle(ctx, onHost); err != nil {
-			return err
-		}
-	}
-	return f(sides)
-}
-
 // traced compares what tracing costs.
-func traced(ctx context.Context, b *bench) error {
+func traced(ctx context.Context, b *bench) (err error) {
 	modes := map[string]harness.Config{
 		"off":         {},
 		"sampled out": {Traces: true, Env: []string{"OTEL_TRACES_SAMPLER=traceidratio", "OTEL_TRACES_SAMPLER_ARG=0"}},
 		"on":          {Traces: true},
 	}
-	var extras []extra
+	var sides []*side
+	defer func() {
+		for _, s := range sides {
+			err = errors.Join(err, s.node.Close(context.WithoutCancel(ctx)))
+		}
+	}()
 	for _, mode := range slices.Sorted(maps.Keys(modes)) {
-		extras = append(extras, extra{mode, harness.PodfsmHandler, modes[mode]})
+		s, err := newSide(ctx, mode, harness.PodfsmHandler, modes[mode])
+		if err != nil {
+			return err
+		}
+		sides = append(sides, s)
+		if _, err := cycle(ctx, s, userNS); err != nil {
+			return err
+		}
 	}
-	return b.extra(ctx, extras, func(sides []*side) error {
-		return inTurns(b.fewer(75), sides, func(round int, s *side) error {
-			t, err := cycle(ctx, s, userNS)
-			if err != nil {
-				return fmt.Errorf("tracing %s: %w", s.name, err)
-			}
-			b.results.add(metric(tracingStart, userNS), s.name, round, t.start)
-			b.results.add(metric(tracingStop, userNS), s.name, round, t.stop)
-			return nil
-		})
+	return inTurns(b.fewer(75), sides, func(round int, s *side) error {
+		t, err := cycle(ctx, s, userNS)
+		if err != nil {
+			return fmt.Errorf("tracing %s: %w", s.name, err)
+		}
+		b.results.add(metric(tracingStart, userNS), s.name, round, t.start)
+		b.results.add(metric(tracingStop, userNS), s.name, round, t.stop)
+		return nil
 	})
 }

@@ -6,28 +6,6 @@ import (
 	"strings"
 )
 
-// The measures that several files name.
-const (
-	cpuTotal   = "CPU time a pod"
-	cpuDaemon  = "… of the daemon"
-	cpuPlugins = "… of CNI plugins and shim starts"
-	cpuRest    = "… of shims, runc and pause"
-
-	tracingStart = "RunPodSandbox, podfsm, by tracing"
-	tracingStop  = "StopPodSandbox, podfsm, by tracing"
-
-	syncsStart   = "syncs to disk a pod, start"
-	syncsStop    = "syncs to disk a pod, stop"
-	syncsRemove  = "syncs to disk a pod, remove"
-	bytesWritten = "bytes written to disk a pod"
-	ledgerBytes  = "bytes of the ledger's log a pod"
-
-	heapBytes   = "heap bytes"
-	rssBytes    = "resident bytes"
-	goroutines  = "goroutines"
-	descriptors = "file descriptors"
-)
-
 // measure is a row of the table.
 type measure struct{ name, kind string }
 
@@ -91,70 +69,16 @@ func (r *results) ratio(m measure, side, to string) (float64, bool) {
 	return median(ratios), true
 }
 
-// aim is what a ratio of podfsm's shall be at most, or at least where more is better.
-type aim struct {
-	ratio float64
-	least bool
-}
-
-func (a aim) String() string {
-	if a.least {
-		return fmt.Sprintf("≥ %.2f", a.ratio)
-	}
-	return fmt.Sprintf("≤ %.2f", a.ratio)
-}
-
-func (a aim) met(ratio float64) bool {
-	if a.least {
-		return ratio >= a.ratio
-	}
-	return ratio <= a.ratio
-}
-
-// aims are the ratios to an unmodified containerd, of pods with user namespaces.
-var aims = map[string]aim{
-	"RunPodSandbox, alone":               {ratio: 0.65},
-	"StopPodSandbox, alone":              {ratio: 0.6},
-	"RemovePodSandbox, alone":            {ratio: 0.15},
-	"pods started a second, 8 at a time": {ratio: 1.4, least: true},
-	cpuTotal:                             {ratio: 0.8},
-	heapBytes + " a sandbox":             {ratio: 1},
-	rssBytes + " a sandbox":              {ratio: 1},
-	"restart with 300 pods":              {ratio: 0.8},
-	"ListPodSandbox with 300 pods":       {ratio: 1.1},
-}
-
-// floorAims are those to the floor.
-var floorAims = map[string]aim{
-	"RunPodSandbox, alone":        {ratio: 1.15},
-	"StopPodSandbox, alone":       {ratio: 1.15},
-	"RunPodSandbox, 8 at a time":  {ratio: 1.15},
-	"StopPodSandbox, 8 at a time": {ratio: 1.15},
-}
-
-// aim is that of a row. Pods on host users shall be slower in nothing.
-func (m measure) aim() (aim, bool) {
-	if m.kind == onHost.name {
-		return aim{1, strings.Contains(m.name, " a second")}, !strings.HasPrefix(m.name, "…")
-	}
-	a, ok := aims[m.name]
-	return a, ok
-}
-
-func (m measure) floorAim() (aim, bool) {
-	a, ok := floorAims[m.name]
-	return a, ok && m.kind == userNS.name
-}
-
 // format gives a figure its unit.
 func (m measure) format(v float64) string {
 	switch {
-	case strings.Contains(m.name, "bytes"):
-		return fmt.Sprintf("%.1f KiB", v/1024)
-	case strings.Contains(m.name, " a second"), strings.Contains(m.name, "syncs"):
+	case strings.Contains(m.name, "resident memory"), m.name == bytesPerPod:
+		if v >= 10<<20 {
+			return fmt.Sprintf("%.1f MiB", v/(1<<20))
+		}
+		return fmt.Sprintf("%.1f KiB", v/(1<<10))
+	case m.moreIsBetter(), m.name == syncsPerPod:
 		return fmt.Sprintf("%.1f", v)
-	case strings.HasPrefix(m.name, goroutines), strings.HasPrefix(m.name, descriptors):
-		return fmt.Sprintf("%.4g", v)
 	default:
 		return fmt.Sprintf("%.1f ms", v*1000)
 	}
@@ -172,40 +96,40 @@ func (r *results) cell(m measure, side string) string {
 	return fmt.Sprintf("%s (%s)", m.format(r.p50(m, side)), m.format(quantile(all, 0.95)))
 }
 
-func (r *results) ratioCell(m measure, to string, a aim, aimed bool) string {
+func (r *results) ratioCell(m measure, to string) string {
 	ratio, ok := r.ratio(m, podfsmSide, to)
-	switch {
-	case !ok:
+	if !ok {
 		return ""
-	case !aimed:
-		return fmt.Sprintf("%.2f", ratio)
-	case a.met(ratio):
-		return fmt.Sprintf("**%.2f** (aim %s)", ratio, a)
-	default:
-		return fmt.Sprintf("**%.2f** (aim %s: missed)", ratio, a)
 	}
+	return m.judge(ratio, m.aimTo(to))
 }
+
+// The columns of the table: the sides, and those that podfsm is compared with.
+var (
+	columns  = []string{floorSide, unmodifiedSide, crioSide, podfsmSide}
+	compared = []string{crioSide, unmodifiedSide, floorSide}
+)
 
 // table is what was measured, in Markdown.
 func (r *results) table(machine string) string {
 	var text strings.Builder
 	text.WriteString(machine)
-	columns := []string{floorSide, unmodifiedSide, stockSide, podfsmSide}
-	for _, k := range []kind{userNS, onHost} {
+	for _, k := range kinds {
 		rows := slices.DeleteFunc(slices.Clone(r.rows), func(m measure) bool { return m.kind != k.name || r.isTracing(m) })
 		if len(rows) == 0 {
 			continue
 		}
-		fmt.Fprintf(&text, "\n### Pods with %s\n\n| | %s | podfsm / unmodified | podfsm / floor |\n|---|---|---|---|---|---|---|\n",
-			map[string]string{userNS.name: "user namespaces", onHost.name: "the node's users"}[k.name], strings.Join(columns, " | "))
+		fmt.Fprintf(&text, "\n### %s%s\n\n| | %s | podfsm / %s |\n|---%s|\n", strings.ToUpper(k.name[:1]), k.name[1:],
+			strings.Join(columns, " | "), strings.Join(compared, " | podfsm / "), strings.Repeat("|---", len(columns)+len(compared)))
 		for _, m := range rows {
 			fmt.Fprintf(&text, "| %s |", m.name)
 			for _, side := range columns {
 				fmt.Fprintf(&text, " %s |", r.cell(m, side))
 			}
-			a, aimed := m.aim()
-			fa, floorAimed := m.floorAim()
-			fmt.Fprintf(&text, " %s | %s |\n", r.ratioCell(m, unmodifiedSide, a, aimed), r.ratioCell(m, floorSide, fa, floorAimed))
+			for _, side := range compared {
+				fmt.Fprintf(&text, " %s |", r.ratioCell(m, side))
+			}
+			text.WriteString("\n")
 		}
 	}
 	r.tracingTable(&text)

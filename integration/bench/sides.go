@@ -13,14 +13,11 @@ import (
 const (
 	floorSide      = "floor"
 	unmodifiedSide = "unmodified containerd"
-	stockSide      = "its handler in our binary"
+	crioSide       = "CRI-O"
 	podfsmSide     = "podfsm"
 )
 
-// namespace is the containerd namespace of the CRI.
-const namespace = "k8s.io"
-
-// settings make the daemons log and collect garbage as containerd does by default: the harness has both set for tests.
+// settings make a containerd log and collect garbage as it does by default: the harness sets both for tests.
 const settings = `debug.level = 'info'
 [plugins.'io.containerd.gc.v1.scheduler']
   deletion_threshold = 0
@@ -30,12 +27,14 @@ const settings = `debug.level = 'info'
 // kind is what pods have in common.
 type kind struct {
 	name    string
+	userns  bool
 	options []harness.PodOption
 }
 
 var (
-	userNS = kind{"userns", nil}
-	onHost = kind{"host users", []harness.PodOption{harness.HostUsers()}}
+	userNS = kind{name: "pods with user namespaces", userns: true}
+	onHost = kind{name: "pods with the node's users", options: []harness.PodOption{harness.HostUsers()}}
+	kinds  = []kind{userNS, onHost}
 )
 
 // side is a daemon and one of its handlers.
@@ -54,20 +53,23 @@ func newSide(ctx context.Context, name, handler string, config harness.Config) (
 		return nil, err
 	}
 	s := &side{name: name, handler: handler, node: n}
-	if s.group, err = newCgroup(n); err != nil {
+	if s.group, err = newCgroup(n); err == nil {
+		err = s.group.addDaemon(n)
+	}
+	if err != nil {
 		return nil, errors.Join(err, n.Close(context.WithoutCancel(ctx)))
 	}
 	return s, nil
 }
 
-// start starts a daemon a side, and one for the floor's model pods.
+// start starts a daemon per side, and makes the floor.
 func (b *bench) start(ctx context.Context) error {
 	for _, c := range []struct {
 		name, handler string
 		daemon        harness.Daemon
 	}{
 		{unmodifiedSide, harness.StockHandler, harness.Stock},
-		{stockSide, harness.StockHandler, harness.Podfsm},
+		{crioSide, harness.StockHandler, harness.CRIO},
 		{podfsmSide, harness.PodfsmHandler, harness.Podfsm},
 	} {
 		s, err := newSide(ctx, c.name, c.handler, harness.Config{Daemon: c.daemon})
@@ -76,28 +78,21 @@ func (b *bench) start(ctx context.Context) error {
 		}
 		b.sides = append(b.sides, s)
 	}
-	n, err := harness.NewNode(ctx, harness.Config{TOML: settings})
+	f, err := newFloor(ctx)
 	if err != nil {
 		return err
 	}
-	if b.floor, err = newFloor(ctx, n); err != nil {
-		return errors.Join(err, n.Close(context.WithoutCancel(ctx)))
-	}
-	return b.warmUp(ctx, b.sides...)
+	b.floor = f
+	return b.warmUp(ctx)
 }
 
-// warmUp runs what the first pod alone has to pay for: the bridge, the programs in the page cache.
-func (b *bench) warmUp(ctx context.Context, sides ...*side) error {
-	for _, s := range sides {
-		for _, k := range []kind{userNS, onHost} {
-			if _, err := s.cycle(ctx, k); err != nil {
-				return fmt.Errorf("%s: %w", s.name, err)
+// warmUp does what only the first pod has to pay for: it makes the bridge and brings the programs into the page cache.
+func (b *bench) warmUp(ctx context.Context) error {
+	for _, r := range b.all() {
+		for _, k := range kinds {
+			if _, err := cycle(ctx, r, k); err != nil {
+				return fmt.Errorf("%s: %w", r.name, err)
 			}
-		}
-	}
-	for _, k := range []kind{userNS, onHost} {
-		if _, err := b.floor.cycle(ctx, k); err != nil {
-			return fmt.Errorf("%s: %w", floorSide, err)
 		}
 	}
 	return nil

@@ -2,64 +2,87 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sync/errgroup"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// fillers are how many pods are started at a time where nobody measures that.
+// fillers are how many pods are started or ended at a time where nobody measures that.
 const fillers = 8
 
-// crowdOf is a side with pods that stand.
+// crowdOf is a side with pods that stay.
 type crowdOf struct {
 	*side
+	kind  kind
 	lives []*cri
 }
 
-// standing looks at daemons with more and more pods. The pods end with their nodes.
+// standing looks at daemons that have pods already. The pods with user namespaces come last and end with their nodes; the others stop at
+// the second number.
 func standing(ctx context.Context, b *bench) error {
-	crowds := make([]*crowdOf, len(b.sides))
-	for i, s := range b.sides {
-		crowds[i] = &crowdOf{side: s}
-	}
-	if err := b.restarts(ctx, crowds, 0); err != nil {
+	if err := b.stand(ctx, onHost, b.standing[:min(2, len(b.standing))]); err != nil {
 		return err
 	}
-	for i, pods := range b.standing {
+	for _, s := range b.sides {
+		if err := s.empty(ctx); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	return b.stand(ctx, userNS, b.standing)
+}
+
+// stand gives each side more and more pods and measures what these change.
+func (b *bench) stand(ctx context.Context, k kind, numbers []int) error {
+	crowds := make([]*crowdOf, len(b.sides))
+	for i, s := range b.sides {
+		crowds[i] = &crowdOf{side: s, kind: k}
+	}
+	for i, pods := range numbers {
 		for _, c := range crowds {
 			if err := c.fill(ctx, pods); err != nil {
 				return fmt.Errorf("%s: %w", c.name, err)
 			}
-			if err := b.hold(ctx, c, pods); err != nil {
+			if err := b.resident(c, pods); err != nil {
 				return err
 			}
 		}
-		progress("  %d pods stand on each side, load %s", pods, loadAverage())
-		if i == 0 {
-			continue
+		progress("  %d %s on each side, load %s", pods, k.name, loadAverage())
+		if i == 1 {
+			if err := b.amidst(ctx, k, pods); err != nil {
+				return err
+			}
 		}
-		if err := b.lists(ctx, crowds, pods); err != nil {
-			return err
-		}
-		if err := b.restarts(ctx, crowds, pods); err != nil {
-			return err
+		if i > 0 {
+			if err := b.lists(ctx, crowds, pods); err != nil {
+				return err
+			}
 		}
 	}
-	b.slopes(b.standing[0], b.standing[len(b.standing)-1])
-	return nil
+	few, many := numbers[0], numbers[len(numbers)-1]
+	b.memoryPerPod(k, few, many)
+	return b.restarts(ctx, crowds, many)
 }
+
+// amidst starts and stops pods beside those that stay.
+func (b *bench) amidst(ctx context.Context, k kind, standing int) error {
+	sides := b.daemons(func(s *side) runner { return s })
+	with := withPods(standing)
+	if err := b.oneByOne(ctx, sides, k, b.fewer(50), "alone"+with); err != nil {
+		return err
+	}
+	return b.atATime(ctx, sides, k, b.parallel[0], with)
+}
+
+// withPods ends the name of a row about daemons that have pods already.
+func withPods(pods int) string { return fmt.Sprintf(", with %d pods", pods) }
 
 // fill starts pods until there are so many.
 func (c *crowdOf) fill(ctx context.Context, pods int) error {
 	var all errgroup.Group
 	all.SetLimit(fillers)
 	for range pods - len(c.lives) {
-		l := &cri{side: c.side, kind: userNS}
+		l := c.newPod(c.kind)
 		c.lives = append(c.lives, l)
 		all.Go(func() error {
 			_, err := l.start(ctx)
@@ -69,55 +92,47 @@ func (c *crowdOf) fill(ctx context.Context, pods int) error {
 	return all.Wait()
 }
 
-// hold files what a daemon holds.
-func (b *bench) hold(ctx context.Context, c *crowdOf, pods int) error {
-	held, err := c.node.Memory(ctx)
+// empty stops and removes all pods of a side.
+func (s *side) empty(ctx context.Context) error {
+	list, err := s.node.Runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
 	if err != nil {
 		return err
 	}
-	rss, err := residentBytes(c.node.Pid())
+	var all errgroup.Group
+	all.SetLimit(fillers)
+	for _, pod := range list.GetItems() {
+		all.Go(func() error { return s.node.FindPod(pod.GetId(), nil).StopAndRemove(ctx) })
+	}
+	return all.Wait()
+}
+
+// resident files the memory of a side.
+func (b *bench) resident(c *crowdOf, pods int) error {
+	daemon, all, err := c.node.Resident()
 	if err != nil {
 		return err
 	}
-	with := fmt.Sprintf(" with %d pods", pods)
-	b.results.add(metric(heapBytes+with, userNS), c.name, 0, float64(held.Heap))
-	b.results.add(metric(rssBytes+with, userNS), c.name, 0, rss)
-	b.results.add(metric(goroutines+with, userNS), c.name, 0, float64(held.Goroutines))
-	b.results.add(metric(descriptors+with, userNS), c.name, 0, float64(held.Files))
+	b.results.add(metric(residentMemory+withPods(pods), c.kind), c.name, 0, all)
+	b.results.add(metric(residentOfDaemon+withPods(pods), c.kind), c.name, 0, daemon)
 	return nil
 }
 
-// slopes files what a daemon holds for a sandbox: the difference between few pods and many, by their number.
-func (b *bench) slopes(few, many int) {
+// memoryPerPod files how much the memory of each side has grown per pod.
+func (b *bench) memoryPerPod(k kind, few, many int) {
 	if few == many {
 		return
 	}
-	for _, what := range []string{heapBytes, rssBytes, goroutines, descriptors} {
+	for _, what := range []string{residentMemory, residentOfDaemon} {
 		for _, s := range b.sides {
-			first := b.results.p50(metric(fmt.Sprintf("%s with %d pods", what, few), userNS), s.name)
-			last := b.results.p50(metric(fmt.Sprintf("%s with %d pods", what, many), userNS), s.name)
-			b.results.add(metric(what+" a sandbox", userNS), s.name, 0, (last-first)/float64(many-few))
+			first := b.results.p50(metric(what+withPods(few), k), s.name)
+			last := b.results.p50(metric(what+withPods(many), k), s.name)
+			b.results.add(metric(what+perPod, k), s.name, 0, (last-first)/float64(many-few))
 		}
 	}
 }
 
-// residentBytes are the memory of a process (proc_pid_status(5)).
-func residentBytes(pid int) (float64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	_, after, found := strings.Cut(string(text), "\nVmRSS:")
-	if !found {
-		return 0, errors.New("the kernel doesn't tell the memory of a process")
-	}
-	kib, err := strconv.ParseFloat(strings.Fields(after)[0], 64)
-	return kib * 1024, err
-}
-
 // lists measures how long the kubelet waits for an answer about pods.
 func (b *bench) lists(ctx context.Context, crowds []*crowdOf, pods int) error {
-	with := fmt.Sprintf(" with %d pods", pods)
 	return inTurns(b.rounds*3, crowds, func(round int, c *crowdOf) error {
 		took, err := timed(func() error {
 			list, err := c.node.Runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
@@ -129,19 +144,19 @@ func (b *bench) lists(ctx context.Context, crowds []*crowdOf, pods int) error {
 		if err != nil {
 			return err
 		}
-		b.results.add(metric("ListPodSandbox"+with, userNS), c.name, round, took)
+		b.results.add(metric("ListPodSandbox"+withPods(pods), c.kind), c.name, round, took)
 		took, err = timed(func() error {
 			_, err := c.lives[round%len(c.lives)].pod.Status(ctx)
 			return err
 		})
-		b.results.add(metric("PodSandboxStatus"+with, userNS), c.name, round, took)
+		b.results.add(metric("PodSandboxStatus"+withPods(pods), c.kind), c.name, round, took)
 		return err
 	})
 }
 
 // restarts measures how long a daemon takes from its start to its first answer.
 func (b *bench) restarts(ctx context.Context, crowds []*crowdOf, pods int) error {
-	return inTurns(b.fewer(25), crowds, func(round int, c *crowdOf) error {
+	return inTurns(b.fewer(15), crowds, func(round int, c *crowdOf) error {
 		if err := c.node.Stop(ctx); err != nil {
 			return err
 		}
@@ -149,7 +164,13 @@ func (b *bench) restarts(ctx context.Context, crowds []*crowdOf, pods int) error
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		b.results.add(metric(fmt.Sprintf("restart with %d pods", pods), userNS), c.name, round, took)
-		return nil
+		b.results.add(metric(fmt.Sprintf("restart with %d pods", pods), c.kind), c.name, round, took)
+		list, err := c.node.Runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{
+			Filter: &runtime.PodSandboxFilter{State: &runtime.PodSandboxStateValue{State: runtime.PodSandboxState_SANDBOX_READY}},
+		})
+		if err == nil && len(list.GetItems()) != pods {
+			err = fmt.Errorf("%s has %d ready pods after a restart", c.name, len(list.GetItems()))
+		}
+		return err
 	})
 }

@@ -15,8 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writes counts what each daemon syncs and writes for a pod, in a run of its own: strace makes everything slow. The pods are on the node's
-// users, because an unmodified containerd traces the process that it makes user namespaces with itself.
+// writes counts what each daemon, with the programs that it waits for, syncs and writes for a pod from its start to its removal. It is a run
+// of its own, because strace makes everything slow. The pods have the node's users, because an unmodified containerd traces the process
+// that it makes user namespaces with itself.
 func writes(ctx context.Context, b *bench) error {
 	for _, s := range b.sides {
 		if err := b.countWrites(ctx, s, b.fewer(25)); err != nil {
@@ -43,46 +44,32 @@ func (b *bench) countWrites(ctx context.Context, s *side, pods int) (err error) 
 	if err := s.awaitTracer(ctx); err != nil {
 		return errors.Join(err, errors.New(stderr.String()))
 	}
-	count := syncs{trace: trace}
-	ledger := filepath.Join(s.node.Dir(), "state/io.containerd.podsandbox.controller.v1.podfsm")
-	written, err := writtenBytes(s.node.Pid())
+	syncs, written, err := s.writesSoFar(trace)
 	if err != nil {
 		return err
 	}
-	logged := sizeOf(ledger)
-	var phases times
 	for range pods {
-		l, err := s.newLife(ctx, onHost)
-		if err != nil {
+		if _, err := cycle(ctx, s, onHost); err != nil {
 			return err
 		}
-		for _, phase := range []struct {
-			act   func(context.Context) (float64, error)
-			count *float64
-		}{{l.start, &phases.start}, {l.stop, &phases.stop}, {l.remove, &phases.remove}} {
-			if _, err := phase.act(ctx); err != nil {
-				return err
-			}
-			n, err := count.since()
-			if err != nil {
-				return err
-			}
-			*phase.count += float64(n)
-		}
 	}
-	after, err := writtenBytes(s.node.Pid())
+	syncsAfter, writtenAfter, err := s.writesSoFar(trace)
 	if err != nil {
 		return err
 	}
-	each := func(n float64) float64 { return n / float64(pods) }
-	b.results.add(metric(syncsStart, onHost), s.name, 0, each(phases.start))
-	b.results.add(metric(syncsStop, onHost), s.name, 0, each(phases.stop))
-	b.results.add(metric(syncsRemove, onHost), s.name, 0, each(phases.remove))
-	b.results.add(metric(bytesWritten, onHost), s.name, 0, each(float64(after-written)))
-	if s.name == podfsmSide {
-		b.results.add(metric(ledgerBytes, onHost), s.name, 0, each(float64(sizeOf(ledger)-logged)))
-	}
+	b.results.add(metric(syncsPerPod, onHost), s.name, 0, float64(syncsAfter-syncs)/float64(pods))
+	b.results.add(metric(bytesPerPod, onHost), s.name, 0, float64(writtenAfter-written)/float64(pods))
 	return nil
+}
+
+// writesSoFar counts the syncs that strace has seen, and the bytes that the daemon has written.
+func (s *side) writesSoFar(trace string) (syncs, bytesWritten int, err error) {
+	calls, err := os.ReadFile(trace)
+	if err != nil {
+		return 0, 0, err
+	}
+	bytesWritten, err = writtenBytes(s.node.Pid())
+	return bytes.Count(calls, []byte("sync(")), bytesWritten, err
 }
 
 // awaitTracer returns when strace watches all of the daemon's threads.
@@ -108,24 +95,7 @@ func (s *side) awaitTracer(ctx context.Context) error {
 	}
 }
 
-// syncs counts the calls in a file that strace writes.
-type syncs struct {
-	trace string
-	seen  int
-}
-
-func (c *syncs) since() (int, error) {
-	text, err := os.ReadFile(c.trace)
-	if err != nil {
-		return 0, err
-	}
-	all := bytes.Count(text, []byte("sync("))
-	n := all - c.seen
-	c.seen = all
-	return n, nil
-}
-
-// writtenBytes are those that a process, without its children, has had written to disks (proc_pid_io(5)).
+// writtenBytes are those that a process and the children it has waited for have had written to disks (proc_pid_io(5)).
 func writtenBytes(pid int) (int, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
 	if err != nil {
@@ -137,16 +107,4 @@ func writtenBytes(pid int) (int, error) {
 	}
 	line, _, _ := strings.Cut(after, "\n")
 	return strconv.Atoi(line)
-}
-
-// sizeOf is that of all files in a directory, 0 without one.
-func sizeOf(dir string) int64 {
-	var size int64
-	files, _ := os.ReadDir(dir)
-	for _, f := range files {
-		if info, err := f.Info(); err == nil {
-			size += info.Size()
-		}
-	}
-	return size
 }

@@ -159,6 +159,16 @@ func (d Dir) block(ctx context.Context, point string) error {
 	}
 }
 
+// Lock waits until this process has the exclusive lock of a file. A signal ends
+// the system call, but not the wait.
+func Lock(f *os.File) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
 // count adds a byte for this hit and returns the hit's number. The lock orders
 // the hits of several processes.
 func (d Dir) count(point string) (int, error) {
@@ -167,7 +177,7 @@ func (d Dir) count(point string) (int, error) {
 		return 0, fmt.Errorf("failed to count a hit of fault point %q: %w", point, err)
 	}
 	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	if err := Lock(f); err != nil {
 		return 0, fmt.Errorf("failed to lock fault point %q: %w", point, err)
 	}
 	if _, err := f.WriteString("."); err != nil {

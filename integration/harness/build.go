@@ -14,7 +14,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/integration/faults"
 )
 
 // Daemon names a build of containerd.
@@ -47,6 +48,7 @@ var daemons = map[Daemon]install{
 	Stock:      {".", ".build/bin", []string{"github.com/containerd/containerd/v2/cmd/containerd"}, "containerd"},
 	Own:        {"examples/own-containerd", ".build/bin", []string{"."}, "own-containerd"},
 	TestDaemon: {".", ".build/bin", []string{"./integration/testdaemon", "./cmd/podfsm"}, "testdaemon, podfsm"},
+	CRIO:       crio,
 }
 
 // parts are what every daemon needs around it. The tools have modules of their
@@ -101,6 +103,11 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 
 	for _, i := range slices.Concat(parts, []install{daemons[daemon]}) {
 		if err := b.install(ctx, i); err != nil {
+			return "", nil, err
+		}
+	}
+	if daemon == CRIO {
+		if err := b.once("pinns", func() error { return b.pinns(ctx) }); err != nil {
 			return "", nil, err
 		}
 	}
@@ -177,7 +184,7 @@ func (b *builder) lock() (unlock func(), _ error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	if err := faults.Lock(f); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("failed to lock %q: %w", f.Name(), err)
 	}

@@ -109,7 +109,7 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 			err = errors.Join(err, n.Close(context.WithoutCancel(ctx)))
 		}
 	}()
-	if err := n.prepare(ctx, c); err != nil {
+	if err := n.prepare(ctx, c, images); err != nil {
 		return nil, fmt.Errorf("failed to prepare node %q: %w", n.name, err)
 	}
 	if c.Install != nil {
@@ -120,14 +120,16 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	if err := n.Start(ctx); err != nil {
 		return nil, err
 	}
-	if err := n.load(ctx, images); err != nil {
-		return nil, err
+	if !n.isCRIO() { // which had them before
+		if err := n.load(ctx, images); err != nil {
+			return nil, err
+		}
 	}
 	return n, nil
 }
 
 // prepare makes everything that is there before the daemon starts.
-func (n *Node) prepare(ctx context.Context, c Config) error {
+func (n *Node) prepare(ctx context.Context, c Config, images []byte) error {
 	if err := n.makeNetNS(); err != nil {
 		return err
 	}
@@ -156,6 +158,9 @@ func (n *Node) prepare(ctx context.Context, c Config) error {
 	}
 	if err := n.SetChain(ctx, n.DefaultChain()...); err != nil {
 		return err
+	}
+	if n.isCRIO() {
+		return n.prepareCRIO(ctx, images)
 	}
 	return n.writeConfig(c)
 }

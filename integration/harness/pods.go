@@ -198,6 +198,7 @@ func (p *Pod) StartContainer(ctx context.Context, name string, options ...Contai
 	for _, option := range options {
 		option(c)
 	}
+	c.Image.UserSpecifiedImage = c.Image.Image // CRI-O requires it
 	created, err := p.node.Runtime.CreateContainer(ctx, &runtime.CreateContainerRequest{
 		PodSandboxId: p.ID, Config: c, SandboxConfig: p.Config,
 	})

@@ -26,7 +26,7 @@ func Main(m *testing.M) int {
 		return 1
 	}
 	code := m.Run()
-	removeEmptyDirs()
+	RemoveEmptyDirs()
 	left, err := Leftovers()
 	if err != nil || len(left) > 0 {
 		fmt.Fprintf(os.Stderr, "nodes have left something on the machine: %v\n%s\n", err, strings.Join(left, "\n"))
@@ -35,11 +35,11 @@ func Main(m *testing.M) int {
 	return code
 }
 
-// removeEmptyDirs removes the directories that stock pods and pods without a
+// RemoveEmptyDirs removes the directories that stock pods and pods without a
 // cgroup parent share with those of other containerds, unless something is in
-// there: libcni's cache, and the cgroup named by containerd's namespace. Who
-// needs them makes them anew.
-func removeEmptyDirs() {
+// there: libcni's cache, and the cgroup named by containerd's namespace. A
+// daemon that needs them makes them again.
+func RemoveEmptyDirs() {
 	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/" + criNamespace) // a pattern that is well-formed
 	dirs = append(dirs, "/sys/fs/cgroup/"+criNamespace, cniCacheDir, filepath.Dir(cniCacheDir))
 	for _, dir := range dirs {
