@@ -13,6 +13,7 @@ import (
 type exits struct {
 	epoll int
 	stop  *os.File // becomes readable for the end of the goroutine
+	run   sync.Once // the goroutine, once there is anything to watch
 	done  chan struct{}
 	ended func(key string, process *process)
 
@@ -43,7 +44,6 @@ func watchExits(ended func(key string, process *process)) (*exits, error) {
 	if err := e.listen(stop, stopID); err != nil {
 		return nil, errors.Join(err, unix.Close(epoll), e.stop.Close())
 	}
-	go e.run()
 	return e, nil
 }
 
@@ -53,6 +53,7 @@ func (e *exits) listen(fd int, id int32) error {
 
 // add has the end of a process noticed, also one that it has come to already.
 func (e *exits) add(key string, process *process) error {
+	e.run.Do(func() { go e.watch() })
 	e.mu.Lock()
 	e.last++
 	id := e.last
@@ -61,7 +62,7 @@ func (e *exits) add(key string, process *process) error {
 	return process.Control(func(pidfd int) error { return e.listen(pidfd, id) })
 }
 
-func (e *exits) run() {
+func (e *exits) watch() {
 	defer close(e.done)
 	events := make([]unix.EpollEvent, 64)
 	for {
@@ -83,6 +84,7 @@ func (e *exits) run() {
 }
 
 func (e *exits) close() {
+	e.run.Do(func() { close(e.done) }) // it never ran
 	_, _ = e.stop.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0})
 	<-e.done
 	unix.Close(e.epoll)

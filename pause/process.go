@@ -45,6 +45,8 @@ type Processes struct {
 
 	mu      sync.Mutex
 	running map[string]*process // by key, until it is forgotten
+
+	close func() error // once
 }
 
 // process is one pause.
@@ -88,6 +90,7 @@ func NewProcesses(initPath string, exited func(key string, exit Exit)) (*Process
 	if p.exits, err = watchExits(p.ended); err != nil {
 		return nil, errors.Join(err, program.Close(), null.Close())
 	}
+	p.close = sync.OnceValue(p.closeAll)
 	return p, nil
 }
 
@@ -151,8 +154,10 @@ func sealed(path string) (*os.File, error) {
 
 func fdPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
 
-// Close stops watching for exits.
-func (p *Processes) Close() error {
+// Close stops watching for exits. It is idempotent.
+func (p *Processes) Close() error { return p.close() }
+
+func (p *Processes) closeAll() error {
 	p.exits.close()
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -211,7 +211,7 @@ func (c *Controller) Close() error {
 	}
 	var failed []error
 	if c.node != nil && c.node.pauses != nil {
-		failed = append(failed, c.node.pauses.Close(), c.node.seccomp.Close())
+		failed = append(failed, c.node.pauses.Close())
 	}
 	if c.ledger != nil {
 		failed = append(failed, c.ledger.Close())

@@ -61,9 +61,9 @@ func newStoresWorld(t *testing.T) *storesWorld {
 	))
 	require.NoError(t, err)
 	w.stock.NetNSMountsUnderStateDir, w.stock.StateDir, w.stock.RootDir = true, filepath.Join(dir, "state"), filepath.Join(dir, "root")
-	w.node.client, w.node.bundles, w.node.snapshots = client, filepath.Join(dir, "bundles"), snapshot.NewPreparer(client)
+	w.node.client, w.node.shimDirs.State, w.node.snapshots = client, filepath.Join(dir, "bundles"), snapshot.NewPreparer(client)
 	w.node.settings.Files = pause.Files{RootDir: w.stock.RootDir, StateDir: w.stock.StateDir}
-	w.node.containers = pause.NewContainers(client, w.node.bundles, pause.Sockets{})
+	w.node.containers = pause.NewContainers(client)
 	return &storesWorld{world: w, ctx: ctx, client: client, netns: w.stock.netNSDir()}
 }
 
@@ -78,7 +78,7 @@ func (w *storesWorld) files(t *testing.T, id string) {
 	require.NoError(t, os.MkdirAll(w.netns, 0o755))
 	require.NoError(t, os.WriteFile(filepath.Join(w.netns, leaks.Pin(id)), nil, 0o444))
 	require.NoError(t, os.MkdirAll(filepath.Join(w.stock.RootDir, "sandboxes", id), 0o755))
-	require.NoError(t, os.MkdirAll(filepath.Join(w.node.bundles, cri.Namespace, id), 0o755))
+	require.NoError(t, os.MkdirAll(filepath.Join(w.node.shimDirs.State, cri.Namespace, id), 0o755))
 }
 
 func (w *storesWorld) container(t *testing.T, c containers.Container) {
@@ -134,7 +134,7 @@ func TestOnlyWhatNobodyAnswersForHasLeaked(t *testing.T) {
 	w.container(t, containers.Container{ID: lost, Labels: kindSandbox})
 	require.Equal(t, []leaks.Thing{
 		{Kind: leaks.Container, ID: lost, Name: lost},
-		{Kind: leaks.Bundle, ID: lost, Name: filepath.Join(w.node.bundles, cri.Namespace, lost)},
+		{Kind: leaks.Bundle, ID: lost, Name: filepath.Join(w.node.shimDirs.State, cri.Namespace, lost)},
 		{Kind: leaks.Files, ID: lost, Name: lost},
 		{Kind: leaks.NetNS, ID: lost, Name: filepath.Join(w.netns, "podfsm-"+lost)},
 	}, w.found(t))
@@ -150,7 +150,7 @@ func TestLeaksLooksTwice(t *testing.T) {
 		time.Sleep(betweenLooks / 2)
 		_ = w.node.settings.Files.Remove(context.Background(), leaving)
 		_ = os.Remove(filepath.Join(w.netns, leaks.Pin(leaving)))
-		_ = os.Remove(filepath.Join(w.node.bundles, cri.Namespace, leaving))
+		_ = os.Remove(filepath.Join(w.node.shimDirs.State, cri.Namespace, leaving))
 	}()
 	found, err := w.leaks(t.Context())
 	require.NoError(t, err)

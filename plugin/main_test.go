@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/core/events/exchange"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
@@ -133,8 +135,8 @@ func (b *book) waitAt(kind journal.Kind) (reached, release chan struct{}) {
 	return reached, release
 }
 
-// host is the world that the steps of a test act on: what exists on it, by sandbox and step.
-type host struct {
+// fakeHost is the world that the steps of a test act on: what exists on it, by sandbox and step.
+type fakeHost struct {
 	mu     sync.Mutex
 	exited *lifecycle.Exit // how pause has ended, for a controller that starts
 	exists map[string][]states.Event
@@ -144,20 +146,20 @@ type host struct {
 	ended  func(id string)                            // is told of each pause that is stopped, unless nil
 }
 
-func (h *host) left(id string) []states.Event {
+func (h *fakeHost) left(id string) []states.Event {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.exists[id])
 }
 
 // fail makes the undo of a step fail until the test heals it.
-func (h *host) fail(step states.Event, err error) {
+func (h *fakeHost) fail(step states.Event, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.undo[step] = func(string) error { return err }
 }
 
-func (h *host) heal(step states.Event) {
+func (h *fakeHost) heal(step states.Event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.undo, step)
@@ -165,7 +167,7 @@ func (h *host) heal(step states.Event) {
 
 // fakeStep makes nothing but an entry in its host, and the result that the real step would have.
 type fakeStep struct {
-	host  *host
+	host  *fakeHost
 	facts lifecycle.Facts
 }
 
@@ -252,8 +254,6 @@ func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, er
 	return s.host.exited, nil
 }
 
-func (s *fakePause) Reap(context.Context, *lifecycle.Run) error { return nil }
-
 // fakeNetwork is the step that can be asked.
 type fakeNetwork struct{ fakeStep }
 
@@ -294,7 +294,7 @@ func (noRecords) Get(context.Context, string) (sandbox.Sandbox, error) {
 // world is a controller on a host of a test.
 type world struct {
 	*Controller
-	host      *host
+	host      *fakeHost
 	book      *book
 	records   *containerRecords
 	wait      time.Duration // until what is owed is tried again: so long that tests do that themselves, unless one sets another
@@ -337,7 +337,7 @@ func newWorld(t *testing.T) *world {
 // newWorldWith has a ledger of the test's.
 func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	w := &world{
-		host: &host{
+		host: &fakeHost{
 			exists: map[string][]states.Event{},
 			do:     map[states.Event]func(context.Context, string) error{},
 			undo:   map[states.Event]func(string) error{},
@@ -348,7 +348,9 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records), containerd.WithSandboxStore(noRecords{})))
 	require.NoError(t, err)
 	stock := stockWith()
-	n := &node{stock: stock, client: client, containers: pause.NewContainers(client, t.TempDir(), pause.Sockets{})}
+	n := &node{stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}
+	n.pauses, err = pause.NewProcesses(os.Args[0], func(string, pause.Exit) {}) // of which none is started
+	require.NoError(t, err)
 	w.Controller = &Controller{stock: stock, node: n}
 	n.ids = userns.New(idHost{w.Controller}, nil)
 	w.meters = newMeters(w.Controller)
