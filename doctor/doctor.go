@@ -96,6 +96,7 @@ var checks = []check{
 	{"oom score", oomScore},
 	{"supplementary groups", supplementaryGroups},
 	{"handlers", handlers},
+	{"pause", pauseProgram},
 	{"runtime", runtimes},
 	{"snapshotter", snapshotters},
 	{"overlay", overlays},

@@ -37,6 +37,8 @@ type Node struct {
 type Config struct {
 	// Handlers are the runtime handlers that are podfsm's, by name.
 	Handlers []Handler
+	// InitPath is the program that becomes pause, where the configuration names one; else it is found as shims are.
+	InitPath string
 	// NetNSDir is where network namespaces are pinned.
 	NetNSDir string
 	// RestrictOOMScoreAdj is containerd's restrict_oom_score_adj.

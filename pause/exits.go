@@ -12,7 +12,7 @@ import (
 // exits notices the ends of all processes in one goroutine: the pidfd of a process is readable once it has ended (pidfd_open(2)).
 type exits struct {
 	epoll int
-	stop  *os.File // becomes readable for the end of the goroutine
+	stop  *os.File  // becomes readable for the end of the goroutine
 	run   sync.Once // the goroutine, once there is anything to watch
 	done  chan struct{}
 	ended func(key string, process *process)

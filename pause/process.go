@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -471,4 +472,27 @@ func closeAll(files []*os.File) {
 	for _, file := range files {
 		file.Close() // a second time, too
 	}
+}
+
+// Examine runs podfsm-init once, in new namespaces of every kind as a pause is, and returns what it says of itself. It changes nothing.
+//
+// Errors: NotFound for a program that isn't there, FailedPrecondition for one of another release; those of clone(2).
+func Examine(ctx context.Context, initPath string) (version string, err error) {
+	cmd := exec.CommandContext(ctx, initPath, "--version")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		// Nothing is mapped to the ids that it runs under, so it needs none.
+	}
+	out, err := cmd.Output()
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return "", fmt.Errorf("failed to run %q in namespaces of its own: %w", initPath, err)
+	}
+	version = strings.TrimSpace(string(out))
+	if !strings.HasSuffix(version, " protocol "+protocol) {
+		return "", fmt.Errorf("%q is %q, the daemon needs protocol %s: %w", initPath, version, protocol, errdefs.ErrFailedPrecondition)
+	}
+	return version, nil
 }

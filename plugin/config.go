@@ -205,6 +205,33 @@ func (c *stockConfig) handler(name string) (handler, error) {
 	return h, nil
 }
 
+// ownSandbox are runtimes that make a sandbox of their own, by the beginning of their types: a virtual machine, or a kernel in user space.
+// A pause that podfsm clones would be beside it.
+var ownSandbox = []struct{ runtime, name string }{
+	{"io.containerd.kata", "Kata Containers"},
+	{"io.containerd.runsc", "gVisor"},
+	{"io.containerd.runhcs", "Windows"},
+	{"aws.firecracker", "Firecracker"},
+}
+
+// checkHandlers refuses runtimes that podfsm can't run pods with. Hooks in base_runtime_spec are none of its business: containerd uses that
+// for the containers of a pod, never for its sandbox.
+func (c *stockConfig) checkHandlers() error {
+	for _, name := range slices.Sorted(maps.Keys(c.Containerd.Runtimes)) {
+		h := c.Containerd.Runtimes[name]
+		if h.Sandboxer != Name {
+			continue
+		}
+		for _, own := range ownSandbox {
+			if strings.HasPrefix(h.Type, own.runtime) {
+				return fmt.Errorf("runtime handler %q has sandboxer = %q, but its runtime %q (%s) makes a sandbox of its own; remove sandboxer there: %w",
+					name, Name, h.Type, own.name, errdefs.ErrInvalidArgument)
+			}
+		}
+	}
+	return nil
+}
+
 // cniConf is where a pod of a handler finds its networks, and how many of them it gets. As with containerd, a handler has a
 // directory of its own only for pods that name it.
 func (c *stockConfig) cniConf(name string) (dir string, max int) {

@@ -100,6 +100,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		return err
 	}
 	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
+	if err := stock.checkHandlers(); err != nil {
+		return err
+	}
 	if err := c.drain.open(ic.Properties[plugins.PropertyRootDir]); err != nil {
 		return err
 	}

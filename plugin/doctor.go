@@ -65,6 +65,7 @@ func (c *Controller) examined(ic *plugin.InitContext, config *Config) *doctor.Co
 		return nil
 	}
 	examined := &doctor.Config{
+		InitPath:            config.InitPath,
 		NetNSDir:            c.stock.netNSDir(),
 		RestrictOOMScoreAdj: c.stock.RestrictOOMScoreAdj,
 		Pool:                config.Pool.User != "" || len(config.Pool.Ranges) > 0,
