@@ -242,8 +242,12 @@ func (a *answers) addProcesses(n *harness.Node, pod *harness.Pod, main *harness.
 				a.facts[name+" cgroup "+strings.SplitN(at, ":", 2)[0]] = strings.TrimSpace(strings.SplitN(at, ":", 2)[1])
 			}
 		}
-		for _, file := range []string{"uid_map", "gid_map", "oom_score_adj"} {
+		for _, file := range []string{"uid_map", "gid_map", "oom_score_adj", "limits", "cmdline", "comm"} {
 			a.facts[name+" "+file] = read(file)
+		}
+		for _, file := range []string{"attr/current", "attr/exec", "attr/apparmor/current"} {
+			text, err := os.ReadFile(filepath.Join(proc, file)) // an error where no security module is loaded
+			a.facts[name+" "+file] = fmt.Sprint(string(text), err != nil)
 		}
 		for line := range strings.Lines(read("mountinfo")) {
 			fields := strings.Fields(line)

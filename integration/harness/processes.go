@@ -38,6 +38,9 @@ func nodeProcesses(dir string) ([]proc, error) {
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
+		if isOrphanedZombie(pid) {
+			continue
+		}
 		is, err := isOf(pid, dir, netns)
 		if err != nil {
 			return nil, err
@@ -66,6 +69,13 @@ func isOf(pid int, dir string, netns unix.Stat_t) (bool, error) {
 	var in unix.Stat_t
 	err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &in)
 	return err == nil && in.Dev == netns.Dev && in.Ino == netns.Ino, nil
+}
+
+// isOrphanedZombie says that a process has ended and waits for the machine's first process to reap it, which may take its time.
+func isOrphanedZombie(pid int) bool {
+	stat, _ := procFile(pid, "stat")
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:]) // state and ppid come first, proc_pid_stat(5)
+	return len(fields) > 1 && string(fields[0]) == "Z" && string(fields[1]) == "1"
 }
 
 // procFile reads a file of a process. It is empty when the process has ended
