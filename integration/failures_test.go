@@ -3,17 +3,15 @@ package integration
 import (
 	"fmt"
 	"os"
-	osexec "os/exec"
 	"path/filepath"
-	goruntime "runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -72,10 +70,6 @@ func TestFailureOfRealParts(t *testing.T) {
 	require.NoError(t, err)
 
 	for _, tc := range []struct{ point, step string }{
-		{"runc.create", "start_pause"},
-		{"runc.create.after", "start_pause"},
-		{"runc.start", "start_pause"},
-		{"runc.start.after", "start_pause"},
 		{"bridge.ADD", "attach_network"},
 		{"bridge.ADD.after", "attach_network"},
 		{"host-local.ADD", "attach_network"},
@@ -95,8 +89,37 @@ func TestFailureOfRealParts(t *testing.T) {
 	}
 }
 
+// What becomes pause fails in the middle of its set-up, or can't execute pause. Its namespaces and its cgroup are there by then.
+func TestFailureOfPause(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for _, tc := range []struct {
+		syscall, errno string
+		nth            int
+		text           string
+	}{
+		{"close_range", "EPERM", 1, "failed to mark descriptors close-on-exec: operation not permitted"},
+		{"move_mount", "EIO", 1, "failed to attach the root filesystem: input/output error"},
+		{"pivot_root", "EBUSY", 1, "failed to change the root: device or resource busy"},
+		{"sethostname", "EPERM", 1, "failed to set the hostname: operation not permitted"},
+		{"setresuid", "EAGAIN", 2, "failed to set the user 65535: resource temporarily unavailable"}, // Go's runtime makes the first, in the new user namespace
+		{"execve", "ENOEXEC", 2, `failed to execute "/pause" of the pause image: exec format error`},
+	} {
+		t.Run(tc.syscall, func(t *testing.T) {
+			require.NoError(t, n.FailChild(t.Context(), tc.syscall, tc.errno, tc.nth))
+			config := n.PodConfig("pod")
+			err := failRun(t, n, harness.PodfsmHandler, config)
+			require.NoError(t, n.EndTrace())
+			require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: failed to start pause: podfsm-init: `+tc.text)
+			n.RequireClean(t, before)
+			runOnce(t, n, config)
+		})
+	}
+}
+
 // The caller learns which step took too long and how long that is, by the same text at every try.
-func TestRuntimeHangs(t *testing.T) {
+func TestPauseHangs(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{TOML: `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
   runtime_timeout = "5s"
@@ -106,12 +129,12 @@ func TestRuntimeHangs(t *testing.T) {
 	config := n.PodConfig("pod")
 	var texts []string
 	for range 2 {
-		require.NoError(t, n.Fault("runc.create", "1*block"))
+		require.NoError(t, n.StallChild(t.Context(), "pivot_root", 1))
 		err := failRun(t, n, harness.PodfsmHandler, config)
+		require.NoError(t, n.EndTrace())
 		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
 		require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: no answer within 5s: `)
 		texts = append(texts, status.Convert(err).Message())
-		require.NoError(t, n.Heal())
 		n.RequireClean(t, before)
 	}
 	require.Equal(t, texts[0], texts[1])
@@ -143,8 +166,8 @@ func TestFirstTryOfEachUndoFails(t *testing.T) {
 		"capture_netns.undo.after":   func(p *harness.Pod) error { return p.Stop(t.Context()) },
 		"start_pause.stop.before":    func(p *harness.Pod) error { return p.Stop(t.Context()) },
 		"start_pause.stop.after":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_pause.reap.before":    func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_pause.reap.after":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_shim.undo.before":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
+		"start_shim.undo.after":      func(p *harness.Pod) error { return p.Stop(t.Context()) },
 		"start_pause.undo.before":    func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
 		"start_pause.undo.after":     func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
 		"remap_snapshot.undo.before": func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
@@ -153,6 +176,7 @@ func TestFirstTryOfEachUndoFails(t *testing.T) {
 		t.Run("stop or remove: "+point, func(t *testing.T) {
 			pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
 			require.NoError(t, err)
+			startContainer(t, pod, "main")
 			require.NoError(t, n.Fault(point, "1*error(injected)"))
 			require.ErrorContains(t, call(pod), "injected")
 			require.NoError(t, pod.StopAndRemove(t.Context()), "what the kubelet does next")
@@ -202,13 +226,14 @@ func TestPauseKilled(t *testing.T) {
 	require.Equal(t, runtime.NamespaceMode_POD, started.GetPodSandboxStatus().GetLinux().GetNamespaces().GetOptions().GetNetwork())
 }
 
-// A shim that is killed can't clean up after itself.
+// A shim that is killed can't clean up after itself, and takes the containers with it. The pod stays, and gets another shim.
 func TestShimKilled(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
 	require.NoError(t, err)
+	first := startContainer(t, pod, "first")
 	running, err := n.Census(t.Context())
 	require.NoError(t, err)
 	require.NotEmpty(t, running[harness.ShimSockets])
@@ -217,6 +242,36 @@ func TestShimKilled(t *testing.T) {
 	pid, err := strconv.Atoi(shim)
 	require.NoError(t, err)
 	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.EqualValues(t, 137, waitExit(t, first))
+	require.Equal(t, "Ready", inspect(t, n, pod.ID).GetSandbox().GetState())
+	works(t, pod, "second")
+	require.NoError(t, pod.StopAndRemove(t.Context()))
+	n.RequireClean(t, before)
+}
+
+// Containers come and go as fast as they can, one after the other and beside each other, and one shim serves them all.
+func TestContainersInATightLoop(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
+	require.NoError(t, err)
+	for i := range 8 { // init containers, and one that crashes
+		c := startContainer(t, pod, fmt.Sprint("init-", i), harness.Run("true"))
+		require.Zero(t, waitExit(t, c))
+		require.NoError(t, c.Remove(t.Context()))
+	}
+	var beside errgroup.Group
+	for i := range 4 {
+		beside.Go(func() error {
+			_, err := pod.StartContainer(t.Context(), fmt.Sprint("main-", i))
+			return err
+		})
+	}
+	require.NoError(t, beside.Wait())
+	running, err := n.Census(t.Context())
+	require.NoError(t, err)
+	require.Len(t, running[harness.Shims], 1)
 	require.NoError(t, pod.StopAndRemove(t.Context()))
 	n.RequireClean(t, before)
 }
@@ -360,125 +415,21 @@ func TestRemovalPaidLater(t *testing.T) {
 	}
 }
 
-// impatientRunc runs a process in pause's cgroup before pause is made, in a network namespace of that one's own, until podfsm has captured it.
-const impatientRunc = `#!/bin/sh
-for arg; do
-	case $arg in
-	create) create=yes ;;
-	esac
-	[ -f "$arg/config.json" ] && bundle=$arg
-done
-if [ "$create" ]; then
-	root=/sys/fs/cgroup
-	[ -d $root/devices ] && root=$root/devices # cgroup v1
-	cgroup=$root$(sed 's/.*"cgroupsPath":"\([^"]*\)".*/\1/' "$bundle/config.json")
-	mkdir -p "$cgroup"
-	unshare --net sleep 60 &
-	echo $! > "$cgroup/cgroup.procs"
-	for i in $(seq 1000); do
-		[ -e "%[2]s/podfsm-${bundle##*/}" ] && break
-		sleep 0.01
-	done
-	kill $!
-	wait $!
-fi
-exec %[1]s "$@"
-`
-
-// What is captured before anybody knows which process is pause must be pause's.
-func TestRuntimeThatRunsSomethingBefore(t *testing.T) {
-	dir := t.TempDir()
-	script := filepath.Join(dir, "runc")
-	n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.impatient]
-  runtime_type = "io.containerd.runc.v2"
-  sandboxer = "podfsm"
-  options = {BinaryName = %q, Root = %q}
-`, script, filepath.Join(dir, "root"))})
-	pins := filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/netns")
-	require.NoError(t, os.WriteFile(script, fmt.Appendf(nil, impatientRunc, filepath.Join(n.Dir(), "bin/runc"), pins), 0o755))
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
-	require.NoError(t, err)
-
-	err = failRun(t, n, "impatient", n.PodConfig("pod", harness.HostUsers()))
-	require.ErrorContains(t, err, "step start_pause")
-	require.ErrorContains(t, err, "pause is in network namespace INODE, and what its runtime had started before was in INODE")
-	n.RequireClean(t, before)
-	runOnce(t, n, n.PodConfig("pod"))
-	n.RequireClean(t, before)
-}
-
-// What waits for its turn in a burst starts no runtime any more when containerd stops.
+// What a stop of containerd interrupts is rolled back, by it or by the next one.
 func TestStopOfABurst(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
-	require.NoError(t, n.Fault("runc.create", "block"))
-	turns := goruntime.GOMAXPROCS(0)
+	const pods = 8
+	require.NoError(t, n.Fault("bridge.ADD", "block"))
 	var burst sync.WaitGroup
-	for i := range 4 * turns {
+	for i := range pods {
 		burst.Go(func() { _, _ = n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", i))) })
 	}
-	require.NoError(t, n.Faults.WaitReached(t.Context(), "runc.create", turns))
+	require.NoError(t, n.Faults.WaitReached(t.Context(), "bridge.ADD", pods))
 	require.NoError(t, n.Stop(t.Context()))
 	burst.Wait()
-	hits, err := n.Faults.Hits("runc.create")
-	require.NoError(t, err)
-	require.Equal(t, turns, hits)
 	require.NoError(t, n.Heal())
 	require.NoError(t, n.Start(t.Context()))
-	n.RequireClean(t, before)
-}
-
-// The network is attached while the runtime makes pause, but for what runc sets in its namespace meanwhile.
-func TestNetworkBesideTheRuntime(t *testing.T) {
-	n := harness.StartNode(t, harness.Config{})
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
-	require.NoError(t, err)
-	bridge := n.DefaultChain()[0]
-	for name, tc := range map[string]struct {
-		chain  []harness.Plugin
-		sysctl map[string]string // the pod's
-		beside bool
-	}{
-		"beside it":                  {chain: []harness.Plugin{bridge}, beside: true},
-		"a pod with a sysctl":        {chain: []harness.Plugin{bridge}, sysctl: map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}},
-		"a pod with another sysctl":  {chain: []harness.Plugin{bridge}, sysctl: map[string]string{"kernel.shm_rmid_forced": "1"}, beside: true},
-		"a plugin that sets sysctls": {chain: []harness.Plugin{bridge, {"type": "tuning", "dataDir": filepath.Join(n.Dir(), "tuning"), "sysctl": map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}}}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			require.NoError(t, n.SetChain(t.Context(), tc.chain...))
-			require.NoError(t, n.Fault("bridge.ADD", "off"))
-			require.NoError(t, n.Fault("runc.create.after", "1*block"))
-			started := make(chan *harness.Pod, 1)
-			go func() {
-				defer close(started)
-				pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod", func(c *runtime.PodSandboxConfig) { c.Linux.Sysctls = tc.sysctl }))
-				if assert.NoError(t, err) {
-					started <- pod
-				}
-			}()
-			require.NoError(t, n.Faults.WaitReached(t.Context(), "runc.create.after", 1))
-			if tc.beside {
-				require.NoError(t, n.Faults.WaitReached(t.Context(), "bridge.ADD", 1))
-			} else {
-				hits, err := n.Faults.Hits("bridge.ADD")
-				require.NoError(t, err)
-				require.Zero(t, hits)
-			}
-			require.NoError(t, n.Heal())
-			pod := <-started
-			require.NotNil(t, pod)
-			if !tc.beside {
-				pid, err := pod.Pid(t.Context())
-				require.NoError(t, err)
-				value, err := osexec.Command("nsenter", "-t", strconv.Itoa(pid), "-n", "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start").Output()
-				require.NoError(t, err)
-				require.Equal(t, "80\n", string(value))
-			}
-			require.NoError(t, pod.StopAndRemove(t.Context()))
-		})
-	}
-	require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	n.RequireClean(t, before)
 }

@@ -118,20 +118,20 @@ var noMidAct = map[string]string{
 	"declare_ready.undo": "there is nothing to undo",
 	"remap_snapshot.undo": "it is one transaction of containerd's metadata store; the snapshotter's own removal follows in its garbage " +
 		"collection, which is a row of its own where it can come during the phase",
-	"start_pause.undo after a stop": "the process is gone since then; the container's record goes in one transaction of the metadata store",
+	"start_pause.stop": "pause is killed by one system call, and its cgroup goes",
+	"start_pause.undo": "as for the stop; the container's record goes in one transaction of the metadata store",
 }
 
 // The middle of what acts: in the real program, in containerd's own stores, or, where a point ends in .mid, in a system call.
 var (
 	doMid = map[string][]string{
 		"remap_snapshot": {"snapshotter.prepare.before", "snapshotter.prepare.after"},
-		"start_pause":    {"runc.create", "runc.create.after", "runc.start", "runc.start.after"},
+		// Cloned and on no record; on its way to a root of its own; about to execute pause.
+		"start_pause":    {"start_pause.do.close_range.mid", "start_pause.do.pivot_root.mid", "start_pause.do.execve.mid"},
 		"capture_netns":  {"capture_netns.do.mid"},
 		"attach_network": {"bridge.ADD", "host-local.ADD", "host-local.ADD.after", "bridge.ADD.after", "portmap.ADD", "portmap.ADD.after"},
 	}
-	endMid  = []string{"runc.kill", "runc.kill.after", "runc.delete", "runc.delete.after"}
 	undoMid = map[string][]string{
-		"start_pause":    endMid,
 		"capture_netns":  {"capture_netns.undo.mid"},
 		"attach_network": {"portmap.DEL", "portmap.DEL.after", "bridge.DEL", "host-local.DEL", "host-local.DEL.after", "bridge.DEL.after"},
 	}
@@ -171,8 +171,7 @@ func matrix() []cell {
 		}
 	}
 	for _, phase := range []string{stopping, retryingStop, recoveringStop} {
-		add(stepPoints(phase, "start_pause.stop", endMid[:2]...)...)
-		add(stepPoints(phase, "start_pause.reap", endMid[2:]...)...)
+		add(stepPoints(phase, "start_pause.stop")...)
 		add(stepPoints(phase, "attach_network.undo", undoMid["attach_network"]...)...)
 		add(stepPoints(phase, "capture_netns.undo", undoMid["capture_netns"]...)...)
 	}
@@ -344,14 +343,34 @@ func (k *killing) stalls() bool { return strings.HasSuffix(k.cell.point, ".mid")
 
 // blocked is the fault point where the daemon waits: the cell's, or the one before an act that is to be stalled.
 func (k *killing) blocked() string {
-	if act, mid := strings.CutSuffix(k.cell.point, ".mid"); mid {
-		return act + ".before"
+	if k.stalls() {
+		return k.cell.act + ".before"
 	}
 	return k.cell.point
 }
 
-// stall lets the daemon go on from the point where it waits, until the file of the pin is there and nothing is mounted on it.
+// stall lets the daemon go on from the point where it waits into the middle of the act.
 func (k *killing) stall(ctx context.Context) {
+	if call, ok := strings.CutPrefix(strings.TrimSuffix(k.cell.point, ".mid"), "start_pause.do."); ok {
+		k.stallInit(ctx, call)
+		return
+	}
+	k.stallPin(ctx)
+}
+
+// stallInit lets the daemon go on until what becomes pause is about to make a system call.
+func (k *killing) stallInit(ctx context.Context, call string) {
+	nth := 1
+	if call == "execve" {
+		nth = 2 // the first executes what becomes pause
+	}
+	require.NoError(k, k.n.StallChild(ctx, call, nth))
+	require.NoError(k, k.n.Faults.Release(k.blocked()))
+	require.NoError(k, k.n.WaitChildIn(ctx, call))
+}
+
+// stallPin lets the daemon go on until the file of the pin is there and nothing is mounted on it.
+func (k *killing) stallPin(ctx context.Context) {
 	list, err := k.n.Sandboxes().List(ctx, &podfsmv1.ListRequest{})
 	require.NoError(k, err)
 	require.Len(k, list.GetSandboxes(), 1)
@@ -471,8 +490,9 @@ from before the pod: processes, shims, sockets, mounts, cgroups, links, addresse
 A pod that was listed was the same after one more restart, and one that was gone stayed gone.
 
 Points that end in .before and .after are around what a step does (do, undo, stop), what containerd's stores do (leases, sandboxes),
-or its snapshotter; runc's and the CNI plugins' are before the program runs and after it has; .mid is a system call in the
-middle of what the step does, between making the file of the pin and mounting on it, or between unmounting and removing it.
+or its snapshotter; the CNI plugins' are before the program runs and after it has; .mid is a system call in the
+middle of what the step does, between making the file of the pin and mounting on it, or between unmounting and removing it, or one of
+what becomes pause: its first, when the daemon has cloned it and has it on no record, that to its own root, and the execution of pause.
 
 | under way | the kill comes | at the point | found after the restart |
 |---|---|---|---|

@@ -24,14 +24,14 @@ const (
 	strays = 6
 )
 
-// TestMemory runs thousands of pods, of which only the OCI runtime is a fake, and looks at what containerd holds.
+// TestMemory runs thousands of pods and looks at what containerd holds.
 func TestMemory(t *testing.T) {
 	first, rounds := 140, 240
 	if full() {
 		rounds = 10_000
 	}
 	// At level debug the log would cost more than the pods.
-	n := harness.StartNode(t, harness.Config{FakeRuntime: true, TOML: "debug.level = 'warn'"})
+	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon, TOML: "debug.level = 'warn'"})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	// Without a subscriber containerd's own service keeps the events of each pod for five minutes.
@@ -46,7 +46,7 @@ func TestMemory(t *testing.T) {
 		rounds int
 		round  func(i int) error
 	}{
-		{"starts that fail in the runtime", "runc.create", rounds * 9 / 10, pods.fail},
+		{"starts that fail with pause", "start_pause.do.after", rounds * 9 / 10, pods.fail},
 		{"starts that fail in the network", "bridge.ADD", rounds / 10, pods.fail},
 		{"start, stop, remove", "", rounds, pods.cycle},
 	} {

@@ -435,13 +435,13 @@ func TestErrorTexts(t *testing.T) {
 		option harness.PodOption
 		text   string
 	}{
-		"runc": {
+		"an unknown sysctl": {
 			option: func(c *runtime.PodSandboxConfig) { c.Linux.Sysctls = map[string]string{"net.core.no": "1"} },
-			text:   `failed to create the pause task of sandbox "ID"`,
+			text:   `failed to set the sysctl net.core.no = "1"`,
 		},
-		"runc is killed": {
-			fail: func(t *testing.T) { require.NoError(t, n.Fault("runc.create", "die")) },
-			text: "/ID/log.json",
+		"pause": {
+			fail: func(t *testing.T) { require.NoError(t, n.FailChild(t.Context(), "pivot_root", "EBUSY", 1)) },
+			text: "podfsm-init: failed to change the root",
 		},
 		"a missing plugin": {
 			fail: func(t *testing.T) {
@@ -472,6 +472,7 @@ func TestErrorTexts(t *testing.T) {
 				require.EqualError(t, failRun(t, n, harness.PodfsmHandler, config), first.Error())
 			}
 			require.NoError(t, n.Heal())
+			require.NoError(t, n.EndTrace())
 			require.NoError(t, os.RemoveAll(filepath.Join(n.Dir(), "bin/iptables")))
 			require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 			n.RequireClean(t, before)

@@ -21,7 +21,7 @@ func TestThousandSandboxes(t *testing.T) {
 	if full() {
 		pods, parallel = 1000, 100 // at a time, as many as the machine's network setup finishes within the kubelet's patience
 	}
-	n := harness.StartNode(t, harness.Config{FakeRuntime: true, TOML: "debug.level = 'warn'\n" + usernsTOML(`mode = "auto"`, poolOf(pods))})
+	n := harness.StartNode(t, harness.Config{TOML: "debug.level = 'warn'\n" + usernsTOML(`mode = "auto"`, poolOf(pods))})
 	bridge := n.DefaultChain()[0]
 	bridge["ipMasq"] = false // a thousand chains in one table take iptables minutes
 	require.NoError(t, n.SetChain(t.Context(), bridge))

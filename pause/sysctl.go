@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/host"
 )
@@ -29,13 +30,9 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 		return nil
 	}
 	kinds := ownNamespaces(spec.Linux.Namespaces)
-	files := map[string]string{}
-	for name := range spec.Linux.Sysctl {
-		file, err := sysctlFile(name, kinds)
-		if err != nil {
-			return err
-		}
-		files[name] = file
+	files, err := sysctlFiles(spec.Linux.Sysctl, kinds)
+	if err != nil {
+		return err
 	}
 	return process.In(kinds, func() error {
 		root, err := os.OpenRoot("/proc/sys") // follows no link out of it; what it shows are the namespaces of this thread
@@ -50,6 +47,33 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 		}
 		return nil
 	})
+}
+
+// CheckSysctls refuses sysctls of a pod that are not of a namespace which it has for itself, before anything is made: InvalidArgument.
+func CheckSysctls(config *runtime.PodSandboxConfig) error {
+	kinds := unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
+	options := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	if options.GetNetwork() == runtime.NamespaceMode_NODE {
+		kinds &^= unix.CLONE_NEWNET | unix.CLONE_NEWUTS
+	}
+	if options.GetIpc() == runtime.NamespaceMode_NODE {
+		kinds &^= unix.CLONE_NEWIPC
+	}
+	_, err := sysctlFiles(config.GetLinux().GetSysctls(), kinds)
+	return err
+}
+
+// sysctlFiles are the files of sysctls, by their names.
+func sysctlFiles(sysctls map[string]string, kinds int) (map[string]string, error) {
+	files := map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(sysctls)) { // the same one is refused at each try
+		file, err := sysctlFile(name, kinds)
+		if err != nil {
+			return nil, err
+		}
+		files[name] = file
+	}
+	return files, nil
 }
 
 func writeSysctl(root *os.Root, file, value string) error {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -37,6 +38,9 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 	}
 	if mode := namespaces.GetPid(); mode == runtime.NamespaceMode_TARGET {
 		return nil, fmt.Errorf("pod %q asks for the pid namespace mode %s; a sandbox has POD, CONTAINER or NODE: %w", cri.PodName(config), mode, errdefs.ErrInvalidArgument)
+	}
+	if err := pause.CheckSysctls(config); err != nil {
+		return nil, fmt.Errorf("pod %q has a sysctl that can't be set: %w", cri.PodName(config), err)
 	}
 	mapping, err := userns.FromCRI(namespaces.GetUsernsOptions())
 	if err != nil {

@@ -20,7 +20,7 @@ const (
 
 // heapOfFailedStarts says by how much the heap grows with each start that fails.
 func heapOfFailedStarts(ctx context.Context, handler string) (_ string, err error) {
-	n, err := harness.NewNode(ctx, harness.Config{FakeRuntime: true, TOML: "debug.level = 'warn'"})
+	n, err := harness.NewNode(ctx, harness.Config{TOML: "debug.level = 'warn'"})
 	if err != nil {
 		return "", err
 	}
@@ -31,7 +31,7 @@ func heapOfFailedStarts(ctx context.Context, handler string) (_ string, err erro
 		return "", err
 	}
 	defer events.Close()
-	if err := n.Fault("runc.create", "error(no luck)"); err != nil {
+	if err := n.Fault("bridge.ADD", "error(no luck)"); err != nil {
 		return "", err
 	}
 	if err := failStarts(ctx, n, handler, firstStarts); err != nil {
@@ -63,8 +63,7 @@ func failStarts(ctx context.Context, n *harness.Node, handler string, starts int
 	for i := range parallel {
 		workers.Go(func() {
 			for done.Add(1) <= int64(starts) && errs[i] == nil {
-				// The fake runtime can't enter a user namespace that is there.
-				config := n.PodConfig(fmt.Sprint("pod-", pods.Add(1)), harness.HostUsers())
+				config := n.PodConfig(fmt.Sprint("pod-", pods.Add(1)))
 				if pod, err := n.RunPod(ctx, handler, config); err == nil {
 					errs[i] = fmt.Errorf("pod %q has started", pod.ID)
 				}

@@ -59,10 +59,9 @@ var parts = []install{
 		"github.com/containerd/containerd/v2/cmd/ctr",
 		"./cmd/podfsm-init",
 		"./integration/attack",
-		"./integration/fakerunc",
 		"./integration/faultwrap",
 		"./integration/delegate",
-	}, "containerd-shim-runc-v2, ctr, podfsm-init, attack, fakerunc, faultwrap, delegate"},
+	}, "containerd-shim-runc-v2, ctr, podfsm-init, attack, faultwrap, delegate"},
 	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
 	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
 }

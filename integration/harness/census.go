@@ -99,7 +99,7 @@ func (n *Node) TidyCensus(ctx context.Context) (Census, error) {
 // idle are the categories that are empty on a node without pods.
 var idle = []string{Cgroups, CNICache, Containers, Descriptors, Fifos, HostIDs, Leases, Ledger, Processes, SandboxDirs, Sandboxes, ShimSockets, Shims, Tasks}
 
-// WarmUp runs and removes a pod, with a container unless the runtime is a fake, on a node without pods, and
+// WarmUp runs and removes a pod with a container on a node without pods, and
 // returns the census after it: the first pod makes what stays, such as the
 // bridge and empty iptables chains.
 func (n *Node) WarmUp(ctx context.Context, handler string) (Census, error) {
@@ -107,10 +107,8 @@ func (n *Node) WarmUp(ctx context.Context, handler string) (Census, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to run the warm-up pod: %w", err)
 	}
-	if n.runc != "fakerunc" {
-		if _, err := pod.StartContainer(ctx, "busybox"); err != nil {
-			return nil, fmt.Errorf("failed to start the warm-up container: %w", err)
-		}
+	if _, err := pod.StartContainer(ctx, "busybox"); err != nil {
+		return nil, fmt.Errorf("failed to start the warm-up container: %w", err)
 	}
 	if err := pod.StopAndRemove(ctx); err != nil {
 		return nil, err

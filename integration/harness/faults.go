@@ -66,12 +66,7 @@ func (n *Node) installParts() error {
 }
 
 // real is the program that a part of the node is while nothing wraps it.
-func (n *Node) real(part string) string {
-	if part == "runc" {
-		part = n.runc
-	}
-	return n.binary(part)
-}
+func (n *Node) real(part string) string { return n.binary(part) }
 
 // install makes a part of the node a link to program. A daemon that runs the
 // part meanwhile finds the old or the new one.

@@ -53,8 +53,6 @@ type Config struct {
 	Traces bool     // receive the daemon's spans
 	// Handlers are runtime handlers of podfsm besides PodfsmHandler.
 	Handlers []string
-	// FakeRuntime has fakerunc in the place of runc, for thousands of sandboxes. Pods can't have containers then.
-	FakeRuntime bool
 	// Install puts the daemon where it is run from, before its first start, and
 	// returns the program that runs it. Nil runs it from where it was built.
 	Install func(*Node) (executable string, err error)
@@ -80,7 +78,6 @@ type Node struct {
 	repo       string
 	lock       *os.File // held for as long as this process may use dir
 	executable string
-	runc       string // the program that is the node's runc
 	env        []string
 	daemon     *process
 	tracer     *exec.Cmd // strace, which stalls the daemon
@@ -97,10 +94,7 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{repo: repo, executable: filepath.Join(repo, daemon.path()), runc: "runc"}
-	if c.FakeRuntime {
-		n.runc = "fakerunc"
-	}
+	n := &Node{repo: repo, executable: filepath.Join(repo, daemon.path())}
 	if err := n.makeDir(); err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -22,17 +23,71 @@ const stallTime = time.Minute
 // daemon is killed, and reaches what no fault point can: the middle of what one
 // function does. They return when strace watches all of the daemon's threads.
 func (n *Node) StallAfter(ctx context.Context, syscall, path string) error {
-	return n.stall(ctx, syscall, "delay_exit", path)
+	return n.trace(ctx, syscall, stalled("delay_exit"), "-P", path)
 }
 
 // StallBefore: see StallAfter.
 func (n *Node) StallBefore(ctx context.Context, syscall, path string) error {
-	return n.stall(ctx, syscall, "delay_enter", path)
+	return n.trace(ctx, syscall, stalled("delay_enter"), "-P", path)
 }
 
-func (n *Node) stall(ctx context.Context, syscall, when, path string) error {
-	inject := fmt.Sprintf("inject=%s:%s=%d", syscall, when, stallTime.Microseconds())
-	n.tracer = exec.Command("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace="+syscall, "-e", inject, "-P", path, "-p", strconv.Itoa(n.Pid()))
+// StallChild has strace hold each process that the daemon starts when it is about
+// to make a system call for the nth time. See StallBefore.
+func (n *Node) StallChild(ctx context.Context, syscall string, nth int) error {
+	return n.trace(ctx, syscall, fmt.Sprintf("%s:when=%d", stalled("delay_enter"), nth))
+}
+
+// calls are the numbers of the system calls that WaitChildIn knows.
+var calls = map[string]int{"close_range": unix.SYS_CLOSE_RANGE, "pivot_root": unix.SYS_PIVOT_ROOT, "execve": unix.SYS_EXECVE}
+
+// WaitChildIn waits until a process that the daemon has started is held in a
+// system call by StallChild.
+func (n *Node) WaitChildIn(ctx context.Context, syscall string) error {
+	return poll(ctx, pollInterval, func() error {
+		children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", n.Pid()))
+		if err != nil {
+			return err
+		}
+		for _, file := range children {
+			pids, _ := os.ReadFile(file) // a thread that has ended has none
+			for pid := range strings.FieldsSeq(string(pids)) {
+				// It begins with the number, proc_pid_syscall(5).
+				call, _ := os.ReadFile(filepath.Join("/proc", pid, "syscall"))
+				if strings.HasPrefix(string(call), strconv.Itoa(calls[syscall])+" ") {
+					return nil
+				}
+			}
+		}
+		return fmt.Errorf("no process of the daemon is in %s: %w", syscall, errdefs.ErrUnavailable)
+	})
+}
+
+// FailChild has strace fail a system call that a process makes which the daemon
+// starts, the nth time, with an error such as "EIO". It lasts until EndTrace.
+func (n *Node) FailChild(ctx context.Context, syscall, errno string, nth int) error {
+	return n.trace(ctx, syscall, fmt.Sprintf("error=%s:when=%d", errno, nth))
+}
+
+// EndTrace has strace let go of the daemon, which goes on.
+func (n *Node) EndTrace() error {
+	if n.tracer == nil {
+		return nil
+	}
+	err := n.tracer.Process.Signal(unix.SIGTERM) // it lets go of each thread first
+	_ = n.tracer.Wait()
+	n.tracer = nil
+	return err
+}
+
+// stalled is what strace does to a system call that has to wait.
+func stalled(when string) string {
+	return fmt.Sprintf("%s=%d", when, stallTime.Microseconds())
+}
+
+func (n *Node) trace(ctx context.Context, syscall, injection string, flags ...string) error {
+	inject := fmt.Sprintf("inject=%s:%s", syscall, injection)
+	flags = append(flags, "-f", "-qq", "-o", "/dev/null", "-e", "trace="+syscall, "-e", inject, "-p", strconv.Itoa(n.Pid()))
+	n.tracer = exec.Command("strace", flags...)
 	if err := n.tracer.Start(); err != nil {
 		return fmt.Errorf("failed to start strace, `make deps` installs it: %w", err)
 	}
