@@ -151,6 +151,13 @@ func TestDemandFails(t *testing.T) {
 
 			w.mend()
 			w.book.refuse = nil
+			w.do[states.StartShim] = func(context.Context) error {
+				step := w.view(t).Step(states.StartShim)
+				require.Equal(t, StepRunning, step.Status)
+				require.NoError(t, step.Err, "of the first try")
+				require.Zero(t, step.Duration)
+				return nil
+			}
 			require.NoError(t, w.demand(t))
 			w.requireReady(t, states.StartShim)
 			step := w.view(t).Step(states.StartShim)
@@ -163,18 +170,29 @@ func TestDemandFails(t *testing.T) {
 
 // What stands may be in use: only the stop of the sandbox undoes it.
 func TestDemandAgainFails(t *testing.T) {
-	for name, do := range map[string]func(context.Context) error{
-		"it fails":  func(context.Context) error { return errNoLuck },
-		"it panics": func(context.Context) error { panic("a bug") },
+	for name, tc := range map[string]struct {
+		do    func(context.Context) error
+		class error
+	}{
+		"it fails":  {func(context.Context) error { return errNoLuck }, errNoLuck},
+		"it panics": {func(context.Context) error { panic("a bug") }, errdefs.ErrInternal},
+		"it hangs":  {func(ctx context.Context) error { <-ctx.Done(); return errdefs.ErrUnknown }, context.DeadlineExceeded},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := readyWorld(t)
+			w := newWorld(t, func(f *Facts) {
+				if f.Name == states.StartShim {
+					f.Deadline = 50 * time.Millisecond
+				}
+			})
+			require.NoError(t, w.run(t))
 			require.NoError(t, w.demand(t))
 			view := w.view(t)
-			w.do[states.StartShim] = do
+			w.do[states.StartShim] = tc.do
 			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
+			err := w.demand(t)
+			require.ErrorIs(t, err, tc.class)
 			var failed *StepError
-			require.ErrorAs(t, w.demand(t), &failed)
+			require.ErrorAs(t, err, &failed)
 			require.Equal(t, states.StartShim, failed.Step)
 			require.Equal(t, view, w.view(t))
 			require.NotContains(t, w.acted(), "undo start_shim")
@@ -373,7 +391,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 	t.Run("without its caller", func(t *testing.T) {
 		w := readyWorld(t)
 		reached, release, f := hang()
-		w.do[states.StartShim] = func(context.Context) error { return f() }
+		w.do[states.StartShim] = func(ctx context.Context) error { return errors.Join(f(), ctx.Err()) }
 		ctx, cancel := context.WithCancel(t.Context())
 		first := ask(func() error { return w.Demand(ctx, testKey, states.StartShim) })
 		<-reached
@@ -385,6 +403,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		require.NoError(t, w.demand(t))
 		w.requireReady(t, states.StartShim)
 		require.Equal(t, 1, count(w.book.read(), "done start_shim"))
+		require.NotContains(t, w.acted(), "undo start_shim")
 	})
 }
 

@@ -296,6 +296,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	require.Equal(t, states.Ready, w.state(t))
+	require.Equal(t, []journal.Key{testKey}, w.Keys())
 	require.NoError(t, w.Halt(t.Context(), testKey))
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.NoError(t, w.Stop(t.Context(), testKey), "stop is idempotent")
@@ -305,6 +306,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 	require.NoError(t, w.Remove(t.Context(), testKey), "remove is idempotent")
 
 	require.True(t, w.gone())
+	require.Empty(t, w.Keys())
 	require.Empty(t, w.left())
 	require.Equal(t, []states.State{
 		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,

@@ -31,7 +31,7 @@ func FuzzReplay(f *testing.F) {
 			return &journal.Data{TypeURL: url, Value: value}
 		}
 		const known = 1 // the version of the steps
-		path := states.CreationPath()
+		path := states.Steps()
 		name := string(path[uint(step)%uint(len(path))])
 		key := journal.Key{Namespace: "k8s.io", ID: "s1"}
 		views, err := Replay([]journal.Sandbox{{Key: key, Records: []journal.Record{

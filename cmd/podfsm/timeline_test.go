@@ -100,6 +100,14 @@ var readyTimeline = &timeline{
 	siblings: []*podfsmv1.Sandbox{crashed.GetSandbox(), ready},
 }
 
+// servingTimeline is the same pod, whose first container came a minute later.
+var servingTimeline = func() *timeline {
+	r := proto.CloneOf(readyTimeline.InspectResponse)
+	r.Steps = append(r.Steps, &podfsmv1.Step{Name: "start_shim", Status: "done"})
+	r.Acts = append(r.Acts, act("do", "start_shim", time.Minute, 30*ms, ""))
+	return &timeline{InspectResponse: r, siblings: readyTimeline.siblings}
+}()
+
 // hostile is written by a pod that means no good.
 const hostile = `</title></style></pre><script>alert(1)</script><img src=x onerror="alert(2)">'"` + "`{{.}}\x1b[2J\u202e\u2028\x00" + `javascript:alert(3)`
 
@@ -131,6 +139,7 @@ var owingTimeline = func() *timeline {
 var timelines = map[string]*timeline{
 	"crashed": {InspectResponse: crashed, siblings: readyTimeline.siblings},
 	"ready":   readyTimeline,
+	"serving": servingTimeline,
 	"owing":   owingTimeline,
 	"starting": {InspectResponse: &podfsmv1.InspectResponse{Sandbox: starting, Steps: startingInspection.GetSteps(), Acts: []*podfsmv1.Act{
 		act("do", "allocate_ids", 5*time.Minute, time.Second, ""),

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/states"
 )
 
 // idle is how long nothing may go on before a waterfall is broken off and goes
@@ -172,7 +173,8 @@ func statusOf(r *podfsmv1.InspectResponse, step string) string {
 
 // titleOf says what a stretch was about.
 func titleOf(r *podfsmv1.InspectResponse, lanes []lane) string {
-	does := slices.ContainsFunc(lanes, func(l lane) bool { return !l.nested && !undoes(l) })
+	does := slices.ContainsFunc(lanes, creates)
+	demanded := slices.ContainsFunc(lanes, onDemand)
 	ends := slices.ContainsFunc(lanes, func(l lane) bool { return !l.nested && undoes(l) })
 	rolledBack := slices.ContainsFunc(r.GetTransitions(), func(t *podfsmv1.Transition) bool { return t.GetEvent() == "roll_back" })
 	switch {
@@ -184,6 +186,10 @@ func titleOf(r *podfsmv1.InspectResponse, lanes []lane) string {
 		return "Creation"
 	case rolledBack:
 		return "Rollback, tried again"
+	case demanded && ends:
+		return "First container, stop and removal"
+	case demanded:
+		return "First container"
 	default:
 		return "Stop and removal"
 	}
@@ -193,13 +199,20 @@ func undoes(l lane) bool {
 	return strings.HasPrefix(l.label, "undo ") || strings.HasPrefix(l.label, "stop ")
 }
 
-// slowest is the lane of the step that took longest to do, and how long all of
-// them took; it is false when there is none.
+// creates says whether a lane is a step of the creation.
+func creates(l lane) bool { return !l.nested && !undoes(l) && !onDemand(l) }
+
+// onDemand says whether a lane is the start of what a pod's containers need,
+// which the first of them waits for, maybe long after the creation.
+func onDemand(l lane) bool { return l.label == string(states.StartShim) }
+
+// slowest is the lane of the creation's step that took longest to do, and how
+// long all of them took; it is false when there is none.
 func slowest(all []stretch) (most lane, total time.Duration, ok bool) {
 	var whole period
 	for _, s := range all {
 		for _, l := range s.lanes {
-			if l.nested || undoes(l) {
+			if !creates(l) {
 				continue
 			}
 			if !ok || l.when.length() > most.when.length() {
