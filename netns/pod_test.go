@@ -61,7 +61,7 @@ func startPod(t *testing.T, flags uintptr) *pod {
 // kill ends and reaps pause.
 func (p *pod) kill() {
 	_ = p.cmd.Process.Kill()
-_ = p.cmd.Wait()
+	_ = p.cmd.Wait()
 }
 
 // file is a file of pause in /proc.
