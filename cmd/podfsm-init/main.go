@@ -11,10 +11,12 @@
 //	0, 1, 2  /dev/null
 //	3        the OCI runtime specification as JSON, up to the end of the file. The daemon closes its end without a word when
 //	         pause is not to be started, also by dying.
-//	4        where the reason of a failure is written. It closes without a word when pause is executed.
+//	4        where a NUL byte is written right before pause is executed, and the reason of a failure as text. Closed without
+//	         either, it says that this program was killed.
 //	5        the root filesystem, a mount that is attached nowhere
-//	6        a seccomp filter: an array of struct sock_filter (seccomp(2)); empty for none
-//	7, 8, …  the sources of the bind mounts of the specification in their order, mounts that are attached nowhere
+//	6        a seccomp filter: an array of struct sock_filter (seccomp(2))
+//	7        this program
+//	8, 9, …  the sources of the bind mounts of the specification in their order, mounts that are attached nowhere
 //
 // podfsm-init --version prints the release and the protocol.
 package main
@@ -49,7 +51,7 @@ const (
 	reportFD  = 4
 	rootfsFD  = 5
 	seccompFD = 6
-	bindsFD   = 7
+	bindsFD   = 8
 )
 
 // Credentials, the seccomp filter and no_new_privs are the thread's. execve(2) keeps those of its thread and ends the others.
@@ -87,6 +89,9 @@ func run() error {
 	filter, err := io.ReadAll(io.NewSectionReader(os.NewFile(seccompFD, "seccomp"), 0, math.MaxInt32)) // many share the file, but not its offset
 	if err != nil {
 		return fmt.Errorf("failed to read the seccomp filter: %w", err)
+	}
+	if len(filter) == 0 {
+		return errors.New("the seccomp filter is empty")
 	}
 	// The cgroup namespace begins at the cgroup that the process is in: the daemon has moved it there before it sent the specification.
 	if slices.ContainsFunc(spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.CgroupNamespace }) {
@@ -126,6 +131,9 @@ func run() error {
 	}
 	if err := confine(filter); err != nil {
 		return err
+	}
+	if _, err := unix.Write(reportFD, []byte{0}); err != nil {
+		return fmt.Errorf("failed to report: %w", err) // the daemon is gone, and nobody knows of this process
 	}
 	return fmt.Errorf("failed to execute %q of the pause image: %w", program, unix.Exec(program, spec.Process.Args, spec.Process.Env))
 }
@@ -311,9 +319,6 @@ func dropPrivileges(user specs.User) error {
 func confine(filter []byte) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("failed to set no_new_privs: %w", err)
-	}
-	if len(filter) == 0 {
-		return nil
 	}
 	program := unix.SockFprog{
 		Len:    uint16(len(filter) / int(unsafe.Sizeof(unix.SockFilter{}))),
