@@ -211,8 +211,10 @@ func (g Group) tree() (dirs []string, err error) {
 	return dirs, nil
 }
 
-// gone says that a cgroup was removed, also between the opening and the reading of its file.
-func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
+// gone says that a cgroup was removed, also between the opening and the reading of its file, or that there can't be one of its name.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENAMETOOLONG)
+}
 
 // pauses are the waits between two looks at a cgroup, until it is as it will be: 1 ms, doubled up to 50 ms.
 func pauses(yield func(time.Duration) bool) {

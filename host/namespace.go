@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,35 +31,50 @@ func InNetNS(netns *os.File, f func() error) error {
 	return err
 }
 
-// In calls f on a thread of its own in namespaces of the process; kinds are CLONE_NEW* flags of setns(2), which takes a pidfd since Linux
-// 5.8. The thread's root is the host's all the while.
+// In calls f on a thread in namespaces of the process; kinds are CLONE_NEW* flags of setns(2), which takes a pidfd since Linux 5.8. The
+// thread's root is the host's all the while. In returns when the thread has ended, which kept the namespaces alive.
 func (p *Process) In(kinds int, f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // and never unlocks it: the runtime ends the thread with the goroutine
-		err := p.Control(func(pidfd int) error { return unix.Setns(pidfd, kinds) })
+	return onLastThread(func() error {
+		err := p.control(func(pidfd int) error { return unix.Setns(pidfd, kinds) })
 		if err != nil {
-			done <- fmt.Errorf("failed to enter the namespaces of process %d: %w", p.pid, err)
-			return
+			return fmt.Errorf("failed to enter the namespaces of process %d: %w", p.pid, err)
 		}
-		done <- f()
-	}()
-	return <-done
+		return f()
+	})
 }
 
 // Control gives f the pidfd, which stays open meanwhile and is the Process's to close.
 func (p *Process) Control(f func(pidfd int) error) error { return p.control(f) }
 
-// ExitStatus is how a process has ended that is not a child of this one.
+// reaping is how long ExitStatus waits for the parent of a process that has ended. An init process that works takes a millisecond.
+const reaping = 50 * time.Millisecond
+
+// ExitStatus is how a process has ended that is not a child of this one. The kernel tells when the process has been reaped, for which it
+// waits 50 ms at most.
 //
-// Errors: those of ioctl(2), on Linux before 6.15, and for a process that nobody has reaped yet or that runs.
+// Errors: those of ioctl(2), on Linux before 6.15, and ENODATA for a process that runs or that nobody reaps.
 func (p *Process) ExitStatus() (status unix.WaitStatus, err error) {
-	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
-	if err := p.control(func(pidfd int) error { return unix.IoctlPidfdInfo(pidfd, &info) }); err != nil {
+	err = p.control(func(pidfd int) error {
+		status, err = exitStatus(pidfd)
+		if errors.Is(err, unix.ENODATA) {
+			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(pidfd)}}, int(reaping.Milliseconds())) // POLLHUP: it is reaped, since Linux 6.9
+			status, err = exitStatus(pidfd)
+		}
+		return err
+	})
+	if err != nil {
 		return 0, fmt.Errorf("failed to ask how process %d has ended: %w", p.pid, err)
 	}
+	return status, nil
+}
+
+func exitStatus(pidfd int) (unix.WaitStatus, error) {
+	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
+	if err := unix.IoctlPidfdInfo(pidfd, &info); err != nil {
+		return 0, err
+	}
 	if info.Mask&unix.PIDFD_INFO_EXIT == 0 {
-		return 0, fmt.Errorf("the kernel does not say how process %d has ended: %w", p.pid, unix.ENODATA)
+		return 0, unix.ENODATA
 	}
 	return unix.WaitStatus(info.Exit_code), nil
 }

@@ -73,8 +73,9 @@ func enter(dir string) error { return writeFile(filepath.Join(dir, "tasks"), "0"
 // threadEnd bounds the wait for the end of a thread that has nothing more to do.
 const threadEnd = time.Second
 
-// onLastThread calls f on a thread that does nothing else and ends after it. It returns when that thread has ended: as long as it is in
-// a cgroup, this whole process is listed there, and whoever ends that cgroup would end it.
+// onLastThread calls f on a thread that does nothing else and ends after it, never on the first thread, which the runtime doesn't end
+// and /proc/self stands for. It returns when that thread has ended: as long as it is in a cgroup, this whole process is listed there,
+// and whoever ends that cgroup would end it; and as long as it is in a namespace, that lives.
 func onLastThread(f func() error) error {
 	var tid int
 	done := make(chan error, 1)

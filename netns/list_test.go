@@ -17,8 +17,8 @@ func TestPinsAndUsers(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, pins, "there is no directory")
 
-	p := startPod(t, shimOptions{Flags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET})
-	h, err := Capture(t.Context(), p.expect())
+	p := startPod(t, unix.CLONE_NEWUSER|unix.CLONE_NEWNET)
+	h, err := Capture(p.Process)
 	require.NoError(t, err)
 	defer h.Close()
 	require.NoError(t, h.Pin(path))
@@ -32,7 +32,7 @@ func TestPinsAndUsers(t *testing.T) {
 
 	users, err := Users(path)
 	require.NoError(t, err)
-	require.Contains(t, users, p.pid)
+	require.Contains(t, users, p.Pid())
 	require.NotContains(t, users, os.Getpid())
 	users, err = Users(filepath.Join(dir, "empty"))
 	require.NoError(t, err)

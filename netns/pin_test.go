@@ -15,13 +15,11 @@ import (
 // capturePod returns the captured network namespace of a new pod, and the inode of the user namespace that owns it.
 func capturePod(t *testing.T) (h *Handle, owner uint64) {
 	t.Helper()
-	p := startPod(t, shimOptions{Flags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET})
-	h, err := Capture(t.Context(), p.expect())
+	p := startPod(t, unix.CLONE_NEWUSER|unix.CLONE_NEWNET)
+	h, err := Capture(p.Process)
 	require.NoError(t, err)
 	t.Cleanup(func() { h.Close() })
-	user, err := statNS(procPath(p.pid, "ns/user"))
-	require.NoError(t, err)
-	return h, user.ino
+	return h, p.inode(t, "user")
 }
 
 // pinPath is a path in a directory that doesn't exist yet.

@@ -11,9 +11,9 @@ import (
 
 // exits notices the ends of all processes in one goroutine: the pidfd of a process is readable once it has ended (pidfd_open(2)).
 type exits struct {
-	epoll int
+	epoll *os.File
 	stop  *os.File  // becomes readable for the end of the goroutine
-	run   sync.Once // the goroutine, once there is anything to watch
+	begin sync.Once // of the goroutine, once there is anything to watch
 	done  chan struct{}
 	ended func(key string, process *process)
 
@@ -35,58 +35,67 @@ func watchExits(ended func(key string, process *process)) (*exits, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to watch for exits: %w", err)
 	}
+	e := &exits{epoll: os.NewFile(uintptr(epoll), "epoll"), done: make(chan struct{}), ended: ended, watching: map[int32]watched{}}
 	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
-		unix.Close(epoll)
-		return nil, fmt.Errorf("failed to watch for exits: %w", err)
+		return nil, errors.Join(fmt.Errorf("failed to watch for exits: %w", err), e.epoll.Close())
 	}
-	e := &exits{epoll: epoll, stop: os.NewFile(uintptr(stop), "eventfd"), done: make(chan struct{}), ended: ended, watching: map[int32]watched{}}
+	e.stop = os.NewFile(uintptr(stop), "eventfd")
 	if err := e.listen(stop, stopID); err != nil {
-		return nil, errors.Join(err, unix.Close(epoll), e.stop.Close())
+		return nil, errors.Join(fmt.Errorf("failed to watch for exits: %w", err), e.epoll.Close(), e.stop.Close())
 	}
 	return e, nil
 }
 
 func (e *exits) listen(fd int, id int32) error {
-	return unix.EpollCtl(e.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: id})
+	return unix.EpollCtl(int(e.epoll.Fd()), unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: id})
 }
 
-// add has the end of a process noticed, also one that it has come to already.
+// add has the end of a process noticed, also one that it has come to already. The process stays open until then.
 func (e *exits) add(key string, process *process) error {
-	e.run.Do(func() { go e.watch() })
+	e.begin.Do(func() { go e.watch() })
 	e.mu.Lock()
 	e.last++
 	id := e.last
 	e.watching[id] = watched{key, process}
 	e.mu.Unlock()
-	return process.Control(func(pidfd int) error { return e.listen(pidfd, id) })
+	err := process.Control(func(pidfd int) error { return e.listen(pidfd, id) })
+	if err != nil {
+		e.take(id)
+	}
+	return err
+}
+
+func (e *exits) take(id int32) watched {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	w := e.watching[id]
+	delete(e.watching, id)
+	return w
 }
 
 func (e *exits) watch() {
 	defer close(e.done)
 	events := make([]unix.EpollEvent, 64)
 	for {
-		n, err := unix.EpollWait(e.epoll, events, -1)
+		n, err := unix.EpollWait(int(e.epoll.Fd()), events, -1)
 		if err != nil && !errors.Is(err, unix.EINTR) {
-			return // the descriptor is closed
+			return // it never fails otherwise
 		}
 		for _, event := range events[:max(n, 0)] {
 			if event.Fd == stopID {
 				return
 			}
-			e.mu.Lock()
-			w := e.watching[event.Fd]
-			delete(e.watching, event.Fd)
-			e.mu.Unlock()
+			w := e.take(event.Fd)
 			e.ended(w.key, w.process)
 		}
 	}
 }
 
 func (e *exits) close() {
-	e.run.Do(func() { close(e.done) }) // it never ran
+	e.begin.Do(func() { close(e.done) }) // it never ran
 	_, _ = e.stop.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0})
 	<-e.done
-	unix.Close(e.epoll)
+	e.epoll.Close()
 	e.stop.Close()
 }

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -39,10 +41,11 @@ const (
 //
 // Its methods are safe for concurrent use. Close it when nothing calls it any more; the processes live on.
 type Processes struct {
-	init   *os.File // podfsm-init, sealed
-	null   *os.File
+	init   *os.File // podfsm-init, see sealed
+	null   *os.File // see openNull
 	exits  *exits
 	exited func(key string, exit Exit)
+	late   sync.WaitGroup // exits that nobody has been told of yet
 
 	mu      sync.Mutex
 	running map[string]*process // by key, until it is forgotten
@@ -56,6 +59,8 @@ type process struct {
 	child bool          // of this daemon, so there is an exit status to collect, and a zombie until that is done
 	done  chan struct{} // closed once exit is set
 	exit  Exit
+
+	killed atomic.Bool // by us
 }
 
 // Record is what has to be on record of a pause, to find it again after a restart.
@@ -74,16 +79,18 @@ type Exit struct {
 const UnknownStatus = 255
 
 // NewProcesses reads podfsm-init, and begins to watch for exits, of which it tells exited, one after the other; the key is that of
-// [StartRequest]. A failure to find the program is a FailedPrecondition error with the remedy.
+// [StartRequest]. While exited runs no other exit is noticed, and Close waits for it. A failure to read the program is a
+// FailedPrecondition error with the remedy.
 //
 // The program is kept in memory and sealed: no process of a pod can write to the file that the next pod starts from, and an upgrade
 // of the package does not mix two releases.
 func NewProcesses(initPath string, exited func(key string, exit Exit)) (*Processes, error) {
-	program, err := sealed(initPath)
+	program, err := loadInit(initPath)
 	if err != nil {
-		return nil, fmt.Errorf("failed to load %q: %w: %w", initPath, err, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("failed to load %q; install the %s of this release there, or set init_path in podfsm's section of containerd's configuration: %w: %w",
+			initPath, InitName, err, errdefs.ErrFailedPrecondition)
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	null, err := openNull()
 	if err != nil {
 		return nil, errors.Join(err, program.Close())
 	}
@@ -114,25 +121,27 @@ func FindInit() (string, error) {
 	return inPath, nil
 }
 
-// highDescriptor is above the descriptors that a process is started with, which would take its place otherwise.
-const highDescriptor = 100
-
-// sealed copies a program into memory that nobody can change any more (memfd_create(2), fcntl_sealing).
-func sealed(path string) (*os.File, error) {
+func loadInit(path string) (*os.File, error) {
 	source, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer source.Close()
+	return sealed(InitName, source)
+}
+
+// sealed copies a file into memory that nobody can change any more, whoever gets hold of a descriptor (memfd_create(2),
+// fcntl_sealing).
+func sealed(name string, source io.Reader) (*os.File, error) {
 	const flags = unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
-	fd, err := unix.MemfdCreate(InitName, flags|unix.MFD_EXEC)
+	fd, err := unix.MemfdCreate(name, flags|unix.MFD_EXEC)
 	if errors.Is(err, unix.EINVAL) {
-		fd, err = unix.MemfdCreate(InitName, flags) // Linux before 6.3
+		fd, err = unix.MemfdCreate(name, flags) // Linux before 6.3
 	}
 	if err != nil {
 		return nil, err
 	}
-	file := os.NewFile(uintptr(fd), InitName)
+	file := os.NewFile(uintptr(fd), name)
 	defer file.Close()
 	if _, err := io.Copy(file, source); err != nil {
 		return nil, err
@@ -140,17 +149,18 @@ func sealed(path string) (*os.File, error) {
 	if _, err := unix.FcntlInt(file.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE); err != nil {
 		return nil, err
 	}
-	// A file that is open for writing can't be executed (ETXTBSY), so it is opened anew.
-	readable, err := os.Open(fdPath(file))
+	return os.Open(fdPath(file)) // what is open for writing can't be executed (ETXTBSY)
+}
+
+// openNull opens /dev/null by a mount that is read-only. A container that shares pause's pid namespace reaches pause's descriptors, and
+// must not change the owner or the mode of the host's device by them.
+func openNull() (*os.File, error) {
+	mount, err := detached(os.DevNull, unix.MOUNT_ATTR_RDONLY)
 	if err != nil {
 		return nil, err
 	}
-	defer readable.Close()
-	high, err := unix.FcntlInt(readable.Fd(), unix.F_DUPFD_CLOEXEC, highDescriptor)
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(high), InitName), nil
+	defer mount.Close()
+	return os.OpenFile(fdPath(mount), os.O_RDWR, 0)
 }
 
 func fdPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
@@ -160,6 +170,7 @@ func (p *Processes) Close() error { return p.close() }
 
 func (p *Processes) closeAll() error {
 	p.exits.close()
+	p.late.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for key, process := range p.running {
@@ -177,8 +188,8 @@ type StartRequest struct {
 	// Spec is the OCI runtime specification, complete. Its mounts are a tmpfs and binds.
 	Spec *specs.Spec
 
-	// Rootfs is the root filesystem, see [MountRootfs].
-	Rootfs *os.File
+	// Rootfs mounts the root filesystem, see [Files.MountRootfs], in the user namespace that pause was cloned in; nil for the host's.
+	Rootfs func(userns *os.File) (*os.File, error)
 
 	// Seccomp is a seccomp filter from [SeccompFilter].
 	Seccomp *os.File
@@ -192,7 +203,8 @@ type StartRequest struct {
 
 // Start starts pause and returns when its program is executed. On an error nothing of it runs any more; the cgroup may be left.
 //
-// What podfsm-init has failed at is in the error's text. A ctx that ends kills the process and is the error.
+// Errors: AlreadyExists for a key that is in use, InvalidArgument for a specification that this package can't fulfil. What
+// podfsm-init has failed at is in the error's text. A ctx that ends kills the process and is the error.
 func (p *Processes) Start(ctx context.Context, r StartRequest) (Record, error) {
 	record, err := p.start(ctx, r)
 	if err != nil {
@@ -202,55 +214,115 @@ func (p *Processes) Start(ctx context.Context, r StartRequest) (Record, error) {
 }
 
 func (p *Processes) start(ctx context.Context, r StartRequest) (_ Record, err error) {
+	if _, ok := p.find(r.Key); ok {
+		return Record{}, inUse(r.Key)
+	}
+	if err := r.check(); err != nil {
+		return Record{}, err
+	}
 	text, err := json.Marshal(r.Spec)
 	if err != nil {
 		return Record{}, err
 	}
-	binds, err := openBinds(r.Spec.Mounts)
-	defer closeAll(binds)
+	ours, theirs, err := socketPair()
 	if err != nil {
 		return Record{}, err
 	}
-	specIn, specOut, err := os.Pipe()
-	if err != nil {
-		return Record{}, err
-	}
-	defer closeAll([]*os.File{specIn, specOut})
-	reportIn, reportOut, err := os.Pipe()
-	if err != nil {
-		return Record{}, err
-	}
-	defer closeAll([]*os.File{reportIn, reportOut})
-
-	child, err := p.clone(r, append([]*os.File{p.null, p.null, p.null, specIn, reportOut, r.Rootfs, r.Seccomp}, binds...))
-	if err != nil {
-		if child != nil {
-			child.reap(ctx)
-		}
-		return Record{}, err
-	}
+	defer ours.Close()
+	child, err := p.clone(r, []*os.File{p.null, p.null, p.null, theirs, r.Seccomp, p.init})
+	theirs.Close()
 	defer func() {
-		if err != nil {
-			child.reap(ctx)
+		if err != nil && child != nil {
+			err = errors.Join(err, child.reap(ctx))
 		}
 	}()
-	closeAll([]*os.File{specIn, reportOut})
+	if err != nil {
+		return Record{}, err
+	}
 	record := Record{Pid: child.Pid()}
 	if record.StartTime, err = child.StartTime(ctx); err != nil {
 		return Record{}, err
 	}
+	// It waits for the specification, and is our child that nobody has reaped, so until then its pid is its own.
 	if score := r.Spec.Process.OOMScoreAdj; score != nil {
-		// It waits for the specification, and is our child that nobody has reaped, so the pid is its own.
 		file := fmt.Sprintf("/proc/%d/oom_score_adj", record.Pid)
 		if err := os.WriteFile(file, []byte(strconv.Itoa(*score)), 0); err != nil {
 			return Record{}, fmt.Errorf("failed to set the OOM score adjustment to %d; set restrict_oom_score_adj where the daemon lacks CAP_SYS_RESOURCE: %w", *score, err)
 		}
 	}
-	if err := instruct(ctx, specOut, text, reportIn); err != nil {
+	mounts, err := r.mounts(record.Pid)
+	defer closeAll(mounts)
+	if err != nil {
+		return Record{}, err
+	}
+	if err := instruct(ctx, ours, mounts, text); err != nil {
 		return Record{}, err
 	}
 	return record, p.watch(r.Key, child)
 }
+
+// mounts are what podfsm-init attaches: the root filesystem, and the sources of the bind mounts. On an error it returns those that it
+// has opened, too.
+func (r StartRequest) mounts(pid int) (mounts []*os.File, err error) {
+	var userns *os.File
+	if len(r.Spec.Linux.UIDMappings) > 0 {
+		if userns, err = os.Open(fmt.Sprintf("/proc/%d/ns/user", pid)); err != nil {
+			return nil, err
+		}
+		defer userns.Close()
+	}
+	rootfs, err := r.Rootfs(userns)
+	if err != nil {
+		return nil, err
+	}
+	binds, err := openBinds(r.Spec.Mounts)
+	return append([]*os.File{rootfs}, binds...), err
+}
+
+// socketPair returns the daemon's end of a connection with podfsm-init, and the other one.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "daemon"), os.NewFile(uintptr(fds[1]), InitName)
+	defer ours.Close() // net.FileConn has one of its own
+	conn, err := net.FileConn(ours)
+	if err != nil {
+		return nil, nil, errors.Join(err, theirs.Close())
+	}
+	return conn.(*net.UnixConn), theirs, nil
+}
+
+func inUse(key string) error {
+	return fmt.Errorf("there is a pause of %q: %w", key, errdefs.ErrAlreadyExists)
+}
+
+// check refuses what would have pause in a namespace of the host's where the specification asks for another, or change the host's.
+func (r StartRequest) check() error {
+	own := map[specs.LinuxNamespaceType]bool{}
+	for _, namespace := range r.Spec.Linux.Namespaces {
+		_, known := cloneFlag[namespace.Type]
+		joined := namespace.Type == specs.NetworkNamespace && r.NetNS != nil
+		if !known || (namespace.Path != "") != joined {
+			return fmt.Errorf("the %s namespace with the path %q can't be given to pause: %w", namespace.Type, namespace.Path, errdefs.ErrInvalidArgument)
+		}
+		own[namespace.Type] = true
+	}
+	switch {
+	case !own[specs.MountNamespace]:
+		return fmt.Errorf("pause has no mount namespace of its own: %w", errdefs.ErrInvalidArgument)
+	case r.Spec.Hostname != "" && !own[specs.UTSNamespace]:
+		return fmt.Errorf("the hostname %q would be the host's, pause has no UTS namespace of its own: %w", r.Spec.Hostname, errdefs.ErrInvalidArgument)
+	case r.NetNS != nil && !own[specs.NetworkNamespace]:
+		return fmt.Errorf("the specification names no network namespace to join: %w", errdefs.ErrInvalidArgument)
+	default:
+		return nil
+	}
+}
+
+// initFD is podfsm-init's own descriptor.
+const initFD = 5
 
 // clone makes the process that becomes pause, in its namespaces and its cgroup. With an error it may return a process, too, to be
 // ended.
@@ -270,20 +342,18 @@ func (p *Processes) clone(r StartRequest, files []*os.File) (*process, error) {
 	var child *process
 	start := func(cgroupFD int) (int, error) {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = cgroupFD >= 0, max(cgroupFD, 0)
-		started, err := os.StartProcess(fdPath(p.init), []string{InitName, protocol}, attr)
+		started, err := os.StartProcess("/proc/self/fd/"+strconv.Itoa(initFD), []string{InitName, protocol}, attr)
 		if err != nil {
 			return 0, fmt.Errorf("failed to clone: %w", err)
 		}
-		pid := started.Pid
-		if err := started.Release(); err != nil { // it is reaped by its exit, see ended
-			return 0, err
-		}
-		held, err := host.FromPidfd(pid, pidfd)
+		held, err := host.FromPidfd(started.Pid, pidfd)
 		if err != nil {
-			return 0, err
+			_ = started.Kill()
+			_, waitErr := started.Wait()
+			return 0, errors.Join(err, waitErr)
 		}
 		child = &process{Process: held, child: true, done: make(chan struct{})}
-		return pid, nil
+		return started.Pid, started.Release() // it is reaped by its exit, see ended
 	}
 	err := r.Cgroup.Start(func(cgroupFD int) (pid int, err error) {
 		if r.NetNS == nil {
@@ -297,34 +367,49 @@ func (p *Processes) clone(r StartRequest, files []*os.File) (*process, error) {
 	return child, err
 }
 
-// instruct sends the specification, and waits until pause is executed or what becomes pause has failed.
-func instruct(ctx context.Context, specOut *os.File, text []byte, reportIn *os.File) error {
-	past := time.Unix(1, 0) // ends what waits
-	stop := context.AfterFunc(ctx, func() { _, _ = specOut.SetWriteDeadline(past), reportIn.SetReadDeadline(past) })
+// instruct sends the mounts and the specification, and waits until pause is executed or what becomes pause has failed.
+func instruct(ctx context.Context, conn *net.UnixConn, mounts []*os.File, text []byte) error {
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) }) // which ends what waits
 	defer stop()
-	_, writeErr := specOut.Write(text) // EPIPE: it has failed before it has read all
-	writeErr = errors.Join(writeErr, specOut.Close())
-	report, err := io.ReadAll(io.LimitReader(reportIn, maxReport))
+	var fds []int
+	for _, mount := range mounts {
+		fds = append(fds, int(mount.Fd()))
+	}
+	_, _, writeErr := conn.WriteMsgUnix([]byte{0}, unix.UnixRights(fds...), nil) // EPIPE: it has failed before it has read all
+	if writeErr == nil {
+		_, writeErr = conn.Write(text)
+	}
+	writeErr = errors.Join(writeErr, conn.CloseWrite())
+	report, err := io.ReadAll(io.LimitReader(conn, maxReport))
+	if errors.Is(err, unix.ECONNRESET) { // it has failed before it has read all
+		err = nil
+	}
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case len(report) > 0:
-		return fmt.Errorf("%s: %s", InitName, bytes.TrimSpace(report))
-	default:
-		return errors.Join(writeErr, err)
+	case err != nil:
+		return fmt.Errorf("failed to read the report of %s: %w", InitName, err)
+	case len(report) == 0:
+		return fmt.Errorf("%s was killed, or could not run: the memory or the pids of the pod's cgroup may be exhausted", InitName)
 	}
+	if failure := bytes.Trim(report, "\x00"); len(failure) > 0 {
+		return fmt.Errorf("%s: %s", InitName, failure)
+	}
+	return writeErr
 }
 
-// cloneFlags are those of the namespaces that are made with the process. The cgroup namespace is made when it is in its cgroup, and
-// one with a path is joined.
+// cloneFlag are the flags of the namespaces that pause can have. The cgroup namespace is made when it is in its cgroup.
+var cloneFlag = map[specs.LinuxNamespaceType]uintptr{
+	specs.UserNamespace: unix.CLONE_NEWUSER, specs.MountNamespace: unix.CLONE_NEWNS, specs.PIDNamespace: unix.CLONE_NEWPID,
+	specs.NetworkNamespace: unix.CLONE_NEWNET, specs.IPCNamespace: unix.CLONE_NEWIPC, specs.UTSNamespace: unix.CLONE_NEWUTS,
+	specs.CgroupNamespace: 0,
+}
+
+// cloneFlags are those of the namespaces that are made with the process. One with a path is joined.
 func cloneFlags(namespaces []specs.LinuxNamespace) (flags uintptr) {
-	of := map[specs.LinuxNamespaceType]uintptr{
-		specs.UserNamespace: unix.CLONE_NEWUSER, specs.MountNamespace: unix.CLONE_NEWNS, specs.PIDNamespace: unix.CLONE_NEWPID,
-		specs.NetworkNamespace: unix.CLONE_NEWNET, specs.IPCNamespace: unix.CLONE_NEWIPC, specs.UTSNamespace: unix.CLONE_NEWUTS,
-	}
 	for _, namespace := range namespaces {
 		if namespace.Path == "" {
-			flags |= of[namespace.Type]
+			flags |= cloneFlag[namespace.Type]
 		}
 	}
 	return flags
@@ -340,23 +425,40 @@ func sysMappings(mappings []specs.LinuxIDMapping) (all []syscall.SysProcIDMap) {
 // reapTimeout bounds the wait for the end of a process that was killed before it was pause.
 const reapTimeout = 10 * time.Second
 
-// reap ends a child that has not become pause.
-func (c *process) reap(ctx context.Context) {
-	defer c.Close()
+// reap ends a child that has not become pause. One that doesn't end in time is reaped when it does.
+func (c *process) reap(ctx context.Context) error {
+	wait := func(ctx context.Context) error {
+		err := c.Wait(ctx)
+		if err == nil {
+			c.collect()
+			err = c.Close()
+		}
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reapTimeout)
 	defer cancel()
-	if c.Kill() == nil && c.Wait(ctx) == nil {
-		c.collect()
+	if err := errors.Join(c.Kill(), wait(ctx)); err != nil {
+		go func() { _ = wait(context.Background()) }()
+		return fmt.Errorf("process %d was killed and has not ended: %w", c.Pid(), err)
 	}
+	return nil
 }
 
 // watch has the process's exit noticed.
 func (p *Processes) watch(key string, process *process) error {
 	p.mu.Lock()
-	p.running[key] = process
+	_, taken := p.running[key]
+	if !taken {
+		p.running[key] = process
+	}
 	p.mu.Unlock()
+	if taken {
+		return inUse(key)
+	}
 	if err := p.exits.add(key, process); err != nil {
-		p.Forget(key)
+		p.mu.Lock()
+		delete(p.running, key)
+		p.mu.Unlock()
 		return fmt.Errorf("failed to watch for the exit of pause: %w", err)
 	}
 	return nil
@@ -364,9 +466,42 @@ func (p *Processes) watch(key string, process *process) error {
 
 // ended is told of an exit.
 func (p *Processes) ended(key string, process *process) {
+	if process.child || process.killed.Load() {
+		p.tell(key, process)
+		return
+	}
+	p.late.Go(func() {
+		process.awaitReaper()
+		p.tell(key, process)
+	})
+}
+
+// reaperTimeout bounds the wait for the parent of a process that has ended.
+const reaperTimeout = time.Second
+
+// awaitReaper waits until a process that is not our child is reaped by its parent, the host's first process: the kernel says from then on
+// how it has ended. A pidfd hangs up then (Linux 6.9); before, this is a wait for nothing.
+func (c *process) awaitReaper() {
+	_ = c.Control(func(pidfd int) error {
+		for begun := time.Now(); time.Since(begun) < reaperTimeout; {
+			left := reaperTimeout - time.Since(begun)
+			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd)}}, int(left.Milliseconds())+1); !errors.Is(err, unix.EINTR) {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// tell collects how a process has ended.
+func (p *Processes) tell(key string, process *process) {
 	process.exit = process.collect()
 	close(process.done)
-	p.exited(key, process.exit)
+	if known, ok := p.find(key); ok && known == process {
+		p.exited(key, process.exit)
+	} else {
+		process.Close() // it was forgotten
+	}
 }
 
 // collect reaps a child that has ended, and says how it ended as far as the kernel tells.
@@ -388,6 +523,8 @@ func (c *process) collect() Exit {
 	}
 	if status, err := c.ExitStatus(); err == nil {
 		exit.Status = exitStatus(status)
+	} else if c.killed.Load() {
+		exit.Status = 128 + uint32(unix.SIGKILL)
 	}
 	return exit
 }
@@ -400,7 +537,7 @@ func exitStatus(status unix.WaitStatus) uint32 {
 }
 
 // Adopt takes over a pause that an earlier daemon has started: its exit is noticed from now on. It returns false when that process has
-// ended, or another one has its pid. It is idempotent.
+// ended, or another one has its pid. One that is known already is true, and its exit is told in any case.
 func (p *Processes) Adopt(ctx context.Context, key string, record Record) (bool, error) {
 	if _, ok := p.find(key); ok {
 		return true, nil
@@ -415,7 +552,11 @@ func (p *Processes) Adopt(ctx context.Context, key string, record Record) (bool,
 	started, err := held.StartTime(ctx)
 	switch {
 	case err == nil && started == record.StartTime && held.Alive():
-		return true, p.watch(key, &process{Process: held, done: make(chan struct{})})
+		err := p.watch(key, &process{Process: held, done: make(chan struct{})})
+		if err != nil {
+			err = errors.Join(err, held.Close())
+		}
+		return err == nil, err
 	case err == nil || errdefs.IsNotFound(err):
 		return false, held.Close()
 	default:
@@ -446,6 +587,7 @@ func (p *Processes) End(ctx context.Context, key string) (Exit, error) {
 	if !ok {
 		return Exit{Status: UnknownStatus, At: time.Now()}, nil
 	}
+	process.killed.Store(true)
 	if err := process.Kill(); err != nil {
 		return Exit{}, fmt.Errorf("failed to kill pause: %w", err)
 	}
@@ -457,14 +599,19 @@ func (p *Processes) End(ctx context.Context, key string) (Exit, error) {
 	}
 }
 
-// Forget lets go of a pause; if it runs, nobody is told of its exit any more. It is idempotent.
+// Forget lets go of a pause. If it runs, nobody is told of its exit any more, but a child is reaped all the same. It is idempotent.
 func (p *Processes) Forget(key string) {
 	p.mu.Lock()
 	process, ok := p.running[key]
 	delete(p.running, key)
 	p.mu.Unlock()
-	if ok {
-		process.Close() // which takes it out of the watch, epoll(7)
+	if !ok {
+		return
+	}
+	select {
+	case <-process.done:
+		process.Close()
+	default: // its exit closes it
 	}
 }
 

@@ -4,6 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -12,7 +16,9 @@ import (
 
 // MountRootfs mounts the root filesystem of a sandbox and returns it as a mount that is attached nowhere, without setuid programs and
 // devices. The caller closes it. Nothing stays mounted on the host; what a kill leaves there goes with [Files.Remove].
-func (f Files) MountRootfs(id string, mounts []mount.Mount) (_ *os.File, err error) {
+//
+// Mounts that ask for id maps get those of the user namespace; it may be nil where none does.
+func (f Files) MountRootfs(id string, mounts []mount.Mount, userns *os.File) (_ *os.File, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("failed to mount the root filesystem of sandbox %q: %w", id, err)
@@ -22,21 +28,95 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount) (_ *os.File, err err
 		return nil, err
 	}
 	dir := f.rootfs(id)
-	if err := unmountTrees([]string{dir}); err != nil { // of a daemon that was killed
-		return nil, err
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
-	if err := mount.All(mounts, dir); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if unmountErr := errors.Join(detach(dir), os.Remove(dir)); unmountErr != nil {
-			err = errors.Join(err, unmountErr)
+	if _, err := os.Lstat(dir); err == nil { // of a daemon that was killed
+		if err := removeTrees(dir); err != nil {
+			return nil, err
 		}
-	}()
-	return detached(dir, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	var points mountPoints
+	defer func() { err = errors.Join(err, points.remove(), os.Remove(dir)) }()
+	if userns != nil {
+		if mounts, err = idmapped(mounts, &points, dir, userns); err != nil {
+			return nil, err
+		}
+	}
+	target, err := points.add(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := mount.All(mounts, target); err != nil {
+		return nil, err
+	}
+	return detached(target, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+}
+
+// mountPoints are directories for a moment.
+type mountPoints []string
+
+func (p *mountPoints) add(dir string) (string, error) {
+	point := filepath.Join(dir, strconv.Itoa(len(*p)))
+	if err := os.Mkdir(point, 0o700); err != nil {
+		return "", err
+	}
+	*p = append(*p, point)
+	return point, nil
+}
+
+// remove unmounts what is mounted on them, and removes them: only if they are empty, so nothing that is still mounted is touched.
+func (p mountPoints) remove() error {
+	var failed []error
+	for _, point := range slices.Backward(p) {
+		if err := detach(point); err != nil && !errors.Is(err, unix.EINVAL) { // nothing is mounted there
+			failed = append(failed, err)
+			continue
+		}
+		failed = append(failed, os.Remove(point))
+	}
+	return errors.Join(failed...)
+}
+
+// idmapped returns the mounts with the layers of an overlay that asks for id maps mapped below dir: overlayfs takes its layers so. containerd
+// would make a process for each to get a user namespace from; the pod's own is there.
+func idmapped(mounts []mount.Mount, points *mountPoints, dir string, userns *os.File) ([]mount.Mount, error) {
+	mapped := slices.Clone(mounts)
+	for i, m := range mapped {
+		if m.Type != "overlay" {
+			continue
+		}
+		mapped[i].Options = nil
+		maps, layers := false, ""
+		for _, option := range m.Options {
+			switch key, value, _ := strings.Cut(option, "="); key {
+			case "uidmap", "gidmap":
+				maps = true
+				continue
+			case "lowerdir":
+				layers = value
+				continue
+			}
+			mapped[i].Options = append(mapped[i].Options, option)
+		}
+		if !maps {
+			mapped[i].Options = m.Options
+			continue
+		}
+		var below []string
+		for layer := range strings.SplitSeq(layers, ":") {
+			target, err := points.add(dir)
+			if err != nil {
+				return nil, err
+			}
+			if err := mount.IDMapMountWithAttrs(layer, target, int(userns.Fd()), unix.MOUNT_ATTR_RDONLY, 0); err != nil {
+				return nil, err
+			}
+			below = append(below, target)
+		}
+		mapped[i].Options = append(mapped[i].Options, "lowerdir="+strings.Join(below, ":"))
+	}
+	return mapped, nil
 }
 
 // detached returns a copy of the mount at path, or of the tree below it where that is no mount, that is attached nowhere (open_tree(2),

@@ -1,6 +1,7 @@
 package pause
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -11,7 +12,6 @@ import (
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/net/bpf"
-	"golang.org/x/sys/unix"
 )
 
 // SeccompFilter returns the filter that every pause runs under, whatever the pod asks for: what containerd's RuntimeDefault allows a
@@ -22,28 +22,44 @@ func SeccompFilter() (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to make the seccomp filter of pause: %w", err)
 	}
-	fd, err := unix.MemfdCreate("seccomp", unix.MFD_CLOEXEC)
-	if err != nil {
+	var program bytes.Buffer
+	if err := binary.Write(&program, binary.NativeEndian, filter); err != nil {
 		return nil, fmt.Errorf("failed to make the seccomp filter of pause: %w", err)
 	}
-	file := os.NewFile(uintptr(fd), "seccomp")
-	if err := binary.Write(file, binary.NativeEndian, filter); err != nil {
-		file.Close()
+	file, err := sealed("seccomp", &program)
+	if err != nil {
 		return nil, fmt.Errorf("failed to make the seccomp filter of pause: %w", err)
 	}
 	return file, nil
 }
 
-// assemble turns the rules of an OCI profile that allow something into a filter. All else fails with EPERM, system calls of other
-// architectures included.
+// assemble turns the rules of an OCI profile into a filter. What none allows fails with EPERM, system calls of other architectures
+// included, or with the error that a rule has for it.
 func assemble(profile *specs.LinuxSeccomp) ([]bpf.RawInstruction, error) {
 	info, err := arch.GetInfo("")
 	if err != nil {
 		return nil, err
 	}
-	group := seccompbpf.SyscallGroup{Action: seccompbpf.ActionAllow}
+	groups := groupsOf(profile, info)
+	policy := seccompbpf.Policy{DefaultAction: seccompbpf.ActionErrno, Syscalls: groups}
+	program, err := policy.Assemble()
+	if err != nil {
+		return nil, err
+	}
+	return bpf.Assemble(program)
+}
+
+// groupsOf are the system calls of a profile that an architecture has: those that are allowed, and those with an error of their own.
+func groupsOf(profile *specs.LinuxSeccomp, info *arch.Info) []seccompbpf.SyscallGroup {
+	allowed := seccompbpf.SyscallGroup{Action: seccompbpf.ActionAllow}
+	var groups []seccompbpf.SyscallGroup
 	for _, rule := range profile.Syscalls {
-		if rule.Action != specs.ActAllow {
+		group := &allowed
+		switch {
+		case rule.Action == specs.ActErrno && rule.ErrnoRet != nil && len(rule.Args) == 0:
+			groups = append(groups, seccompbpf.SyscallGroup{Action: seccompbpf.ActionErrno | seccompbpf.Action(*rule.ErrnoRet)})
+			group = &groups[len(groups)-1]
+		case rule.Action != specs.ActAllow:
 			continue
 		}
 		conditions, ok := conditionsOf(rule.Args)
@@ -57,12 +73,7 @@ func assemble(profile *specs.LinuxSeccomp) ([]bpf.RawInstruction, error) {
 			}
 		}
 	}
-	policy := seccompbpf.Policy{DefaultAction: seccompbpf.ActionErrno, Syscalls: []seccompbpf.SyscallGroup{group}}
-	program, err := policy.Assemble()
-	if err != nil {
-		return nil, err
-	}
-	return bpf.Assemble(program)
+	return append(groups, allowed)
 }
 
 // conditionsOf are the conditions on the arguments of a system call; ok is false when there is one that can't be expressed.

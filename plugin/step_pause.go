@@ -67,18 +67,16 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	if err != nil {
 		return err
 	}
-	rootfs, err := s.settings.Files.MountRootfs(r.Key.ID, mounts)
-	if err != nil {
-		return err
-	}
-	defer rootfs.Close()
 	joined, err := joinedNetNS(spec.NetNSPath)
 	if err != nil {
 		return err
 	}
 	defer joined.Close()
 	started, err := s.pauses.Start(ctx, pause.StartRequest{
-		Key: holderID(r.Key), Spec: oci, Rootfs: rootfs, Seccomp: s.seccomp, NetNS: joined, Cgroup: cgroup,
+		Key: holderID(r.Key), Spec: oci, Seccomp: s.seccomp, NetNS: joined, Cgroup: cgroup,
+		Rootfs: func(userns *os.File) (*os.File, error) {
+			return s.settings.Files.MountRootfs(r.Key.ID, mounts, userns)
+		},
 	})
 	if err != nil {
 		return err

@@ -9,12 +9,13 @@
 //	podfsm-init PROTOCOL
 //
 //	0, 1, 2  /dev/null
-//	3        the OCI runtime specification as JSON, up to the end of the file. The daemon closes its end without a word when
-//	         pause is not to be started, also by dying.
-//	4        where the reason of a failure is written. It closes without a word when pause is executed.
-//	5        the root filesystem, a mount that is attached nowhere
-//	6        a seccomp filter: an array of struct sock_filter (seccomp(2)); empty for none
-//	7, 8, …  the sources of the bind mounts of the specification in their order, mounts that are attached nowhere
+//	3        a stream socket. The daemon sends a byte with the mounts as SCM_RIGHTS (unix(7)), none of which is attached anywhere: the
+//	         root filesystem, and the sources of the bind mounts of the specification in their order; then the OCI runtime
+//	         specification as JSON, up to the end of the stream. It ends the stream without a word when pause is not to be
+//	         started, also by dying. Back comes a NUL byte right before pause is executed, and the reason of a failure as text.
+//	         Closed without either, it says that this program was killed.
+//	4        a seccomp filter: an array of struct sock_filter (seccomp(2))
+//	5        this program
 //
 // podfsm-init --version prints the release and the protocol.
 package main
@@ -45,12 +46,12 @@ var version string
 
 // The descriptors, as in the comment above.
 const (
-	specFD    = 3
-	reportFD  = 4
-	rootfsFD  = 5
-	seccompFD = 6
-	bindsFD   = 7
+	daemonFD  = 3
+	seccompFD = 4
 )
+
+// daemon is kept, because a file that is garbage is closed.
+var daemon = os.NewFile(daemonFD, "daemon")
 
 // Credentials, the seccomp filter and no_new_privs are the thread's. execve(2) keeps those of its thread and ends the others.
 func init() { runtime.LockOSThread() }
@@ -65,20 +66,21 @@ func main() {
 		os.Exit(1)
 	}
 	err := run() // returns only when it has failed
-	_, _ = unix.Write(reportFD, []byte(err.Error()))
+	_, _ = daemon.WriteString(err.Error())
 	os.Exit(1)
 }
 
 func run() error {
-	if err := unix.CloseRange(specFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+	if err := unix.CloseRange(daemonFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("failed to mark descriptors close-on-exec: %w", err)
 	}
-	text, err := io.ReadAll(os.NewFile(specFD, "spec"))
+	mounts, err := receiveMounts()
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(daemon)
 	if err != nil {
 		return fmt.Errorf("failed to read the specification: %w", err)
-	}
-	if len(text) == 0 {
-		return errors.New("the daemon has given up")
 	}
 	var spec specs.Spec
 	if err := json.Unmarshal(text, &spec); err != nil {
@@ -87,6 +89,9 @@ func run() error {
 	filter, err := io.ReadAll(io.NewSectionReader(os.NewFile(seccompFD, "seccomp"), 0, math.MaxInt32)) // many share the file, but not its offset
 	if err != nil {
 		return fmt.Errorf("failed to read the seccomp filter: %w", err)
+	}
+	if len(filter) == 0 {
+		return errors.New("the seccomp filter is empty")
 	}
 	// The cgroup namespace begins at the cgroup that the process is in: the daemon has moved it there before it sent the specification.
 	if slices.ContainsFunc(spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.CgroupNamespace }) {
@@ -98,10 +103,10 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	if err := enterRoot(); err != nil {
+	if err := enterRoot(mounts[0]); err != nil {
 		return err
 	}
-	if err := mountAll(spec.Mounts); err != nil {
+	if err := mountAll(spec.Mounts, mounts[1:]); err != nil {
 		return err
 	}
 	if spec.Hostname != "" {
@@ -127,20 +132,47 @@ func run() error {
 	if err := confine(filter); err != nil {
 		return err
 	}
+	if _, err := daemon.Write([]byte{0}); err != nil {
+		return fmt.Errorf("failed to report: %w", err) // the daemon is gone, and nobody knows of this process
+	}
 	return fmt.Errorf("failed to execute %q of the pause image: %w", program, unix.Exec(program, spec.Process.Args, spec.Process.Env))
+}
+
+// maxMounts bounds how many mounts the daemon sends.
+const maxMounts = 16
+
+// receiveMounts returns the descriptors of the mounts.
+func receiveMounts() ([]int, error) {
+	var first [1]byte
+	control := make([]byte, unix.CmsgSpace(4*maxMounts))
+	n, controls, _, _, err := unix.Recvmsg(daemonFD, first[:], control, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("failed to receive the mounts: %w", err)
+	}
+	if n == 0 {
+		return nil, errors.New("the daemon has given up")
+	}
+	messages, err := unix.ParseSocketControlMessage(control[:controls])
+	if err != nil {
+		return nil, fmt.Errorf("failed to receive the mounts: %w", err)
+	}
+	if len(messages) != 1 {
+		return nil, fmt.Errorf("the daemon has sent no mounts, but %d messages", len(messages))
+	}
+	return unix.ParseUnixRights(&messages[0])
 }
 
 // enterRoot makes the rootfs the root of the mount namespace, with nothing of the host's mounts in it. pivot_root(2) describes the
 // way with one directory for both roots.
-func enterRoot() error {
+func enterRoot(rootfs int) error {
 	// What is unmounted here must stay on the host.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("failed to make the mounts private: %w", err)
 	}
-	if err := unix.MoveMount(rootfsFD, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+	if err := unix.MoveMount(rootfs, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("failed to attach the root filesystem: %w", err)
 	}
-	if err := unix.Fchdir(rootfsFD); err != nil {
+	if err := unix.Fchdir(rootfs); err != nil {
 		return fmt.Errorf("failed to enter the root filesystem: %w", err)
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
@@ -156,8 +188,7 @@ func enterRoot() error {
 }
 
 // mountAll mounts what the specification names, and then makes all of the root but the bind mounts read-only.
-func mountAll(mounts []specs.Mount) error {
-	binds := 0
+func mountAll(mounts []specs.Mount, binds []int) error {
 	readonly := []string{"/"}
 	for _, m := range mounts {
 		if err := mkdirAll(m.Destination); err != nil {
@@ -165,8 +196,8 @@ func mountAll(mounts []specs.Mount) error {
 		}
 		var err error
 		if m.Type == "bind" {
-			err = unix.MoveMount(bindsFD+binds, "", unix.AT_FDCWD, m.Destination, unix.MOVE_MOUNT_F_EMPTY_PATH)
-			binds++
+			err = unix.MoveMount(binds[0], "", unix.AT_FDCWD, m.Destination, unix.MOVE_MOUNT_F_EMPTY_PATH)
+			binds = binds[1:]
 		} else {
 			flags, data := options(m.Options)
 			err = unix.Mount(m.Source, m.Destination, m.Type, flags, data)
@@ -311,9 +342,6 @@ func dropPrivileges(user specs.User) error {
 func confine(filter []byte) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("failed to set no_new_privs: %w", err)
-	}
-	if len(filter) == 0 {
-		return nil
 	}
 	program := unix.SockFprog{
 		Len:    uint16(len(filter) / int(unsafe.Sizeof(unix.SockFilter{}))),

@@ -1,0 +1,960 @@
+package pause
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/host"
+)
+
+// told is an exit as it was told.
+type told struct {
+	key  string
+	exit Exit
+}
+
+// testbed starts pauses and ends them with the test, after which nothing of them may be left.
+type testbed struct {
+	*Processes
+	files   Files
+	seccomp *os.File
+	image   string // a directory, the root filesystem of the image
+	cgroup  string // the parent of all
+	exits   chan told
+}
+
+func newTestbed(t *testing.T) *testbed {
+	t.Helper()
+	b := &testbed{files: testFiles(t), exits: make(chan told, 1000)}
+	b.image = newImage(t)
+	b.cgroup = newCgroupParent(t)
+	var err error
+	b.seccomp, err = SeccompFilter()
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, b.seccomp.Close()) })
+	b.Processes, err = NewProcesses(programs.init, func(key string, exit Exit) { b.exits <- told{key, exit} })
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, b.Close()) })
+	return b
+}
+
+// newImage makes a root filesystem. Its mount points are there, because a test's user namespace doesn't own the directory.
+func newImage(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "image")
+	for _, sub := range []string{"dev", "work"} {
+		require.NoError(t, os.MkdirAll(filepath.Join(dir, sub), 0o755))
+	}
+	for name, file := range map[string]string{"pause": programs.pause, "prober": programs.prober} {
+		program, err := os.ReadFile(file)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), program, 0o755))
+	}
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "text"), []byte("text"), 0o644))
+	return dir
+}
+
+// newCgroupParent names a cgroup that is removed, with all below it, in every hierarchy.
+func newCgroupParent(t *testing.T) string {
+	t.Helper()
+	parent := fmt.Sprintf("/podfsm-test-%d-%d", os.Getpid(), time.Now().UnixNano())
+	t.Cleanup(func() {
+		cgroup, err := host.PodCgroupOf(parent, false)
+		require.NoError(t, err)
+		require.NoError(t, cgroup.End(context.Background()))
+	})
+	return parent
+}
+
+// request is for a pod, whose process may be started once.
+func (b *testbed) request(t *testing.T, pod Pod) StartRequest {
+	t.Helper()
+	settings := Settings{Files: b.files, RestrictOOMScoreAdj: true}
+	if pod.Config.Linux.CgroupParent == "" {
+		pod.Config.Linux.CgroupParent = b.cgroup
+	}
+	spec, err := complete(t, settings, pod)
+	require.NoError(t, err)
+	require.NoError(t, b.files.Setup(pod.ID, pod.Config))
+	cgroup, err := host.PodCgroupOf(spec.Linux.CgroupsPath, false)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		_, err := b.End(context.Background(), pod.ID)
+		require.NoError(t, err)
+		b.Forget(pod.ID)
+		require.NoError(t, cgroup.End(context.Background()))
+		require.NoError(t, b.files.Remove(context.Background(), pod.ID))
+	})
+	return StartRequest{Key: pod.ID, Spec: spec, Rootfs: rootfsOf(b.files, pod.ID, b.image), Seccomp: b.seccomp, Cgroup: cgroup}
+}
+
+// rootfsOf mounts an image as the root filesystem of a sandbox.
+func rootfsOf(files Files, id, image string) func(*os.File) (*os.File, error) {
+	return func(userns *os.File) (*os.File, error) {
+		return files.MountRootfs(id, []mount.Mount{{Type: "bind", Source: image, Options: []string{"rbind", "rw"}}}, userns)
+	}
+}
+
+// start starts the pause of a pod.
+func (b *testbed) start(t *testing.T, pod Pod) (StartRequest, Record) {
+	t.Helper()
+	r := b.request(t, pod)
+	record, err := b.Start(t.Context(), r)
+	require.NoError(t, err)
+	return r, record
+}
+
+// exit is the next one that is told.
+func (b *testbed) exit(t *testing.T) told {
+	t.Helper()
+	select {
+	case exit := <-b.exits:
+		return exit
+	case <-time.After(10 * time.Second):
+		require.Fail(t, "no exit is told")
+		return told{}
+	}
+}
+
+// prober is a pod whose pause is the prober.
+func prober(args ...string) Pod {
+	pod := testPod()
+	pod.ImageConfig.Entrypoint = append([]string{"/prober"}, args...)
+	return pod
+}
+
+func inUserNS(pod Pod) Pod {
+	pod.UIDs, pod.GIDs = podUIDs, podGIDs
+	return pod
+}
+
+func with(change func(*runtime.NamespaceOption)) Pod {
+	pod := testPod()
+	change(pod.Config.Linux.SecurityContext.NamespaceOptions)
+	return pod
+}
+
+func proc(pid int, name string) string { return fmt.Sprintf("/proc/%d/%s", pid, name) }
+
+func link(t *testing.T, path string) string {
+	t.Helper()
+	target, err := os.Readlink(path)
+	require.NoError(t, err)
+	return target
+}
+
+// status reads fields of a /proc/PID/status.
+func status(t *testing.T, pid int) map[string]string {
+	t.Helper()
+	fields := map[string]string{}
+	for line := range strings.Lines(read(t, proc(pid, "status"))) {
+		name, value, _ := strings.Cut(line, ":")
+		fields[name] = strings.Join(strings.Fields(value), " ")
+	}
+	return fields
+}
+
+// soon waits for a condition that needs no more than a moment.
+func soon(t *testing.T, condition func() bool, what string) {
+	t.Helper()
+	for begun := time.Now(); !condition(); time.Sleep(time.Millisecond) {
+		require.Less(t, time.Since(begun), 5*time.Second, what)
+	}
+}
+
+// listens waits until pause handles signals: the first process of a pid namespace gets no other.
+func listens(t *testing.T, pid int) {
+	t.Helper()
+	soon(t, func() bool { return strings.HasSuffix(status(t, pid)["SigCgt"], "14002") }, "it handles no signals")
+}
+
+func children(t *testing.T) []string {
+	t.Helper()
+	var all []string
+	tasks, err := os.ReadDir("/proc/self/task")
+	require.NoError(t, err)
+	for _, task := range tasks {
+		data, err := os.ReadFile(filepath.Join("/proc/self/task", task.Name(), "children"))
+		if err == nil {
+			all = append(all, strings.Fields(string(data))...)
+		}
+	}
+	return all
+}
+
+func countFDs(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	return len(entries)
+}
+
+func TestNamespaces(t *testing.T) {
+	node := runtime.NamespaceMode_NODE
+	everywhere := func(o *runtime.NamespaceOption) { o.Network, o.Pid, o.Ipc = node, node, node }
+	bringNetNS := func(t *testing.T, r *StartRequest) {
+		other := exec.Command("sleep", "100")
+		other.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+		require.NoError(t, other.Start())
+		var err error
+		r.NetNS, err = os.Open(proc(other.Process.Pid, "ns/net"))
+		require.NoError(t, err)
+		t.Cleanup(func() { r.NetNS.Close() })
+		require.NoError(t, other.Process.Kill())
+		require.Error(t, other.Wait())
+	}
+	for _, tc := range []struct {
+		name   string
+		pod    Pod
+		before func(*testing.T, *StartRequest)
+		hosts  []string // namespaces of the host
+	}{
+		{name: "pod", pod: testPod()},
+		{name: "user namespace", pod: inUserNS(testPod())},
+		{name: "shared pid", pod: with(func(o *runtime.NamespaceOption) { o.Pid = runtime.NamespaceMode_POD })},
+		{name: "host's network", pod: with(func(o *runtime.NamespaceOption) { o.Network = node }), hosts: []string{"net", "uts"}},
+		{name: "host's network, user namespace", pod: inUserNS(with(func(o *runtime.NamespaceOption) { o.Network = node })), hosts: []string{"net", "uts"}},
+		{name: "host's pids", pod: with(func(o *runtime.NamespaceOption) { o.Pid = node }), hosts: []string{"pid"}},
+		{name: "host's pids, user namespace", pod: inUserNS(with(func(o *runtime.NamespaceOption) { o.Pid = node })), hosts: []string{"pid"}},
+		{name: "host's ipc", pod: with(func(o *runtime.NamespaceOption) { o.Ipc = node }), hosts: []string{"ipc"}},
+		{name: "host's ipc, user namespace", pod: inUserNS(with(func(o *runtime.NamespaceOption) { o.Ipc = node })), hosts: []string{"ipc"}},
+		{name: "all of the host", pod: with(everywhere), hosts: []string{"net", "uts", "pid", "ipc"}},
+		{name: "all of the host, user namespace", pod: inUserNS(with(everywhere)), hosts: []string{"net", "uts", "pid", "ipc"}},
+		{
+			name: "network namespace of the caller", before: bringNetNS,
+			pod: func() Pod { p := testPod(); p.NetNSPath = "/run/netns/mine"; return p }(),
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			if tc.pod.UIDs == nil {
+				tc.hosts = append(tc.hosts, "user")
+			}
+			r := b.request(t, tc.pod)
+			if tc.before != nil {
+				tc.before(t, &r)
+			}
+			record, err := b.Start(t.Context(), r)
+			require.NoError(t, err)
+			for _, kind := range []string{"net", "pid", "ipc", "uts", "mnt", "user"} {
+				own, theirs := link(t, "/proc/self/ns/"+kind), link(t, proc(record.Pid, "ns/"+kind))
+				require.Equal(t, slices.Contains(tc.hosts, kind), own == theirs, kind)
+			}
+			require.Equal(t, "pause", strings.TrimSpace(read(t, proc(record.Pid, "comm"))), "it is executed when Start returns")
+			requireMap(t, proc(record.Pid, "uid_map"), tc.pod.UIDs)
+			requireMap(t, proc(record.Pid, "gid_map"), tc.pod.GIDs)
+			requireCgroup(t, record.Pid, r.Spec.Linux.CgroupsPath)
+
+			pids := strings.Fields(status(t, record.Pid)["NSpid"])
+			require.Equal(t, strconv.Itoa(record.Pid), pids[0])
+			if slices.Contains(tc.hosts, "pid") {
+				require.Len(t, pids, 1)
+			} else {
+				require.Equal(t, "1", pids[1])
+			}
+			if r.NetNS != nil {
+				requireSameFile(t, r.NetNS, proc(record.Pid, "ns/net"))
+			} else if !slices.Contains(tc.hosts, "net") {
+				requireOwner(t, record.Pid)
+			}
+			process, err := b.Process(r.Key)
+			require.NoError(t, err)
+			require.NoError(t, process.In(unix.CLONE_NEWUTS, func() error {
+				var uts unix.Utsname
+				err := unix.Uname(&uts)
+				own, _ := os.Hostname()
+				want := "web"
+				if slices.Contains(tc.hosts, "uts") {
+					want = own
+				}
+				require.Equal(t, want, unix.ByteSliceToString(uts.Nodename[:]))
+				return err
+			}))
+			started, err := process.StartTime(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, record.StartTime, started)
+		})
+	}
+}
+
+func requireMap(t *testing.T, file string, want []specs.LinuxIDMapping) {
+	t.Helper()
+	if want == nil {
+		want = []specs.LinuxIDMapping{{Size: 1<<32 - 1}}
+	}
+	var lines [][]string
+	for _, m := range want {
+		lines = append(lines, []string{fmt.Sprint(m.ContainerID), fmt.Sprint(m.HostID), fmt.Sprint(m.Size)})
+	}
+	var got [][]string
+	for line := range strings.Lines(read(t, file)) {
+		got = append(got, strings.Fields(line))
+	}
+	require.Equal(t, lines, got, file)
+}
+
+// requireCgroup wants a process in one cgroup of every hierarchy.
+func requireCgroup(t *testing.T, pid int, want string) {
+	t.Helper()
+	for line := range strings.Lines(read(t, proc(pid, "cgroup"))) {
+		require.Equal(t, want, strings.SplitN(strings.TrimSpace(line), ":", 3)[2], line)
+	}
+}
+
+func requireSameFile(t *testing.T, file *os.File, path string) {
+	t.Helper()
+	want, err := file.Stat()
+	require.NoError(t, err)
+	got, err := os.Stat(path)
+	require.NoError(t, err)
+	require.True(t, os.SameFile(want, got), path)
+}
+
+// requireOwner wants a process's user namespace to own its network namespace.
+func requireOwner(t *testing.T, pid int) {
+	t.Helper()
+	net, err := os.Open(proc(pid, "ns/net"))
+	require.NoError(t, err)
+	defer net.Close()
+	fd, err := unix.IoctlRetInt(int(net.Fd()), unix.NS_GET_USERNS)
+	require.NoError(t, err)
+	owner := os.NewFile(uintptr(fd), "owner")
+	defer owner.Close()
+	requireSameFile(t, owner, proc(pid, "ns/user"))
+}
+
+func TestHardening(t *testing.T) {
+	user := func(pod Pod) Pod {
+		pod.ImageConfig.User = "65535:65534"
+		pod.Config.Linux.SecurityContext.SupplementalGroups = []int64{3000}
+		return pod
+	}
+	for _, tc := range []struct {
+		name             string
+		pod              Pod
+		uid, gid, groups string
+	}{
+		{"root", testPod(), "0", "0", ""},
+		{"image's user", user(testPod()), "65535", "65534", "3000 65534"},
+		{"root of a user namespace", inUserNS(testPod()), "131072", "262144", ""},
+		{"image's user in a user namespace", user(inUserNS(testPod())), "196607", "327678", "265144 327678"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			tc.pod.ImageConfig.WorkingDir = "/work"
+			_, record := b.start(t, tc.pod)
+
+			fields, own := status(t, record.Pid), status(t, os.Getpid())
+			for name, want := range map[string]string{
+				"NoNewPrivs": "1", "Seccomp": "2", "Seccomp_filters": "1", "Umask": "0022", "Threads": "1", "Groups": tc.groups,
+				"Uid":    strings.Join([]string{tc.uid, tc.uid, tc.uid, tc.uid}, " "),
+				"Gid":    strings.Join([]string{tc.gid, tc.gid, tc.gid, tc.gid}, " "),
+				"SigBlk": strings.Repeat("0", 16), "SigIgn": own["SigIgn"],
+			} {
+				require.Equal(t, want, fields[name], name)
+			}
+			for _, set := range []string{"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"} {
+				require.Equal(t, strings.Repeat("0", 16), fields[set], set)
+			}
+			require.Equal(t, read(t, "/proc/self/oom_score_adj"), read(t, proc(record.Pid, "oom_score_adj")))
+			require.Equal(t, "/work", link(t, proc(record.Pid, "cwd")))
+			require.Equal(t, "PATH=/bin\x00", read(t, proc(record.Pid, "environ")))
+			sid, err := unix.Getsid(record.Pid)
+			require.NoError(t, err)
+			require.Equal(t, record.Pid, sid)
+
+			fds, err := os.ReadDir(proc(record.Pid, "fd"))
+			require.NoError(t, err)
+			require.Len(t, fds, 3)
+			for _, fd := range fds {
+				var st unix.Stat_t
+				require.NoError(t, unix.Stat(proc(record.Pid, "fd/"+fd.Name()), &st))
+				require.Equal(t, unix.Mkdev(1, 3), st.Rdev, "it is /dev/null")
+			}
+			requireLimits(t, record.Pid)
+
+			mounts, err := mountinfo.PidMountInfo(record.Pid)
+			require.NoError(t, err)
+			got := map[string]string{}
+			for _, m := range mounts {
+				require.Empty(t, m.Optional, "it is private")
+				got[m.Mountpoint] = m.Options
+			}
+			require.Equal(t, map[string]string{
+				"/": "ro,nosuid,nodev,relatime", "/dev": "ro,nosuid,nodev,noexec,relatime", "/dev/shm": "ro,nosuid,nodev,noexec,relatime",
+			}, got)
+			require.Len(t, mounts, len(got))
+		})
+	}
+}
+
+// A user has 200 keys (keyrings(7)), and on some nodes all pods have the same users.
+func TestNoKeyIsMade(t *testing.T) {
+	b := newTestbed(t)
+	before := strings.Count(read(t, "/proc/keys"), "\n")
+	const n = 20 // others on the host make some, too
+	for i := range n {
+		pod := testPod()
+		pod.ID = fmt.Sprint("sandbox", i)
+		_, _ = b.start(t, pod)
+	}
+	require.Less(t, strings.Count(read(t, "/proc/keys"), "\n"), before+n)
+}
+
+// requireLimits wants the limits that a child of this process has that Go doesn't touch: Go raises the number of files for itself.
+func requireLimits(t *testing.T, pid int) {
+	t.Helper()
+	want, err := exec.Command("cat", "/proc/self/limits").Output()
+	require.NoError(t, err)
+	require.Equal(t, string(want), read(t, proc(pid, "limits")))
+}
+
+func TestProbes(t *testing.T) {
+	for name, change := range map[string]func(Pod) Pod{"host's users": func(p Pod) Pod { return p }, "user namespace": inUserNS} {
+		for _, probe := range []string{"seccomp", "readonly"} {
+			t.Run(probe+", "+name, func(t *testing.T) {
+				b := newTestbed(t)
+				_, _ = b.start(t, change(prober(probe)))
+				require.Zero(t, b.exit(t).exit.Status, "the line of testdata/prober.c that failed")
+			})
+		}
+	}
+	info, err := os.Stat(os.DevNull)
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o666), info.Mode().Perm())
+}
+
+func TestStartFails(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change func(*Pod)
+		before func(*testing.T, *testbed, *StartRequest)
+		text   string
+		is     func(error) bool
+	}{
+		{name: "no program", change: func(p *Pod) { p.ImageConfig.Entrypoint = []string{"/absent"} }, text: `failed to execute "/absent" of the pause image: no such file`},
+		{name: "no program in PATH", change: func(p *Pod) { p.ImageConfig.Entrypoint = []string{"absent"} }, text: `the pause image has no program "absent" in "/bin"`},
+		{name: "not executable", change: func(p *Pod) { p.ImageConfig.Entrypoint = []string{"/text"} }, text: `failed to execute "/text" of the pause image: permission denied`},
+		{name: "no working directory", change: func(p *Pod) { p.ImageConfig.WorkingDir = "/absent" }, text: `failed to change to the working directory "/absent": no such file`},
+		{name: "user that isn't mapped", change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "70000:1" }, text: "failed to set the user 70000: invalid argument"},
+		{name: "group that isn't mapped", change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "1:70000" }, text: "failed to set the groups [70000]: invalid argument"},
+		{
+			name: "id map of nobody", change: func(p *Pod) { p.UIDs, p.GIDs = []specs.LinuxIDMapping{{ContainerID: 5, HostID: 5, Size: 1}}, podGIDs },
+			text: "failed to clone: fork/exec /proc/self/fd/5: invalid argument",
+		},
+		{
+			name: "namespace that can't be joined", is: errdefs.IsInvalidArgument, text: `the ipc namespace with the path "/proc/1/ns/ipc" can't be given to pause`,
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
+				for i, namespace := range r.Spec.Linux.Namespaces {
+					if namespace.Type == specs.IPCNamespace {
+						r.Spec.Linux.Namespaces[i].Path = "/proc/1/ns/ipc"
+					}
+				}
+			},
+		},
+		{name: "network namespace that nobody has opened", change: func(p *Pod) { p.NetNSPath = "/absent" }, is: errdefs.IsInvalidArgument, text: `the network namespace with the path "/absent"`},
+		{
+			name: "unknown namespace", is: errdefs.IsInvalidArgument, text: "the time namespace",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
+				r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
+			},
+		},
+		{
+			name: "host's mounts", is: errdefs.IsInvalidArgument, text: "pause has no mount namespace of its own",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
+				r.Spec.Linux.Namespaces = slices.DeleteFunc(r.Spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.MountNamespace })
+			},
+		},
+		{
+			name: "host's name", is: errdefs.IsInvalidArgument, text: `the hostname "web" would be the host's`,
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
+				r.Spec.Linux.Namespaces = slices.DeleteFunc(r.Spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UTSNamespace })
+			},
+		},
+		{
+			name: "source of a mount is gone", text: "failed to copy the mount of",
+			before: func(t *testing.T, b *testbed, r *StartRequest) {
+				require.NoError(t, b.files.UnmountShm(r.Key))
+				require.NoError(t, os.Remove(b.files.shm(r.Key)))
+			},
+		},
+		{
+			name: "mount point is a file", text: `failed to mount "/dev": not a directory`,
+			before: func(t *testing.T, b *testbed, _ *StartRequest) {
+				require.NoError(t, os.Remove(filepath.Join(b.image, "dev")))
+				require.NoError(t, os.WriteFile(filepath.Join(b.image, "dev"), nil, 0o644))
+			},
+		},
+		{
+			name: "no seccomp filter", text: "the seccomp filter is empty",
+			before: func(t *testing.T, _ *testbed, r *StartRequest) {
+				empty, err := sealed("empty", strings.NewReader(""))
+				require.NoError(t, err)
+				t.Cleanup(func() { empty.Close() })
+				r.Seccomp = empty
+			},
+		},
+		{
+			name: "key in use", is: errdefs.IsAlreadyExists, text: `there is a pause of "other"`,
+			before: func(t *testing.T, b *testbed, r *StartRequest) {
+				pod := testPod()
+				pod.ID = "other"
+				_, _ = b.start(t, pod)
+				r.Key = pod.ID
+			},
+		},
+		{
+			name: "another podfsm-init", text: "podfsm-init was killed, or could not run",
+			before: func(t *testing.T, b *testbed, _ *StartRequest) { b.replaceInit(t, "/bin/true") },
+		},
+		{
+			name: "podfsm-init that is no program", text: "failed to clone: fork/exec /proc/self/fd/5: exec format error",
+			before: func(t *testing.T, b *testbed, _ *StartRequest) { b.replaceInit(t, filepath.Join(b.image, "text")) },
+		},
+		{
+			name: "invalid cgroup", text: "failed to make cgroup",
+			before: func(t *testing.T, b *testbed, r *StartRequest) {
+				var err error
+				r.Cgroup, err = host.PodCgroupOf(b.cgroup+"/cgroup.procs/x", false)
+				require.NoError(t, err)
+			},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			pod := testPod()
+			if tc.change != nil {
+				tc.change(&pod)
+			}
+			r := b.request(t, pod)
+			if tc.before != nil {
+				tc.before(t, b, &r)
+			}
+			fds, before := countFDs(t), children(t)
+			_, err := b.Start(t.Context(), r)
+			require.ErrorContains(t, err, "failed to start pause: ")
+			require.ErrorContains(t, err, tc.text)
+			if tc.is != nil {
+				require.True(t, tc.is(err), "class of %v", err)
+			}
+			require.Equal(t, fds, countFDs(t), "file descriptors leak")
+			require.ElementsMatch(t, before, children(t), "nothing runs, and there is no zombie")
+			if tc.name != "key in use" {
+				pids, err := r.Cgroup.Pids()
+				require.NoError(t, err)
+				require.Empty(t, pids)
+				_, err = b.Process(r.Key)
+				require.True(t, errdefs.IsNotFound(err), err)
+			}
+			require.Empty(t, b.exits)
+		})
+	}
+}
+
+// replaceInit has another program in the place of podfsm-init.
+func (b *testbed) replaceInit(t *testing.T, path string) {
+	t.Helper()
+	program, err := loadInit(path)
+	require.NoError(t, err)
+	require.NoError(t, b.init.Close())
+	b.init = program
+}
+
+func TestStartEndsWithItsContext(t *testing.T) {
+	b := newTestbed(t)
+	b.replaceInit(t, programs.pause) // it waits for ever, and reads no specification
+	for name, grow := range map[string]int{"waiting for the report": 0, "sending the specification": 1 << 20} {
+		t.Run(name, func(t *testing.T) {
+			r := b.request(t, testPod())
+			r.Spec.Annotations["big"] = strings.Repeat("x", grow)
+			ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errors.New("too long"))
+			defer cancel()
+			fds, before := countFDs(t), children(t)
+			_, err := b.Start(ctx, r)
+			require.EqualError(t, err, "failed to start pause: too long")
+			require.Equal(t, fds, countFDs(t), "file descriptors leak")
+			require.ElementsMatch(t, before, children(t))
+		})
+	}
+}
+
+// runInit runs podfsm-init as the daemon does, with a specification that is cut off.
+func TestInitEndsWithTheDaemon(t *testing.T) {
+	newTestbed(t) // skips without root
+	for _, tc := range []struct{ name, spec, report string }{
+		{"no word", "", "the daemon has given up"},
+		{"half a specification", `{"ociVersion":"1.2.0","process":{`, "failed to parse the specification"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			ours, theirs, err := socketPair()
+			require.NoError(t, err)
+			defer ours.Close()
+			cmd := exec.Command(programs.init, protocol)
+			cmd.ExtraFiles = []*os.File{theirs}
+			require.NoError(t, cmd.Start())
+			require.NoError(t, theirs.Close())
+			if tc.spec != "" {
+				_, _, err = ours.WriteMsgUnix([]byte{0}, unix.UnixRights(0), nil)
+				require.NoError(t, err)
+				_, err = ours.Write([]byte(tc.spec))
+				require.NoError(t, err)
+			}
+			require.NoError(t, ours.CloseWrite())
+			report, err := io.ReadAll(ours)
+			require.NoError(t, err)
+			require.ErrorContains(t, cmd.Wait(), "exit status 1")
+			require.Contains(t, string(report), tc.report)
+		})
+	}
+}
+
+func TestInitArguments(t *testing.T) {
+	newTestbed(t)
+	out, err := exec.Command(programs.init, "--version").CombinedOutput()
+	require.NoError(t, err)
+	require.Equal(t, "podfsm-init (devel) protocol "+protocol+"\n", string(out))
+	for _, args := range [][]string{{}, {"0"}, {protocol, "x"}} {
+		out, err := exec.Command(programs.init, args...).CombinedOutput()
+		require.ErrorContains(t, err, "exit status 1")
+		require.Contains(t, string(out), "the daemon starts it, and both must be of one release")
+	}
+}
+
+func TestNewProcessesNeedsInit(t *testing.T) {
+	for _, path := range []string{filepath.Join(t.TempDir(), "absent"), t.TempDir()} {
+		fds := countFDs(t)
+		_, err := NewProcesses(path, nil)
+		require.True(t, errdefs.IsFailedPrecondition(err), err)
+		require.ErrorContains(t, err, "install the podfsm-init of this release there, or set init_path")
+		require.Equal(t, fds, countFDs(t))
+	}
+}
+
+func TestFindInit(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("PATH", dir)
+	_, err := FindInit()
+	require.True(t, errdefs.IsNotFound(err), err)
+	require.ErrorContains(t, err, "set init_path in podfsm's section of containerd's configuration")
+	path := filepath.Join(dir, InitName)
+	require.NoError(t, os.WriteFile(path, nil, 0o755))
+	found, err := FindInit()
+	require.NoError(t, err)
+	require.Equal(t, path, found)
+}
+
+func TestExits(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		pod  Pod
+		end  func(*testing.T, *testbed, Record)
+		want uint32
+	}{
+		{name: "by itself, perhaps before it is watched", pod: prober("exit", "3"), want: 3},
+		{name: "by itself with 0", pod: prober("exit", "0"), want: 0},
+		{name: "by a signal that it handles", pod: testPod(), want: 0, end: func(t *testing.T, b *testbed, r Record) {
+			listens(t, r.Pid)
+			require.NoError(t, unix.Kill(r.Pid, unix.SIGTERM))
+		}},
+		{name: "killed", pod: testPod(), want: 137, end: func(t *testing.T, b *testbed, r Record) { require.NoError(t, unix.Kill(r.Pid, unix.SIGKILL)) }},
+		{
+			name: "ended", pod: testPod(), want: 137,
+			end: func(t *testing.T, b *testbed, r Record) {
+				for range 2 {
+					exit, err := b.End(t.Context(), "sandbox")
+					require.NoError(t, err)
+					require.EqualValues(t, 137, exit.Status)
+				}
+			},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			begun, fds, before := time.Now(), countFDs(t), children(t)
+			r := b.request(t, tc.pod)
+			record, err := b.Start(t.Context(), r)
+			require.NoError(t, err)
+			if tc.end != nil {
+				tc.end(t, b, record)
+			}
+			got := b.exit(t)
+			require.Equal(t, "sandbox", got.key)
+			require.Equal(t, tc.want, got.exit.Status)
+			require.WithinRange(t, got.exit.At, begun, time.Now())
+			require.ElementsMatch(t, before, children(t), "it is reaped")
+			require.NoDirExists(t, proc(record.Pid, ""))
+
+			process, err := b.Process("sandbox")
+			require.NoError(t, err, "it is known until it is forgotten")
+			require.False(t, process.Alive())
+			for range 2 {
+				b.Forget("sandbox")
+			}
+			_, err = b.Process("sandbox")
+			require.True(t, errdefs.IsNotFound(err), err)
+			exit, err := b.End(t.Context(), "sandbox")
+			require.NoError(t, err)
+			require.EqualValues(t, UnknownStatus, exit.Status)
+			require.Equal(t, fds, countFDs(t), "file descriptors leak")
+			require.Empty(t, b.exits, "an exit is told once")
+		})
+	}
+}
+
+func TestEndIsBounded(t *testing.T) {
+	b := newTestbed(t)
+	r, record := b.start(t, testPod())
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("too long"))
+	// A callback that takes its time holds up nobody who ends a pause.
+	_, err := b.End(ctx, r.Key)
+	if err != nil { // it may have ended already
+		require.EqualError(t, err, fmt.Sprintf("pause, process %d, was killed and has not ended: too long", record.Pid))
+	}
+	require.EqualValues(t, 137, b.exit(t).exit.Status)
+}
+
+func TestForgetOfALivingPause(t *testing.T) {
+	b := newTestbed(t)
+	r, record := b.start(t, testPod())
+	process, err := b.Process(r.Key)
+	require.NoError(t, err)
+	waited := make(chan error, 1)
+	go func() { waited <- process.Wait(context.Background()) }()
+	b.Forget(r.Key)
+	require.DirExists(t, proc(record.Pid, ""), "it lives on")
+	require.NoError(t, unix.Kill(record.Pid, unix.SIGKILL))
+	require.NoError(t, <-waited)
+	soon(t, func() bool { return unix.Kill(record.Pid, 0) == unix.ESRCH }, "it is not reaped")
+	require.Empty(t, b.exits, "nobody is told")
+}
+
+func TestCloseLeavesProcesses(t *testing.T) {
+	b := newTestbed(t)
+	r, record := b.start(t, testPod())
+	require.NoError(t, b.Close())
+	b.exits <- told{}
+	held, err := host.Open(record.Pid)
+	require.NoError(t, err)
+	defer held.Close()
+	require.True(t, held.Alive())
+	require.Len(t, b.Processes.exits.watching, 1)
+
+	// As the next daemon, which is its parent here, too.
+	next, err := NewProcesses(programs.init, func(key string, exit Exit) { b.exits <- told{key, exit} })
+	require.NoError(t, err)
+	b.Processes = next
+	for range 2 {
+		lives, err := b.Adopt(t.Context(), r.Key, record)
+		require.NoError(t, err)
+		require.True(t, lives)
+	}
+	require.Equal(t, told{}, <-b.exits)
+	require.NoError(t, held.Kill())
+	require.NoError(t, held.Wait(t.Context()))
+	_, err = unix.Wait4(record.Pid, nil, 0, nil)
+	require.NoError(t, err)
+	require.Equal(t, r.Key, b.exit(t).key)
+}
+
+func TestAdoptRefuses(t *testing.T) {
+	b := newTestbed(t)
+	_, record := b.start(t, testPod())
+	_, gone := b.start(t, func() Pod { p := prober("exit", "0"); p.ID = "gone"; return p }())
+	_ = b.exit(t)
+	zombie := exec.Command("true")
+	require.NoError(t, zombie.Start())
+	soon(t, func() bool { return status(t, zombie.Process.Pid)["State"] == "Z (zombie)" }, "it doesn't end")
+	stat, err := host.ReadStat(t.Context(), zombie.Process.Pid)
+	require.NoError(t, err)
+	fds := countFDs(t)
+	for name, wrong := range map[string]Record{
+		"another start time": {Pid: record.Pid, StartTime: record.StartTime + 1},
+		"no start time":      {Pid: record.Pid},
+		"ended":              gone,
+		"no pid":             {},
+		"a group":            {Pid: -record.Pid, StartTime: record.StartTime},
+		"zombie":             {Pid: zombie.Process.Pid, StartTime: stat.StartTime},
+	} {
+		lives, err := b.Adopt(t.Context(), name, wrong)
+		require.NoError(t, err, name)
+		require.False(t, lives, name)
+	}
+	require.Equal(t, fds, countFDs(t), "file descriptors leak")
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	lives, err := b.Adopt(ctx, "unknown", record)
+	require.ErrorIs(t, err, context.Canceled)
+	require.False(t, lives)
+	require.Equal(t, fds, countFDs(t), "file descriptors leak")
+	require.NoError(t, zombie.Wait())
+}
+
+// The helper is an earlier daemon: it starts a pause, tells of it on its standard output, and ends.
+const helperEnv = "PAUSE_TEST_HELPER"
+
+type helperRequest struct {
+	Init, Image, Cgroup string
+	Files               Files
+	Spec                *specs.Spec
+}
+
+func helper() {
+	var r helperRequest
+	must := func(err error) {
+		if err != nil {
+			panic(err)
+		}
+	}
+	must(json.Unmarshal([]byte(os.Getenv(helperEnv)), &r))
+	p, err := NewProcesses(r.Init, func(string, Exit) {})
+	must(err)
+	filter, err := SeccompFilter()
+	must(err)
+	cgroup, err := host.PodCgroupOf(r.Cgroup, false)
+	must(err)
+	record, err := p.Start(context.Background(), StartRequest{Key: "sandbox", Spec: r.Spec, Rootfs: rootfsOf(r.Files, "sandbox", r.Image), Seccomp: filter, Cgroup: cgroup})
+	must(err)
+	must(json.NewEncoder(os.Stdout).Encode(record))
+}
+
+// startElsewhere starts the pause of a pod that is nobody's child: it goes to this process, as to the host's init.
+func (b *testbed) startElsewhere(t *testing.T, pod Pod) Record {
+	t.Helper()
+	require.NoError(t, unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+	t.Cleanup(func() { require.NoError(t, unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)) })
+	r := b.request(t, pod)
+	request, err := json.Marshal(helperRequest{Init: programs.init, Image: b.image, Cgroup: r.Spec.Linux.CgroupsPath, Files: b.files, Spec: r.Spec})
+	require.NoError(t, err)
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), helperEnv+"="+string(request), "GORACE=atexit_sleep_ms=0")
+	var problems bytes.Buffer
+	cmd.Stderr = &problems
+	out, err := cmd.Output()
+	require.NoError(t, err, problems.String())
+	var record Record
+	require.NoError(t, json.Unmarshal(out, &record))
+	return record
+}
+
+func TestAdopt(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		signal unix.Signal
+		reaped bool
+		want   uint32
+	}{
+		{"it exits", unix.SIGTERM, true, 0},
+		{"it is killed", unix.SIGKILL, true, 137},
+		{"nobody reaps it", unix.SIGKILL, false, UnknownStatus},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			record := b.startElsewhere(t, testPod())
+			fds := countFDs(t)
+			lives, err := b.Adopt(t.Context(), "sandbox", record)
+			require.NoError(t, err)
+			require.True(t, lives)
+			process, err := b.Process("sandbox")
+			require.NoError(t, err)
+			require.Equal(t, record.Pid, process.Pid())
+
+			listens(t, record.Pid)
+			require.NoError(t, unix.Kill(record.Pid, tc.signal))
+			if tc.reaped {
+				_, err := unix.Wait4(record.Pid, nil, 0, nil)
+				require.NoError(t, err)
+			}
+			want := tc.want
+			if held, err := host.Open(os.Getpid()); err == nil {
+				if _, err := held.ExitStatus(); !errors.Is(err, unix.ENODATA) {
+					want = UnknownStatus // a kernel before 6.15
+				}
+				held.Close()
+			}
+			require.Equal(t, want, b.exit(t).exit.Status)
+			if !tc.reaped {
+				_, err := unix.Wait4(record.Pid, nil, 0, nil)
+				require.NoError(t, err)
+			}
+			b.Forget("sandbox")
+			require.Equal(t, fds, countFDs(t), "file descriptors leak")
+		})
+	}
+}
+
+func TestMany(t *testing.T) {
+	b := newTestbed(t)
+	fds, before := countFDs(t), children(t)
+	const n = 200
+	requests := make([]StartRequest, n)
+	for i := range requests {
+		pod := testPod()
+		if i%2 == 0 {
+			pod = inUserNS(pod)
+		}
+		pod.ID = fmt.Sprintf("sandbox%d", i)
+		requests[i] = b.request(t, pod)
+	}
+	errs := make([]error, n)
+	var all sync.WaitGroup
+	slots := make(chan struct{}, 16)
+	for i, r := range requests {
+		all.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			record, err := b.Start(t.Context(), r)
+			if err == nil && i%3 == 0 {
+				err = unix.Kill(record.Pid, unix.SIGKILL)
+			}
+			if err == nil && i%3 == 1 {
+				_, err = b.End(t.Context(), r.Key)
+			}
+			errs[i] = err
+		})
+	}
+	all.Wait()
+	require.NoError(t, errors.Join(errs...))
+	for _, r := range requests {
+		all.Go(func() {
+			if _, err := b.End(t.Context(), r.Key); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	keys := map[string]bool{}
+	for range n {
+		keys[b.exit(t).key] = true
+	}
+	require.Len(t, keys, n)
+	require.ElementsMatch(t, before, children(t))
+	for _, r := range requests {
+		b.Forget(r.Key)
+	}
+	require.Equal(t, fds, countFDs(t), "file descriptors leak")
+	require.Empty(t, b.Processes.exits.watching)
+}
