@@ -95,19 +95,16 @@ func TestFailureOfPause(t *testing.T) {
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	for _, tc := range []struct {
-		syscall, errno string
-		nth            int
-		text           string
+		syscall, errno, text string
 	}{
-		{"close_range", "EPERM", 1, "failed to mark descriptors close-on-exec: operation not permitted"},
-		{"move_mount", "EIO", 1, "failed to attach the root filesystem: input/output error"},
-		{"pivot_root", "EBUSY", 1, "failed to change the root: device or resource busy"},
-		{"sethostname", "EPERM", 1, "failed to set the hostname: operation not permitted"},
-		{"setresuid", "EAGAIN", 2, "failed to set the user 65535: resource temporarily unavailable"}, // Go's runtime makes the first, in the new user namespace
-		{"execve", "ENOEXEC", 2, `failed to execute "/pause" of the pause image: exec format error`},
+		{"close_range", "EPERM", "failed to mark descriptors close-on-exec: operation not permitted"},
+		{"pivot_root", "EBUSY", "failed to change the root: device or resource busy"},
+		{"sethostname", "EPERM", "failed to set the hostname: operation not permitted"},
+		{"setresuid", "EAGAIN", "failed to set the user 65535: resource temporarily unavailable"},
+		{"capset", "EPERM", "failed to drop the capabilities: operation not permitted"},
 	} {
 		t.Run(tc.syscall, func(t *testing.T) {
-			require.NoError(t, n.FailChild(t.Context(), tc.syscall, tc.errno, tc.nth))
+			require.NoError(t, n.FailChild(t.Context(), tc.syscall, tc.errno))
 			config := n.PodConfig("pod")
 			err := failRun(t, n, harness.PodfsmHandler, config)
 			require.NoError(t, n.EndTrace())
@@ -120,26 +117,24 @@ func TestFailureOfPause(t *testing.T) {
 
 // The caller learns which step took too long and how long that is, by the same text at every try.
 func TestPauseHangs(t *testing.T) {
-	n := harness.StartNode(t, harness.Config{TOML: `
-[plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  runtime_timeout = "5s"
-`})
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	hanging, err := filepath.Abs("../.build/bin/pause") // which waits, and says nothing to the daemon
 	require.NoError(t, err)
-	config := n.PodConfig("pod")
+	n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm']
+  runtime_timeout = "2s"
+  init_path = %q
+`, hanging)})
+	before, err := n.Settle(t.Context())
+	require.NoError(t, err)
 	var texts []string
 	for range 2 {
-		require.NoError(t, n.StallChild(t.Context(), "pivot_root", 1))
-		err := failRun(t, n, harness.PodfsmHandler, config)
-		require.NoError(t, n.EndTrace())
+		err := failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
 		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
-		require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: no answer within 5s: `)
+		require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: failed to start pause: no answer within 2s: `)
 		texts = append(texts, status.Convert(err).Message())
 		n.RequireClean(t, before)
 	}
 	require.Equal(t, texts[0], texts[1])
-	runOnce(t, n, config)
-	n.RequireClean(t, before)
 }
 
 func TestFirstTryOfEachUndoFails(t *testing.T) {
@@ -242,7 +237,7 @@ func TestShimKilled(t *testing.T) {
 	pid, err := strconv.Atoi(shim)
 	require.NoError(t, err)
 	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
-	require.EqualValues(t, 137, waitExit(t, first))
+	require.NotZero(t, waitExit(t, first))
 	require.Equal(t, "Ready", inspect(t, n, pod.ID).GetSandbox().GetState())
 	works(t, pod, "second")
 	require.NoError(t, pod.StopAndRemove(t.Context()))

@@ -126,8 +126,8 @@ var noMidAct = map[string]string{
 var (
 	doMid = map[string][]string{
 		"remap_snapshot": {"snapshotter.prepare.before", "snapshotter.prepare.after"},
-		// Cloned and on no record; on its way to a root of its own; about to execute pause.
-		"start_pause":    {"start_pause.do.close_range.mid", "start_pause.do.pivot_root.mid", "start_pause.do.execve.mid"},
+		// Cloned and on no record; on its way to a root of its own; about to give up its privileges and to execute pause.
+		"start_pause":    {"start_pause.do.close_range.mid", "start_pause.do.pivot_root.mid", "start_pause.do.capset.mid"},
 		"capture_netns":  {"capture_netns.do.mid"},
 		"attach_network": {"bridge.ADD", "host-local.ADD", "host-local.ADD.after", "bridge.ADD.after", "portmap.ADD", "portmap.ADD.after"},
 	}
@@ -360,11 +360,7 @@ func (k *killing) stall(ctx context.Context) {
 
 // stallInit lets the daemon go on until what becomes pause is about to make a system call.
 func (k *killing) stallInit(ctx context.Context, call string) {
-	nth := 1
-	if call == "execve" {
-		nth = 2 // the first executes what becomes pause
-	}
-	require.NoError(k, k.n.StallChild(ctx, call, nth))
+	require.NoError(k, k.n.StallChild(ctx, call))
 	require.NoError(k, k.n.Faults.Release(k.blocked()))
 	require.NoError(k, k.n.WaitChildIn(ctx, call))
 }
@@ -492,7 +488,7 @@ A pod that was listed was the same after one more restart, and one that was gone
 Points that end in .before and .after are around what a step does (do, undo, stop), what containerd's stores do (leases, sandboxes),
 or its snapshotter; the CNI plugins' are before the program runs and after it has; .mid is a system call in the
 middle of what the step does, between making the file of the pin and mounting on it, or between unmounting and removing it, or one of
-what becomes pause: its first, when the daemon has cloned it and has it on no record, that to its own root, and the execution of pause.
+what becomes pause: its first, when the daemon has cloned it and has it on no record, that to a root of its own, and its last but one before it executes pause.
 
 | under way | the kill comes | at the point | found after the restart |
 |---|---|---|---|

@@ -440,7 +440,7 @@ func TestErrorTexts(t *testing.T) {
 			text:   `failed to set the sysctl net.core.no = "1"`,
 		},
 		"pause": {
-			fail: func(t *testing.T) { require.NoError(t, n.FailChild(t.Context(), "pivot_root", "EBUSY", 1)) },
+			fail: func(t *testing.T) { require.NoError(t, n.FailChild(t.Context(), "pivot_root", "EBUSY")) },
 			text: "podfsm-init: failed to change the root",
 		},
 		"a missing plugin": {

@@ -32,13 +32,13 @@ func (n *Node) StallBefore(ctx context.Context, syscall, path string) error {
 }
 
 // StallChild has strace hold each process that the daemon starts when it is about
-// to make a system call for the nth time. See StallBefore.
-func (n *Node) StallChild(ctx context.Context, syscall string, nth int) error {
-	return n.trace(ctx, syscall, fmt.Sprintf("%s:when=%d", stalled("delay_enter"), nth))
+// to make a system call. See StallBefore.
+func (n *Node) StallChild(ctx context.Context, syscall string) error {
+	return n.trace(ctx, syscall, stalled("delay_enter"))
 }
 
 // calls are the numbers of the system calls that WaitChildIn knows.
-var calls = map[string]int{"close_range": unix.SYS_CLOSE_RANGE, "pivot_root": unix.SYS_PIVOT_ROOT, "execve": unix.SYS_EXECVE}
+var calls = map[string]int{"close_range": unix.SYS_CLOSE_RANGE, "pivot_root": unix.SYS_PIVOT_ROOT, "capset": unix.SYS_CAPSET}
 
 // WaitChildIn waits until a process that the daemon has started is held in a
 // system call by StallChild.
@@ -62,10 +62,10 @@ func (n *Node) WaitChildIn(ctx context.Context, syscall string) error {
 	})
 }
 
-// FailChild has strace fail a system call that a process makes which the daemon
-// starts, the nth time, with an error such as "EIO". It lasts until EndTrace.
-func (n *Node) FailChild(ctx context.Context, syscall, errno string, nth int) error {
-	return n.trace(ctx, syscall, fmt.Sprintf("error=%s:when=%d", errno, nth))
+// FailChild has strace fail a system call of the processes that the daemon starts,
+// with an error such as "EIO". It lasts until EndTrace.
+func (n *Node) FailChild(ctx context.Context, syscall, errno string) error {
+	return n.trace(ctx, syscall, "error="+errno)
 }
 
 // EndTrace has strace let go of the daemon, which goes on.
