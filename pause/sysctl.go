@@ -58,7 +58,8 @@ func writeSysctl(root *os.Root, file, value string) error {
 		_, err = f.WriteString(value)
 		err = errors.Join(err, f.Close())
 	}
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+	// Some sysctls of the node's can be read in any network namespace. Root may not write them there.
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return err
