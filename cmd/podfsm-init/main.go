@@ -9,8 +9,8 @@
 //	podfsm-init PROTOCOL
 //
 //	0, 1, 2  /dev/null
-//	3        the OCI runtime specification as JSON, up to the end of the file. The daemon closes its end without a word when
-//	         pause is not to be started, also by dying.
+//	3        the OCI runtime specification as JSON, up to the end of the file. Its sysctls are only those to be set here, by their
+//	         files below /proc/sys. The daemon closes its end without a word when pause is not to be started, also by dying.
 //	4        where a NUL byte is written right before pause is executed, and the reason of a failure as text. Closed without
 //	         either, it says that this program was killed.
 //	5        the root filesystem, a mount that is attached nowhere
@@ -27,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"path"
@@ -99,6 +100,9 @@ func run() error {
 			return fmt.Errorf("failed to make a cgroup namespace: %w", err)
 		}
 	}
+	if err := setSysctls(spec.Linux.Sysctl); err != nil {
+		return err
+	}
 	labels, err := openLabels(spec.Process)
 	if err != nil {
 		return err
@@ -136,6 +140,21 @@ func run() error {
 		return fmt.Errorf("failed to report: %w", err) // the daemon is gone, and nobody knows of this process
 	}
 	return fmt.Errorf("failed to execute %q of the pause image: %w", program, unix.Exec(program, spec.Process.Args, spec.Process.Env))
+}
+
+// setSysctls writes sysctls of the own namespaces, as long as the host's /proc is there: it shows each process its own.
+func setSysctls(values map[string]string) error {
+	for _, file := range slices.Sorted(maps.Keys(values)) {
+		f, err := os.OpenFile("/proc/sys/"+file, os.O_WRONLY, 0)
+		if err == nil {
+			_, err = f.WriteString(values[file])
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("failed to set the sysctl %s = %q: %w", file, values[file], err)
+		}
+	}
+	return nil
 }
 
 // enterRoot makes the rootfs the root of the mount namespace, with nothing of the host's mounts in it. pivot_root(2) describes the
