@@ -30,12 +30,12 @@ func FindPodCgroups(ids []string) (found []string, _ error) {
 			case !entry.IsDir():
 				return nil
 			}
+			if slices.Contains(ids, CgroupID(path)) {
+				found = append(found, path)
+			}
 			var st unix.Stat_t
 			if unix.Lstat(path, &st) != nil || st.Uid != 0 {
 				return fs.SkipDir
-			}
-			if slices.Contains(ids, CgroupID(path)) {
-				found = append(found, path)
 			}
 			return nil
 		})

@@ -166,8 +166,18 @@ func foreign(g Group) error {
 	return fmt.Errorf("cgroup %q has a process of another pid namespace: %w", g.dir, errdefs.ErrFailedPrecondition)
 }
 
-// procs are the group's processes, 0 for each of another pid namespace.
+// procs are the group's processes but for this one, 0 for each of another pid namespace.
 func (g Group) procs() ([]int, error) {
+	pids, err := g.members()
+	return without(pids, os.Getpid()), err
+}
+
+func without(pids []int, pid int) []int {
+	return slices.DeleteFunc(slices.Clone(pids), func(other int) bool { return other == pid })
+}
+
+// members are the group's processes, this one included.
+func (g Group) members() ([]int, error) {
 	dirs, err := g.tree()
 	if err != nil {
 		return nil, err
@@ -186,9 +196,7 @@ func (g Group) procs() ([]int, error) {
 			if err != nil || pid < 0 {
 				return nil, fmt.Errorf("cgroup %q lists %q: %w", dir, lines.Text(), errdefs.ErrDataLoss)
 			}
-			if pid != os.Getpid() {
-				pids = append(pids, pid)
-			}
+			pids = append(pids, pid)
 		}
 	}
 	return pids, nil
@@ -222,18 +230,19 @@ func pauses(yield func(time.Duration) bool) {
 	}
 }
 
-// Kill ends the processes of the group and returns when none is left: by cgroup.kill (Linux 5.14), which no fork escapes, else one by
-// one behind their pidfds until there are no more.
+// Kill ends the processes of the group, never this one, and returns when none is left: by cgroup.kill (Linux 5.14), which no fork
+// escapes, else one by one behind their pidfds until there are no more.
 //
 // Errors: what ended ctx, naming the processes that are left; FailedPrecondition for a process of another pid namespace that only
 // cgroup.kill could reach.
 func (g Group) Kill(ctx context.Context) error {
 	for pause := range pauses {
-		pids, err := g.procs()
+		members, err := g.members()
+		pids := without(members, os.Getpid())
 		if err != nil || len(pids) == 0 {
 			return err
 		}
-		if err := g.kill(pids); err != nil {
+		if err := g.kill(pids, len(members) > len(pids)); err != nil {
 			return fmt.Errorf("failed to end the processes of cgroup %q: %w", g.dir, err)
 		}
 		select {
@@ -245,10 +254,13 @@ func (g Group) Kill(ctx context.Context) error {
 	return nil
 }
 
-func (g Group) kill(pids []int) error {
-	err := writeFile(filepath.Join(g.dir, "cgroup.kill"), "1")
-	if err == nil || !gone(err) {
-		return err
+// kill kills processes of the group. If this process is inside the group, cgroup.kill would end it, too.
+func (g Group) kill(pids []int, inside bool) error {
+	if !inside {
+		err := writeFile(filepath.Join(g.dir, "cgroup.kill"), "1")
+		if err == nil || !gone(err) {
+			return err
+		}
 	}
 	for _, pid := range pids {
 		if pid == 0 {

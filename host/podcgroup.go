@@ -50,7 +50,11 @@ func PodCgroupOf(cgroupsPath string, systemd bool) (*PodCgroup, error) {
 	}
 	made, err := manager.New(config)
 	if err != nil {
-		return nil, fmt.Errorf("failed to find cgroup %q: %w: %w", cgroupsPath, err, errdefs.ErrFailedPrecondition)
+		remedy := "mount the cgroup hierarchies below /sys/fs/cgroup"
+		if systemd {
+			remedy = "set SystemdCgroup = false for the runtime handler where systemd doesn't run"
+		}
+		return nil, fmt.Errorf("failed to find cgroup %q: %w; %s: %w", cgroupsPath, err, remedy, errdefs.ErrFailedPrecondition)
 	}
 	c := &PodCgroup{path: cgroupsPath, systemd: systemd, manager: made}
 	for _, dir := range made.GetPaths() {
@@ -119,6 +123,7 @@ func (c *PodCgroup) Pids() ([]int, error) {
 // End kills what runs in the cgroup, and removes it from every hierarchy. It looks whether the cgroup is gone: systemd is asked for the
 // removal, and not believed. It succeeds where there is none.
 func (c *PodCgroup) End(ctx context.Context) error {
+	_ = c.manager.Freeze(cgroups.Thawed) // a frozen process of v1 doesn't die
 	for _, dir := range c.dirs {
 		if err := (Group{dir}).Kill(ctx); err != nil {
 			return err

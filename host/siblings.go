@@ -14,7 +14,7 @@ import (
 
 // Siblings are the processes that this process, or an earlier daemon in its place, has started and that work in a directory below dir, by
 // that directory: processes in its own cgroup and in its own user and mount namespaces, where a path means what it means here. No
-// process of a pod is ever there. The directory may have been removed.
+// process of a pod is ever there. Their directories may have been removed, and dir may lead over symlinks, which the kernel has resolved.
 func Siblings(ctx context.Context, dir string) (map[int]string, error) {
 	groups, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -23,6 +23,9 @@ func Siblings(ctx context.Context, dir string) (map[int]string, error) {
 	pids, err := Pids()
 	if err != nil {
 		return nil, err
+	}
+	if resolved, err := filepath.EvalSymlinks(dir); err == nil {
+		dir = resolved
 	}
 	found := map[int]string{}
 	for _, pid := range pids {
@@ -57,18 +60,22 @@ func workingDir(ctx context.Context, pid int, groups []byte) (string, bool) {
 
 // KillIn kills the siblings that work in a directory, and returns when none is left.
 func KillIn(ctx context.Context, dir string) error {
+	parent := filepath.Dir(dir)
+	if resolved, err := filepath.EvalSymlinks(parent); err == nil {
+		parent = resolved
+	}
 	for pause := range pauses {
-		all, err := Siblings(ctx, filepath.Dir(dir))
+		all, err := Siblings(ctx, parent)
 		if err != nil {
 			return err
 		}
 		left := 0
 		for pid, cwd := range all {
-			if cwd != dir {
+			if cwd != filepath.Join(parent, filepath.Base(dir)) {
 				continue
 			}
 			left++
-			if err := killSibling(ctx, pid, dir); err != nil {
+			if err := killSibling(ctx, pid, cwd); err != nil {
 				return err
 			}
 		}

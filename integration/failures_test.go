@@ -117,8 +117,9 @@ func TestFailureOfPause(t *testing.T) {
 
 // The caller learns which step took too long and how long that is, by the same text at every try.
 func TestPauseHangs(t *testing.T) {
-	hanging, err := filepath.Abs("../.build/bin/pause") // which waits, and says nothing to the daemon
-	require.NoError(t, err)
+	hanging := filepath.Join(t.TempDir(), "podfsm-init") // which waits, and says nothing to the daemon
+	const script = "#!/bin/sh\n[ $1 = --version ] && echo podfsm-init that hangs protocol 1 || exec /bin/sleep 60\n"
+	require.NoError(t, os.WriteFile(hanging, []byte(script), 0o755))
 	n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
   runtime_timeout = "2s"

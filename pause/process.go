@@ -220,7 +220,7 @@ func (p *Processes) start(ctx context.Context, r StartRequest) (_ Record, err er
 	if err := r.check(); err != nil {
 		return Record{}, err
 	}
-	text, err := json.Marshal(r.Spec)
+	text, err := instructions(r.Spec)
 	if err != nil {
 		return Record{}, err
 	}
@@ -319,6 +319,16 @@ func (r StartRequest) check() error {
 	default:
 		return nil
 	}
+}
+
+// instructions are the specification for podfsm-init, of whose sysctls it sets those of the IPC namespace.
+func instructions(spec *specs.Spec) (_ []byte, err error) {
+	all, linux := *spec, *spec.Linux
+	all.Linux = &linux
+	if linux.Sysctl, err = ipcSysctlsOf(spec); err != nil {
+		return nil, err
+	}
+	return json.Marshal(all)
 }
 
 // initFD is podfsm-init's own descriptor.

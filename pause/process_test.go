@@ -461,6 +461,14 @@ func TestStartFails(t *testing.T) {
 		{name: "user that isn't mapped", change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "70000:1" }, text: "failed to set the user 70000: invalid argument"},
 		{name: "group that isn't mapped", change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "1:70000" }, text: "failed to set the groups [70000]: invalid argument"},
 		{
+			name: "sysctl of the node", is: errdefs.IsInvalidArgument, text: `sysctl "kernel.core_pattern" is not of a namespace`,
+			change: func(p *Pod) { p.Config.Linux.Sysctls = map[string]string{"kernel.core_pattern": "|/x"} },
+		},
+		{
+			name: "value that the kernel refuses", text: `failed to set the sysctl kernel/shm_rmid_forced = "7": write /proc/sys/kernel/shm_rmid_forced: invalid argument`,
+			change: func(p *Pod) { p.Config.Linux.Sysctls = map[string]string{"kernel.shm_rmid_forced": "7"} },
+		},
+		{
 			name: "id map of nobody", change: func(p *Pod) { p.UIDs, p.GIDs = []specs.LinuxIDMapping{{ContainerID: 5, HostID: 5, Size: 1}}, podGIDs },
 			text: "failed to clone: fork/exec /proc/self/fd/5: invalid argument",
 		},

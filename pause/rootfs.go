@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -27,13 +28,16 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount, userns *os.File) (_ 
 	if err := validateID(id); err != nil {
 		return nil, err
 	}
+	if len(mounts) == 0 {
+		return nil, fmt.Errorf("the snapshot has no mounts: %w", errdefs.ErrFailedPrecondition)
+	}
 	dir := f.rootfs(id)
 	if _, err := os.Lstat(dir); err == nil { // of a daemon that was killed
 		if err := removeTrees(dir); err != nil {
 			return nil, err
 		}
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
 	var points mountPoints

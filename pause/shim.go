@@ -117,13 +117,14 @@ func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance) error
 }
 
 // endUnknown ends a shim that containerd doesn't know: a containerd that was killed between the start of a shim and its own note of it
-// leaves one, which never ends, or the process that was about to start it. They run in the bundle.
+// leaves one, which never ends, or the process that was about to start it. They run in the bundle, also when it is renamed.
 func (s *Shims) endUnknown(ctx context.Context, id string) error {
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
 		return err
 	}
-	return host.KillIn(ctx, filepath.Join(s.dirs.State, namespace, id))
+	bundles := filepath.Join(s.dirs.State, namespace)
+	return errors.Join(host.KillIn(ctx, filepath.Join(bundles, id)), host.KillIn(ctx, filepath.Join(bundles, "."+id)))
 }
 
 // removeBundle removes the bundle and the working directory of a shim that is gone. containerd renames a bundle to ".id" before it

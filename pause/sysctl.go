@@ -20,29 +20,35 @@ import (
 // ipcSysctls are those of an IPC namespace, ipc_namespaces(7).
 var ipcSysctls = []string{"msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"}
 
+// refusals are the errors of the kernel for a sysctl that it doesn't know, or a value that it doesn't take. Some sysctls of the node's can
+// be read in any network namespace; nobody may write them there.
+var refusals = []error{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EACCES, unix.EPERM, unix.EINVAL}
+
 // SetSysctls sets the sysctls of a specification in the namespaces of pause, in the order of their names. It comes after CNI, so that
-// those of an interface work, and win against what a plugin has set.
+// those of an interface work, and win against what a plugin has set. [Processes.Start] has set those of the IPC namespace: they are to
+// be written by the root of the user namespace that owns it.
 //
 // Errors: InvalidArgument for a sysctl that is not of a namespace which the pod has for itself, or that the kernel doesn't know or
 // refuses the value of.
 func SetSysctls(process *host.Process, spec *specs.Spec) error {
-	if len(spec.Linux.Sysctl) == 0 {
-		return nil
-	}
-	kinds := ownNamespaces(spec.Linux.Namespaces)
-	files, err := sysctlFiles(spec.Linux.Sysctl, kinds)
+	all, err := sysctlsOf(spec)
 	if err != nil {
 		return err
 	}
+	all = slices.DeleteFunc(all, func(s sysctl) bool { return s.kind == unix.CLONE_NEWIPC })
+	if len(all) == 0 {
+		return nil
+	}
+	kinds := ownNamespaces(spec.Linux.Namespaces) &^ unix.CLONE_NEWIPC
 	return process.In(kinds, func() error {
 		root, err := os.OpenRoot("/proc/sys") // follows no link out of it; what it shows are the namespaces of this thread
 		if err != nil {
 			return err
 		}
 		defer root.Close()
-		for _, name := range slices.Sorted(maps.Keys(files)) {
-			if err := writeSysctl(root, files[name], spec.Linux.Sysctl[name]); err != nil {
-				return fmt.Errorf("failed to set the sysctl %s = %q: %w", name, spec.Linux.Sysctl[name], err)
+		for _, s := range all {
+			if err := s.set(root); err != nil {
+				return fmt.Errorf("failed to set the sysctl %s = %q: %w", s.name, s.value, err)
 			}
 		}
 		return nil
@@ -59,30 +65,53 @@ func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	if options.GetIpc() == runtime.NamespaceMode_NODE {
 		kinds &^= unix.CLONE_NEWIPC
 	}
-	_, err := sysctlFiles(config.GetLinux().GetSysctls(), kinds)
+	_, err := parseSysctls(config.GetLinux().GetSysctls(), kinds)
 	return err
 }
 
-// sysctlFiles are the files of sysctls, by their names.
-func sysctlFiles(sysctls map[string]string, kinds int) (map[string]string, error) {
-	files := map[string]string{}
-	for _, name := range slices.Sorted(maps.Keys(sysctls)) { // the same one is refused at each try
-		file, err := sysctlFile(name, kinds)
-		if err != nil {
-			return nil, err
-		}
-		files[name] = file
-	}
-	return files, nil
+// sysctl is one of a pod's.
+type sysctl struct {
+	name, file, value string
+	kind              int // the CLONE_NEW* flag of its namespace
 }
 
-func writeSysctl(root *os.Root, file, value string) error {
-	f, err := root.OpenFile(file, os.O_WRONLY, 0)
+// sysctlsOf are the sysctls of a specification, in the order of their names.
+func sysctlsOf(spec *specs.Spec) ([]sysctl, error) {
+	return parseSysctls(spec.Linux.Sysctl, ownNamespaces(spec.Linux.Namespaces))
+}
+
+// parseSysctls are sysctls of a pod that has the namespaces of kinds for itself. Of several that can't be set the same one is refused
+// each time.
+func parseSysctls(values map[string]string, kinds int) (all []sysctl, err error) {
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		s := sysctl{name: name, value: values[name]}
+		if s.file, s.kind, err = sysctlFile(name, kinds); err != nil {
+			return nil, err
+		}
+		all = append(all, s)
+	}
+	return all, nil
+}
+
+// ipcSysctlsOf are those of the IPC namespace, by their files.
+func ipcSysctlsOf(spec *specs.Spec) (map[string]string, error) {
+	all, err := sysctlsOf(spec)
+	files := map[string]string{}
+	for _, s := range all {
+		if s.kind == unix.CLONE_NEWIPC {
+			files[s.file] = s.value
+		}
+	}
+	return files, err
+}
+
+func (s sysctl) set(root *os.Root) error {
+	f, err := root.OpenFile(s.file, os.O_WRONLY, 0)
 	if err == nil {
-		_, err = f.WriteString(value)
+		_, err = f.WriteString(s.value)
 		err = errors.Join(err, f.Close())
 	}
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+	if slices.ContainsFunc(refusals, func(refusal error) bool { return errors.Is(err, refusal) }) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return err
@@ -100,20 +129,20 @@ func ownNamespaces(namespaces []specs.LinuxNamespace) (kinds int) {
 }
 
 // sysctlFile is the file of a sysctl below /proc/sys, in the two notations of sysctl(8): with dots, where a slash stands for a dot of an
-// interface's name, or with slashes.
-func sysctlFile(name string, kinds int) (string, error) {
-	file := name
+// interface's name, or with slashes, and the namespace that it is of.
+func sysctlFile(name string, kinds int) (file string, kind int, err error) {
+	file = name
 	if i := strings.IndexAny(name, "./"); i >= 0 && name[i] == '.' {
 		file = strings.NewReplacer(".", "/", "/", ".").Replace(name)
 	}
-	needs, ok := sysctlNamespace(file)
+	kind, ok := sysctlNamespace(file)
 	switch {
 	case !ok || !filepath.IsLocal(file) || filepath.Clean(file) != file:
-		return "", fmt.Errorf("sysctl %q is not of a namespace that a pod may have for itself: %w", name, errdefs.ErrInvalidArgument)
-	case kinds&needs == 0:
-		return "", fmt.Errorf("sysctl %q would change the node's, the pod shares that namespace with it: %w", name, errdefs.ErrInvalidArgument)
+		return "", 0, fmt.Errorf("sysctl %q is not of a namespace that a pod may have for itself: %w", name, errdefs.ErrInvalidArgument)
+	case kinds&kind == 0:
+		return "", 0, fmt.Errorf("sysctl %q would change the node's, the pod shares that namespace with it: %w", name, errdefs.ErrInvalidArgument)
 	default:
-		return file, nil
+		return file, kind, nil
 	}
 }
 

@@ -11,7 +11,8 @@
 //	0, 1, 2  /dev/null
 //	3        a stream socket. The daemon sends a byte with the mounts as SCM_RIGHTS (unix(7)), none of which is attached anywhere: the
 //	         root filesystem, and the sources of the bind mounts of the specification in their order; then the OCI runtime
-//	         specification as JSON, up to the end of the stream. It ends the stream without a word when pause is not to be
+//	         specification as JSON, up to the end of the stream, with only those sysctls that are to be set here, by their files
+//	         below /proc/sys. It ends the stream without a word when pause is not to be
 //	         started, also by dying. Back comes a NUL byte right before pause is executed, and the reason of a failure as text.
 //	         Closed without either, it says that this program was killed.
 //	4        a seccomp filter: an array of struct sock_filter (seccomp(2))
@@ -26,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"path"
@@ -99,6 +101,9 @@ func run() error {
 			return fmt.Errorf("failed to make a cgroup namespace: %w", err)
 		}
 	}
+	if err := setSysctls(spec.Linux.Sysctl); err != nil {
+		return err
+	}
 	labels, err := openLabels(spec.Process)
 	if err != nil {
 		return err
@@ -160,6 +165,21 @@ func receiveMounts() ([]int, error) {
 		return nil, fmt.Errorf("the daemon has sent no mounts, but %d messages", len(messages))
 	}
 	return unix.ParseUnixRights(&messages[0])
+}
+
+// setSysctls writes sysctls of the own namespaces, as long as the host's /proc is there: it shows each process its own.
+func setSysctls(values map[string]string) error {
+	for _, file := range slices.Sorted(maps.Keys(values)) {
+		f, err := os.OpenFile("/proc/sys/"+file, os.O_WRONLY, 0)
+		if err == nil {
+			_, err = f.WriteString(values[file])
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("failed to set the sysctl %s = %q: %w", file, values[file], err)
+		}
+	}
+	return nil
 }
 
 // enterRoot makes the rootfs the root of the mount namespace, with nothing of the host's mounts in it. pivot_root(2) describes the

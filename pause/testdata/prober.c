@@ -3,6 +3,8 @@
 //	prober exit N     exits with N
 //	prober seccomp    exits with 0 when every system call is allowed or refused as it should be, else with the number of its line
 //	prober readonly   the same for what it can change of the filesystem
+//	prober rootreadonly
+//	                  the same for the root filesystem alone, and what it can see of another
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -109,6 +111,15 @@ static void seccomp(char *self) {
 	_exit(0);
 }
 
+static void rootreadonly(void) {
+	FAILS(open("/x", O_CREAT | O_WRONLY, 0600), EROFS);
+	FAILS(mkdir("/work/x", 0700), EROFS);
+	FAILS(open("/proc/self/status", O_RDONLY), ENOENT);
+	FAILS(open("/etc/passwd", O_RDONLY), ENOENT);
+	FAILS(open("../../../../etc/passwd", O_RDONLY), ENOENT);
+	_exit(0);
+}
+
 static void readonly(void) {
 	FAILS(open("/x", O_CREAT | O_WRONLY, 0600), EROFS);
 	FAILS(open("/dev/x", O_CREAT | O_WRONLY, 0600), EROFS);
@@ -130,5 +141,7 @@ int main(int argc, char **argv) {
 		seccomp(argv[0]);
 	if (argc == 2 && strcmp(argv[1], "readonly") == 0)
 		readonly();
+	if (argc == 2 && strcmp(argv[1], "rootreadonly") == 0)
+		rootreadonly();
 	return 255;
 }

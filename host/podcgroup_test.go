@@ -1,0 +1,364 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func TestPodCgroupOf(t *testing.T) {
+	for _, tc := range []struct {
+		path    string
+		systemd bool
+		want    string // below every hierarchy
+		is      func(error) bool
+		text    string
+	}{
+		{path: "/kubepods/pod1/id", want: "/kubepods/pod1/id"},
+		{path: "/kubepods/pod1//id/", want: "/kubepods/pod1/id"},
+		{path: "kubepods/id", want: "/kubepods/id"},
+		{path: "../../id", want: "/id"},
+		{path: "/a/../../../id", want: "/id"},
+		{path: "/kubepods/a:b/id", want: "/kubepods/a:b/id"},
+		{path: "kubepods.slice:cri-containerd:id", want: "/kubepods.slice:cri-containerd:id"},
+		{path: "/kubepods.slice/id", want: "/kubepods.slice/id"},
+		{path: "", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: "/", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: "//", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: ".", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: "/a/..", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: "/kubepods/pod1/id", systemd: true, is: errdefs.IsInvalidArgument, text: "set SystemdCgroup = false"},
+		{path: "a.slice:b", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
+		{path: "a.slice:b:", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
+		{path: "a.slice:b:c:d", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
+		{path: "", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
+		{path: "kubepods.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/cri-containerd-id.scope"},
+		{path: "kubepods-besteffort-pod1.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-id.scope"},
+	} {
+		c, err := PodCgroupOf(tc.path, tc.systemd)
+		if tc.systemd && tc.is == nil && !systemdRuns() {
+			require.True(t, errdefs.IsFailedPrecondition(err), "%q: %v", tc.path, err)
+			require.ErrorContains(t, err, "set SystemdCgroup = false for the runtime handler")
+			continue
+		}
+		if tc.is != nil {
+			require.Truef(t, tc.is(err), "%q: %v", tc.path, err)
+			require.ErrorContains(t, err, tc.text, tc.path)
+			continue
+		}
+		require.NoError(t, err, tc.path)
+		require.NotEmpty(t, c.Dirs())
+		for _, dir := range c.Dirs() {
+			require.Truef(t, strings.HasPrefix(dir, "/sys/fs/cgroup/") && strings.HasSuffix(dir, tc.want), "%q: %q", tc.path, dir)
+			require.NoDirExists(t, dir, "nothing is made")
+		}
+	}
+}
+
+func systemdRuns() bool {
+	info, err := os.Stat("/run/systemd/system")
+	return err == nil && info.IsDir()
+}
+
+// newPodCgroup is one that is ended, with its parent, at the end of the test.
+func newPodCgroup(t *testing.T) *PodCgroup {
+	t.Helper()
+	needRoot(t)
+	parent := fmt.Sprintf("/podfsm-host-%d-%d", os.Getpid(), time.Now().UnixNano())
+	for _, path := range []string{parent, parent + "/id"} {
+		c, err := PodCgroupOf(path, false)
+		require.NoError(t, err)
+		t.Cleanup(func() { require.NoError(t, c.End(context.Background())) })
+		if path != parent {
+			return c
+		}
+	}
+	return nil
+}
+
+// startScript starts a shell script in the cgroup, and reaps it at the end of the test.
+func (c *PodCgroup) startScript(t *testing.T, script string) *exec.Cmd {
+	t.Helper()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0) // it can't be opened in the cgroup
+	require.NoError(t, err)
+	defer null.Close()
+	cmd := exec.Command("sh", "-c", script)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
+	require.NoError(t, c.Start(func(cgroupFD int) (int, error) {
+		if cgroupFD >= 0 {
+			cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroupFD}
+		}
+		err := cmd.Start()
+		if err != nil {
+			return 0, err
+		}
+		return cmd.Process.Pid, nil
+	}))
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd
+}
+
+func TestPodCgroup(t *testing.T) {
+	c := newPodCgroup(t)
+	pids, err := c.Pids()
+	require.NoError(t, err)
+	require.Empty(t, pids)
+	require.NoError(t, c.End(t.Context()), "there is none")
+
+	cmd := c.startScript(t, "setsid -f sleep 300; setsid -f sleep 300; exec sleep 300")
+	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
+	require.NoError(t, err)
+	for hierarchy, path := range parseCgroups(groups) {
+		require.Truef(t, strings.HasSuffix(path, "/id"), "%q: %q", hierarchy, path)
+	}
+	soon(t, func() bool {
+		pids, err = c.Pids()
+		return err == nil && len(pids) == 3
+	}, "all descendants are members")
+	for _, dir := range c.Dirs() {
+		require.NoError(t, os.Mkdir(filepath.Join(dir, "below"), 0o755))
+	}
+	// It has the least weight, and no device.
+	for file, want := range map[string]string{"/sys/fs/cgroup/cpu": "cpu.shares 2", "/sys/fs/cgroup/devices": "devices.list "} {
+		name, value, _ := strings.Cut(want, " ")
+		data, err := os.ReadFile(filepath.Join(file, c.path, name))
+		if !errors.Is(err, os.ErrNotExist) { // v2
+			require.NoError(t, err)
+			require.Equal(t, value, strings.TrimSpace(string(data)))
+		}
+	}
+	reaped := make(chan error, 1)
+	go func() { reaped <- cmd.Wait() }()
+	for range 2 {
+		require.NoError(t, c.End(t.Context()))
+		for _, dir := range c.Dirs() {
+			require.NoDirExists(t, dir)
+		}
+	}
+	require.Error(t, <-reaped)
+}
+
+func TestPodCgroupThatCantBe(t *testing.T) {
+	needRoot(t)
+	for _, path := range []string{"/cgroup.procs/s1", "/" + strings.Repeat("x", 256) + "/s1", "/" + strings.Repeat("x/", 4096) + "s1"} {
+		c, err := PodCgroupOf(path, false)
+		require.NoError(t, err)
+		pids, err := c.Pids()
+		require.NoError(t, err, "%.20s", path)
+		require.Empty(t, pids)
+		require.NoError(t, c.End(t.Context()), "%.20s", path)
+	}
+	c, err := PodCgroupOf("/cgroup.procs/s1", false)
+	require.NoError(t, err)
+	require.ErrorContains(t, c.Start(func(int) (int, error) { panic("it was called") }), "failed to make cgroup")
+}
+
+func TestPodCgroupStartFails(t *testing.T) {
+	c := newPodCgroup(t)
+	own, err := os.ReadFile("/proc/self/cgroup")
+	require.NoError(t, err)
+	require.EqualError(t, c.Start(func(int) (int, error) { return 0, errors.New("fails") }), "fails")
+	again, err := os.ReadFile("/proc/self/cgroup")
+	require.NoError(t, err)
+	require.Equal(t, string(own), string(again), "this process stays where it is")
+	require.NoError(t, c.End(t.Context()))
+}
+
+func TestPodCgroupEndIsBounded(t *testing.T) {
+	c := newPodCgroup(t)
+	cmd := c.startScript(t, "exec sleep 300") // nobody reaps it, but a zombie is no member
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("too long"))
+	err := c.End(ctx)
+	require.ErrorContains(t, err, "processes ["+strconv.Itoa(cmd.Process.Pid)+"] of cgroup")
+	require.ErrorContains(t, err, "don't end: too long")
+	require.NoError(t, c.End(t.Context()))
+}
+
+// A process in a frozen cgroup of v1 doesn't die.
+func TestPodCgroupThatIsFrozen(t *testing.T) {
+	c := newPodCgroup(t)
+	c.startScript(t, "exec sleep 300")
+	frozen := 0
+	for _, dir := range c.Dirs() {
+		for file, value := range map[string]string{"freezer.state": "FROZEN", "cgroup.freeze": "1"} {
+			if writeFile(filepath.Join(dir, file), value) == nil {
+				frozen++
+			}
+		}
+	}
+	require.NotZero(t, frozen)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	require.NoError(t, c.End(ctx))
+}
+
+// This process is in a cgroup that is to be ended.
+func TestGroupOfThisProcess(t *testing.T) {
+	for kind, groups := range kinds(t) {
+		g, err := groups.Make("self")
+		require.NoError(t, err)
+		startIn(t, Cgroups{g.Dir()}, "exec sleep 300")
+		own, err := os.ReadFile("/proc/self/cgroup")
+		require.NoError(t, err)
+		require.NoError(t, writeFile(filepath.Join(g.Dir(), "cgroup.procs"), strconv.Itoa(os.Getpid())))
+		killErr := g.Kill(t.Context())
+		root := filepath.Dir(groups.Dir())
+		require.NoError(t, writeFile(filepath.Join(root, "cgroup.procs"), strconv.Itoa(os.Getpid())))
+		require.NoError(t, killErr, kind)
+		again, err := os.ReadFile("/proc/self/cgroup")
+		require.NoError(t, err)
+		require.Equal(t, string(own), string(again))
+		pids, err := g.Procs()
+		require.NoError(t, err)
+		require.Empty(t, pids)
+	}
+}
+
+func TestFindPodCgroups(t *testing.T) {
+	needRoot(t)
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	require.NoError(t, err)
+	require.NotEmpty(t, mounts)
+	id := fmt.Sprintf("podfsm%d", os.Getpid())
+	var want []string
+	for _, m := range mounts {
+		parent := filepath.Join(m.Mountpoint, "find-"+id)
+		theirs := filepath.Join(parent, "theirs")
+		for _, dir := range []string{
+			filepath.Join(parent, id), filepath.Join(parent, "cri-containerd-"+id+".scope"), filepath.Join(parent, id+"x"),
+			filepath.Join(theirs, id), filepath.Join(theirs, "below", id), filepath.Join(parent, "their"+id+".scope"),
+		} {
+			require.NoError(t, os.MkdirAll(dir, 0o755))
+		}
+		require.NoError(t, os.Chown(theirs, 1000, 1000))
+		require.NoError(t, os.Chown(filepath.Join(parent, id), 1000, 1000), "its name is root's choice")
+		want = append(want, filepath.Join(parent, id), filepath.Join(parent, "cri-containerd-"+id+".scope"))
+		t.Cleanup(func() { require.NoError(t, EndCgroupDir(context.Background(), parent)) })
+	}
+	found, err := FindPodCgroups([]string{"none", id})
+	require.NoError(t, err)
+	require.ElementsMatch(t, want, found)
+	found, err = FindPodCgroups([]string{"none"})
+	require.NoError(t, err)
+	require.Empty(t, found)
+
+	cmd := startIn(t, Cgroups{want[0]}, "exec sleep 300")
+	reaped := make(chan error, 1)
+	go func() { reaped <- cmd.Wait() }()
+	for range 2 {
+		require.NoError(t, EndCgroupDir(t.Context(), want[0]))
+	}
+	require.ErrorContains(t, <-reaped, "killed")
+	require.NoDirExists(t, want[0])
+}
+
+func TestCgroupID(t *testing.T) {
+	for dir, want := range map[string]string{
+		"/sys/fs/cgroup/kubepods/pod1/id":                              "id",
+		"/sys/fs/cgroup/a.slice/cri-containerd-id.scope":               "id",
+		"/sys/fs/cgroup/a.slice/id.scope":                              "id",
+		"/sys/fs/cgroup/a.slice":                                       "a.slice",
+		"/sys/fs/cgroup/system.slice:cri-containerd:id":                "system.slice:cri-containerd:id",
+		"/sys/fs/cgroup/kubepods.slice/cri-containerd-id.scope/nested": "nested",
+	} {
+		require.Equal(t, want, CgroupID(dir))
+	}
+}
+
+// elsewhere starts a process in a directory and in new namespaces.
+func elsewhere(t *testing.T, dir string, flags uintptr) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command("sleep", "300")
+	cmd.Dir = dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+	if flags&unix.CLONE_NEWUSER != 0 {
+		ids := []syscall.SysProcIDMap{{HostID: 0, Size: 65536}}
+		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
+	}
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd
+}
+
+func TestSiblings(t *testing.T) {
+	needRoot(t)
+	parent := t.TempDir()
+	dir := filepath.Join(parent, "s1")
+	for _, sub := range []string{"s1", "s12", "gone"} {
+		require.NoError(t, os.Mkdir(filepath.Join(parent, sub), 0o755))
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	require.NoError(t, os.Symlink(parent, link))
+
+	ours, other := elsewhere(t, dir, 0), elsewhere(t, filepath.Join(parent, "s12"), 0)
+	gone := elsewhere(t, filepath.Join(parent, "gone"), 0)
+	require.NoError(t, os.Remove(filepath.Join(parent, "gone")))
+	pods := []*exec.Cmd{elsewhere(t, dir, unix.CLONE_NEWNS), elsewhere(t, dir, unix.CLONE_NEWUSER)}
+	c := newPodCgroup(t)
+	pods = append(pods, c.startScript(t, "cd "+dir+"; exec sleep 300"))
+	soon(t, func() bool {
+		cwd, err := Readlink(t.Context(), pods[2].Process.Pid, "cwd")
+		return err == nil && cwd == dir
+	}, "it works there")
+
+	want := map[int]string{ours.Process.Pid: dir, other.Process.Pid: filepath.Join(parent, "s12"), gone.Process.Pid: filepath.Join(parent, "gone")}
+	for _, path := range []string{parent, link} {
+		found, err := Siblings(t.Context(), path)
+		require.NoError(t, err)
+		require.Equal(t, want, found)
+	}
+	found, err := Siblings(t.Context(), filepath.Join(parent, "s1"))
+	require.NoError(t, err)
+	require.Empty(t, found, "they work below, not in it")
+
+	reaped := make(chan error, 2)
+	for _, cmd := range []*exec.Cmd{ours, gone} {
+		go func() { reaped <- cmd.Wait() }()
+	}
+	for range 2 {
+		require.NoError(t, KillIn(t.Context(), filepath.Join(link, "s1")))
+		require.NoError(t, KillIn(t.Context(), filepath.Join(parent, "gone")))
+		require.NoError(t, KillIn(t.Context(), filepath.Join(parent, "absent")))
+	}
+	for range 2 {
+		require.ErrorContains(t, <-reaped, "killed")
+	}
+	for _, cmd := range append(pods, other) {
+		stat, err := ReadStat(t.Context(), cmd.Process.Pid)
+		require.NoError(t, err)
+		require.NotContains(t, "ZX", string(stat.State), "it is left alone")
+	}
+}
+
+func TestKillInIsBounded(t *testing.T) {
+	needRoot(t)
+	dir := filepath.Join(t.TempDir(), "s1")
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	elsewhere(t, dir, 0)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("too long"))
+	err := KillIn(ctx, dir)
+	if err != nil {
+		require.ErrorContains(t, err, "too long")
+	}
+}
