@@ -174,7 +174,7 @@ func (g Groups) Get(name string) (Group, error) {
 	return Group{filepath.Join(g.dir, name), g.dir}, nil
 }
 
-// Names are those of the groups that exist, sorted.
+// Names are those of the groups that exist, sorted; the zero value has none.
 func (g Groups) Names() ([]string, error) {
 	entries, err := os.ReadDir(g.dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

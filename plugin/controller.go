@@ -140,7 +140,11 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
 	bundles := filepath.Join(filepath.Dir(ic.Properties[plugins.PropertyStateDir]), plugins.RuntimePluginV2.String()+".task")
-	c.node = newNode(c.stock, client, bundles, shimSockets(ic), c.limits, c.meters.ran)
+	groups, err := cni.OpenGroups(ic.Properties[plugins.PropertyStateDir])
+	if err != nil {
+		return err
+	}
+	c.node = newNode(c.stock, client, bundles, shimSockets(ic), groups, c.limits, c.meters.ran)
 	c.node.policies = c.policies
 	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {

@@ -133,8 +133,8 @@ func (b *book) waitAt(kind journal.Kind) (reached, release chan struct{}) {
 	return reached, release
 }
 
-// host is the world that the steps of a test act on: what exists on it, by sandbox and step.
-type host struct {
+// fakeHost is the world that the steps of a test act on: what exists on it, by sandbox and step.
+type fakeHost struct {
 	mu     sync.Mutex
 	exited *lifecycle.Exit // how pause has ended, for a controller that starts
 	exists map[string][]states.Event
@@ -144,20 +144,20 @@ type host struct {
 	ended  func(id string)                            // is told of each pause that is stopped, unless nil
 }
 
-func (h *host) left(id string) []states.Event {
+func (h *fakeHost) left(id string) []states.Event {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.exists[id])
 }
 
 // fail makes the undo of a step fail until the test heals it.
-func (h *host) fail(step states.Event, err error) {
+func (h *fakeHost) fail(step states.Event, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.undo[step] = func(string) error { return err }
 }
 
-func (h *host) heal(step states.Event) {
+func (h *fakeHost) heal(step states.Event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.undo, step)
@@ -165,7 +165,7 @@ func (h *host) heal(step states.Event) {
 
 // fakeStep makes nothing but an entry in its host, and the result that the real step would have.
 type fakeStep struct {
-	host  *host
+	host  *fakeHost
 	facts lifecycle.Facts
 }
 
@@ -294,7 +294,7 @@ func (noRecords) Get(context.Context, string) (sandbox.Sandbox, error) {
 // world is a controller on a host of a test.
 type world struct {
 	*Controller
-	host      *host
+	host      *fakeHost
 	book      *book
 	records   *containerRecords
 	wait      time.Duration // until what is owed is tried again: so long that tests do that themselves, unless one sets another
@@ -337,7 +337,7 @@ func newWorld(t *testing.T) *world {
 // newWorldWith has a ledger of the test's.
 func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	w := &world{
-		host: &host{
+		host: &fakeHost{
 			exists: map[string][]states.Event{},
 			do:     map[states.Event]func(context.Context, string) error{},
 			undo:   map[states.Event]func(string) error{},

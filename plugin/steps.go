@@ -8,6 +8,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
@@ -37,11 +38,12 @@ type node struct {
 	settings   pause.Settings
 	containers *pause.Containers
 	snapshots  *snapshot.Preparer
+	groups     host.Groups // of CNI plugins
 	driver     *cni.Driver
 	doctor     *doctor.Doctor // nil: nobody examines the node
 }
 
-func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, limits timeouts, ran func(cni.Command)) *node {
+func newNode(stock *stockConfig, client *containerd.Client, bundles string, sockets pause.Sockets, groups host.Groups, limits timeouts, ran func(cni.Command)) *node {
 	return &node{
 		stock:   stock,
 		client:  client,
@@ -55,7 +57,8 @@ func newNode(stock *stockConfig, client *containerd.Client, bundles string, sock
 		},
 		containers: pause.NewContainers(client, bundles, sockets),
 		snapshots:  snapshot.NewPreparer(client),
-		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel, Ran: ran}),
+		groups:     groups,
+		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel, Ran: ran, Groups: groups}),
 	}
 }
 
