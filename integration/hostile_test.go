@@ -261,7 +261,7 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 	}
 	n := harness.StartNode(t, harness.Config{})
 	pod := runPod(t, n, n.PodConfig("pod"))
-	crowd := osexec.Command("sh", "-c", fmt.Sprintf("for i in $(seq %d); do sleep 600 & echo $!; done; exec >&-; wait", strangers))
+	crowd := osexec.Command("sh", "-c", fmt.Sprintf("for i in $(seq %d); do sleep 600 > /dev/null & echo $!; done; exec >&-; wait", strangers))
 	crowd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdout, err := crowd.StdoutPipe()
 	require.NoError(t, err)
