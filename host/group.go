@@ -202,7 +202,8 @@ func (g Group) Start(start func(cgroupFD int) error) error { return Cgroups{g.di
 // Procs are the pids of the processes in the group and in cgroups below it. This process isn't one of them: a thread of it that starts
 // another in a v1 cgroup is listed there for a moment. Processes that have ended aren't either.
 //
-// Errors: FailedPrecondition for a process of another pid namespace, which has no pid here.
+// Errors: FailedPrecondition for a process of another pid namespace, which v2 lists as 0. v1 leaves such processes out, and only Remove
+// tells that there are some.
 func (g Group) Procs() ([]int, error) {
 	pids, err := g.procs()
 	if err == nil && slices.Contains(pids, 0) {

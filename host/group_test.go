@@ -2,11 +2,14 @@ package host
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -130,6 +133,43 @@ func TestPidZero(t *testing.T) {
 		require.Truef(t, tc.is(err), "%q: %v", tc.procs, err)
 	}
 }
+
+// TestKillFromAnotherPidNamespace has a process end a group whose member has no pid in its pid namespace. v2 lists the member as 0, and
+// cgroup.kill ends it; v1 leaves it out, so that only the removal of the group tells. Neither the process nor its process group is hit.
+func TestKillFromAnotherPidNamespace(t *testing.T) {
+	if dir := os.Getenv(killEnv); dir != "" { // in there
+		g := Group{dir: dir}
+		_, err := g.Procs()
+		fmt.Println("procs:", err)
+		fmt.Println("kill:", g.Kill(t.Context()))
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		fmt.Println("remove:", g.Remove(ctx))
+		return
+	}
+	for _, groups := range kinds(t) {
+		g, err := groups.Make("outside")
+		require.NoError(t, err)
+		member := startIn(t, Cgroups{g.Dir()}, "exec sleep 300")
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestKillFromAnotherPidNamespace$", "-test.v")
+		cmd.Env = append(os.Environ(), killEnv+"="+g.Dir())
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Setpgid: true}
+		unified, err := isUnified(g.Dir())
+		require.NoError(t, err)
+		out, err := cmd.CombinedOutput()
+		require.NoErrorf(t, err, "%s", out)
+		if unified {
+			require.Contains(t, string(out), "procs: cgroup "+strconv.Quote(g.Dir())+" has a process of another pid namespace")
+			require.Contains(t, string(out), "kill: <nil>\nremove: <nil>")
+			require.Error(t, member.Wait())
+		} else {
+			require.Contains(t, string(out), "remove: failed to remove cgroup")
+			require.NoError(t, member.Process.Signal(unix.Signal(0)))
+		}
+	}
+}
+
+const killEnv = "HOST_TEST_KILL"
 
 func TestGroupNames(t *testing.T) {
 	t.Parallel()
