@@ -71,12 +71,16 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	if err != nil {
 		return nil, &notStartedError{errors.Join(err, removeGroup(ctx, group))}
 	}
-	if err := wait(ctx, cmd, group); err != nil {
-		if !errors.As(err, new(*exec.ExitError)) {
-			return nil, err
-		}
+	killed, err := wait(ctx, cmd, group)
+	switch {
+	case killed:
+		return nil, err
+	case errors.As(err, new(*exec.ExitError)):
 		logStderr(ctx, log.InfoLevel, path, stderr)
-		return nil, errors.Join(pluginError(err, stdout, stderr), endGroup(ctx, group))
+		err = pluginError(err, stdout, stderr)
+	}
+	if err != nil {
+		return nil, errors.Join(err, endGroup(ctx, group))
 	}
 	logStderr(ctx, log.DebugLevel, path, stderr) // a plugin that talks to itself whenever it is run is none of the log's business
 	if stdout.dropped > 0 {
@@ -138,27 +142,27 @@ func (e *executor) start(ctx context.Context, group host.Group, command func() *
 	}
 }
 
-// wait returns how a plugin has ended. When ctx ends first, it kills the group and returns the cause of that.
+// wait returns how a plugin has ended. When ctx ends first, the group is killed and removed, and the error is the cause of that.
 //
 // A process that hangs in the kernel can't be killed. It stays in its group, where the next DEL finds it, and the goroutine that is to
 // reap it waits for it.
-func wait(ctx context.Context, cmd *exec.Cmd, group host.Group) error {
+func wait(ctx context.Context, cmd *exec.Cmd, group host.Group) (killed bool, err error) {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	select {
 	case err := <-ended:
 		if errors.Is(err, exec.ErrWaitDelay) {
-			return nil // the plugin itself has succeeded
+			return false, nil // the plugin itself has succeeded
 		}
-		return err
+		return false, err
 	case <-ctx.Done():
 	}
-	killed := fmt.Errorf("killed: %w", context.Cause(ctx))
+	cause := fmt.Errorf("killed: %w", context.Cause(ctx))
 	if err := endGroup(ctx, group); err != nil {
-		return errors.Join(killed, err)
+		return true, errors.Join(cause, err)
 	}
 	<-ended // WaitDelay bounds what it still waits for
-	return killed
+	return true, cause
 }
 
 // traceEnv carries the trace context to plugins that trace, by the names of OpenTelemetry's "Environment Variables as Context

@@ -140,9 +140,7 @@ func end(ctx context.Context, groups host.Groups, id string, patience time.Durat
 		}
 		switch {
 		case isKept:
-			if err := removeGroup(ctx, group); err != nil && !errdefs.IsFailedPrecondition(err) {
-				return err
-			}
+			_ = removeGroup(ctx, group) // fails until its last process has ended, which may be another sandbox's affair
 			continue
 		case r.id != id:
 			continue
