@@ -182,6 +182,41 @@ cat $dir/ready > /dev/null; exit 1`)
 	require.Empty(t, groupNames(t))
 }
 
+// A plugin that nothing can kill keeps neither ADD nor DEL waiting without end, and DEL isn't started beside it. A frozen cgroup stands for
+// what makes a process hang in the kernel.
+func TestPluginThatCannotBeKilled(t *testing.T) {
+	const freezer = "/sys/fs/cgroup/freezer"
+	if _, err := os.Stat(freezer + "/tasks"); err != nil {
+		t.Skip("needs the freezer of cgroup v1")
+	}
+	r, _ := hangRig(t, "")
+	dir := filepath.Join(freezer, fmt.Sprintf("podfsm-cni-test-%d", os.Getpid()))
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	thaw := func() error { return os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0) }
+	t.Cleanup(func() {
+		require.NoError(t, thaw())
+		require.Eventually(t, func() bool { return os.Remove(dir) == nil }, 5*time.Second, time.Millisecond)
+	})
+	r.script("hang", "[ $CNI_COMMAND = ADD ] || exit 0\necho $$ > $dir/child\necho $$ > "+dir+"/cgroup.procs\necho FROZEN > "+dir+"/freezer.state")
+	r.driver = newDriver(t, Options{AddTimeout: 500 * time.Millisecond, PipeTimeout: 100 * time.Millisecond})
+	began := time.Now()
+	err := r.add(t.Context())
+	require.ErrorContains(t, err, "no answer within 500ms")
+	require.ErrorContains(t, err, fmt.Sprintf("processes [%d] of cgroup", r.pid("child")))
+	r.calls()
+	require.ErrorContains(t, r.del(t.Context()), "don't end")
+	require.Less(t, time.Since(began), 3*killTimeout)
+	require.Empty(t, r.calls(), "no DEL was started")
+	left, err := Leftovers(r.driver.groups)
+	require.NoError(t, err)
+	require.Len(t, left, 1)
+	require.NoError(t, thaw())
+	require.NoError(t, r.del(t.Context()))
+	require.True(t, r.attachment.Settled())
+	requireDead(t, r.pid("child"))
+	require.Empty(t, groupNames(t))
+}
+
 // What an earlier process has left of a sandbox's plugins is ended, and no other's.
 func TestEnd(t *testing.T) {
 	groups := testGroups(t)
