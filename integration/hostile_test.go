@@ -27,11 +27,13 @@ import (
 // seconds, or had no end.
 const prompt = 15 * time.Second
 
-// within runs something that has to end soon.
-func within(t *testing.T, what string, f func()) {
+// within runs something that has to end soon, and gives it up when it doesn't.
+func within(t *testing.T, what string, f func(context.Context)) {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*prompt)
+	defer cancel()
 	began := time.Now()
-	f()
+	f(ctx)
 	require.Less(t, time.Since(began), prompt, what)
 }
 
@@ -77,7 +79,7 @@ func TestPodPosesAsPlugin(t *testing.T) {
 			started := startTime(t, pid)
 			require.NoError(t, end(t.Context()))
 			require.NoError(t, n.Start(t.Context()))
-			within(t, "the stop of a pod", func() { require.NoError(t, victim.StopAndRemove(t.Context())) })
+			within(t, "the stop of a pod", func(ctx context.Context) { require.NoError(t, victim.StopAndRemove(ctx)) })
 			require.Equal(t, started, startTime(t, pid), "the other pod is left alone")
 			require.Contains(t, exec(t, container, "ps"), "sleep 600")
 		})
@@ -175,15 +177,18 @@ func TestPodHangsInKernel(t *testing.T) {
 			hanging := startPod(t, n, harness.PodfsmHandler, n.PodConfig("hanging", harness.HostUsers()))
 			pid := hangInKernel(t, hanging, n)
 			require.NoError(t, end(t.Context()))
-			within(t, "the start of the daemon", func() { require.NoError(t, n.Start(t.Context())) })
-			within(t, "the stop of an adopted pod", func() { require.NoError(t, adopted.StopAndRemove(t.Context())) })
+			within(t, "the start of the daemon", func(ctx context.Context) { require.NoError(t, n.Start(ctx)) })
+			within(t, "the stop of an adopted pod", func(ctx context.Context) { require.NoError(t, adopted.StopAndRemove(ctx)) })
 
 			installPlugin(t, n, "failing", "#!/bin/sh\n[ $CNI_COMMAND != ADD ]\n")
 			require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "failing"})...))
-			within(t, "a rollback", func() { _ = failRun(t, n, harness.PodfsmHandler, n.PodConfig("failed")) })
+			within(t, "a rollback", func(ctx context.Context) {
+				_, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig("failed"))
+				require.ErrorContains(t, err, `plugin type="failing"`)
+			})
 			require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
-			within(t, "a look for leaks", func() {
-				_, errOut, code := cli(t, n, "leaks")
+			within(t, "a look for leaks", func(context.Context) {
+				_, errOut, code := cli(t, n, "--timeout", prompt.String(), "leaks")
 				require.Zero(t, code, errOut)
 			})
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
