@@ -19,9 +19,6 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// sandboxEnv marks the processes of a sandbox's plugins, and what they start, by the sandbox's id.
-const sandboxEnv = "PODFSM_SANDBOX"
-
 // call is the use of one plugin of one network for a pod.
 type call struct {
 	driver     *Driver
@@ -46,7 +43,8 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 	if err := c.advance(ctx, Progress{Phase: Adding, Command: "ADD", Began: began}); err != nil {
 		return nil, err
 	}
-	result, raw, err := c.execAdd(ctx, path, conf)
+	exec := c.executor("ADD")
+	result, raw, err := c.execAdd(ctx, exec, path, conf)
 
 	// What has happened is recorded, also if nobody waits for it any more.
 	ctx = context.WithoutCancel(ctx)
@@ -54,19 +52,21 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 		outcome := Progress{Phase: Adding, Error: err.Error(), Command: "ADD", Began: began, Took: time.Since(began)}
 		if errors.As(err, new(*notStartedError)) {
 			outcome.Phase = Pending
-		} else {
-			c.driver.run.Delete(c.attachment.ContainerID) // what has left its group may live: DEL ends it first
 		}
 		return nil, errors.Join(c.failed("add", err), c.advance(ctx, outcome))
 	}
-	return result, c.advance(ctx, Progress{Phase: Added, Result: raw, Command: "ADD", Began: began, Took: time.Since(began)})
+	if err := c.advance(ctx, Progress{Phase: Added, Result: raw, Command: "ADD", Began: began, Took: time.Since(began)}); err != nil {
+		return nil, err
+	}
+	exec.keep(ctx)
+	return result, nil
 }
 
 // execAdd returns the result as an object and as it is recorded.
-func (c call) execAdd(ctx context.Context, path string, conf []byte) (types.Result, json.RawMessage, error) {
+func (c call) execAdd(ctx context.Context, exec *executor, path string, conf []byte) (types.Result, json.RawMessage, error) {
 	ctx, cancel := withTimeout(ctx, c.driver.addTimeout)
 	defer cancel()
-	result, err := invoke.ExecPluginWithResult(ctx, path, conf, c.environment("ADD"), c.driver.exec)
+	result, err := invoke.ExecPluginWithResult(ctx, path, conf, c.environment("ADD"), exec)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -89,7 +89,6 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	err := c.execDel(ctx, prev)
 	ctx = context.WithoutCancel(ctx) // as in add
 	if err != nil {
-		c.driver.run.Delete(c.attachment.ContainerID)
 		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
 		outcome := Progress{Phase: c.state().Phase, Command: "DEL", Error: err.Error()}
 		return errors.Join(c.failed("delete", err), c.advance(ctx, outcome))
@@ -104,7 +103,7 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 	}
 	ctx, cancel := withTimeout(ctx, c.driver.delTimeout)
 	defer cancel()
-	return invoke.ExecPluginWithoutResult(ctx, path, conf, c.environment("DEL"), c.driver.exec)
+	return c.executor("DEL").withoutResult(ctx, path, conf, c.environment("DEL"))
 }
 
 // check runs the plugin's CHECK on the result that ADD had.
@@ -118,7 +117,7 @@ func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
 	}
 	ctx, cancel := withTimeout(ctx, checkTimeout)
 	defer cancel()
-	if err := invoke.ExecPluginWithoutResult(ctx, path, conf, c.environment("CHECK"), c.driver.exec); err != nil {
+	if err := c.executor("CHECK").withoutResult(ctx, path, conf, c.environment("CHECK")); err != nil {
 		return c.failed("check", err)
 	}
 	return nil
@@ -194,30 +193,25 @@ func (d *Driver) begin(ctx context.Context, spanName string, c Command, attrs ..
 	}
 }
 
-// environment is a plugin's environment: containerd's own, the CNI parameters, and the sandbox's mark.
-type environment struct {
-	invoke.Args
-	mark string
+// executor makes the run of a command.
+func (c call) executor(command string) *executor {
+	return &executor{driver: c.driver, run: run{c.attachment.ContainerID, c.network, c.plugin, command}}
 }
 
-func (c call) environment(command string) environment {
-	return environment{invoke.Args{
+// environment is what a plugin gets in its environment, besides containerd's own.
+func (c call) environment(command string) *invoke.Args {
+	return &invoke.Args{
 		Command:     command,
 		ContainerID: c.attachment.ContainerID,
 		NetNS:       c.netns,
 		IfName:      c.attachment.Networks[c.network].IfName,
 		PluginArgs:  c.attachment.Args,
 		Path:        pathOf(c.attachment.BinDirs),
-	}, c.attachment.ContainerID}
+	}
 }
 
 // pathOf is CNI_PATH.
 func pathOf(binDirs []string) string { return strings.Join(binDirs, string(os.PathListSeparator)) }
-
-// AsEnv implements invoke.CNIArgs.
-func (e environment) AsEnv() []string {
-	return append(e.Args.AsEnv(), sandboxEnv+"="+e.mark)
-}
 
 // withTimeout names the deadline in the error of what it ends.
 func withTimeout(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {

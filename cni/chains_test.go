@@ -47,11 +47,11 @@ func TestChains(t *testing.T) {
 				first := newRealRig(t, "first", list)
 				require.NoError(t, first.add(t.Context()))
 				require.NoError(t, first.del(t.Context()))
-				before := host(t) // with bridges and empty chains
+				before := hostState(t) // with bridges and empty chains
 
 				r := newRealRig(t, "pod", list)
 				require.NoError(t, r.add(t.Context()))
-				require.NotEqual(t, before, host(t))
+				require.NotEqual(t, before, hostState(t))
 				ip, _, err := r.attachment.IPs("")
 				require.NoError(t, err)
 				require.Equal(t, []string{ip}, r.addresses(t))
@@ -75,7 +75,7 @@ func TestChains(t *testing.T) {
 				require.True(t, r.attachment.Settled())
 				require.Empty(t, r.addresses(t))
 				require.Equal(t, []string{"lo"}, links(t, r.attachment.NetNSPath))
-				require.Equal(t, before, host(t))
+				require.Equal(t, before, hostState(t))
 				require.NoError(t, r.del(t.Context()))
 			})
 		}
@@ -109,8 +109,8 @@ func takeAddress(t *testing.T, netns string) (giveBack func()) {
 // noise is what changes without anything being made: comments with the time, counters, and whether a bridge has noticed that it is empty.
 var noise = regexp.MustCompile(`(?m)^#.*\n| \[\d+:\d+\]$| linkdown`)
 
-// host is what the plugins have made in the namespace that plays the host's.
-func host(t *testing.T) string {
+// hostState is what the plugins have made in the namespace that plays the host's.
+func hostState(t *testing.T) string {
 	t.Helper()
 	var all []string
 	for _, command := range [][]string{

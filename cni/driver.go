@@ -8,8 +8,8 @@
 //   - A DEL that fails has failed, whatever its text says; it is owed until it succeeds.
 //   - DEL gets the last result that ADD had, also when the chain has failed. libcni then gives none, and plugins such as firewall
 //     take that for nothing to do.
-//   - A plugin runs in its own process group, under a deadline, and neither ADD nor DEL returns while a process of that group lives.
-//     What has left the group of a plugin that then failed is ended before DEL.
+//   - A plugin runs in a cgroup of its own, under a deadline. When it fails, all processes that it has left are ended by that cgroup,
+//     after a restart, too, and before DEL; what it has left when it succeeds is a daemon, and stays.
 //   - No cache directory is written; the ledger has it all.
 package cni
 
@@ -25,6 +25,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 // Options bound what a plugin may take; zero values stand for the defaults.
@@ -35,8 +37,10 @@ type Options struct {
 	// DelTimeout is how long one plugin's DEL may run, 90 seconds by default. The kubelet waits 2 minutes for StopPodSandbox.
 	DelTimeout time.Duration
 	// PipeTimeout is how long to wait, after a plugin has ended, for processes it has left behind that hold its stdout or stderr, 2
-	// seconds by default. Those of its process group are killed then; a daemon in a session of its own loses the pipe.
+	// seconds by default. They lose the pipe then.
 	PipeTimeout time.Duration
+	// Groups are the cgroups for plugins. No other driver may use the same while this one does.
+	Groups host.Groups
 	// Ran is told of each run of a plugin when it has ended, also of one that could not be started; nil for nobody. Networks are
 	// attached in parallel, so it is called by many goroutines, and must return soon.
 	Ran func(Command)
@@ -58,15 +62,10 @@ type Record func(context.Context, Progress) error
 
 // Driver runs CNI plugins. It is safe for concurrent use on different attachments.
 type Driver struct {
-	addTimeout, delTimeout time.Duration
-	exec                   *executor
-	ran                    func(Command)
-
-	// run are the ids of sandboxes whose plugins this process has run, and waited for: none of an earlier process can be left. It has
-	// no more of them than there are attachments that aren't settled.
-	run sync.Map
-
-	answers answers // of STATUS
+	addTimeout, delTimeout, pipeTimeout time.Duration
+	groups                              host.Groups
+	ran                                 func(Command)
+	answers                             answers // of STATUS
 }
 
 // NewDriver returns a driver.
@@ -75,10 +74,11 @@ func NewDriver(o Options) *Driver {
 		o.Ran = func(Command) {}
 	}
 	return &Driver{
-		addTimeout: cmp.Or(o.AddTimeout, 3*time.Minute),
-		delTimeout: cmp.Or(o.DelTimeout, 90*time.Second),
-		exec:       &executor{pipeTimeout: cmp.Or(o.PipeTimeout, 2*time.Second)},
-		ran:        o.Ran,
+		addTimeout:  cmp.Or(o.AddTimeout, 3*time.Minute),
+		delTimeout:  cmp.Or(o.DelTimeout, 90*time.Second),
+		pipeTimeout: cmp.Or(o.PipeTimeout, 2*time.Second),
+		groups:      o.Groups,
+		ran:         o.Ran,
 	}
 }
 
@@ -94,7 +94,6 @@ func (d *Driver) Add(ctx context.Context, a *Attachment, record Record) error {
 	if err := BringUpLoopback(a.NetNSPath); err != nil {
 		return err
 	}
-	d.run.Store(a.ContainerID, nil)
 	if err := d.addNetworks(ctx, a, record); err != nil {
 		return err
 	}
@@ -141,15 +140,11 @@ func (d *Driver) addNetwork(ctx context.Context, a *Attachment, network int, rec
 //
 // Errors: those of all plugins joined, as for Add.
 func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
-	defer func() {
-		if a.Settled() {
-			d.run.Delete(a.ContainerID)
-		}
-	}()
 	if a.Settled() {
 		return nil
 	}
-	if err := d.endSurvivors(ctx, a.ContainerID); err != nil {
+	// A DEL beside an ADD that still runs may free what the ADD then takes.
+	if err := end(ctx, d.groups, a.ContainerID, d.delTimeout, a.succeeded); err != nil {
 		return err
 	}
 	netns, err := a.livingNetNS()
@@ -163,17 +158,10 @@ func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
 	return errors.Join(errs...)
 }
 
-// endSurvivors ends what an earlier process has left running of a sandbox's plugins, once in the life of this one, and what a plugin
-// that failed may have left in a session of its own.
-func (d *Driver) endSurvivors(ctx context.Context, id string) error {
-	if _, ours := d.run.Load(id); ours {
-		return nil
-	}
-	if err := endSurvivors(ctx, id, d.delTimeout); err != nil {
-		return err
-	}
-	d.run.Store(id, nil)
-	return nil
+// succeeded says whether a run is an ADD that has succeeded on record.
+func (a *Attachment) succeeded(r run) bool {
+	state := a.state(r.network, r.plugin)
+	return r.command == "ADD" && state != nil && (state.Phase == Added || state.Phase == Deleted)
 }
 
 func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, netns string, record Record) error {

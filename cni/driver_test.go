@@ -2,7 +2,6 @@ package cni
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"os"
@@ -79,9 +78,8 @@ type rig struct {
 	driver     *Driver
 }
 
-// sandboxID is that of the rigs. It is this process's own: a driver ends all processes on the node that carry its sandbox's mark, and
-// another run of these tests may be beside this one.
-var sandboxID = "sandbox" + rand.Text()
+// sandboxID is that of the rigs.
+const sandboxID = "sandbox.1"
 
 func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
 	t.Helper()
@@ -95,20 +93,17 @@ func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
 	require.NoError(t, err)
 	before, err := json.Marshal(a)
 	require.NoError(t, err)
-	driver := NewDriver(Options{PipeTimeout: 100 * time.Millisecond})
+	driver := newDriver(t, Options{PipeTimeout: 100 * time.Millisecond})
 	return &rig{plugins: p, ledger: &ledger{}, attachment: a, before: before, driver: driver}
 }
 
 func (r *rig) add(ctx context.Context) error { return r.driver.Add(ctx, r.attachment, r.record) }
 func (r *rig) del(ctx context.Context) error { return r.driver.Del(ctx, r.attachment, r.record) }
 
-// requireForgotten checks that the driver holds nothing of a sandbox that is settled.
+// requireForgotten checks that nothing is left of the runs of plugins.
 func (r *rig) requireForgotten(t *testing.T) {
 	t.Helper()
-	r.driver.run.Range(func(id, _ any) bool {
-		require.Fail(t, "the driver still knows a sandbox", id)
-		return true
-	})
+	require.Empty(t, groupNames(t))
 }
 
 // requireReplay checks that the ledger tells what the attachment is.
@@ -169,7 +164,7 @@ echo for the log >&2`)
 	for _, want := range []string{
 		"CNI_COMMAND=ADD", "CNI_CONTAINERID=" + sandboxID, "CNI_IFNAME=eth0", "CNI_NETNS=" + r.attachment.NetNSPath,
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAME=web", "CNI_PATH=/nonexistent:" + r.dir,
-		"PODFSM_SANDBOX=" + sandboxID, "PATH=" + os.Getenv("PATH"),
+		"PATH=" + os.Getenv("PATH"),
 	} {
 		require.Contains(t, environ, want)
 	}
@@ -195,7 +190,6 @@ echo for the log >&2`)
 	require.Equal(t, prevResult, r.stdin("first", "DEL")["prevResult"], "the last plugin's result")
 	require.Equal(t, r.stdin("first", "ADD")["runtimeConfig"], r.stdin("first", "DEL")["runtimeConfig"])
 	require.Contains(t, r.read("first.DEL.env"), "CNI_NETNS="+r.attachment.NetNSPath)
-	require.Contains(t, r.read("first.DEL.env"), "PODFSM_SANDBOX="+sandboxID)
 
 	require.NoError(t, r.del(ctx))
 	require.Empty(t, r.calls(), "nothing is left to delete")
@@ -679,7 +673,7 @@ func TestAttachmentDataLoss(t *testing.T) {
 	broken := *a
 	broken.Plugins = slices.Clone(a.Plugins)
 	broken.Plugins[0].Result = []byte(`{"cniVersion":"x"}`)
-	driver := NewDriver(Options{})
+	driver := newDriver(t, Options{})
 	require.True(t, errdefs.IsDataLoss(driver.Del(t.Context(), &broken, nil)))
 	broken.Networks = []Network{network(t, "net", "1.0.0", `{"type":"one"}`, `{"type":"two"}`)}
 	require.True(t, errdefs.IsDataLoss(driver.Del(t.Context(), &broken, nil)))

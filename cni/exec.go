@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -18,6 +19,7 @@ import (
 	"go.opentelemetry.io/otel/propagation"
 	"golang.org/x/sys/unix"
 
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -28,10 +30,12 @@ const (
 	maxText = 4 << 10
 )
 
-// executor runs plugins for libcni's invoke package, as its RawExec does but for process groups and bounds.
+// executor makes one run of a plugin for libcni's invoke package, as its RawExec does, except for the group and the bounds.
 type executor struct {
 	version.PluginDecoder
-	pipeTimeout time.Duration
+	driver *Driver
+	run    run
+	left   *host.Group // what the plugin has left running, if it has succeeded
 }
 
 var _ invoke.Exec = (*executor)(nil)
@@ -46,46 +50,89 @@ func (*executor) FindInPath(plugin string, paths []string) (string, error) {
 	return invoke.FindInPath(plugin, paths)
 }
 
-// ExecPlugin implements invoke.Exec: it returns the plugin's stdout, once no process of the plugin's group lives.
+// ExecPlugin implements invoke.Exec: it returns the plugin's stdout. When the plugin fails, or ctx ends first, all its processes are
+// killed; what a plugin that succeeds leaves running stays, without its pipes, and is for [executor.keep].
 //
 // Errors: *notStartedError; what ended ctx when the plugin was killed for it; else a *types.Error, the plugin's own where it has
-// printed one.
+// printed one; beside each, that processes don't end.
 func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
-	stdout, stderr := &tail{limit: maxStdout}, &tail{limit: maxText}
-	g, err := e.start(ctx, path, stdin, append(environ, traceEnv(ctx)...))
+	group, err := makeGroup(e.driver.groups, e.run)
 	if err != nil {
 		return nil, &notStartedError{err}
 	}
-	err = g.wait(ctx, stdout, stderr)
-	if len(stderr.kept) > 0 {
-		level := log.DebugLevel // a plugin that talks to itself whenever it is run is none of the log's business
-		if err != nil {
-			level = log.InfoLevel
-		}
-		tracing.Log(ctx).Logf(level, "CNI plugin %q wrote to stderr: %q", path, stderr)
+	stdout, stderr := &tail{limit: maxStdout}, &tail{limit: maxText}
+	cmd, err := e.start(ctx, group, func() *exec.Cmd {
+		cmd := exec.Command(path)
+		cmd.Env = append(environ, traceEnv(ctx)...)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), stdout, stderr
+		cmd.WaitDelay = e.driver.pipeTimeout
+		return cmd
+	})
+	if err != nil {
+		return nil, &notStartedError{errors.Join(err, removeGroup(ctx, group))}
 	}
+	killed, err := wait(ctx, cmd, group)
 	switch {
-	case errors.As(err, new(*exec.ExitError)):
-		return nil, pluginError(err, stdout, stderr)
-	case err != nil:
+	case killed:
 		return nil, err
-	case stdout.dropped > 0:
-		return nil, fmt.Errorf("its result has more than %d bytes: %w", maxStdout, errdefs.ErrResourceExhausted)
+	case errors.As(err, new(*exec.ExitError)):
+		logStderr(ctx, log.InfoLevel, path, stderr)
+		err = pluginError(err, stdout, stderr)
 	}
+	if err != nil {
+		return nil, errors.Join(err, endGroup(ctx, group))
+	}
+	logStderr(ctx, log.DebugLevel, path, stderr) // a plugin that talks to itself whenever it is run is none of the log's business
+	if stdout.dropped > 0 {
+		err := fmt.Errorf("its result has more than %d bytes: %w", maxStdout, errdefs.ErrResourceExhausted)
+		return nil, errors.Join(err, endGroup(ctx, group))
+	}
+	e.left = &group
 	return stdout.kept, nil
 }
 
-// start starts the plugin, again every second for a while if somebody is just writing its file: network add-ons install
+func logStderr(ctx context.Context, level log.Level, path string, stderr *tail) {
+	if len(stderr.kept) > 0 {
+		tracing.Log(ctx).Logf(level, "CNI plugin %q wrote to stderr: %q", path, stderr)
+	}
+}
+
+// keep is called once the plugin's success is on record: what it has left running is left alone from then on.
+func (e *executor) keep(ctx context.Context) {
+	if e.left == nil {
+		return
+	}
+	if err := keep(ctx, *e.left); err != nil {
+		log.G(ctx).WithError(err).Warn("failed to note what a CNI plugin has left running")
+	}
+}
+
+// withoutResult runs a command whose success needs no record to be told from its failure.
+func (e *executor) withoutResult(ctx context.Context, path string, conf []byte, args invoke.CNIArgs) error {
+	if err := invoke.ExecPluginWithoutResult(ctx, path, conf, args, e); err != nil {
+		return err
+	}
+	e.keep(ctx)
+	return nil
+}
+
+// start starts the plugin in its group, again every second for a while if somebody is just writing its file: network add-ons install
 // their plugins from a pod, at any time.
-func (e *executor) start(ctx context.Context, path string, stdin []byte, environ []string) (*group, error) {
+func (e *executor) start(ctx context.Context, group host.Group, command func() *exec.Cmd) (*exec.Cmd, error) {
 	for try := 0; ; try++ {
-		cmd := exec.Command(path)
-		cmd.Env = environ
-		cmd.Stdin = bytes.NewReader(stdin)
-		cmd.WaitDelay = e.pipeTimeout
-		g, err := startGroup(ctx, cmd)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		cmd := command()
+		err := group.Start(func(cgroupFD int) error {
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a signal to the daemon's process group is none for plugins
+			if cgroupFD >= 0 {
+				cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, cgroupFD
+			}
+			return cmd.Start()
+		})
 		if try == 5 || !errors.Is(err, unix.ETXTBSY) {
-			return g, err
+			return cmd, err
 		}
 		select {
 		case <-ctx.Done():
@@ -93,6 +140,29 @@ func (e *executor) start(ctx context.Context, path string, stdin []byte, environ
 		case <-time.After(time.Second):
 		}
 	}
+}
+
+// wait returns how a plugin has ended. When ctx ends first, the group is killed and removed, and the error is the cause of that.
+//
+// A process that hangs in the kernel can't be killed. It stays in its group, where the next DEL finds it, and the goroutine that is to
+// reap it waits for it.
+func wait(ctx context.Context, cmd *exec.Cmd, group host.Group) (killed bool, err error) {
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case err := <-ended:
+		if errors.Is(err, exec.ErrWaitDelay) {
+			return false, nil // the plugin itself has succeeded
+		}
+		return false, err
+	case <-ctx.Done():
+	}
+	cause := fmt.Errorf("killed: %w", context.Cause(ctx))
+	if err := endGroup(ctx, group); err != nil {
+		return true, errors.Join(cause, err)
+	}
+	<-ended // WaitDelay bounds what it still waits for
+	return true, cause
 }
 
 // traceEnv carries the trace context to plugins that trace, by the names of OpenTelemetry's "Environment Variables as Context

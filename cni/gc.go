@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -20,11 +18,10 @@ type Attached = types.GCAttachment
 // GC has the plugins of a network free everything that isn't of an attachment in valid (CNI specification 1.1, GC). Networks of an
 // older version, and those that say disableGC, are left alone. All plugins of the list are run, whatever the others say.
 //
-// It is the caller's to know that no ADD or DEL of the network runs beside it, by whatever runtime. mark is put on the processes, for
-// [EndGC].
+// It is the caller's to know that no ADD or DEL of the network runs beside it, by whatever runtime.
 //
 // Errors: FailedPrecondition when a plugin is missing; DeadlineExceeded or Canceled when one was ended; otherwise the plugins' own.
-func (d *Driver) GC(ctx context.Context, config Config, network Network, valid []Attached, mark string) error {
+func (d *Driver) GC(ctx context.Context, config Config, network Network, valid []Attached) error {
 	list, err := network.list()
 	if err != nil {
 		return fmt.Errorf("configuration of CNI network %q is invalid: %w: %w", network.Name, err, errdefs.ErrFailedPrecondition)
@@ -38,7 +35,7 @@ func (d *Driver) GC(ctx context.Context, config Config, network Network, valid [
 	values := map[string]any{"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid} // cni#1101: a wrong name was published, too
 	var errs []error
 	for _, plugin := range list.Plugins {
-		r := request{driver: d, list: list, plugin: plugin, binDirs: config.BinDirs, values: values, mark: mark}
+		r := request{driver: d, list: list, plugin: plugin, binDirs: config.BinDirs, values: values}
 		errs = append(errs, r.run(ctx, tracing.SpanCNIGC, "GC"))
 	}
 	return errors.Join(errs...)
@@ -59,8 +56,9 @@ func collected(list *libcni.NetworkConfigList) (bool, error) {
 	return known && !list.DisableGC, err
 }
 
-// EndGC ends what an earlier process with the same mark has left running of a GC: what it takes for valid is outdated.
-func EndGC(ctx context.Context, mark string) error { return endSurvivors(ctx, mark, time.Millisecond) }
+// EndGC ends what an earlier process has left running of a GC or a STATUS: what it takes for valid is outdated. It must not be called
+// while this driver runs one.
+func (d *Driver) EndGC(ctx context.Context) error { return end(ctx, d.groups, nobody, 0, never) }
 
 // Cached are the attachments that runtimes which use libcni have noted in its cache, by network: containerd's own pods, those of CRI-O
 // and nerdctl, but none of podfsm's.
@@ -76,25 +74,4 @@ func cachedIn(dir string) (map[string][]Attached, error) {
 		cached[a.Network] = append(cached[a.Network], Attached{ContainerID: a.ContainerID, IfName: a.IfName})
 	}
 	return cached, nil
-}
-
-// InFlight is a process that runs an ADD or a DEL from the plugin directories, or in this process's network namespace: whoever
-// started it, it may be about to take or free what belongs to a network of this node. It is 0 when there is none.
-func InFlight(config Config) (pid int, err error) {
-	here, err := os.Readlink("/proc/thread-self/ns/net") // the first thread may be in a namespace for good
-	if err != nil {
-		return 0, err
-	}
-	path := []byte("CNI_PATH=" + pathOf(config.BinDirs))
-	err = eachProcess(func(found int, environ [][]byte) {
-		if !contains(environ, []byte("CNI_COMMAND=ADD")) && !contains(environ, []byte("CNI_COMMAND=DEL")) {
-			return
-		}
-		// A plugin may be in a pod's namespace at the moment.
-		netns, _ := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", found))
-		if contains(environ, path) || netns == here {
-			pid = found
-		}
-	})
-	return pid, err
 }

@@ -1,144 +1,214 @@
 package cni
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"os/exec"
+	"net/url"
 	"path/filepath"
 	"strconv"
-	"sync"
-	"syscall"
+	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/podfsm/podfsm/host"
 )
 
-// group is a process that leads a process group of its own.
-type group struct {
-	cmd            *exec.Cmd
-	stdout, stderr io.Reader
-}
+const (
+	// kept is the mark of a group whose plugin has succeeded: what is in there was left on purpose, as a DNS server that all pods of a
+	// network use, and ends when it wants to.
+	kept = "kept"
 
-// startGroup starts cmd, unless ctx has ended. Its WaitDelay is how long [group.wait] waits for pipes after it has ended.
-func startGroup(ctx context.Context, cmd *exec.Cmd) (*group, error) {
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
-	return &group{cmd, stdout, stderr}, cmd.Start()
-}
+	// killTimeout bounds the wait for killed processes. One that hangs in the kernel stays for whoever looks next.
+	killTimeout = 10 * time.Second
 
-// wait copies the output, and returns how the process has ended once no process of its group lives. When ctx ends first, it kills
-// the group and returns the cause of that; and WaitDelay after the end of the process, it kills those that still hold the pipes.
+	// removeTimeout bounds the removal of a group that has no processes.
+	removeTimeout = time.Second
+
+	// nobody is in the place of a sandbox's id in commands that are about none. It is no id for CNI.
+	nobody = "-"
+)
+
+// groupsLink leads, in a daemon's state directory, to the groups for its plugins.
+const groupsLink = "cni-cgroups"
+
+// OpenGroups returns the groups for the plugins of the daemon that has a state directory: below its own cgroup, or where the daemon
+// before it had them if there are any left.
 //
-// A process that can't be killed, because it hangs in the kernel, is waited for without end: to go on beside it would race with it.
-func (g *group) wait(ctx context.Context, stdout, stderr io.Writer) error {
-	var copies sync.WaitGroup
-	copies.Go(func() { io.Copy(stdout, g.stdout) })
-	copies.Go(func() { io.Copy(stderr, g.stderr) })
-	drained := closedAfter(copies.Wait)
-	exited := closedAfter(g.waitForExit)
-
-	var killed error
-	select {
-	case <-exited:
-	case <-ctx.Done():
-		killed = fmt.Errorf("killed: %w", context.Cause(ctx))
-		g.kill()
-		<-exited
-	}
-	select {
-	case <-drained:
-	case <-time.After(g.cmd.WaitDelay):
-	case <-ctx.Done():
-	}
-	g.kill()
-
-	err := g.cmd.Wait() // closes our ends of the pipes
-	<-drained
-	waitForGroupEnd(g.cmd.Process.Pid)
-
-	if killed != nil {
-		return killed
-	}
-	if errors.Is(err, exec.ErrWaitDelay) {
-		return nil // the process itself succeeded
-	}
-	return err
+// Errors: as of [host.KeepGroups].
+func OpenGroups(stateDir string) (host.Groups, error) {
+	// Several daemons may share a cgroup, so the directory's name tells them apart.
+	name := "podfsm-" + url.PathEscape(strings.Trim(filepath.Dir(stateDir), "/"))
+	return host.KeepGroups(filepath.Join(stateDir, groupsLink), name)
 }
 
-func closedAfter(wait func()) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		wait()
-	}()
-	return done
+// GroupsOf returns the groups of the daemon that has a state directory, also while it is down. Where it has noted none, there are none.
+func GroupsOf(stateDir string) (host.Groups, error) {
+	groups, err := host.LinkedGroups(filepath.Join(stateDir, groupsLink))
+	if errdefs.IsNotFound(err) {
+		return host.Groups{}, nil
+	}
+	return groups, err
 }
 
-// waitForExit returns when the process has ended, and leaves it a zombie, which keeps the group's number from being reused.
-func (g *group) waitForExit() {
-	for unix.Waitid(unix.P_PID, g.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
-	}
+// run is one command of one plugin. It has a group of its own whose name says which it is, so that its processes are found and ended
+// after a restart, too, whatever they are called and however they were forked.
+type run struct {
+	id              string // the sandbox's
+	network, plugin int    // as in PluginState
+	command         string
 }
 
-// kill ends all processes of the group, and the process itself if it has left it. It must not be called after the process was
-// reaped, when the number may be another's.
-func (g *group) kill() {
-	pid := g.cmd.Process.Pid
-	_ = unix.Kill(-pid, unix.SIGKILL) // fails only when there is none
-	_ = unix.Kill(pid, unix.SIGKILL)
+// name is that of the run's group. The same command may have left other groups, so they are numbered.
+func (r run) name(number int) string {
+	return fmt.Sprintf("%s.%d.%d.%s.%d", r.id, r.network, r.plugin, r.command, number)
 }
 
-// waitForGroupEnd returns when no process of a group whose leader was reaped lives. All have been killed, so it takes no longer
-// than the kernel needs to end them.
-func waitForGroupEnd(pgid int) {
-	for delay := time.Millisecond; groupLives(pgid); delay = min(2*delay, 100*time.Millisecond) {
-		time.Sleep(delay)
+// parseRun reads the name of a group, whose id may have dots.
+func parseRun(name string) (r run, ok bool) {
+	fields := strings.Split(name, ".")
+	if len(fields) < 5 {
+		return run{}, false
 	}
+	last := len(fields) - 4
+	network, err1 := strconv.Atoi(fields[last])
+	plugin, err2 := strconv.Atoi(fields[last+1])
+	_, err3 := strconv.Atoi(fields[last+3])
+	r = run{strings.Join(fields[:last], "."), network, plugin, fields[last+2]}
+	return r, errors.Join(err1, err2, err3) == nil && r.id != "" && r.command != ""
 }
 
-func groupLives(pgid int) bool {
-	if errors.Is(unix.Kill(-pgid, 0), unix.ESRCH) {
-		return false
-	}
-	// The kernel gives the number to a process again only after the group has none left.
-	if !errors.Is(unix.Kill(pgid, 0), unix.ESRCH) {
-		return false
-	}
-	// Zombies count for kill(2). They are there for a moment, and for good where nobody reaps orphans.
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, stat := range stats {
-		if memberLives(stat, pgid) {
-			return true
+// makeGroup makes the group of a run.
+func makeGroup(groups host.Groups, r run) (host.Group, error) {
+	for number := 1; ; number++ {
+		group, err := groups.Make(r.name(number))
+		if !errdefs.IsAlreadyExists(err) {
+			return group, err
 		}
 	}
-	return false
 }
 
-// memberLives tells whether the process of a /proc/PID/stat is in the group and no zombie: fields 3, state, and 5, pgrp, of
-// proc_pid_stat(5), which are counted from the end of the name because that may hold anything.
-func memberLives(stat string, pgid int) bool {
-	data, err := os.ReadFile(stat)
+// endGroup ends all processes of a group and removes it, also when ctx has ended.
+func endGroup(ctx context.Context, group host.Group) error {
+	cause := fmt.Errorf("not within %s: %w", killTimeout, context.DeadlineExceeded)
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), killTimeout, cause)
+	defer cancel()
+	return errors.Join(group.Kill(ctx), removeGroup(ctx, group))
+}
+
+func removeGroup(ctx context.Context, group host.Group) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
+	defer cancel()
+	return group.Remove(ctx)
+}
+
+// keep marks what a plugin that has succeeded has left running. Until then it is of a run whose success nobody knows of.
+func keep(ctx context.Context, group host.Group) error {
+	pids, err := group.Procs()
 	if err != nil {
-		return false // it has ended meanwhile
+		return err
 	}
-	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
-	if len(fields) < 3 || string(fields[2]) != strconv.Itoa(pgid) {
-		return false
+	if len(pids) == 0 {
+		return removeGroup(ctx, group)
 	}
-	state := string(fields[0])
-	return state != "Z" && state != "X"
+	log.G(ctx).WithField("pids", pids).Debug("CNI plugin has left processes running")
+	return group.Mark(kept)
+}
+
+// end ends what runs of a sandbox have left, except what was left on purpose: by runs that have succeeded on record. A DEL gets patience
+// to come to its end: a half of it can't always be made whole by another, for the bridge plugin removes the interface first and forgets
+// its masquerade rules when it doesn't find it. Groups of whatever sandbox whose kept processes have ended are removed.
+func end(ctx context.Context, groups host.Groups, id string, patience time.Duration, succeeded func(run) bool) error {
+	names, err := groups.Names()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		r, ok := parseRun(name)
+		if !ok {
+			continue
+		}
+		group, err := groups.Get(name)
+		if err != nil {
+			return err
+		}
+		isKept, err := group.Marked(kept)
+		if err != nil {
+			return err
+		}
+		switch {
+		case isKept:
+			_ = removeGroup(ctx, group) // fails until its last process has ended, which may be another sandbox's affair
+			continue
+		case r.id != id:
+			continue
+		case succeeded(r): // this process, or the one before it, was ended before it could say so
+			err = keep(ctx, group)
+		default:
+			err = endRun(ctx, group, r, patience)
+		}
+		if err != nil {
+			return fmt.Errorf("failed to end the %s of a CNI plugin of sandbox %q: %w", r.command, id, err)
+		}
+	}
+	return nil
+}
+
+// endRun ends a run that nobody waits for any more.
+func endRun(ctx context.Context, group host.Group, r run, patience time.Duration) error {
+	if r.command == "DEL" {
+		patient, cancel := context.WithTimeout(ctx, patience)
+		err := group.Wait(patient)
+		cancel()
+		if err != nil && patient.Err() == nil {
+			return err
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return endGroup(ctx, group)
+}
+
+func never(run) bool { return false }
+
+// Left is what a run of a plugin has left, or runs in at the moment.
+type Left struct {
+	ID    string // the sandbox's
+	Group string // the directory of its cgroup
+}
+
+// Leftovers are the groups of runs of sandboxes' plugins, except those that have been left on purpose.
+func Leftovers(groups host.Groups) ([]Left, error) {
+	names, err := groups.Names()
+	if err != nil {
+		return nil, err
+	}
+	var left []Left
+	for _, name := range names {
+		r, ok := parseRun(name)
+		if !ok || r.id == nobody {
+			continue
+		}
+		group, err := groups.Get(name)
+		if err != nil {
+			return nil, err
+		}
+		isKept, err := group.Marked(kept)
+		if err != nil {
+			return nil, err
+		}
+		if !isKept {
+			left = append(left, Left{r.id, group.Dir()})
+		}
+	}
+	return left, nil
+}
+
+// End returns when no process of a sandbox's plugins is left, except what plugins that have succeeded have left on purpose: those of a
+// DEL get patience to come to their end, the others are killed at once. It is for sandboxes that no [Driver] works on.
+func End(ctx context.Context, groups host.Groups, id string, patience time.Duration) error {
+	return end(ctx, groups, id, patience, never)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -13,6 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 // hangs is the body of a plugin that hangs, with a child that hangs too and holds the plugin's pipes. A fifo tells when both do.
@@ -38,6 +41,13 @@ func (p *plugins) pid(name string) int {
 	pid, err := strconv.Atoi(p.read(name))
 	require.NoError(p.t, err)
 	return pid
+}
+
+func requireAlive(t *testing.T, pid int) {
+	t.Helper()
+	stat, err := host.ReadStat(t.Context(), pid)
+	require.NoError(t, err)
+	require.NotContains(t, "ZX", string(stat.State), "process %d has ended", pid)
 }
 
 func requireDead(t *testing.T, pid int) {
@@ -69,7 +79,7 @@ func TestAddDeadline(t *testing.T) {
 	p := newPlugins(t)
 	p.script("hang", "sleep 600")
 	r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"hang"}`))
-	r.driver = NewDriver(Options{AddTimeout: 100 * time.Millisecond})
+	r.driver = newDriver(t, Options{AddTimeout: 100 * time.Millisecond})
 	err := r.add(t.Context())
 	require.EqualError(t, err, `plugin type="hang" name="net" failed (add): killed: no answer within 100ms: context deadline exceeded`)
 	require.True(t, errdefs.IsDeadlineExceeded(err))
@@ -84,7 +94,7 @@ func TestDelDeadline(t *testing.T) {
 	require.NoError(t, r.add(t.Context()))
 	require.NoError(t, os.Remove(filepath.Join(p.dir, "first"))) // whose DEL would be under the short deadline too
 
-	impatient := NewDriver(Options{DelTimeout: 100 * time.Millisecond})
+	impatient := newDriver(t, Options{DelTimeout: 100 * time.Millisecond})
 	err := impatient.Del(t.Context(), r.attachment, r.record)
 	require.True(t, errdefs.IsDeadlineExceeded(err))
 	require.ErrorContains(t, err, `plugin type="first" name="net" failed (delete): failed to find plugin`)
@@ -95,48 +105,163 @@ func TestDelDeadline(t *testing.T) {
 	require.True(t, r.attachment.Settled())
 }
 
-// The plugin has answered and ended, but left a process behind that holds its pipes: it is not waited for, nor left alive.
-func TestLeftBehindInGroup(t *testing.T) {
-	r, started := hangRig(t, `[ $CNI_COMMAND = ADD ] || exit 0
-sh -c 'echo $$ > $0; echo > $1; sleep 600' $dir/child $dir/started &
-`+good("10.1.2.3"))
-	errs := make(chan error)
-	go func() { errs <- r.add(t.Context()) }()
-	started()
-	require.NoError(t, <-errs)
-	requireDead(t, r.pid("child"))
-	require.Equal(t, []string{"0.0 adding", "0.0 added"}, r.phases())
+// What a plugin that has succeeded leaves behind is a daemon and lives on, however it was forked. It loses the pipes that it holds, and
+// keeps nobody waiting for them.
+func TestLeftBehind(t *testing.T) {
+	for _, tc := range []struct{ name, start string }{
+		{"with pipes", `sh -c 'echo $$ > $0; echo > $1; exec sleep 600' $dir/child $dir/started &`},
+		{"without pipes", `sh -c 'echo $$ > $0; echo > $1; exec sleep 600' $dir/child $dir/started <&- >&- 2>&- &`},
+		{"in a session", `setsid sh -c 'echo $$ > $0; echo > $1; exec sleep 600' $dir/child $dir/started &`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r, started := hangRig(t, "[ $CNI_COMMAND = ADD ] || exit 0\n"+tc.start+"\ncat $dir/go > /dev/null\n"+good("10.1.2.3"))
+			require.NoError(t, unix.Mkfifo(filepath.Join(r.dir, "go"), 0o600))
+			errs := make(chan error)
+			go func() { errs <- r.add(t.Context()) }()
+			started()
+			require.NoError(t, os.WriteFile(filepath.Join(r.dir, "go"), nil, 0)) // the plugin ends only now
+			require.NoError(t, <-errs)
+			child := r.pid("child")
+			requireAlive(t, child)
+			require.Equal(t, []string{"0.0 adding", "0.0 added"}, r.phases())
+
+			// It outlives its pod, also after a restart; the group goes when it has ended.
+			group := sandboxID + ".0.0.ADD.1"
+			require.Equal(t, []string{group}, groupNames(t))
+			left, err := Leftovers(r.driver.groups)
+			require.NoError(t, err)
+			require.Empty(t, left)
+			require.NoError(t, End(t.Context(), r.driver.groups, sandboxID, 0))
+			require.NoError(t, newDriver(t, Options{}).Del(t.Context(), r.attachment, r.record))
+			requireAlive(t, child)
+			require.Equal(t, []string{group}, groupNames(t))
+			require.NoError(t, unix.Kill(child, unix.SIGKILL))
+			require.Eventually(t, func() bool {
+				return End(t.Context(), r.driver.groups, "another", 0) == nil && len(groupNames(t)) == 0
+			}, 5*time.Second, time.Millisecond)
+		})
+	}
 }
 
-// A process without the pipes doesn't even delay it.
-func TestLeftBehindWithoutPipes(t *testing.T) {
-	r, started := hangRig(t, `[ $CNI_COMMAND = ADD ] || exit 0
-sh -c 'echo $$ > $0; echo > $1; sleep 600' $dir/child $dir/started <&- >&- 2>&- &
-cat $dir/go > /dev/null
-`+good("10.1.2.3"))
-	require.NoError(t, unix.Mkfifo(filepath.Join(r.dir, "go"), 0o600))
-	r.driver = NewDriver(Options{PipeTimeout: time.Hour})
-	errs := make(chan error)
-	go func() { errs <- r.add(t.Context()) }()
-	started()
-	require.NoError(t, os.WriteFile(filepath.Join(r.dir, "go"), nil, 0)) // the plugin ends only now
-	require.NoError(t, <-errs)
-	requireDead(t, r.pid("child"))
+// A daemon was killed between the record of an ADD's success and its note of what that has left.
+func TestLeftBehindUnnoted(t *testing.T) {
+	for _, tc := range []struct {
+		phase Phase
+		lives bool
+	}{{Added, true}, {Adding, false}} {
+		r, _ := hangRig(t, good("10.1.2.3"))
+		require.NoError(t, r.add(t.Context()))
+		r.attachment.Plugins[0].Phase = tc.phase
+		group, err := makeGroup(r.driver.groups, run{sandboxID, 0, 0, "ADD"})
+		require.NoError(t, err)
+		cmd := exec.Command("sleep", "600")
+		startIn(t, group, cmd)
+		left, err := Leftovers(r.driver.groups)
+		require.NoError(t, err)
+		require.Equal(t, []Left{{sandboxID, group.Dir()}}, left)
+		require.NoError(t, newDriver(t, Options{}).Del(t.Context(), r.attachment, r.record))
+		if tc.lives {
+			requireAlive(t, cmd.Process.Pid)
+			require.NoError(t, cmd.Process.Kill())
+			require.NoError(t, group.Wait(t.Context()))
+			require.NoError(t, End(t.Context(), r.driver.groups, sandboxID, 0))
+		}
+		requireDead(t, cmd.Process.Pid)
+		require.Empty(t, groupNames(t))
+	}
 }
 
-// A daemon with a session of its own is not the plugin any more: it lives on, but keeps nobody waiting.
-func TestLeftBehindInSession(t *testing.T) {
-	r, started := hangRig(t, `[ $CNI_COMMAND = ADD ] || exit 0
-setsid sh -c 'echo $$ > $0; echo > $1; exec sleep 600' $dir/child $dir/started &
-cat $dir/go > /dev/null
-`+good("10.1.2.3"))
-	require.NoError(t, unix.Mkfifo(filepath.Join(r.dir, "go"), 0o600))
-	errs := make(chan error)
-	go func() { errs <- r.add(t.Context()) }()
-	started()
-	require.NoError(t, os.WriteFile(filepath.Join(r.dir, "go"), nil, 0))
-	require.NoError(t, <-errs)
-	require.NoError(t, unix.Kill(r.pid("child"), unix.SIGKILL))
+// What a plugin that fails has left is killed, though it has left the plugin's session and lets go of its pipes.
+func TestFailureLeavesNothing(t *testing.T) {
+	r, _ := hangRig(t, `[ $CNI_COMMAND = ADD ] || exit 0
+mkfifo $dir/ready
+setsid sh -c 'setsid sh -c "echo \$\$ > $0; echo > $1; exec sleep 600" $0 $1 & exit' $dir/child $dir/ready <&- >&- 2>&- &
+cat $dir/ready > /dev/null; exit 1`)
+	require.Error(t, r.add(t.Context()))
+	requireDead(t, r.pid("child"))
+	require.Empty(t, groupNames(t))
+}
+
+// A plugin that nothing can kill keeps neither ADD nor DEL waiting without end, and DEL isn't started beside it. A frozen cgroup stands for
+// what makes a process hang in the kernel.
+func TestPluginThatCannotBeKilled(t *testing.T) {
+	const freezer = "/sys/fs/cgroup/freezer"
+	if _, err := os.Stat(freezer + "/tasks"); err != nil {
+		t.Skip("needs the freezer of cgroup v1")
+	}
+	r, _ := hangRig(t, "")
+	dir := filepath.Join(freezer, fmt.Sprintf("podfsm-cni-test-%d", os.Getpid()))
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	thaw := func() error { return os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0) }
+	t.Cleanup(func() {
+		require.NoError(t, thaw())
+		require.Eventually(t, func() bool { return os.Remove(dir) == nil }, 5*time.Second, time.Millisecond)
+	})
+	r.script("hang", "[ $CNI_COMMAND = ADD ] || exit 0\necho $$ > $dir/child\necho $$ > "+dir+"/cgroup.procs\necho FROZEN > "+dir+"/freezer.state")
+	r.driver = newDriver(t, Options{AddTimeout: 500 * time.Millisecond, PipeTimeout: 100 * time.Millisecond})
+	began := time.Now()
+	err := r.add(t.Context())
+	require.ErrorContains(t, err, "no answer within 500ms")
+	require.ErrorContains(t, err, fmt.Sprintf("processes [%d] of cgroup", r.pid("child")))
+	r.calls()
+	require.ErrorContains(t, r.del(t.Context()), "don't end")
+	require.Less(t, time.Since(began), 3*killTimeout)
+	require.Empty(t, r.calls(), "no DEL was started")
+	left, err := Leftovers(r.driver.groups)
+	require.NoError(t, err)
+	require.Len(t, left, 1)
+	require.NoError(t, thaw())
+	require.NoError(t, r.del(t.Context()))
+	require.True(t, r.attachment.Settled())
+	requireDead(t, r.pid("child"))
+	require.Empty(t, groupNames(t))
+}
+
+// What an earlier process has left of a sandbox's plugins is ended, and no other's.
+func TestEnd(t *testing.T) {
+	groups := testGroups(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	start := func(r run, script string) (pid int) {
+		group, err := makeGroup(groups, r)
+		require.NoError(t, err)
+		cmd := exec.Command("sh", "-c", script)
+		startIn(t, group, cmd)
+		return cmd.Process.Pid
+	}
+	const forever = "sleep 600"
+	add, again := start(run{sandboxID, 0, 0, "ADD"}, forever), start(run{sandboxID, 0, 0, "ADD"}, forever)
+	other := start(run{sandboxID + ".1", 0, 0, "ADD"}, forever)
+	done := filepath.Join(t.TempDir(), "done")
+	ending := start(run{sandboxID, 0, 1, "DEL"}, "sleep 0.3; : > "+done)
+	require.NoError(t, End(ctx, groups, sandboxID, time.Minute))
+	for _, pid := range []int{add, again, ending} {
+		requireDead(t, pid)
+	}
+	require.FileExists(t, done, "the DEL has come to its end")
+	requireAlive(t, other)
+
+	hanging := start(run{sandboxID, 0, 1, "DEL"}, forever)
+	require.NoError(t, End(ctx, groups, sandboxID, time.Millisecond))
+	requireDead(t, hanging)
+	require.Equal(t, []string{sandboxID + ".1.0.0.ADD.1"}, groupNames(t))
+	require.NoError(t, End(ctx, groups, "nobody", time.Minute))
+	requireAlive(t, other)
+	require.NoError(t, End(ctx, groups, sandboxID+".1", time.Minute))
+	require.Empty(t, groupNames(t))
+}
+
+func TestParseRun(t *testing.T) {
+	t.Parallel()
+	for _, r := range []run{{"s", 0, 1, "ADD"}, {"s.0.0.ADD.1", 2, 3, "DEL"}, {nobody, 0, 0, "GC"}} {
+		parsed, ok := parseRun(r.name(7))
+		require.True(t, ok)
+		require.Equal(t, r, parsed)
+	}
+	for _, name := range []string{"", "s", "s.0.0.ADD", ".0.0.ADD.1", "s.x.0.ADD.1", "s.0.x.ADD.1", "s.0.0..1", "s.0.0.ADD.x"} {
+		_, ok := parseRun(name)
+		require.False(t, ok, name)
+	}
 }
 
 // Nor does one that holds the configuration, which the plugin has not read and which is more than a pipe takes.
@@ -177,18 +302,4 @@ func TestZombieInGroup(t *testing.T) {
 			return
 		}
 	}
-}
-
-func TestGroupLives(t *testing.T) {
-	require.True(t, memberLives("/proc/self/stat", unix.Getpgrp()))
-	require.False(t, memberLives("/proc/self/stat", unix.Getpgrp()+1))
-	require.False(t, memberLives("/proc/self/absent", unix.Getpgrp()))
-	// A name with spaces and parentheses.
-	stat := filepath.Join(t.TempDir(), "stat")
-	for state, lives := range map[string]bool{"S": true, "D": true, "Z": false, "X": false} {
-		require.NoError(t, os.WriteFile(stat, []byte("7 (a) Z 1 2) "+state+" 1 42 7 0"), 0o600))
-		require.Equal(t, lives, memberLives(stat, 42))
-	}
-	// A process whose pid is the number: it can't be a member of a group that others had.
-	require.False(t, groupLives(os.Getpid()))
 }

@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 const (
@@ -166,4 +169,38 @@ func network(t *testing.T, name, version string, confs ...string) Network {
 func inNetNS(t *testing.T, path string, f func() error) {
 	t.Helper()
 	require.NoError(t, ns.WithNetNSPath(path, func(ns.NetNS) error { return f() }))
+}
+
+// newDriver makes a driver whose groups are this test process's own, as are those of all its drivers: it is as if the daemon was
+// started again.
+func newDriver(t *testing.T, o Options) *Driver {
+	t.Helper()
+	o.Groups = testGroups(t)
+	return NewDriver(o)
+}
+
+// testGroups are removed at the end of the test, with all that is in them.
+func testGroups(t *testing.T) host.Groups {
+	t.Helper()
+	requireRoot(t)
+	groups, err := host.GroupsBelow(fmt.Sprintf("podfsm-cni-test-%d", os.Getpid()))
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		names, err := groups.Names()
+		require.NoError(t, err)
+		for _, name := range names {
+			group, err := groups.Get(name)
+			require.NoError(t, err)
+			require.NoError(t, endGroup(context.Background(), group))
+		}
+	})
+	return groups
+}
+
+// groupNames are those of the groups that there are.
+func groupNames(t *testing.T) []string {
+	t.Helper()
+	names, err := testGroups(t).Names()
+	require.NoError(t, err)
+	return names
 }

@@ -72,7 +72,7 @@ echo '{"code":50,"msg":"the agent is starting"}'; exit 1`)
 
 func TestStatus(t *testing.T) {
 	p, ask := statusRig(t, "1.1.0")
-	d := NewDriver(Options{})
+	d := newDriver(t, Options{})
 	require.NoError(t, ask(d))
 	require.Equal(t, []string{"STATUS first ", "STATUS second"}, p.calls())
 	require.Equal(t, map[string]any{"type": "second", "name": "net", "cniVersion": "1.1.0"}, p.stdin("second", "STATUS"))
@@ -80,7 +80,7 @@ func TestStatus(t *testing.T) {
 	require.NoError(t, ask(d), "an answer counts for a while")
 	require.Empty(t, p.calls())
 
-	d = NewDriver(Options{})
+	d = newDriver(t, Options{})
 	for range 2 {
 		err := ask(d)
 		require.EqualError(t, err, `CNI network "net" takes no pods now: plugin type="second" name="net" failed (status): the agent is starting: unavailable`)
@@ -99,19 +99,19 @@ func TestStatus(t *testing.T) {
 	require.Len(t, d.answers.known, 1)
 
 	require.NoError(t, os.Remove(filepath.Join(p.dir, "first")))
-	require.True(t, errdefs.IsFailedPrecondition(ask(NewDriver(Options{}))), "a plugin is missing")
+	require.True(t, errdefs.IsFailedPrecondition(ask(newDriver(t, Options{}))), "a plugin is missing")
 }
 
 func TestStatusIsNotAskedBefore11(t *testing.T) {
 	p, ask := statusRig(t, "1.0.0")
 	require.NoError(t, os.WriteFile(filepath.Join(p.dir, "unready"), nil, 0o600))
-	require.NoError(t, ask(NewDriver(Options{})))
+	require.NoError(t, ask(newDriver(t, Options{})))
 	require.Empty(t, p.calls())
 }
 
 func TestStatusIsAskedOnce(t *testing.T) {
 	p, ask := statusRig(t, "1.1.0")
-	d := NewDriver(Options{})
+	d := newDriver(t, Options{})
 	var callers sync.WaitGroup
 	for range 8 {
 		callers.Go(func() {
@@ -131,7 +131,7 @@ func TestStatusCallerGoes(t *testing.T) {
 		require.NoError(t, unix.Mkfifo(filepath.Join(p.dir, fifo), 0o600))
 	}
 	p.script("slow", "echo > $dir/started; cat $dir/go > /dev/null")
-	d, networks := NewDriver(Options{}), []Network{network(t, "net", "1.1.0", `{"type":"slow"}`)}
+	d, networks := newDriver(t, Options{}), []Network{network(t, "net", "1.1.0", `{"type":"slow"}`)}
 	ask := func(ctx context.Context) <-chan error {
 		answer := make(chan error, 1)
 		go func() { answer <- d.Status(ctx, Config{BinDirs: []string{p.dir}}, networks) }()
@@ -153,20 +153,19 @@ func TestGC(t *testing.T) {
 	p.script("first", `echo '{"code":100,"msg":"the disk is full"}'; exit 1`)
 	p.script("second", "exit 0")
 	config := Config{BinDirs: []string{p.dir}}
-	d := NewDriver(Options{})
+	d := newDriver(t, Options{})
 	networks := []Network{network(t, "net", "1.1.0", `{"type":"first"}`, `{"type":"second"}`)}
 	require.True(t, networks[0].Collected())
 
-	err := d.GC(t.Context(), config, networks[0], []Attached{{ContainerID: "c1", IfName: "eth0"}}, "gc:test")
+	err := d.GC(t.Context(), config, networks[0], []Attached{{ContainerID: "c1", IfName: "eth0"}})
 	require.EqualError(t, err, `plugin type="first" name="net" failed (gc): the disk is full`)
 	require.Equal(t, []string{"GC first ", "GC second"}, p.calls(), "all are run")
 	valid := []any{map[string]any{"containerID": "c1", "ifname": "eth0"}}
 	require.Equal(t, map[string]any{
 		"type": "second", "name": "net", "cniVersion": "1.1.0", "cni.dev/valid-attachments": valid, "cni.dev/attachments": valid,
 	}, p.stdin("second", "GC"))
-	require.Contains(t, p.read("second.GC.env"), "PODFSM_SANDBOX=gc:test")
 
-	require.Error(t, d.GC(t.Context(), config, networks[0], nil, ""))
+	require.Error(t, d.GC(t.Context(), config, networks[0], nil))
 	require.Equal(t, []any{}, p.stdin("second", "GC")["cni.dev/valid-attachments"], "nothing is valid")
 	p.calls()
 
@@ -177,7 +176,7 @@ func TestGC(t *testing.T) {
 		networks, err := Load(Config{ConfDir: confDir(t, map[string]string{"net.conflist": conflist})})
 		require.NoError(t, err)
 		require.False(t, networks[0].Collected())
-		require.NoError(t, d.GC(t.Context(), config, networks[0], nil, ""))
+		require.NoError(t, d.GC(t.Context(), config, networks[0], nil))
 		require.Empty(t, p.calls())
 	}
 }
@@ -188,20 +187,20 @@ func TestEndGC(t *testing.T) {
 	fifo := filepath.Join(p.dir, "started")
 	require.NoError(t, unix.Mkfifo(fifo, 0o600))
 	p.script("hang", "echo > $dir/started; exec sleep 600")
+	d := newDriver(t, Options{})
 	done := make(chan error)
 	go func() {
-		done <- NewDriver(Options{}).GC(context.Background(), Config{BinDirs: []string{p.dir}}, network(t, "net", "1.1.0", `{"type":"hang"}`), nil, "gc:"+p.dir)
+		done <- d.GC(context.Background(), Config{BinDirs: []string{p.dir}}, network(t, "net", "1.1.0", `{"type":"hang"}`), nil)
 	}()
 	_, err := os.ReadFile(fifo)
 	require.NoError(t, err)
-	require.NoError(t, EndGC(t.Context(), "gc:another"))
-	select {
-	case err := <-done:
-		t.Fatal("another's was ended", err)
-	default:
-	}
-	require.NoError(t, EndGC(t.Context(), "gc:"+p.dir))
+	require.Equal(t, []string{"-.0.0.GC.1"}, groupNames(t))
+	left, err := Leftovers(d.groups)
+	require.NoError(t, err)
+	require.Empty(t, left, "it is no sandbox's")
+	require.NoError(t, newDriver(t, Options{}).EndGC(t.Context()))
 	require.ErrorContains(t, <-done, "killed")
+	require.Empty(t, groupNames(t))
 }
 
 func TestCached(t *testing.T) {
@@ -226,72 +225,7 @@ func TestCached(t *testing.T) {
 	}, cached)
 }
 
-func TestInFlight(t *testing.T) {
-	elsewhere := Config{BinDirs: []string{"/opt/cni/elsewhere"}}
-	pid, err := InFlight(elsewhere)
-	require.NoError(t, err)
-	require.Zero(t, pid)
-
-	here, finishHere := plugin(t, "CNI_COMMAND=ADD", "CNI_PATH=/opt/cni/bin")
-	pid, err = InFlight(elsewhere)
-	require.NoError(t, err)
-	require.NotZero(t, pid, "whatever its directories are: it is in the same network namespace")
-	finishHere()
-	require.NoError(t, here.Wait())
-
-	check, finishCheck := plugin(t, "CNI_COMMAND=CHECK", "CNI_PATH=/opt/cni/elsewhere")
-	pid, err = InFlight(elsewhere)
-	require.NoError(t, err)
-	require.Zero(t, pid, "it takes and frees nothing")
-	finishCheck()
-	require.NoError(t, check.Wait())
-
-	// In a pod's namespace.
-	netns := newNetNS(t)
-	var there interface{ Wait() error }
-	var finishThere func()
-	inNetNS(t, netns, func() error {
-		there, finishThere = plugin(t, "CNI_COMMAND=DEL", "CNI_PATH=/opt/cni/elsewhere")
-		return nil
-	})
-	pid, err = InFlight(elsewhere)
-	require.NoError(t, err)
-	require.NotZero(t, pid)
-	pid, err = InFlight(Config{BinDirs: []string{"/opt/cni/bin"}})
-	require.NoError(t, err)
-	require.Zero(t, pid)
-	finishThere()
-	require.NoError(t, there.Wait())
-}
-
-// The entries of sandboxes that are done with go, however they ended.
-func TestRunForgets(t *testing.T) {
-	count := func(d *Driver) (n int) {
-		d.run.Range(func(any, any) bool { n++; return true })
-		return n
-	}
-	for name, body := range map[string]string{
-		"attached": good("10.1.2.3"),
-		"failed":   "[ $CNI_COMMAND = DEL ] || exit 1",
-		"missing":  "",
-	} {
-		t.Run(name, func(t *testing.T) {
-			p := newPlugins(t)
-			if body != "" {
-				p.script("first", body)
-			}
-			r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
-			err := r.add(t.Context())
-			require.Equal(t, name == "attached", err == nil)
-			require.NoError(t, r.del(t.Context()))
-			require.Zero(t, count(r.driver))
-			require.NoError(t, r.del(t.Context()))
-			require.Zero(t, count(r.driver))
-		})
-	}
-}
-
-// A child that has left the group of a plugin which is killed at its deadline, and holds its pipes, is ended before DEL.
+// A child of a plugin that is killed at its deadline has a session of its own and holds its pipes: it ends with the plugin.
 func TestAddDeadlineLeavesNothing(t *testing.T) {
 	r, started := hangRig(t, `if [ $CNI_COMMAND = DEL ]; then
 	kill -0 $(cat $dir/child) 2> /dev/null && [ $(ps -o state= -p $(cat $dir/child)) != Z ] && echo alive > $dir/seen
@@ -300,15 +234,14 @@ fi
 setsid sh -c 'echo $$ > $0; echo > $1; sleep 600' $dir/child $dir/started &
 echo $$ > $dir/parent
 wait; sleep 600`)
-	r.driver = NewDriver(Options{AddTimeout: time.Second, PipeTimeout: 100 * time.Millisecond})
+	r.driver = newDriver(t, Options{AddTimeout: time.Second, PipeTimeout: 100 * time.Millisecond})
 	errs := make(chan error)
 	go func() { errs <- r.add(t.Context()) }()
 	started()
 	require.True(t, errdefs.IsDeadlineExceeded(<-errs))
 	requireDead(t, r.pid("parent"))
-	require.NoError(t, unix.Kill(r.pid("child"), 0), "it is in a session of its own")
-	require.NoError(t, r.del(t.Context()))
 	requireDead(t, r.pid("child"))
+	require.NoError(t, r.del(t.Context()))
 	require.NoFileExists(t, filepath.Join(r.dir, "seen"), "DEL never runs beside it")
 	require.True(t, r.attachment.Settled())
 }

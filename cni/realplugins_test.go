@@ -68,7 +68,7 @@ func newRealRig(t *testing.T, id string, confs ...string) *realRig {
 	require.NoError(t, err)
 	a, err := NewAttachment(config, networks, id, newNetNS(t), args, capabilities)
 	require.NoError(t, err)
-	return &realRig{&rig{ledger: &ledger{}, attachment: a, driver: NewDriver(Options{})}, ipam}
+	return &realRig{&rig{ledger: &ledger{}, attachment: a, driver: newDriver(t, Options{})}, ipam}
 }
 
 // addresses are those that host-local has given out.

@@ -15,7 +15,6 @@ type request struct {
 	plugin  *libcni.PluginConfig
 	binDirs []string
 	values  map[string]any // of the configuration, besides the list's
-	mark    string         // of the processes
 }
 
 func (r request) run(ctx context.Context, spanName, command string) (retErr error) {
@@ -24,8 +23,8 @@ func (r request) run(ctx context.Context, spanName, command string) (retErr erro
 
 	path, conf, err := prepare(r.list, r.plugin, r.binDirs, r.values)
 	if err == nil {
-		environ := environment{invoke.Args{Command: command, Path: pathOf(r.binDirs)}, r.mark}
-		err = invoke.ExecPluginWithoutResult(ctx, path, conf, environ, r.driver.exec)
+		exec := &executor{driver: r.driver, run: run{id: nobody, command: command}}
+		err = exec.withoutResult(ctx, path, conf, &invoke.Args{Command: command, Path: pathOf(r.binDirs)})
 	}
 	if err != nil {
 		return failed(r.list, r.plugin.Network.Type, strings.ToLower(command), err)

@@ -11,6 +11,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 // versionPipes is how long to wait for what a plugin has left behind that was asked for its versions.
@@ -19,13 +21,17 @@ const versionPipes = time.Second
 // Validate looks for the programs of a network's plugins, those of its IPAM included, and asks each which CNI versions it speaks (CNI
 // specification, VERSION). It changes nothing.
 //
-// Errors: FailedPrecondition, naming each plugin that isn't there, can't be run, or doesn't speak the network's version.
+// Errors: FailedPrecondition when no cgroup can be made for them, or, naming each plugin that isn't there, can't be run, or doesn't speak the network's version.
 func Validate(ctx context.Context, config Config, network Network) error {
 	list, err := network.list()
 	if err != nil {
 		return fmt.Errorf("its configuration is invalid: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
-	asking := &executor{pipeTimeout: versionPipes}
+	groups, err := host.GroupsBelow("podfsm-validate")
+	if err != nil {
+		return err
+	}
+	asking := &Driver{groups: groups, pipeTimeout: versionPipes}
 	var errs []error
 	for _, plugin := range programs(list) {
 		if err := asking.validate(ctx, plugin, list.CNIVersion, config.BinDirs); err != nil {
@@ -48,12 +54,14 @@ func programs(list *libcni.NetworkConfigList) []string {
 	return types
 }
 
-func (e *executor) validate(ctx context.Context, plugin, version string, binDirs []string) error {
+func (d *Driver) validate(ctx context.Context, plugin, version string, binDirs []string) error {
 	path, err := invoke.FindInPath(plugin, binDirs)
 	if err != nil {
 		return err
 	}
-	info, err := invoke.GetVersionInfo(ctx, path, e)
+	exec := &executor{driver: d, run: run{id: nobody, command: "VERSION"}}
+	info, err := invoke.GetVersionInfo(ctx, path, exec)
+	exec.keep(ctx)
 	if err != nil {
 		return fmt.Errorf("%s can't be asked for its versions: %w", path, err)
 	}

@@ -47,6 +47,46 @@ func GroupsBelow(name string) (Groups, error) {
 	return Groups{filepath.Join(dir, name)}, nil
 }
 
+// KeepGroups returns the groups that a symbolic link in a directory of root's leads to, as long as they exist, and else
+// [GroupsBelow] the cgroup of this process, to which it makes the link lead. So a daemon that is started again in another cgroup finds
+// what the one before has left, and so does whoever knows the link.
+//
+// Errors: as of GroupsBelow; others when the link can't be made.
+func KeepGroups(link, name string) (Groups, error) {
+	groups, err := LinkedGroups(link)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return Groups{}, err
+	}
+	if _, statErr := os.Stat(groups.dir); err == nil && statErr == nil {
+		return groups, nil
+	}
+	if groups, err = GroupsBelow(name); err != nil {
+		return Groups{}, err
+	}
+	made := link + ".new"
+	if err := os.Remove(made); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return Groups{}, fmt.Errorf("failed to note the cgroups of this process: %w", err)
+	}
+	if err := errors.Join(os.Symlink(groups.dir, made), os.Rename(made, link)); err != nil {
+		return Groups{}, fmt.Errorf("failed to note the cgroups of this process: %w", err)
+	}
+	return groups, nil
+}
+
+// LinkedGroups returns the groups that a link of [KeepGroups] leads to, which may have gone since.
+//
+// Errors: NotFound when there is no link.
+func LinkedGroups(link string) (Groups, error) {
+	dir, err := os.Readlink(link)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Groups{}, fmt.Errorf("no cgroups are noted in %q: %w", link, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return Groups{}, fmt.Errorf("failed to look for the cgroups of the daemon: %w", err)
+	}
+	return Groups{dir}, nil
+}
+
 // v1Preference are the v1 hierarchies that are taken where there is no v2, the first one first: an empty cgroup of theirs changes
 // nothing for its members.
 var v1Preference = []string{"name=systemd", "freezer", "pids"}
@@ -99,18 +139,27 @@ func checkName(name string) error {
 // Dir is the directory of the groups.
 func (g Groups) Dir() string { return g.dir }
 
-// Make makes a group. One that exists is returned as it is.
+// Make makes a group, which nobody else has.
 //
-// Errors: InvalidArgument for a name that isn't one.
+// Errors: AlreadyExists; InvalidArgument for a name that isn't one.
 func (g Groups) Make(name string) (Group, error) {
 	group, err := g.Get(name)
 	if err != nil {
 		return Group{}, err
 	}
-	for _, dir := range []string{g.dir, group.dir} {
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return Group{}, fmt.Errorf("failed to make a cgroup: %w", err)
+	for {
+		if err = os.Mkdir(g.dir, 0o755); err == nil || errors.Is(err, fs.ErrExist) {
+			err = os.Mkdir(group.dir, 0o755)
 		}
+		if _, statErr := os.Stat(filepath.Dir(g.dir)); statErr != nil || !errors.Is(err, fs.ErrNotExist) {
+			break
+		} // else the last of the other groups was just removed, and the directory with it
+	}
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return Group{}, fmt.Errorf("cgroup %q: %w", group.dir, errdefs.ErrAlreadyExists)
+	case err != nil:
+		return Group{}, fmt.Errorf("failed to make a cgroup: %w", err)
 	}
 	return group, nil
 }
@@ -122,10 +171,10 @@ func (g Groups) Get(name string) (Group, error) {
 	if err := checkName(name); err != nil {
 		return Group{}, err
 	}
-	return Group{filepath.Join(g.dir, name)}, nil
+	return Group{filepath.Join(g.dir, name), g.dir}, nil
 }
 
-// Names are those of the groups that exist, sorted.
+// Names are those of the groups that exist, sorted; the zero value has none.
 func (g Groups) Names() ([]string, error) {
 	entries, err := os.ReadDir(g.dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -142,7 +191,7 @@ func (g Groups) Names() ([]string, error) {
 
 // Group is a cgroup of its own for what podfsm starts together. Its members are all that was started in it and all descendants of
 // these, however they were forked; only root can leave it.
-type Group struct{ dir string }
+type Group struct{ dir, parent string }
 
 // Dir is the group's directory.
 func (g Group) Dir() string { return g.dir }
@@ -153,7 +202,8 @@ func (g Group) Start(start func(cgroupFD int) error) error { return Cgroups{g.di
 // Procs are the pids of the processes in the group and in cgroups below it. This process isn't one of them: a thread of it that starts
 // another in a v1 cgroup is listed there for a moment. Processes that have ended aren't either.
 //
-// Errors: FailedPrecondition for a process of another pid namespace, which has no pid here.
+// Errors: FailedPrecondition for a process of another pid namespace, which v2 lists as 0. v1 leaves such processes out, and only Remove
+// tells that there are some.
 func (g Group) Procs() ([]int, error) {
 	pids, err := g.procs()
 	if err == nil && slices.Contains(pids, 0) {
@@ -230,19 +280,29 @@ func pauses(yield func(time.Duration) bool) {
 	}
 }
 
+// Wait returns when no process is left in the group.
+//
+// Errors: what ended ctx, naming the processes that are left.
+func (g Group) Wait(ctx context.Context) error {
+	return g.untilEmpty(ctx, func([]int, bool) error { return nil })
+}
+
 // Kill ends the processes of the group, never this one, and returns when none is left: by cgroup.kill (Linux 5.14), which no fork
 // escapes, else one by one behind their pidfds until there are no more.
 //
 // Errors: what ended ctx, naming the processes that are left; FailedPrecondition for a process of another pid namespace that only
 // cgroup.kill could reach.
-func (g Group) Kill(ctx context.Context) error {
+func (g Group) Kill(ctx context.Context) error { return g.untilEmpty(ctx, g.kill) }
+
+// untilEmpty does something about the processes of the group until none is left. among says that this process is there, too.
+func (g Group) untilEmpty(ctx context.Context, do func(pids []int, among bool) error) error {
 	for pause := range pauses {
 		members, err := g.members()
 		pids := without(members, os.Getpid())
 		if err != nil || len(pids) == 0 {
 			return err
 		}
-		if err := g.kill(pids, len(members) > len(pids)); err != nil {
+		if err := do(pids, len(members) > len(pids)); err != nil {
 			return fmt.Errorf("failed to end the processes of cgroup %q: %w", g.dir, err)
 		}
 		select {
@@ -297,13 +357,17 @@ func writeFile(path, text string) error {
 }
 
 // Remove removes the group and all cgroups below it, and returns when they are gone. The kernel keeps a cgroup for a moment after the
-// end of its last process.
+// end of its last process. The directory of the groups goes with the last of them.
 //
 // Errors: FailedPrecondition when the group has processes, naming them; what ended ctx.
 func (g Group) Remove(ctx context.Context) error {
 	for pause := range pauses {
 		busy, err := g.remove()
-		if err == nil || !errors.Is(err, unix.EBUSY) {
+		if err == nil {
+			_ = unix.Rmdir(g.parent) // fails while there are others
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) {
 			return err
 		}
 		pids, listErr := g.procs()
@@ -335,3 +399,26 @@ func (g Group) remove() (busy string, err error) {
 	}
 	return "", nil
 }
+
+// Mark puts a mark on the group, which stays for as long as the group does: an extended attribute that only root can set and see
+// (trusted attributes, xattr(7); cgroups have had them since Linux 3.7).
+func (g Group) Mark(name string) error {
+	if err := unix.Setxattr(g.dir, markPrefix+name, []byte{'1'}, 0); err != nil {
+		return fmt.Errorf("failed to mark cgroup %q as %s: %w", g.dir, name, err)
+	}
+	return nil
+}
+
+// Marked says whether the group has a mark. One that doesn't exist has none.
+func (g Group) Marked(name string) (bool, error) {
+	_, err := unix.Getxattr(g.dir, markPrefix+name, nil)
+	switch {
+	case errors.Is(err, unix.ENODATA), errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("failed to look for the mark %s of cgroup %q: %w", name, g.dir, err)
+	}
+	return true, nil
+}
+
+const markPrefix = "trusted.podfsm."

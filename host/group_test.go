@@ -2,15 +2,20 @@ package host
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -28,10 +33,17 @@ func TestGroup(t *testing.T) {
 		require.NoError(t, g.Kill(t.Context()))
 		require.NoError(t, g.Remove(t.Context()))
 
-		for range 2 {
-			g, err = groups.Make("a")
-			require.NoError(t, err)
-		}
+		g, err = groups.Make("a")
+		require.NoError(t, err)
+		_, err = groups.Make("a")
+		require.Truef(t, errdefs.IsAlreadyExists(err), "%v", err)
+		marked, err := g.Marked("kept")
+		require.NoError(t, err)
+		require.False(t, marked)
+		require.NoError(t, g.Mark("kept"))
+		marked, err = g.Marked("kept")
+		require.NoError(t, err)
+		require.True(t, marked)
 		// A process that forks twice into a session of its own, and lets go of everything.
 		cmd := startIn(t, Cgroups{g.Dir()}, "setsid sh -c 'sleep 300 & sleep 300' </dev/null >/dev/null 2>&1 & exit 0")
 		require.NoError(t, cmd.Wait())
@@ -48,12 +60,19 @@ func TestGroup(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, []string{"a"}, names)
 
+		short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		require.ErrorIs(t, g.Wait(short), context.DeadlineExceeded)
+		cancel()
 		require.NoError(t, g.Kill(t.Context()))
+		require.NoError(t, g.Wait(t.Context()))
 		pids, err = g.Procs()
 		require.NoError(t, err)
 		require.Empty(t, pids)
 		require.NoError(t, g.Remove(t.Context()))
-		require.NoDirExists(t, g.Dir())
+		require.NoDirExists(t, groups.Dir())
+		marked, err = g.Marked("kept")
+		require.NoError(t, err)
+		require.False(t, marked)
 		names, err = groups.Names()
 		require.NoError(t, err)
 		require.Empty(t, names)
@@ -107,13 +126,50 @@ func TestPidZero(t *testing.T) {
 		{"x\n", errdefs.IsDataLoss},
 	} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(tc.procs), 0o644))
-		g := Group{dir}
+		g := Group{dir: dir}
 		_, err := g.Procs()
 		require.Truef(t, tc.is(err), "%q: %v", tc.procs, err)
 		err = g.Kill(t.Context())
 		require.Truef(t, tc.is(err), "%q: %v", tc.procs, err)
 	}
 }
+
+// TestKillFromAnotherPidNamespace has a process end a group whose member has no pid in its pid namespace. v2 lists the member as 0, and
+// cgroup.kill ends it; v1 leaves it out, so that only the removal of the group tells. Neither the process nor its process group is hit.
+func TestKillFromAnotherPidNamespace(t *testing.T) {
+	if dir := os.Getenv(killEnv); dir != "" { // in there
+		g := Group{dir: dir}
+		_, err := g.Procs()
+		fmt.Println("procs:", err)
+		fmt.Println("kill:", g.Kill(t.Context()))
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		fmt.Println("remove:", g.Remove(ctx))
+		return
+	}
+	for _, groups := range kinds(t) {
+		g, err := groups.Make("outside")
+		require.NoError(t, err)
+		member := startIn(t, Cgroups{g.Dir()}, "exec sleep 300")
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestKillFromAnotherPidNamespace$", "-test.v")
+		cmd.Env = append(os.Environ(), killEnv+"="+g.Dir())
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Setpgid: true}
+		unified, err := isUnified(g.Dir())
+		require.NoError(t, err)
+		out, err := cmd.CombinedOutput()
+		require.NoErrorf(t, err, "%s", out)
+		if unified {
+			require.Contains(t, string(out), "procs: cgroup "+strconv.Quote(g.Dir())+" has a process of another pid namespace")
+			require.Contains(t, string(out), "kill: <nil>\nremove: <nil>")
+			require.Error(t, member.Wait())
+		} else {
+			require.Contains(t, string(out), "remove: failed to remove cgroup")
+			require.NoError(t, member.Process.Signal(unix.Signal(0)))
+		}
+	}
+}
+
+const killEnv = "HOST_TEST_KILL"
 
 func TestGroupNames(t *testing.T) {
 	t.Parallel()
@@ -199,4 +255,53 @@ func TestStartRefuses(t *testing.T) {
 		require.True(t, errdefs.IsInvalidArgument(err), err)
 	}
 	require.EqualError(t, g.Start(func(int) error { return os.ErrProcessDone }), os.ErrProcessDone.Error())
+}
+
+// TestMakeBesideRemove makes groups while the directory of all goes with the last one.
+func TestMakeBesideRemove(t *testing.T) {
+	groups := kinds(t)["own"]
+	var beside sync.WaitGroup
+	for i := range 4 {
+		beside.Go(func() {
+			for range 100 {
+				g, err := groups.Make(strconv.Itoa(i))
+				if !assert.NoError(t, err) || !assert.NoError(t, g.Remove(t.Context())) {
+					return
+				}
+			}
+		})
+	}
+	beside.Wait()
+	require.NoDirExists(t, groups.Dir())
+	_, err := Groups{"/sys/fs/cgroup/none/below"}.Make("a")
+	require.ErrorIs(t, err, os.ErrNotExist)
+}
+
+func TestKeepGroups(t *testing.T) {
+	groups := kinds(t)["own"]
+	link := filepath.Join(t.TempDir(), "cgroups")
+	_, err := LinkedGroups(link)
+	require.True(t, errdefs.IsNotFound(err), err)
+
+	name := filepath.Base(groups.Dir())
+	kept, err := KeepGroups(link, name)
+	require.NoError(t, err)
+	require.Equal(t, groups, kept)
+	linked, err := LinkedGroups(link)
+	require.NoError(t, err)
+	require.Equal(t, groups, linked)
+
+	// As long as there is something in there, the place stays, whatever cgroup the process is in by then.
+	g, err := kept.Make("a")
+	require.NoError(t, err)
+	kept, err = KeepGroups(link, "podfsm-elsewhere")
+	require.NoError(t, err)
+	require.Equal(t, groups, kept)
+	require.NoError(t, g.Remove(t.Context()))
+	kept, err = KeepGroups(link, "podfsm-elsewhere")
+	require.NoError(t, err)
+	require.Equal(t, filepath.Join(filepath.Dir(groups.Dir()), "podfsm-elsewhere"), kept.Dir())
+	linked, err = LinkedGroups(link)
+	require.NoError(t, err)
+	require.Equal(t, kept, linked)
 }

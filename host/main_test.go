@@ -63,7 +63,7 @@ func kinds(t *testing.T) map[string]Groups {
 	}
 	t.Cleanup(func() {
 		for _, g := range groups {
-			all := Group(g)
+			all := Group{dir: g.dir}
 			require.NoError(t, all.Kill(t.Context()))
 			require.NoError(t, all.Remove(t.Context()))
 		}

@@ -110,7 +110,7 @@ func (c *PodCgroup) Dirs() []string { return slices.Clone(c.dirs) }
 func (c *PodCgroup) Pids() ([]int, error) {
 	var all []int
 	for _, dir := range c.dirs {
-		pids, err := Group{dir}.Procs()
+		pids, err := Group{dir: dir}.Procs()
 		if err != nil {
 			return nil, err
 		}
@@ -125,7 +125,7 @@ func (c *PodCgroup) Pids() ([]int, error) {
 func (c *PodCgroup) End(ctx context.Context) error {
 	_ = c.manager.Freeze(cgroups.Thawed) // a frozen process of v1 doesn't die
 	for _, dir := range c.dirs {
-		if err := (Group{dir}).Kill(ctx); err != nil {
+		if err := (Group{dir: dir}).Kill(ctx); err != nil {
 			return err
 		}
 	}
@@ -133,7 +133,7 @@ func (c *PodCgroup) End(ctx context.Context) error {
 		_ = c.manager.Destroy() // an error counts for what is left
 	}
 	for _, dir := range c.dirs {
-		if err := (Group{dir}).Remove(ctx); err != nil {
+		if err := (Group{dir: dir}).Remove(ctx); err != nil {
 			return err
 		}
 	}

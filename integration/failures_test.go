@@ -125,6 +125,7 @@ func TestPauseHangs(t *testing.T) {
   runtime_timeout = "2s"
   init_path = %q
 `, hanging)})
+	failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod")) // the first makes directories that stay
 	before, err := n.Settle(t.Context())
 	require.NoError(t, err)
 	var texts []string

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,6 +28,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
@@ -146,8 +148,16 @@ func plant(t *testing.T, n *harness.Node) []planted {
 
 	plugin := id("CNI plugin")
 	survivor := osexec.Command("sleep", "600")
-	survivor.Env = []string{"PODFSM_SANDBOX=" + plugin, "CNI_COMMAND=ADD", "CNI_NETNS=" + filepath.Join(netns, "podfsm-"+plugin)}
-	require.NoError(t, survivor.Start())
+	groups, err := cni.GroupsOf(filepath.Join(n.Dir(), "state/io.containerd.podsandbox.controller.v1.podfsm"))
+	require.NoError(t, err)
+	group, err := groups.Make(plugin + ".0.0.ADD.1")
+	require.NoError(t, err)
+	require.NoError(t, group.Start(func(cgroupFD int) error {
+		if cgroupFD >= 0 {
+			survivor.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroupFD}
+		}
+		return survivor.Start()
+	}))
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)

@@ -64,7 +64,8 @@ const pinPrefix = "podfsm-"
 
 // Host is where a containerd has the things of its sandboxes.
 type Host struct {
-	NetNSDirs []string // of pinned network namespaces
+	NetNSDirs []string    // of pinned network namespaces
+	Plugins   host.Groups // of CNI plugins
 	Files     pause.Files
 	Bundles   string // of tasks, by containerd namespace
 	Namespace string // of the CRI, in containerd
@@ -83,13 +84,13 @@ func (h Host) Marked() ([]Thing, error) {
 				things = add(things, NetNS, id, filepath.Join(dir, name))
 			}
 		}
-		plugins, err := cni.Plugins(dir)
-		if err != nil {
-			return nil, err
-		}
-		for _, plugin := range plugins {
-			things = add(things, Plugin, plugin.ID, strconv.Itoa(plugin.Pid))
-		}
+	}
+	plugins, err := cni.Leftovers(h.Plugins)
+	if err != nil {
+		return nil, err
+	}
+	for _, plugin := range plugins {
+		things = add(things, Plugin, plugin.ID, plugin.Group)
 	}
 	return things, nil
 }

@@ -144,7 +144,11 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	for _, damage := range c.ledger.Damage() {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
-	c.node = newNode(c.stock, client, c.limits, c.meters.ran)
+	groups, err := cni.OpenGroups(ic.Properties[plugins.PropertyStateDir])
+	if err != nil {
+		return err
+	}
+	c.node = newNode(c.stock, client, groups, c.limits, c.meters.ran)
 	c.node.policies = c.policies
 	c.node.tasks = taskEvents{c.exchange}
 	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])

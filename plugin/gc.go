@@ -49,14 +49,13 @@ func (c *Controller) collectNetworks(ctx context.Context, client *containerd.Cli
 	select {
 	case <-done:
 	case <-time.After(gcTimeout + gcGrace):
-		// A look into /proc hangs while a process that is looked at hangs in the kernel. When it goes on, ctx keeps it from doing anything.
+		// When it goes on, ctx keeps it from doing anything.
 		log.G(ctx).Error("podfsm: the collection of CNI networks hangs; containerd starts without it")
 	}
 }
 
 func (c *Controller) collect(ctx context.Context, client *containerd.Client, wanted bool, sandboxes map[string]bool) {
-	mark := "gc:" + c.stock.StateDir
-	if err := cni.EndGC(ctx, mark); err != nil {
+	if err := c.node.driver.EndGC(ctx); err != nil {
 		log.G(ctx).WithError(err).Error("podfsm: failed to end the CNI GC of the daemon before this one")
 		return
 	}
@@ -70,7 +69,7 @@ func (c *Controller) collect(ctx context.Context, client *containerd.Client, wan
 		cached, err = cni.Cached()
 	}
 	if err == nil {
-		err = c.undisturbed(known)
+		err = c.undisturbed(ctx, known)
 	}
 	for _, n := range networks {
 		entry := log.G(ctx).WithField("network", n.Name)
@@ -82,7 +81,7 @@ func (c *Controller) collect(ctx context.Context, client *containerd.Client, wan
 			entry.WithError(reason).Warn("podfsm: a CNI network is not collected")
 			continue
 		}
-		if err := c.node.driver.GC(ctx, n.config, n.Network, valid(known, cached[n.Name], n.IfName), mark); err != nil {
+		if err := c.node.driver.GC(ctx, n.config, n.Network, valid(known, cached[n.Name], n.IfName)); err != nil {
 			entry.WithError(err).Warn("podfsm: the CNI GC of a network failed")
 			continue
 		}
@@ -159,9 +158,10 @@ func knownIDs(ctx context.Context, client *containerd.Client, sandboxes map[stri
 	return known, nil
 }
 
-// undisturbed fails while something acts on the node's networks that isn't known well enough to collect beside it.
-func (c *Controller) undisturbed(known map[string]bool) error {
-	pid, err := cni.InFlight(cni.Config{BinDirs: c.stock.CNI.BinDirs})
+// undisturbed fails while something acts on the node's networks that isn't known well enough to collect beside it. All that it goes by
+// is root's alone: processes as [cni.Driver.InFlight] chooses them, and the directory of pinned namespaces.
+func (c *Controller) undisturbed(ctx context.Context, known map[string]bool) error {
+	pid, err := c.node.driver.InFlight(ctx, cni.Config{BinDirs: c.stock.CNI.BinDirs})
 	if err != nil {
 		return fmt.Errorf("failed to look for CNI plugins that run: %w", err)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -70,12 +71,9 @@ func (h idHost) stockStanding(ctx context.Context, id string) (userns.Standing, 
 	}
 }
 
-// Processes are the uses of ids by processes.
-func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) { return userns.Processes(ctx) }
-
 // Uses are the uses of ids by processes, mounts and snapshots.
 func (h idHost) Uses(ctx context.Context) (uses []userns.Use, err error) {
-	for _, look := range []func(context.Context) ([]userns.Use, error){userns.Processes, userns.Mounts, h.snapshots} {
+	for _, look := range []func(context.Context) ([]userns.Use, error){h.Processes, userns.Mounts, h.snapshots} {
 		found, err := look(ctx)
 		if err != nil {
 			return nil, err
@@ -131,18 +129,27 @@ func (h idHost) useOfSnapshot(ctx context.Context, info snapshots.Info) (userns.
 	case err != nil:
 		return userns.Use{}, fmt.Errorf("failed to look for the container of snapshot %q: %w", info.Name, err)
 	}
-	var spec specs.Spec
-	if err := json.Unmarshal(container.Spec.GetValue(), &spec); err != nil || spec.Linux == nil {
+	given, ok := idsOfContainer(container)
+	if !ok {
 		return useOfLabels(info), nil // who can write such a container needs no lies
 	}
-	use := userns.Use{By: fmt.Sprintf("snapshot %q", info.Name)}
+	given.By = fmt.Sprintf("snapshot %q", info.Name)
+	return given, nil
+}
+
+// idsOfContainer are the ids that a container was given, by its spec, where that can be read.
+func idsOfContainer(container containers.Container) (given userns.Use, ok bool) {
+	var spec specs.Spec
+	if err := json.Unmarshal(container.Spec.GetValue(), &spec); err != nil || spec.Linux == nil {
+		return given, false
+	}
 	for _, m := range spec.Linux.UIDMappings {
-		use.UIDs = append(use.UIDs, mappingOfSpec(m))
+		given.UIDs = append(given.UIDs, mappingOfSpec(m))
 	}
 	for _, m := range spec.Linux.GIDMappings {
-		use.GIDs = append(use.GIDs, mappingOfSpec(m))
+		given.GIDs = append(given.GIDs, mappingOfSpec(m))
 	}
-	return use, nil
+	return given, true
 }
 
 // useOfLabels are the ids that a snapshot's labels name: none by one that can't be read, which can't be mounted either.

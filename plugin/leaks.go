@@ -178,7 +178,13 @@ func (c *Controller) storedThings(ctx context.Context) ([]leaks.Thing, error) {
 
 // host is where this node has the things of its sandboxes.
 func (n *node) host() leaks.Host {
-	return leaks.Host{NetNSDirs: []string{n.stock.netNSDir()}, Files: n.settings.Files, Bundles: n.shimDirs.State, Namespace: cri.Namespace}
+	return leaks.Host{
+		NetNSDirs: []string{n.stock.netNSDir()},
+		Plugins:   n.groups,
+		Files:     n.settings.Files,
+		Bundles:   n.shimDirs.State,
+		Namespace: cri.Namespace,
+	}
 }
 
 // fix removes what has leaked. It returns, by sandbox, why something could not be removed; what is gone, another look says.
@@ -238,7 +244,7 @@ func (c *Controller) unused(ctx context.Context, id string) error {
 
 // endLeaked ends the processes, in the order of their dependence.
 func (c *Controller) endLeaked(ctx context.Context, id string, found []leaks.Thing) error {
-	if err := cni.End(ctx, id, pluginPatience); err != nil {
+	if err := cni.End(ctx, c.node.groups, id, pluginPatience); err != nil {
 		return err
 	}
 	if err := c.node.shims.End(ctx, id); err != nil {

@@ -284,6 +284,11 @@ func (s *containerRecords) Get(_ context.Context, id string) (containers.Contain
 	return containers.Container{ID: id, Image: "pause", Spec: spec}, err
 }
 
+// List has none, for the processes of the machine are of no container of a test.
+func (*containerRecords) List(context.Context, ...string) ([]containers.Container, error) {
+	return nil, nil
+}
+
 // noRecords is containerd's store of sandboxes without any.
 type noRecords struct{ sandbox.Store }
 
@@ -345,7 +350,9 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 		records: &containerRecords{},
 		wait:    time.Hour,
 	}
-	client, err := containerd.New("", containerd.WithServices(containerd.WithContainerStore(w.records), containerd.WithSandboxStore(noRecords{})))
+	client, err := containerd.New("", containerd.WithServices(
+		containerd.WithContainerStore(w.records), containerd.WithSandboxStore(noRecords{}), containerd.WithNamespaceService(cris{}),
+	))
 	require.NoError(t, err)
 	stock := stockWith()
 	n := &node{stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}

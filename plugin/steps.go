@@ -9,6 +9,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
@@ -42,11 +43,12 @@ type node struct {
 	shimDirs   pause.ShimDirs
 	tasks      taskEvents
 	snapshots  *snapshot.Preparer
+	groups     host.Groups // of CNI plugins
 	driver     *cni.Driver
 	doctor     *doctor.Doctor // nil: nobody examines the node
 }
 
-func newNode(stock *stockConfig, client *containerd.Client, limits timeouts, ran func(cni.Command)) *node {
+func newNode(stock *stockConfig, client *containerd.Client, groups host.Groups, limits timeouts, ran func(cni.Command)) *node {
 	return &node{
 		stock:  stock,
 		client: client,
@@ -59,7 +61,8 @@ func newNode(stock *stockConfig, client *containerd.Client, limits timeouts, ran
 		},
 		containers: pause.NewContainers(client),
 		snapshots:  snapshot.NewPreparer(client),
-		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel, Ran: ran}),
+		groups:     groups,
+		driver:     cni.NewDriver(cni.Options{AddTimeout: limits.cniAdd, DelTimeout: limits.cniDel, Ran: ran, Groups: groups}),
 	}
 }
 

@@ -42,12 +42,9 @@ func FuzzProcess(f *testing.F) {
 	f.Add("Name:\tpause\nUid:\t131072\t131072\t131072\t131072\nGid:\t131072\t1\t1\t1\nGroups:\t131073 \n", "0 131072 65536\n", "0 131072 65536\n")
 	f.Add("Name:\tUid: 131072\\nGid: 5\nUid:\t-1\t4294967296\nGroups:\n", "         0          0 4294967295\n", "")
 	f.Add("Uid", "0 1", "0 0 0")
-	dir := f.TempDir()
 	f.Fuzz(func(t *testing.T, status, uids, gids string) {
-		for name, text := range map[string]string{"status": status, "uid_map": uids, "gid_map": gids} {
-			require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
-		}
-		if use, err := process(dir, "0 0 4294967295\n"); err == nil {
+		use := runsAs(status)
+		if err := use.addMaps(uids, gids); err == nil {
 			requireIDs(t, use)
 		}
 	})

@@ -2,6 +2,7 @@ package userns
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -52,8 +53,13 @@ func TestProcesses(t *testing.T) {
 		require.NoError(t, plain.Wait())
 	}()
 
-	uses, err := Processes(t.Context())
+	processes, err := Processes(t.Context())
 	require.NoError(t, err)
+	var uses []Use
+	for _, p := range processes {
+		require.True(t, strings.HasPrefix(p.By, fmt.Sprintf("process %d (", p.Pid)))
+		uses = append(uses, p.Use)
+	}
 	found := of(uses, fmt.Sprintf("process %d (", mapped))
 	require.Len(t, found, 1)
 	require.Contains(t, found[0].UIDs, uids)
@@ -64,32 +70,27 @@ func TestProcesses(t *testing.T) {
 	one := func(id uint32) Mappings { return ids(id, 1) }
 	require.True(t, found[0].touches(Mappings{UIDs: one(1_500_002_000).UIDs, GIDs: one(70000).GIDs}))
 	require.True(t, found[0].touches(Mappings{UIDs: one(70000).UIDs, GIDs: one(1_500_003_000).GIDs}))
-	require.True(t, found[0].touches(Mappings{UIDs: one(70000).UIDs, GIDs: one(1_500_004_000).GIDs}))
+	require.False(t, found[0].touches(Mappings{UIDs: one(70000).UIDs, GIDs: one(1_500_004_000).GIDs}), "a supplementary group costs nothing")
 	require.False(t, found[0].touches(one(1_500_005_000)))
 
 	require.Empty(t, of(uses, fmt.Sprintf("process %d (", os.Getpid())), "this one has no ids that pods can have")
 }
 
-func TestProcessesThatCannotBeRead(t *testing.T) {
-	proc := t.TempDir()
-	write := func(path, text string) {
-		require.NoError(t, os.MkdirAll(filepath.Dir(filepath.Join(proc, path)), 0o755))
-		require.NoError(t, os.WriteFile(filepath.Join(proc, path), []byte(text), 0o644))
+func TestWithin(t *testing.T) {
+	t.Parallel()
+	given := []Mapping{{HostID: 131072, Length: 65536}}
+	for _, tc := range []struct{ used, want []Mapping }{
+		{nil, nil},
+		{[]Mapping{{HostID: 65536, Length: 65536}, {HostID: 196608, Length: 1}}, nil},
+		{[]Mapping{{HostID: 131072, Length: 1}, {HostID: 196607, Length: 1}}, []Mapping{{HostID: 131072, Length: 1}, {HostID: 196607, Length: 1}}},
+		{[]Mapping{{HostID: 0, Length: math.MaxUint32}}, given},
+		{[]Mapping{{HostID: 140000, Length: 65536}}, []Mapping{{HostID: 140000, Length: 56608}}},
+		{[]Mapping{{HostID: 140000}}, nil},
+	} {
+		use := Use{UIDs: tc.used, GIDs: tc.used, By: "process 7 (sh)"}
+		require.Equal(t, Use{UIDs: tc.want, By: use.By}, use.Within(given, nil))
+		require.Equal(t, Use{GIDs: tc.want, By: use.By}, use.Within(nil, given))
 	}
-	_, err := processes(t.Context(), proc)
-	require.ErrorContains(t, err, "id map of the host")
-	write("self/uid_map", "0 0 4294967295\n")
-	write("7/status", "Name:\tsh\nUid:\t0 0 0 0\nGid:\t0 0 0 0\nGroups:\t \n") // it ends before its maps are read
-	write("8/status", "Name:\tsh\nUid:\t70000 70000 70000 70000\n")
-	write("8/uid_map", "0 0 4294967295\n")
-	uses, err := processes(t.Context(), proc)
-	require.NoError(t, err)
-	require.Len(t, uses, 1)
-	require.Equal(t, "process 8 (sh)", uses[0].By)
-	write("8/uid_map", "0 nonsense 1\n")
-	write("8/gid_map", "0 0 1\n")
-	_, err = processes(t.Context(), proc)
-	require.ErrorContains(t, err, "process 8")
 }
 
 func TestMounts(t *testing.T) {

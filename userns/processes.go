@@ -2,78 +2,85 @@ package userns
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/host"
 )
 
-// Processes are the host ids that the host's processes use: those that their user namespaces map, where these aren't ours, and those
-// that they run as. Ids below 65536 are left out: no pod has them.
-func Processes(ctx context.Context) ([]Use, error) { return processes(ctx, "/proc") }
+// Process is a process and the host ids that it uses.
+type Process struct {
+	Pid int
+	Use
+}
 
-func processes(ctx context.Context, proc string) (uses []Use, err error) {
-	own, err := os.ReadFile(filepath.Join(proc, "self/uid_map"))
+// Processes are the host's processes that use ids which pods may have, from 65536 up: those that their user namespaces map, where these
+// aren't ours, and the user and the group that they run as. Supplementary groups don't count: a process may have 65536 of them, each in
+// another range, and with none it is a process of a pod that was given the range.
+//
+// Errors: those of [host.Read], naming the process.
+func Processes(ctx context.Context) ([]Process, error) {
+	own, err := host.Read(ctx, os.Getpid(), "uid_map")
 	if err != nil {
 		return nil, fmt.Errorf("failed to read the id map of the host: %w", err)
 	}
-	entries, err := os.ReadDir(proc)
+	pids, err := host.Pids()
 	if err != nil {
-		return nil, fmt.Errorf("failed to list the host's processes: %w", err)
+		return nil, err
 	}
-	for _, entry := range entries {
-		if _, err := strconv.Atoi(entry.Name()); err != nil {
-			continue
-		}
-		if err := ctx.Err(); err != nil {
-			return nil, fmt.Errorf("failed to look at the host's processes: %w", err)
-		}
-		use, err := process(filepath.Join(proc, entry.Name()), string(own))
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+	var all []Process
+	for _, pid := range pids {
+		p, err := process(ctx, pid, string(own))
+		if errdefs.IsNotFound(err) {
 			continue // it has ended meanwhile
 		}
 		if err != nil {
-			return nil, fmt.Errorf("failed to look at process %s: %w", entry.Name(), err)
+			return nil, fmt.Errorf("failed to look at process %d: %w", pid, err)
 		}
-		if len(use.UIDs) > 0 || len(use.GIDs) > 0 {
-			use.By = fmt.Sprintf("process %s (%s)", entry.Name(), use.By)
-			uses = append(uses, use)
+		if len(p.UIDs) > 0 || len(p.GIDs) > 0 {
+			all = append(all, p)
 		}
 	}
-	return uses, nil
+	return all, nil
 }
 
-// process is what one process uses, by its name. own is the id map that means no user namespace of its own.
-func process(dir, own string) (use Use, err error) {
-	status, err := os.ReadFile(filepath.Join(dir, "status"))
+// process is what one process uses. own is the id map that means no user namespace of its own.
+func process(ctx context.Context, pid int, own string) (p Process, err error) {
+	status, err := host.Read(ctx, pid, "status")
 	if err != nil {
-		return use, err
+		return p, err
 	}
-	for line := range strings.Lines(string(status)) {
+	p = Process{pid, runsAs(string(status))}
+	p.By = fmt.Sprintf("process %d (%s)", pid, p.By)
+	uids, err := host.Read(ctx, pid, "uid_map")
+	if err != nil || string(uids) == own {
+		return p, err
+	}
+	gids, err := host.Read(ctx, pid, "gid_map")
+	if err != nil {
+		return p, err
+	}
+	return p, p.addMaps(string(uids), string(gids))
+}
+
+// runsAs are the ids of a /proc/PID/status, by the process's name.
+func runsAs(status string) (use Use) {
+	for line := range strings.Lines(status) {
 		key, values, _ := strings.Cut(line, ":")
 		switch key {
 		case "Name":
 			use.By = strings.TrimSpace(values)
 		case "Uid":
-			use.UIDs = append(use.UIDs, singles(values)...)
-		case "Gid", "Groups":
-			use.GIDs = append(use.GIDs, singles(values)...)
+			use.UIDs = singles(values)
+		case "Gid":
+			use.GIDs = singles(values)
 		}
 	}
-	uids, err := os.ReadFile(filepath.Join(dir, "uid_map"))
-	if err != nil || string(uids) == own {
-		return use, err
-	}
-	gids, err := os.ReadFile(filepath.Join(dir, "gid_map"))
-	if err != nil {
-		return use, err
-	}
-	return use, use.addMaps(string(uids), string(gids))
+	return use
 }
 
 // addMaps adds the host ids of a user namespace's maps.
@@ -99,4 +106,23 @@ func singles(values string) (ids []Mapping) {
 		}
 	}
 	return ids
+}
+
+// Within returns what of the use is of a pod that was given the extents, and of nobody else's.
+func (u Use) Within(uids, gids []Mapping) Use {
+	return Use{UIDs: within(u.UIDs, uids), GIDs: within(u.GIDs, gids), By: u.By}
+}
+
+// within are the parts of the used extents that are in given ones.
+func within(used, given []Mapping) (parts []Mapping) {
+	for _, u := range used {
+		for _, g := range given {
+			if u.Length == 0 || g.Length == 0 || !u.overlaps(g) {
+				continue
+			}
+			first, last := max(u.HostID, g.HostID), min(u.last(), g.last())
+			parts = append(parts, Mapping{HostID: first, Length: uint32(last-uint64(first)) + 1})
+		}
+	}
+	return parts
 }

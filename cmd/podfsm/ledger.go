@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/duration"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
@@ -76,6 +77,10 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 	if err != nil {
 		return nil, err
 	}
+	plugins, err := cni.GroupsOf(filepath.Join(state, ledgerDir))
+	if err != nil {
+		return nil, err
+	}
 	w := cmd.Root().ErrWriter
 	ended, err := history.Read(filepath.Join(root, ledgerDir, history.FileName))
 	if err != nil {
@@ -98,6 +103,7 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 		host: leaks.Host{
 			// The daemon's configuration says which of them; podfsm's names are in no other.
 			NetNSDirs: []string{"/var/run/netns", filepath.Join(state, criDir, "netns")},
+			Plugins:   plugins,
 			Files:     pause.Files{RootDir: filepath.Join(root, criDir), StateDir: filepath.Join(state, criDir)},
 			Bundles:   filepath.Join(state, bundlesDir),
 			Namespace: cri.Namespace,

@@ -38,6 +38,9 @@ var attacks = map[string]func(args []string) error{
 	"set-clock":               setClock,
 	"raise-priority":          raisePriority,
 	"watch-processor":         watchProcessor,
+	"hang-in-kernel":          hangInKernel,
+	"write-to-map":            writeToMap,
+	"be-many":                 beMany,
 }
 
 func main() {

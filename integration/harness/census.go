@@ -296,14 +296,20 @@ func nodeCgroups(name string) ([]string, error) {
 	}
 	var cgroups []string
 	for _, h := range hierarchies {
-		err := walk(filepath.Join(h.Mountpoint, name), func(path string, d os.DirEntry) error {
-			if d.IsDir() {
-				cgroups = append(cgroups, path)
-			}
-			return nil
-		})
+		ofPlugins, err := filepath.Glob(filepath.Join(h.Mountpoint, "podfsm-*"+name+"*")) // the daemon names them by its state directory
 		if err != nil {
 			return nil, err
+		}
+		for _, top := range append(ofPlugins, filepath.Join(h.Mountpoint, name)) {
+			err := walk(top, func(path string, d os.DirEntry) error {
+				if d.IsDir() {
+					cgroups = append(cgroups, path)
+				}
+				return nil
+			})
+			if err != nil {
+				return nil, err
+			}
 		}
 	}
 	return cgroups, nil

@@ -1,0 +1,312 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	osexec "os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// Nothing that a pod can write is believed: each test is of something by which a pod could once harm others.
+
+// prompt is how long a stop or a rollback may take on a machine that does other things, too. What these tests are about took 90
+// seconds, or had no end.
+const prompt = 15 * time.Second
+
+// within runs something that has to end soon, and gives it up when it doesn't.
+func within(t *testing.T, what string, f func(context.Context)) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*prompt)
+	defer cancel()
+	began := time.Now()
+	f(ctx)
+	require.Less(t, time.Since(began), prompt, what)
+}
+
+// ends are the ways in which a daemon ends.
+func ends(n *harness.Node) map[string]func(context.Context) error {
+	return map[string]func(context.Context) error{"SIGTERM": n.Stop, "SIGKILL": n.Kill}
+}
+
+// env puts variables into the environment of a container.
+func env(variables ...string) harness.ContainerOption {
+	return func(c *runtime.ContainerConfig) {
+		for _, v := range variables {
+			key, value, _ := strings.Cut(v, "=")
+			c.Envs = append(c.Envs, &runtime.KeyValue{Key: key, Value: []byte(value)})
+		}
+	}
+}
+
+// startTime is field 22 of a /proc/PID/stat, which tells a process from a later one with its pid.
+func startTime(t *testing.T, pid int) string {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	require.NoError(t, err)
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	require.NotEqual(t, "Z", fields[0], "process %d has ended", pid)
+	return fields[19]
+}
+
+// TestPodPosesAsPlugin has a pod whose processes, ever new ones, bear all the marks that a CNI plugin of another pod has.
+func TestPodPosesAsPlugin(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for name, end := range ends(n) {
+		t.Run(name, func(t *testing.T) {
+			victim := runPod(t, n, n.PodConfig("victim"))
+			poser := startPod(t, n, harness.PodfsmHandler, n.PodConfig("poser"))
+			container := startContainer(t, poser, "poser",
+				env("PODFSM_SANDBOX="+victim.ID, "CNI_CONTAINERID="+victim.ID, "CNI_COMMAND=DEL", "CNI_PATH="+filepath.Join(n.Dir(), "cni/bin")),
+				harness.Run("sh", "-c", "sleep 600 & while :; do sleep 0.05; done"))
+			pid, err := container.Pid(t.Context())
+			require.NoError(t, err)
+			started := startTime(t, pid)
+			require.NoError(t, end(t.Context()))
+			require.NoError(t, n.Start(t.Context()))
+			within(t, "the stop of a pod", func(ctx context.Context) { require.NoError(t, victim.StopAndRemove(ctx)) })
+			require.Equal(t, started, startTime(t, pid), "the other pod is left alone")
+			require.Contains(t, exec(t, container, "ps"), "sleep 600")
+		})
+	}
+	n.RequireClean(t, before)
+}
+
+// TestPodPosesAsPluginOfAnotherRuntime has a pod, on the node's users and in its pid namespace, that looks like an ADD in flight: the
+// networks are collected all the same.
+func TestPodPosesAsPluginOfAnotherRuntime(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	require.NoError(t, n.SetChainOf(t.Context(), "1.1.0", delegated(n)))
+	runOnce(t, n, n.PodConfig("first"))
+	poser := startPod(t, n, harness.StockHandler, n.PodConfig("poser", harness.HostNetwork(), func(c *runtime.PodSandboxConfig) {
+		c.Linux.SecurityContext.NamespaceOptions.Pid = runtime.NamespaceMode_NODE
+	}))
+	startContainer(t, poser, "poser", env("CNI_COMMAND=ADD", "CNI_PATH="+filepath.Join(n.Dir(), "cni/bin")))
+	stray := leak(t, n)
+	at := len(n.Log())
+	require.NoError(t, n.Restart(t.Context()))
+	require.Contains(t, n.Log()[at:], "a CNI network was collected")
+	require.NotContains(t, reserved(t, n), stray)
+}
+
+// TestPodStarvesPool has pods on the node's users that use ids of every range of the pool in all ways that they can.
+func TestPodStarvesPool(t *testing.T) {
+	const ranges, first = 8, 1000013824
+	n := harness.StartNode(t, harness.Config{TOML: usernsTOML(`mode = "auto"`, poolOf(ranges))})
+	groups := func(c *runtime.PodSandboxConfig) {
+		for i := range int64(ranges) {
+			c.Linux.SecurityContext.SupplementalGroups = append(c.Linux.SecurityContext.SupplementalGroups, first+i*65536)
+		}
+	}
+	bySpec := startPod(t, n, harness.StockHandler, n.PodConfig("by-spec", harness.HostUsers(), groups))
+	startContainer(t, bySpec, "groups", func(c *runtime.ContainerConfig) {
+		c.Linux.SecurityContext.SupplementalGroups = bySpec.Config.Linux.SecurityContext.SupplementalGroups
+	})
+	byCall := startPod(t, n, harness.StockHandler, n.PodConfig("by-call", harness.HostUsers()))
+	for _, way := range []string{"groups", "users"} {
+		c := startContainer(t, byCall, way, harness.Volume(n.Attack(), "/attack"),
+			harness.Run("/attack", "be-many", way, strconv.Itoa(first), strconv.Itoa(ranges)))
+		require.Eventually(t, func() bool {
+			log, err := c.Log()
+			return err == nil && strings.Contains(log, "runs")
+		}, waitFor, tick)
+	}
+	for i := range ranges {
+		startPod(t, n, harness.PodfsmHandler, n.PodConfig(fmt.Sprint("auto-", i), harness.HostUsers()))
+	}
+	out, _, code := cli(t, n, "ids")
+	require.Zero(t, code)
+	require.Contains(t, out, fmt.Sprintf("%d, of which %d are held, 0 free, 0 in quarantine", ranges, ranges))
+	require.Contains(t, out, "default/auto-0")
+}
+
+// hangInKernel has a container of a pod hang in the kernel with the lock of its memory map, and returns the pid of what hangs. It goes on
+// until the end of the test.
+func hangInKernel(t *testing.T, pod *harness.Pod, n *harness.Node) int {
+	t.Helper()
+	fuse := func(c *runtime.ContainerConfig) {
+		c.Devices = []*runtime.Device{{ContainerPath: "/dev/fuse", HostPath: "/dev/fuse", Permissions: "rwm"}}
+	}
+	container := startContainer(t, pod, "hangs", allowed, fuse, harness.Volume(n.Attack(), "/attack"), harness.Run("/attack", "hang-in-kernel", "/tmp/fuse"))
+	server, err := container.Pid(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = unix.Kill(server, unix.SIGKILL) }) // which lets the child go on, before anybody else looks at it
+	var pid int
+	require.Eventually(t, func() bool {
+		children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", server))
+		require.NoError(t, err)
+		for _, file := range children {
+			text, _ := os.ReadFile(file)
+			if pid, err = strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
+				stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+				return strings.Contains(string(stat), ") D ")
+			}
+		}
+		return false
+	}, waitFor, tick)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	require.Error(t, osexec.CommandContext(ctx, "cat", fmt.Sprintf("/proc/%d/environ", pid)).Run(), "it hangs whoever reads it")
+	return pid
+}
+
+// TestPodHangsInKernel has a pod with a process of which a look at the environment, or the arguments, has no end.
+func TestPodHangsInKernel(t *testing.T) {
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skip("needs /dev/fuse")
+	}
+	n := harness.StartNode(t, harness.Config{})
+	for name, end := range ends(n) {
+		t.Run(name, func(t *testing.T) {
+			adopted := runPod(t, n, n.PodConfig("adopted"))
+			hanging := startPod(t, n, harness.PodfsmHandler, n.PodConfig("hanging", harness.HostUsers()))
+			pid := hangInKernel(t, hanging, n)
+			require.NoError(t, end(t.Context()))
+			within(t, "the start of the daemon", func(ctx context.Context) { require.NoError(t, n.Start(ctx)) })
+			within(t, "the stop of an adopted pod", func(ctx context.Context) { require.NoError(t, adopted.StopAndRemove(ctx)) })
+
+			installPlugin(t, n, "failing", "#!/bin/sh\n[ $CNI_COMMAND != ADD ]\n")
+			require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "failing"})...))
+			within(t, "a rollback", func(ctx context.Context) {
+				_, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig("failed"))
+				require.ErrorContains(t, err, `plugin type="failing"`)
+			})
+			require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
+			within(t, "a look for leaks", func(context.Context) {
+				_, errOut, code := cli(t, n, "--timeout", prompt.String(), "leaks")
+				require.Zero(t, code, errOut)
+			})
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			require.NoError(t, err)
+			require.Contains(t, string(stat), ") D ", "it hangs all the time")
+		})
+	}
+}
+
+// TestPluginLeavesADaemon has a plugin whose first ADD starts what the pods of a network use together, as a DNS server: it outlives the
+// pod, the daemon, and podfsm leaks.
+func TestPluginLeavesADaemon(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	file := filepath.Join(t.TempDir(), "pid")
+	installPlugin(t, n, "shared", fmt.Sprintf(`#!/bin/sh
+conf=$(cat)
+[ "$CNI_COMMAND" = ADD ] || exit 0
+if ! [ -s %[1]s ]; then
+	setsid sh -c 'echo $$ > %[1]s; exec sleep 6000' < /dev/null > /dev/null 2>&1 &
+	while ! [ -s %[1]s ]; do sleep 0.01; done
+fi
+echo "$conf" | sed 's/.*"prevResult"://; s/,"type":"shared".*//'
+`, file))
+	require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "shared"})...))
+	daemon := func() (int, string) {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		require.NoError(t, err)
+		return pid, startTime(t, pid)
+	}
+	for name, end := range ends(n) {
+		t.Run(name, func(t *testing.T) {
+			first := runPod(t, n, n.PodConfig("first"))
+			pid, started := daemon()
+			second := runPod(t, n, n.PodConfig("second"))
+			require.NoError(t, end(t.Context()))
+			require.NoError(t, n.Start(t.Context()))
+			require.NoError(t, first.StopAndRemove(t.Context()))
+			require.Equal(t, started, startTime(t, pid))
+			if name == "SIGKILL" {
+				time.Sleep(31 * time.Second) // the ids of sandboxes that have ended count as known for half a minute
+			}
+			found, code := leaks(t, n, "--fix")
+			require.Empty(t, found)
+			require.Zero(t, code)
+			require.Equal(t, started, startTime(t, pid))
+			require.NoError(t, second.StopAndRemove(t.Context()))
+			require.Equal(t, started, startTime(t, pid))
+
+			// Its cgroup goes with the next DEL after its end.
+			last := runPod(t, n, n.PodConfig("last"))
+			require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+			require.Eventually(t, func() bool { return ended(pid) }, waitFor, tick)
+			require.NoError(t, os.Remove(file))
+			require.NoError(t, last.StopAndRemove(t.Context()))
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+// ended says whether a process has ended; where nobody reaps orphans, it stays a zombie.
+func ended(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err != nil || strings.Contains(string(stat), ") Z ")
+}
+
+// TestStopLooksAtNoStranger traces the files that a daemon opens while it stops an adopted pod, on a node with many other processes.
+func TestStopLooksAtNoStranger(t *testing.T) {
+	strangers := 300
+	if full() {
+		strangers = 2000
+	}
+	n := harness.StartNode(t, harness.Config{})
+	pod := runPod(t, n, n.PodConfig("pod"))
+	crowd := osexec.Command("sh", "-c", fmt.Sprintf("for i in $(seq %d); do sleep 600 > /dev/null & echo $!; done; exec >&-; wait", strangers))
+	crowd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	stdout, err := crowd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, crowd.Start())
+	t.Cleanup(func() {
+		_ = unix.Kill(-crowd.Process.Pid, unix.SIGKILL)
+		_ = crowd.Wait()
+	})
+	var text bytes.Buffer
+	_, err = text.ReadFrom(stdout)
+	require.NoError(t, err)
+	strange := map[string]bool{}
+	for pid := range strings.FieldsSeq(text.String()) {
+		strange[pid] = true
+	}
+	require.Len(t, strange, strangers)
+	require.NoError(t, n.Kill(t.Context()))
+	require.NoError(t, n.Start(t.Context()))
+	require.Eventually(t, func() bool { return inspect(t, n, pod.ID).GetSandbox().GetState() == "Ready" }, waitFor, tick)
+
+	trace := filepath.Join(t.TempDir(), "trace")
+	tracer := osexec.Command("strace", "-f", "-qq", "-o", trace, "-e", "trace=%file", "-p", strconv.Itoa(n.Pid()))
+	require.NoError(t, tracer.Start())
+	require.Eventually(t, func() bool {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.Pid()))
+		return err == nil && !strings.Contains(string(status), "TracerPid:\t0\n")
+	}, waitFor, tick)
+	stopped := pod.StopAndRemove(t.Context())
+	require.NoError(t, tracer.Process.Signal(unix.SIGINT))
+	_ = tracer.Wait() // by the signal
+	require.NoError(t, stopped)
+
+	lines, err := os.ReadFile(trace)
+	require.NoError(t, err)
+	require.NotEmpty(t, lines)
+	var looked []string
+	for _, match := range regexp.MustCompile(`"/proc/(\d+)/[^"]*"`).FindAllStringSubmatch(string(lines), -1) {
+		if strange[match[1]] {
+			looked = append(looked, match[0])
+		}
+	}
+	require.Empty(t, looked, "%d files of processes that aren't podfsm's", len(looked))
+}

@@ -1,0 +1,110 @@
+package plugin
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// Processes are the uses of ids by processes. A process of a container counts only for the ids that the container was given. Else a pod
+// on the node's users could starve the pool: with CAP_SETUID its processes may run as whom they like, and map what they like.
+//
+// Which container a process is of, its cgroup says: a pod can't leave the one that it was started in. A process of no container that
+// containerd knows counts for all that it uses, because the record of a living pod may be lost.
+func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) {
+	processes, err := userns.Processes(ctx)
+	if err != nil || len(processes) == 0 {
+		return nil, err
+	}
+	known, err := h.containersByID(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var uses []userns.Use
+	for _, p := range processes {
+		cgroup, err := host.Read(ctx, p.Pid, "cgroup")
+		if errdefs.IsNotFound(err) {
+			continue // it has ended meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		if use := useOf(p, containersOf(string(cgroup), known)); len(use.UIDs) > 0 || len(use.GIDs) > 0 {
+			uses = append(uses, use)
+		}
+	}
+	return uses, nil
+}
+
+// containersByID are the containers of all namespaces; an id may be used in several.
+func (h idHost) containersByID(ctx context.Context) (map[string][]containers.Container, error) {
+	all, err := h.node.client.NamespaceService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
+	}
+	byID := map[string][]containers.Container{}
+	for _, namespace := range all {
+		stored, err := h.node.client.ContainerService().List(namespaces.WithNamespace(ctx, namespace))
+		if err != nil {
+			return nil, fmt.Errorf("failed to list containerd's containers: %w", err)
+		}
+		for _, container := range stored {
+			byID[container.ID] = append(byID[container.ID], container)
+		}
+	}
+	return byID, nil
+}
+
+// containersOf are those that a /proc/PID/cgroup (cgroups(7)) names, by the outermost name in a path: what is below the cgroup of a
+// container, its processes may have named. Runtimes call it ID, or PREFIX-ID.scope below systemd.
+func containersOf(cgroup string, known map[string][]containers.Container) []containers.Container {
+	for line := range strings.Lines(cgroup) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		for name := range strings.SplitSeq(fields[2], "/") {
+			name = strings.TrimSuffix(name, ".scope")
+			for more := true; more; _, name, more = strings.Cut(name, "-") {
+				if found := known[name]; found != nil {
+					return found
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// useOf is what a process uses of the ids that its containers were given; without any, all that it uses.
+func useOf(p userns.Process, in []containers.Container) userns.Use {
+	use := p.Use
+	for i, container := range in {
+		given, ok := idsOfContainer(container)
+		if !ok {
+			return p.Use
+		}
+		part := p.Within(given.UIDs, given.GIDs)
+		if i == 0 {
+			use = userns.Use{By: p.By + " of " + podOfContainer(container)}
+		}
+		use.UIDs, use.GIDs = append(use.UIDs, part.UIDs...), append(use.GIDs, part.GIDs...)
+	}
+	return use
+}
+
+// podOfContainer is the pod of a container, in words, or where it is of none, the container.
+func podOfContainer(container containers.Container) string {
+	namespace, name := container.Labels["io.kubernetes.pod.namespace"], container.Labels["io.kubernetes.pod.name"]
+	if name == "" {
+		return fmt.Sprintf("container %q", container.ID)
+	}
+	return fmt.Sprintf("pod %s/%s", cmp.Or(namespace, "default"), name)
+}
