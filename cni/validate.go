@@ -19,17 +19,19 @@ import (
 const versionPipes = time.Second
 
 // Validate looks for the programs of a network's plugins, those of its IPAM included, and asks each which CNI versions it speaks (CNI
-// specification, VERSION). It changes nothing.
+// specification, VERSION). It changes nothing. groups are those of the daemon, whose next start removes what is left when it is killed;
+// the zero value stands for some below the cgroup of this process.
 //
 // Errors: FailedPrecondition when no cgroup can be made for them, or, naming each plugin that isn't there, can't be run, or doesn't speak the network's version.
-func Validate(ctx context.Context, config Config, network Network) error {
+func Validate(ctx context.Context, groups host.Groups, config Config, network Network) error {
 	list, err := network.list()
 	if err != nil {
 		return fmt.Errorf("its configuration is invalid: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
-	groups, err := host.GroupsBelow("podfsm-validate")
-	if err != nil {
-		return err
+	if groups == (host.Groups{}) {
+		if groups, err = host.GroupsBelow("podfsm-validate"); err != nil {
+			return err
+		}
 	}
 	asking := &Driver{groups: groups, pipeTimeout: versionPipes}
 	var errs []error

@@ -36,7 +36,7 @@ func TestValidate(t *testing.T) {
 	} {
 		t.Run(test.plugins, func(t *testing.T) {
 			network := Network{Name: "net", Conflist: []byte(`{"cniVersion": "1.0.0", "name": "net", "plugins": [` + test.plugins + `]}`)}
-			err := Validate(t.Context(), Config{BinDirs: []string{bin}}, network)
+			err := Validate(t.Context(), testGroups(t), Config{BinDirs: []string{bin}}, network)
 			if test.says == nil {
 				require.NoError(t, err)
 				return

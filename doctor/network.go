@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
@@ -28,21 +29,21 @@ func networks(ctx context.Context, n Node) []Finding {
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) cni.Config { return h.Network }, same) {
-		f := networksIn(ctx, g.of)
+		f := networksIn(ctx, n.Plugins, g.of)
 		f.Subject = g.subject()
 		found = append(found, f)
 	}
 	return orNone(found)
 }
 
-func networksIn(ctx context.Context, config cni.Config) Finding {
+func networksIn(ctx context.Context, plugins host.Groups, config cni.Config) Finding {
 	loaded, err := cni.Load(config)
 	if err != nil {
 		return fail(NoPods, err.Error(), "put a CNI configuration that can be read into "+config.ConfDir)
 	}
 	var texts, missing []string
 	for _, network := range loaded {
-		if err := cni.Validate(ctx, config, network); err != nil {
+		if err := cni.Validate(ctx, plugins, config, network); err != nil {
 			missing = append(missing, fmt.Sprintf("network %q: %v", network.Name, err))
 		}
 		texts = append(texts, describe(network))

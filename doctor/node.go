@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -21,6 +22,8 @@ type Node struct {
 	Daemon int
 	// Root and State are containerd's directories.
 	Root, State string
+	// Plugins are the daemon's cgroups for CNI plugins; the zero value while it is down.
+	Plugins host.Groups
 	// Config is what containerd's configuration says; nil while that is unknown.
 	Config *Config
 	// Strategies tries which ones work in a directory, and leaves nothing there.

@@ -18,6 +18,7 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
@@ -40,6 +41,10 @@ func (c *Controller) callDoctor(ic *plugin.InitContext) {
 	}()
 	config, _ := optionsOf(ic.Config) // the defaults where it can't be read, which is a refusal
 	rootDir, stateDir := ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]
+	var groups host.Groups
+	if c.node != nil {
+		groups = c.node.groups
+	}
 	c.exam.doctor = doctor.New(doctor.Node{
 		Proc:       "/proc",
 		Sys:        "/sys",
@@ -48,6 +53,7 @@ func (c *Controller) callDoctor(ic *plugin.InitContext) {
 		Daemon:     os.Getpid(),
 		Root:       filepath.Dir(rootDir),
 		State:      filepath.Dir(stateDir),
+		Plugins:    groups,
 		Config:     c.examined(ic, config),
 		Strategies: doctor.TryStrategies,
 		Refusal:    c.refused,
