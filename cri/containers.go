@@ -28,7 +28,7 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 	if err := s.checkVolumes(ctx, id, pod, r.GetConfig()); err != nil {
 		return nil, err
 	}
-	release, err := s.sandboxes.PrepareRootFS(ctx, id, r.GetConfig().GetImage().GetImage())
+	release, err := s.sandboxes.PrepareContainer(ctx, id, r.GetConfig().GetImage().GetImage())
 	defer release()
 	if err != nil {
 		return nil, fmt.Errorf("failed to prepare the root filesystem of container %q of pod %q: %w",

@@ -57,9 +57,9 @@ type Sandboxes interface {
 	// CheckVolume fails, with FailedPrecondition, when the node's files at an absolute path can't be shown in the sandbox under its own
 	// ids. It changes nothing, and ends with ctx.
 	CheckVolume(ctx context.Context, id, path string) error
-	// PrepareRootFS makes what the root filesystem of a container from an image needs in the sandbox, before containerd's service
-	// makes that. release is called when it has, and never nil.
-	PrepareRootFS(ctx context.Context, id, image string) (release func(), err error)
+	// PrepareContainer makes what a container from an image needs in the sandbox, before containerd's service makes the container, or
+	// beside that. release is called when it has, and never nil.
+	PrepareContainer(ctx context.Context, id, image string) (release func(), err error)
 	// StatusInfo is what podfsm adds to the verbose status of the runtime.
 	StatusInfo() (map[string]string, error)
 	// StockRuns tells of a pod of another handler before containerd's service runs it. What it returns is called when that has ended,

@@ -176,7 +176,7 @@ type controller struct {
 	heard    []string // of pods of other handlers
 
 	unclaimed []string
-	released  atomic.Int32 // what PrepareRootFS has returned
+	released  atomic.Int32 // what PrepareContainer has returned
 
 	mu     sync.Mutex
 	named  map[attempt]Pod
@@ -187,8 +187,8 @@ type controller struct {
 
 var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
 
-// PrepareRootFS refuses the image "unmapped".
-func (c *controller) PrepareRootFS(_ context.Context, _, image string) (func(), error) {
+// PrepareContainer refuses the image "unmapped".
+func (c *controller) PrepareContainer(_ context.Context, _, image string) (func(), error) {
 	if image == "unmapped" {
 		return func() {}, fmt.Errorf("uid 70000 isn't mapped: %w", errdefs.ErrFailedPrecondition)
 	}

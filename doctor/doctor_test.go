@@ -53,7 +53,9 @@ func wellNode(t *testing.T) Node {
 	write(t, n.proc("7/oom_score_adj"), "0\n")
 	write(t, filepath.Join(n.Etc, "subuid"), "pods:1000000000:655360\n")
 	write(t, filepath.Join(n.Etc, "subgid"), "pods:1000000000:655360\n")
+	write(t, filepath.Join(dir, "podfsm-init"), "#!/bin/sh\necho podfsm-init of a test protocol 1\n")
 	n.Config = &Config{
+		InitPath: filepath.Join(dir, "podfsm-init"),
 		NetNSDir: filepath.Join(dir, "netns"),
 		Handlers: []Handler{{
 			Name: "podfsm", Shim: "/bin/true", Binary: "/bin/true", Mode: userns.ModeKubelet,

@@ -635,15 +635,21 @@ func closeAll(files []*os.File) {
 //
 // Errors: NotFound for a program that isn't there, FailedPrecondition for one of another release; those of clone(2).
 func Examine(ctx context.Context, initPath string) (version string, err error) {
-	cmd := exec.CommandContext(ctx, initPath, "--version")
+	program, err := loadInit(initPath)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return "", err
+	}
+	defer program.Close()
+	cmd := exec.CommandContext(ctx, "/proc/self/fd/3", "--version") // the path to it may be closed to the ids of a user namespace
+	cmd.ExtraFiles = []*os.File{program}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 		// Nothing is mapped to the ids that it runs under, so it needs none.
 	}
 	out, err := cmd.Output()
-	if errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
-	}
 	if err != nil {
 		return "", fmt.Errorf("failed to run %q in namespaces of its own: %w", initPath, err)
 	}

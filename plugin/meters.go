@@ -69,7 +69,7 @@ func newMeters(c *Controller) *meters {
 	m := &meters{
 		controller: c,
 		steps: seconds("step_duration_seconds",
-			"Time of each try at a step, by step, by what is done with it (do, undo, stop, reap, check) and by outcome.", secondsOfSteps, "step", "act", "outcome"),
+			"Time of each try at a step, by step, by what is done with it (do, undo, stop, check) and by outcome.", secondsOfSteps, "step", "act", "outcome"),
 		stepErrors: count("step_errors_total", "Tries at a step that have failed, by step, by what was done with it and by the error's class.", "step", "act", "error_type"),
 		plugins: seconds("cni_command_duration_seconds",
 			"Time of each run of a CNI plugin, by command, by the plugin's type, by network and by outcome.", secondsOfSteps, "command", "plugin", "network", "outcome"),
@@ -94,7 +94,7 @@ func newMeters(c *Controller) *meters {
 	for _, outcome := range lifecycle.Recoveries() {
 		m.recoveries.WithLabelValues(string(outcome))
 	}
-	for _, step := range states.CreationPath() {
+	for _, step := range states.Steps() {
 		m.steps.WithLabelValues(string(step), string(lifecycle.ActDo), string(lifecycle.OutcomeError))
 		m.steps.WithLabelValues(string(step), string(lifecycle.ActUndo), string(lifecycle.OutcomeError))
 	}

@@ -1,7 +1,6 @@
 package plugin
 
 import (
-	"context"
 	"fmt"
 	"path/filepath"
 
@@ -15,7 +14,6 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/moby/sys/userns"
 
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
@@ -93,43 +91,4 @@ func comparing(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitCo
 		}
 		return differ{remapping.NewComparer(of, db.(*metadata.DB).ContentStore(), sn), of}, nil
 	}
-}
-
-// PrepareRootFS makes what the root filesystem of a container in the sandbox needs, before containerd's service makes that. It is
-// left to the service to say that the sandbox or the image isn't there.
-func (c *Controller) PrepareRootFS(ctx context.Context, id, image string) (release func(), err error) {
-	nothing := func() {}
-	if c.engine == nil {
-		return nothing, c.well()
-	}
-	view, err := c.engine.Get(inFront(id))
-	if errdefs.IsNotFound(err) {
-		return nothing, nil
-	}
-	if err != nil {
-		return nothing, err
-	}
-	spec, mapped := view.Spec.(*Spec), records.MappingsOf(view)
-	if mapped == nil || spec.Snapshotter != Name {
-		return nothing, nil
-	}
-	found, err := c.node.client.GetImage(ctx, image)
-	if errdefs.IsNotFound(err) {
-		return nothing, nil
-	}
-	if err != nil {
-		return nothing, fmt.Errorf("failed to get image %q: %w", image, err)
-	}
-	uids, gids := mapped.Linux()
-	release, err = c.node.snapshots.Ready(ctx, snapshot.Request{
-		Snapshotter:            spec.Snapshotter,
-		Image:                  found,
-		UIDs:                   uids,
-		GIDs:                   gids,
-		AppendImageAnnotations: !c.stock.image.DisableSnapshotAnnotations,
-	})
-	if err != nil {
-		return nothing, err
-	}
-	return release, nil
 }

@@ -3,6 +3,7 @@ package plugin
 import (
 	"os"
 	"path/filepath"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -72,6 +73,9 @@ var decorate = func(step lifecycle.Step) lifecycle.Step { return step }
 // DecorateSteps puts something around every step: fault points, in a build for tests. It must be called before containerd runs.
 func DecorateSteps(around func(lifecycle.Step) lifecycle.Step) { decorate = around }
 
+// shimTimeout bounds the start of a shim, which takes some 20 ms.
+const shimTimeout = 30 * time.Second
+
 // steps are those of the creation path, in its order, and then those on demand.
 func (n *node) steps(limits timeouts) []lifecycle.Step {
 	bounds := func(f lifecycle.Facts) lifecycle.Facts {
@@ -103,13 +107,16 @@ func (n *node) steps(limits timeouts) []lifecycle.Step {
 			UndoDeadline: 2 * limits.cniDel,
 		}},
 		&declareReady{n, bounds(lifecycle.Facts{Name: states.DeclareReady})},
-		&startShim{n, bounds(lifecycle.Facts{
+		&startShim{n, lifecycle.Facts{
 			Name: states.StartShim,
 			// It runs containers in the pod's namespaces, and under its ids.
 			Holds:    []states.Event{states.AllocateIDs, states.StartPause, states.CaptureNetNS},
 			AtStop:   true,
 			OnDemand: true,
-		})},
+			// All other requests for the pod wait for it.
+			Deadline:     min(shimTimeout, limits.runtime),
+			UndoDeadline: limits.runtime,
+		}},
 	}
 	for i, step := range steps {
 		steps[i] = decorate(step)

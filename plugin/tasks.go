@@ -29,7 +29,6 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
-	"github.com/podfsm/podfsm/states"
 )
 
 // taskService is containerd's task service with podfsm's pauses among its tasks. No shim runs them, but the rest of the world sees a
@@ -321,18 +320,6 @@ func (e taskEvents) publish(ctx context.Context, key journal.Key, topic string, 
 	if err := e.publisher.Publish(namespaces.WithNamespace(ctx, key.Namespace), topic, event); err != nil {
 		log.G(ctx).WithError(err).WithField("id", key.ID).Warnf("failed to publish %s of a pause", topic)
 	}
-}
-
-// StartShim makes sure that a pod has the shim that runs its containers. It does nothing for a sandbox that isn't podfsm's.
-func (c *Controller) StartShim(ctx context.Context, key journal.Key) error {
-	if c.node.shims.Running(namespaces.WithNamespace(ctx, key.Namespace), key.ID) {
-		return nil
-	}
-	err := c.engine.Demand(ctx, key, states.StartShim)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
 }
 
 // pauseExited tells the engine, and whoever watches containerd's events.
