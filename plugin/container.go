@@ -35,7 +35,12 @@ func (c *Controller) PrepareContainer(ctx context.Context, id, image string) (re
 	started := make(chan struct{})
 	go func() {
 		defer close(started)
-		_ = c.StartShim(ctx, view.Key) // the start of the container tries again, and says what is wrong
+		_, leave, err := c.tasks.enter(ctx, view.Key)
+		if err != nil {
+			return
+		}
+		defer leave()
+		_ = c.startShim(ctx, view.Key) // the start of the container tries again, and says what is wrong
 	}()
 	return func() { unpinned(); <-started }, nil
 }
@@ -68,14 +73,10 @@ func (c *Controller) prepareRootFS(ctx context.Context, view lifecycle.View, ima
 	return release, nil
 }
 
-// StartShim makes sure that a pod has the shim that runs its containers. It does nothing for a sandbox that isn't podfsm's.
-func (c *Controller) StartShim(ctx context.Context, key journal.Key) error {
+// startShim makes sure that a pod has the shim that runs its containers. It is for who has the pod's turn, see [podTasks].
+func (c *Controller) startShim(ctx context.Context, key journal.Key) error {
 	if c.node.shims.Running(namespaces.WithNamespace(ctx, key.Namespace), key.ID) {
 		return nil
 	}
-	err := c.engine.Demand(ctx, key, states.StartShim)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
+	return c.engine.Demand(ctx, key, states.StartShim)
 }

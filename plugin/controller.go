@@ -53,6 +53,7 @@ type Controller struct {
 	remapper remapper // podfsm's own snapshotter; nil where it is disabled
 	herald   *herald
 	exchange eventExchange // containerd's events
+	tasks    podTasks
 	checks   checks
 	exam     examination
 	looks    looks

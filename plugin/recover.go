@@ -72,6 +72,9 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 		req.Created = records[key].CreatedAt
 		return req, past
 	})
+	if err := c.restoreTasks(ctx); err != nil {
+		return err
+	}
 	c.restoreIDs(ctx, lost, others)
 	c.collectNetworks(ctx, client, gc, sandboxIDs(saved, records, others))
 	c.resumeAll(ctx, client, records, lost)

@@ -34,7 +34,7 @@ import (
 // taskService is containerd's task service with podfsm's pauses among its tasks. No shim runs them, but the rest of the world sees a
 // container with a task all the same: cAdvisor takes the figures of a pod's network from the pid of its sandbox container's task.
 //
-// It also has the pod's shim started before a container's task is created.
+// It also has the pod's shim started before a container's task is created, see [podTasks].
 type taskService struct {
 	tasksapi.TasksClient
 	of atomic.Pointer[Controller] // nil until podfsm's controller is loaded, which is after this service, and before anybody calls it
@@ -93,27 +93,39 @@ func (t *taskService) Create(ctx context.Context, r *tasksapi.CreateTaskRequest,
 	if p, ok := t.find(ctx, r.GetContainerID()); ok {
 		return nil, p.refuse("create")
 	}
-	if err := t.startShim(ctx, r.GetContainerID()); err != nil {
+	key, ok := t.podOf(ctx, r.GetContainerID())
+	if !ok {
+		return t.TasksClient.Create(ctx, r, opts...)
+	}
+	controller := t.of.Load()
+	pod, leave, err := controller.tasks.enter(ctx, key)
+	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	return t.TasksClient.Create(ctx, r, opts...)
+	defer leave()
+	if err := controller.startShim(ctx, key); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	response, err := t.TasksClient.Create(ctx, r, opts...)
+	if err == nil {
+		pod.tasks[r.GetContainerID()] = true
+	}
+	controller.settle(ctx, key, pod)
+	return response, err
 }
 
-// startShim makes sure that the pod of a container has its shim. A container of no pod of podfsm's needs none.
-func (t *taskService) startShim(ctx context.Context, container string) error {
+// podOf is the pod of podfsm's that a container is in. That of a container which isn't there is for the service to say.
+func (t *taskService) podOf(ctx context.Context, container string) (journal.Key, bool) {
 	controller := t.of.Load()
 	if controller == nil || controller.engine == nil {
-		return nil
+		return journal.Key{}, false
 	}
 	record, err := controller.node.client.ContainerService().Get(ctx, container)
 	if err != nil || record.SandboxID == "" {
-		return nil // the service itself says what is wrong
+		return journal.Key{}, false
 	}
 	key, err := keyOf(ctx, record.SandboxID)
-	if err != nil {
-		return err
-	}
-	return controller.StartShim(ctx, key)
+	return key, err == nil && !controller.engine.Created(key).IsZero()
 }
 
 func (t *taskService) Get(ctx context.Context, r *tasksapi.GetRequest, opts ...grpc.CallOption) (*tasksapi.GetResponse, error) {
@@ -257,7 +269,23 @@ func (t *taskService) Delete(ctx context.Context, r *tasksapi.DeleteTaskRequest,
 	if p, ok := t.find(ctx, r.GetContainerID()); ok {
 		return nil, p.refuse("delete")
 	}
-	return t.TasksClient.Delete(ctx, r, opts...)
+	key, ok := t.podOf(ctx, r.GetContainerID())
+	if !ok {
+		return t.TasksClient.Delete(ctx, r, opts...)
+	}
+	controller := t.of.Load()
+	pod, leave, err := controller.tasks.enter(ctx, key)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	defer leave()
+	response, err := t.TasksClient.Delete(ctx, r, opts...)
+	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		return nil, err
+	}
+	delete(pod.tasks, r.GetContainerID())
+	controller.settle(ctx, key, pod)
+	return response, err
 }
 
 func (t *taskService) Kill(ctx context.Context, r *tasksapi.KillRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
