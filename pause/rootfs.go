@@ -4,15 +4,18 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
 // MountRootfs mounts the root filesystem of a sandbox and returns it as a mount that is attached nowhere, without setuid programs and
-// devices. The caller closes it. Nothing stays mounted on the host; what a kill leaves there goes with [Files.Remove].
-func (f Files) MountRootfs(id string, mounts []mount.Mount) (_ *os.File, err error) {
+// devices, and with an SELinux label unless that is empty. The caller closes it. Nothing stays mounted on the host; what a kill leaves
+// there goes with [Files.Remove].
+func (f Files) MountRootfs(id string, mounts []mount.Mount, label string) (_ *os.File, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("failed to mount the root filesystem of sandbox %q: %w", id, err)
@@ -28,15 +31,35 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount) (_ *os.File, err err
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
+	rootfs, err := attach(labelled(mounts, label), dir)
+	if err != nil {
+		return nil, errors.Join(err, unmountTrees([]string{dir}), os.Remove(dir)) // the first of several may be mounted
+	}
+	if err := errors.Join(detach(dir), os.Remove(dir)); err != nil {
+		return nil, errors.Join(err, rootfs.Close())
+	}
+	return rootfs, nil
+}
+
+func attach(mounts []mount.Mount, dir string) (*os.File, error) {
+	if len(mounts) == 0 {
+		return nil, fmt.Errorf("the snapshot has no mounts: %w", errdefs.ErrInvalidArgument)
+	}
 	if err := mount.All(mounts, dir); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if unmountErr := errors.Join(detach(dir), os.Remove(dir)); unmountErr != nil {
-			err = errors.Join(err, unmountErr)
-		}
-	}()
 	return detached(dir, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+}
+
+// labelled are mounts with an SELinux label, as containerd's client mounts the snapshot of a container.
+func labelled(mounts []mount.Mount, label string) []mount.Mount {
+	mounts = slices.Clone(mounts)
+	for i := range mounts {
+		if label != "" {
+			mounts[i].Options = append(slices.Clone(mounts[i].Options), fmt.Sprintf("context=%q", label))
+		}
+	}
+	return mounts
 }
 
 // detached returns a copy of the mount at path, or of the tree below it where that is no mount, that is attached nowhere (open_tree(2),

@@ -67,7 +67,7 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	if err != nil {
 		return err
 	}
-	rootfs, err := s.settings.Files.MountRootfs(r.Key.ID, mounts)
+	rootfs, err := s.settings.Files.MountRootfs(r.Key.ID, mounts, oci.Linux.MountLabel)
 	if err != nil {
 		return err
 	}
