@@ -391,7 +391,7 @@ func TestHardening(t *testing.T) {
 			}
 			requireLimits(t, record.Pid)
 
-			mounts, err := mountinfo.PidMountInfo(record.Pid)
+			mounts, err := mountinfo.GetMountsFromReader(strings.NewReader(read(t, proc(record.Pid, "mountinfo"))), nil)
 			require.NoError(t, err)
 			got := map[string]string{}
 			for _, m := range mounts {
@@ -779,6 +779,24 @@ func TestCloseLeavesProcesses(t *testing.T) {
 	_, err = unix.Wait4(record.Pid, nil, 0, nil)
 	require.NoError(t, err)
 	require.Equal(t, r.Key, b.exit(t).key)
+}
+
+// A pause that can't be watched doesn't stay.
+func TestWatchFails(t *testing.T) {
+	b := newTestbed(t)
+	fds, before := countFDs(t), children(t)
+	r := b.request(t, testPod())
+	watch := b.Processes.exits
+	b.Processes.exits = &exits{epoll: b.seccomp, watching: map[int32]watched{}} // that is no epoll
+	_, err := b.Start(t.Context(), r)
+	require.ErrorContains(t, err, "failed to watch for the exit of pause")
+	require.ElementsMatch(t, before, children(t))
+	require.Empty(t, b.Processes.exits.watching)
+	b.Processes.exits = watch
+	_, err = b.Process(r.Key)
+	require.True(t, errdefs.IsNotFound(err), err)
+	require.NoError(t, r.Rootfs.Close())
+	require.Equal(t, fds, countFDs(t), "file descriptors leak")
 }
 
 func TestAdoptRefuses(t *testing.T) {
