@@ -200,11 +200,17 @@ func children(t *testing.T) []string {
 	return all
 }
 
-func countFDs(t *testing.T) int {
+// countFDs counts the descriptors of this process, without the one that the cgroups library keeps.
+func countFDs(t *testing.T) (n int) {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
 	require.NoError(t, err)
-	return len(entries)
+	for _, entry := range entries {
+		if file, _ := os.Readlink("/proc/self/fd/" + entry.Name()); file != "/sys/fs/cgroup" {
+			n++
+		}
+	}
+	return n
 }
 
 func TestNamespaces(t *testing.T) {
@@ -529,12 +535,40 @@ func TestStartFails(t *testing.T) {
 			},
 		},
 		{
-			name: "another podfsm-init", text: "podfsm-init was killed, or could not run",
+			name: "podfsm-init that is another program", text: "podfsm-init ended before it executed pause, and has reported nothing; it ended with status 0: it may not be of the daemon's release",
 			before: func(t *testing.T, b *testbed, _ *StartRequest) { b.replaceInit(t, "/bin/true") },
 		},
 		{
 			name: "podfsm-init that is no program", text: "failed to clone: fork/exec /proc/self/fd/7: exec format error",
 			before: func(t *testing.T, b *testbed, _ *StartRequest) { b.replaceInit(t, filepath.Join(b.image, "text")) },
+		},
+		{
+			name: "podfsm-init that is killed", text: "and has reported nothing; it ended with status 137: the memory of the pod's cgroup may be exhausted",
+			before: func(t *testing.T, b *testbed, r *StartRequest) {
+				b.replaceInit(t, programs.pause) // it waits
+				go func() {
+					for t.Context().Err() == nil {
+						pids, err := r.Cgroup.Pids()
+						if err != nil || len(pids) != 1 {
+							continue
+						}
+						if exe, err := os.Readlink(proc(pids[0], "exe")); err == nil && strings.HasPrefix(exe, "/memfd:") {
+							_ = unix.Kill(pids[0], unix.SIGKILL)
+							return
+						}
+					}
+				}()
+			},
+		},
+		{
+			name: "user namespace without maps", is: errdefs.IsInvalidArgument, text: "a user namespace needs maps",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
+				r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+			},
+		},
+		{
+			name: "maps without a user namespace", is: errdefs.IsInvalidArgument, text: "a user namespace needs maps",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) { r.Spec.Linux.GIDMappings = podGIDs },
 		},
 		{
 			name: "invalid cgroup", text: "failed to make cgroup",
@@ -644,11 +678,19 @@ func TestInitArguments(t *testing.T) {
 }
 
 func TestNewProcessesNeedsInit(t *testing.T) {
-	for _, path := range []string{filepath.Join(t.TempDir(), "absent"), t.TempDir()} {
+	newTestbed(t)
+	for path, text := range map[string]string{
+		filepath.Join(t.TempDir(), "absent"): "no such file",
+		t.TempDir():                          "is a directory",
+		"/bin/true":                          "which is not of this release",
+		programs.prober:                      `it is "podfsm-init v9 protocol 99", which is not of this release: the protocol is not ` + protocol,
+		"/bin/false":                         "failed to ask for its version: exit status 1",
+	} {
 		fds := countFDs(t)
 		_, err := NewProcesses(path, nil)
 		require.True(t, errdefs.IsFailedPrecondition(err), err)
 		require.ErrorContains(t, err, "install the podfsm-init of this release there, or set init_path")
+		require.ErrorContains(t, err, text)
 		require.Equal(t, fds, countFDs(t))
 	}
 }
