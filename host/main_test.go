@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,8 +65,7 @@ func kinds(t *testing.T) map[string]Groups {
 	t.Cleanup(func() {
 		for _, g := range groups {
 			all := Group(g)
-			require.NoError(t, all.Kill(t.Context()))
-			require.NoError(t, all.Remove(t.Context()))
+			require.NoError(t, all.end(context.Background()))
 		}
 	})
 	return groups

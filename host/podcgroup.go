@@ -146,7 +146,7 @@ func (c *PodCgroup) Pids() ([]int, error) {
 func (c *PodCgroup) End(ctx context.Context) error {
 	_ = c.manager.Freeze(cgroups.Thawed) // a frozen process of v1 doesn't die
 	for _, dir := range c.dirs {
-		if err := (Group{dir}).Kill(ctx); err != nil {
+		if _, err := (Group{dir}).killAll(ctx); err != nil {
 			return err
 		}
 	}
