@@ -58,9 +58,5 @@ func CgroupID(dir string) string {
 
 // EndCgroupDir kills what runs in a cgroup and below it, and removes the directory. It succeeds where there is none.
 func EndCgroupDir(ctx context.Context, dir string) error {
-	g := Group{dir: dir}
-	if err := g.Kill(ctx); err != nil {
-		return err
-	}
-	return g.Remove(ctx)
+	return Group{dir: dir}.end(ctx)
 }

@@ -288,11 +288,48 @@ func (g Group) Wait(ctx context.Context) error {
 }
 
 // Kill ends the processes of the group, never this one, and returns when none is left: by cgroup.kill (Linux 5.14), which no fork
-// escapes, else one by one behind their pidfds until there are no more.
+// escapes, else one by one behind their pidfds until there are no more. The group may be used again.
 //
 // Errors: what ended ctx, naming the processes that are left; FailedPrecondition for a process of another pid namespace that only
 // cgroup.kill could reach.
-func (g Group) Kill(ctx context.Context) error { return g.untilEmpty(ctx, g.kill) }
+func (g Group) Kill(ctx context.Context) error {
+	spent, err := g.killAll(ctx)
+	if err != nil || !spent {
+		return err
+	}
+	// Linux counts the uses of cgroup.kill, and a process that is born in a cgroup is killed if the count is not that of its parent's
+	// cgroup (seen on 6.18). So the group begins anew.
+	if err := g.Remove(ctx); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(g.dir, 0o755); err != nil && !gone(err) {
+		return fmt.Errorf("failed to make a cgroup: %w", err)
+	}
+	return nil
+}
+
+// end kills the group's processes and removes the group.
+func (g Group) end(ctx context.Context) error {
+	if _, err := g.killAll(ctx); err != nil {
+		return err
+	}
+	return g.Remove(ctx)
+}
+
+// killAll kills until no process is left. A group that is spent can't be used again.
+func (g Group) killAll(ctx context.Context) (spent bool, err error) {
+	err = g.untilEmpty(ctx, func(pids []int, among bool) error {
+		if !among { // else cgroup.kill would end this process, too
+			err := writeFile(filepath.Join(g.dir, "cgroup.kill"), "1")
+			spent = spent || err == nil
+			if !gone(err) {
+				return err
+			}
+		}
+		return g.kill(pids)
+	})
+	return spent, err
+}
 
 // untilEmpty does something about the processes of the group until none is left. among says that this process is there, too.
 func (g Group) untilEmpty(ctx context.Context, do func(pids []int, among bool) error) error {
@@ -314,14 +351,8 @@ func (g Group) untilEmpty(ctx context.Context, do func(pids []int, among bool) e
 	return nil
 }
 
-// kill kills processes of the group. If this process is inside the group, cgroup.kill would end it, too.
-func (g Group) kill(pids []int, inside bool) error {
-	if !inside {
-		err := writeFile(filepath.Join(g.dir, "cgroup.kill"), "1")
-		if err == nil || !gone(err) {
-			return err
-		}
-	}
+// kill kills processes of the group one by one.
+func (g Group) kill(pids []int) error {
 	for _, pid := range pids {
 		if pid == 0 {
 			return foreign(g)

@@ -79,6 +79,26 @@ func TestGroup(t *testing.T) {
 	}
 }
 
+// A process that is started in a group after its processes were killed lives.
+func TestGroupAfterKill(t *testing.T) {
+	for kind, groups := range kinds(t) {
+		g, err := groups.Make("again")
+		require.NoError(t, err)
+		require.NoError(t, os.Mkdir(filepath.Join(g.Dir(), "below"), 0o755))
+		for range 3 {
+			cmd := startIn(t, Cgroups{g.Dir()}, "echo; exec sleep 300")
+			soon(t, func() bool {
+				name, err := Read(t.Context(), cmd.Process.Pid, "comm")
+				return err == nil && string(name) == "sleep\n"
+			}, "it runs in "+kind)
+			reaped := make(chan error, 1)
+			go func() { reaped <- cmd.Wait() }()
+			require.NoError(t, g.Kill(t.Context()))
+			require.ErrorContains(t, <-reaped, "killed")
+		}
+	}
+}
+
 // TestGroupOfAForkBomb ends processes that fork as fast as they can.
 func TestGroupOfAForkBomb(t *testing.T) {
 	for kind, groups := range kinds(t) {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -63,9 +64,7 @@ func kinds(t *testing.T) map[string]Groups {
 	}
 	t.Cleanup(func() {
 		for _, g := range groups {
-			all := Group{dir: g.dir}
-			require.NoError(t, all.Kill(t.Context()))
-			require.NoError(t, all.Remove(t.Context()))
+			require.NoError(t, Group{dir: g.dir}.end(context.Background()))
 		}
 	})
 	return groups

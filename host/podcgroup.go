@@ -3,7 +3,9 @@ package host
 import (
 	"context"
 	"fmt"
+	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -69,6 +71,8 @@ func PodCgroupOf(cgroupsPath string, systemd bool) (*PodCgroup, error) {
 // itself. systemd makes a scope around a process that is there, so the process has to wait until Start has returned.
 //
 // start gets the descriptor for SysProcAttr.CgroupFD, or -1 for none, and returns the pid.
+//
+// Errors: those of start, FailedPrecondition for a cgroup that is frozen, others when the cgroup can't be made.
 func (c *PodCgroup) Start(start func(cgroupFD int) (pid int, err error)) error {
 	if c.systemd {
 		pid, err := start(-1)
@@ -86,10 +90,27 @@ func (c *PodCgroup) Start(start func(cgroupFD int) (pid int, err error)) error {
 	if err := c.weigh(); err != nil {
 		return err
 	}
+	if c.frozen() {
+		return fmt.Errorf("cgroup %q, or one above it, is frozen: thaw it: %w", c.path, errdefs.ErrFailedPrecondition)
+	}
 	return Cgroups(c.dirs).Start(func(cgroupFD int) error {
 		_, err := start(cgroupFD)
 		return err
 	})
+}
+
+// frozen says whether a process that is born in the cgroup would be frozen. Then whoever starts it waits until it executes its program,
+// and all other starts of this daemon with it.
+func (c *PodCgroup) frozen() bool {
+	for _, dir := range c.dirs {
+		for file, text := range map[string]string{"cgroup.events": "frozen 1", "freezer.state": "FR"} { // FREEZING or FROZEN
+			data, err := os.ReadFile(filepath.Join(dir, file))
+			if err == nil && strings.Contains(string(data), text) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (c *PodCgroup) weigh() error {
@@ -125,7 +146,7 @@ func (c *PodCgroup) Pids() ([]int, error) {
 func (c *PodCgroup) End(ctx context.Context) error {
 	_ = c.manager.Freeze(cgroups.Thawed) // a frozen process of v1 doesn't die
 	for _, dir := range c.dirs {
-		if err := (Group{dir: dir}).Kill(ctx); err != nil {
+		if _, err := (Group{dir: dir}).killAll(ctx); err != nil {
 			return err
 		}
 	}

@@ -195,18 +195,42 @@ func TestPodCgroupEndIsBounded(t *testing.T) {
 func TestPodCgroupThatIsFrozen(t *testing.T) {
 	c := newPodCgroup(t)
 	c.startScript(t, "exec sleep 300")
-	frozen := 0
-	for _, dir := range c.Dirs() {
-		for file, value := range map[string]string{"freezer.state": "FROZEN", "cgroup.freeze": "1"} {
-			if writeFile(filepath.Join(dir, file), value) == nil {
-				frozen++
-			}
-		}
-	}
-	require.NotZero(t, frozen)
+	freeze(t, c, true)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	require.NoError(t, c.End(ctx))
+}
+
+// freeze freezes a cgroup, or thaws it.
+func freeze(t *testing.T, c *PodCgroup, on bool) {
+	t.Helper()
+	done := 0
+	for _, dir := range c.Dirs() {
+		for file, values := range map[string][]string{"freezer.state": {"THAWED", "FROZEN"}, "cgroup.freeze": {"0", "1"}} {
+			value := values[0]
+			if on {
+				value = values[1]
+			}
+			if writeFile(filepath.Join(dir, file), value) == nil {
+				done++
+			}
+		}
+	}
+	require.NotZero(t, done)
+}
+
+func TestPodCgroupBelowOneThatIsFrozen(t *testing.T) {
+	parent := newPodCgroup(t)
+	parent.startScript(t, "exec sleep 300")
+	c, err := PodCgroupOf(parent.path+"/below", false)
+	require.NoError(t, err)
+	freeze(t, parent, true)
+	err = c.Start(func(int) (int, error) { panic("it was called") })
+	require.True(t, errdefs.IsFailedPrecondition(err), err)
+	require.ErrorContains(t, err, "is frozen: thaw it")
+	freeze(t, parent, false)
+	c.startScript(t, "exec sleep 300")
+	require.NoError(t, c.End(t.Context()))
 }
 
 // This process is in a cgroup that is to be ended.

@@ -80,7 +80,7 @@ func (e *exits) watch() {
 	for {
 		n, err := unix.EpollWait(int(e.epoll.Fd()), events, -1)
 		if err != nil && !errors.Is(err, unix.EINTR) {
-			return // it never fails otherwise
+			return // with a valid descriptor there is no other error
 		}
 		for _, event := range events[:max(n, 0)] {
 			if event.Fd == stopID {

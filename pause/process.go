@@ -86,6 +86,11 @@ const UnknownStatus = 255
 // of the package does not mix two releases.
 func NewProcesses(initPath string, exited func(key string, exit Exit)) (*Processes, error) {
 	program, err := loadInit(initPath)
+	if err == nil {
+		if err = checkProtocol(program); err != nil {
+			program.Close()
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("failed to load %q; install the %s of this release there, or set init_path in podfsm's section of containerd's configuration: %w: %w",
 			initPath, InitName, err, errdefs.ErrFailedPrecondition)
@@ -128,6 +133,32 @@ func loadInit(path string) (*os.File, error) {
 	}
 	defer source.Close()
 	return sealed(InitName, source)
+}
+
+// versionTimeout is how long podfsm-init may take to tell its version, which takes a few milliseconds.
+const versionTimeout = 10 * time.Second
+
+// checkProtocol refuses a podfsm-init of another release, before a pod is started with it.
+func checkProtocol(program *os.File) error {
+	ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
+	defer cancel()
+	_, err := versionOf(ctx, program, nil)
+	return err
+}
+
+// versionOf asks a podfsm-init what it is. It is executed by its descriptor: the path to it may be closed to the ids of a user namespace.
+func versionOf(ctx context.Context, program *os.File, attr *syscall.SysProcAttr) (string, error) {
+	cmd := exec.CommandContext(ctx, "/proc/self/fd/3", "--version")
+	cmd.ExtraFiles, cmd.SysProcAttr = []*os.File{program}, attr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("failed to ask for its version: %w", err)
+	}
+	version := strings.TrimSpace(string(out))
+	if !strings.HasSuffix(version, " protocol "+protocol) {
+		return "", fmt.Errorf("it is %.100q, which is not of this release: the protocol is not %s: %w", version, protocol, errdefs.ErrFailedPrecondition)
+	}
+	return version, nil
 }
 
 // sealed copies a file into memory that nobody can change any more, whoever gets hold of a descriptor (memfd_create(2),
@@ -233,7 +264,11 @@ func (p *Processes) start(ctx context.Context, r StartRequest) (_ Record, err er
 	theirs.Close()
 	defer func() {
 		if err != nil && child != nil {
-			err = errors.Join(err, child.reap(ctx))
+			exit, reapErr := child.reap(ctx)
+			if errors.Is(err, errSilent) {
+				err = fmt.Errorf("%w; it ended with status %d: %s", err, exit.Status, exit.hint())
+			}
+			err = errors.Join(err, reapErr)
 		}
 	}()
 	if err != nil {
@@ -310,6 +345,8 @@ func (r StartRequest) check() error {
 		own[namespace.Type] = true
 	}
 	switch {
+	case own[specs.UserNamespace] != (len(r.Spec.Linux.UIDMappings) > 0) || own[specs.UserNamespace] != (len(r.Spec.Linux.GIDMappings) > 0):
+		return fmt.Errorf("a user namespace needs maps of uids and gids, and they need one: %w", errdefs.ErrInvalidArgument)
 	case !own[specs.MountNamespace]:
 		return fmt.Errorf("pause has no mount namespace of its own: %w", errdefs.ErrInvalidArgument)
 	case r.Spec.Hostname != "" && !own[specs.UTSNamespace]:
@@ -400,12 +437,26 @@ func instruct(ctx context.Context, conn *net.UnixConn, mounts []*os.File, text [
 	case err != nil:
 		return fmt.Errorf("failed to read the report of %s: %w", InitName, err)
 	case len(report) == 0:
-		return fmt.Errorf("%s was killed, or could not run: the memory or the pids of the pod's cgroup may be exhausted", InitName)
+		return errSilent
 	}
 	if failure := bytes.Trim(report, "\x00"); len(failure) > 0 {
 		return fmt.Errorf("%s: %s", InitName, failure)
 	}
 	return writeErr
+}
+
+var errSilent = errors.New(InitName + " ended before it executed pause, and has reported nothing")
+
+// hint is what may have ended podfsm-init without a report.
+func (e Exit) hint() string {
+	switch {
+	case e.Status == 128+uint32(unix.SIGKILL):
+		return "the memory of the pod's cgroup may be exhausted"
+	case e.Status == 2: // of the Go runtime
+		return "the pids of the pod's cgroup may be exhausted"
+	default:
+		return "it may not be of the daemon's release"
+	}
 }
 
 // cloneFlag are the flags of the namespaces that pause can have. The cgroup namespace is made when it is in its cgroup.
@@ -435,23 +486,23 @@ func sysMappings(mappings []specs.LinuxIDMapping) (all []syscall.SysProcIDMap) {
 // reapTimeout bounds the wait for the end of a process that was killed before it was pause.
 const reapTimeout = 10 * time.Second
 
-// reap ends a child that has not become pause. One that doesn't end in time is reaped when it does.
-func (c *process) reap(ctx context.Context) error {
-	wait := func(ctx context.Context) error {
-		err := c.Wait(ctx)
-		if err == nil {
-			c.collect()
-			err = c.Close()
+// reap ends a child that has not become pause, and says how it ended. One that doesn't end in time is reaped when it does.
+func (c *process) reap(ctx context.Context) (Exit, error) {
+	wait := func(ctx context.Context) (Exit, error) {
+		if err := c.Wait(ctx); err != nil {
+			return Exit{}, err
 		}
-		return err
+		return c.collect(), c.Close()
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reapTimeout)
 	defer cancel()
-	if err := errors.Join(c.Kill(), wait(ctx)); err != nil {
-		go func() { _ = wait(context.Background()) }()
-		return fmt.Errorf("process %d was killed and has not ended: %w", c.Pid(), err)
+	killErr := c.Kill()
+	exit, err := wait(ctx)
+	if err != nil {
+		go func() { _, _ = wait(context.Background()) }()
+		return Exit{}, fmt.Errorf("process %d was killed and has not ended: %w", c.Pid(), errors.Join(killErr, err))
 	}
-	return nil
+	return exit, nil
 }
 
 // watch has the process's exit noticed.
@@ -643,19 +694,12 @@ func Examine(ctx context.Context, initPath string) (version string, err error) {
 		return "", err
 	}
 	defer program.Close()
-	cmd := exec.CommandContext(ctx, "/proc/self/fd/3", "--version") // the path to it may be closed to the ids of a user namespace
-	cmd.ExtraFiles = []*os.File{program}
-	cmd.SysProcAttr = &syscall.SysProcAttr{
+	version, err = versionOf(ctx, program, &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 		// Nothing is mapped to the ids that it runs under, so it needs none.
-	}
-	out, err := cmd.Output()
+	})
 	if err != nil {
 		return "", fmt.Errorf("failed to run %q in namespaces of its own: %w", initPath, err)
-	}
-	version = strings.TrimSpace(string(out))
-	if !strings.HasSuffix(version, " protocol "+protocol) {
-		return "", fmt.Errorf("%q is %q, the daemon needs protocol %s: %w", initPath, version, protocol, errdefs.ErrFailedPrecondition)
 	}
 	return version, nil
 }

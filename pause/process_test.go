@@ -113,7 +113,7 @@ func (b *testbed) request(t *testing.T, pod Pod) StartRequest {
 // rootfsOf mounts an image as the root filesystem of a sandbox.
 func rootfsOf(files Files, id, image string) func(*os.File) (*os.File, error) {
 	return func(userns *os.File) (*os.File, error) {
-		return files.MountRootfs(id, []mount.Mount{{Type: "bind", Source: image, Options: []string{"rbind", "rw"}}}, userns)
+		return files.MountRootfs(id, []mount.Mount{{Type: "bind", Source: image, Options: []string{"rbind", "rw"}}}, "", userns)
 	}
 }
 
@@ -204,11 +204,17 @@ func children(t *testing.T) []string {
 	return all
 }
 
-func countFDs(t *testing.T) int {
+// countFDs counts the descriptors of this process, without the one that the cgroups library keeps.
+func countFDs(t *testing.T) (n int) {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
 	require.NoError(t, err)
-	return len(entries)
+	for _, entry := range entries {
+		if file, _ := os.Readlink("/proc/self/fd/" + entry.Name()); file != "/sys/fs/cgroup" {
+			n++
+		}
+	}
+	return n
 }
 
 func TestNamespaces(t *testing.T) {
@@ -395,7 +401,7 @@ func TestHardening(t *testing.T) {
 			}
 			requireLimits(t, record.Pid)
 
-			mounts, err := mountinfo.PidMountInfo(record.Pid)
+			mounts, err := mountinfo.GetMountsFromReader(strings.NewReader(read(t, proc(record.Pid, "mountinfo"))), nil)
 			require.NoError(t, err)
 			got := map[string]string{}
 			for _, m := range mounts {
@@ -534,12 +540,40 @@ func TestStartFails(t *testing.T) {
 			},
 		},
 		{
-			name: "another podfsm-init", text: "podfsm-init was killed, or could not run",
+			name: "podfsm-init that is another program", text: "podfsm-init ended before it executed pause, and has reported nothing; it ended with status 0: it may not be of the daemon's release",
 			before: func(t *testing.T, b *testbed, _ *StartRequest) { b.replaceInit(t, "/bin/true") },
 		},
 		{
 			name: "podfsm-init that is no program", text: "failed to clone: fork/exec /proc/self/fd/5: exec format error",
 			before: func(t *testing.T, b *testbed, _ *StartRequest) { b.replaceInit(t, filepath.Join(b.image, "text")) },
+		},
+		{
+			name: "podfsm-init that is killed", text: "and has reported nothing; it ended with status 137: the memory of the pod's cgroup may be exhausted",
+			before: func(t *testing.T, b *testbed, r *StartRequest) {
+				b.replaceInit(t, programs.pause) // it waits
+				go func() {
+					for t.Context().Err() == nil {
+						pids, err := r.Cgroup.Pids()
+						if err != nil || len(pids) != 1 {
+							continue
+						}
+						if exe, err := os.Readlink(proc(pids[0], "exe")); err == nil && strings.HasPrefix(exe, "/memfd:") {
+							_ = unix.Kill(pids[0], unix.SIGKILL)
+							return
+						}
+					}
+				}()
+			},
+		},
+		{
+			name: "user namespace without maps", is: errdefs.IsInvalidArgument, text: "a user namespace needs maps",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
+				r.Spec.Linux.Namespaces = append(r.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+			},
+		},
+		{
+			name: "maps without a user namespace", is: errdefs.IsInvalidArgument, text: "a user namespace needs maps",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) { r.Spec.Linux.GIDMappings = podGIDs },
 		},
 		{
 			name: "invalid cgroup", text: "failed to make cgroup",
@@ -651,11 +685,19 @@ func TestInitArguments(t *testing.T) {
 }
 
 func TestNewProcessesNeedsInit(t *testing.T) {
-	for _, path := range []string{filepath.Join(t.TempDir(), "absent"), t.TempDir()} {
+	newTestbed(t)
+	for path, text := range map[string]string{
+		filepath.Join(t.TempDir(), "absent"): "no such file",
+		t.TempDir():                          "is a directory",
+		"/bin/true":                          "which is not of this release",
+		programs.prober:                      `it is "podfsm-init v9 protocol 99", which is not of this release: the protocol is not ` + protocol,
+		"/bin/false":                         "failed to ask for its version: exit status 1",
+	} {
 		fds := countFDs(t)
 		_, err := NewProcesses(path, nil)
 		require.True(t, errdefs.IsFailedPrecondition(err), err)
 		require.ErrorContains(t, err, "install the podfsm-init of this release there, or set init_path")
+		require.ErrorContains(t, err, text)
 		require.Equal(t, fds, countFDs(t))
 	}
 }
@@ -785,6 +827,23 @@ func TestCloseLeavesProcesses(t *testing.T) {
 	_, err = unix.Wait4(record.Pid, nil, 0, nil)
 	require.NoError(t, err)
 	require.Equal(t, r.Key, b.exit(t).key)
+}
+
+// A pause that can't be watched doesn't stay.
+func TestWatchFails(t *testing.T) {
+	b := newTestbed(t)
+	fds, before := countFDs(t), children(t)
+	r := b.request(t, testPod())
+	watch := b.Processes.exits
+	b.Processes.exits = &exits{epoll: b.seccomp, done: make(chan struct{}), watching: map[int32]watched{}} // that is no epoll
+	_, err := b.Start(t.Context(), r)
+	require.ErrorContains(t, err, "failed to watch for the exit of pause")
+	require.ElementsMatch(t, before, children(t))
+	require.Empty(t, b.Processes.exits.watching)
+	b.Processes.exits = watch
+	_, err = b.Process(r.Key)
+	require.True(t, errdefs.IsNotFound(err), err)
+	require.Equal(t, fds, countFDs(t), "file descriptors leak")
 }
 
 func TestAdoptRefuses(t *testing.T) {

@@ -16,12 +16,17 @@ import (
 )
 
 // MountRootfs mounts the root filesystem of a sandbox and returns it as a mount that is attached nowhere, without setuid programs and
-// devices. The caller closes it. Nothing stays mounted on the host; what a kill leaves there goes with [Files.Remove].
+// devices, and with an SELinux label unless that is empty. The caller closes it. Nothing stays mounted on the host; what a kill leaves
+// there goes with [Files.Remove].
 //
 // Mounts that ask for id maps get those of the user namespace; it may be nil where none does.
-func (f Files) MountRootfs(id string, mounts []mount.Mount, userns *os.File) (_ *os.File, err error) {
+func (f Files) MountRootfs(id string, mounts []mount.Mount, label string, userns *os.File) (rootfs *os.File, err error) {
 	defer func() {
 		if err != nil {
+			if rootfs != nil {
+				rootfs.Close()
+				rootfs = nil
+			}
 			err = fmt.Errorf("failed to mount the root filesystem of sandbox %q: %w", id, err)
 		}
 	}()
@@ -29,7 +34,7 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount, userns *os.File) (_ 
 		return nil, err
 	}
 	if len(mounts) == 0 {
-		return nil, fmt.Errorf("the snapshot has no mounts: %w", errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("the snapshot has no mounts: %w", errdefs.ErrInvalidArgument)
 	}
 	dir := f.rootfs(id)
 	if _, err := os.Lstat(dir); err == nil { // of a daemon that was killed
@@ -51,7 +56,7 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount, userns *os.File) (_ 
 	if err != nil {
 		return nil, err
 	}
-	if err := mount.All(mounts, target); err != nil {
+	if err := mount.All(labelled(mounts, label), target); err != nil {
 		return nil, err
 	}
 	return detached(target, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
@@ -73,11 +78,17 @@ func (p *mountPoints) add(dir string) (string, error) {
 func (p mountPoints) remove() error {
 	var failed []error
 	for _, point := range slices.Backward(p) {
-		if err := detach(point); err != nil && !errors.Is(err, unix.EINVAL) { // nothing is mounted there
-			failed = append(failed, err)
-			continue
+		for {
+			err := detach(point)
+			if errors.Is(err, unix.EINVAL) { // nothing is mounted there any more
+				failed = append(failed, os.Remove(point))
+				break
+			}
+			if err != nil {
+				failed = append(failed, err)
+				break
+			}
 		}
-		failed = append(failed, os.Remove(point))
 	}
 	return errors.Join(failed...)
 }
@@ -121,6 +132,17 @@ func idmapped(mounts []mount.Mount, points *mountPoints, dir string, userns *os.
 		mapped[i].Options = append(mapped[i].Options, "lowerdir="+strings.Join(below, ":"))
 	}
 	return mapped, nil
+}
+
+// labelled are mounts with an SELinux label, as containerd's client mounts the snapshot of a container.
+func labelled(mounts []mount.Mount, label string) []mount.Mount {
+	mounts = slices.Clone(mounts)
+	for i := range mounts {
+		if label != "" {
+			mounts[i].Options = append(slices.Clone(mounts[i].Options), fmt.Sprintf("context=%q", label))
+		}
+	}
+	return mounts
 }
 
 // detached returns a copy of the mount at path, or of the tree below it where that is no mount, that is attached nowhere (open_tree(2),

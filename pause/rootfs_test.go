@@ -34,7 +34,7 @@ func TestMountRootfs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			before(t)
 			fds := countFDs(t)
-			rootfs, err := f.MountRootfs("s1", bindOf(image), nil)
+			rootfs, err := f.MountRootfs("s1", bindOf(image), "", nil)
 			require.NoError(t, err)
 			require.Empty(t, mountsUnder(t, f.StateDir), "nothing stays mounted")
 			require.NoDirExists(t, f.rootfs("s1"))
@@ -69,11 +69,11 @@ func TestMountRootfsFails(t *testing.T) {
 		"hostile id":         {id: "../x", mounts: bindOf(image), is: errdefs.IsInvalidArgument, text: "invalid sandbox id"},
 		"source is gone":     {id: "s1", mounts: bindOf(filepath.Join(image, "absent")), text: "no such file"},
 		"second mount fails": {id: "s1", mounts: append(bindOf(image), bindOf(filepath.Join(image, "absent"))...), text: "no such file"},
-		"nothing to mount":   {id: "s1"},
+		"nothing to mount":   {id: "s1", is: errdefs.IsInvalidArgument, text: "the snapshot has no mounts"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			fds := countFDs(t)
-			rootfs, err := f.MountRootfs(tc.id, tc.mounts, nil)
+			rootfs, err := f.MountRootfs(tc.id, tc.mounts, "", nil)
 			if rootfs != nil {
 				rootfs.Close()
 			}
@@ -84,10 +84,21 @@ func TestMountRootfsFails(t *testing.T) {
 			if tc.is != nil {
 				require.True(t, tc.is(err), err)
 			}
-			require.NoError(t, f.Remove(t.Context(), "s1"))
 			require.Empty(t, mountsUnder(t, f.StateDir), "nothing stays mounted")
+			require.NoDirExists(t, f.rootfs("s1"))
 		})
 	}
+}
+
+func TestLabelled(t *testing.T) {
+	mounts := []mount.Mount{{Type: "overlay", Options: make([]string, 1, 8)}, {Type: "bind"}}
+	require.Equal(t, mounts, labelled(mounts, ""))
+	got := labelled(mounts, "system_u:object_r:container_file_t:s0:c1,c2")
+	const context = `context="system_u:object_r:container_file_t:s0:c1,c2"`
+	require.Equal(t, []string{"", context}, got[0].Options)
+	require.Equal(t, []string{context}, got[1].Options)
+	require.Equal(t, []mount.Mount{{Type: "overlay", Options: []string{""}}, {Type: "bind"}}, mounts)
+	require.Empty(t, mounts[0].Options[:2][1], "nor the space behind")
 }
 
 // Nobody but root passes the directories above the image and above the sandbox's files.

@@ -128,6 +128,11 @@ func setSELinuxLabels(spec *specs.Spec, security *runtime.LinuxSandboxSecurityCo
 		return "", fmt.Errorf("failed to make SELinux labels from %q: %w", options, err)
 	}
 	spec.Linux.MountLabel = mountLabel
+	for i := range spec.Mounts {
+		if m := &spec.Mounts[i]; m.Type == "tmpfs" && mountLabel != "" {
+			m.Options = append(m.Options, label.FormatMountLabel("", mountLabel))
+		}
+	}
 	if !security.GetPrivileged() {
 		spec.Process.SelinuxLabel = processLabel
 	}

@@ -356,7 +356,9 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	require.NoError(t, err)
 	stock := stockWith()
 	n := &node{stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}
-	n.pauses, err = pause.NewProcesses(os.Args[0], func(string, pause.Exit) {}) // of which none is started
+	init := filepath.Join(t.TempDir(), pause.InitName)
+	require.NoError(t, os.WriteFile(init, []byte("#!/bin/sh\necho podfsm-init of a test protocol 1\n"), 0o755))
+	n.pauses, err = pause.NewProcesses(init, func(string, pause.Exit) {}) // of which none is started
 	require.NoError(t, err)
 	w.Controller = &Controller{stock: stock, node: n}
 	n.ids = userns.New(idHost{w.Controller}, nil)

@@ -75,7 +75,7 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	started, err := s.pauses.Start(ctx, pause.StartRequest{
 		Key: holderID(r.Key), Spec: oci, Seccomp: s.seccomp, NetNS: joined, Cgroup: cgroup,
 		Rootfs: func(userns *os.File) (*os.File, error) {
-			return s.settings.Files.MountRootfs(r.Key.ID, mounts, userns)
+			return s.settings.Files.MountRootfs(r.Key.ID, mounts, oci.Linux.MountLabel, userns)
 		},
 	})
 	if err != nil {

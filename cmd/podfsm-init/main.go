@@ -185,9 +185,9 @@ func setSysctls(values map[string]string) error {
 // enterRoot makes the rootfs the root of the mount namespace, with nothing of the host's mounts in it. pivot_root(2) describes the
 // way with one directory for both roots.
 func enterRoot(rootfs int) error {
-	// What is unmounted here must stay on the host.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("failed to make the mounts private: %w", err)
+	// What is unmounted here must stay on the host. What the host unmounts meanwhile must not stay here, or it is busy there.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("failed to make the mounts slaves of the host's: %w", err)
 	}
 	if err := unix.MoveMount(rootfs, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("failed to attach the root filesystem: %w", err)

@@ -1,5 +1,6 @@
 // A pause program that tries things, and tells by its exit code.
 //
+//	prober --version  says that it is podfsm-init of another release
 //	prober exit N     exits with N
 //	prober seccomp    exits with 0 when every system call is allowed or refused as it should be, else with the number of its line
 //	prober readonly   the same for what it can change of the filesystem
@@ -135,6 +136,8 @@ static void readonly(void) {
 }
 
 int main(int argc, char **argv) {
+	if (argc == 2 && strcmp(argv[1], "--version") == 0)
+		_exit(write(1, "podfsm-init v9 protocol 99\n", 27) != 27);
 	if (argc == 3 && strcmp(argv[1], "exit") == 0)
 		_exit(atoi(argv[2]));
 	if (argc == 2 && strcmp(argv[1], "seccomp") == 0)
