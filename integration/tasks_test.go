@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -123,11 +124,11 @@ func TestEventsOfPause(t *testing.T) {
 	of := func(handler string) (topics []string) {
 		ctx, cancel := context.WithCancel(namespaces.WithNamespace(t.Context(), "k8s.io"))
 		defer cancel()
-		stream, failed := n.Containerd.Subscribe(ctx, `topic~="^/tasks/"`)
+		stream, failed := n.Containerd.Subscribe(ctx, `topic~="^/tasks/"`, `topic=="/containers/delete"`)
 		pod, err := n.RunPod(ctx, handler, n.PodConfig("pod"))
 		require.NoError(t, err)
 		require.NoError(t, pod.StopAndRemove(ctx))
-		for len(topics) < 4 {
+		for !slices.Contains(topics, "/containers/delete ") {
 			select {
 			case e := <-stream:
 				topics = append(topics, e.Topic+" "+exitOf(t, e))

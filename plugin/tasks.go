@@ -76,7 +76,7 @@ func (t *taskService) find(ctx context.Context, id string) (pauseTask, bool) {
 }
 
 func (p pauseTask) process() *task.Process {
-	return &task.Process{ContainerID: p.key.ID, ID: p.key.ID, Pid: p.pid, Status: task.Status_RUNNING}
+	return &task.Process{ID: p.key.ID, Pid: p.pid, Status: task.Status_RUNNING, ExitedAt: protobuf.ToTimestamp(time.Time{})} // as of a shim's
 }
 
 // refuse says what to do instead of a call that would end or change pause behind podfsm's back.
