@@ -76,6 +76,40 @@ func TestProcesses(t *testing.T) {
 	require.Empty(t, of(uses, fmt.Sprintf("process %d (", os.Getpid())), "this one has no ids that pods can have")
 }
 
+// A process that only waits for its parent uses nothing; one whose first thread has ended does.
+func TestProcessesThatHaveEnded(t *testing.T) {
+	zombie := exec.Command("cat")
+	zombie.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1_500_002_000, Gid: 1_500_003_000}}
+	stdin, err := zombie.StdinPipe()
+	require.NoError(t, err)
+	require.NoError(t, zombie.Start())
+	defer zombie.Wait()
+	p, err := process(t.Context(), zombie.Process.Pid, "")
+	require.NoError(t, err)
+	require.NotEmpty(t, p.UIDs)
+	pidfd, err := unix.PidfdOpen(zombie.Process.Pid, 0)
+	require.NoError(t, err)
+	defer unix.Close(pidfd)
+	stdin.Close()
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, -1)
+	require.NoError(t, err)
+	p, err = process(t.Context(), zombie.Process.Pid, "")
+	require.NoError(t, err)
+	require.Empty(t, p.UIDs)
+
+	for _, c := range []struct {
+		state, threads string
+		want           bool
+	}{
+		{"Z (zombie)", "1", true}, {"Z (zombie)", "0", true}, {"X (dead)", "1", true},
+		{"Z (zombie)", "2", false}, {"Z (zombie)", "12", false}, {"S (sleeping)", "1", false}, {"D (disk sleep)", "1", false},
+	} {
+		status := fmt.Sprintf("Name:\tZ\nState:\t%s\nUid:\t0\nThreads:\t%s\n", c.state, c.threads)
+		require.Equal(t, c.want, ended(status), "%s with %s threads", c.state, c.threads)
+	}
+	require.False(t, ended("State:\tZ (zombie)\n"), "without a count of threads")
+}
+
 func TestWithin(t *testing.T) {
 	t.Parallel()
 	given := []Mapping{{HostID: 131072, Length: 65536}}

@@ -54,6 +54,9 @@ func process(ctx context.Context, pid int, own string) (p Process, err error) {
 	if err != nil {
 		return p, err
 	}
+	if ended(string(status)) {
+		return p, nil
+	}
 	p = Process{pid, runsAs(string(status))}
 	p.By = fmt.Sprintf("process %d (%s)", pid, p.By)
 	uids, err := host.Read(ctx, pid, "uid_map")
@@ -65,6 +68,22 @@ func process(ctx context.Context, pid int, own string) (p Process, err error) {
 		return p, err
 	}
 	return p, p.addMaps(string(uids), string(gids))
+}
+
+// ended tells by its /proc/PID/status that a process has ended, with all its threads, and only waits for its parent: the first thread of a
+// pod's process may end long before the others, and is a zombie until they have.
+func ended(status string) bool {
+	var zombie, alone bool
+	for line := range strings.Lines(status) {
+		key, value, _ := strings.Cut(line, ":")
+		switch value = strings.TrimSpace(value); key {
+		case "State":
+			zombie = strings.HasPrefix(value, "Z") || strings.HasPrefix(value, "X")
+		case "Threads":
+			alone = value == "0" || value == "1"
+		}
+	}
+	return zombie && alone
 }
 
 // runsAs are the ids of a /proc/PID/status, by the process's name.
