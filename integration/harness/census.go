@@ -72,7 +72,7 @@ func (n *Node) Census(ctx context.Context) (Census, error) {
 // WaitClean returns once the node is as it was before. Much is cleaned up a
 // little after the call that asked for it. The error shows the difference.
 func (n *Node) WaitClean(ctx context.Context, before Census) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, cleanTimeout, fmt.Errorf("not as before within %v", cleanTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, Patience(cleanTimeout), fmt.Errorf("not as before within %v", Patience(cleanTimeout)))
 	defer cancel()
 	return poll(ctx, censusInterval, func() error {
 		after, err := n.TidyCensus(ctx)
@@ -143,7 +143,7 @@ func (n *Node) Rest(ctx context.Context) (Census, error) {
 
 // rest waits for two censuses in a row that are the same and pass the check.
 func (n *Node) rest(ctx context.Context, check func(Census) error) (Census, error) {
-	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(cleanTimeout))
 	defer cancel()
 	var last Census
 	err := poll(ctx, censusInterval, func() error {
@@ -279,10 +279,10 @@ func (n *Node) countCgroups(_ context.Context, c Census) error {
 		return err
 	}
 	for _, dir := range slices.Backward(cgroups) {
-		if filepath.Base(filepath.Dir(dir)) == n.name && os.Remove(dir) == nil {
+		if filepath.Base(filepath.Dir(dir)) == nodeCgroup(n.name) && os.Remove(dir) == nil {
 			continue
 		}
-		if filepath.Base(dir) != n.name {
+		if filepath.Base(dir) != nodeCgroup(n.name) {
 			c.add(Cgroups, "%s", dir)
 		}
 	}
@@ -298,7 +298,7 @@ func nodeCgroups(name string) ([]string, error) {
 	}
 	var cgroups []string
 	for _, h := range hierarchies {
-		err := walk(filepath.Join(h.Mountpoint, name), func(path string, d os.DirEntry) error {
+		err := walk(filepath.Join(h.Mountpoint, nodeCgroup(name)), func(path string, d os.DirEntry) error {
 			if d.IsDir() {
 				cgroups = append(cgroups, path)
 			}
