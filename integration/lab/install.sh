@@ -9,7 +9,7 @@ install -D -t /opt/cni/bin "$programs"/{bridge,host-local,portmap,loopback}
 install -D -m 0644 -t /etc/systemd/system /lab/containerd.service
 mkdir -p /etc/cni/net.d /etc/containerd
 cat >/etc/cni/net.d/10-pods.conflist <<END
-{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+{"cniVersion": "1.1.0", "name": "pods", "plugins": [
   {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
    "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
   {"type": "portmap", "capabilities": {"portMappings": true}}
