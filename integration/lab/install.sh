@@ -25,6 +25,7 @@ imports = ["/etc/containerd/conf.d/*.toml"]
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
     SystemdCgroup = $systemd
 END
+aa-enabled
 systemctl daemon-reload
 systemctl enable containerd
 systemctl start containerd

@@ -25,7 +25,7 @@ func scenarios(tests string) []scenario {
 			pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
 		{name: "power-cut", do: steps(install("systemd"), pods("systemd", "TestRun"), cut, pods("systemd", "TestNoneReady|TestRemoveAll"),
 			pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
-		{name: "power-cuts", do: steps(install("systemd"), repeat(5, churnAndCut("systemd"), pods("systemd", "TestNoneReady|TestRemoveAll")))},
+		{name: "power-cuts", do: steps(install("systemd"), repeat(3, churnAndCut("systemd"), pods("systemd", "TestNoneReady|TestRemoveAll")))},
 	}
 }
 

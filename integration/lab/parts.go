@@ -53,8 +53,12 @@ func makeParts(ctx context.Context, dir string) (image string, err error) {
 	return image, run(ctx, log, "mkfs.ext4", "-q", "-F", "-d", stage, "-L", "lab", image, "4G")
 }
 
-// pack makes the project's Debian package from what is built.
+// pack makes the project's Debian package of static binaries, as make dist does.
 func pack(ctx context.Context, repo, out, log string) error {
+	bin := out + "-bin/"
+	if err := run(ctx, log, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-ldflags=-s -w", "-o", bin, "./cmd/..."); err != nil {
+		return err
+	}
 	nfpm, err := harness.BuildNFPM(ctx)
 	if err != nil {
 		return err
@@ -65,7 +69,7 @@ func pack(ctx context.Context, repo, out, log string) error {
 	if err := os.MkdirAll(out, 0o755); err != nil {
 		return err
 	}
-	return run(ctx, log, filepath.Join(repo, "deploy/package/pack"), "v0.0.0-lab", "1795529540", "amd64", filepath.Join(repo, "bin"), nfpm, out)
+	return run(ctx, log, filepath.Join(repo, "deploy/package/pack"), "v0.0.0-lab", "1795529540", "amd64", bin, nfpm, out)
 }
 
 // containerdUnit is containerd's own.

@@ -160,10 +160,14 @@ func TestExits(t *testing.T) {
 	require.EqualValues(t, 137, status.GetStatus().GetExitCode())
 }
 
-// TestNoneReady finds no pod ready: the machine was started since.
+// TestNoneReady finds no pod ready: the machine was started since. containerd was up at the first try, within systemd's time for it.
 func TestNoneReady(t *testing.T) {
 	list, err := attach(t).Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
 	require.NoError(t, err)
+	t.Logf("%d pods are listed", len(list.GetItems()))
+	restarts, err := exec.CommandContext(t.Context(), "systemctl", "show", "--property", "NRestarts", "--value", "containerd").Output()
+	require.NoError(t, err)
+	require.Equal(t, "0\n", string(restarts))
 	for _, p := range list.GetItems() {
 		require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, p.GetState(), "pod %s", p.GetMetadata().GetName())
 	}
