@@ -21,6 +21,8 @@ func scenarios(tests string) []scenario {
 		{name: "tests-systemd", do: integrationTests(tests, "systemd")},
 		{name: "restarts-systemd", do: restarts("systemd")},
 		{name: "restarts-cgroupfs", do: restarts("cgroupfs")},
+		{name: "restarts-systemd-v1", options: v1, do: restarts("systemd")},
+		{name: "restarts-cgroupfs-v1", options: v1, do: restarts("cgroupfs")},
 		{name: "reboot", do: steps(install("systemd"), pods("systemd", "TestRun"), reboot, pods("systemd", "TestNoneReady|TestRemoveAll"),
 			pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
 		{name: "power-cut", do: steps(install("systemd"), pods("systemd", "TestRun"), cut, pods("systemd", "TestNoneReady|TestRemoveAll"),
@@ -28,6 +30,9 @@ func scenarios(tests string) []scenario {
 		{name: "power-cuts", do: steps(install("systemd"), repeat(3, churnAndCut("systemd"), pods("systemd", "TestNoneReady|TestRemoveAll")))},
 	}
 }
+
+// v1 has systemd 257 mount the hierarchies of cgroup v1, as before it was told not to.
+const v1 = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1 systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1"
 
 // everywhere are the integration tests that run on the machines.
 var everywhere = []string{

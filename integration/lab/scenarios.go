@@ -13,9 +13,10 @@ import (
 
 // scenario is what a machine goes through.
 type scenario struct {
-	name  string
-	smoke bool
-	do    step
+	name    string
+	smoke   bool
+	options string // for the kernel
+	do      step
 }
 
 // scenarioTimeout ends a scenario that hangs.
@@ -38,6 +39,7 @@ func (s scenario) try(ctx context.Context, dir string, base base, parts string) 
 	if err != nil {
 		return err
 	}
+	m.options = s.options
 	defer func() {
 		m.cut()
 		for _, disk := range []string{"root.qcow2", "parts.qcow2"} {

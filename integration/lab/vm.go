@@ -25,8 +25,9 @@ const (
 
 // machine is a virtual machine. Its disks outlive a boot.
 type machine struct {
-	dir  string // of its disks and logs
-	base base
+	dir     string // of its disks and logs
+	base    base
+	options string // for the kernel
 
 	process *exec.Cmd // qemu, nil while the machine is off
 	exited  chan struct{}
@@ -51,7 +52,7 @@ func (m *machine) qemu(ctx context.Context, more ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{
 		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096",
 		// Mitigations of the processor's flaws flush what emulation has translated, at every system call.
-		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=ttyS0 root=/dev/vda rw quiet mitigations=off",
+		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=ttyS0 root=/dev/vda rw quiet mitigations=off " + m.options,
 		"-drive", "file=" + m.path("root.qcow2") + ",if=virtio", "-drive", "file=" + m.path("parts.qcow2") + ",if=virtio",
 		"-display", "none", "-no-reboot",
 	}, more...)...)

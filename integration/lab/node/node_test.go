@@ -75,14 +75,19 @@ func readPods(t *testing.T) map[string]pod {
 	return pods
 }
 
-// cgroup is that of a process, below the one v2 hierarchy.
+// cgroup is that of a process in systemd's hierarchy: the one of v2, or the named one of v1.
 func cgroup(t *testing.T, pid int) string {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	require.NoError(t, err)
-	path, ok := strings.CutPrefix(strings.TrimSpace(string(text)), "0::")
-	require.True(t, ok, "%s", text)
-	return path
+	for _, hierarchy := range []string{":name=systemd:", "0::"} {
+		if _, path, ok := strings.Cut(string(text), hierarchy); ok {
+			path, _, _ = strings.Cut(path, "\n")
+			return path
+		}
+	}
+	t.Fatalf("systemd has no hierarchy: %s", text)
+	return ""
 }
 
 // TestRun runs a pod of each kind, with a container.
@@ -94,7 +99,8 @@ func TestRun(t *testing.T) {
 			config := n.PodConfig(name, kind.option)
 			p, err := n.RunPod(t.Context(), kind.handler, config)
 			require.NoError(t, err)
-			c, err := p.StartContainer(t.Context(), "main")
+			// A machine that shuts down has patience with what ignores SIGTERM.
+			c, err := p.StartContainer(t.Context(), "main", harness.Run("sh", "-c", "trap 'exit 0' TERM; sleep 1000000 & wait"))
 			require.NoError(t, err)
 			out, err := c.Exec(t.Context(), "cat", "/proc/self/uid_map")
 			require.NoError(t, err)
@@ -222,7 +228,9 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	add := func(kind string, items []string, failed error) {
 		err = errors.Join(err, failed)
 		for _, item := range items {
-			left = append(left, kind+" "+item)
+			if item != "" {
+				left = append(left, kind+" "+item)
+			}
 		}
 	}
 	k8s := namespaces.WithNamespace(ctx, "k8s.io")
@@ -247,11 +255,15 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	add("socket", sockets, failed)
 	veths, failed := filepath.Glob("/sys/class/net/veth*")
 	add("link", veths, failed)
-	for _, pattern := range []string{"/sys/fs/cgroup/" + podSlice + "/*/*.scope", "/sys/fs/cgroup/containerd/*/*", "/sys/fs/cgroup/system.slice/cri-containerd-*", "/sys/fs/cgroup/k8s.io/*"} {
-		groups, failed := filepath.Glob(pattern)
+	for _, below := range []string{podSlice + "/*/*.scope", "containerd/*/*", "system.slice/cri-containerd-*", "k8s.io/*"} {
+		unified, _ := filepath.Glob("/sys/fs/cgroup/" + below)
+		groups, failed := filepath.Glob("/sys/fs/cgroup/*/" + below) // v1
+		groups = append(groups, unified...)
 		groups = slices.DeleteFunc(groups, func(path string) bool { info, err := os.Stat(path); return err != nil || !info.IsDir() })
 		add("cgroup", groups, failed)
 	}
+	units, failed := exec.CommandContext(ctx, "systemctl", "list-units", "--all", "--plain", "--no-legend", "cri-containerd-*").Output()
+	add("unit", strings.Split(strings.TrimSpace(string(units)), "\n"), failed)
 	leaks, failed := exec.CommandContext(ctx, "podfsm", "leaks").Output()
 	if text := strings.TrimSpace(string(leaks)); failed != nil || strings.Count(text, "\n") > 0 {
 		add("podfsm leaks", []string{fmt.Sprint(text, failed)}, nil)
