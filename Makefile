@@ -116,6 +116,28 @@ bench: build ## Measure podfsm beside an unmodified containerd, CRI-O and a floo
 kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs
 
+# What the targets below need of Debian besides packages.
+lab_packages := qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img debootstrap:debootstrap
+
+# Flags for the lab, such as -run or -tests.
+NODESFLAGS ?=
+
+.PHONY: nodes
+nodes: lab-deps ## Run podfsm on virtual machines with systemd, cgroup v2 and AppArmor, through restarts, reboots and power cuts
+	@go run ./integration/lab $(NODESFLAGS)
+
+.PHONY: nodes-smoke
+nodes-smoke: lab-deps ## Run the shortest scenario of make nodes: one machine, every kind of pod, a SIGKILL and a power cut
+	@go run ./integration/lab -smoke $(NODESFLAGS)
+
+.PHONY: node-shell
+node-shell: lab-deps ## Boot a virtual machine of make nodes and give a shell in it
+	@go run ./integration/lab -shell
+
+.PHONY: lab-deps
+lab-deps:
+	@$(MAKE) --no-print-directory deps packages='$(packages) $(lab_packages)'
+
 .PHONY: dist
 dist: ## Build dist/: tarballs and Debian packages for amd64 and arm64, the same bytes for the same commit
 	@deploy/package/dist

@@ -175,7 +175,7 @@ func packages(t *testing.T) (tarball, deb string) {
 	daemon, err := harness.BuildDaemon(t.Context(), harness.Podfsm)
 	require.NoError(t, err)
 	binaries := t.TempDir()
-	for _, name := range []string{"containerd-podfsm", "podfsm"} {
+	for _, name := range []string{"containerd-podfsm", "podfsm", "podfsm-init"} {
 		out, err := osexec.CommandContext(t.Context(), "strip", "-o", filepath.Join(binaries, name), filepath.Join(filepath.Dir(daemon), name)).CombinedOutput()
 		require.NoError(t, err, "%s", out)
 	}
@@ -363,7 +363,7 @@ func TestInstall(t *testing.T) {
 func TestPackagesAreReproducible(t *testing.T) {
 	if !full() {
 		binaries := t.TempDir()
-		for _, name := range []string{"containerd-podfsm", "podfsm"} {
+		for _, name := range []string{"containerd-podfsm", "podfsm", "podfsm-init"} {
 			require.NoError(t, os.WriteFile(filepath.Join(binaries, name), []byte(name), 0o600))
 		}
 		for _, arch := range []string{"amd64", "arm64"} {
@@ -389,7 +389,7 @@ func TestPackagesAreReproducible(t *testing.T) {
 
 	tarball := only(t, dists[0], "*-linux-"+goruntime.GOARCH+".tar.gz")
 	dir := t.TempDir()
-	for _, program := range []string{"podfsm", "containerd-podfsm"} {
+	for _, program := range []string{"podfsm", "containerd-podfsm", "podfsm-init"} {
 		require.NoError(t, osexec.CommandContext(t.Context(), "tar", "-C", dir, "-xzf", tarball, "usr/bin/"+program).Run())
 		version, err := osexec.CommandContext(t.Context(), filepath.Join(dir, "usr/bin", program), "--version").Output()
 		require.NoError(t, err)

@@ -21,8 +21,8 @@ import (
 )
 
 // Polls that look at what a process elsewhere does.
-const (
-	waitFor = 20 * time.Second
+var (
+	waitFor = harness.Patience(20 * time.Second)
 	tick    = 20 * time.Millisecond
 )
 

@@ -81,12 +81,17 @@ func (d Daemon) path() string {
 	return filepath.Join(daemons[d].bin, string(d))
 }
 
+// prebuiltEnv names a folder that is laid out as the repository and has all
+// programs, on a machine where nothing can be built.
+const prebuiltEnv = "PODFSM_PREBUILT"
+
 // builder builds each thing at most once in this process.
 type builder struct {
-	mu     sync.Mutex
-	repo   string           // the repository's folder
-	images []byte           // as `docker save` writes them
-	done   map[string]error // by what is produced
+	mu       sync.Mutex
+	repo     string           // the repository's folder
+	prebuilt bool             // repo has all programs
+	images   []byte           // as `docker save` writes them
+	done     map[string]error // by what is produced
 }
 
 var builds builder
@@ -105,19 +110,32 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 			return "", nil, err
 		}
 	}
-	if daemon == CRIO {
+	if daemon == CRIO && !b.prebuilt {
 		if err := b.once("pinns", func() error { return b.pinns(ctx) }); err != nil {
 			return "", nil, err
 		}
 	}
 	err = b.once("images", func() error {
-		if err := b.pause(ctx); err != nil {
-			return err
+		if !b.prebuilt {
+			if err := b.pause(ctx); err != nil {
+				return err
+			}
 		}
 		b.images, err = imageArchive(ctx, b.repo)
 		return err
 	})
 	return b.repo, b.images, err
+}
+
+// BuildAll brings all that the integration tests run up to date, except the kubelet, promql and CRI-O, and returns the repository's
+// folder and the images, as docker save writes them. Progress goes to stderr.
+func BuildAll(ctx context.Context) (repo string, images []byte, err error) {
+	for _, daemon := range []Daemon{Podfsm, TestDaemon, Stock} {
+		if repo, images, err = builds.build(ctx, daemon); err != nil {
+			return "", nil, err
+		}
+	}
+	return repo, images, nil
 }
 
 // nfpm makes Debian packages.
@@ -161,9 +179,12 @@ func (b *builder) begin(ctx context.Context) (end func(), err error) {
 		}
 	}()
 	if b.repo == "" {
-		dir, err := repository(ctx)
-		if err != nil {
-			return nil, err
+		dir := os.Getenv(prebuiltEnv)
+		b.prebuilt = dir != ""
+		if !b.prebuilt {
+			if dir, err = repository(ctx); err != nil {
+				return nil, err
+			}
 		}
 		b.repo, b.done = dir, map[string]error{}
 	}
@@ -205,6 +226,9 @@ func (b *builder) once(what string, build func() error) error {
 }
 
 func (b *builder) install(ctx context.Context, i install) error {
+	if b.prebuilt {
+		return nil
+	}
 	return b.once(i.produces, func() error {
 		cmd := exec.CommandContext(ctx, "go", append([]string{"install", "-buildvcs=false"}, i.args...)...)
 		cmd.Dir = filepath.Join(b.repo, i.module)

@@ -72,7 +72,7 @@ func (n *Node) Census(ctx context.Context) (Census, error) {
 // WaitClean returns once the node is as it was before. Much is cleaned up a
 // little after the call that asked for it. The error shows the difference.
 func (n *Node) WaitClean(ctx context.Context, before Census) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, cleanTimeout, fmt.Errorf("not as before within %v", cleanTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, Patience(cleanTimeout), fmt.Errorf("not as before within %v", Patience(cleanTimeout)))
 	defer cancel()
 	return poll(ctx, censusInterval, func() error {
 		after, err := n.TidyCensus(ctx)
@@ -141,7 +141,7 @@ func (n *Node) Rest(ctx context.Context) (Census, error) {
 
 // rest waits for two censuses in a row that are the same and pass the check.
 func (n *Node) rest(ctx context.Context, check func(Census) error) (Census, error) {
-	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(cleanTimeout))
 	defer cancel()
 	var last Census
 	err := poll(ctx, censusInterval, func() error {
@@ -277,10 +277,10 @@ func (n *Node) countCgroups(_ context.Context, c Census) error {
 		return err
 	}
 	for _, dir := range slices.Backward(cgroups) {
-		if filepath.Base(filepath.Dir(dir)) == n.name && os.Remove(dir) == nil {
+		if filepath.Base(filepath.Dir(dir)) == nodeCgroup(n.name) && os.Remove(dir) == nil {
 			continue
 		}
-		if filepath.Base(dir) != n.name {
+		if filepath.Base(dir) != nodeCgroup(n.name) {
 			c.add(Cgroups, "%s", dir)
 		}
 	}
@@ -300,7 +300,7 @@ func nodeCgroups(name string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		for _, top := range append(ofPlugins, filepath.Join(h.Mountpoint, name)) {
+		for _, top := range append(ofPlugins, filepath.Join(h.Mountpoint, nodeCgroup(name))) {
 			err := walk(top, func(path string, d os.DirEntry) error {
 				if d.IsDir() {
 					cgroups = append(cgroups, path)

@@ -78,7 +78,7 @@ func (n *Node) criConfig(handlers []string) settings {
 			"options": settings{
 				"BinaryName":    n.path("bin/runc"),
 				"Root":          n.path("state/runc"), // default: /run/containerd/runc
-				"SystemdCgroup": false,
+				"SystemdCgroup": systemdCgroups,
 			},
 		}
 	}

@@ -95,7 +95,7 @@ func remove(ctx context.Context, dir string) error {
 	if is, err := filepath.Match(dirPattern, filepath.Base(dir)); !is || err != nil {
 		return fmt.Errorf("%q is not the directory of a node: %w", dir, errdefs.ErrInvalidArgument)
 	}
-	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(removeTimeout))
 	defer cancel()
 	// Processes hold the rest. Nothing is removed through a mount.
 	if err := powerOff(ctx, dir); err != nil {
@@ -137,6 +137,9 @@ func powerOff(ctx context.Context, dir string) error {
 		return err
 	}
 	if err := unmountAll(dir); err != nil {
+		return err
+	}
+	if err := stopSlice(filepath.Base(dir)); err != nil {
 		return err
 	}
 	return poll(ctx, pollInterval, func() error { return removeCgroups(filepath.Base(dir)) })

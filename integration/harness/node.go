@@ -196,7 +196,7 @@ func (n *Node) Log() string {
 // Start starts the daemon and returns when CRI serves. The error shows the end
 // of the log.
 func (n *Node) Start(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("not ready within %v", startTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, Patience(startTimeout), fmt.Errorf("not ready within %v", Patience(startTimeout)))
 	defer cancel()
 	daemon, err := n.launch()
 	if err != nil {
@@ -301,7 +301,7 @@ func (n *Node) end(ctx context.Context, signal syscall.Signal) error {
 	if n.daemon == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	ctx, cancel := context.WithTimeout(ctx, Patience(stopTimeout))
 	defer cancel()
 	if err := n.daemon.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("failed to signal containerd of node %q: %w", n.name, err)

@@ -61,7 +61,7 @@ func (n *Node) PodConfig(name string, options ...PodOption) *runtime.PodSandboxC
 		},
 		Annotations: map[string]string{"kubernetes.io/config.source": "api"},
 		Linux: &runtime.LinuxPodSandboxConfig{
-			CgroupParent: filepath.Join("/", n.name, "pod"+uid),
+			CgroupParent: n.podCgroup(uid),
 			SecurityContext: &runtime.LinuxSandboxSecurityContext{
 				NamespaceOptions: &runtime.NamespaceOption{Network: runtime.NamespaceMode_POD, Pid: runtime.NamespaceMode_CONTAINER, Ipc: runtime.NamespaceMode_POD},
 				Seccomp:          &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_RuntimeDefault},

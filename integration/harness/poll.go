@@ -4,9 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"strconv"
 	"strings"
 	"time"
 )
+
+// patienceEnv is how many times slower than a usual machine this one is, such as
+// a virtual one without hardware virtualization.
+const patienceEnv = "PODFSM_PATIENCE"
+
+var patience, _ = strconv.Atoi(os.Getenv(patienceEnv))
+
+// Patience is how long to wait on this machine for what takes up to d on a usual
+// one.
+func Patience(d time.Duration) time.Duration { return d * time.Duration(max(1, patience)) }
 
 // final wraps an error that ends a poll at once.
 type final struct{ error }

@@ -60,7 +60,7 @@ func isOf(pid int, dir string, netns unix.Stat_t) (bool, error) {
 		}
 		name := dir + "/"
 		if file == "cgroup" {
-			name = "/" + filepath.Base(dir) + "/"
+			name = "/" + nodeCgroup(filepath.Base(dir)) + "/"
 		}
 		if bytes.Contains(content, []byte(name)) {
 			return true, nil

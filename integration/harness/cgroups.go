@@ -1,0 +1,41 @@
+package harness
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// cgroupsEnv is "systemd" where systemd makes the cgroups of pods, as for a
+// kubelet with that driver.
+const cgroupsEnv = "PODFSM_CGROUPS"
+
+var systemdCgroups = os.Getenv(cgroupsEnv) == "systemd"
+
+// nodeCgroup is the name of the cgroup that all pods of a node are below. A dash
+// in the name of a slice is a level of the hierarchy (systemd.slice(5)).
+func nodeCgroup(node string) string {
+	if systemdCgroups {
+		return strings.ReplaceAll(node, "-", "_") + ".slice"
+	}
+	return node
+}
+
+// podCgroup is a pod's cgroup, as the kubelet would send it.
+func (n *Node) podCgroup(uid string) string {
+	parent := nodeCgroup(n.name)
+	if systemdCgroups {
+		slice := strings.TrimSuffix(parent, ".slice") + "-pod" + strings.ReplaceAll(uid, "-", "_") + ".slice"
+		return filepath.Join("/", parent, slice)
+	}
+	return filepath.Join("/", parent, "pod"+uid)
+}
+
+// stopSlice has systemd forget the node's slices.
+func stopSlice(node string) error {
+	if !systemdCgroups {
+		return nil
+	}
+	return run(exec.Command("systemctl", "stop", nodeCgroup(node)))
+}

@@ -1,0 +1,167 @@
+// Command lab runs podfsm on real nodes: virtual machines with Debian, systemd, cgroup v2 and AppArmor. It shows its progress and
+// leaves nothing behind but its cache, and the logs of what has failed, in .build/nodes.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The machine is killed when the thread that has started it ends.
+func init() { runtime.LockOSThread() }
+
+func main() {
+	smoke := flag.Bool("smoke", false, "run the scenarios of the smoke alone, in a few minutes")
+	shell := flag.Bool("shell", false, "boot a machine and give a shell in it, instead of scenarios")
+	pattern := flag.String("run", ".", "run the scenarios whose `name` matches")
+	tests := flag.String("tests", "", "run the integration tests that match, instead of a scenario's own list")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := lab(ctx, options{*smoke, *shell, *pattern, *tests}); err != nil {
+		fmt.Fprintln(os.Stderr, "lab:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	smoke, shell   bool
+	pattern, tests string
+}
+
+// dir is where the lab has its files, below the repository.
+const dir = ".build/nodes"
+
+func lab(ctx context.Context, o options) error {
+	chosen, err := choose(o)
+	if err != nil {
+		return err
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	unlock, err := lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	base, err := makeBase(ctx, dir)
+	if err != nil {
+		return err
+	}
+	parts, err := makeParts(ctx, dir)
+	if err != nil {
+		return err
+	}
+	if o.shell {
+		return shell(ctx, dir, base, parts)
+	}
+	var failed []string
+	for _, s := range chosen {
+		if err := s.try(ctx, dir, base, parts); err != nil {
+			failed = append(failed, s.name)
+			progress("--- FAIL: %s: %v", s.name, err)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	if len(failed) > 0 {
+		return fmt.Errorf("failed: %s; logs are in %s", strings.Join(failed, ", "), dir)
+	}
+	return nil
+}
+
+func choose(o options) ([]scenario, error) {
+	pattern, err := regexp.Compile(o.pattern)
+	if err != nil {
+		return nil, err
+	}
+	var chosen []scenario
+	for _, s := range scenarios(o.tests) {
+		if s.smoke == o.smoke && pattern.MatchString(s.name) {
+			chosen = append(chosen, s)
+		}
+	}
+	if len(chosen) == 0 {
+		return nil, fmt.Errorf("no scenario matches %q", o.pattern)
+	}
+	return chosen, nil
+}
+
+// lock waits until no other lab runs on this machine: a virtual one takes two processors and 4 GiB.
+func lock() (unlock func(), err error) {
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), "podfsm-lab.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		progress("waiting for another lab")
+		for err = unix.EINTR; err == unix.EINTR; {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		}
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
+	return func() { f.Close() }, nil
+}
+
+// shell boots a machine on this terminal. Powering it off, or ctrl-a x, ends it.
+func shell(ctx context.Context, dir string, base base, parts string) error {
+	dir, err := os.MkdirTemp(dir, "shell-*")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	m, err := newMachine(ctx, dir, base, parts)
+	if err != nil {
+		return err
+	}
+	progress("the programs are in /lab; systemctl poweroff, or ctrl-a x, ends the machine")
+	qemu := m.qemu(ctx, "-serial", "mon:stdio", "-nic", "user,model=virtio-net-pci,restrict=on")
+	qemu.Stdin, qemu.Stdout, qemu.Stderr = os.Stdin, os.Stdout, os.Stderr
+	return qemu.Run()
+}
+
+// run runs a program. The error shows the end of what it has printed, and names the log that has all of it.
+func run(ctx context.Context, log, name string, args ...string) error {
+	f, err := os.Create(log)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Stdout, cmd.Stderr = f, f
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Run(); err != nil {
+		text, _ := os.ReadFile(log)
+		return fmt.Errorf("failed to run %q: %w, see %s:\n%s", name, err, log, text[max(0, len(text)-2000):])
+	}
+	return nil
+}
+
+var begun = time.Now()
+
+func progress(format string, args ...any) {
+	elapsed := time.Since(begun).Round(time.Second)
+	fmt.Printf("%3d:%02d  %s\n", int(elapsed.Minutes()), int(elapsed.Seconds())%60, fmt.Sprintf(format, args...))
+}

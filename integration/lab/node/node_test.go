@@ -1,0 +1,308 @@
+// Package node has what the lab does on its machines: it acts as a kubelet on the containerd that systemd runs there, and looks at what
+// is left. Each test is a part of a scenario, and runs in a process of its own; what the next one has to know is in a file.
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+const (
+	stateDir = "/run/containerd"       // of containerd, with its socket
+	podsFile = "/var/lib/lab/pods"     // the pods that should run
+	podSlice = "containerd.slice"      // of harness.Attach, with the systemd driver
+	ipamDir  = "/var/lib/cni/networks" // of host-local
+)
+
+// The tests run on the lab's machines alone.
+func TestMain(m *testing.M) {
+	if os.Getenv("PODFSM_PREBUILT") != "" {
+		os.Exit(m.Run())
+	}
+}
+
+// kinds are the pods of each user mode and network.
+var kinds = map[string]struct {
+	handler string
+	option  harness.PodOption
+}{
+	"kubelet":    {"podfsm", func(*runtime.PodSandboxConfig) {}},
+	"auto":       {"podfsm-auto", harness.HostUsers()},
+	"node":       {"podfsm-node", harness.HostUsers()},
+	"host-users": {"podfsm", harness.HostUsers()},
+	"host-net":   {"podfsm", harness.HostNetwork()},
+}
+
+// pod is what is known of a pod that runs.
+type pod struct {
+	ID, Container string
+	Pid           int // of pause
+	IP            string
+}
+
+func attach(t *testing.T) *harness.Node {
+	t.Helper()
+	n, err := harness.Attach(t.Context(), stateDir)
+	require.NoError(t, err)
+	return n
+}
+
+func readPods(t *testing.T) map[string]pod {
+	t.Helper()
+	text, err := os.ReadFile(podsFile)
+	require.NoError(t, err)
+	var pods map[string]pod
+	require.NoError(t, json.Unmarshal(text, &pods))
+	return pods
+}
+
+// cgroup is that of a process in systemd's hierarchy: the one of v2, or the named one of v1.
+func cgroup(t *testing.T, pid int) string {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	require.NoError(t, err)
+	for _, hierarchy := range []string{":name=systemd:", "0::"} {
+		if _, path, ok := strings.Cut(string(text), hierarchy); ok {
+			path, _, _ = strings.Cut(path, "\n")
+			return path
+		}
+	}
+	t.Fatalf("systemd has no hierarchy: %s", text)
+	return ""
+}
+
+// TestRun runs a pod of each kind, with a container.
+func TestRun(t *testing.T) {
+	n := attach(t)
+	pods := map[string]pod{}
+	for name, kind := range kinds {
+		t.Run(name, func(t *testing.T) {
+			config := n.PodConfig(name, kind.option)
+			p, err := n.RunPod(t.Context(), kind.handler, config)
+			require.NoError(t, err)
+			// A machine that shuts down has patience with what ignores SIGTERM.
+			c, err := p.StartContainer(t.Context(), "main", harness.Run("sh", "-c", "trap 'exit 0' TERM; sleep 1000000 & wait"))
+			require.NoError(t, err)
+			out, err := c.Exec(t.Context(), "cat", "/proc/self/uid_map")
+			require.NoError(t, err)
+			own := strings.Fields(out)[1] != "0"
+			require.Equal(t, !strings.HasPrefix(name, "host-"), own, "uid_map: %s", out)
+
+			pid, err := p.Pid(t.Context())
+			require.NoError(t, err)
+			// pause and container are where a runtime with the kubelet's driver has them.
+			inPod := cgroup(t, pid)
+			require.True(t, strings.HasPrefix(inPod, config.GetLinux().GetCgroupParent()+"/"), inPod)
+			main, err := c.Pid(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, filepath.Dir(inPod), filepath.Dir(cgroup(t, main)))
+			require.Equal(t, strings.HasSuffix(config.GetLinux().GetCgroupParent(), ".slice"), strings.HasSuffix(inPod, ".scope"), inPod)
+			ip, err := p.IP(t.Context())
+			require.NoError(t, err)
+			pods[name] = pod{ID: p.ID, Container: c.ID, Pid: pid, IP: ip}
+		})
+	}
+	text, err := json.Marshal(pods)
+	require.NoError(t, err)
+	require.NoError(t, os.MkdirAll(filepath.Dir(podsFile), 0o755))
+	require.NoError(t, os.WriteFile(podsFile, text, 0o644))
+}
+
+// TestStillRun finds the pods of TestRun as they were: adopted by a containerd that was started since.
+func TestStillRun(t *testing.T) {
+	n := attach(t)
+	for name, was := range readPods(t) {
+		t.Run(name, func(t *testing.T) {
+			p := n.FindPod(was.ID, nil)
+			status, err := p.Status(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, status.GetState())
+			require.Equal(t, was.IP, status.GetNetwork().GetIp())
+			pid, err := p.Pid(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, was.Pid, pid)
+			resp, err := n.Runtime.ExecSync(t.Context(), &runtime.ExecSyncRequest{ContainerId: was.Container, Cmd: []string{"true"}})
+			require.NoError(t, err)
+			require.Zero(t, resp.GetExitCode())
+		})
+	}
+}
+
+// TestExits ends pause of one pod and the container of another, both from before containerd was started, and finds both noticed. The
+// container's exit code is known. Pause's isn't: only its parent could know, and that has ended.
+func TestExits(t *testing.T) {
+	n := attach(t)
+	pods := readPods(t)
+	require.NoError(t, unix.Kill(pods["host-users"].Pid, unix.SIGKILL))
+	require.Eventually(t, func() bool {
+		status, err := n.FindPod(pods["host-users"].ID, nil).Status(t.Context())
+		return err == nil && status.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
+	}, harness.Patience(10*time.Second), 100*time.Millisecond)
+
+	_, err := n.Runtime.StopContainer(t.Context(), &runtime.StopContainerRequest{ContainerId: pods["kubelet"].Container})
+	require.NoError(t, err)
+	status, err := n.Runtime.ContainerStatus(t.Context(), &runtime.ContainerStatusRequest{ContainerId: pods["kubelet"].Container})
+	require.NoError(t, err)
+	require.Equal(t, runtime.ContainerState_CONTAINER_EXITED, status.GetStatus().GetState())
+	require.EqualValues(t, 137, status.GetStatus().GetExitCode())
+}
+
+// TestNoneReady finds no pod ready: the machine was started since. containerd was up at the first try, within systemd's time for it.
+func TestNoneReady(t *testing.T) {
+	list, err := attach(t).Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
+	require.NoError(t, err)
+	t.Logf("%d pods are listed", len(list.GetItems()))
+	restarts, err := exec.CommandContext(t.Context(), "systemctl", "show", "--property", "NRestarts", "--value", "containerd").Output()
+	require.NoError(t, err)
+	require.Equal(t, "0\n", string(restarts))
+	for _, p := range list.GetItems() {
+		require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, p.GetState(), "pod %s", p.GetMetadata().GetName())
+	}
+}
+
+// TestRemoveAll removes all pods as the kubelet does, and finds nothing left of them.
+func TestRemoveAll(t *testing.T) {
+	n := attach(t)
+	ctx, cancel := context.WithTimeout(t.Context(), harness.Patience(30*time.Second))
+	defer cancel()
+	for err := removeAll(ctx, n); err != nil; err = removeAll(ctx, n) {
+		t.Logf("trying again: %v", err)
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			require.NoError(t, err)
+		}
+	}
+	if os.Getenv("PODFSM_CGROUPS") == "systemd" { // the kubelet removes its slices
+		out, err := exec.CommandContext(t.Context(), "systemctl", "stop", podSlice).CombinedOutput()
+		require.NoError(t, err, "%s", out)
+	}
+	var left []string
+	require.Eventually(t, func() bool {
+		var err error
+		left, err = leftovers(ctx, n)
+		require.NoError(t, err)
+		return len(left) == 0
+	}, harness.Patience(10*time.Second), time.Second, "%s", left)
+}
+
+func removeAll(ctx context.Context, n *harness.Node) error {
+	list, err := n.Runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
+	if err != nil {
+		return err
+	}
+	for _, p := range list.GetItems() {
+		_, err := n.Runtime.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: p.GetId()})
+		if err != nil {
+			return fmt.Errorf("failed to stop pod %q: %w", p.GetMetadata().GetName(), err)
+		}
+		_, err = n.Runtime.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: p.GetId()})
+		if err != nil {
+			return fmt.Errorf("failed to remove pod %q: %w", p.GetMetadata().GetName(), err)
+		}
+	}
+	return nil
+}
+
+// leftovers is what is on the machine of any pod.
+func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) {
+	add := func(kind string, items []string, failed error) {
+		err = errors.Join(err, failed)
+		for _, item := range items {
+			if item != "" {
+				left = append(left, kind+" "+item)
+			}
+		}
+	}
+	k8s := namespaces.WithNamespace(ctx, "k8s.io")
+	containers, failed := n.Containerd.ContainerService().List(k8s)
+	add("container", names(containers, func(i int) string { return containers[i].ID }), failed)
+	sandboxes, failed := n.Containerd.SandboxStore().List(k8s)
+	add("sandbox", names(sandboxes, func(i int) string { return sandboxes[i].ID }), failed)
+	leases, failed := n.Containerd.LeasesService().List(k8s)
+	add("lease", names(leases, func(i int) string { return leases[i].ID }), failed)
+
+	ledger, failed := n.Sandboxes().List(ctx, &podfsmv1.ListRequest{})
+	add("ledger entry", names(ledger.GetSandboxes(), func(i int) string { return ledger.GetSandboxes()[i].String() }), failed)
+	addresses, failed := filepath.Glob(ipamDir + "/*/[0-9]*.*")
+	add("address", addresses, failed)
+	netns, failed := mountinfo.GetMounts(mountinfo.FSTypeFilter("nsfs"))
+	add("mount", names(netns, func(i int) string { return netns[i].Mountpoint }), failed)
+	below, failed := mountinfo.GetMounts(mountinfo.PrefixFilter(stateDir))
+	add("mount", names(below, func(i int) string { return below[i].Mountpoint }), failed)
+	shims, failed := filepath.Glob(stateDir + "/io.containerd.runtime.v2.task/*/*")
+	add("bundle", shims, failed)
+	sockets, failed := filepath.Glob(stateDir + "/s/*")
+	add("socket", sockets, failed)
+	veths, failed := filepath.Glob("/sys/class/net/veth*")
+	add("link", veths, failed)
+	for _, below := range []string{podSlice + "/*/*.scope", "containerd/*/*", "system.slice/cri-containerd-*", "k8s.io/*"} {
+		unified, _ := filepath.Glob("/sys/fs/cgroup/" + below)
+		groups, failed := filepath.Glob("/sys/fs/cgroup/*/" + below) // v1
+		groups = append(groups, unified...)
+		groups = slices.DeleteFunc(groups, func(path string) bool { info, err := os.Stat(path); return err != nil || !info.IsDir() })
+		add("cgroup", groups, failed)
+	}
+	units, failed := exec.CommandContext(ctx, "systemctl", "list-units", "--all", "--plain", "--no-legend", "cri-containerd-*").Output()
+	add("unit", strings.Split(strings.TrimSpace(string(units)), "\n"), failed)
+	leaks, failed := exec.CommandContext(ctx, "podfsm", "leaks").Output()
+	if text := strings.TrimSpace(string(leaks)); failed != nil || strings.Count(text, "\n") > 0 {
+		add("podfsm leaks", []string{fmt.Sprint(text, failed)}, nil)
+	}
+	return left, err
+}
+
+func names[T any](all []T, name func(i int) string) (of []string) {
+	for i := range all {
+		of = append(of, name(i))
+	}
+	return of
+}
+
+// TestChurn runs and removes pods of all kinds, with containers, until the machine is cut off. Each is a line.
+func TestChurn(t *testing.T) {
+	n := attach(t)
+	var workers sync.WaitGroup
+	for worker := range 3 {
+		workers.Go(func() {
+			for round := 0; t.Context().Err() == nil; round++ {
+				for name, kind := range kinds {
+					name := fmt.Sprintf("%s-%d-%d", name, worker, round)
+					p, err := n.RunPod(t.Context(), kind.handler, n.PodConfig(name, kind.option))
+					if err != nil {
+						t.Logf("failed to run pod %q: %v", name, err)
+						time.Sleep(time.Second)
+						continue
+					}
+					fmt.Println("churn: runs", name)
+					if _, err := p.StartContainer(t.Context(), "main"); err != nil {
+						t.Logf("failed to start a container in pod %q: %v", name, err)
+					}
+					if err := p.StopAndRemove(t.Context()); err != nil {
+						t.Log(err)
+					}
+				}
+			}
+		})
+	}
+	workers.Wait()
+}

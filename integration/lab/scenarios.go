@@ -1,0 +1,108 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// scenario is what a machine goes through.
+type scenario struct {
+	name    string
+	smoke   bool
+	options string // for the kernel
+	do      step
+}
+
+// scenarioTimeout ends a scenario that hangs.
+const scenarioTimeout = 2 * time.Hour
+
+// try runs the scenario on a new machine. The machine's logs and journal are kept if it fails.
+func (s scenario) try(ctx context.Context, dir string, base base, parts string) (err error) {
+	begun := time.Now()
+	dir = filepath.Join(dir, s.name)
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	progress("=== %s", s.name)
+	ctx, cancel := context.WithTimeoutCause(ctx, scenarioTimeout, fmt.Errorf("not done within %v", scenarioTimeout))
+	defer cancel()
+	m, err := newMachine(ctx, dir, base, parts)
+	if err != nil {
+		return err
+	}
+	m.options = s.options
+	defer func() {
+		m.cut()
+		for _, disk := range []string{"root.qcow2", "parts.qcow2"} {
+			err = errors.Join(err, os.Remove(m.path(disk)))
+		}
+	}()
+	log, err := os.Create(m.path("scenario.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	if err := m.boot(ctx); err != nil {
+		return err
+	}
+	if err := s.do(ctx, m, &results{log: log}); err != nil {
+		m.keep(ctx)
+		return err
+	}
+	if err := m.shutDown(ctx); err != nil {
+		m.keep(ctx)
+		return err
+	}
+	progress("--- PASS: %s (%.0f s)", s.name, time.Since(begun).Seconds())
+	return nil
+}
+
+// keep saves what tells why a scenario has failed.
+func (m *machine) keep(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
+	defer cancel()
+	for file, script := range map[string]string{
+		"journal.log": "journalctl --no-pager --output short-precise",
+		"state.tar":   "cd /; tar -cf - --ignore-failed-read --warning=none lab/.build/failed {var/lib,run}/containerd/io.containerd.podsandbox.controller.v1.podfsm 2>/dev/null || true",
+	} {
+		f, err := os.Create(m.path(file))
+		if err != nil {
+			progress("failed to keep %s: %v", file, err)
+			continue
+		}
+		if err := m.run(ctx, f, script); err != nil {
+			progress("failed to keep %s: %v", file, err)
+		}
+		f.Close()
+	}
+}
+
+// results shows the result of each test, and keeps all that a test has printed.
+type results struct {
+	log  io.Writer
+	rest []byte
+}
+
+func (r *results) Write(p []byte) (int, error) {
+	r.rest = append(r.rest, p...)
+	for {
+		line, rest, found := bytes.Cut(r.rest, []byte("\n"))
+		if !found {
+			break
+		}
+		if bytes.HasPrefix(line, []byte("--- ")) || bytes.HasPrefix(line, []byte("    --- FAIL")) {
+			progress("    %s", line)
+		}
+		r.rest = rest
+	}
+	return r.log.Write(p)
+}

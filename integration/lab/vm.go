@@ -1,0 +1,171 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	// bootTimeout is how long a machine may take from its start to a shell. It takes 20 s where nobody else works.
+	bootTimeout = 5 * time.Minute
+	// shutdownTimeout is systemd's own for a service that doesn't end, and some.
+	shutdownTimeout = 3 * time.Minute
+)
+
+// machine is a virtual machine. Its disks outlive a boot.
+type machine struct {
+	dir     string // of its disks and logs
+	base    base
+	options string // for the kernel
+
+	process *exec.Cmd // qemu, nil while the machine is off
+	exited  chan struct{}
+	address string // of its agent
+}
+
+// newMachine gives a machine disks of its own: changes to the root filesystem, and a copy of the parts.
+func newMachine(ctx context.Context, dir string, base base, parts string) (*machine, error) {
+	m := &machine{dir: dir, base: base}
+	for name, backing := range map[string]string{"root": base.image, "parts": parts} {
+		if err := run(ctx, m.path("qemu-img.log"), "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing, m.path(name+".qcow2")); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
+
+// qemu is the command that runs the machine. KVM isn't used: it isn't there in many build machines, which are virtual themselves.
+func (m *machine) qemu(ctx context.Context, more ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{
+		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096",
+		// Mitigations of the processor's flaws flush what emulation has translated, at every system call.
+		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=ttyS0 root=/dev/vda rw quiet mitigations=off " + m.options,
+		"-drive", "file=" + m.path("root.qcow2") + ",if=virtio", "-drive", "file=" + m.path("parts.qcow2") + ",if=virtio",
+		"-display", "none", "-no-reboot",
+	}, more...)...)
+	// A lab that is killed takes its machine with it. main holds the thread that this is about.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// boot starts the machine and returns when it runs commands.
+func (m *machine) boot(ctx context.Context) error {
+	begun := time.Now()
+	port, err := freePort()
+	if err != nil {
+		return err
+	}
+	m.address = fmt.Sprintf("127.0.0.1:%d", port)
+	console, err := os.OpenFile(m.path("console.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		return err
+	}
+	defer console.Close()
+	m.process = m.qemu(ctx, "-serial", "stdio", "-monitor", "none",
+		"-nic", "user,model=virtio-net-pci,restrict=on,hostfwd=tcp:"+m.address+"-10.0.2.15:1024")
+	m.process.Stdout, m.process.Stderr = console, console
+	if err := m.process.Start(); err != nil {
+		return err
+	}
+	m.exited = make(chan struct{})
+	go func() {
+		defer close(m.exited)
+		_ = m.process.Wait() // whatever it was, the machine is off
+	}()
+	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("the machine doesn't boot within %v, see %s", bootTimeout, m.path("console.log")))
+	defer cancel()
+	for {
+		try, cancel := context.WithTimeout(ctx, 20*time.Second)
+		_, err := m.output(try, "systemctl is-system-running --wait || true")
+		cancel()
+		if err == nil {
+			progress("booted in %.0f s", time.Since(begun).Seconds())
+			return nil
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-m.exited:
+			return fmt.Errorf("the machine has ended, see %s", m.path("console.log"))
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// run runs a script of bash on the machine and copies what it prints to out.
+func (m *machine) run(ctx context.Context, out io.Writer, script string) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+m.address+"/run", strings.NewReader(script))
+	if err != nil {
+		return err
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	response, err := client.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if _, err := io.Copy(out, response.Body); err != nil {
+		return fmt.Errorf("the machine has gone: %w", err)
+	}
+	if code := response.Trailer.Get("Exit-Code"); code != "0" {
+		return fmt.Errorf("exit code %q of %.200q", code, script)
+	}
+	return nil
+}
+
+// output is run, and returns what the script has printed; the error shows it, too.
+func (m *machine) output(ctx context.Context, script string) (string, error) {
+	var out bytes.Buffer
+	if err := m.run(ctx, &out, script); err != nil {
+		return out.String(), fmt.Errorf("%w\n%s", err, bytes.TrimSpace(out.Bytes()))
+	}
+	return out.String(), nil
+}
+
+// cut cuts the machine's power: what it had not synced is lost.
+func (m *machine) cut() {
+	if m.process == nil {
+		return
+	}
+	_ = m.process.Process.Kill()
+	<-m.exited
+	m.process = nil
+}
+
+// shutDown ends the machine in order.
+func (m *machine) shutDown(ctx context.Context) error {
+	if _, err := m.output(ctx, "systemctl poweroff --no-block"); err != nil {
+		return err
+	}
+	select {
+	case <-m.exited:
+		m.process = nil
+		return nil
+	case <-time.After(shutdownTimeout):
+		return errors.New("the machine doesn't shut down")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func freePort() (int, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port, nil
+}
