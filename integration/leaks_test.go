@@ -224,11 +224,12 @@ func TestLeaks(t *testing.T) {
 	require.NoError(t, err)
 	unrecorded, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("unrecorded", harness.HostNetwork()))
 	require.NoError(t, err)
+	container := startContainer(t, forgotten, "main") // so there is a shim; its bundle containerd removes when it starts
 	forget(t, n, forgotten, unrecorded)
 	require.NoError(t, n.Containerd.ContainerService().Delete(namespaces.WithNamespace(t.Context(), "k8s.io"), unrecorded.ID))
-	want := append(plant(t, n), planted{"pause container", forgotten.ID})
+	want := append(plant(t, n), planted{"pause container", forgotten.ID}, planted{"shim", forgotten.ID})
 	for _, pod := range []*harness.Pod{forgotten, unrecorded} {
-		for _, kind := range []string{"shim", "bundle", "cgroup", "snapshot", "files"} {
+		for _, kind := range []string{"cgroup", "snapshot", "files"} {
 			want = append(want, planted{kind, pod.ID})
 		}
 	}
@@ -284,6 +285,7 @@ func TestLeaks(t *testing.T) {
 	require.Empty(t, found)
 	require.Zero(t, code)
 
+	require.NoError(t, container.Remove(t.Context()))
 	require.NoError(t, unix.Unmount(foreign, unix.MNT_DETACH), "a name of somebody else's")
 	require.NoError(t, os.Remove(foreign))
 	require.Equal(t, "0\n", exec(t, server, "id", "-u"))
@@ -354,7 +356,7 @@ func TestDaemonDown(t *testing.T) {
 		out, _, code := cli(t, n, "ps")
 		require.Zero(t, code)
 		require.Regexp(t, `(?m)^\w{13} +default/ready +Ready +\S+ +- +10\.88\.`, out)
-		require.Regexp(t, `(?m)^\w{13} +default/half +SnapshotRemapped +\S+ +start_pause`, out)
+		require.Regexp(t, `(?m)^\w{13} +default/half +PauseStarted +\S+ +capture_netns`, out)
 		out, _, code = cli(t, n, "inspect", "ready")
 		require.Zero(t, code)
 		require.Contains(t, out, ready.ID)

@@ -93,7 +93,29 @@ func (n *Node) TidyCensus(ctx context.Context) (Census, error) {
 	if err := n.collectGarbage(ctx); err != nil {
 		return nil, err
 	}
+	if err := n.waitForChecks(ctx); err != nil {
+		return nil, err
+	}
 	return n.Census(ctx)
+}
+
+// waitForChecks returns when the daemon runs no CNI plugin on its own account, as
+// its doctor does when it starts.
+func (n *Node) waitForChecks(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, Patience(cleanTimeout))
+	defer cancel()
+	return poll(ctx, censusInterval, func() error {
+		cgroups, err := nodeCgroups(n.name)
+		if err != nil {
+			return err
+		}
+		for _, dir := range cgroups {
+			if strings.HasPrefix(filepath.Base(dir), "-.") {
+				return fmt.Errorf("the daemon still runs a plugin in %q: %w", dir, errdefs.ErrFailedPrecondition)
+			}
+		}
+		return nil
+	})
 }
 
 // idle are the categories that are empty on a node without pods.
