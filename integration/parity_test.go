@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -230,6 +231,11 @@ func (a *answers) addProcesses(n *harness.Node, pod *harness.Pod, main *harness.
 	require.NoError(a.t, err)
 	inMain, err := main.Pid(a.t.Context())
 	require.NoError(a.t, err)
+	require.EventuallyWithT(a.t, func(c *assert.CollectT) { // runc says that it runs a moment before
+		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", inMain))
+		require.NoError(c, err)
+		require.NotContains(c, string(comm), "runc")
+	}, harness.Patience(time.Minute), 10*time.Millisecond)
 	for name, pid := range map[string]int{"pause": pause, "main": inMain} {
 		proc := filepath.Join("/proc", strconv.Itoa(pid))
 		read := func(file string) string {

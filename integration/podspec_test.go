@@ -189,6 +189,13 @@ func pinsUserNS(c *runtime.PodSandboxConfig) bool {
 	return users != nil && users.GetMode() == runtime.NamespaceMode_POD && !onNodeNetwork(c)
 }
 
+// confinement are the fields of what pause may do and see, whatever its pod asks for. Ours has less than stock's, see
+// TestContainersLikeStock, and the same for each pod, but for the shm that a pod may share with the node.
+var (
+	confinement = regexp.MustCompile(`^spec\.(mounts|process\.capabilities|linux\.(maskedPaths|readonlyPaths|seccomp|resources\.devices))($|[.\[])`)
+	ofShm       = regexp.MustCompile(`^spec\.mounts\[/dev/shm\]`)
+)
+
 // facts are the fields of what a pod is made of, by path.
 type facts map[string]string
 
@@ -218,10 +225,16 @@ func comparePods(t *testing.T, n *harness.Node, shapes map[string]harness.PodOpt
 	require.NoError(t, n.SetChain(t.Context(), bridge(n, "cni0", harness.Subnet)))
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
+	confined := factsOf(t, n, harness.PodfsmHandler, n.PodConfig("pod")).take(confinement)
+	require.NotEmpty(t, confined)
 	for name, shape := range shapes {
 		t.Run(name, func(t *testing.T) {
 			config := n.PodConfig("pod", shape)
 			stock, ours := factsOf(t, n, harness.StockHandler, config), factsOf(t, n, harness.PodfsmHandler, config)
+			stock.take(confinement)
+			differs := confined.diff(ours.take(confinement))
+			maps.DeleteFunc(differs, func(field string, _ [2]string) bool { return ofShm.MatchString(field) })
+			require.Empty(t, differs, "pause is confined alike in every pod")
 			want := map[string][2]string{}
 			for _, d := range deliberate {
 				if d.when(config) {
@@ -245,6 +258,18 @@ func removeDefaultCgroups(t *testing.T) {
 			_ = os.Remove(dir) // fails for the one of a containerd that is in use
 		}
 	}
+}
+
+// take removes the facts whose paths match from f and returns them.
+func (f facts) take(paths *regexp.Regexp) facts {
+	taken := facts{}
+	maps.DeleteFunc(f, func(path, value string) bool {
+		if paths.MatchString(path) {
+			taken[path] = value
+		}
+		return paths.MatchString(path)
+	})
+	return taken
 }
 
 // diff are the fields that differ. One that isn't there is "".

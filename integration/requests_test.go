@@ -475,6 +475,16 @@ var betterRefusals = map[string]struct{ stock, ours, text string }{
 	"run: unknown handler":                          {"InvalidArgument", "InvalidArgument", "nobody"}, // whose handler it is, nobody knows
 	"run: a pod that is there already":              {"FailedPrecondition", "AlreadyExists", "a new sandbox needs a new attempt"},
 	"container: missing volume under the pod's ids": {"Unknown", "FailedPrecondition", "can't have its volume"},
+	"run: long hostname":                            {"Unknown", "InvalidArgument", "has more than 64 bytes"},
+	"run: user outside the mapping":                 {"Unknown", "InvalidArgument", "the user 70000 isn't in the pod's user namespace"},
+	"run: sysctl of the node":                       {"Unknown", "InvalidArgument", `sysctl "vm.swappiness" is not of a namespace`},
+	"run: sysctl on the node's network":             {"Unknown", "InvalidArgument", `sysctl "net.ipv4.ip_forward" would change the node's`},
+	"run: sysctl that is no value":                  {"Unknown", "InvalidArgument", `net.ipv4.ip_forward = "maybe"`},
+	"run: unknown sysctl":                           {"Unknown", "InvalidArgument", "net.ipv4.nonsense"},
+	// Stock gives the pod's profile to pause, too. Ours has its own filter, and the profile is for the pod's containers.
+	"run: seccomp that is no JSON": {"Unknown", "OK", ""},
+	"run: seccomp profile missing": {"Unknown", "OK", ""},
+	"run: seccomp without a path":  {"Unknown", "OK", ""},
 	// Stock runs these: a mode that it doesn't know counts as POD, and the name of a pod goes to plugins as it is.
 	"run: network CONTAINER":  {"OK", "InvalidArgument", "a sandbox has POD or NODE"},
 	"run: network TARGET":     {"OK", "InvalidArgument", "a sandbox has POD or NODE"},

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -351,11 +352,36 @@ func (r StartRequest) check() error {
 		return fmt.Errorf("pause has no mount namespace of its own: %w", errdefs.ErrInvalidArgument)
 	case r.Spec.Hostname != "" && !own[specs.UTSNamespace]:
 		return fmt.Errorf("the hostname %q would be the host's, pause has no UTS namespace of its own: %w", r.Spec.Hostname, errdefs.ErrInvalidArgument)
+	case len(r.Spec.Hostname) > maxHostname:
+		return fmt.Errorf("the hostname %q has more than %d bytes: %w", r.Spec.Hostname, maxHostname, errdefs.ErrInvalidArgument)
 	case r.NetNS != nil && !own[specs.NetworkNamespace]:
 		return fmt.Errorf("the specification names no network namespace to join: %w", errdefs.ErrInvalidArgument)
 	default:
-		return nil
+		return r.checkUser()
 	}
+}
+
+// maxHostname is the kernel's limit (sethostname(2), __NEW_UTS_LEN).
+const maxHostname = 64
+
+// checkUser refuses ids that pause's user namespace doesn't map.
+func (r StartRequest) checkUser() error {
+	user := r.Spec.Process.User
+	if !mapped(r.Spec.Linux.UIDMappings, user.UID) {
+		return fmt.Errorf("the user %d isn't in the pod's user namespace: %w", user.UID, errdefs.ErrInvalidArgument)
+	}
+	for _, gid := range append([]uint32{user.GID}, user.AdditionalGids...) {
+		if !mapped(r.Spec.Linux.GIDMappings, gid) {
+			return fmt.Errorf("the group %d isn't in the pod's user namespace: %w", gid, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+func mapped(mappings []specs.LinuxIDMapping, id uint32) bool {
+	return len(mappings) == 0 || slices.ContainsFunc(mappings, func(m specs.LinuxIDMapping) bool {
+		return id >= m.ContainerID && id-m.ContainerID < m.Size
+	})
 }
 
 // instructions are the specification for podfsm-init, of whose sysctls it sets those of the IPC namespace.

@@ -464,8 +464,8 @@ func TestStartFails(t *testing.T) {
 		{name: "no program in PATH", change: func(p *Pod) { p.ImageConfig.Entrypoint = []string{"absent"} }, text: `the pause image has no program "absent" in "/bin"`},
 		{name: "not executable", change: func(p *Pod) { p.ImageConfig.Entrypoint = []string{"/text"} }, text: `failed to execute "/text" of the pause image: permission denied`},
 		{name: "no working directory", change: func(p *Pod) { p.ImageConfig.WorkingDir = "/absent" }, text: `failed to change to the working directory "/absent": no such file`},
-		{name: "user that isn't mapped", change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "70000:1" }, text: "failed to set the user 70000: invalid argument"},
-		{name: "group that isn't mapped", change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "1:70000" }, text: "failed to set the groups [70000]: invalid argument"},
+		{name: "user that isn't mapped", is: errdefs.IsInvalidArgument, change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "70000:1" }, text: "the user 70000 isn't in the pod's user namespace"},
+		{name: "group that isn't mapped", is: errdefs.IsInvalidArgument, change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "1:70000" }, text: "the group 70000 isn't in the pod's user namespace"},
 		{
 			name: "sysctl of the node", is: errdefs.IsInvalidArgument, text: `sysctl "kernel.core_pattern" is not of a namespace`,
 			change: func(p *Pod) { p.Config.Linux.Sysctls = map[string]string{"kernel.core_pattern": "|/x"} },
@@ -476,7 +476,8 @@ func TestStartFails(t *testing.T) {
 		},
 		{
 			name: "id map of nobody", change: func(p *Pod) { p.UIDs, p.GIDs = []specs.LinuxIDMapping{{ContainerID: 5, HostID: 5, Size: 1}}, podGIDs },
-			text: "failed to clone: fork/exec /proc/self/fd/5: invalid argument",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) { r.Spec.Process.User.UID = 5 },
+			text:   "failed to clone: fork/exec /proc/self/fd/5: invalid argument",
 		},
 		{
 			name: "namespace that can't be joined", is: errdefs.IsInvalidArgument, text: `the ipc namespace with the path "/proc/1/ns/ipc" can't be given to pause`,
@@ -506,6 +507,10 @@ func TestStartFails(t *testing.T) {
 			before: func(_ *testing.T, _ *testbed, r *StartRequest) {
 				r.Spec.Linux.Namespaces = slices.DeleteFunc(r.Spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UTSNamespace })
 			},
+		},
+		{
+			name: "long name", is: errdefs.IsInvalidArgument, text: "has more than 64 bytes",
+			before: func(_ *testing.T, _ *testbed, r *StartRequest) { r.Spec.Hostname = strings.Repeat("w", 65) },
 		},
 		{
 			name: "source of a mount is gone", text: "failed to copy the mount of",
