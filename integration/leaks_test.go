@@ -158,16 +158,36 @@ func plant(t *testing.T, n *harness.Node) []planted {
 		}
 		return survivor.Start()
 	}))
+	untilEnd(t, survivor)
+
+	shim := osexec.Command("sh", "-c", inCgroupsOf, "sh", fmt.Sprint(n.Pid()))
+	shim.Dir = filepath.Join(bundles, all[slices.IndexFunc(all, func(p planted) bool { return p.kind == "bundle" })].id)
+	all = append(all, planted{"shim", filepath.Base(shim.Dir)})
+	require.NoError(t, shim.Start())
+	untilEnd(t, shim)
+	return all
+}
+
+// inCgroupsOf is a shell script that goes on for long in the cgroups of a process, as a shim does in its daemon's.
+const inCgroupsOf = `
+	while IFS=: read -r _ controllers path; do
+		: "${controllers:=unified}"
+		echo $$ >"/sys/fs/cgroup/${controllers#name=}$path/cgroup.procs"
+	done <"/proc/$1/cgroup"
+	exec sleep 600`
+
+// untilEnd reaps a process, which ends with the test at the latest.
+func untilEnd(t *testing.T, cmd *osexec.Cmd) {
+	t.Helper()
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_ = survivor.Wait()
+		_ = cmd.Wait()
 	}()
 	t.Cleanup(func() {
-		_ = survivor.Process.Kill()
+		_ = cmd.Process.Kill()
 		<-ended
 	})
-	return all
 }
 
 // blocked runs a pod that waits at a point; finish lets it go on and returns it.
@@ -224,13 +244,9 @@ func TestLeaks(t *testing.T) {
 	require.NoError(t, err)
 	unrecorded, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("unrecorded", harness.HostNetwork()))
 	require.NoError(t, err)
-	// So there is a shim. Its bundle containerd removes when it starts, and it too, but for the container.
-	main := startContainer(t, forgotten, "main")
-	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
-	require.NoError(t, n.Containerd.ContainerService().Delete(ctx, main.ID))
 	forget(t, n, forgotten, unrecorded)
 	require.NoError(t, n.Containerd.ContainerService().Delete(namespaces.WithNamespace(t.Context(), "k8s.io"), unrecorded.ID))
-	want := append(plant(t, n), planted{"pause container", forgotten.ID}, planted{"shim", forgotten.ID})
+	want := append(plant(t, n), planted{"pause container", forgotten.ID})
 	for _, pod := range []*harness.Pod{forgotten, unrecorded} {
 		for _, kind := range []string{"cgroup", "snapshot", "files"} {
 			want = append(want, planted{kind, pod.ID})
