@@ -214,3 +214,20 @@ func TestSysctls(t *testing.T) {
 	require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	n.RequireClean(t, before)
 }
+
+// A container that is still there when its pod goes keeps the pod's shim from shutting down. Neither outlives the pod.
+func TestShimWithContainerEnds(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	pod := runPod(t, n, n.PodConfig("pod"))
+	container := startContainer(t, pod, "stays", harness.Run("sleep", "600"))
+	pid, err := container.Pid(t.Context())
+	require.NoError(t, err)
+	within(t, "the end of a pod", func(ctx context.Context) {
+		require.NoError(t, n.Containerd.SandboxController("podfsm").Shutdown(namespaces.WithNamespace(ctx, "k8s.io"), pod.ID))
+	})
+	require.Eventually(t, func() bool { return ended(pid) }, waitFor, tick)
+	require.Eventually(t, func() bool {
+		census, err := n.Census(t.Context())
+		return err == nil && len(census[harness.Shims]) == 0
+	}, waitFor, tick)
+}
