@@ -335,7 +335,7 @@ func ended(pid int) bool {
 }
 
 // TestStopLooksAtNoStranger traces the files that a daemon opens while it stops two adopted pods, one with a container that runs, one
-// with a container that has ended, on a node with many other processes.
+// with a container that has ended, and rolls a third one back, on a node with many other processes.
 func TestStopLooksAtNoStranger(t *testing.T) {
 	strangers := 300
 	if full() {
@@ -367,6 +367,8 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 	require.NoError(t, n.Start(t.Context()))
 	require.Eventually(t, func() bool { return inspect(t, n, pod.ID).GetSandbox().GetState() == "Ready" }, waitFor, tick)
 
+	installPlugin(t, n, "failing", "#!/bin/sh\n[ $CNI_COMMAND != ADD ]\n")
+	require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "failing"})...))
 	trace := filepath.Join(t.TempDir(), "trace")
 	tracer := osexec.Command("strace", "-f", "-qq", "-o", trace, "-e", "trace=%file", "-p", strconv.Itoa(n.Pid()))
 	require.NoError(t, tracer.Start())
@@ -375,9 +377,13 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 		return err == nil && !strings.Contains(string(status), "TracerPid:\t0\n")
 	}, waitFor, tick)
 	stopped := errors.Join(pod.StopAndRemove(t.Context()), past.StopAndRemove(t.Context()))
+	_, rolledBack := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("failed"))
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", n.Pid()))
+	require.NoError(t, err)
 	require.NoError(t, tracer.Process.Signal(unix.SIGINT))
 	_ = tracer.Wait() // by the signal
 	require.NoError(t, stopped)
+	require.ErrorContains(t, rolledBack, `plugin type="failing"`)
 
 	lines, err := os.ReadFile(trace)
 	require.NoError(t, err)
@@ -387,6 +393,9 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 		if strange[match[1]] {
 			looked = append(looked, match[0])
 		}
+	}
+	for _, task := range tasks {
+		require.NotRegexp(t, `(?m)^`+task.Name()+` .*"/proc/?"`, string(lines), "nothing depends on how many processes there are")
 	}
 	require.Zero(t, len(looked), "files of processes that aren't podfsm's: %q …", looked[:min(len(looked), 8)])
 }
