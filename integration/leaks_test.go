@@ -228,7 +228,7 @@ func TestLeaks(t *testing.T) {
 	require.NoError(t, n.Containerd.ContainerService().Delete(namespaces.WithNamespace(t.Context(), "k8s.io"), unrecorded.ID))
 	want := append(plant(t, n), planted{"pause container", forgotten.ID})
 	for _, pod := range []*harness.Pod{forgotten, unrecorded} {
-		for _, kind := range []string{"shim", "bundle", "cgroup", "snapshot", "files"} {
+		for _, kind := range []string{"cgroup", "snapshot", "files"} {
 			want = append(want, planted{kind, pod.ID})
 		}
 	}
