@@ -1,12 +1,14 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -26,6 +28,7 @@ type PodCgroup struct {
 	systemd bool
 	manager cgroups.Manager
 	dirs    []string // one for each hierarchy; the manager forgets those that it has removed
+	cpu     string   // that one of dirs which limits the time of its processes on CPUs
 }
 
 // PodCgroupOf returns the cgroup by the OCI specification's linux.cgroupsPath. With systemd that is "slice:prefix:name", else it is
@@ -59,9 +62,11 @@ func PodCgroupOf(cgroupsPath string, systemd bool) (*PodCgroup, error) {
 		return nil, fmt.Errorf("failed to find cgroup %q: %w; %s: %w", cgroupsPath, err, remedy, errdefs.ErrFailedPrecondition)
 	}
 	c := &PodCgroup{path: cgroupsPath, systemd: systemd, manager: made}
-	for _, dir := range made.GetPaths() {
+	paths := made.GetPaths()
+	for _, dir := range paths {
 		c.dirs = append(c.dirs, dir)
 	}
+	c.cpu = cmp.Or(paths["cpu"], paths[""]) // v2 has one directory for all
 	slices.Sort(c.dirs)
 	c.dirs = slices.Compact(c.dirs)
 	return c, nil
@@ -74,6 +79,23 @@ func PodCgroupOf(cgroupsPath string, systemd bool) (*PodCgroup, error) {
 //
 // Errors: those of start, FailedPrecondition for a cgroup that is frozen, others when the cgroup can't be made.
 func (c *PodCgroup) Start(start func(cgroupFD int) (pid int, err error)) error {
+	return c.start(c.dirs, nil, start)
+}
+
+// StartThenMove is Start for a start that waits, as vfork(2) does, until the process executes its program: the process is moved into what
+// limits its time on CPUs only then, so it has to wait until StartThenMove has returned. Else whoever starts it waits for as long as other
+// processes of the pod, or of more important ones, leave no time to it; and all other starts of a Go program wait with that one
+// ([syscall.ForkLock]).
+func (c *PodCgroup) StartThenMove(start func(cgroupFD int) (pid int, err error)) error {
+	if c.cpu == "" {
+		return c.Start(start)
+	}
+	born := slices.DeleteFunc(slices.Clone(c.dirs), func(dir string) bool { return dir == c.cpu })
+	return c.start(born, []string{c.cpu}, start)
+}
+
+// start has a process born in some of the cgroup's directories, and moves it to others.
+func (c *PodCgroup) start(born, later []string, start func(cgroupFD int) (pid int, err error)) error {
 	if c.systemd {
 		pid, err := start(-1)
 		if err != nil {
@@ -93,10 +115,20 @@ func (c *PodCgroup) Start(start func(cgroupFD int) (pid int, err error)) error {
 	if c.frozen() {
 		return fmt.Errorf("cgroup %q, or one above it, is frozen: thaw it: %w", c.path, errdefs.ErrFailedPrecondition)
 	}
-	return Cgroups(c.dirs).Start(func(cgroupFD int) error {
-		_, err := start(cgroupFD)
+	var pid int
+	err := Cgroups(born).Start(func(cgroupFD int) (err error) {
+		pid, err = start(cgroupFD)
 		return err
 	})
+	if err != nil {
+		return err
+	}
+	for _, dir := range later {
+		if err := writeFile(filepath.Join(dir, "cgroup.procs"), strconv.Itoa(pid)); err != nil {
+			return fmt.Errorf("failed to move process %d to cgroup %q: %w", pid, dir, err)
+		}
+	}
+	return nil
 }
 
 // frozen says whether a process that is born in the cgroup would be frozen. Then whoever starts it waits until it executes its program,

@@ -92,12 +92,17 @@ func newPodCgroup(t *testing.T) *PodCgroup {
 // startScript starts a shell script in the cgroup, and reaps it at the end of the test.
 func (c *PodCgroup) startScript(t *testing.T, script string) *exec.Cmd {
 	t.Helper()
+	return startScript(t, c.Start, script)
+}
+
+func startScript(t *testing.T, startIn func(func(cgroupFD int) (int, error)) error, script string) *exec.Cmd {
+	t.Helper()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0) // it can't be opened in the cgroup
 	require.NoError(t, err)
 	defer null.Close()
 	cmd := exec.Command("sh", "-c", script)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = null, null, null
-	require.NoError(t, c.Start(func(cgroupFD int) (int, error) {
+	require.NoError(t, startIn(func(cgroupFD int) (int, error) {
 		if cgroupFD >= 0 {
 			cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroupFD}
 		}
@@ -112,6 +117,29 @@ func (c *PodCgroup) startScript(t *testing.T, script string) *exec.Cmd {
 		_ = cmd.Wait()
 	})
 	return cmd
+}
+
+// A pod may leave no time on CPUs to a process that is about to become its pause. Whoever waits for that process to execute its program
+// waits for it outside of the pod's share of them.
+func TestStartThenMove(t *testing.T) {
+	c := newPodCgroup(t)
+	require.Contains(t, c.Dirs(), c.cpu)
+	var meanwhile []byte
+	var readErr error
+	cmd := startScript(t, func(start func(int) (int, error)) error {
+		return c.StartThenMove(func(cgroupFD int) (int, error) {
+			pid, err := start(cgroupFD)
+			meanwhile, readErr = os.ReadFile(filepath.Join(c.cpu, "cgroup.procs"))
+			return pid, err
+		})
+	}, "sleep 600")
+	require.NoError(t, readErr)
+	require.Empty(t, meanwhile)
+	for _, dir := range c.Dirs() {
+		pids, err := Group{dir: dir}.Procs()
+		require.NoError(t, err)
+		require.Contains(t, pids, cmd.Process.Pid, dir)
+	}
 }
 
 func TestPodCgroup(t *testing.T) {

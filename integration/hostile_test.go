@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	osexec "os/exec"
@@ -82,6 +83,81 @@ func TestPodPosesAsPlugin(t *testing.T) {
 			within(t, "the stop of a pod", func(ctx context.Context) { require.NoError(t, victim.StopAndRemove(ctx)) })
 			require.Equal(t, started, startTime(t, pid), "the other pod is left alone")
 			require.Contains(t, exec(t, container, "ps"), "sleep 600")
+		})
+	}
+	n.RequireClean(t, before)
+}
+
+// shimPoses are the arguments of processes that look like a shim of a sandbox, or like what becomes its pause. The first is the name of
+// the program.
+func shimPoses(id string) map[string][]string {
+	return map[string][]string{
+		"shim":       {"x", "-namespace", "k8s.io", "-id", id},
+		"whole-shim": {"/usr/bin/containerd-shim-runc-v2", "-namespace", "k8s.io", "-id", id, "-address", "/run/containerd/containerd.sock"},
+		"init":       {"podfsm-init", "1"},
+		"starter":    {"containerd-shim-runc-v2", "-namespace", "k8s.io", "-id", id, "start"},
+	}
+}
+
+// TestPodPosesAsShim has pods whose processes bear all the marks of another pod's shim or init program: arguments, names, and a socket
+// and a working directory with the paths that these have on the host. One pod has a user namespace of its own, another one the node's pids.
+func TestPodPosesAsShim(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for name, end := range ends(n) {
+		t.Run(name, func(t *testing.T) {
+			victim := runPod(t, n, n.PodConfig("victim"))
+			served := startContainer(t, victim, "served")
+			require.NoError(t, served.Remove(t.Context())) // so the pod has no shim when it is stopped
+			dir, err := os.MkdirTemp("", "victim")
+			require.NoError(t, err)
+			t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+			bundle := filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io", victim.ID)
+			nodesPids := func(c *runtime.PodSandboxConfig) { nsOptions(c).Pid = runtime.NamespaceMode_NODE }
+			own := startPod(t, n, harness.PodfsmHandler, n.PodConfig("own-users"))
+			shared := startPod(t, n, harness.PodfsmHandler, n.PodConfig("nodes-pids", harness.HostUsers(), nodesPids))
+			started := map[int]string{}
+			files := map[string]string{} // on the host, of root's
+			var containers []*harness.Container
+			for _, pod := range []*harness.Pod{own, shared} {
+				for pose, argv := range shimPoses(victim.ID) {
+					socket := filepath.Join(dir, pose+".yaml")
+					files[socket] = pose
+					command := append([]string{"/attack", "pose-as", socket, bundle}, argv...)
+					c := startContainer(t, pod, pose, harness.Volume(n.Attack(), "/attack"), harness.Run(command...))
+					require.Eventually(t, func() bool {
+						log, err := c.Log()
+						return err == nil && strings.Contains(log, "poses")
+					}, waitFor, tick)
+					pid, err := c.Pid(t.Context())
+					require.NoError(t, err)
+					started[pid] = startTime(t, pid)
+					containers = append(containers, c)
+				}
+			}
+			for file, text := range files {
+				require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+			}
+			require.NoError(t, end(t.Context()))
+			require.NoError(t, n.Start(t.Context()))
+			within(t, "the stop of a pod", func(ctx context.Context) { require.NoError(t, victim.StopAndRemove(ctx)) })
+			found, code := leaks(t, n, "--fix")
+			require.Empty(t, found)
+			require.Zero(t, code)
+			for file, text := range files {
+				got, err := os.ReadFile(file)
+				require.NoError(t, err)
+				require.Equal(t, text, string(got), "a file of the host's")
+			}
+			for pid, since := range started {
+				require.Equal(t, since, startTime(t, pid), "the other pod is left alone")
+			}
+			for _, c := range containers {
+				status, err := c.Status(t.Context())
+				require.NoError(t, err)
+				require.Equal(t, runtime.ContainerState_CONTAINER_RUNNING, status.GetState())
+			}
 		})
 	}
 	n.RequireClean(t, before)
@@ -258,7 +334,8 @@ func ended(pid int) bool {
 	return err != nil || strings.Contains(string(stat), ") Z ")
 }
 
-// TestStopLooksAtNoStranger traces the files that a daemon opens while it stops an adopted pod, on a node with many other processes.
+// TestStopLooksAtNoStranger traces the files that a daemon opens while it stops two adopted pods, one with a container that runs, one
+// with a container that has ended, and rolls a third one back, on a node with many other processes.
 func TestStopLooksAtNoStranger(t *testing.T) {
 	strangers := 300
 	if full() {
@@ -266,6 +343,9 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 	}
 	n := harness.StartNode(t, harness.Config{})
 	pod := runPod(t, n, n.PodConfig("pod"))
+	startContainer(t, pod, "runs")
+	past := runPod(t, n, n.PodConfig("past"))
+	waitExit(t, startContainer(t, past, "ended", harness.Run("true")))
 	crowd := osexec.Command("sh", "-c", fmt.Sprintf("for i in $(seq %d); do sleep 600 > /dev/null & echo $!; done; exec >&-; wait", strangers))
 	crowd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdout, err := crowd.StdoutPipe()
@@ -287,6 +367,8 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 	require.NoError(t, n.Start(t.Context()))
 	require.Eventually(t, func() bool { return inspect(t, n, pod.ID).GetSandbox().GetState() == "Ready" }, waitFor, tick)
 
+	installPlugin(t, n, "failing", "#!/bin/sh\n[ $CNI_COMMAND != ADD ]\n")
+	require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "failing"})...))
 	trace := filepath.Join(t.TempDir(), "trace")
 	tracer := osexec.Command("strace", "-f", "-qq", "-o", trace, "-e", "trace=%file", "-p", strconv.Itoa(n.Pid()))
 	require.NoError(t, tracer.Start())
@@ -294,10 +376,14 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.Pid()))
 		return err == nil && !strings.Contains(string(status), "TracerPid:\t0\n")
 	}, waitFor, tick)
-	stopped := pod.StopAndRemove(t.Context())
+	stopped := errors.Join(pod.StopAndRemove(t.Context()), past.StopAndRemove(t.Context()))
+	_, rolledBack := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("failed"))
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", n.Pid()))
+	require.NoError(t, err)
 	require.NoError(t, tracer.Process.Signal(unix.SIGINT))
 	_ = tracer.Wait() // by the signal
 	require.NoError(t, stopped)
+	require.ErrorContains(t, rolledBack, `plugin type="failing"`)
 
 	lines, err := os.ReadFile(trace)
 	require.NoError(t, err)
@@ -308,5 +394,8 @@ func TestStopLooksAtNoStranger(t *testing.T) {
 			looked = append(looked, match[0])
 		}
 	}
-	require.Empty(t, looked, "%d files of processes that aren't podfsm's", len(looked))
+	for _, task := range tasks {
+		require.NotRegexp(t, `(?m)^`+task.Name()+` .*"/proc/?"`, string(lines), "nothing depends on how many processes there are")
+	}
+	require.Zero(t, len(looked), "files of processes that aren't podfsm's: %q …", looked[:min(len(looked), 8)])
 }

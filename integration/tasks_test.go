@@ -217,3 +217,52 @@ func TestSysctls(t *testing.T) {
 	require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	n.RequireClean(t, before)
 }
+
+// A container that is still there when its pod goes keeps the pod's shim from shutting down. Neither outlives the pod.
+func TestShimWithContainerEnds(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	pod := runPod(t, n, n.PodConfig("pod"))
+	container := startContainer(t, pod, "stays", harness.Run("sleep", "600"))
+	pid, err := container.Pid(t.Context())
+	require.NoError(t, err)
+	within(t, "the end of a pod", func(ctx context.Context) {
+		require.NoError(t, n.Containerd.SandboxController("podfsm").Shutdown(namespaces.WithNamespace(ctx, "k8s.io"), pod.ID))
+	})
+	require.Eventually(t, func() bool { return ended(pid) }, waitFor, tick)
+	require.Eventually(t, func() bool {
+		census, err := n.Census(t.Context())
+		return err == nil && len(census[harness.Shims]) == 0
+	}, waitFor, tick)
+}
+
+// A daemon that is killed between the start of a shim and containerd's note of it leaves a shim that never ends by itself. The pod gets
+// another one for its next container, and neither is left when the pod goes.
+func TestKilledWhileShimStarts(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	for name, used := range map[string]bool{"stopped at once": false, "used again": true} {
+		t.Run(name, func(t *testing.T) {
+			pod := runPod(t, n, n.PodConfig("pod"))
+			bundle := filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io", pod.ID)
+			require.NoError(t, n.StallBefore(t.Context(), "openat", filepath.Join(bundle, "shim-binary-path")))
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				_, _ = pod.StartContainer(context.Background(), "interrupted")
+			}()
+			require.Eventually(t, func() bool {
+				census, err := n.Census(t.Context())
+				return err == nil && len(census[harness.Shims]) == 1 && !strings.Contains(census[harness.Shims][0], " start")
+			}, waitFor, tick)
+			require.NoError(t, n.Kill(t.Context()))
+			<-done
+			require.NoError(t, n.Start(t.Context()))
+			if used {
+				require.Equal(t, "0\n", exec(t, startContainer(t, pod, "next"), "id", "-u"))
+			}
+			require.NoError(t, pod.StopAndRemove(t.Context()))
+		})
+	}
+	n.RequireClean(t, before)
+}

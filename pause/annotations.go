@@ -21,12 +21,16 @@ const (
 	annotationSandboxMemory    = "io.kubernetes.cri.sandbox-memory"
 
 	containerTypeSandbox = "sandbox"
+
+	// annotationShimGroup makes the shim of runc join another one, whoever's that is.
+	annotationShimGroup = "io.containerd.runc.v2.group"
 )
 
 // annotations are those of the pod that its runtime handler passes on, and our
 // own, which the pod's never replace.
 func annotations(pod Pod) map[string]string {
 	all := passedOn(pod.Config.GetAnnotations(), pod.PodAnnotations)
+	delete(all, annotationShimGroup)
 	if res := pod.Config.GetLinux().GetResources(); res != nil {
 		all[annotationSandboxCPUPeriod] = strconv.FormatInt(res.GetCpuPeriod(), 10)
 		all[annotationSandboxCPUQuota] = strconv.FormatInt(res.GetCpuQuota(), 10)

@@ -47,7 +47,47 @@ type CreateRequest struct {
 // Create makes the record of a pause container and returns it as stored. It
 // starts no process. A record with that id is an AlreadyExists error.
 func (c Containers) Create(ctx context.Context, r CreateRequest) (containers.Container, error) {
-	record := containers.Container{ID: r.ID}
+	record, err := c.build(ctx, r)
+	if err != nil {
+		return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
+	}
+	// The client's NewContainer would take a lease and give it back, two transactions of the metadata store, to keep the garbage
+	// collector from what it makes: nothing is made here.
+	stored, err := c.client.ContainerService().Create(ctx, record)
+	if err != nil {
+		return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
+	}
+	return stored, nil
+}
+
+// build completes a record. The specification's options read the image's /etc/passwd and /etc/group, and an image may have pipes in their
+// place, of which the opening never ends: what waits there is left behind when ctx ends.
+func (c Containers) build(ctx context.Context, r CreateRequest) (containers.Container, error) {
+	type built struct {
+		record containers.Container
+		err    error
+	}
+	done := make(chan built, 1)
+	go func() {
+		record := containers.Container{ID: r.ID}
+		var err error
+		defer func() {
+			if p := recover(); p != nil {
+				err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+			}
+			done <- built{record, err}
+		}()
+		err = c.apply(ctx, r, &record)
+	}()
+	select {
+	case b := <-done:
+		return b.record, b.err
+	case <-ctx.Done():
+		return containers.Container{}, context.Cause(ctx)
+	}
+}
+
+func (c Containers) apply(ctx context.Context, r CreateRequest, record *containers.Container) error {
 	for _, apply := range []containerd.NewContainerOpts{
 		containerd.WithSnapshotter(r.Snapshotter),
 		containerd.WithSnapshot(r.SnapshotKey),
@@ -57,17 +97,11 @@ func (c Containers) Create(ctx context.Context, r CreateRequest) (containers.Con
 		// After the snapshot, where the spec's options look up the user.
 		containerd.WithSpec(r.Spec.OCI, r.Spec.Opts...),
 	} {
-		if err := apply(ctx, c.client, &record); err != nil {
-			return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
+		if err := apply(ctx, c.client, record); err != nil {
+			return err
 		}
 	}
-	// The client's NewContainer would take a lease and give it back, two transactions of the metadata store, to keep the garbage
-	// collector from what it makes: nothing is made here.
-	stored, err := c.client.ContainerService().Create(ctx, record)
-	if err != nil {
-		return containers.Container{}, fmt.Errorf("failed to create the pause container of sandbox %q: %w", r.ID, err)
-	}
-	return stored, nil
+	return nil
 }
 
 // Get returns the record of a pause container, or a NotFound error.

@@ -3,8 +3,11 @@ package pause
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/api/types/runc/options"
 	containerd "github.com/containerd/containerd/v2/client"
@@ -18,6 +21,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // newTestClient is a containerd client on real stores.
@@ -101,6 +105,36 @@ func TestCreate(t *testing.T) {
 
 	_, err = containers.Create(ctx, request)
 	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+}
+
+// An image has a pipe in the place of a file that is read.
+func TestCreateIsBounded(t *testing.T) {
+	ctx, client := newTestClient(t)
+	mounts, err := client.SnapshotService("native").Prepare(ctx, "sandbox", "")
+	require.NoError(t, err)
+	pipe := filepath.Join(mounts[0].Source, "etc/passwd")
+	require.NoError(t, os.MkdirAll(filepath.Dir(pipe), 0o755))
+	require.NoError(t, unix.Mkfifo(pipe, 0o644))
+	request := testCreateRequest(t, ctx)
+	request.Spec.Opts, err = userOpts(nil, "somebody")
+	require.NoError(t, err)
+
+	cause := errors.New("took too long")
+	ctx, cancel := context.WithTimeoutCause(ctx, 300*time.Millisecond, cause)
+	defer cancel()
+	created := make(chan error, 1)
+	go func() {
+		_, err := NewContainers(client).Create(ctx, request)
+		created <- err
+	}()
+	select {
+	case err = <-created:
+	case <-time.After(10 * time.Second):
+	}
+	writer, openErr := os.OpenFile(pipe, os.O_WRONLY|unix.O_NONBLOCK, 0) // lets go of what waits
+	require.NoError(t, openErr)
+	require.NoError(t, writer.Close())
+	require.ErrorIs(t, err, cause)
 }
 
 func TestCreateWithoutRuntimeOptions(t *testing.T) {

@@ -426,9 +426,13 @@ func (p *Processes) clone(r StartRequest, files []*os.File) (*process, error) {
 			return 0, errors.Join(err, waitErr)
 		}
 		child = &process{Process: held, child: true, done: make(chan struct{})}
-		return started.Pid, started.Release() // it is reaped by its exit, see ended
+		return held.Pid(), started.Release() // it is reaped by its exit, see ended; what is released has no pid any more
 	}
-	err := r.Cgroup.Start(func(cgroupFD int) (pid int, err error) {
+	startIn := r.Cgroup.Start
+	if len(r.Spec.Linux.UIDMappings) == 0 { // then os.StartProcess waits until podfsm-init is executed, which then waits for us
+		startIn = r.Cgroup.StartThenMove
+	}
+	err := startIn(func(cgroupFD int) (pid int, err error) {
 		if r.NetNS == nil {
 			return start(cgroupFD)
 		}

@@ -466,6 +466,8 @@ func TestStartFails(t *testing.T) {
 		{name: "no working directory", change: func(p *Pod) { p.ImageConfig.WorkingDir = "/absent" }, text: `failed to change to the working directory "/absent": no such file`},
 		{name: "user that isn't mapped", is: errdefs.IsInvalidArgument, change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "70000:1" }, text: "the user 70000 isn't in the pod's user namespace"},
 		{name: "group that isn't mapped", is: errdefs.IsInvalidArgument, change: func(p *Pod) { *p = inUserNS(*p); p.ImageConfig.User = "1:70000" }, text: "the group 70000 isn't in the pod's user namespace"},
+		{name: "working directory behind a descriptor", change: func(p *Pod) { p.ImageConfig.WorkingDir = "/proc/self/fd/5" }, text: "no such file"},
+		{name: "environment without end", change: func(p *Pod) { p.ImageConfig.Env = []string{"A=" + strings.Repeat("a", 4<<20)} }, text: "argument list too long"},
 		{
 			name: "sysctl of the node", is: errdefs.IsInvalidArgument, text: `sysctl "kernel.core_pattern" is not of a namespace`,
 			change: func(p *Pod) { p.Config.Linux.Sysctls = map[string]string{"kernel.core_pattern": "|/x"} },
@@ -617,6 +619,66 @@ func TestStartFails(t *testing.T) {
 			}
 			require.Empty(t, b.exits)
 		})
+	}
+}
+
+// An image's links lead nowhere but into the image: the host's files and mounts are as before.
+func TestLinksOfAnImage(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		links map[string]string
+		runs  bool
+	}{
+		{"the root in the place of /dev", map[string]string{"dev": "/"}, true},
+		{"above the root in the place of /dev", map[string]string{"dev": "../../../../work"}, true},
+		{"the host's directory in the place of /dev", map[string]string{"dev": "/host"}, false},
+		{"links in the place of /proc and /sys", map[string]string{"proc": "/", "sys": "../.."}, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			hosts := t.TempDir()
+			for name, target := range tc.links {
+				_ = os.Remove(filepath.Join(b.image, name))
+				require.NoError(t, os.Symlink(strings.ReplaceAll(target, "/host", hosts), filepath.Join(b.image, name)))
+			}
+			r := b.request(t, testPod())
+			mounts := read(t, "/proc/self/mountinfo")
+			record, err := b.Start(t.Context(), r)
+			require.Equal(t, tc.runs, err == nil, err)
+			require.Equal(t, mounts, read(t, "/proc/self/mountinfo"))
+			entries, err := os.ReadDir(hosts)
+			require.NoError(t, err)
+			require.Empty(t, entries)
+			if tc.runs {
+				require.Equal(t, "/pause", link(t, proc(record.Pid, "exe")))
+			}
+		})
+	}
+}
+
+// A pause program leaves processes behind that outlive it, in the node's pid namespace: they end with its cgroup.
+func TestPauseBecomesADaemon(t *testing.T) {
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		t.Skip("needs busybox")
+	}
+	b := newTestbed(t)
+	program, err := os.ReadFile(busybox)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(b.image, "busybox"), program, 0o755))
+	pod := with(func(o *runtime.NamespaceOption) { o.Pid = runtime.NamespaceMode_NODE })
+	pod.ImageConfig.Entrypoint = []string{"/busybox", "sh", "-c", "trap '' TERM; (while :; do /busybox sleep 600; done) & exit 7"}
+	r, _ := b.start(t, pod)
+	require.EqualValues(t, 7, b.exit(t).exit.Status)
+	pids, err := r.Cgroup.Pids()
+	require.NoError(t, err)
+	require.NotEmpty(t, pids)
+	require.NoError(t, r.Cgroup.End(t.Context()))
+	for _, pid := range pids {
+		soon(t, func() bool {
+			stat, err := os.ReadFile(proc(pid, "stat"))
+			return err != nil || strings.Contains(string(stat), ") Z ")
+		}, "it lives")
 	}
 }
 

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/v2/core/containers"
@@ -29,7 +31,13 @@ import (
 type Shims struct {
 	manager *shims.ShimManager
 	dirs    ShimDirs
+
+	mu     sync.Mutex
+	strays map[stray]bool
 }
+
+// stray names a shim that may run although containerd doesn't know it.
+type stray struct{ namespace, id string }
 
 // ShimDirs says where a containerd keeps what belongs to its shims.
 type ShimDirs struct {
@@ -39,7 +47,42 @@ type ShimDirs struct {
 }
 
 // NewShims returns the shims of a shim manager.
-func NewShims(manager *shims.ShimManager, dirs ShimDirs) *Shims { return &Shims{manager, dirs} }
+func NewShims(manager *shims.ShimManager, dirs ShimDirs) *Shims {
+	return &Shims{manager: manager, dirs: dirs, strays: map[stray]bool{}}
+}
+
+// FindStrays looks for shims that an earlier daemon has started and containerd doesn't know: a daemon that is killed between the start of
+// a shim and its own note of it leaves one, which never ends, or the process that was about to start it. [Shims.End] ends them. This is the
+// one look at all processes of the host, for the start of a daemon; the end of a pod then costs the same however many there are.
+func (s *Shims) FindStrays(ctx context.Context) error {
+	found, err := host.Siblings(ctx, s.dirs.State)
+	if err != nil {
+		return fmt.Errorf("failed to look for shims that containerd doesn't know: %w", err)
+	}
+	for _, bundle := range found {
+		of := stray{filepath.Base(filepath.Dir(bundle)), strings.TrimPrefix(filepath.Base(bundle), ".")}
+		if !s.Running(namespaces.WithNamespace(ctx, of.namespace), of.id) {
+			s.setStray(of, true)
+		}
+	}
+	return nil
+}
+
+func (s *Shims) setStray(of stray, is bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if is {
+		s.strays[of] = true
+	} else {
+		delete(s.strays, of)
+	}
+}
+
+func (s *Shims) isStray(of stray) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.strays[of]
+}
 
 // Running says whether containerd has the shim of a sandbox.
 func (s *Shims) Running(ctx context.Context, id string) bool {
@@ -75,6 +118,7 @@ func (s *Shims) Start(ctx context.Context, record containers.Container, runtimeP
 		opts.Runtime = runtimePath
 	}
 	if _, err := s.manager.Start(ctx, record.ID, bundle, opts); err != nil {
+		s.setStray(stray{bundle.Namespace, record.ID}, true)
 		return errors.Join(fmt.Errorf("failed to start the shim of sandbox %q: %w", record.ID, err), bundle.Delete())
 	}
 	return nil
@@ -83,17 +127,7 @@ func (s *Shims) Start(ctx context.Context, record containers.Container, runtimeP
 // End ends the shim of a sandbox, which has no containers any more, and removes all that containerd keeps for it. It succeeds where
 // there is none.
 func (s *Shims) End(ctx context.Context, id string) error {
-	if err := validateID(id); err != nil {
-		return err
-	}
-	instance, err := s.manager.Get(ctx, id)
-	switch {
-	case err == nil:
-		err = s.shutdown(ctx, instance)
-	case errdefs.IsNotFound(err):
-		err = s.endUnknown(ctx, id)
-	}
-	if err != nil {
+	if err := s.end(ctx, id); err != nil {
 		return fmt.Errorf("failed to end the shim of sandbox %q: %w", id, err)
 	}
 	if err := s.removeBundle(ctx, id); err != nil {
@@ -102,29 +136,82 @@ func (s *Shims) End(ctx context.Context, id string) error {
 	return s.removeSockets(ctx, id)
 }
 
-func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance) error {
+func (s *Shims) end(ctx context.Context, id string) error {
+	if err := validateID(id); err != nil {
+		return err
+	}
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	of := stray{namespace, id}
+	instance, err := s.manager.Get(ctx, id)
+	if err == nil {
+		err = s.shutdown(ctx, instance, of)
+	}
+	if err != nil && !errdefs.IsNotFound(err) { // containerd may notice the end of a shim at any time
+		return err
+	}
+	if !s.isStray(of) {
+		return nil
+	}
+	return s.EndUnknown(ctx, id)
+}
+
+// shimExit bounds the wait for a shim that was told to shut down, and does so unless it has containers.
+const shimExit = time.Second
+
+// shutdown has a shim shut down. One that doesn't is a stray from then on.
+func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance, of stray) error {
 	_, version := instance.Endpoint()
 	client, err := shims.NewTaskClient(instance.Client(), version)
 	if err != nil {
 		return err
 	}
-	_, err = client.Shutdown(ctx, &taskapi.ShutdownRequest{ID: instance.ID()})
+	process := processOf(ctx, client, of.id)
+	if process != nil {
+		defer process.Close()
+	}
+	_, err = client.Shutdown(ctx, &taskapi.ShutdownRequest{ID: of.id})
 	// A shim that ends may close the connection before it answers.
 	if err != nil && !errors.Is(err, ttrpc.ErrClosed) && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return err
 	}
-	return s.manager.Delete(ctx, instance.ID())
+	err = s.manager.Delete(ctx, of.id)
+	if process != nil {
+		bounded, cancel := context.WithTimeout(ctx, shimExit)
+		defer cancel()
+		s.setStray(of, process.Wait(bounded) != nil)
+	}
+	return err
 }
 
-// endUnknown ends a shim that containerd doesn't know: a containerd that was killed between the start of a shim and its own note of it
-// leaves one, which never ends, or the process that was about to start it. They run in the bundle, also when it is renamed.
-func (s *Shims) endUnknown(ctx context.Context, id string) error {
+// processOf holds the process of a shim, as the shim says; nil when it has ended.
+func processOf(ctx context.Context, client shims.TaskServiceClient, id string) *host.Process {
+	connected, err := client.Connect(ctx, &taskapi.ConnectRequest{ID: id})
+	if err != nil {
+		return nil
+	}
+	process, err := host.Open(int(connected.ShimPid))
+	if err != nil {
+		return nil
+	}
+	return process
+}
+
+// EndUnknown ends a shim that containerd doesn't know, and the process that was about to start it. They run in the bundle, also when that
+// is renamed. It looks at all processes of the host.
+func (s *Shims) EndUnknown(ctx context.Context, id string) error {
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
 		return err
 	}
 	bundles := filepath.Join(s.dirs.State, namespace)
-	return errors.Join(host.KillIn(ctx, filepath.Join(bundles, id)), host.KillIn(ctx, filepath.Join(bundles, "."+id)))
+	err = errors.Join(host.KillIn(ctx, filepath.Join(bundles, id)), host.KillIn(ctx, filepath.Join(bundles, "."+id)))
+	if err == nil {
+		s.setStray(stray{namespace, id}, false)
+	}
+	return err
 }
 
 // removeBundle removes the bundle and the working directory of a shim that is gone. containerd renames a bundle to ".id" before it

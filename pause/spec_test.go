@@ -298,6 +298,16 @@ func TestSpec(t *testing.T) {
 				require.Equal(t, "4", s.Annotations["io.kubernetes.cri.sandbox-memory"])
 			},
 		},
+		"an annotation that names another pod's shim": {
+			pod: func(p *Pod) {
+				p.PodAnnotations = []string{"*"}
+				p.Config.Annotations = map[string]string{"io.containerd.runc.v2.group": "another", "a": "1"}
+			},
+			check: func(t *testing.T, s *specs.Spec) {
+				require.NotContains(t, s.Annotations, "io.containerd.runc.v2.group")
+				require.Equal(t, "1", s.Annotations["a"])
+			},
+		},
 		"seccomp unset":       {},
 		"seccomp by the node": {settings: func(s *Settings) { s.UnsetSeccompProfile = "runtime/default" }},
 		"seccomp by the pod": {

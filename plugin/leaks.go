@@ -247,7 +247,7 @@ func (c *Controller) endLeaked(ctx context.Context, id string, found []leaks.Thi
 	if err := cni.End(ctx, c.node.groups, id, pluginPatience); err != nil {
 		return err
 	}
-	if err := c.node.shims.End(ctx, id); err != nil {
+	if err := errors.Join(c.node.shims.End(ctx, id), c.node.shims.EndUnknown(ctx, id)); err != nil {
 		return err
 	}
 	for _, thing := range found {

@@ -41,9 +41,13 @@ var attacks = map[string]func(args []string) error{
 	"hang-in-kernel":          hangInKernel,
 	"write-to-map":            writeToMap,
 	"be-many":                 beMany,
+	"pose-as":                 poseAs,
 }
 
 func main() {
+	if comm := os.Getenv(posing); comm != "" {
+		pose(comm)
+	}
 	runtime.LockOSThread() // what an attack does to namespaces, it does to its thread
 	attack, ok := attacks[os.Args[1]]
 	if !ok {
