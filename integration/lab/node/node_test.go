@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -196,13 +197,11 @@ func TestRemoveAll(t *testing.T) {
 		out, err := exec.CommandContext(t.Context(), "systemctl", "stop", podSlice).CombinedOutput()
 		require.NoError(t, err, "%s", out)
 	}
-	var left []string
-	require.Eventually(t, func() bool {
-		var err error
-		left, err = leftovers(ctx, n)
-		require.NoError(t, err)
-		return len(left) == 0
-	}, harness.Patience(10*time.Second), time.Second, "%s", left)
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		left, err := leftovers(t.Context(), n)
+		require.NoError(c, err)
+		require.Empty(c, left)
+	}, harness.Patience(5*time.Second), time.Second)
 }
 
 func removeAll(ctx context.Context, n *harness.Node) error {
