@@ -23,6 +23,8 @@ func scenarios(o options) []scenario {
 		{name: "restarts-cgroupfs", do: restarts("cgroupfs")},
 		{name: "restarts-systemd-v1", options: v1, do: restarts("systemd")},
 		{name: "restarts-cgroupfs-v1", options: v1, do: restarts("cgroupfs")},
+		// The kubelet's driver is systemd, and nobody has told the runtime handlers.
+		{name: "slices-without-systemd", do: steps(install("cgroupfs"), pods("slices", "TestRun|TestStillRun"), kill, pods("slices", "TestStillRun|TestRemoveAll"))},
 		{name: "reboot", do: steps(install("systemd"), pods("systemd", "TestRun"), reboot, pods("systemd", "TestNoneReady|TestRemoveAll"),
 			pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
 		{name: "power-cut", do: steps(install("systemd"), pods("systemd", "TestRun"), cut, pods("systemd", "TestNoneReady|TestRemoveAll"),
