@@ -18,6 +18,9 @@ type Attached = types.GCAttachment
 // GC has the plugins of a network free everything that isn't of an attachment in valid (CNI specification 1.1, GC). Networks of an
 // older version, and those that say disableGC, are left alone. All plugins of the list are run, whatever the others say.
 //
+// The plugins for addresses are run after those that name them. The specification has the latter do that, but the reference plugins
+// up to 1.10 don't, so that no address would ever be freed. A second GC of the same does no harm.
+//
 // It is the caller's to know that no ADD or DEL of the network runs beside it, by whatever runtime.
 //
 // Errors: FailedPrecondition when a plugin is missing; DeadlineExceeded or Canceled when one was ended; otherwise the plugins' own.
@@ -37,6 +40,12 @@ func (d *Driver) GC(ctx context.Context, config Config, network Network, valid [
 	for _, plugin := range list.Plugins {
 		r := request{driver: d, list: list, plugin: plugin, binDirs: config.BinDirs, values: values}
 		errs = append(errs, r.run(ctx, tracing.SpanCNIGC, "GC"))
+		if ipam := plugin.Network.IPAM.Type; ipam != "" {
+			network := *plugin.Network
+			network.Type = ipam
+			r.plugin = &libcni.PluginConfig{Network: &network, Bytes: plugin.Bytes}
+			errs = append(errs, r.run(ctx, tracing.SpanCNIGC, "GC"))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -181,6 +181,17 @@ func TestGC(t *testing.T) {
 	}
 }
 
+// A plugin for addresses gets the configuration of the plugin that names it, as at an ADD.
+func TestGCOfAddresses(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", "exit 0")
+	p.script("addresses", "exit 0")
+	net := network(t, "net", "1.1.0", `{"type":"first","ipam":{"type":"addresses","ranges":[]}}`)
+	require.NoError(t, newDriver(t, Options{}).GC(t.Context(), Config{BinDirs: []string{p.dir}}, net, []Attached{{ContainerID: "c1", IfName: "eth0"}}))
+	require.Equal(t, []string{"GC first ", "GC addresses"}, p.calls())
+	require.Equal(t, p.stdin("first", "GC"), p.stdin("addresses", "GC"))
+}
+
 // A GC of a daemon that was killed must not go on beside the pods of the next one.
 func TestEndGC(t *testing.T) {
 	p := newPlugins(t)

@@ -198,7 +198,7 @@ func TestPauseKilled(t *testing.T) {
 	require.Eventually(t, func() bool {
 		status, err := pod.Status(t.Context())
 		return err == nil && status.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
-	}, time.Second, tick, "not ready within a second")
+	}, harness.Patience(time.Second), tick, "not ready within a second")
 	require.Equal(t, "NotReady", inspect(t, n, pod.ID).GetSandbox().GetState())
 
 	require.NoError(t, pod.StopAndRemove(t.Context()))

@@ -8,15 +8,19 @@ import (
 )
 
 // cgroupsEnv is "systemd" where systemd makes the cgroups of pods, as for a
-// kubelet with that driver.
+// kubelet with that driver, and "slices" where only the kubelet has it and the
+// runtime handlers don't, which is a mistake.
 const cgroupsEnv = "PODFSM_CGROUPS"
 
-var systemdCgroups = os.Getenv(cgroupsEnv) == "systemd"
+var (
+	systemdCgroups = os.Getenv(cgroupsEnv) == "systemd"
+	podSlices      = systemdCgroups || os.Getenv(cgroupsEnv) == "slices"
+)
 
 // nodeCgroup is the name of the cgroup that all pods of a node are below. A dash
 // in the name of a slice is a level of the hierarchy (systemd.slice(5)).
 func nodeCgroup(node string) string {
-	if systemdCgroups {
+	if podSlices {
 		return strings.ReplaceAll(node, "-", "_") + ".slice"
 	}
 	return node
@@ -25,7 +29,7 @@ func nodeCgroup(node string) string {
 // podCgroup is a pod's cgroup, as the kubelet would send it.
 func (n *Node) podCgroup(uid string) string {
 	parent := nodeCgroup(n.name)
-	if systemdCgroups {
+	if podSlices {
 		slice := strings.TrimSuffix(parent, ".slice") + "-pod" + strings.ReplaceAll(uid, "-", "_") + ".slice"
 		return filepath.Join("/", parent, slice)
 	}

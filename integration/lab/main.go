@@ -28,10 +28,11 @@ func main() {
 	shell := flag.Bool("shell", false, "boot a machine and give a shell in it, instead of scenarios")
 	pattern := flag.String("run", ".", "run the scenarios whose `name` matches")
 	tests := flag.String("tests", "", "run the integration tests that match, instead of a scenario's own list")
+	rounds := flag.Int("rounds", 3, "cut the power so many times in the scenario power-cuts")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	if err := lab(ctx, options{*smoke, *shell, *pattern, *tests}); err != nil {
+	if err := lab(ctx, options{*smoke, *shell, *pattern, *tests, *rounds}); err != nil {
 		fmt.Fprintln(os.Stderr, "lab:", err)
 		stop()
 		os.Exit(1)
@@ -41,6 +42,7 @@ func main() {
 type options struct {
 	smoke, shell   bool
 	pattern, tests string
+	rounds         int
 }
 
 // dir is where the lab has its files, below the repository.
@@ -96,7 +98,7 @@ func choose(o options) ([]scenario, error) {
 		return nil, err
 	}
 	var chosen []scenario
-	for _, s := range scenarios(o.tests) {
+	for _, s := range scenarios(o) {
 		if s.smoke == o.smoke && pattern.MatchString(s.name) {
 			chosen = append(chosen, s)
 		}
