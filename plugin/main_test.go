@@ -356,6 +356,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	require.NoError(t, err)
 	stock := stockWith()
 	n := &node{stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}
+	n.shims = pause.NewShims(nil, pause.ShimDirs{State: t.TempDir()}) // of which none is started
 	init := filepath.Join(t.TempDir(), pause.InitName)
 	require.NoError(t, os.WriteFile(init, []byte("#!/bin/sh\necho podfsm-init of a test protocol 1\n"), 0o755))
 	n.pauses, err = pause.NewProcesses(init, func(string, pause.Exit) {}) // of which none is started
