@@ -1,14 +1,16 @@
 package netns
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 // Pins are the names in dir of what [Handle.Pin] makes: pinned namespaces, and mount points without a mount. What else there is
@@ -34,24 +36,26 @@ func Pins(dir string) ([]string, error) {
 }
 
 // Users are the pids of the processes in the network namespace that is pinned at path; none where none is pinned.
-func Users(path string) ([]int, error) {
+//
+// Errors: those of [host.Readlink], naming the process.
+func Users(ctx context.Context, path string) ([]int, error) {
 	pinned, err := Inspect(path)
 	if err != nil || !pinned.Pinned {
 		return nil, err
 	}
-	entries, err := os.ReadDir("/proc")
+	pids, err := host.Pids()
 	if err != nil {
-		return nil, fmt.Errorf("failed to look for processes in network namespace %q: %w", path, err)
+		return nil, err
 	}
+	// All network namespaces are on one nsfs, so the inode says it all.
+	of := fmt.Sprintf("net:[%d]", pinned.Inode)
 	var users []int
-	for _, entry := range entries {
-		pid, err := strconv.Atoi(entry.Name())
-		if err != nil {
-			continue
-		}
-		var st unix.Stat_t
-		// All network namespaces are on one nsfs, so the inode says it all. A process that has ended has none.
-		if unix.Stat(filepath.Join("/proc", entry.Name(), "ns/net"), &st) == nil && st.Ino == pinned.Inode {
+	for _, pid := range pids {
+		switch ns, err := host.Readlink(ctx, pid, "ns/net"); {
+		case errdefs.IsNotFound(err), errors.Is(err, fs.ErrPermission): // it has ended, or has capabilities that this process lacks
+		case err != nil:
+			return nil, fmt.Errorf("failed to look for processes in network namespace %q: %w", path, err)
+		case ns == of:
 			users = append(users, pid)
 		}
 	}

@@ -30,11 +30,11 @@ func TestPinsAndUsers(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, []string{"empty", "pin"}, pins)
 
-	users, err := Users(path)
+	users, err := Users(t.Context(), path)
 	require.NoError(t, err)
 	require.Contains(t, users, p.Pid())
 	require.NotContains(t, users, os.Getpid())
-	users, err = Users(filepath.Join(dir, "empty"))
+	users, err = Users(t.Context(), filepath.Join(dir, "empty"))
 	require.NoError(t, err)
 	require.Empty(t, users)
 }

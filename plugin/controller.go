@@ -200,6 +200,9 @@ func (c *Controller) openProcesses(ic *plugin.InitContext, config *Config) (err 
 	if err != nil {
 		return fmt.Errorf("failed to find containerd's task service: %w", err)
 	}
+	if err := c.node.shims.FindStrays(ic.Context); err != nil { // containerd has loaded those that it knows
+		return err
+	}
 	service.(*taskService).of.Store(c)
 	return nil
 }

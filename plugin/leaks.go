@@ -263,7 +263,7 @@ func (c *Controller) endLeaked(ctx context.Context, id string, found []leaks.Thi
 // unpinUnused leaves a network namespace alone that processes are in: they are nobody's that we know, so perhaps another
 // containerd's.
 func unpinUnused(ctx context.Context, path string) error {
-	users, err := netns.Users(path)
+	users, err := netns.Users(ctx, path)
 	if err != nil {
 		return err
 	}

@@ -75,9 +75,6 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 	if err := c.restoreTasks(ctx); err != nil {
 		return err
 	}
-	if err := c.node.shims.FindStrays(ctx); err != nil {
-		return err
-	}
 	c.restoreIDs(ctx, lost, others)
 	c.collectNetworks(ctx, client, gc, sandboxIDs(saved, records, others))
 	c.resumeAll(ctx, client, records, lost)

@@ -6,8 +6,8 @@ import (
 	"github.com/podfsm/podfsm/lifecycle"
 )
 
-// startShim starts the process that runs the pod's containers, when the first of them needs it. It lives as long as the pod is ready:
-// if it ended with its last container, the next one's start would race with its end.
+// startShim starts the process that runs the pod's containers, when the first of them needs it. The process ends with the last container,
+// see [podTasks], and the step is done again for the next one.
 type startShim struct {
 	*node
 	facts lifecycle.Facts
