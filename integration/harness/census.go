@@ -93,29 +93,31 @@ func (n *Node) TidyCensus(ctx context.Context) (Census, error) {
 	if err := n.collectGarbage(ctx); err != nil {
 		return nil, err
 	}
-	if err := n.waitForChecks(ctx); err != nil {
-		return nil, err
-	}
 	return n.Census(ctx)
 }
 
-// waitForChecks returns when the daemon runs no CNI plugin on its own account, as
-// its doctor does when it starts.
-func (n *Node) waitForChecks(ctx context.Context) error {
+// CalmCensus takes a census of a node where nobody asks for anything, once it is the
+// same twice: a daemon that has just started still makes its doctor's checks, which
+// run plugins and hold namespaces for a moment.
+func (n *Node) CalmCensus(ctx context.Context) (Census, error) {
 	ctx, cancel := context.WithTimeout(ctx, Patience(cleanTimeout))
 	defer cancel()
-	return poll(ctx, censusInterval, func() error {
-		cgroups, err := nodeCgroups(n.name)
-		if err != nil {
+	var last Census
+	err := poll(ctx, censusInterval, func() error {
+		before := last
+		var err error
+		if last, err = n.TidyCensus(ctx); err != nil {
 			return err
 		}
-		for _, dir := range cgroups {
-			if strings.HasPrefix(filepath.Base(dir), "-.") {
-				return fmt.Errorf("the daemon still runs a plugin in %q: %w", dir, errdefs.ErrFailedPrecondition)
-			}
+		if before == nil {
+			return fmt.Errorf("only one census was taken: %w", errdefs.ErrFailedPrecondition)
+		}
+		if diff := before.Diff(last); diff != "" {
+			return fmt.Errorf("the node changes: %s: %w", diff, errdefs.ErrFailedPrecondition)
 		}
 		return nil
 	})
+	return last, err
 }
 
 // idle are the categories that are empty on a node without pods.
