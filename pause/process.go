@@ -388,6 +388,7 @@ func mapped(mappings []specs.LinuxIDMapping, id uint32) bool {
 func instructions(spec *specs.Spec) (_ []byte, err error) {
 	all, linux := *spec, *spec.Linux
 	all.Linux = &linux
+	linux.Seccomp, linux.Resources, all.Annotations = nil, nil, nil // which make most of the text, and are none of podfsm-init's business
 	if linux.Sysctl, err = ipcSysctlsOf(spec); err != nil {
 		return nil, err
 	}
