@@ -415,7 +415,7 @@ func (k *killing) again(pod *harness.Pod, listed runtime.PodSandboxState, state 
 		found = "ready, works; gone after Stop and Remove"
 	}
 	seen := sight(k.T, k.n, pod)
-	census, err := k.n.CalmCensus(k.Context())
+	census, err := k.n.Rest(k.Context())
 	require.NoError(k, err)
 	require.NoError(k, k.n.Restart(k.Context()))
 	k.n.RequireClean(k, census)

@@ -96,30 +96,6 @@ func (n *Node) TidyCensus(ctx context.Context) (Census, error) {
 	return n.Census(ctx)
 }
 
-// CalmCensus takes a census of a node where nobody asks for anything, once it is the
-// same twice: a daemon that has just started still makes its doctor's checks, which
-// run plugins and hold namespaces for a moment.
-func (n *Node) CalmCensus(ctx context.Context) (Census, error) {
-	ctx, cancel := context.WithTimeout(ctx, Patience(cleanTimeout))
-	defer cancel()
-	var last Census
-	err := poll(ctx, censusInterval, func() error {
-		before := last
-		var err error
-		if last, err = n.TidyCensus(ctx); err != nil {
-			return err
-		}
-		if before == nil {
-			return fmt.Errorf("only one census was taken: %w", errdefs.ErrFailedPrecondition)
-		}
-		if diff := before.Diff(last); diff != "" {
-			return fmt.Errorf("the node changes: %s: %w", diff, errdefs.ErrFailedPrecondition)
-		}
-		return nil
-	})
-	return last, err
-}
-
 // idle are the categories that are empty on a node without pods.
 var idle = []string{Cgroups, CNICache, Containers, Descriptors, Fifos, HostIDs, Leases, Ledger, Processes, SandboxDirs, Sandboxes, ShimSockets, Shims, Tasks}
 
@@ -153,7 +129,8 @@ func (n *Node) Settle(ctx context.Context) (Census, error) {
 }
 
 // Rest returns the census of a node with pods once it is at rest, and what their
-// containers are to run has been executed.
+// containers are to run has been executed. A daemon that has just started still
+// makes its doctor's checks, which run plugins and hold namespaces for a moment.
 func (n *Node) Rest(ctx context.Context) (Census, error) {
 	return n.rest(ctx, func(c Census) error {
 		if processes := strings.Join(c[Processes], "\n"); strings.Contains(processes, "(runc:[") {
