@@ -68,6 +68,22 @@ type process struct {
 type Record struct {
 	Pid       int    // in the daemon's pid namespace
 	StartTime uint64 // in clock ticks since the boot, field 22 of proc_pid_stat(5)
+	NetNS     uint64 // the inode of its network namespace, for [Processes.Adopt]; 0 when nobody has noted it
+}
+
+// matches says whether the process that is held is the one on record.
+func (r Record) matches(ctx context.Context, held *host.Process) (bool, error) {
+	started, err := held.StartTime(ctx)
+	if err != nil || started != r.StartTime {
+		return false, err
+	}
+	if r.NetNS != 0 {
+		netns, err := host.Readlink(ctx, held.Pid(), "ns/net")
+		if err != nil || netns != fmt.Sprintf("net:[%d]", r.NetNS) {
+			return false, err
+		}
+	}
+	return held.Alive(), nil
 }
 
 // Exit tells how pause ended. Status follows the shell's convention: 128 + the signal for a process that a signal has ended.
@@ -641,9 +657,9 @@ func (p *Processes) Adopt(ctx context.Context, key string, record Record) (bool,
 	if err != nil {
 		return false, fmt.Errorf("failed to find pause: %w", err)
 	}
-	started, err := held.StartTime(ctx)
+	same, err := record.matches(ctx, held)
 	switch {
-	case err == nil && started == record.StartTime && held.Alive():
+	case same:
 		err := p.watch(key, &process{Process: held, done: make(chan struct{})})
 		if err != nil {
 			err = errors.Join(err, held.Close())

@@ -911,6 +911,14 @@ func TestWatchFails(t *testing.T) {
 	require.Equal(t, fds, countFDs(t), "file descriptors leak")
 }
 
+// inode is that of a namespace, by its link in /proc.
+func inode(t *testing.T, link string) uint64 {
+	t.Helper()
+	info, err := os.Stat(link)
+	require.NoError(t, err)
+	return info.Sys().(*syscall.Stat_t).Ino
+}
+
 func TestAdoptRefuses(t *testing.T) {
 	b := newTestbed(t)
 	_, record := b.start(t, testPod())
@@ -923,12 +931,13 @@ func TestAdoptRefuses(t *testing.T) {
 	require.NoError(t, err)
 	fds := countFDs(t)
 	for name, wrong := range map[string]Record{
-		"another start time": {Pid: record.Pid, StartTime: record.StartTime + 1},
-		"no start time":      {Pid: record.Pid},
-		"ended":              gone,
-		"no pid":             {},
-		"a group":            {Pid: -record.Pid, StartTime: record.StartTime},
-		"zombie":             {Pid: zombie.Process.Pid, StartTime: stat.StartTime},
+		"another start time":        {Pid: record.Pid, StartTime: record.StartTime + 1},
+		"another network namespace": {Pid: record.Pid, StartTime: record.StartTime, NetNS: inode(t, "/proc/self/ns/net")},
+		"no start time":             {Pid: record.Pid},
+		"ended":                     gone,
+		"no pid":                    {},
+		"a group":                   {Pid: -record.Pid, StartTime: record.StartTime},
+		"zombie":                    {Pid: zombie.Process.Pid, StartTime: stat.StartTime},
 	} {
 		lives, err := b.Adopt(t.Context(), name, wrong)
 		require.NoError(t, err, name)
@@ -1006,6 +1015,7 @@ func TestAdopt(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			b := newTestbed(t)
 			record := b.startElsewhere(t, testPod())
+			record.NetNS = inode(t, proc(record.Pid, "ns/net"))
 			fds := countFDs(t)
 			lives, err := b.Adopt(t.Context(), "sandbox", record)
 			require.NoError(t, err)

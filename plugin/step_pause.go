@@ -213,7 +213,11 @@ func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.E
 	if !ok {
 		return nil, fmt.Errorf("it is not on record how pause of sandbox %q was started: %w", r.Key.ID, errdefs.ErrDataLoss)
 	}
-	lives, err := s.pauses.Adopt(ctx, holderID(r.Key), pause.Record{Pid: int(started.Pid), StartTime: started.StartTime})
+	record := pause.Record{Pid: int(started.Pid), StartTime: started.StartTime}
+	if captured, ok := r.Result(states.CaptureNetNS).(*NetNS); ok {
+		record.NetNS = captured.Inode
+	}
+	lives, err := s.pauses.Adopt(ctx, holderID(r.Key), record)
 	if err != nil || lives {
 		return nil, err
 	}
