@@ -905,6 +905,7 @@ func TestWatchFails(t *testing.T) {
 	require.ErrorContains(t, err, "failed to watch for the exit of pause")
 	require.ElementsMatch(t, before, children(t))
 	require.Empty(t, b.Processes.exits.watching)
+	<-b.Processes.exits.done
 	b.Processes.exits = watch
 	_, err = b.Process(r.Key)
 	require.True(t, errdefs.IsNotFound(err), err)
