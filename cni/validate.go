@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -18,6 +20,9 @@ import (
 // versionPipes is how long to wait for what a plugin has left behind that was asked for its versions.
 const versionPipes = time.Second
 
+// validations are how often this process has validated a network.
+var validations atomic.Int64
+
 // Validate looks for the programs of a network's plugins, those of its IPAM included, and asks each which CNI versions it speaks (CNI
 // specification, VERSION). It changes nothing. groups are those of the daemon, whose next start removes what is left when it is killed;
 // the zero value stands for some below the cgroup of this process.
@@ -29,9 +34,10 @@ func Validate(ctx context.Context, groups host.Groups, config Config, network Ne
 		return fmt.Errorf("its configuration is invalid: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	if groups == (host.Groups{}) {
-		if groups, err = host.GroupsBelow("podfsm-validate"); err != nil {
+		if groups, err = host.GroupsBelow(fmt.Sprintf("podfsm-validate-%d-%d", os.Getpid(), validations.Add(1))); err != nil {
 			return err
 		}
+		defer os.Remove(groups.Dir()) // which is only there if a plugin was run, and stays if one can't be ended
 	}
 	asking := &Driver{groups: groups, pipeTimeout: versionPipes}
 	var errs []error

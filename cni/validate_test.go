@@ -1,12 +1,15 @@
 package cni
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 func TestValidate(t *testing.T) {
@@ -37,6 +40,13 @@ func TestValidate(t *testing.T) {
 		t.Run(test.plugins, func(t *testing.T) {
 			network := Network{Name: "net", Conflist: []byte(`{"cniVersion": "1.0.0", "name": "net", "plugins": [` + test.plugins + `]}`)}
 			err := Validate(t.Context(), testGroups(t), Config{BinDirs: []string{bin}}, network)
+			alone := Validate(t.Context(), host.Groups{}, Config{BinDirs: []string{bin}}, network)
+			require.Equal(t, fmt.Sprint(err), fmt.Sprint(alone), "without a daemon's groups")
+			own, groupsErr := host.GroupsBelow("podfsm-validate")
+			require.NoError(t, groupsErr)
+			left, globErr := filepath.Glob(own.Dir() + fmt.Sprintf("-%d-*", os.Getpid()))
+			require.NoError(t, globErr)
+			require.Empty(t, left)
 			if test.says == nil {
 				require.NoError(t, err)
 				return
