@@ -6,6 +6,7 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -35,6 +36,11 @@ func (c *Controller) PrepareContainer(ctx context.Context, id, image string) (re
 	started := make(chan struct{})
 	go func() {
 		defer close(started)
+		defer func() {
+			if p := recover(); p != nil { // which would end the daemon
+				log.G(ctx).Errorf("podfsm: the start of the shim of sandbox %q panicked: %v", id, p)
+			}
+		}()
 		_, leave, err := c.tasks.enter(ctx, view.Key)
 		if err != nil {
 			return
