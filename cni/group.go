@@ -121,6 +121,27 @@ func keep(ctx context.Context, group host.Group) error {
 // to come to its end: a half of it can't always be made whole by another, for the bridge plugin removes the interface first and forgets
 // its masquerade rules when it doesn't find it. Groups of whatever sandbox whose kept processes have ended are removed.
 func end(ctx context.Context, groups host.Groups, id string, patience time.Duration, succeeded func(run) bool) error {
+	return eachRun(groups, func(r run, group host.Group, isKept bool) (err error) {
+		switch {
+		case isKept:
+			_ = removeGroup(ctx, group) // fails until its last process has ended, which may be another sandbox's affair
+			return nil
+		case r.id != id:
+			return nil
+		case succeeded(r): // this process, or the one before it, was ended before it could say so
+			err = keep(ctx, group)
+		default:
+			err = endRun(ctx, group, r, patience)
+		}
+		if err != nil {
+			return fmt.Errorf("failed to end the %s of a CNI plugin of sandbox %q: %w", r.command, id, err)
+		}
+		return nil
+	})
+}
+
+// eachRun calls f for the group of each run, until it fails. isKept says that the run has left something on purpose.
+func eachRun(groups host.Groups, f func(r run, group host.Group, isKept bool) error) error {
 	names, err := groups.Names()
 	if err != nil {
 		return err
@@ -138,19 +159,8 @@ func end(ctx context.Context, groups host.Groups, id string, patience time.Durat
 		if err != nil {
 			return err
 		}
-		switch {
-		case isKept:
-			_ = removeGroup(ctx, group) // fails until its last process has ended, which may be another sandbox's affair
-			continue
-		case r.id != id:
-			continue
-		case succeeded(r): // this process, or the one before it, was ended before it could say so
-			err = keep(ctx, group)
-		default:
-			err = endRun(ctx, group, r, patience)
-		}
-		if err != nil {
-			return fmt.Errorf("failed to end the %s of a CNI plugin of sandbox %q: %w", r.command, id, err)
+		if err := f(r, group, isKept); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -181,30 +191,14 @@ type Left struct {
 }
 
 // Leftovers are the groups of runs of sandboxes' plugins, except those that have been left on purpose.
-func Leftovers(groups host.Groups) ([]Left, error) {
-	names, err := groups.Names()
-	if err != nil {
-		return nil, err
-	}
-	var left []Left
-	for _, name := range names {
-		r, ok := parseRun(name)
-		if !ok || r.id == nobody {
-			continue
-		}
-		group, err := groups.Get(name)
-		if err != nil {
-			return nil, err
-		}
-		isKept, err := group.Marked(kept)
-		if err != nil {
-			return nil, err
-		}
-		if !isKept {
+func Leftovers(groups host.Groups) (left []Left, err error) {
+	err = eachRun(groups, func(r run, group host.Group, isKept bool) error {
+		if !isKept && r.id != nobody {
 			left = append(left, Left{r.id, group.Dir()})
 		}
-	}
-	return left, nil
+		return nil
+	})
+	return left, err
 }
 
 // End returns when no process of a sandbox's plugins is left, except what plugins that have succeeded have left on purpose: those of a

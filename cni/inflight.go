@@ -69,32 +69,18 @@ func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err erro
 
 // daemons are the processes that plugins have left on purpose.
 func (d *Driver) daemons() (map[int]bool, error) {
-	names, err := d.groups.Names()
-	if err != nil {
-		return nil, err
-	}
 	daemons := map[int]bool{}
-	for _, name := range names {
-		group, err := d.groups.Get(name)
-		if err != nil {
-			return nil, err
-		}
-		isKept, err := group.Marked(kept)
-		if err != nil {
-			return nil, err
-		}
+	err := eachRun(d.groups, func(_ run, group host.Group, isKept bool) error {
 		if !isKept {
-			continue
+			return nil
 		}
 		pids, err := group.Procs()
-		if err != nil {
-			return nil, err
-		}
 		for _, pid := range pids {
 			daemons[pid] = true
 		}
-	}
-	return daemons, nil
+		return err
+	})
+	return daemons, err
 }
 
 // spaces are the namespaces that tell a process of the host from one of a pod, which could be in the others of the host.
