@@ -118,12 +118,15 @@ kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 
 # What the targets below need of Debian besides packages.
 lab_packages := qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img debootstrap:debootstrap
+arm64_packages := qemu-system-arm:qemu-system-aarch64 qemu-user-static:qemu-aarch64-static \
+	gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc libc6-dev-arm64-cross:/usr/aarch64-linux-gnu/lib/libc.a
 
 # Flags for the lab, such as -run or -tests.
 NODESFLAGS ?=
 
 .PHONY: nodes
-nodes: lab-deps ## Run podfsm on virtual machines with systemd, cgroup v2 and AppArmor, through restarts, reboots and power cuts
+nodes: lab_packages += $(arm64_packages)
+nodes: lab-deps ## Run podfsm on virtual machines with systemd, cgroup v2 and AppArmor, from installation to purge, through restarts, reboots and power cuts
 	@go run ./integration/lab $(NODESFLAGS)
 
 .PHONY: nodes-smoke

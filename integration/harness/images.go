@@ -35,17 +35,31 @@ const (
 // "httpd -f -h /www".
 const IndexPage = "hello from busybox\n"
 
-// imageArchive returns the images in the format of `docker save`.
+// imageArchive returns the images of this machine in the format of `docker save`.
 func imageArchive(ctx context.Context, repo string) ([]byte, error) {
-	pause, err := pauseImage(repo)
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		return nil, fmt.Errorf("%w: `make deps` installs it", err)
+	}
+	return Images(ctx, Programs{Arch: runtime.GOARCH, Pause: filepath.Join(repo, ".build/bin/pause"), Busybox: busybox})
+}
+
+// Programs are what the images of an architecture are made of: paths of static
+// programs.
+type Programs struct{ Arch, Pause, Busybox string }
+
+// Images returns the images for an architecture in the format of `docker save`.
+// The applets that are linked are those of this machine's busybox.
+func Images(ctx context.Context, p Programs) ([]byte, error) {
+	pause, err := p.pauseImage()
 	if err != nil {
 		return nil, fmt.Errorf("failed to make image %q: %w", PauseImage, err)
 	}
-	busybox, err := busyboxImage(ctx)
+	busybox, err := p.busyboxImage(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("failed to make image %q: %w", BusyboxImage, err)
 	}
-	owners, err := ownersImage(busybox)
+	owners, err := p.ownersImage(busybox)
 	if err != nil {
 		return nil, fmt.Errorf("failed to make image %q: %w", OwnersImage, err)
 	}
@@ -61,26 +75,22 @@ func imageArchive(ctx context.Context, repo string) ([]byte, error) {
 	return archive.Bytes(), nil
 }
 
-func pauseImage(repo string) (v1.Image, error) {
-	pause, err := os.ReadFile(filepath.Join(repo, ".build/bin/pause"))
+func (p Programs) pauseImage() (v1.Image, error) {
+	pause, err := os.ReadFile(p.Pause)
 	if err != nil {
 		return nil, err
 	}
-	return image(v1.Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}, layer{
+	return p.image(v1.Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}, layer{
 		{name: "pause", mode: 0o755, body: pause},
 	})
 }
 
-func busyboxImage(ctx context.Context) (v1.Image, error) {
-	busybox, err := exec.LookPath("busybox")
-	if err != nil {
-		return nil, fmt.Errorf("%w: `make deps` installs it", err)
-	}
-	body, err := os.ReadFile(busybox)
+func (p Programs) busyboxImage(ctx context.Context) (v1.Image, error) {
+	body, err := os.ReadFile(p.Busybox)
 	if err != nil {
 		return nil, err
 	}
-	applets, err := exec.CommandContext(ctx, busybox, "--list-full").Output()
+	applets, err := exec.CommandContext(ctx, "busybox", "--list-full").Output()
 	if err != nil {
 		return nil, fmt.Errorf("failed to list busybox's applets: %w", err)
 	}
@@ -104,7 +114,7 @@ func busyboxImage(ctx context.Context) (v1.Image, error) {
 			l = append(l, file{name: applet, link: "/bin/busybox"})
 		}
 	}
-	return image(v1.Config{
+	return p.image(v1.Config{
 		Cmd: []string{"/bin/sh"},
 		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 	}, l)
@@ -116,12 +126,8 @@ const OwnersFiles = 1000
 // netRaw is cap_net_raw+ep as file capabilities of revision 2.
 const netRaw = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
-func ownersImage(busybox v1.Image) (v1.Image, error) {
-	path, err := exec.LookPath("busybox")
-	if err != nil {
-		return nil, err
-	}
-	body, err := os.ReadFile(path)
+func (p Programs) ownersImage(busybox v1.Image) (v1.Image, error) {
+	body, err := os.ReadFile(p.Busybox)
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +162,7 @@ type file struct {
 
 type layer []file
 
-func image(config v1.Config, files layer) (v1.Image, error) {
+func (p Programs) image(config v1.Config, files layer) (v1.Image, error) {
 	l, err := files.image()
 	if err != nil {
 		return nil, err
@@ -170,7 +176,7 @@ func image(config v1.Config, files layer) (v1.Image, error) {
 		return nil, err
 	}
 	cf = cf.DeepCopy()
-	cf.OS, cf.Architecture, cf.Config = "linux", runtime.GOARCH, config
+	cf.OS, cf.Architecture, cf.Config = "linux", p.Arch, config
 	return mutate.ConfigFile(img, cf)
 }
 

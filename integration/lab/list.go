@@ -15,23 +15,69 @@ import (
 func scenarios(o options) []scenario {
 	tests := cmp.Or(o.tests, strings.Join(everywhere, "|"))
 	return []scenario{
-		{name: "smoke", smoke: true, do: steps(install("systemd"), pods("systemd", "TestRun"), kill, pods("systemd", "TestStillRun|TestExits|TestRemoveAll"),
-			reconfigure("cgroupfs"), pods("cgroupfs", "TestRun"), cut, pods("cgroupfs", "TestNoneReady|TestRemoveAll"))},
-		{name: "tests-cgroupfs", do: integrationTests(tests, "cgroupfs")},
-		{name: "tests-systemd", do: integrationTests(tests, "systemd")},
-		{name: "restarts-systemd", do: restarts("systemd")},
-		{name: "restarts-cgroupfs", do: restarts("cgroupfs")},
-		{name: "restarts-systemd-v1", options: v1, do: restarts("systemd")},
-		{name: "restarts-cgroupfs-v1", options: v1, do: restarts("cgroupfs")},
+		{name: "smoke", on: debian13, smoke: true, do: smoke},
+		{name: "smoke-arm64", on: debian13arm, do: smoke},
+		{name: "life-systemd", on: debian13, do: life("systemd")},
+		{name: "life-cgroupfs", on: debian13, do: life("cgroupfs")},
+		{name: "life-systemd-v1", on: debian13, options: v1, do: life("systemd")},
+		{name: "life-cgroupfs-v1", on: debian13, options: v1, do: life("cgroupfs")},
+		{name: "life-debian12-systemd", on: debian12, do: life("systemd")},
+		{name: "life-debian12-cgroupfs", on: debian12, do: life("cgroupfs")},
 		// The kubelet's driver is systemd, and nobody has told the runtime handlers.
-		{name: "slices-without-systemd", do: steps(install("cgroupfs"), pods("slices", "TestRun|TestStillRun"), kill, pods("slices", "TestStillRun|TestRemoveAll"))},
-		{name: "reboot", do: steps(install("systemd"), pods("systemd", "TestRun"), reboot, pods("systemd", "TestNoneReady|TestRemoveAll"),
-			pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
-		{name: "power-cut", do: steps(install("systemd"), pods("systemd", "TestRun"), cut, pods("systemd", "TestNoneReady|TestRemoveAll"),
-			pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
-		{name: "power-cuts", do: steps(install("systemd"), repeat(o.rounds, churnAndCut("systemd"), pods("systemd", "TestNoneReady|TestRemoveAll")))},
+		{name: "slices-without-systemd", on: debian13, do: steps(node("cgroupfs"), pods("slices", "TestRun|TestRunStock|TestStillRun"), kill,
+			pods("slices", "TestStillRun|TestRemoveAll"))},
+		{name: "tests-systemd", on: debian13, do: integrationTests(tests, "systemd")},
+		{name: "tests-cgroupfs", on: debian13, do: integrationTests(tests, "cgroupfs")},
+		{name: "reboot", on: debian13, do: again(reboot)},
+		{name: "power-cut", on: debian13, do: again(cut)},
+		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(), afterCut))},
+		{name: "power-cuts-upgrade", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(upgrades), command(repair), afterCut))},
+		{name: "power-cut-full-disk", on: debian13, do: steps(node("systemd"), pods("systemd", "TestRun"), command(fill), churnAndCut(),
+			command("rm /filler"), command(awaitContainerd), pods("systemd", "TestRemoveAll"), pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
 	}
 }
+
+var smoke = steps(node("systemd"), pods("systemd", "TestRun"), kill, pods("systemd", "TestStillRun|TestExits|TestRemoveAll"),
+	reconfigure("cgroupfs"), pods("cgroupfs", "TestRun"), cut, pods("cgroupfs", "TestNoneReady|TestRemoveAll"))
+
+// life is that of a node with podfsm from the first day to the last: pods of containerd's own run through all of it.
+func life(driver string) step {
+	return steps(stock(driver), pods(driver, "TestRunStock"),
+		install(driver), pods(driver, "TestStillRun|TestRun"),
+		kill, pods(driver, "TestStillRun"),
+		command("systemctl restart containerd"), pods(driver, "TestStillRun"),
+		command("systemctl stop containerd; systemctl start containerd"), pods(driver, "TestStillRun"),
+		command(upgrade), pods(driver, "TestStillRun|TestExits"),
+		command(refuseRemoval), command(drain), command(purge), pods(driver, "TestStillRun/stock|TestRemoveAll"))
+}
+
+// The node's last days with podfsm, by the words of docs/install.md.
+const (
+	upgrade       = "dpkg --install /lab/upgrade/*.deb; systemctl restart containerd; podfsm --version | grep 0.0.1-lab"
+	refuseRemoval = "if apt-get purge --yes podfsm; then exit 1; fi; podfsm ps"
+	drain         = "podfsm drain --force"
+	purge         = `apt-get purge --yes podfsm
+systemctl restart containerd
+systemctl show --property ExecStart containerd | grep -q path=/usr/local/bin/containerd
+[ -z "$(ls -d {/var/lib,/run}/containerd/*podfsm* 2>/dev/null | grep -v snapshotter)" ]`
+)
+
+// again runs pods, has the machine start anew, and runs pods after it.
+func again(start step) step {
+	return steps(node("systemd"), pods("systemd", "TestRun"), start, afterCut, pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))
+}
+
+// afterCut finds what has to be true after a start of the machine, whatever was under way when it ended.
+var afterCut = pods("systemd", "TestNoneReady|TestRemoveAll")
+
+const (
+	// upgrades installs the package over and over. After a power cut dpkg wants to be told to go on.
+	upgrades = "while dpkg --install /lab/upgrade/*.deb && systemctl restart containerd; do dpkg --install /lab/package/*.deb; systemctl restart containerd; done"
+	repair   = "dpkg --configure --pending; dpkg --audit; dpkg --install /lab/upgrade/*.deb; systemctl restart containerd"
+	// fill leaves no block of the root filesystem free, not for root either.
+	fill            = "fallocate --length $(($(stat --file-system --format '%f * %S' /))) /filler || true; cat /dev/zero >>/filler || true"
+	awaitContainerd = "until systemctl --quiet is-active containerd; do sleep 1; done"
+)
 
 // v1 has systemd 257 mount the hierarchies of cgroup v1, as before it was told not to.
 const v1 = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1 systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1"
@@ -69,12 +115,6 @@ func repeat(rounds int, all ...step) step {
 	}
 }
 
-func restarts(driver string) step {
-	return steps(install(driver), pods(driver, "TestRun|TestStillRun"), kill, pods(driver, "TestStillRun"),
-		command("systemctl restart containerd"), pods(driver, "TestStillRun"),
-		command("systemctl stop containerd; systemctl start containerd"), pods(driver, "TestStillRun|TestExits|TestRemoveAll"))
-}
-
 // environment is that of the tests on a machine.
 func environment(driver string) string {
 	return fmt.Sprintf("export HOME=/root TMPDIR=/var/tmp CI=1 PODFSM_PREBUILT=/lab PODFSM_PATIENCE=10 PODFSM_CGROUPS=%s\n", driver)
@@ -95,10 +135,15 @@ func command(script string) step {
 	return func(ctx context.Context, m *machine, log io.Writer) error { return m.run(ctx, log, script) }
 }
 
+//go:embed stock.sh
+var stockScript string
+
 //go:embed install.sh
 var installScript string
 
+func stock(driver string) step   { return command("set -- " + driver + "\n" + stockScript) }
 func install(driver string) step { return command("set -- " + driver + "\n" + installScript) }
+func node(driver string) step    { return steps(stock(driver), install(driver)) }
 
 // reconfigure has all handlers use the other driver.
 func reconfigure(driver string) step {
@@ -127,21 +172,28 @@ func reboot(ctx context.Context, m *machine, _ io.Writer) error {
 	return m.boot(ctx)
 }
 
-// churnAndCut cuts the power while pods come and go.
-func churnAndCut(driver string) step {
+// churnAndCut cuts the power while pods come and go, and while scripts run.
+func churnAndCut(scripts ...string) step {
+	all := []step{pods("systemd", "TestChurn")}
+	for _, script := range scripts {
+		all = append(all, command(script))
+	}
 	return func(ctx context.Context, m *machine, log io.Writer) error {
-		churn, stop := context.WithCancel(ctx)
-		defer stop()
-		ended := make(chan error, 1)
-		go func() { ended <- pods(driver, "TestChurn")(churn, m, log) }()
+		ended := make(chan error, len(all))
+		for _, do := range all {
+			go func() { ended <- do(ctx, m, log) }()
+		}
 		after := 20*time.Second + rand.N(30*time.Second)
 		select {
 		case err := <-ended:
+			m.cut() // ends the others
 			return errors.Join(errors.New("the churn has ended"), err)
 		case <-time.After(after):
 		}
 		m.cut()
-		<-ended
+		for range all {
+			<-ended
+		}
 		progress("    power cut after %.0f s of churn", after.Seconds())
 		return m.boot(ctx)
 	}

@@ -18,7 +18,7 @@ func TestChoose(t *testing.T) {
 	}{
 		{"the smoke", options{smoke: true, pattern: "."}, []string{"smoke"}},
 		{"one", options{pattern: "^reboot$"}, []string{"reboot"}},
-		{"both drivers", options{pattern: "^tests-"}, []string{"tests-cgroupfs", "tests-systemd"}},
+		{"both drivers", options{pattern: "^tests-"}, []string{"tests-systemd", "tests-cgroupfs"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			chosen, err := choose(tc.options)

@@ -65,20 +65,22 @@ func lab(ctx context.Context, o options) error {
 		return err
 	}
 	defer unlock()
-	base, err := makeBase(ctx, dir)
-	if err != nil {
-		return err
-	}
-	parts, err := makeParts(ctx, dir)
-	if err != nil {
-		return err
-	}
 	if o.shell {
-		return shell(ctx, dir, base, parts)
+		return shell(ctx, dir)
 	}
 	var failed []string
+	made := map[string]string{} // the images of the parts, by architecture
 	for _, s := range chosen {
-		if err := s.try(ctx, dir, base, parts); err != nil {
+		base, err := makeBase(ctx, dir, s.on)
+		if err != nil {
+			return err
+		}
+		if made[s.on.arch] == "" {
+			if made[s.on.arch], err = makeParts(ctx, dir, base); err != nil {
+				return err
+			}
+		}
+		if err := s.try(ctx, dir, base, made[s.on.arch]); err != nil {
 			failed = append(failed, s.name)
 			progress("--- FAIL: %s: %v", s.name, err)
 		}
@@ -128,8 +130,16 @@ func lock() (unlock func(), err error) {
 }
 
 // shell boots a machine on this terminal. Powering it off, or ctrl-a x, ends it.
-func shell(ctx context.Context, dir string, base base, parts string) error {
-	dir, err := os.MkdirTemp(dir, "shell-*")
+func shell(ctx context.Context, dir string) error {
+	base, err := makeBase(ctx, dir, debian13)
+	if err != nil {
+		return err
+	}
+	parts, err := makeParts(ctx, dir, base)
+	if err != nil {
+		return err
+	}
+	dir, err = os.MkdirTemp(dir, "shell-*")
 	if err != nil {
 		return err
 	}

@@ -5,39 +5,34 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// makeParts makes the image of the machines' second disk, which is mounted at /lab: all programs, the integration tests and what these
-// read, laid out as the repository is.
-func makeParts(ctx context.Context, dir string) (image string, err error) {
-	repo, images, err := harness.BuildAll(ctx)
+// parts is the content of the machines' second disk, which is mounted at /lab: all programs, the integration tests and what these read,
+// laid out as the repository is.
+type parts struct {
+	dir, log string // of the lab
+	repo     string
+	arch     string
+	stage    string // the content, while it comes together
+}
+
+// makeParts makes the image of the parts for an architecture.
+func makeParts(ctx context.Context, dir string, base base) (image string, err error) {
+	p := parts{dir: dir, log: filepath.Join(dir, "parts.log"), arch: base.arch}
+	if p.stage, err = os.MkdirTemp(dir, "parts-*"); err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(p.stage)
+	images, err := p.build(ctx, base)
 	if err != nil {
 		return "", err
 	}
-	bin := filepath.Join(repo, ".build/bin")
-	log := filepath.Join(dir, "parts.log")
-	for _, build := range [][]string{
-		{"go", "test", "-c", "-o", filepath.Join(bin, "integration.test"), "./integration"},
-		{"go", "test", "-c", "-o", filepath.Join(bin, "node.test"), "./integration/lab/node"},
-		{"env", "CGO_ENABLED=0", "go", "build", "-o", bin, "./integration/lab/agent"},
-	} {
-		if err := run(ctx, log, build[0], build[1:]...); err != nil {
-			return "", err
-		}
-	}
-	if err := pack(ctx, repo, filepath.Join(dir, "package"), log); err != nil {
-		return "", err
-	}
-	stage, err := os.MkdirTemp(dir, "parts-*")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(stage)
-	copies := []string{"--archive", "--parents", "bin", ".build/bin", ".build/nodes/package", "integration/testdata", "deploy", "docs", "README.md", stage}
-	if err := run(ctx, log, "cp", copies...); err != nil {
+	if err := p.pack(ctx); err != nil {
 		return "", err
 	}
 	unit, err := containerdUnit(ctx)
@@ -45,31 +40,105 @@ func makeParts(ctx context.Context, dir string) (image string, err error) {
 		return "", err
 	}
 	for name, content := range map[string][]byte{"containerd.service": unit, "images.tar": images} {
-		if err := os.WriteFile(filepath.Join(stage, name), content, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(p.stage, name), content, 0o644); err != nil {
 			return "", err
 		}
 	}
-	image = filepath.Join(dir, "parts.img")
-	return image, run(ctx, log, "mkfs.ext4", "-q", "-F", "-d", stage, "-L", "lab", image, "4G")
+	image = filepath.Join(dir, "parts-"+p.arch+".img")
+	return image, run(ctx, p.log, "mkfs.ext4", "-q", "-F", "-d", p.stage, "-L", "lab", image, "4G")
 }
 
-// pack makes the project's Debian package of static binaries, as make dist does.
-func pack(ctx context.Context, repo, out, log string) error {
-	bin := out + "-bin/"
-	if err := run(ctx, log, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-ldflags=-s -w", "-o", bin, "./cmd/..."); err != nil {
+// build builds the programs into the stage, and returns the images, as docker save writes them.
+func (p *parts) build(ctx context.Context, base base) (images []byte, err error) {
+	if p.repo, images, err = harness.BuildAll(ctx); err != nil {
+		return nil, err
+	}
+	bin := filepath.Join(p.stage, ".build/bin")
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		return nil, err
+	}
+	if p.arch != runtime.GOARCH {
+		return p.cross(ctx, base, bin)
+	}
+	if err := p.goBuild(ctx, ".", nil, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
+		return nil, err
+	}
+	copies := []string{"--archive", "--parents", "bin", ".build/bin", "integration/testdata", "deploy", "docs", "README.md", p.stage}
+	if err := run(ctx, p.log, "cp", copies...); err != nil {
+		return nil, err
+	}
+	return images, p.static(ctx, bin)
+}
+
+// static builds what runs on machines alone.
+func (p *parts) static(ctx context.Context, bin string) error {
+	if err := p.goBuild(ctx, ".", nil, "test", "-c", "-o", bin+"/node.test", "./integration/lab/node"); err != nil {
 		return err
 	}
+	return p.goBuild(ctx, ".", nil, "build", "-o", bin+"/", "./integration/lab/agent")
+}
+
+// cross builds what a node of another architecture needs. The integration tests don't run on it.
+func (p *parts) cross(ctx context.Context, base base, bin string) ([]byte, error) {
+	const containerd = "github.com/containerd/containerd/v2/cmd/"
+	builds := []struct {
+		module string
+		env    []string
+		args   []string
+	}{
+		{".", nil, []string{containerd + "containerd", containerd + "containerd-shim-runc-v2", containerd + "ctr"}},
+		{"integration/tools/cni", nil, []string{"tool"}},
+		{"integration/tools/runc", []string{
+			"CGO_ENABLED=1", "CC=" + crossCompiler,
+			"PKG_CONFIG_SYSROOT_DIR=" + base.sysroot, "PKG_CONFIG_LIBDIR=" + base.sysroot + "/usr/lib/aarch64-linux-gnu/pkgconfig",
+		}, []string{"-tags=seccomp", "tool"}},
+	}
+	for _, b := range builds {
+		progress("building for %s: %s", p.arch, strings.Join(b.args, " "))
+		if err := p.goBuild(ctx, b.module, b.env, append([]string{"build", "-ldflags=-s -w", "-o", bin + "/"}, b.args...)...); err != nil {
+			return nil, err
+		}
+	}
+	pause := bin + "/pause"
+	if err := run(ctx, p.log, crossCompiler, "-static", "-Os", "-s", "-o", pause, filepath.Join(p.repo, "integration/pause/pause.c")); err != nil {
+		return nil, err
+	}
+	if err := p.static(ctx, bin); err != nil {
+		return nil, err
+	}
+	return harness.Images(ctx, harness.Programs{Arch: p.arch, Pause: pause, Busybox: base.sysroot + "/busybox"})
+}
+
+// crossCompiler is the C compiler for the only other architecture that there are packages for.
+const crossCompiler = "aarch64-linux-gnu-gcc"
+
+// goBuild runs the go command in a module of the repository, for the parts' architecture; without cgo, unless env says otherwise.
+func (p *parts) goBuild(ctx context.Context, module string, env []string, args ...string) error {
+	env = append([]string{"GOARCH=" + p.arch, "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false"}, env...)
+	return run(ctx, p.log, "env", slices.Concat([]string{"-C", filepath.Join(p.repo, module)}, env, []string{"go"}, args)...)
+}
+
+// pack makes the project's Debian packages of static binaries, as make dist does: one to install and one to upgrade to.
+func (p *parts) pack(ctx context.Context) error {
 	nfpm, err := harness.BuildNFPM(ctx)
 	if err != nil {
 		return err
 	}
-	if err := os.RemoveAll(out); err != nil {
-		return err
+	bin := filepath.Join(p.dir, "package-bin-"+p.arch) + "/"
+	for _, pkg := range []struct{ version, dir string }{{"v0.0.0-lab", "package"}, {"v0.0.1-lab", "upgrade"}} {
+		stamp := "-ldflags=-s -w -X main.version=" + pkg.version
+		if err := p.goBuild(ctx, ".", nil, "build", "-trimpath", stamp, "-o", bin, "./cmd/..."); err != nil {
+			return err
+		}
+		out := filepath.Join(p.stage, pkg.dir)
+		if err := os.MkdirAll(out, 0o755); err != nil {
+			return err
+		}
+		if err := run(ctx, p.log, filepath.Join(p.repo, "deploy/package/pack"), pkg.version, "1795529540", p.arch, bin, nfpm, out); err != nil {
+			return err
+		}
 	}
-	if err := os.MkdirAll(out, 0o755); err != nil {
-		return err
-	}
-	return run(ctx, log, filepath.Join(repo, "deploy/package/pack"), "v0.0.0-lab", "1795529540", "amd64", bin, nfpm, out)
+	return nil
 }
 
 // containerdUnit is containerd's own.

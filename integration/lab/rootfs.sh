@@ -1,9 +1,23 @@
-# Makes a node's root filesystem: rootfs DIRECTORY RELEASE PACKAGE...
-dir=$1 release=$2
-shift 2
+# Makes a node's root filesystem: rootfs DIRECTORY RELEASE ARCH PACKAGE...
+dir=$1 release=$2 arch=$3
+shift 3
 root=$dir/root
 include=$*
-debootstrap --variant=minbase --include="${include// /,}" "$release" "$root"
+
+# Debian's packages run their scripts while they are installed. Where the kernel doesn't know yet how to run arm64's programs, it learns it
+# for that time. The magic is the head of an ELF executable for that machine (elf(5)).
+binfmt=/proc/sys/fs/binfmt_misc
+if [ "$arch" = arm64 ] && [ "$(uname -m)" != aarch64 ]; then
+	[ -e $binfmt/register ] || mount -t binfmt_misc binfmt_misc $binfmt
+	if ! grep -qs '^interpreter.*qemu-aarch64' $binfmt/*; then
+		interpreter=$(command -v qemu-aarch64-static)
+		magic='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
+		mask='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
+		trap 'echo -1 >$binfmt/podfsm-lab' EXIT
+		printf '%s' ":podfsm-lab:M::$magic:$mask:$interpreter:F" >$binfmt/register
+	fi
+fi
+debootstrap --arch="$arch" --variant=minbase --include="${include// /,}" "$release" "$root"
 umount -R "$root/proc" "$root/sys" 2>/dev/null || true
 
 cat >"$root/etc/fstab" <<END
@@ -43,5 +57,9 @@ chroot "$root" systemctl enable lab.service
 chroot "$root" systemctl mask systemd-timesyncd.service apt-daily.timer apt-daily-upgrade.timer e2scrub_reap.service
 
 cp -L "$root/vmlinuz" "$root/initrd.img" "$dir/"
+# What programs for this platform are built with, and what its images have.
+mkdir "$dir/sysroot"
+(cd "$root" && cp -a --parents usr/include/seccomp*.h usr/lib/*-linux-gnu/libseccomp.* usr/lib/*-linux-gnu/pkgconfig/libseccomp.pc "$dir/sysroot/")
+cp "$root/bin/busybox" "$dir/sysroot/"
 mkfs.ext4 -q -F -d "$root" -L root "$dir/root.img" 12G
 rm -rf "$root"

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 )
 
@@ -15,6 +16,7 @@ import (
 type scenario struct {
 	name    string
 	smoke   bool
+	on      platform
 	options string // for the kernel
 	do      step
 }
@@ -86,13 +88,16 @@ func (m *machine) keep(ctx context.Context) {
 	}
 }
 
-// results shows the result of each test, and keeps all that a test has printed.
+// results shows the result of each test, and keeps all that a test has printed. Several may write at once.
 type results struct {
+	mu   sync.Mutex
 	log  io.Writer
 	rest []byte
 }
 
 func (r *results) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.rest = append(r.rest, p...)
 	for {
 		line, rest, found := bytes.Cut(r.rest, []byte("\n"))

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -49,16 +50,28 @@ func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 
 // qemu is the command that runs the machine. KVM isn't used: it isn't there in many build machines, which are virtual themselves.
 func (m *machine) qemu(ctx context.Context, more ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{
-		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096",
+	emulator := emulators[m.base.arch]
+	cmd := exec.CommandContext(ctx, emulator.program, slices.Concat(emulator.machine, []string{
+		"-accel", "tcg,thread=multi", "-smp", "2", "-m", "4096",
 		// Mitigations of the processor's flaws flush what emulation has translated, at every system call.
-		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=ttyS0 root=/dev/vda rw quiet mitigations=off " + m.options,
+		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=" + emulator.console + " root=/dev/vda rw quiet mitigations=off " + m.options,
 		"-drive", "file=" + m.path("root.qcow2") + ",if=virtio", "-drive", "file=" + m.path("parts.qcow2") + ",if=virtio",
 		"-display", "none", "-no-reboot",
-	}, more...)...)
+	}, more)...)
 	// A lab that is killed takes its machine with it. main holds the thread that this is about.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return cmd
+}
+
+// emulators are qemu's programs by architecture.
+var emulators = map[string]struct {
+	program string
+	machine []string
+	console string
+}{
+	"amd64": {"qemu-system-x86_64", []string{"-machine", "q35", "-cpu", "max"}, "ttyS0"},
+	// Pointer authentication in the way of the architecture's specification takes half of the time.
+	"arm64": {"qemu-system-aarch64", []string{"-machine", "virt", "-cpu", "max,pauth-impdef=on"}, "ttyAMA0"},
 }
 
 // boot starts the machine and returns when it runs commands.

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -41,16 +42,28 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// kinds are the pods of each user mode and network.
-var kinds = map[string]struct {
-	handler string
-	option  harness.PodOption
-}{
-	"kubelet":    {"podfsm", func(*runtime.PodSandboxConfig) {}},
-	"auto":       {"podfsm-auto", harness.HostUsers()},
-	"node":       {"podfsm-node", harness.HostUsers()},
-	"host-users": {"podfsm", harness.HostUsers()},
-	"host-net":   {"podfsm", harness.HostNetwork()},
+// kind is a way to run a pod.
+type kind struct {
+	name, handler string
+	option        harness.PodOption
+}
+
+var asItIs harness.PodOption = func(*runtime.PodSandboxConfig) {}
+
+// kinds are podfsm's pods of each user mode and network, the last with a snapshot whose owners are remapped.
+var kinds = []kind{
+	{"kubelet", "podfsm", asItIs},
+	{"auto", "podfsm-auto", harness.HostUsers()},
+	{"node", "podfsm-node", harness.HostUsers()},
+	{"host-users", "podfsm", harness.HostUsers()},
+	{"host-net", "podfsm", harness.HostNetwork()},
+	{"remap", "podfsm-remap", asItIs},
+}
+
+// stockKinds are pods of containerd's own.
+var stockKinds = []kind{
+	{"stock", "runc", asItIs},
+	{"host-stock", "runc", harness.HostUsers()},
 }
 
 // pod is what is known of a pod that runs.
@@ -92,43 +105,59 @@ func cgroup(t *testing.T, pid int) string {
 }
 
 // TestRun runs a pod of each kind, with a container.
-func TestRun(t *testing.T) {
+func TestRun(t *testing.T) { runPods(t, kinds) }
+
+// TestRunStock runs pods that containerd's own controller runs, whether podfsm is there or not.
+func TestRunStock(t *testing.T) { runPods(t, stockKinds) }
+
+func runPods(t *testing.T, kinds []kind) {
 	n := attach(t)
 	pods := map[string]pod{}
-	for name, kind := range kinds {
-		t.Run(name, func(t *testing.T) {
-			config := n.PodConfig(name, kind.option)
-			p, err := n.RunPod(t.Context(), kind.handler, config)
-			require.NoError(t, err)
-			// A machine that shuts down has patience with what ignores SIGTERM.
-			c, err := p.StartContainer(t.Context(), "main", harness.Run("sh", "-c", "trap 'exit 0' TERM; sleep 1000000 & wait"))
-			require.NoError(t, err)
-			out, err := c.Exec(t.Context(), "cat", "/proc/self/uid_map")
-			require.NoError(t, err)
-			own := strings.Fields(out)[1] != "0"
-			require.Equal(t, !strings.HasPrefix(name, "host-"), own, "uid_map: %s", out)
-
-			pid, err := p.Pid(t.Context())
-			require.NoError(t, err)
-			ip, err := p.IP(t.Context())
-			require.NoError(t, err)
-			pods[name] = pod{ID: p.ID, Container: c.ID, Pid: pid, IP: ip}
-			if os.Getenv("PODFSM_CGROUPS") == "slices" { // such a cgroup has no usual place
-				return
-			}
-			// pause and container are where a runtime with the kubelet's driver has them.
-			inPod := cgroup(t, pid)
-			require.True(t, strings.HasPrefix(inPod, config.GetLinux().GetCgroupParent()+"/"), inPod)
-			main, err := c.Pid(t.Context())
-			require.NoError(t, err)
-			require.Equal(t, filepath.Dir(inPod), filepath.Dir(cgroup(t, main)))
-			require.Equal(t, strings.HasSuffix(config.GetLinux().GetCgroupParent(), ".slice"), strings.HasSuffix(inPod, ".scope"), inPod)
-		})
+	if _, err := os.Stat(podsFile); err == nil {
+		pods = readPods(t)
+	}
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) { pods[kind.name] = runPod(t, n, kind) })
 	}
 	text, err := json.Marshal(pods)
 	require.NoError(t, err)
 	require.NoError(t, os.MkdirAll(filepath.Dir(podsFile), 0o755))
 	require.NoError(t, os.WriteFile(podsFile, text, 0o644))
+}
+
+func runPod(t *testing.T, n *harness.Node, kind kind) pod {
+	config := n.PodConfig(kind.name, kind.option)
+	p, err := n.RunPod(t.Context(), kind.handler, config)
+	require.NoError(t, err)
+	// A machine that shuts down has patience with what ignores SIGTERM.
+	c, err := p.StartContainer(t.Context(), "main", harness.Run("sh", "-c", "trap 'exit 0' TERM; sleep 1000000 & wait"))
+	require.NoError(t, err)
+	out, err := c.Exec(t.Context(), "cat", "/proc/self/uid_map")
+	require.NoError(t, err)
+	own := strings.Fields(out)[1] != "0"
+	require.Equal(t, !strings.HasPrefix(kind.name, "host-"), own, "uid_map: %s", out)
+	owner, err := c.Exec(t.Context(), "stat", "-c", "%u", "/bin/busybox")
+	require.NoError(t, err)
+	require.Equal(t, "0\n", owner, "the image's files have the pod's owners")
+
+	pid, err := p.Pid(t.Context())
+	require.NoError(t, err)
+	ip, err := p.IP(t.Context())
+	require.NoError(t, err)
+	if os.Getenv("PODFSM_CGROUPS") != "slices" { // such a cgroup has no usual place
+		requireCgroups(t, config.GetLinux().GetCgroupParent(), pid, c)
+	}
+	return pod{ID: p.ID, Container: c.ID, Pid: pid, IP: ip}
+}
+
+// requireCgroups finds pause and container where a runtime with the kubelet's driver has them.
+func requireCgroups(t *testing.T, parent string, pause int, c *harness.Container) {
+	inPod := cgroup(t, pause)
+	require.True(t, strings.HasPrefix(inPod, parent+"/"), inPod)
+	main, err := c.Pid(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, filepath.Dir(inPod), filepath.Dir(cgroup(t, main)))
+	require.Equal(t, strings.HasSuffix(parent, ".slice"), strings.HasSuffix(inPod, ".scope"), inPod)
 }
 
 // TestStillRun finds the pods of TestRun as they were: adopted by a containerd that was started since.
@@ -170,17 +199,42 @@ func TestExits(t *testing.T) {
 	require.EqualValues(t, 137, status.GetStatus().GetExitCode())
 }
 
-// TestNoneReady finds no pod ready: the machine was started since. containerd was up at the first try, within systemd's time for it.
+// TestNoneReady finds no pod ready, because the machine was started since, and podfsm able to tell what became of them. containerd was up
+// at the first try, within systemd's time for it.
 func TestNoneReady(t *testing.T) {
 	list, err := attach(t).Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
 	require.NoError(t, err)
-	t.Logf("%d pods are listed", len(list.GetItems()))
-	restarts, err := exec.CommandContext(t.Context(), "systemctl", "show", "--property", "NRestarts", "--value", "containerd").Output()
-	require.NoError(t, err)
-	require.Equal(t, "0\n", string(restarts))
 	for _, p := range list.GetItems() {
 		require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, p.GetState(), "pod %s", p.GetMetadata().GetName())
 	}
+	require.Equal(t, "0", property(t, "NRestarts"))
+	t.Logf("%d pods are listed, containerd was up after %v", len(list.GetItems()), startDuration(t))
+
+	for _, command := range []string{"ps --all", "debts", "ids", "doctor"} {
+		out, err := exec.CommandContext(t.Context(), "podfsm", strings.Fields(command)...).CombinedOutput()
+		require.NoError(t, err, "podfsm %s: %s", command, out)
+		require.NotContains(t, string(out), "damaged")
+	}
+}
+
+// property is one of containerd.service.
+func property(t *testing.T, name string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "systemctl", "show", "--property", name, "--value", "containerd").Output()
+	require.NoError(t, err)
+	return strings.TrimSpace(string(out))
+}
+
+// startDuration is how long containerd took to start: monotonic times in microseconds (org.freedesktop.systemd1(5)).
+func startDuration(t *testing.T) time.Duration {
+	t.Helper()
+	var times [2]int64
+	for i, name := range []string{"ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic"} {
+		var err error
+		times[i], err = strconv.ParseInt(property(t, name), 10, 64)
+		require.NoError(t, err)
+	}
+	return time.Duration(times[1]-times[0]) * time.Microsecond
 }
 
 // TestRemoveAll removes all pods as the kubelet does, and finds nothing left of them.
@@ -205,6 +259,7 @@ func TestRemoveAll(t *testing.T) {
 		require.NoError(c, err)
 		require.Empty(c, left)
 	}, harness.Patience(5*time.Second), time.Second)
+	require.NoError(t, os.RemoveAll(podsFile))
 }
 
 func removeAll(ctx context.Context, n *harness.Node) error {
@@ -243,8 +298,16 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	leases, failed := n.Containerd.LeasesService().List(k8s)
 	add("lease", names(leases, func(i int) string { return leases[i].ID }), failed)
 
-	ledger, failed := n.Sandboxes().List(ctx, &podfsmv1.ListRequest{})
-	add("ledger entry", names(ledger.GetSandboxes(), func(i int) string { return ledger.GetSandboxes()[i].String() }), failed)
+	if _, missing := exec.LookPath("podfsm"); missing == nil {
+		ledger, failed := n.Sandboxes().List(ctx, &podfsmv1.ListRequest{})
+		add("ledger entry", names(ledger.GetSandboxes(), func(i int) string { return ledger.GetSandboxes()[i].String() }), failed)
+		ids, failed := n.Sandboxes().IDs(ctx, &podfsmv1.IDsRequest{})
+		add("id range", names(ids.GetHolders(), func(i int) string { return ids.GetHolders()[i].String() }), failed)
+		leaks, failed := exec.CommandContext(ctx, "podfsm", "leaks").Output()
+		if text := strings.TrimSpace(string(leaks)); failed != nil || strings.Count(text, "\n") > 0 {
+			add("podfsm leaks", []string{fmt.Sprint(text, failed)}, nil)
+		}
+	}
 	addresses, failed := filepath.Glob(ipamDir + "/*/[0-9]*.*")
 	add("address", addresses, failed)
 	netns, failed := mountinfo.GetMounts(mountinfo.FSTypeFilter("nsfs"))
@@ -266,10 +329,6 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	}
 	units, failed := exec.CommandContext(ctx, "systemctl", "list-units", "--all", "--plain", "--no-legend", "cri-containerd-*").Output()
 	add("unit", strings.Split(strings.TrimSpace(string(units)), "\n"), failed)
-	leaks, failed := exec.CommandContext(ctx, "podfsm", "leaks").Output()
-	if text := strings.TrimSpace(string(leaks)); failed != nil || strings.Count(text, "\n") > 0 {
-		add("podfsm leaks", []string{fmt.Sprint(text, failed)}, nil)
-	}
 	return left, err
 }
 
@@ -287,8 +346,8 @@ func TestChurn(t *testing.T) {
 	for worker := range 3 {
 		workers.Go(func() {
 			for round := 0; t.Context().Err() == nil; round++ {
-				for name, kind := range kinds {
-					name := fmt.Sprintf("%s-%d-%d", name, worker, round)
+				for _, kind := range kinds {
+					name := fmt.Sprintf("%s-%d-%d", kind.name, worker, round)
 					p, err := n.RunPod(t.Context(), kind.handler, n.PodConfig(name, kind.option))
 					if err != nil {
 						t.Logf("failed to run pod %q: %v", name, err)
