@@ -25,6 +25,10 @@ packages := \
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=
 
+# How results are shown: what fails, and a line a minute. Empty for all that go test prints.
+PROGRESS ?= | go run ./integration/progress
+gotest = go test $(if $(PROGRESS),-json)
+
 # Flags for make bench, such as -sections or -rounds.
 BENCHFLAGS ?=
 
@@ -58,19 +62,19 @@ test: unit integration ## Run all tests
 
 .PHONY: unit
 unit: deps ## Run the tests of the packages, with the race detector
-	go test -race $(TESTFLAGS) $$(go list ./... | grep -v '/integration$$\|/integration/harness$$')
+	$(gotest) -race $(TESTFLAGS) $$(go list ./... | grep -v '/integration$$\|/integration/harness$$') $(PROGRESS)
 
 .PHONY: integration
 integration: deps ## Run the tests on real containerd, runc and CNI plugins
-	go test -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness
+	$(gotest) -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness $(PROGRESS)
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
 long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of
-	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration
-	PODFSM_FULL=1 go test -timeout 10m $(TESTFLAGS) -run '^TestSuite$$' ./snapshot/remapping
+	PODFSM_FULL=1 $(gotest) -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration $(PROGRESS)
+	PODFSM_FULL=1 $(gotest) -timeout 10m $(TESTFLAGS) -run '^TestSuite$$' ./snapshot/remapping $(PROGRESS)
 
 # How long make fuzz works on each target. A second try, because go test may fail when its time is up in the middle of an input; what it has
 # really found is in testdata from then on, and fails again.
