@@ -60,7 +60,8 @@ func (p *parts) build(ctx context.Context, base base) (images []byte, err error)
 	if p.arch != runtime.GOARCH {
 		return p.cross(ctx, base, bin)
 	}
-	if err := p.goBuild(ctx, ".", nil, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
+	// As make test builds it, from the same cache.
+	if err := p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
 		return nil, err
 	}
 	copies := []string{"--archive", "--parents", "bin", ".build/bin", "integration/testdata", "deploy", "docs", "README.md", p.stage}
