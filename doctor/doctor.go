@@ -39,6 +39,8 @@ const (
 	AllPods     Pods = "all"
 	UserNSPods  Pods = "with a user namespace"
 	NetworkPods Pods = "with a network of their own"
+	// TmpfsPods are refused with their containers: what volumes a pod has isn't known before.
+	TmpfsPods Pods = "with a user namespace and a volume on tmpfs"
 )
 
 // Finding is what one check says of the node, or of one of several things that it looks at.
@@ -100,6 +102,7 @@ var checks = []check{
 	{"runtime", runtimes},
 	{"snapshotter", snapshotters},
 	{"overlay", overlays},
+	{"tmpfs", tmpfs},
 	{"directories", directories},
 	{"netns directory", netNSDirectory},
 	{"networks", networks},

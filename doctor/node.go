@@ -28,6 +28,8 @@ type Node struct {
 	Config *Config
 	// Strategies tries which ones work in a directory, and leaves nothing there.
 	Strategies func(ctx context.Context, dir string) ([]Strategy, error)
+	// Tmpfs tries whether the kernel maps the ids of tmpfs. A kernel that can't is a FailedPrecondition error.
+	Tmpfs func() error
 	// Refusal says why podfsm runs no pods at all; nil when all is well. Nil while the daemon is down.
 	Refusal func() error
 	// Draining says whether new pods are refused because the node is being drained, and since when.

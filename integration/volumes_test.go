@@ -54,6 +54,7 @@ func TestUnmappableVolumes(t *testing.T) {
 					for _, says := range []string{`"main"`, `"default/pod"`, `"/data"`, fmt.Sprintf("%q", path), filesystem, "put the volume on", remedy} {
 						require.ErrorContains(t, err, says)
 					}
+					require.NotContains(t, err.Error(), "tmpfs", "which some kernels can't map either")
 					require.NoFileExists(t, filepath.Join(ramfs, "a"))
 					n.RequireClean(t, with)
 				}

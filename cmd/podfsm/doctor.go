@@ -17,6 +17,7 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/userns"
 )
 
 func doctorCommand() *cli.Command {
@@ -75,6 +76,7 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 		State:      state,
 		Config:     config,
 		Strategies: doctor.TryStrategies,
+		Tmpfs:      userns.CheckTmpfs,
 		Ledger: func() (doctor.Ledger, error) {
 			return closedLedger(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
 		},

@@ -33,4 +33,7 @@ cat >>/etc/containerd/conf.d/podfsm-node.toml <<END
 END
 systemctl restart containerd
 systemctl show --property ExecStart containerd | grep -q containerd-podfsm
-podfsm doctor
+# Before Linux 6.3 the check tmpfs fails for podfsm-auto and podfsm-node: TestTmpfsVolumes compares.
+found=$(podfsm doctor) || [ $? = 2 ]
+echo "$found"
+[ -z "$(grep '^fail' <<<"$found" | grep -v '^fail *tmpfs ' || true)" ]
