@@ -335,7 +335,7 @@ func TestFirstPods(t *testing.T) {
 func TestChecksAreInTheDocs(t *testing.T) {
 	docs, err := os.ReadFile("../docs/operators.md")
 	require.NoError(t, err)
-	for _, c := range checks {
+	for _, c := range slices.Concat(stockChecks, checks) {
 		require.Contains(t, string(docs), "\n| `"+c.name+"` | ")
 	}
 }
