@@ -111,8 +111,6 @@ func configuration(_ context.Context, n Node) []Finding {
 		return []Finding{fail(NoPods, fmt.Sprintf("%s can't read %s: %v", s.Program, file.Path, file.Err), "correct it: containerd-podfsm doesn't start with it")}
 	case file.Missing:
 		return []Finding{fail(NoPods, fmt.Sprintf("there is no %s, so containerd reads no drop-ins", file.Path), fmt.Sprintf("%s config default >%s", s.Program, file.Path))}
-	case n.Config == nil:
-		return []Finding{unknown("the CRI's section of "+file.Path+" can't be read", "look at the message above")}
 	}
 	evidence := fmt.Sprintf("%s (version %d) imports %s", file.Path, file.Version, orNothing(file.Imports))
 	if !slices.ContainsFunc(n.Config.Handlers, func(h Handler) bool { return !h.Planned }) {

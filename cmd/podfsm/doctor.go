@@ -43,10 +43,14 @@ func doctorCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			if cmd.String("output") == "json" {
-				err = writeJSON(cmd.Root().Writer, response)
-			} else {
-				err = writeFindings(cmd.Root().Writer, response.GetFindings(), refused)
+			w := cmd.Root().Writer
+			switch {
+			case cmd.String("output") == "json":
+				err = writeJSON(w, response)
+			case cmd.Bool("preflight"):
+				err = errors.Join(writeFindings(w, response.GetFindings(), refused), writeKinds(w, response.GetFindings()))
+			default:
+				err = writeFindings(w, response.GetFindings(), refused)
 			}
 			if err != nil {
 				return err

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,6 +53,42 @@ func preflight(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse,
 	d := doctor.New(f.node())
 	defer d.Close()
 	return records.Examination(d.Examine(ctx)), nil
+}
+
+// podKinds are pods by what they need of a node, which is what a finding can say
+// that they are refused for.
+var podKinds = []struct {
+	name  string
+	needs []doctor.Pods
+}{
+	{"on the node's users and network", []doctor.Pods{doctor.AllPods}},
+	{"on the node's users", []doctor.Pods{doctor.AllPods, doctor.NetworkPods}},
+	{"with a user namespace", []doctor.Pods{doctor.AllPods, doctor.NetworkPods, doctor.UserNSPods}},
+	{"with a user namespace and a volume on tmpfs, such as a service account token", []doctor.Pods{doctor.AllPods, doctor.NetworkPods, doctor.UserNSPods, doctor.TmpfsPods}},
+}
+
+// writeKinds says of each kind of pods whether podfsm will run it, and which
+// findings are in the way. One that fails without naming pods is in the way of
+// all.
+func writeKinds(w io.Writer, findings []*podfsmv1.Finding) error {
+	fmt.Fprintln(w, "\nAfter the switch, podfsm's pods would:")
+	for _, kind := range podKinds {
+		var blocking []string
+		for _, f := range findings {
+			stops := doctor.Pods(f.GetRefusedPods())
+			if slices.Contains(kind.needs, stops) || stops == doctor.NoPods && f.GetVerdict() == string(doctor.Fail) {
+				blocking = append(blocking, printable(strings.TrimSpace(f.GetCheck()+" "+f.GetSubject())))
+			}
+		}
+		text := "run"
+		if len(blocking) > 0 {
+			text = "not run until this is put right: " + strings.Join(blocking, ", ")
+		}
+		if _, err := fmt.Fprintf(w, "  %s: %s\n", kind.name, text); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // facts are what is known of a node before podfsm is in place.

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/doctor"
 )
 
@@ -110,6 +112,7 @@ func TestPreflightOfFiles(t *testing.T) {
 		"pods that podfsm would refuse: with a user namespace",
 		"ok tmpfs ",
 		"ok ledger there is none yet",
+		"After the switch, podfsm's pods would: on the node's users and network: not run until this is put right: configuration",
 	} {
 		require.Contains(t, out, row)
 	}
@@ -122,6 +125,35 @@ func TestPreflightOfFiles(t *testing.T) {
 	require.Equal(t, 2, exitStatus(err))
 	require.Regexp(t, `fail configuration \S+ can't read `+config+`: containerd: bad line 7`, out)
 	require.Contains(t, out, "unknown runtime containerd's configuration isn't known -> see the check configuration")
+}
+
+// What is in the way of a kind of pods is named with it, and nothing else.
+func TestKindsOfPods(t *testing.T) {
+	finding := func(check string, verdict doctor.Verdict, stops doctor.Pods) *podfsmv1.Finding {
+		return &podfsmv1.Finding{Check: check, Subject: "podfsm", Verdict: string(verdict), RefusedPods: string(stops)}
+	}
+	const run = "run"
+	put := func(checks string) string { return "not run until this is put right: " + checks }
+	for _, test := range []struct {
+		findings []*podfsmv1.Finding
+		want     []string // by kind
+	}{
+		{nil, []string{run, run, run, run}},
+		{[]*podfsmv1.Finding{finding("kernel", doctor.Warn, doctor.NoPods), finding("runtime", doctor.Unknown, doctor.NoPods)}, []string{run, run, run, run}},
+		{[]*podfsmv1.Finding{finding("networks", doctor.Fail, doctor.NoPods)}, slices.Repeat([]string{put("networks podfsm")}, 4)},
+		{[]*podfsmv1.Finding{finding("runtime", doctor.Fail, doctor.AllPods)}, slices.Repeat([]string{put("runtime podfsm")}, 4)},
+		{[]*podfsmv1.Finding{finding("pidfd", doctor.Fail, doctor.NetworkPods)}, []string{run, put("pidfd podfsm"), put("pidfd podfsm"), put("pidfd podfsm")}},
+		{[]*podfsmv1.Finding{finding("overlay", doctor.Fail, doctor.UserNSPods), finding("tmpfs", doctor.Warn, doctor.TmpfsPods)},
+			[]string{run, run, put("overlay podfsm"), put("overlay podfsm, tmpfs podfsm")}},
+	} {
+		var out bytes.Buffer
+		require.NoError(t, writeKinds(&out, test.findings))
+		want := "\nAfter the switch, podfsm's pods would:\n"
+		for i, kind := range podKinds {
+			want += "  " + kind.name + ": " + test.want[i] + "\n"
+		}
+		require.Equal(t, want, out.String())
+	}
 }
 
 func TestFlagValue(t *testing.T) {

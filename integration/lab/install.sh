@@ -2,7 +2,8 @@
 driver=$1
 [ "$driver" = systemd ] && systemd=true || systemd=false
 dpkg --install /lab/package/*.deb
-sed -i "s/SystemdCgroup = true/SystemdCgroup = $systemd/" /etc/containerd/conf.d/podfsm.toml
+podfsm handler >/etc/containerd/conf.d/podfsm.toml
+podfsm doctor --preflight
 for mode in auto node remap; do
 	[ $mode = remap ] && snapshotter=podfsm || snapshotter=overlayfs
 	cat >"/etc/containerd/conf.d/podfsm-$mode.toml" <<END
