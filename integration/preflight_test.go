@@ -212,7 +212,7 @@ func TestPreflight(t *testing.T) {
 	pod := startPod(t, b.Node, harness.StockHandler, b.PodConfig("pod"))
 	c := startContainer(t, pod, "main")
 	second := startPod(t, b.Node, harness.StockHandler, b.PodConfig("host-users", harness.HostUsers()))
-	before, err := b.Census(t.Context())
+	before, err := b.Rest(t.Context())
 	require.NoError(t, err)
 	files := nodeFiles(t, b.Node)
 
