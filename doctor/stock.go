@@ -48,7 +48,8 @@ type ConfigFile struct {
 	Version int
 	Imports []string // patterns of files
 	Missing bool
-	DropIn  string // the file that has podfsm's handler; it is a file that containerd reads once File imports it
+	DropIn  string // the file that has podfsm's handler, if it is imported
+	NoCRI   bool   // containerd's CRI service is disabled
 	Err     error  // why containerd-podfsm can't read it
 }
 
@@ -111,6 +112,9 @@ func configuration(_ context.Context, n Node) []Finding {
 		return []Finding{fail(NoPods, fmt.Sprintf("%s can't read %s: %v", s.Program, file.Path, file.Err), "correct it: containerd-podfsm doesn't start with it")}
 	case file.Missing:
 		return []Finding{fail(NoPods, fmt.Sprintf("there is no %s, so containerd reads no drop-ins", file.Path), fmt.Sprintf("%s config default >%s", s.Program, file.Path))}
+	}
+	if file.NoCRI {
+		return []Finding{fail(NoPods, file.Path+" disables containerd's CRI service, so containerd runs no pods for a kubelet", "remove cri from disabled_plugins")}
 	}
 	evidence := fmt.Sprintf("%s (version %d) imports %s", file.Path, file.Version, orNothing(file.Imports))
 	if !slices.ContainsFunc(n.Config.Handlers, func(h Handler) bool { return !h.Planned }) {

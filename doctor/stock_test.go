@@ -79,6 +79,7 @@ func TestStockChecks(t *testing.T) {
 			planned(t, n)
 			n.Stock.File.Imports = []string{"/etc/containerd/other/*.toml", "conf.d/*.conf"}
 		}, verdict: Fail, evidence: "imports /etc/containerd/other/*.toml, conf.d/*.conf", remedy: `imports = ["/etc/containerd/other/*.toml", "conf.d/*.conf", "/`},
+		{name: "configuration without CRI", look: configuration, change: has(func(s *Stock) { s.File.NoCRI = true }), verdict: Fail, evidence: "disables containerd's CRI service", remedy: "disabled_plugins"},
 		{name: "configuration of another containerd", look: configuration, change: has(func(s *Stock) { s.Running.Root = "/data" }), verdict: Warn, evidence: `has "/data"`, remedy: "--config"},
 		{name: "configuration of a containerd that is down", look: configuration, change: isDown, verdict: OK, evidence: "imports"},
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/pelletier/go-toml/v2"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -135,6 +136,10 @@ var unreadies = []unready{
 	{
 		name: "a configuration that can't be read", inflict: edited(theConfig, "version = 4", "version = 4 4"),
 		check: "configuration", verdict: "fail", evidence: "config.toml", remedy: "correct it",
+	},
+	{
+		name: "no CRI, as in the configuration of some packages", inflict: edited(theConfig, "disabled_plugins = [", "disabled_plugins = ['io.containerd.grpc.v1.cri', "),
+		check: "configuration", verdict: "fail", evidence: "disables containerd's CRI service", remedy: "remove cri from disabled_plugins",
 	},
 	{
 		name: "no drop-in", inflict: func(t *testing.T, b *beforePodfsm) func() { return away("conf.d/podfsm.toml")(t, b.Node) },
@@ -272,6 +277,13 @@ func TestPreflight(t *testing.T) {
 	}
 	t.Run("containerd is down", func(t *testing.T) { broken(t, false) })
 
+	// A containerd without CRI tells what it can.
+	enable := edited(theConfig, "disabled_plugins = [", "disabled_plugins = ['io.containerd.grpc.v1.cri', ")(t, &b)
+	stop := startWithoutCRI(t, &b)
+	require.Regexp(t, `^containerd v?2\.4\.`, findingOf(t, b.preflight(t), "containerd", "").GetEvidence())
+	stop()
+	enable()
+
 	// It told the truth.
 	require.NoError(t, b.Use(t.Context(), harness.Podfsm))
 	require.NoError(t, b.Start(t.Context()))
@@ -281,6 +293,24 @@ func TestPreflight(t *testing.T) {
 	_, errOut, code := cli(t, b.Node, "doctor", "--preflight", "--config", b.config)
 	require.Equal(t, 1, code)
 	require.Contains(t, errOut, "has podfsm already: podfsm doctor examines the node")
+}
+
+// startWithoutCRI starts the stock containerd, without waiting for CRI, which its configuration disables.
+func startWithoutCRI(t *testing.T, b *beforePodfsm) (stop func()) {
+	t.Helper()
+	stock, err := harness.BuildDaemon(t.Context(), harness.Stock)
+	require.NoError(t, err)
+	cmd := osexec.CommandContext(t.Context(), stock, "--config", b.config)
+	cmd.Dir = b.Dir()
+	require.NoError(t, b.Inside(cmd.Start))
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		out, err := osexec.CommandContext(t.Context(), b.Program("ctr"), "--address", b.Socket(), "version").CombinedOutput()
+		require.NoError(c, err, "%s", out)
+	}, waitFor, tick)
+	return func() {
+		require.NoError(t, cmd.Process.Signal(unix.SIGTERM))
+		require.NoError(t, cmd.Wait())
+	}
 }
 
 // TestPreflightNeedsRoot says so to others.

@@ -19,6 +19,8 @@ import (
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/urfave/cli/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -146,6 +148,7 @@ func (f *facts) read(ctx context.Context, cmd *cli.Command, path string) (addres
 		f.file.Err = err
 		return ""
 	}
+	f.file.NoCRI = slices.Contains(config.DisabledPlugins, criDir)
 	if !cmd.IsSet("root") {
 		f.root = config.Root
 	}
@@ -213,7 +216,7 @@ type running struct {
 	args     []string
 	path     string // its PATH
 	plugins  []*introspection.Plugin
-	config   *doctor.Running
+	config   *doctor.Running // nil where its CRI service is disabled
 	networks func(context.Context) (map[string]bool, error)
 }
 
@@ -247,8 +250,8 @@ func ask(ctx context.Context, cmd *cli.Command) (_ *running, err error) {
 	if err != nil {
 		return nil, d.explain(err)
 	}
-	status, err := runtime.NewRuntimeServiceClient(d.conn).Status(limited, &runtime.StatusRequest{Verbose: true})
-	if err != nil {
+	told, err := runtime.NewRuntimeServiceClient(d.conn).Status(limited, &runtime.StatusRequest{Verbose: true})
+	if err != nil && status.Code(err) != codes.Unimplemented { // where CRI is disabled
 		return nil, d.explain(err)
 	}
 	api, err := containerd.NewWithConn(d.conn)
@@ -262,8 +265,10 @@ func ask(ctx context.Context, cmd *cli.Command) (_ *running, err error) {
 		plugins:  loaded.GetPlugins(),
 		networks: func(ctx context.Context) (map[string]bool, error) { return leaks.Containers(ctx, api) },
 	}
-	if r.config, err = readRunning(status); err != nil {
-		return nil, err
+	if told != nil {
+		if r.config, err = readRunning(told); err != nil {
+			return nil, err
+		}
 	}
 	r.args, r.path, err = readProcess(r.pid)
 	return r, err
