@@ -71,7 +71,20 @@ func (d *Driver) EndGC(ctx context.Context) error { return end(ctx, d.groups, no
 
 // Cached are the attachments that runtimes which use libcni have noted in its cache, by network: containerd's own pods, those of CRI-O
 // and nerdctl, but none of podfsm's.
-func Cached() (map[string][]Attached, error) { return cachedIn(libcni.CacheDir) }
+func Cached() (map[string][]Attached, error) { return cachedIn(CacheDir()) }
+
+// CacheDir is libcni's default directory for its cache.
+func CacheDir() string { return libcni.CacheDir }
+
+// Foreign is a container of cached attachments that isn't among those that a runtime knows: another runtime's.
+func Foreign(cached []Attached, known map[string]bool) (id string, found bool) {
+	for _, a := range cached {
+		if !known[a.ContainerID] {
+			return a.ContainerID, true
+		}
+	}
+	return "", false
+}
 
 func cachedIn(dir string) (map[string][]Attached, error) {
 	all, err := libcni.NewCNIConfigWithCacheDir(nil, dir, nil).GetCachedAttachments("")

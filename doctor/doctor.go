@@ -4,7 +4,8 @@
 // its own, and gone when it is done. A check says what it has seen (its evidence), not what ought to be.
 //
 // The daemon examines itself when it starts, and whenever somebody runs "podfsm doctor". While it is down the CLI examines the node as
-// far as that goes without the daemon's configuration.
+// far as that goes without the daemon's configuration. Before podfsm is in place at all, the CLI examines the node by what the containerd
+// that is there tells (Stock).
 package doctor
 
 import (
@@ -39,6 +40,8 @@ const (
 	AllPods     Pods = "all"
 	UserNSPods  Pods = "with a user namespace"
 	NetworkPods Pods = "with a network of their own"
+	// TmpfsPods are refused with their containers: what volumes a pod has isn't known before.
+	TmpfsPods Pods = "with a user namespace and a volume on tmpfs"
 )
 
 // Finding is what one check says of the node, or of one of several things that it looks at.
@@ -100,6 +103,7 @@ var checks = []check{
 	{"runtime", runtimes},
 	{"snapshotter", snapshotters},
 	{"overlay", overlays},
+	{"tmpfs", tmpfs},
 	{"directories", directories},
 	{"netns directory", netNSDirectory},
 	{"networks", networks},
@@ -145,9 +149,13 @@ func (d *Doctor) Close() { d.close() }
 // hasn't come to its end by then is Unknown.
 func (d *Doctor) Examine(ctx context.Context) []Finding {
 	defer d.once.Do(func() { close(d.examined) })
-	found := make([][]Finding, len(checks))
+	all := checks
+	if d.node.Stock != nil {
+		all = slices.Concat(stockChecks, checks)
+	}
+	found := make([][]Finding, len(all))
 	var work sync.WaitGroup
-	for i, c := range checks {
+	for i, c := range all {
 		work.Go(func() { found[i] = d.run(ctx, c) })
 	}
 	work.Wait()

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/userns"
@@ -43,6 +44,7 @@ func wellNode(t *testing.T) Node {
 	n := Node{
 		Proc: filepath.Join(dir, "proc"), Sys: "/sys", Etc: filepath.Join(dir, "etc"), SystemdDir: filepath.Join(dir, "systemd"),
 		Daemon: 7, Root: dir, State: dir, Strategies: strategies(StrategyIDMap, "metacopy"),
+		Tmpfs:    func() error { return nil },
 		Refusal:  func() error { return nil },
 		Draining: func() (time.Time, bool) { return time.Time{}, false },
 		Ledger:   func() (Ledger, error) { return Ledger{Dirs: []string{dir}}, nil },
@@ -139,6 +141,15 @@ func TestChecks(t *testing.T) {
 		{name: "overlay of a directory that can't be written", look: overlays, change: func(_ *testing.T, n *Node) {
 			n.Strategies = func(context.Context, string) ([]Strategy, error) { return nil, errors.New("no luck") }
 		}, verdict: Unknown, evidence: "no luck", remedy: "can be written"},
+		{name: "tmpfs", look: tmpfs, verdict: OK, evidence: "mapped ids"},
+		{name: "tmpfs before Linux 6.3", look: tmpfs, change: oldTmpfs(userns.ModeKubelet), verdict: Warn, evidence: "tmpfs: invalid argument", remedy: "6.3 or later; until then set automountServiceAccountToken: false", stops: TmpfsPods},
+		{name: "tmpfs before Linux 6.3, mode auto", look: tmpfs, change: oldTmpfs(userns.ModeAuto), verdict: Fail, evidence: "service account token", remedy: "6.3 or later, or set mode = \"kubelet\"", stops: TmpfsPods},
+		{name: "tmpfs before Linux 6.3, mode node", look: tmpfs, change: oldTmpfs(userns.ModeNode), verdict: Fail, evidence: "service account token", remedy: "6.3 or later, or set mode = \"kubelet\"", stops: TmpfsPods},
+		{name: "tmpfs before Linux 6.3, configuration that isn't known", look: tmpfs, change: func(t *testing.T, n *Node) {
+			oldTmpfs(userns.ModeKubelet)(t, n)
+			without(n)
+		}, verdict: Warn, evidence: "tmpfs: invalid argument", remedy: "6.3", stops: TmpfsPods},
+		{name: "tmpfs that can't be mounted", look: tmpfs, change: func(_ *testing.T, n *Node) { n.Tmpfs = func() error { return unix.EPERM } }, verdict: Unknown, evidence: "not permitted", remedy: "keeps root"},
 		{name: "runtime that prints nothing", look: runtimes, verdict: Fail, evidence: "can't be read", remedy: "install runc", stops: UserNSPods},
 		{name: "runtime that is missing", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "/nowhere/runc" }, verdict: Fail, evidence: "/nowhere/runc", remedy: "BinaryName", stops: AllPods},
 		{name: "shim that is missing", look: runtimes, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Shim = "io.containerd.nowhere.v9" }, verdict: Fail, evidence: "containerd-shim-nowhere-v9", remedy: "install the shim", stops: AllPods},
@@ -193,6 +204,14 @@ func TestChecks(t *testing.T) {
 // file has another content in a file below /proc.
 func file(path, content string) func(*testing.T, *Node) {
 	return func(t *testing.T, n *Node) { write(t, n.proc(path), content) }
+}
+
+// oldTmpfs is a kernel that doesn't map tmpfs, with a handler of a mode.
+func oldTmpfs(mode userns.Mode) func(*testing.T, *Node) {
+	return func(_ *testing.T, n *Node) {
+		n.Tmpfs = func() error { return &userns.UnmappableError{Filesystem: userns.Tmpfs, Err: unix.EINVAL} }
+		n.Config.Handlers[0].Mode = mode
+	}
 }
 
 func pool(user string) func(*testing.T, *Node) {
@@ -255,6 +274,10 @@ echo '{"linux": {"namespaces": ["user", "network"], "mountExtensions": {"idmap":
 
 	d.node.Strategies = strategies(StrategyIDMap)
 	require.NoError(t, d.Admit(t.Context(), mapped))
+
+	oldTmpfs(userns.ModeAuto)(t, &d.node)
+	d.Examine(t.Context())
+	require.NoError(t, d.Admit(t.Context(), mapped), "it may have no volume on tmpfs; its containers are looked at")
 }
 
 // A check that hangs keeps nobody from an answer, and is never made twice at a time.
@@ -312,7 +335,7 @@ func TestFirstPods(t *testing.T) {
 func TestChecksAreInTheDocs(t *testing.T) {
 	docs, err := os.ReadFile("../docs/operators.md")
 	require.NoError(t, err)
-	for _, c := range checks {
+	for _, c := range slices.Concat(stockChecks, checks) {
 		require.Contains(t, string(docs), "\n| `"+c.name+"` | ")
 	}
 }

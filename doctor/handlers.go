@@ -7,8 +7,11 @@ import (
 	"time"
 )
 
-// controller says whether podfsm itself runs pods.
+// controller says whether podfsm itself runs pods, or will.
 func controller(_ context.Context, n Node) []Finding {
+	if n.Stock != nil {
+		return n.notYet()
+	}
 	if n.Refusal == nil {
 		return down()
 	}
@@ -25,7 +28,7 @@ func controller(_ context.Context, n Node) []Finding {
 // handlers lists those of podfsm's.
 func handlers(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
 	if len(n.Config.Handlers) == 0 {
 		return []Finding{warn("no runtime handler has sandboxer = \"podfsm\", so podfsm runs no pods",
@@ -34,7 +37,10 @@ func handlers(_ context.Context, n Node) []Finding {
 	var texts []string
 	for _, h := range n.Config.Handlers {
 		text := fmt.Sprintf("%s (users by %s)", h.Name, h.Mode)
-		if h.Default {
+		switch {
+		case h.Planned:
+			text = fmt.Sprintf("%s (not configured yet, users by %s)", h.Name, h.Mode)
+		case h.Default:
 			text = fmt.Sprintf("%s (the default, users by %s)", h.Name, h.Mode)
 		}
 		texts = append(texts, text)
@@ -45,7 +51,7 @@ func handlers(_ context.Context, n Node) []Finding {
 // snapshotters looks whether they are there and say that they map ids.
 func snapshotters(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
 	if n.Daemon == 0 {
 		return down()

@@ -12,7 +12,7 @@ import (
 func idPool(_ context.Context, n Node) []Finding {
 	switch {
 	case n.Config == nil:
-		return unconfigured()
+		return n.unconfigured()
 	case !n.Config.Pool:
 		return []Finding{ok("no pool is configured")}
 	case n.Config.PoolUser == "":

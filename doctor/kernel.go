@@ -28,7 +28,7 @@ func kernel(_ context.Context, n Node) []Finding {
 	}
 	if major < 5 || major == 5 && minor < 19 {
 		return []Finding{warn("Linux "+release+" is older than 5.19, which idmapped overlay mounts came with",
-			"upgrade to Linux 5.19 or later (6.11 and 6.15 bring what the checks pidfd and statmount tell of)")}
+			"upgrade to Linux 6.3 or later (the checks tmpfs, pidfd and statmount tell what 6.3, 6.11 and 6.15 bring)")}
 	}
 	return []Finding{ok("Linux " + release)}
 }

@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -80,27 +79,22 @@ func diskSpace(_ context.Context, n Node) []Finding {
 			}
 		}
 	}
-	var found []Finding
-	for _, dir := range dirs {
-		if f, there := spaceIn(dir); there {
-			found = append(found, f)
-		}
+	for i, dir := range dirs {
+		dirs[i] = existing(dir)
 	}
-	if len(found) == 0 {
-		return []Finding{ok("none of " + strings.Join(dirs, ", ") + " is there yet")}
+	slices.Sort(dirs)
+	var found []Finding
+	for _, dir := range slices.Compact(dirs) {
+		found = append(found, spaceIn(dir))
 	}
 	return found
 }
 
 // spaceIn says what is free on the filesystem of a directory. A filesystem without a number of inodes makes them as needed.
-func spaceIn(dir string) (f Finding, there bool) {
+func spaceIn(dir string) Finding {
 	var stat unix.Statfs_t
-	err := unix.Statfs(dir, &stat)
-	if errors.Is(err, unix.ENOENT) {
-		return f, false
-	}
-	if err != nil {
-		return unknown(fmt.Sprintf("failed to look at %s: %v", dir, err), "df "+dir), true
+	if err := unix.Statfs(dir, &stat); err != nil {
+		return unknown(fmt.Sprintf("failed to look at %s: %v", dir, err), "df "+dir)
 	}
 	bytes := stat.Bavail * uint64(stat.Bsize)
 	inodes, counted := stat.Ffree, stat.Files > 0
@@ -110,11 +104,11 @@ func spaceIn(dir string) (f Finding, there bool) {
 	}
 	switch {
 	case bytes < noBytes || counted && inodes < noInodes:
-		return fail(NoPods, evidence, "free some space there: no pod can start, and none that ends is cleaned up"), true
+		return fail(NoPods, evidence, "free some space there: no pod can start, and none that ends is cleaned up")
 	case bytes < fewBytes || counted && inodes < fewInodes:
-		return warn(evidence, "free some space there before it is full"), true
+		return warn(evidence, "free some space there before it is full")
 	default:
-		return ok(evidence), true
+		return ok(evidence)
 	}
 }
 

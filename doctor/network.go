@@ -22,7 +22,7 @@ import (
 // networks reads the CNI configurations and looks for their plugins.
 func networks(ctx context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
 	same := func(a, b cni.Config) bool {
 		return a.ConfDir == b.ConfDir && a.MaxConfNum == b.MaxConfNum && slices.Equal(a.BinDirs, b.BinDirs)
@@ -75,9 +75,9 @@ func describe(n cni.Network) string {
 // netNSDirectory looks whether namespaces can be pinned in the directory, and other processes see them there.
 func netNSDirectory(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
-	dir := n.Config.NetNSDir
+	dir := existing(n.Config.NetNSDir) // which the first pod makes
 	if err := tryDirectory(dir); err != nil {
 		return []Finding{fail(NetworkPods, err.Error(), fmt.Sprintf("make %s a directory on a filesystem that can be written", dir))}
 	}
@@ -86,19 +86,16 @@ func netNSDirectory(_ context.Context, n Node) []Finding {
 	case err != nil:
 		return []Finding{unknown(err.Error(), "findmnt -o TARGET,PROPAGATION -T "+dir)}
 	case !shared:
-		return []Finding{warn(fmt.Sprintf("the mount of %s, %s, is private: no process in another mount namespace sees what is pinned there, such as a network add-on's", dir, mount),
-			fmt.Sprintf("mount --bind %s %s && mount --make-shared %s, before pods run", dir, dir, dir))}
+		return []Finding{warn(fmt.Sprintf("the mount of %s, %s, is private: no process in another mount namespace sees what is pinned there, such as a network add-on's", n.Config.NetNSDir, mount),
+			strings.ReplaceAll("mkdir -p DIR && mount --bind DIR DIR && mount --make-shared DIR, before pods run", "DIR", n.Config.NetNSDir))}
 	default:
 		return []Finding{ok(dir + " can be written, and is on a shared mount")}
 	}
 }
 
 // tryDirectory makes a file in dir that has no name, so that nothing of it stays, and then, in a mount namespace of its own, a shared mount
-// of dir. The directory itself is made if need be, as at the first pod.
+// of dir.
 func tryDirectory(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
 	file, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_WRONLY, 0o444)
 	switch {
 	case err == nil:

@@ -2,6 +2,10 @@ package doctor
 
 import (
 	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,6 +24,8 @@ type Node struct {
 	Etc, SystemdDir string
 	// Daemon is containerd's process id; 0 while it is down.
 	Daemon int
+	// Path is containerd's PATH; "" where that is this process's own, or unknown.
+	Path string
 	// Root and State are containerd's directories.
 	Root, State string
 	// Plugins are the daemon's cgroups for CNI plugins; the zero value while it is down.
@@ -28,12 +34,16 @@ type Node struct {
 	Config *Config
 	// Strategies tries which ones work in a directory, and leaves nothing there.
 	Strategies func(ctx context.Context, dir string) ([]Strategy, error)
+	// Tmpfs tries whether the kernel maps the ids of tmpfs. A kernel that can't is a FailedPrecondition error.
+	Tmpfs func() error
 	// Refusal says why podfsm runs no pods at all; nil when all is well. Nil while the daemon is down.
 	Refusal func() error
 	// Draining says whether new pods are refused because the node is being drained, and since when.
 	Draining func() (since time.Time, draining bool)
 	// Ledger reads how the ledger is.
 	Ledger func() (Ledger, error)
+	// Stock is what the node has while podfsm isn't in place yet; nil once it is.
+	Stock *Stock
 }
 
 // Config is what matters here of containerd's configuration.
@@ -62,6 +72,7 @@ type Handler struct {
 	Snapshotter   Snapshotter
 	Network       cni.Config
 	Mode          userns.Mode
+	Planned       bool // nobody has configured it yet: it is as it should be
 }
 
 // Snapshotter is one of containerd's, comparable.
@@ -84,7 +95,10 @@ type Ledger struct {
 type Damaged struct{ File, Reason string }
 
 // unconfigured is the finding of a check that needs a configuration which nobody knows.
-func unconfigured() []Finding {
+func (n Node) unconfigured() []Finding {
+	if n.Stock != nil {
+		return []Finding{unknown("containerd's configuration isn't known", "see the check configuration")}
+	}
 	return []Finding{{Verdict: Unknown, Evidence: "containerd's configuration isn't known", Remedy: "start containerd"}}
 }
 
@@ -115,6 +129,29 @@ func grouped[T any](all []Handler, of func(Handler) T, same func(a, b T) bool) (
 }
 
 func equal[T comparable](a, b T) bool { return a == b }
+
+// lookPath finds a program as containerd does (exec.LookPath).
+func (n Node) lookPath(program string) (string, error) {
+	if n.Path == "" || filepath.Base(program) != program {
+		return exec.LookPath(program)
+	}
+	for _, dir := range filepath.SplitList(n.Path) {
+		if found, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
+			return found, nil
+		}
+	}
+	return "", &exec.Error{Name: program, Err: exec.ErrNotFound}
+}
+
+// existing is dir, or the directory above it that is there.
+func existing(dir string) string {
+	for {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) || dir == filepath.Dir(dir) {
+			return dir
+		}
+		dir = filepath.Dir(dir)
+	}
+}
 
 // proc is a path below /proc.
 func (n Node) proc(path ...string) string { return filepath.Join(append([]string{n.Proc}, path...)...) }

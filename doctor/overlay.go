@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -27,14 +26,18 @@ const tryDir = ".podfsm-doctor-"
 
 // overlays tries the strategies on the filesystem of each snapshotter.
 func overlays(ctx context.Context, n Node) []Finding {
+	inRoot := group[Snapshotter]{of: Snapshotter{Root: n.Root, RemapIDs: true}}
 	if n.Config == nil {
-		return n.overlaysIn(ctx, group[Snapshotter]{of: Snapshotter{Root: n.Root, RemapIDs: true}})
+		return n.overlaysIn(ctx, inRoot)
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) Snapshotter { return h.Snapshotter }, equal) {
 		if g.of.Loaded && g.of.Root != "" { // else the check of snapshotters tells
 			found = append(found, n.overlaysIn(ctx, g)...)
 		}
+	}
+	if len(found) == 0 && n.Daemon == 0 {
+		return n.overlaysIn(ctx, inRoot) // where nobody has used a snapshotter yet
 	}
 	if len(found) == 0 {
 		found = []Finding{unknown("no snapshotter of podfsm's handlers tells where its directory is", "see the check snapshotter")}
@@ -48,10 +51,7 @@ const ownSnapshotter = "podfsm"
 // overlaysIn has a finding for each strategy: a failure where it is the one that the snapshotter needs, a warning where none works, else
 // none is missed.
 func (n Node) overlaysIn(ctx context.Context, g group[Snapshotter]) (found []Finding) {
-	dir := g.of.Root
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		dir = n.Root // as with a snapshotter that nobody has used yet
-	}
+	dir := existing(g.of.Root) // which isn't there where nobody has used the snapshotter yet
 	strategies, err := n.Strategies(ctx, dir)
 	if err != nil {
 		return []Finding{unknown(err.Error(), "see that the directory is there and can be written")}

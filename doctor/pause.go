@@ -18,7 +18,7 @@ func pauseProgram(ctx context.Context, n Node) []Finding {
 	}
 	if path == "" {
 		found, err := pause.FindInit()
-		if err != nil && n.Daemon == 0 {
+		if err != nil && n.Daemon == 0 && n.Stock == nil {
 			return down() // the daemon looks beside its own executable, and in its own PATH
 		}
 		if err != nil {

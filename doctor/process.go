@@ -17,7 +17,7 @@ const pauseScore = -998
 // oomScore looks whether the score of pause can be set: below that of the daemon only with CAP_SYS_RESOURCE (proc_pid_oom_score_adj(5)).
 func oomScore(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
 	if n.Daemon == 0 {
 		return down()
@@ -44,7 +44,7 @@ func oomScore(_ context.Context, n Node) []Finding {
 // namespace pass the kubelet's directories of mode 0750. runc since 1.2 opens them before.
 func supplementaryGroups(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
 	if n.Daemon == 0 {
 		return down()

@@ -31,11 +31,11 @@ type program struct {
 // runtimes asks the OCI runtimes for their features.
 func runtimes(ctx context.Context, n Node) []Finding {
 	if n.Config == nil {
-		return unconfigured()
+		return n.unconfigured()
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) program { return program{h.Shim, h.Binary, h.SystemdCgroup} }, equal) {
-		f := g.of.finding(ctx, n.Daemon == 0)
+		f := g.of.finding(ctx, n)
 		f.Subject, f.Handlers = g.subject(), g.handlers
 		found = append(found, f)
 	}
@@ -43,14 +43,15 @@ func runtimes(ctx context.Context, n Node) []Finding {
 }
 
 // finding looks for the programs and asks. While the daemon is down its PATH isn't known.
-func (p program) finding(ctx context.Context, down bool) Finding {
-	if err := findShim(p.shim); err != nil && !down {
+func (p program) finding(ctx context.Context, n Node) Finding {
+	down := n.Daemon == 0
+	if err := n.findShim(p.shim); err != nil && !down {
 		return fail(AllPods, err.Error(), "install the shim beside containerd or in its PATH")
 	}
 	if p.binary == "" {
 		return unknown(fmt.Sprintf("the runtime of %s can't be asked what it can", p.shim), "see the documentation of the runtime about user namespaces and idmapped mounts")
 	}
-	path, err := exec.LookPath(p.binary)
+	path, err := n.lookPath(p.binary)
 	if err != nil && down && !filepath.IsAbs(p.binary) {
 		return unknown(err.Error()+"; that of containerd isn't known while it is down", "start containerd")
 	}
@@ -125,7 +126,7 @@ func firstLine(text []byte) string {
 }
 
 // findShim fails unless containerd finds the shim of a runtime: by its path, in PATH, or beside containerd.
-func findShim(runtime string) error {
+func (n Node) findShim(runtime string) error {
 	if filepath.IsAbs(runtime) {
 		_, err := exec.LookPath(runtime)
 		return err
@@ -134,7 +135,7 @@ func findShim(runtime string) error {
 	if name == "" {
 		return fmt.Errorf("runtime_type %q names no shim", runtime)
 	}
-	_, err := exec.LookPath(name)
+	_, err := n.lookPath(name)
 	if err == nil {
 		return nil
 	}

@@ -19,6 +19,8 @@ var notRun = map[string]string{
 	"make demo": "it is a build and a node of its own, as the tests are",
 	"make test": "it runs this test",
 
+	"podfsm doctor --preflight": "the node has podfsm already; TestPreflight runs it",
+
 	"podfsm drain": "the node takes no pods afterwards; it has tests of its own",
 	"podfsm watch": "it doesn't end by itself; TestCLI runs it",
 }

@@ -129,7 +129,7 @@ var ailments = []ailment{
 	},
 	{
 		name: "a filesystem for snapshots that can't be mapped", inflict: covered("root/io.containerd.snapshotter.v1.overlayfs", "ramfs", ""),
-		check: "overlay", subject: "idmap", verdict: "fail", evidence: []string{"io.containerd.snapshotter.v1.overlayfs", "invalid argument"}, remedy: "ext4, xfs, btrfs", refused: "with a user namespace",
+		check: "overlay", subject: "idmap", verdict: "fail", evidence: []string{"io.containerd.snapshotter.v1.overlayfs", "invalid argument"}, remedy: "ext4, xfs or btrfs", refused: "with a user namespace",
 	},
 	{
 		name: "a filesystem for snapshots without metacopy", inflict: covered("root/io.containerd.snapshotter.v1.overlayfs", "ramfs", ""),

@@ -245,17 +245,26 @@ func TestInstall(t *testing.T) {
 	require.NoError(t, err)
 	mounts := m.mounts(t)
 
-	// Install.
-	require.Contains(t, m.do(t, "dpkg", "-i", deb), `imports = ["/etc/containerd/conf.d/*.toml"]`, "it says what is missing")
+	// Install, by what the preflight says is to be changed.
+	installed := m.do(t, "dpkg", "-i", deb)
+	require.Contains(t, installed, `imports = ["/etc/containerd/conf.d/*.toml"]`, "it says what is missing")
+	require.Contains(t, installed, "podfsm doctor --preflight")
+	handler := "/etc/containerd/conf.d/podfsm.toml"
+	preflight := func() (string, error) {
+		out, err := m.run("podfsm", "doctor", "--preflight")
+		return strings.Join(strings.Fields(out), " "), err // as it isn't wrapped
+	}
+	told, err := preflight()
+	require.Error(t, err)
+	require.Contains(t, told, `let /etc/containerd/config.toml have, at its top: imports = ["/etc/containerd/conf.d/*.toml"]`)
 	imports := func(config map[string]any) { config["imports"] = []string{"/etc/containerd/conf.d/*.toml"} }
 	require.NoError(t, m.configure(n, imports))
-	handler := filepath.Join("/etc/containerd/conf.d", "podfsm.toml")
-	text, err := os.ReadFile(m.path(handler))
+	told, _ = preflight()
+	require.Contains(t, told, "podfsm handler >"+handler, "the node's runc isn't where podfsm.toml takes it to be")
+	m.do(t, "sh", "-c", "podfsm handler >"+handler)
+	told, err = preflight()
 	require.NoError(t, err)
-	edited := strings.NewReplacer("SystemdCgroup = true", fmt.Sprintf("SystemdCgroup = false\n  BinaryName = %q\n  Root = %q",
-		filepath.Join(n.Dir(), "bin/runc"), filepath.Join(n.Dir(), "state/runc"))).Replace(string(text))
-	require.NotEqual(t, string(text), edited)
-	require.NoError(t, os.WriteFile(m.path(handler), []byte(edited), 0o644))
+	require.NotContains(t, told, "podfsm handler >")
 	dump := m.do(t, "containerd-podfsm", "config", "dump")
 	require.Contains(t, dump, "sandboxer = 'podfsm'")
 	require.NotContains(t, dump, "unknown key")

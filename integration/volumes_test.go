@@ -31,9 +31,9 @@ func TestUnmappableVolumes(t *testing.T) {
 	require.NoError(t, err)
 
 	for _, mode := range userModes {
-		remedy := "runtime handler that leaves it on the node's users"
+		remedy := "run the pod by a runtime handler that leaves it on the node's users"
 		if mode.name == "kubelet" {
-			remedy = "hostUsers: true"
+			remedy = "run the pod with hostUsers: true"
 		}
 		t.Run(mode.name, func(t *testing.T) {
 			t.Run("pod", func(t *testing.T) {
@@ -53,6 +53,10 @@ func TestUnmappableVolumes(t *testing.T) {
 					require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
 					for _, says := range []string{`"main"`, `"default/pod"`, `"/data"`, fmt.Sprintf("%q", path), filesystem, "put the volume on", remedy} {
 						require.ErrorContains(t, err, says)
+					}
+					if path == ramfs {
+						require.Equal(t, fmt.Sprintf(`container "main" of pod "default/pod" can't have its volume "/data" from %q: this kernel can't map the ids of its filesystem, `+
+							"ramfs: invalid argument; put the volume on a filesystem that can, such as ext4, xfs or btrfs, or %s", path, remedy), status.Convert(err).Message())
 					}
 					require.NoFileExists(t, filepath.Join(ramfs, "a"))
 					n.RequireClean(t, with)

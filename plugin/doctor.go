@@ -56,6 +56,7 @@ func (c *Controller) callDoctor(ic *plugin.InitContext) {
 		Plugins:    groups,
 		Config:     c.examined(ic, config),
 		Strategies: doctor.TryStrategies,
+		Tmpfs:      userns.CheckTmpfs,
 		Refusal:    c.refused,
 		Draining:   c.drain.draining,
 		Ledger:     func() (doctor.Ledger, error) { return c.examineLedger(rootDir, stateDir) },

@@ -12,7 +12,6 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/sandbox"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
@@ -63,9 +62,10 @@ func (c *Controller) collect(ctx context.Context, client *containerd.Client, wan
 	if !wanted || len(networks) == 0 {
 		return
 	}
-	known, err := knownIDs(ctx, client, sandboxes)
+	known, err := leaks.Containers(ctx, client)
 	var cached map[string][]cni.Attached
 	if err == nil {
+		maps.Copy(known, sandboxes)
 		cached, err = cni.Cached()
 	}
 	if err == nil {
@@ -138,26 +138,6 @@ func sandboxIDs(saved []journal.Sandbox, records, others map[journal.Key]sandbox
 	return ids
 }
 
-// knownIDs are the names under which anything that this containerd knows may be attached to a network: the sandboxes, and the
-// containers of all namespaces, also as ctr and nerdctl name them to plugins.
-func knownIDs(ctx context.Context, client *containerd.Client, sandboxes map[string]bool) (map[string]bool, error) {
-	known := maps.Clone(sandboxes)
-	all, err := client.NamespaceService().List(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
-	}
-	for _, namespace := range all {
-		stored, err := client.ContainerService().List(namespaces.WithNamespace(ctx, namespace))
-		if err != nil {
-			return nil, fmt.Errorf("failed to list containerd's containers: %w", err)
-		}
-		for _, container := range stored {
-			known[container.ID], known[namespace+"-"+container.ID] = true, true
-		}
-	}
-	return known, nil
-}
-
 // undisturbed fails while something acts on the node's networks that isn't known well enough to collect beside it. All that it goes by
 // is root's alone: processes as [cni.Driver.InFlight] chooses them, and the directory of pinned namespaces.
 func (c *Controller) undisturbed(ctx context.Context, known map[string]bool) error {
@@ -182,10 +162,8 @@ func (c *Controller) undisturbed(ctx context.Context, known map[string]bool) err
 
 // unshared fails when libcni's cache tells of an attachment to a network that isn't this containerd's.
 func unshared(cached []cni.Attached, known map[string]bool) error {
-	for _, a := range cached {
-		if !known[a.ContainerID] {
-			return fmt.Errorf("libcni's cache has an attachment of container %q, which this containerd doesn't know: another runtime shares the network: %w", a.ContainerID, errdefs.ErrFailedPrecondition)
-		}
+	if id, found := cni.Foreign(cached, known); found {
+		return fmt.Errorf("libcni's cache has an attachment of container %q, which this containerd doesn't know: another runtime shares the network: %w", id, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }

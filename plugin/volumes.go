@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -27,14 +28,22 @@ func (c *Controller) CheckVolume(ctx context.Context, id, path string) error {
 		return nil
 	}
 	err = c.looks.at(ctx, path, int(started.Pid))
-	if errdefs.IsFailedPrecondition(err) {
-		remedy := "run the pod with hostUsers: true"
-		if chosenUserNS(view) != nil {
-			remedy = "run the pod by a runtime handler that leaves it on the node's users"
-		}
-		return fmt.Errorf("%w; put the volume on a filesystem that can, such as ext4, xfs, btrfs or tmpfs, or %s", err, remedy)
+	if unmappable := new(userns.UnmappableError); errors.As(err, &unmappable) {
+		return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosenUserNS(view) != nil))
 	}
 	return err
+}
+
+// volumeRemedy is what to do about a volume that can't be mapped, in a pod whose ids the kubelet or podfsm has chosen.
+func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
+	hostUsers := "run the pod with hostUsers: true"
+	if chosen {
+		hostUsers = "run the pod by a runtime handler that leaves it on the node's users"
+	}
+	if unmappable.Filesystem == userns.Tmpfs && !unmappable.Mapped() {
+		return "upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or " + hostUsers
+	}
+	return "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or " + hostUsers
 }
 
 // looks are those at volumes that are under way.

@@ -10,8 +10,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/userns"
 )
 
 // deaf mounts a filesystem that answers nothing until answers is called, and only fails then.
@@ -50,4 +53,23 @@ func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
 	answers()
 	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
 	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")
+}
+
+// The remedy is one that helps: where the kernel can't map tmpfs, no other tmpfs will do.
+func TestVolumeRemedy(t *testing.T) {
+	for _, test := range []struct {
+		filesystem string
+		err        error
+		chosen     bool
+		remedy     string
+	}{
+		{"ramfs", unix.EINVAL, false, "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or run the pod with hostUsers: true"},
+		{"tmpfs", unix.EINVAL, false, "upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or run the pod with hostUsers: true"},
+		{"tmpfs", unix.EINVAL, true, "upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or run the pod by a runtime handler that leaves it on the node's users"},
+		{"tmpfs", unix.EPERM, true, "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or run the pod by a runtime handler that leaves it on the node's users"},
+	} {
+		unmappable := &userns.UnmappableError{Filesystem: test.filesystem, Err: test.err}
+		require.Equal(t, test.remedy, volumeRemedy(unmappable, test.chosen))
+		require.True(t, errdefs.IsFailedPrecondition(unmappable))
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -16,7 +17,7 @@ import (
 // doing so with the user namespace of process pid, which must not be this process's own, on a mount that is attached nowhere. Of a path
 // that isn't there yet, the directory in which it would be made is looked at. Symbolic links are followed, as the container runtime does.
 //
-// A mount that the kernel doesn't map is a FailedPrecondition error that names its filesystem.
+// A mount that the kernel doesn't map is an [UnmappableError].
 func CheckVolume(path string, pid int) error {
 	users, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
 	if err != nil {
@@ -34,15 +35,70 @@ func CheckVolume(path string, pid int) error {
 		return fmt.Errorf("failed to take a copy of its mount: %w", err)
 	}
 	defer unix.Close(tree)
-	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(users.Fd())})
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("its filesystem, %s, is mounted with mapped ids already, or by a user namespace: %w: %w", filesystem(source), err, errdefs.ErrFailedPrecondition)
-	case err != nil:
-		return fmt.Errorf("this kernel can't map the ids of its filesystem, %s: %w: %w", filesystem(source), err, errdefs.ErrFailedPrecondition)
+	if err := mapIDs(tree, users); err != nil {
+		return &UnmappableError{Filesystem: filesystem(source), Err: err}
 	}
 	return nil
 }
+
+// CheckTmpfs says whether this kernel mounts tmpfs under other ids, which Linux does since 6.3, by doing so on a mount that is attached
+// nowhere. A kernel that can't is an [UnmappableError].
+func CheckTmpfs() error {
+	const onlyRoot = "0:65533:1" // an id below those that pods may have: nobody takes the try for one
+	users, err := mount.GetUsernsFD(onlyRoot, onlyRoot)
+	if err != nil {
+		return fmt.Errorf("failed to make a user namespace: %w", err)
+	}
+	defer users.Close()
+	tree, err := newTmpfs()
+	if err != nil {
+		return fmt.Errorf("failed to mount tmpfs: %w", err)
+	}
+	defer unix.Close(tree)
+	if err := mapIDs(tree, users); err != nil {
+		return &UnmappableError{Filesystem: Tmpfs, Err: err}
+	}
+	return nil
+}
+
+// newTmpfs is a mount that is attached nowhere.
+func newTmpfs() (tree int, err error) {
+	context, err := unix.Fsopen(Tmpfs, unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(context)
+	if err := unix.FsconfigCreate(context); err != nil {
+		return -1, err
+	}
+	return unix.Fsmount(context, unix.FSMOUNT_CLOEXEC, 0)
+}
+
+func mapIDs(tree int, users *os.File) error {
+	return unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(users.Fd())})
+}
+
+// Tmpfs is a filesystem type (tmpfs(5)).
+const Tmpfs = "tmpfs"
+
+// UnmappableError says that a mount can't have other ids. It is a FailedPrecondition error.
+type UnmappableError struct {
+	Filesystem string // its type
+	Err        error  // the kernel's
+}
+
+// Mapped says whether the mount, not the kernel, is the reason: it is mapped already, or belongs to a user namespace.
+func (e *UnmappableError) Mapped() bool { return errors.Is(e.Err, unix.EPERM) }
+
+func (e *UnmappableError) Error() string {
+	if e.Mapped() {
+		return fmt.Sprintf("its filesystem, %s, is mounted with mapped ids already, or by a user namespace: %v", e.Filesystem, e.Err)
+	}
+	return fmt.Sprintf("this kernel can't map the ids of its filesystem, %s: %v", e.Filesystem, e.Err)
+}
+
+// Unwrap is the kernel's error, and its class.
+func (e *UnmappableError) Unwrap() []error { return []error{e.Err, errdefs.ErrFailedPrecondition} }
 
 // openExisting opens path, or what is there of the directories above it.
 func openExisting(path string) (*os.File, error) {

@@ -1,6 +1,7 @@
 package userns
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -69,6 +70,26 @@ func TestCheckVolumeThatIsMapped(t *testing.T) {
 	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
 	require.ErrorIs(t, err, unix.EPERM)
 	require.ErrorContains(t, err, "tmpfs, is mounted with mapped ids already")
+}
+
+// The kernel maps the ids of tmpfs since 6.3.
+func TestCheckTmpfs(t *testing.T) {
+	before, err := mountinfo.GetMounts(mountinfo.FSTypeFilter(Tmpfs))
+	require.NoError(t, err)
+	var name unix.Utsname
+	require.NoError(t, unix.Uname(&name))
+	var major, minor int
+	_, err = fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor)
+	require.NoError(t, err)
+	if err := CheckTmpfs(); major > 6 || major == 6 && minor >= 3 {
+		require.NoError(t, err)
+	} else {
+		require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+		require.EqualError(t, err, "this kernel can't map the ids of its filesystem, tmpfs: invalid argument")
+	}
+	after, err := mountinfo.GetMounts(mountinfo.FSTypeFilter(Tmpfs))
+	require.NoError(t, err)
+	require.Equal(t, before, after, "nothing is mounted for a look")
 }
 
 func TestCheckVolumeFails(t *testing.T) {

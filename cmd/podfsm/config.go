@@ -62,7 +62,8 @@ type handlerConfig struct {
 
 // ownConfig is what the doctor needs of podfsm's section.
 type ownConfig struct {
-	UserNS map[string]struct {
+	InitPath string `toml:"init_path"`
+	UserNS   map[string]struct {
 		Mode userns.Mode `toml:"mode"`
 	} `toml:"userns"`
 	Pool struct {
@@ -86,36 +87,53 @@ func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, 
 	if file.Version < oldestConfig {
 		return nil, fmt.Errorf("containerd's configuration %s has version %d, which only the daemon can read", path, file.Version)
 	}
-	var runtime runtimeConfig
-	runtime.Containerd.Default = "runc"
-	runtime.CNI.BinDirs, runtime.CNI.ConfDir, runtime.CNI.MaxConfNum = []string{"/opt/cni/bin"}, "/etc/cni/net.d", 1
-	images := struct {
+	sections, err := readSections(&file)
+	if err != nil {
+		return nil, err
+	}
+	return sections.examined(root, state), nil
+}
+
+// sections are those that are read.
+type sections struct {
+	runtime runtimeConfig
+	images  struct {
 		Snapshotter string `toml:"snapshotter"`
-	}{"overlayfs"}
-	var own ownConfig
-	for section, into := range map[string]any{runtimeSection: &runtime, imagesSection: &images, podfsmSection: &own} {
-		if err := readSection(&file, section, into); err != nil {
+	}
+	own ownConfig
+}
+
+func readSections(file *server.Config) (*sections, error) {
+	s := &sections{}
+	s.runtime.Containerd.Default = "runc"
+	s.runtime.CNI.BinDirs, s.runtime.CNI.ConfDir, s.runtime.CNI.MaxConfNum = []string{"/opt/cni/bin"}, "/etc/cni/net.d", 1
+	s.images.Snapshotter = "overlayfs"
+	for section, into := range map[string]any{runtimeSection: &s.runtime, imagesSection: &s.images, podfsmSection: &s.own} {
+		if err := readSection(file, section, into); err != nil {
 			return nil, err
 		}
 	}
+	return s, nil
+}
+
+// examined is what the doctor needs.
+func (s *sections) examined(root, state string) *doctor.Config {
 	config := &doctor.Config{
+		InitPath:            s.own.InitPath,
 		NetNSDir:            "/var/run/netns",
-		RestrictOOMScoreAdj: runtime.RestrictOOMScoreAdj,
-		Pool:                own.Pool.User != "" || len(own.Pool.Ranges) > 0,
-		PoolUser:            own.Pool.User,
+		RestrictOOMScoreAdj: s.runtime.RestrictOOMScoreAdj,
+		Pool:                s.own.Pool.User != "" || len(s.own.Pool.Ranges) > 0,
+		PoolUser:            s.own.Pool.User,
 	}
-	if runtime.NetNSUnderStateDir {
+	if s.runtime.NetNSUnderStateDir {
 		config.NetNSDir = filepath.Join(state, criDir, "netns")
 	}
-	for _, name := range slices.Sorted(maps.Keys(runtime.Containerd.Runtimes)) {
-		if h := runtime.Containerd.Runtimes[name]; h.Sandboxer == "podfsm" {
-			examined := runtime.handler(name, h)
-			examined.Snapshotter = snapshotterOf(root, cmp.Or(h.Snapshotter, images.Snapshotter))
-			examined.Mode = cmp.Or(own.UserNS[name].Mode, userns.ModeKubelet)
-			config.Handlers = append(config.Handlers, examined)
+	for _, name := range slices.Sorted(maps.Keys(s.runtime.Containerd.Runtimes)) {
+		if h := s.runtime.Containerd.Runtimes[name]; h.Sandboxer == own {
+			config.Handlers = append(config.Handlers, s.handler(name, h, root))
 		}
 	}
-	return config, nil
+	return config
 }
 
 // readSection reads what a configuration says of a plugin, if anything.
@@ -134,12 +152,15 @@ func readSection(config *server.Config, section string, into any) error {
 	return nil
 }
 
-func (c runtimeConfig) handler(name string, h handlerConfig) doctor.Handler {
+func (s *sections) handler(name string, h handlerConfig, root string) doctor.Handler {
+	c := s.runtime
 	examined := doctor.Handler{
-		Name:    name,
-		Default: name == c.Containerd.Default,
-		Shim:    cmp.Or(h.Path, h.Type),
-		Network: cni.Config{BinDirs: c.CNI.BinDirs, ConfDir: c.CNI.ConfDir, MaxConfNum: c.CNI.MaxConfNum},
+		Name:        name,
+		Default:     name == c.Containerd.Default,
+		Shim:        cmp.Or(h.Path, h.Type),
+		Snapshotter: snapshotterOf(root, cmp.Or(h.Snapshotter, s.images.Snapshotter)),
+		Mode:        cmp.Or(s.own.UserNS[name].Mode, userns.ModeKubelet),
+		Network:     cni.Config{BinDirs: c.CNI.BinDirs, ConfDir: c.CNI.ConfDir, MaxConfNum: c.CNI.MaxConfNum},
 	}
 	if h.Type == plugins.RuntimeRuncV2 {
 		examined.Binary, examined.SystemdCgroup = cmp.Or(h.Options.BinaryName, "runc"), h.Options.SystemdCgroup

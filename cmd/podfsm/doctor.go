@@ -17,6 +17,7 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/userns"
 )
 
 func doctorCommand() *cli.Command {
@@ -25,21 +26,31 @@ func doctorCommand() *cli.Command {
 		Usage: "examine whether the node has what podfsm's pods need, and say what to do where it hasn't",
 		Description: "The verdict of a check is ok, unknown, warn (pods run, but something is missing or will be) or fail (some or all don't run).\n" +
 			"The exit status is 0 when nothing fails, 2 when something does, and 1 when the node could not be examined.\n" +
-			"While the daemon is down, its configuration is read, and what only the daemon knows is unknown.",
+			"While the daemon is down, its configuration is read, and what only the daemon knows is unknown.\n" +
+			"With --preflight the node is examined before podfsm is in place, beside a containerd without it or while that is down. Nothing is changed.",
 		HideHelpCommand: true,
-		Flags:           []cli.Flag{outputFlag("json"), configFlag("containerd's configuration, read while the daemon is down")},
+		Flags: []cli.Flag{outputFlag("json"), configFlag("containerd's configuration, read while the daemon is down and by --preflight"),
+			&cli.BoolFlag{Name: "preflight", Usage: "examine the node before podfsm is in place: what to change before containerd-podfsm replaces containerd"}},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if err := noArguments(cmd); err != nil {
 				return err
 			}
-			response, err := examine(ctx, cmd)
+			look, refused := examine, "pods refused meanwhile"
+			if cmd.Bool("preflight") {
+				look, refused = preflight, "pods that podfsm would refuse"
+			}
+			response, err := look(ctx, cmd)
 			if err != nil {
 				return err
 			}
-			if cmd.String("output") == "json" {
-				err = writeJSON(cmd.Root().Writer, response)
-			} else {
-				err = writeFindings(cmd.Root().Writer, response.GetFindings())
+			w := cmd.Root().Writer
+			switch {
+			case cmd.String("output") == "json":
+				err = writeJSON(w, response)
+			case cmd.Bool("preflight"):
+				err = errors.Join(writeFindings(w, response.GetFindings(), refused), writeKinds(w, response.GetFindings()))
+			default:
+				err = writeFindings(w, response.GetFindings(), refused)
 			}
 			if err != nil {
 				return err
@@ -66,21 +77,29 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %s; what depends on it is unknown\n", printable(err.Error()))
 	}
-	d := doctor.New(doctor.Node{
+	n := host(root, state)
+	n.Config = config
+	d := doctor.New(n)
+	defer d.Close()
+	return records.Examination(d.Examine(ctx)), nil
+}
+
+// host is this machine with a containerd's directories, as far as it shows
+// without the daemon.
+func host(root, state string) doctor.Node {
+	return doctor.Node{
 		Proc:       "/proc",
 		Sys:        "/sys",
 		Etc:        "/etc",
 		SystemdDir: "/run/systemd/system",
 		Root:       root,
 		State:      state,
-		Config:     config,
 		Strategies: doctor.TryStrategies,
+		Tmpfs:      userns.CheckTmpfs,
 		Ledger: func() (doctor.Ledger, error) {
 			return closedLedger(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
 		},
-	})
-	defer d.Close()
-	return records.Examination(d.Examine(ctx)), nil
+	}
 }
 
 // closedLedger is the ledger of a daemon that is down.
@@ -111,8 +130,9 @@ const (
 	checkWidth   = 22
 )
 
-// writeFindings has a row a finding, its evidence wrapped and its remedy below.
-func writeFindings(w io.Writer, findings []*podfsmv1.Finding) error {
+// writeFindings has a row per finding, with its evidence wrapped, and below its
+// remedy and which pods are refused.
+func writeFindings(w io.Writer, findings []*podfsmv1.Finding, refused string) error {
 	var b bytes.Buffer
 	row := func(verdict, check, text string) {
 		for i, line := range wrapped(text, pageWidth-verdictWidth-checkWidth) {
@@ -133,7 +153,7 @@ func writeFindings(w io.Writer, findings []*podfsmv1.Finding) error {
 			row("", "", "-> "+printable(f.GetRemedy()))
 		}
 		if f.GetRefusedPods() != "" {
-			row("", "", "pods refused meanwhile: "+f.GetRefusedPods())
+			row("", "", refused+": "+f.GetRefusedPods())
 		}
 	}
 	_, err := w.Write(b.Bytes())

@@ -126,6 +126,8 @@ runtime_path = "/opt/kata"
 sandboxer = "podfsm"
 snapshotter = "overlayfs"
 cni_conf_dir = "/d"
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm']
+init_path = "/opt/podfsm-init"
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns.b]
 mode = "auto"
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns_pool]
@@ -133,7 +135,7 @@ user = "pods"
 `)
 	require.NoError(t, err)
 	require.Equal(t, &doctor.Config{
-		NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true, Pool: true, PoolUser: "pods",
+		InitPath: "/opt/podfsm-init", NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true, Pool: true, PoolUser: "pods",
 		Handlers: []doctor.Handler{
 			{
 				Name: "a", Default: true, Shim: "io.containerd.runc.v2", Binary: "crun", SystemdCgroup: true, Mode: userns.ModeKubelet,

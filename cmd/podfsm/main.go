@@ -70,7 +70,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand(), drainCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand(), handlerCommand(), drainCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())

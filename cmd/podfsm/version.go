@@ -15,23 +15,30 @@ var version string
 // versions names the version of podfsm and that of the containerd it was built
 // with, which is in the build info because client.go imports a package of it.
 func versions() string {
+	return describe(version, buildInfo())
+}
+
+func buildInfo() *debug.BuildInfo {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
-		info = &debug.BuildInfo{}
+		return &debug.BuildInfo{}
 	}
-	return describe(version, info)
+	return info
 }
 
 func describe(linked string, info *debug.BuildInfo) string {
-	own := cmp.Or(linked, info.Main.Version, "unknown")
-	containerd := "unknown"
+	return fmt.Sprintf("%s (containerd %s)", cmp.Or(linked, info.Main.Version, "unknown"), containerdIn(info))
+}
+
+// containerdIn is the version of containerd that a program is built with.
+func containerdIn(info *debug.BuildInfo) string {
 	for _, dep := range info.Deps {
+		if dep.Path == containerdModule && dep.Replace != nil {
+			return cmp.Or(dep.Replace.Version, dep.Replace.Path)
+		}
 		if dep.Path == containerdModule {
-			containerd = dep.Version
-			if dep.Replace != nil {
-				containerd = cmp.Or(dep.Replace.Version, dep.Replace.Path)
-			}
+			return dep.Version
 		}
 	}
-	return fmt.Sprintf("%s (containerd %s)", own, containerd)
+	return "unknown"
 }

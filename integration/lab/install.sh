@@ -2,7 +2,8 @@
 driver=$1
 [ "$driver" = systemd ] && systemd=true || systemd=false
 dpkg --install /lab/package/*.deb
-sed -i "s/SystemdCgroup = true/SystemdCgroup = $systemd/" /etc/containerd/conf.d/podfsm.toml
+podfsm handler >/etc/containerd/conf.d/podfsm.toml
+podfsm doctor --preflight
 for mode in auto node remap; do
 	[ $mode = remap ] && snapshotter=podfsm || snapshotter=overlayfs
 	cat >"/etc/containerd/conf.d/podfsm-$mode.toml" <<END
@@ -33,4 +34,7 @@ cat >>/etc/containerd/conf.d/podfsm-node.toml <<END
 END
 systemctl restart containerd
 systemctl show --property ExecStart containerd | grep -q containerd-podfsm
-podfsm doctor
+# Before Linux 6.3 the check tmpfs fails for podfsm-auto and podfsm-node: TestTmpfsVolumes compares.
+found=$(podfsm doctor) || [ $? = 2 ]
+echo "$found"
+[ -z "$(grep '^fail' <<<"$found" | grep -v '^fail *tmpfs ' || true)" ]

@@ -81,7 +81,7 @@ func Probe(ctx context.Context, dir string) (Report, error) {
 		try      func(ctx context.Context, strategy Strategy, dir string) (string, error)
 		remedy   string
 	}{
-		{IDMap, tryIDMap, "it needs Linux 5.19 or later, and a filesystem whose ids the kernel maps, such as ext4, xfs, btrfs or tmpfs"},
+		{IDMap, tryIDMap, "it needs Linux 5.19 or later, and a filesystem whose ids the kernel maps, such as ext4, xfs or btrfs"},
 		{Metacopy, tryLayer, "it needs Linux 4.19 or later with overlayfs, and a filesystem with extended attributes and file handles, such as ext4, xfs or btrfs"},
 		{Chown, tryLayer, "it needs overlayfs, and a filesystem with extended attributes and file handles, such as ext4, xfs or btrfs"},
 	} {

@@ -127,8 +127,9 @@ type Finding struct {
 	Evidence string `protobuf:"bytes,4,opt,name=evidence,proto3" json:"evidence,omitempty"`
 	// What to do about it. Empty for "ok".
 	Remedy string `protobuf:"bytes,5,opt,name=remedy,proto3" json:"remedy,omitempty"`
-	// The pods that podfsm refuses because of it: "all", "with a user namespace"
-	// or "with a network of their own". Empty where it refuses none.
+	// The pods that podfsm refuses because of it: "all", "with a user namespace",
+	// "with a user namespace and a volume on tmpfs" or "with a network of their
+	// own". Empty where it refuses none.
 	RefusedPods   string `protobuf:"bytes,6,opt,name=refused_pods,json=refusedPods,proto3" json:"refused_pods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

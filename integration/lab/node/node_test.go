@@ -22,6 +22,9 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
@@ -260,6 +263,84 @@ func TestRemoveAll(t *testing.T) {
 		require.Empty(c, left)
 	}, harness.Patience(5*time.Second), time.Second)
 	require.NoError(t, os.RemoveAll(podsFile))
+}
+
+// TestTmpfsVolumes runs containers with a volume on tmpfs, as the kubelet keeps service account tokens, in pods of all modes. Linux maps
+// the ids of tmpfs since 6.3: before, containers in a user namespace are refused with the remedy. podfsm doctor has said so.
+func TestTmpfsVolumes(t *testing.T) {
+	n := attach(t)
+	dir := t.TempDir()
+	require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1M"))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "token"), []byte("secret"), 0o644))
+	found := tmpfsFindings(t)
+	for _, kind := range kinds {
+		t.Run(kind.name, func(t *testing.T) {
+			mapsAll := kind.handler == "podfsm-auto" || kind.handler == "podfsm-node"
+			p, err := n.RunPod(t.Context(), kind.handler, n.PodConfig("tmpfs-"+kind.name, kind.option))
+			require.NoError(t, err, "no pod is refused for it: it may have no such volume")
+			t.Cleanup(func() { require.NoError(t, p.StopAndRemove(context.WithoutCancel(t.Context()))) })
+			c, err := p.StartContainer(t.Context(), "main", harness.Volume(dir, "/token"))
+			if mapsTmpfs(t) || strings.HasPrefix(kind.name, "host-") {
+				require.NoError(t, err)
+				out, err := c.Exec(t.Context(), "cat", "/token/token")
+				require.NoError(t, err)
+				require.Equal(t, "secret", out)
+			} else {
+				require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+				hostUsers := "run the pod with hostUsers: true"
+				if mapsAll {
+					hostUsers = "run the pod by a runtime handler that leaves it on the node's users"
+				}
+				require.Equal(t, fmt.Sprintf(`container "main" of pod "default/tmpfs-%s" can't have its volume "/token" from %q: this kernel can't map the ids of its filesystem, `+
+					"tmpfs: invalid argument; upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or %s", kind.name, dir, hostUsers), status.Convert(err).Message())
+			}
+			verdict := "ok"
+			switch {
+			case mapsTmpfs(t):
+			case mapsAll:
+				verdict = "fail"
+			default:
+				verdict = "warn"
+			}
+			require.Equal(t, verdict, found[kind.handler].GetVerdict(), "%v", found)
+			require.Equal(t, verdict == "ok", found[kind.handler].GetRefusedPods() == "", "%v", found)
+		})
+	}
+}
+
+// mapsTmpfs says whether this kernel should map the ids of tmpfs, by its version.
+func mapsTmpfs(t *testing.T) bool {
+	t.Helper()
+	var name unix.Utsname
+	require.NoError(t, unix.Uname(&name))
+	var major, minor int
+	_, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor)
+	require.NoError(t, err)
+	return major > 6 || major == 6 && minor >= 3
+}
+
+// tmpfsFindings are what podfsm doctor says of tmpfs, by handler.
+func tmpfsFindings(t *testing.T) map[string]*podfsmv1.Finding {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "podfsm", "doctor", "-o", "json").Output()
+	if exit := new(exec.ExitError); !errors.As(err, &exit) || exit.ExitCode() != 2 { // as on old kernels
+		require.NoError(t, err)
+	}
+	var response podfsmv1.DoctorResponse
+	require.NoError(t, protojson.Unmarshal(out, &response))
+	found := map[string]*podfsmv1.Finding{}
+	for _, f := range response.GetFindings() {
+		if f.GetCheck() != "tmpfs" {
+			continue
+		}
+		for _, kind := range kinds {
+			if f.GetSubject() == "" || slices.Contains(strings.Split(f.GetSubject(), ", "), kind.handler) { // all where there is nothing to tell
+				found[kind.handler] = f
+			}
+		}
+	}
+	return found
 }
 
 func removeAll(ctx context.Context, n *harness.Node) error {

@@ -1,0 +1,110 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/pelletier/go-toml/v2"
+)
+
+// daemonName is the program that takes containerd's place.
+const daemonName = "containerd-podfsm"
+
+// dumpWait is how long to wait for what a program has left behind.
+const dumpWait = time.Second
+
+// findProgram finds the daemon beside this program or in PATH.
+func findProgram() (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	beside := filepath.Join(filepath.Dir(self), daemonName)
+	if _, err := os.Stat(beside); err == nil {
+		return beside, nil
+	}
+	found, err := exec.LookPath(daemonName)
+	if err != nil {
+		return "", fmt.Errorf("there is no %s beside %q nor in PATH: install podfsm's package, or run podfsm where the package was unpacked", daemonName, self)
+	}
+	return found, nil
+}
+
+// dumpConfig is what the daemon makes of its configuration and all files that
+// this imports: of any version, and with the defaults of all plugins.
+func dumpConfig(ctx context.Context, program, path string) (*server.Config, error) {
+	cmd := exec.CommandContext(ctx, program, "--config", path, "config", "dump")
+	cmd.WaitDelay = dumpWait
+	out, err := cmd.Output()
+	if exit := new(exec.ExitError); errors.As(err, &exit) {
+		return nil, errors.New(lastLine(exit.Stderr))
+	}
+	if err != nil {
+		return nil, err
+	}
+	config := &server.Config{}
+	if err := toml.Unmarshal(out, config); err != nil {
+		return nil, fmt.Errorf("failed to read what %s config dump has printed: %w", program, err)
+	}
+	return config, nil
+}
+
+func lastLine(text []byte) string {
+	text = bytes.TrimSpace(text)
+	return string(text[bytes.LastIndexByte(text, '\n')+1:])
+}
+
+// mainFile is what containerd's configuration file says of itself.
+type mainFile struct {
+	Version int      `toml:"version"`
+	Imports []string `toml:"imports"`
+}
+
+// readMainFile reads the file alone, without what it imports. It is empty when
+// there is none.
+func readMainFile(path string) (file mainFile, missing bool, err error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return file, true, nil
+	}
+	if err != nil {
+		return file, false, err
+	}
+	if err := toml.Unmarshal(text, &file); err != nil {
+		return file, false, fmt.Errorf("failed to read %s: %w", path, err)
+	}
+	return file, false, nil
+}
+
+// dropIn is the file with podfsm's handler that belongs to a configuration.
+func dropIn(config string) string {
+	return filepath.Join(filepath.Dir(config), "conf.d", "podfsm.toml")
+}
+
+// flagValue is the value of one of a program's flags, given as --NAME VALUE or
+// --NAME=VALUE, with one dash or two.
+func flagValue(args []string, names ...string) string {
+	for i, arg := range args {
+		name, value, joined := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		if !strings.HasPrefix(arg, "-") || !slices.Contains(names, name) {
+			continue
+		}
+		if joined {
+			return value
+		}
+		if i+1 < len(args) {
+			return args[i+1]
+		}
+	}
+	return ""
+}

@@ -1,0 +1,347 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/api/services/introspection/v1"
+	containerdversion "github.com/containerd/containerd/api/services/version/v1"
+	containerd "github.com/containerd/containerd/v2/client"
+	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/urfave/cli/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/userns"
+)
+
+// kubeletConfig is where kubeadm has the kubelet's configuration.
+const kubeletConfig = "/var/lib/kubelet/config.yaml"
+
+// otherRuntimes are sockets of runtimes that attach pods to CNI networks, too.
+var otherRuntimes = []string{"/run/crio/crio.sock", "/run/cri-dockerd.sock"}
+
+// preflight examines the node before its containerd is replaced, by the files
+// that containerd-podfsm is going to read, and by what the containerd that runs
+// tells. It changes nothing.
+func preflight(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("only root can examine the node: run podfsm doctor --preflight as root")
+	}
+	f, err := gather(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	if f.running != nil {
+		defer f.running.close()
+	}
+	d := doctor.New(f.node())
+	defer d.Close()
+	return records.Examination(d.Examine(ctx)), nil
+}
+
+// podKinds are pods by what they need of a node, which is what a finding can say
+// that they are refused for.
+var podKinds = []struct {
+	name  string
+	needs []doctor.Pods
+}{
+	{"on the node's users and network", []doctor.Pods{doctor.AllPods}},
+	{"on the node's users", []doctor.Pods{doctor.AllPods, doctor.NetworkPods}},
+	{"with a user namespace", []doctor.Pods{doctor.AllPods, doctor.NetworkPods, doctor.UserNSPods}},
+	{"with a user namespace and a volume on tmpfs, such as a service account token", []doctor.Pods{doctor.AllPods, doctor.NetworkPods, doctor.UserNSPods, doctor.TmpfsPods}},
+}
+
+// writeKinds says of each kind of pods whether podfsm will run it, and which
+// findings are in the way. One that fails without naming pods is in the way of
+// all.
+func writeKinds(w io.Writer, findings []*podfsmv1.Finding) error {
+	fmt.Fprintln(w, "\nAfter the switch, podfsm's pods would:")
+	for _, kind := range podKinds {
+		var blocking []string
+		for _, f := range findings {
+			stops := doctor.Pods(f.GetRefusedPods())
+			if slices.Contains(kind.needs, stops) || stops == doctor.NoPods && f.GetVerdict() == string(doctor.Fail) {
+				blocking = append(blocking, printable(strings.TrimSpace(f.GetCheck()+" "+f.GetSubject())))
+			}
+		}
+		text := "run"
+		if len(blocking) > 0 {
+			text = "not run until this is put right: " + strings.Join(blocking, ", ")
+		}
+		if _, err := fmt.Fprintf(w, "  %s: %s\n", kind.name, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// facts are what is known of a node before podfsm is in place.
+type facts struct {
+	program     string
+	file        doctor.ConfigFile
+	root, state string
+	sections    *sections // nil where the configuration can't be read
+	running     *running  // nil while containerd is down
+}
+
+// gather reads the files and asks the containerd that runs. A containerd that
+// runs with another file has the last word on which one counts, unless --config
+// is set.
+func gather(ctx context.Context, cmd *cli.Command) (*facts, error) {
+	f := &facts{}
+	f.program, _ = findProgram() // whose absence is a finding
+	address := f.read(ctx, cmd, cmd.String("config"))
+	if !cmd.IsSet("address") && address != "" {
+		if err := cmd.Set("address", address); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	f.running, err = ask(ctx, cmd)
+	if errors.As(err, new(downError)) {
+		w := cmd.Root().ErrWriter
+		fmt.Fprintf(w, "podfsm: %v\n", err)
+		fmt.Fprintln(w, "podfsm: containerd is down; what only it knows is unknown")
+		return f, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if named := flagValue(f.running.args, "config", "c"); named != "" && named != f.file.Path && !cmd.IsSet("config") {
+		f.read(ctx, cmd, named)
+	}
+	return f, nil
+}
+
+// read reads the configuration at a path, and returns the socket that it names.
+func (f *facts) read(ctx context.Context, cmd *cli.Command, path string) (address string) {
+	f.sections, f.root, f.state = nil, cmd.String("root"), cmd.String("state")
+	f.file = doctor.ConfigFile{Path: path, DropIn: dropIn(path)}
+	main, missing, err := readMainFile(path)
+	f.file.Version, f.file.Imports, f.file.Missing, f.file.Err = main.Version, main.Imports, missing, err
+	if f.program == "" || err != nil {
+		return ""
+	}
+	config, err := dumpConfig(ctx, f.program, path)
+	if err == nil {
+		f.sections, err = readSections(config)
+	}
+	if err != nil {
+		f.file.Err = err
+		return ""
+	}
+	f.file.NoCRI = slices.Contains(config.DisabledPlugins, criDir)
+	if !cmd.IsSet("root") {
+		f.root = config.Root
+	}
+	if !cmd.IsSet("state") {
+		f.state = config.State
+	}
+	return socketOf(config)
+}
+
+// socketOf is the address of containerd's gRPC server; "" where it isn't set.
+func socketOf(config *server.Config) string {
+	settings, _ := config.Plugins[string(plugins.ServerPlugin)+".grpc"].(map[string]any)
+	address, _ := settings["address"].(string)
+	return address
+}
+
+// node is what the doctor examines.
+func (f *facts) node() doctor.Node {
+	rootDir := filepath.Join(f.root, ledgerDir)
+	stock := &doctor.Stock{
+		Wanted:   containerdIn(buildInfo()),
+		Program:  f.program,
+		File:     f.file,
+		Kubelet:  kubeletConfig,
+		Sockets:  otherRuntimes,
+		Attached: cni.Cached,
+	}
+	n := host(f.root, f.state)
+	n.Stock = stock
+	n.Draining = func() (time.Time, bool) {
+		since, err := records.DrainingSince(rootDir)
+		return since, err == nil && !since.IsZero()
+	}
+	if f.sections != nil {
+		n.Config = f.sections.examined(f.root, f.state)
+		stock.Like = f.sections.stockHandler(f.root)
+		if len(n.Config.Handlers) == 0 && stock.Like.Name != "" {
+			planned := stock.Like
+			planned.Name, planned.Default, planned.Mode, planned.Planned = own, false, userns.ModeKubelet, true
+			n.Config.Handlers = []doctor.Handler{planned}
+		}
+	}
+	if f.running != nil {
+		f.running.tell(&n)
+	}
+	return n
+}
+
+// stockHandler is the handler that podfsm's goes by: the node's default one, or
+// that of runc where the default one is podfsm's or has a runtime of another kind.
+func (s *sections) stockHandler(root string) doctor.Handler {
+	for _, name := range []string{s.runtime.Containerd.Default, "runc"} {
+		if h := s.runtime.Containerd.Runtimes[name]; h.Type == plugins.RuntimeRuncV2 && h.Sandboxer != own {
+			return s.handler(name, h, root)
+		}
+	}
+	return doctor.Handler{}
+}
+
+// running is a containerd without podfsm that runs.
+type running struct {
+	close    func()
+	version  string
+	pid      int
+	args     []string
+	path     string // its PATH
+	plugins  []*introspection.Plugin
+	config   *doctor.Running // nil where its CRI service is disabled
+	networks func(context.Context) (map[string]bool, error)
+}
+
+// ask connects to the containerd that cmd's flags name. One that has podfsm
+// already is an error.
+func ask(ctx context.Context, cmd *cli.Command) (_ *running, err error) {
+	d, err := connect(cmd)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			d.conn.Close()
+		}
+	}()
+	limited, cancel := context.WithTimeout(ctx, d.timeout)
+	defer cancel()
+	version, err := containerdversion.NewVersionClient(d.conn).Version(limited, &emptypb.Empty{})
+	if err != nil {
+		return nil, d.explain(err)
+	}
+	client := introspection.NewIntrospectionClient(d.conn)
+	loaded, err := client.Plugins(limited, &introspection.PluginsRequest{})
+	if err != nil {
+		return nil, d.explain(err)
+	}
+	if slices.ContainsFunc(loaded.GetPlugins(), isController) {
+		return nil, fmt.Errorf("the containerd at %s has podfsm already: podfsm doctor examines the node", d.address)
+	}
+	process, err := client.Server(limited, &emptypb.Empty{})
+	if err != nil {
+		return nil, d.explain(err)
+	}
+	told, err := runtime.NewRuntimeServiceClient(d.conn).Status(limited, &runtime.StatusRequest{Verbose: true})
+	if err != nil && status.Code(err) != codes.Unimplemented { // where CRI is disabled
+		return nil, d.explain(err)
+	}
+	api, err := containerd.NewWithConn(d.conn)
+	if err != nil {
+		return nil, err
+	}
+	r := &running{
+		close:    func() { d.conn.Close() },
+		version:  version.GetVersion(),
+		pid:      int(process.GetPid()),
+		plugins:  loaded.GetPlugins(),
+		networks: func(ctx context.Context) (map[string]bool, error) { return leaks.Containers(ctx, api) },
+	}
+	if told != nil {
+		if r.config, err = readRunning(told); err != nil {
+			return nil, err
+		}
+	}
+	r.args, r.path, err = readProcess(r.pid)
+	return r, err
+}
+
+func isController(p *introspection.Plugin) bool {
+	return p.GetType() == string(plugins.PodSandboxPlugin) && p.GetID() == own
+}
+
+// readRunning reads what a containerd tells of its CRI's configuration.
+func readRunning(status *runtime.StatusResponse) (*doctor.Running, error) {
+	var config struct {
+		Containerd struct {
+			Runtimes map[string]struct {
+				Options struct{ SystemdCgroup bool } `json:"options"`
+			} `json:"runtimes"`
+		} `json:"containerd"`
+		RootDir string `json:"rootDir"`
+	}
+	if err := json.Unmarshal([]byte(status.GetInfo()["config"]), &config); err != nil {
+		return nil, fmt.Errorf("failed to read the configuration that containerd's CRI service tells of: %w", err)
+	}
+	running := &doctor.Running{Root: filepath.Dir(config.RootDir), SystemdCgroup: map[string]bool{}}
+	for name, h := range config.Containerd.Runtimes {
+		running.SystemdCgroup[name] = h.Options.SystemdCgroup
+	}
+	return running, nil
+}
+
+// readProcess reads a process's command line, without the program, and its PATH.
+func readProcess(pid int) (args []string, path string, err error) {
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil {
+		return nil, "", fmt.Errorf("failed to read containerd's command line: %w", err)
+	}
+	environment, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	if err != nil {
+		return nil, "", fmt.Errorf("failed to read containerd's environment: %w", err)
+	}
+	for variable := range strings.SplitSeq(string(environment), "\x00") {
+		if value, ok := strings.CutPrefix(variable, "PATH="); ok {
+			path = value
+		}
+	}
+	return strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")[1:], path, nil
+}
+
+// tell adds to a node what the containerd that runs knows.
+func (r *running) tell(n *doctor.Node) {
+	n.Daemon, n.Path = r.pid, r.path
+	n.Stock.Version, n.Stock.Args, n.Stock.Running, n.Stock.Known = r.version, r.args, r.config, r.networks
+	if n.Config == nil {
+		return
+	}
+	for i := range n.Config.Handlers {
+		s := &n.Config.Handlers[i].Snapshotter
+		*s = r.snapshotter(s.Name, n.Root)
+	}
+}
+
+// snapshotter is one as containerd has loaded it. podfsm's own comes with
+// podfsm.
+func (r *running) snapshotter(name, root string) doctor.Snapshotter {
+	if name == own {
+		return doctor.Snapshotter{Name: name, Loaded: true, Root: root, RemapIDs: true}
+	}
+	for _, p := range r.plugins {
+		if p.GetType() == string(plugins.SnapshotPlugin) && p.GetID() == name && p.GetInitErr() == nil {
+			return doctor.Snapshotter{
+				Name: name, Loaded: true, RemapIDs: slices.Contains(p.GetCapabilities(), "remap-ids"),
+				Root: cmp.Or(p.GetExports()[plugins.SnapshotterRootDir], filepath.Join(root, string(plugins.SnapshotPlugin)+"."+name)),
+			}
+		}
+	}
+	return doctor.Snapshotter{Name: name}
+}

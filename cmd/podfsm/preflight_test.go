@@ -1,0 +1,190 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/doctor"
+)
+
+// installed puts a containerd-podfsm into PATH that dumps a configuration, after an error where there is one.
+func installed(t *testing.T, dump, failure string) {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "dump"), []byte(dump), 0o644))
+	script := "#!/bin/sh\n[ \"$1 $3 $4\" = '--config config dump' ] || exit 9\n"
+	if failure != "" {
+		script += "echo 'level=warning' >&2; echo '" + failure + "' >&2; exit 1\n"
+	}
+	require.NoError(t, os.WriteFile(filepath.Join(dir, daemonName), []byte(script+"exec cat "+dir+"/dump\n"), 0o755))
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+// dumped is what containerd-podfsm config dump makes of a node's configuration, as far as it matters.
+const dumped = `version = 4
+root = '/var/lib/containerd'
+state = '/run/containerd'
+imports = ['/etc/containerd/conf.d/*.toml']
+[plugins]
+[plugins.'io.containerd.cri.v1.images']
+snapshotter = 'overlayfs'
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+default_runtime_name = 'crun'
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun]
+runtime_type = 'io.containerd.runc.v2'
+runtime_path = ''
+pod_annotations = ['io.example/*']
+container_annotations = []
+privileged_without_host_devices = false
+cgroup_writable = true
+cni_max_conf_num = 0
+sandboxer = 'podsandbox'
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crun.options]
+BinaryName = '/usr/bin/crun'
+IoGid = 0
+Root = ''
+NoNewKeyring = true
+SystemdCgroup = false
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+runtime_type = 'io.containerd.runc.v2'
+sandboxer = 'podsandbox'
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+SystemdCgroup = true
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]
+runtime_type = 'io.containerd.kata.v2'
+[plugins.'io.containerd.server.v1.grpc']
+address = '/no/socket'
+`
+
+// The handler has the settings of the node's own, and what those don't say isn't said.
+func TestHandler(t *testing.T) {
+	installed(t, dumped, "")
+	out, err := podfsm(t, "handler")
+	require.NoError(t, err)
+	requireGolden(t, "handler.txt", []byte(out))
+	out, err = podfsm(t, "handler", "--like", "runc")
+	require.NoError(t, err)
+	require.Contains(t, out, "SystemdCgroup = true")
+	require.NotContains(t, out, "crun")
+	_, err = podfsm(t, "handler", "--like", "nobody")
+	require.EqualError(t, err, `there is no runtime handler "nobody" in containerd's configuration; name one by --like: crun, kata, runc`)
+	_, err = podfsm(t, "handler", "now")
+	require.ErrorContains(t, err, "takes no arguments")
+
+	installed(t, "", "containerd: bad line 7")
+	_, err = podfsm(t, "handler", "--config", "/x.toml")
+	require.EqualError(t, err, `failed to read containerd's configuration "/x.toml": containerd: bad line 7`)
+	t.Setenv("PATH", "/nowhere")
+	_, err = podfsm(t, "handler")
+	require.ErrorContains(t, err, "install podfsm's package")
+}
+
+// Without a containerd that runs, the files count, and a handler that isn't there yet is like the node's own.
+func TestPreflightOfFiles(t *testing.T) {
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.toml")
+	preflight := func() (string, string, error) {
+		var out, errOut bytes.Buffer
+		err := run(t.Context(), []string{"podfsm", "--root", dir, "--state", dir, "doctor", "--preflight", "--config", config}, &out, &errOut)
+		return strings.Join(strings.Fields(out.String()), " "), errOut.String(), err // as it isn't wrapped
+	}
+	require.NoError(t, os.WriteFile(config, []byte("version = 2\nimports = [\"/other/*.toml\"]\n"), 0o644))
+	installed(t, dumped, "")
+	out, errOut, err := preflight()
+	require.Equal(t, 2, exitStatus(err))
+	require.Contains(t, errOut, "podfsm: no socket at /no/socket", "as the files say")
+	require.Contains(t, errOut, "containerd is down; what only it knows is unknown")
+	for _, row := range []string{
+		"unknown containerd containerd is down, so its version isn't known",
+		"fail configuration " + config + " (version 2) imports /other/*.toml, and no runtime handler there has sandboxer",
+		`imports = ["/other/*.toml", "` + dir + `/conf.d/*.toml"]`,
+		`ok cgroup driver podfsm: SystemdCgroup = false and runtime io.containerd.runc.v2 /usr/bin/crun, as for the node's handler "crun"`,
+		"ok handlers podfsm (not configured yet, users by kubelet)",
+		"fail directories ",
+		"pods that podfsm would refuse: with a user namespace",
+		"ok tmpfs ",
+		"ok ledger there is none yet",
+		"After the switch, podfsm's pods would: on the node's users and network: not run until this is put right: configuration",
+	} {
+		require.Contains(t, out, row)
+	}
+	left, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	require.Len(t, left, 1, "what it makes for its tries is gone")
+
+	installed(t, "", "containerd: bad line 7")
+	out, _, err = preflight()
+	require.Equal(t, 2, exitStatus(err))
+	require.Regexp(t, `fail configuration \S+ can't read `+config+`: containerd: bad line 7`, out)
+	require.Contains(t, out, "unknown runtime containerd's configuration isn't known -> see the check configuration")
+}
+
+// What is in the way of a kind of pods is named with it, and nothing else.
+func TestKindsOfPods(t *testing.T) {
+	finding := func(check string, verdict doctor.Verdict, stops doctor.Pods) *podfsmv1.Finding {
+		return &podfsmv1.Finding{Check: check, Subject: "podfsm", Verdict: string(verdict), RefusedPods: string(stops)}
+	}
+	const run = "run"
+	put := func(checks string) string { return "not run until this is put right: " + checks }
+	for _, test := range []struct {
+		findings []*podfsmv1.Finding
+		want     []string // by kind
+	}{
+		{nil, []string{run, run, run, run}},
+		{[]*podfsmv1.Finding{finding("kernel", doctor.Warn, doctor.NoPods), finding("runtime", doctor.Unknown, doctor.NoPods)}, []string{run, run, run, run}},
+		{[]*podfsmv1.Finding{finding("networks", doctor.Fail, doctor.NoPods)}, slices.Repeat([]string{put("networks podfsm")}, 4)},
+		{[]*podfsmv1.Finding{finding("runtime", doctor.Fail, doctor.AllPods)}, slices.Repeat([]string{put("runtime podfsm")}, 4)},
+		{[]*podfsmv1.Finding{finding("pidfd", doctor.Fail, doctor.NetworkPods)}, []string{run, put("pidfd podfsm"), put("pidfd podfsm"), put("pidfd podfsm")}},
+		{[]*podfsmv1.Finding{finding("overlay", doctor.Fail, doctor.UserNSPods), finding("tmpfs", doctor.Warn, doctor.TmpfsPods)},
+			[]string{run, run, put("overlay podfsm"), put("overlay podfsm, tmpfs podfsm")}},
+	} {
+		var out bytes.Buffer
+		require.NoError(t, writeKinds(&out, test.findings))
+		want := "\nAfter the switch, podfsm's pods would:\n"
+		for i, kind := range podKinds {
+			want += "  " + kind.name + ": " + test.want[i] + "\n"
+		}
+		require.Equal(t, want, out.String())
+	}
+}
+
+func TestFlagValue(t *testing.T) {
+	for _, args := range [][]string{
+		{"--config", "/x"}, {"-c", "/x"}, {"--config=/x"}, {"-config", "/x"}, {"--log-level", "debug", "-c=/x", "--config", "/y"},
+	} {
+		require.Equal(t, "/x", flagValue(args, "config", "c"), "%q", args)
+	}
+	for _, args := range [][]string{nil, {"--config"}, {"config", "/x"}, {"--configs", "/x"}} {
+		require.Empty(t, flagValue(args, "config", "c"), "%q", args)
+	}
+}
+
+// containerd 1.7 and 2 tell their configuration in the same form.
+func TestReadRunning(t *testing.T) {
+	config := `{"containerd": {"defaultRuntimeName": "runc", "runtimes": {
+		"runc": {"runtimeType": "io.containerd.runc.v2", "options": {"SystemdCgroup": true, "BinaryName": ""}}, "kata": {"options": null}}},
+		"rootDir": "/data/containerd/io.containerd.grpc.v1.cri"}`
+	running, err := readRunning(&runtime.StatusResponse{Info: map[string]string{"config": config}})
+	require.NoError(t, err)
+	require.Equal(t, &doctor.Running{Root: "/data/containerd", SystemdCgroup: map[string]bool{"runc": true, "kata": false}}, running)
+	_, err = readRunning(&runtime.StatusResponse{})
+	require.ErrorContains(t, err, "configuration that containerd's CRI service tells of")
+}
+
+// What a process has is read as it was started.
+func TestReadProcess(t *testing.T) {
+	args, path, err := readProcess(os.Getpid())
+	require.NoError(t, err)
+	require.Equal(t, os.Args[1:], args)
+	require.NotEmpty(t, path)
+	_, _, err = readProcess(1 << 30)
+	require.ErrorContains(t, err, "command line")
+}

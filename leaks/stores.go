@@ -1,0 +1,29 @@
+package leaks
+
+import (
+	"context"
+	"fmt"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+)
+
+// Containers are the names under which a container that this containerd knows may be attached to a network: those of all namespaces, also
+// as ctr and nerdctl name them to plugins.
+func Containers(ctx context.Context, client *containerd.Client) (map[string]bool, error) {
+	known := map[string]bool{}
+	all, err := client.NamespaceService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("failed to list containerd's namespaces: %w", err)
+	}
+	for _, namespace := range all {
+		stored, err := client.ContainerService().List(namespaces.WithNamespace(ctx, namespace))
+		if err != nil {
+			return nil, fmt.Errorf("failed to list containerd's containers: %w", err)
+		}
+		for _, container := range stored {
+			known[container.ID], known[namespace+"-"+container.ID] = true, true
+		}
+	}
+	return known, nil
+}
