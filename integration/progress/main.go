@@ -143,4 +143,6 @@ func (r *report) runs() string {
 	return strings.Join(all, ", ")
 }
 
-func minutes(d time.Duration) string { return fmt.Sprintf("%d:%02d", int(d.Minutes()), int(d.Seconds())%60) }
+func minutes(d time.Duration) string {
+	return fmt.Sprintf("%d:%02d", int(d.Minutes()), int(d.Seconds())%60)
+}
