@@ -152,7 +152,7 @@ func TestPodCgroup(t *testing.T) {
 	cmd := c.startScript(t, "setsid -f sleep 300; setsid -f sleep 300; exec sleep 300")
 	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
 	require.NoError(t, err)
-	for hierarchy, path := range parseCgroups(groups) {
+	for hierarchy, path := range ParseCgroups(groups) {
 		require.Truef(t, strings.HasSuffix(path, "/id"), "%q: %q", hierarchy, path)
 	}
 	soon(t, func() bool {
@@ -327,7 +327,8 @@ func TestCgroupID(t *testing.T) {
 		"/sys/fs/cgroup/a.slice/cri-containerd-id.scope":               "id",
 		"/sys/fs/cgroup/a.slice/id.scope":                              "id",
 		"/sys/fs/cgroup/a.slice":                                       "a.slice",
-		"/sys/fs/cgroup/system.slice:cri-containerd:id":                "system.slice:cri-containerd:id",
+		"/sys/fs/cgroup/system.slice:cri-containerd:id":                "id",
+		"/sys/fs/cgroup/a:b:id":                                        "a:b:id",
 		"/sys/fs/cgroup/kubepods.slice/cri-containerd-id.scope/nested": "nested",
 	} {
 		require.Equal(t, want, CgroupID(dir))
