@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/moby/sys/mountinfo"
 )
@@ -56,14 +57,15 @@ func ParseCgroups(data []byte) map[string]string {
 	return paths
 }
 
-// hierarchies are the mounts of cgroup hierarchies, in the order in which they were mounted.
-func hierarchies() ([]*mountinfo.Info, error) {
+// hierarchies are the mounts of cgroup hierarchies, in the order in which they were mounted. They are read once: a list of mounts is long
+// on a node with many pods, and those of cgroups stay.
+var hierarchies = sync.OnceValues(func() ([]*mountinfo.Info, error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2", "cgroup"))
 	if err != nil {
 		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
 	}
 	return mounts, nil
-}
+})
 
 // isOf says whether a mount is one of a hierarchy.
 func isOf(m *mountinfo.Info, hierarchy string) bool {

@@ -129,6 +129,12 @@ type handler struct {
 	MaxConfNum     int            `json:"cniMaxConfNum"`
 }
 
+// systemdCgroup says whether systemd makes the cgroups of the handler's containers.
+func (h handler) systemdCgroup() bool {
+	systemd, _ := h.Options["SystemdCgroup"].(bool)
+	return h.Type == plugins.RuntimeRuncV2 && systemd
+}
+
 // readStockConfig reads the configuration of containerd's CRI service from its two plugins.
 func readStockConfig(ic *plugin.InitContext) (*stockConfig, error) {
 	config := &stockConfig{}

@@ -94,6 +94,8 @@ func (c *Controller) examinedHandler(ic *plugin.InitContext, name string, h hand
 		Snapshotter: examinedSnapshotter(ic, c.stock.snapshotter(h)),
 		Network:     networkConfig(c.stock, &Spec{Handler: name}),
 		Mode:        c.policies.of(name).Mode,
+
+		SystemdCgroup: h.systemdCgroup(),
 	}
 	if h.Path != "" {
 		examined.Shim = h.Path
@@ -103,7 +105,6 @@ func (c *Controller) examinedHandler(ic *plugin.InitContext, name string, h hand
 		if examined.Binary == "" {
 			examined.Binary = "runc" // as the shim has it
 		}
-		examined.SystemdCgroup, _ = h.Options["SystemdCgroup"].(bool)
 	}
 	return examined
 }
