@@ -27,6 +27,9 @@ func cgroups(_ context.Context, n Node) []Finding {
 		if g.of {
 			finding = n.systemdDriver(version)
 		}
+		if finding.Verdict == OK {
+			finding = n.compareDrivers(finding, g.of)
+		}
 		finding.Subject = g.subject()
 		found = append(found, finding)
 	}
@@ -43,6 +46,43 @@ func (n Node) systemdDriver(version string) Finding {
 		return fail(NoPods, fmt.Sprintf("%s, but systemd doesn't run here: there is no %s", evidence, n.SystemdDir), "set SystemdCgroup = false in the handler's options, and cgroupDriver: cgroupfs in the kubelet's configuration")
 	}
 	return ok(evidence)
+}
+
+// compareDrivers warns where the kubelet seems to have another driver than a handler.
+func (n Node) compareDrivers(finding Finding, systemd bool) Finding {
+	kubelet, evidence := n.kubeletDriver()
+	switch {
+	case kubelet == "systemd" && !systemd:
+		return warn(fmt.Sprintf("%s, but the kubelet's is systemd: %s; pods run outside of their slices, so the slices' limits don't hold for them", finding.Evidence, evidence),
+			"set SystemdCgroup = true in the handler's options, and restart containerd")
+	case kubelet == "cgroupfs" && systemd:
+		return warn(fmt.Sprintf("%s, but the kubelet's is cgroupfs: %s; its pods are refused", finding.Evidence, evidence),
+			"set SystemdCgroup = false in the handler's options and restart containerd, or set cgroupDriver: systemd in the kubelet's configuration")
+	default:
+		return finding
+	}
+}
+
+// kubeletDriver is the cgroup driver of the kubelet, "" where nobody can tell, and how that is known. The kubelet names the cgroup of all
+// pods by its driver, below its cgroupRoot. A kubelet that has made none yet takes the driver that containerd tells.
+func (n Node) kubeletDriver() (driver, evidence string) {
+	made := map[string]string{}
+	for _, above := range []string{"", "*", "*/*"} { // a hierarchy of v1, the kubelet's cgroupRoot
+		for driver, name := range map[string]string{"systemd": "*kubepods.slice", "cgroupfs": "kubepods"} {
+			if found, _ := filepath.Glob(filepath.Join(n.Sys, "fs/cgroup", above, name)); len(found) > 0 {
+				made[driver] = "there is " + found[0]
+			}
+		}
+	}
+	switch {
+	case len(made) > 1: // it was changed, and one is from before
+		return "", ""
+	case len(made) == 1:
+		for driver, evidence := range made {
+			return driver, evidence
+		}
+	}
+	return n.Config.CgroupDriver, "containerd tells it so, by its default handler"
 }
 
 // cgroupVersion is "v2", "v1", or "v1 with v2 beside it".

@@ -72,6 +72,7 @@ func (c *Controller) examined(ic *plugin.InitContext, config *Config) *doctor.Co
 	}
 	examined := &doctor.Config{
 		InitPath:            config.InitPath,
+		CgroupDriver:        c.stock.cgroupDriver(),
 		NetNSDir:            c.stock.netNSDir(),
 		RestrictOOMScoreAdj: c.stock.RestrictOOMScoreAdj,
 		Pool:                config.Pool.User != "" || len(config.Pool.Ranges) > 0,
