@@ -82,13 +82,23 @@ func cgroupFacts(t *testing.T, n *harness.Node, handler string, config *runtime.
 	return seen, noStats == nil
 }
 
+const slicesConfig = `
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.slices]
+  runtime_type = "io.containerd.runc.v2"
+  sandboxer = "podfsm"
+  options = {SystemdCgroup = true}
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.slices-stock]
+  runtime_type = "io.containerd.runc.v2"
+  options = {SystemdCgroup = true}
+`
+
 // Whatever is accepted as the cgroup parent of a pod, its processes are where those of a stock pod are. A kubelet with the systemd driver
 // sends slices, also to a runtime handler that nobody has told.
 func TestCgroupParentsLikeStock(t *testing.T) {
 	if os.Getenv("PODFSM_CGROUPS") == "systemd" {
 		t.Skip("the parents are for the other driver")
 	}
-	n := harness.StartNode(t, harness.Config{})
+	n := harness.StartNode(t, harness.Config{TOML: slicesConfig})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	t.Run("parents", func(t *testing.T) {
@@ -122,6 +132,12 @@ func TestCgroupParentsLikeStock(t *testing.T) {
 		require.ErrorContains(t, err, option)
 		require.ErrorContains(t, err, `runtime handler "podfsm"`)
 	}
+	// The handlers have systemd make cgroups, and the kubelet knows nothing of it.
+	require.Error(t, failRun(t, n, "slices-stock", n.PodConfig("path")))
+	err = failRun(t, n, "slices", n.PodConfig("path"))
+	require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+	require.ErrorContains(t, err, `runtime handler "slices" has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration`)
+
 	for _, category := range []string{harness.Cgroups, harness.Processes} {
 		delete(before, category) // runc leaves the parents of a relative path
 	}

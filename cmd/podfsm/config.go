@@ -60,6 +60,10 @@ type handlerConfig struct {
 	} `toml:"options"`
 }
 
+func (h handlerConfig) systemdCgroup() bool {
+	return h.Type == plugins.RuntimeRuncV2 && h.Options.SystemdCgroup
+}
+
 // ownConfig is what the doctor needs of podfsm's section.
 type ownConfig struct {
 	UserNS map[string]struct {
@@ -104,6 +108,9 @@ func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, 
 		Pool:                own.Pool.User != "" || len(own.Pool.Ranges) > 0,
 		PoolUser:            own.Pool.User,
 	}
+	if runtime.Containerd.Runtimes[runtime.Containerd.Default].systemdCgroup() {
+		config.CgroupDriver = "systemd"
+	}
 	if runtime.NetNSUnderStateDir {
 		config.NetNSDir = filepath.Join(state, criDir, "netns")
 	}
@@ -140,9 +147,11 @@ func (c runtimeConfig) handler(name string, h handlerConfig) doctor.Handler {
 		Default: name == c.Containerd.Default,
 		Shim:    cmp.Or(h.Path, h.Type),
 		Network: cni.Config{BinDirs: c.CNI.BinDirs, ConfDir: c.CNI.ConfDir, MaxConfNum: c.CNI.MaxConfNum},
+
+		SystemdCgroup: h.systemdCgroup(),
 	}
 	if h.Type == plugins.RuntimeRuncV2 {
-		examined.Binary, examined.SystemdCgroup = cmp.Or(h.Options.BinaryName, "runc"), h.Options.SystemdCgroup
+		examined.Binary = cmp.Or(h.Options.BinaryName, "runc")
 	}
 	if h.ConfDir != "" {
 		examined.Network.ConfDir = h.ConfDir

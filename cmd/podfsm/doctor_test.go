@@ -133,7 +133,7 @@ user = "pods"
 `)
 	require.NoError(t, err)
 	require.Equal(t, &doctor.Config{
-		NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true, Pool: true, PoolUser: "pods",
+		CgroupDriver: "systemd", NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true, Pool: true, PoolUser: "pods",
 		Handlers: []doctor.Handler{
 			{
 				Name: "a", Default: true, Shim: "io.containerd.runc.v2", Binary: "crun", SystemdCgroup: true, Mode: userns.ModeKubelet,
