@@ -287,28 +287,36 @@ func TestPodCgroupInAnotherHierarchy(t *testing.T) {
 	require.ErrorContains(t, <-reaped, "killed")
 }
 
-// systemd is asked to forget its unit, and not believed.
+// systemd is asked to forget its unit, and not believed: here there is only its file.
 func TestPodCgroupWhoseUnitStays(t *testing.T) {
 	c := newPodCgroup(t)
+	c.startScript(t, "exec sleep 300")
 	c.unit = filepath.Join(t.TempDir(), "cri-containerd-id.scope")
-	require.NoError(t, c.awaitUnit(t.Context(), nil))
 	require.NoError(t, os.WriteFile(c.unit, nil, 0o644))
-	ctx, cancel := context.WithCancelCause(t.Context())
-	cancel(errors.New("too long"))
-	err := c.awaitUnit(ctx, errors.New("systemd is busy"))
-	require.ErrorContains(t, err, `failed to have systemd forget "cri-containerd-id.scope"`)
-	require.ErrorContains(t, err, "too long\nsystemd is busy")
-	require.ErrorContains(t, err, "run systemctl stop cri-containerd-id.scope, then systemctl reset-failed cri-containerd-id.scope")
 
 	done := make(chan error)
-	go func() { done <- c.awaitUnit(t.Context(), nil) }()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() { done <- c.End(ctx) }()
+	soon(t, func() bool { return !slices.ContainsFunc(c.Dirs(), exists) }, "the cgroup is gone")
 	select {
 	case err := <-done:
 		t.Fatalf("the unit is there: %v", err)
 	case <-time.After(20 * time.Millisecond):
 	}
+	cancel(errors.New("too long"))
+	err := <-done
+	require.ErrorContains(t, err, `failed to have systemd forget "cri-containerd-id.scope", whose cgroup is gone: too long`)
+	require.ErrorContains(t, err, "run systemctl stop cri-containerd-id.scope, then systemctl reset-failed cri-containerd-id.scope")
+	require.ErrorContains(t, c.awaitUnit(ctx, errors.New("systemd is busy")), "too long\nsystemd is busy")
+
+	go func() { done <- c.End(t.Context()) }()
 	require.NoError(t, os.Remove(c.unit))
 	require.NoError(t, <-done)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 func TestPodCgroupStartFails(t *testing.T) {
