@@ -27,6 +27,9 @@ func cgroups(_ context.Context, n Node) []Finding {
 		if g.of {
 			finding = n.systemdDriver(version)
 		}
+		if finding.Verdict == OK {
+			finding = n.compareDrivers(version, finding, g.of)
+		}
 		finding.Subject = g.subject()
 		found = append(found, finding)
 	}
@@ -45,6 +48,56 @@ func (n Node) systemdDriver(version string) Finding {
 	return ok(evidence)
 }
 
+// compareDrivers warns where the kubelet seems to have another driver than a handler.
+func (n Node) compareDrivers(version string, finding Finding, systemd bool) Finding {
+	kubelet, evidence := n.kubeletDriver(version)
+	switch {
+	case kubelet == "systemd" && !systemd:
+		return warn(fmt.Sprintf("%s, but the kubelet's is systemd: %s; pods run outside of their slices, so the slices' limits don't hold for them", finding.Evidence, evidence),
+			"set SystemdCgroup = true in the handler's options, and restart containerd")
+	case kubelet == "cgroupfs" && systemd:
+		return warn(fmt.Sprintf("%s, but the kubelet's is cgroupfs: %s; its pods are refused", finding.Evidence, evidence),
+			"set SystemdCgroup = false in the handler's options and restart containerd, or set cgroupDriver: systemd in the kubelet's configuration")
+	default:
+		return finding
+	}
+}
+
+// cgroupsOfPods are the names of the cgroup of all pods that a kubelet makes, by its driver: at the top, or below /kubelet, as in a node of
+// kind. Elsewhere they may be those of another node's kubelet.
+var cgroupsOfPods = map[string][]string{
+	"systemd":  {"kubepods.slice", "kubelet.slice/kubelet-kubepods.slice"},
+	"cgroupfs": {"kubepods", "kubelet/kubepods"},
+}
+
+// kubeletDriver is the cgroup driver of the kubelet, "" where nobody can tell, and how that is known: by the cgroup that it has made for all
+// pods. A kubelet that has made none yet takes the driver that containerd tells.
+func (n Node) kubeletDriver(version string) (driver, evidence string) {
+	tops := filepath.Join(n.Sys, "fs/cgroup")
+	if version != v2 {
+		tops = filepath.Join(tops, "*") // the hierarchies
+	}
+	for ofDriver, names := range cgroupsOfPods {
+		for _, name := range names {
+			found, _ := filepath.Glob(filepath.Join(tops, name))
+			switch {
+			case len(found) == 0:
+			case driver != "" && driver != ofDriver:
+				return "", "" // it was changed, and one is from before
+			default:
+				driver, evidence = ofDriver, "there is "+found[0]
+			}
+		}
+	}
+	if driver == "" {
+		return n.Config.CgroupDriver, "containerd tells it so, by its default handler"
+	}
+	return driver, evidence
+}
+
+// v2 is the version where all controllers are in one hierarchy.
+const v2 = "v2"
+
 // cgroupVersion is "v2", "v1", or "v1 with v2 beside it".
 func (n Node) cgroupVersion() (string, error) {
 	root := filepath.Join(n.Sys, "fs/cgroup")
@@ -53,7 +106,7 @@ func (n Node) cgroupVersion() (string, error) {
 		return "", fmt.Errorf("failed to look at %s: %w", root, err)
 	}
 	if stat.Type == unix.CGROUP2_SUPER_MAGIC {
-		return "v2", nil
+		return v2, nil
 	}
 	entries, err := os.ReadDir(root)
 	if err != nil {

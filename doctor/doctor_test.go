@@ -74,6 +74,19 @@ func write(t *testing.T, path, content string) {
 	require.NoError(t, os.WriteFile(path, []byte(content), 0o644))
 }
 
+// kubelet makes the cgroups of a kubelet, beside a handler with a driver.
+func kubelet(systemd bool, dirs ...string) func(*testing.T, *Node) {
+	return func(t *testing.T, n *Node) {
+		t.Helper()
+		n.Sys = filepath.Join(n.Root, "sys")
+		for _, dir := range dirs {
+			require.NoError(t, os.MkdirAll(filepath.Join(n.Sys, "fs/cgroup", dir), 0o755))
+		}
+		require.NoError(t, os.Mkdir(n.SystemdDir, 0o755))
+		n.Config.Handlers[0].SystemdCgroup = systemd
+	}
+}
+
 // Each row is one thing that a file or a setting says, and what the check makes of it.
 func TestChecks(t *testing.T) {
 	without := func(n *Node) { n.Config = nil }
@@ -116,12 +129,24 @@ func TestChecks(t *testing.T) {
 			file("7/status", "Groups:\t\n")(t, n)
 			n.Config.Handlers[0].Binary = "/opt/runc"
 		}, verdict: OK, evidence: "process 7 has no"},
-		{name: "cgroups", look: cgroups, verdict: OK, evidence: "driver cgroupfs"},
-		{name: "systemd driver", look: cgroups, change: func(t *testing.T, n *Node) {
-			n.Config.Handlers[0].SystemdCgroup = true
-			require.NoError(t, os.Mkdir(n.SystemdDir, 0o755))
-		}, verdict: OK, evidence: "driver systemd"},
+		{name: "cgroups", look: cgroups, change: kubelet(false, "cpu"), verdict: OK, evidence: "driver cgroupfs"},
+		{name: "systemd driver", look: cgroups, change: kubelet(true, "cpu"), verdict: OK, evidence: "driver systemd"},
 		{name: "systemd driver without systemd", look: cgroups, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].SystemdCgroup = true }, verdict: Fail, evidence: "systemd doesn't run here", remedy: "SystemdCgroup = false"},
+		{name: "cgroupfs driver of both", look: cgroups, change: kubelet(false, "cpu/kubepods"), verdict: OK, evidence: "driver cgroupfs"},
+		{name: "systemd driver of both", look: cgroups, change: kubelet(true, "cpu/kubepods.slice"), verdict: OK, evidence: "driver systemd"},
+		{name: "systemd driver of the kubelet alone", look: cgroups, change: kubelet(false, "cpu/kubepods.slice"), verdict: Warn, evidence: "fs/cgroup/cpu/kubepods.slice", remedy: "SystemdCgroup = true"},
+		{name: "systemd driver of a kubelet in a cgroup", look: cgroups, change: kubelet(false, "cpu/kubelet.slice/kubelet-kubepods.slice"), verdict: Warn, evidence: "kubelet-kubepods.slice", remedy: "SystemdCgroup = true"},
+		{name: "systemd driver of the handler alone", look: cgroups, change: kubelet(true, "cpu/kubelet/kubepods"), verdict: Warn, evidence: "fs/cgroup/cpu/kubelet/kubepods; its pods are refused", remedy: "SystemdCgroup = false"},
+		{name: "driver of another node's kubelet", look: cgroups, change: kubelet(true, "cpu/docker/kubepods", "cpu/a/kubelet/kubepods"), verdict: OK, evidence: "driver systemd"},
+		{name: "driver of the kubelet that was changed", look: cgroups, change: kubelet(true, "cpu/kubepods", "cpu/kubepods.slice"), verdict: OK, evidence: "driver systemd"},
+		{name: "systemd driver of the default handler alone", look: cgroups, change: func(t *testing.T, n *Node) {
+			kubelet(false, "cpu")(t, n)
+			n.Config.CgroupDriver = "systemd"
+		}, verdict: Warn, evidence: "containerd tells it so", remedy: "SystemdCgroup = true"},
+		{name: "driver of the default handler that the kubelet doesn't take", look: cgroups, change: func(t *testing.T, n *Node) {
+			kubelet(false, "cpu/kubepods")(t, n)
+			n.Config.CgroupDriver = "systemd"
+		}, verdict: OK, evidence: "driver cgroupfs"},
 		{name: "no cgroups", look: cgroups, change: func(_ *testing.T, n *Node) { n.Sys = n.Proc }, verdict: Fail, evidence: "fs/cgroup", remedy: "mount"},
 		{name: "handlers", look: handlers, verdict: OK, evidence: "podfsm (users by kubelet)"},
 		{name: "no handlers", look: handlers, change: func(_ *testing.T, n *Node) { n.Config.Handlers = nil }, verdict: Warn, evidence: "no runtime handler", remedy: `sandboxer = "podfsm"`},
@@ -337,5 +362,18 @@ func TestChecksAreInTheDocs(t *testing.T) {
 	require.NoError(t, err)
 	for _, c := range slices.Concat(stockChecks, checks) {
 		require.Contains(t, string(docs), "\n| `"+c.name+"` | ")
+	}
+}
+
+// v2 has no hierarchies between the mount and the kubelet's cgroups.
+func TestKubeletDriver(t *testing.T) {
+	for dir, want := range map[string]string{
+		"kubepods.slice": "systemd", "kubepods": "cgroupfs", "kubelet/kubepods": "cgroupfs", "kubelet.slice/kubelet-kubepods.slice": "systemd",
+		"docker/kubepods": "", "system.slice": "",
+	} {
+		n := wellNode(t)
+		kubelet(false, dir)(t, &n)
+		driver, _ := n.kubeletDriver(v2)
+		require.Equal(t, want, driver, dir)
 	}
 }

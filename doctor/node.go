@@ -50,6 +50,8 @@ type Node struct {
 type Config struct {
 	// Handlers are the runtime handlers that are podfsm's, by name.
 	Handlers []Handler
+	// CgroupDriver is what containerd tells the kubelet to use, "systemd" or "cgroupfs"; "" where that isn't known.
+	CgroupDriver string
 	// InitPath is the program that becomes pause, where the configuration names one; else it is found as shims are.
 	InitPath string
 	// NetNSDir is where network namespaces are pinned.

@@ -16,6 +16,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/host"
 )
 
 // Stock is what a node has before podfsm is in place: a containerd without it, which runs or is down, and the configuration that
@@ -187,12 +188,9 @@ func service(_ context.Context, n Node) []Finding {
 // tasksMax is the limit of containerd's cgroup (pids.max, which systemd makes of TasksMax).
 func (n Node) tasksMax() (limit int, limited bool) {
 	text, _ := n.read(filepath.Join(strconv.Itoa(n.Daemon), "cgroup"))
-	for line := range strings.Lines(text) {
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(fields) != 3 || fields[1] != "" && fields[1] != "pids" {
-			continue
-		}
-		value, err := os.ReadFile(filepath.Join(n.Sys, "fs/cgroup", fields[1], fields[2], "pids.max"))
+	groups := host.ParseCgroups([]byte(text))
+	for _, hierarchy := range []string{"pids", ""} {
+		value, err := os.ReadFile(filepath.Join(n.Sys, "fs/cgroup", hierarchy, groups[hierarchy], "pids.max"))
 		if err != nil {
 			continue // the other hierarchy, or no limit
 		}
@@ -223,7 +221,7 @@ func cgroupDriver(_ context.Context, n Node) []Finding {
 		found = append(found, warn(fmt.Sprintf("the containerd that runs has SystemdCgroup = %t for handler %q, %s has %t", running, s.Like.Name, s.File.Path, s.Like.SystemdCgroup),
 			"restart containerd before the switch, so that both are known to work"))
 	}
-	driver, err := kubeletDriver(s.Kubelet)
+	driver, err := configuredDriver(s.Kubelet)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), err == nil && driver == "":
 	case err != nil:
@@ -260,8 +258,8 @@ func (s *Stock) runs() (systemd, known bool) {
 	return systemd, known
 }
 
-// kubeletDriver is cgroupDriver in a KubeletConfiguration; "" where it says nothing.
-func kubeletDriver(file string) (string, error) {
+// configuredDriver is cgroupDriver in a KubeletConfiguration; "" where it says nothing.
+func configuredDriver(file string) (string, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return "", err

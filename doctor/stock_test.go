@@ -99,10 +99,10 @@ func TestStockChecks(t *testing.T) {
 		{name: "runtime that differs", look: cgroupDriver, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "crun" }, verdict: Warn, evidence: "/bin/true crun", remedy: "unless it is meant to differ"},
 		{name: "no handler of the node's", look: cgroupDriver, change: has(func(s *Stock) { s.Like = Handler{} }), verdict: Unknown, evidence: "no runtime handler of its own", remedy: "cgroupDriver"},
 		{name: "configuration that isn't read yet", look: cgroupDriver, change: has(func(s *Stock) { s.Running.SystemdCgroup["runc"] = true }), verdict: Warn, evidence: "runs has SystemdCgroup = true", remedy: "restart containerd"},
-		{name: "kubelet that agrees", look: cgroupDriver, change: kubelet("cgroupDriver: cgroupfs\n"), verdict: OK, evidence: "as for the node's handler"},
-		{name: "kubelet that says nothing", look: cgroupDriver, change: kubelet("kind: KubeletConfiguration\n"), verdict: OK, evidence: "as for the node's handler"},
-		{name: "kubelet that differs", look: cgroupDriver, change: kubelet("cgroupDriver: systemd\n"), verdict: Warn, evidence: "says cgroupDriver: systemd", remedy: "make them agree"},
-		{name: "kubelet that can't be read", look: cgroupDriver, change: kubelet("}"), verdict: Unknown, evidence: "kubelet.yaml", remedy: "cgroupDriver"},
+		{name: "kubelet that agrees", look: cgroupDriver, change: kubeletConfig("cgroupDriver: cgroupfs\n"), verdict: OK, evidence: "as for the node's handler"},
+		{name: "kubelet that says nothing", look: cgroupDriver, change: kubeletConfig("kind: KubeletConfiguration\n"), verdict: OK, evidence: "as for the node's handler"},
+		{name: "kubelet that differs", look: cgroupDriver, change: kubeletConfig("cgroupDriver: systemd\n"), verdict: Warn, evidence: "says cgroupDriver: systemd", remedy: "make them agree"},
+		{name: "kubelet that can't be read", look: cgroupDriver, change: kubeletConfig("}"), verdict: Unknown, evidence: "kubelet.yaml", remedy: "cgroupDriver"},
 		{name: "cgroup driver, configuration that isn't known", look: cgroupDriver, change: func(_ *testing.T, n *Node) { n.Config = nil }, verdict: Unknown, evidence: "isn't known", remedy: "the check configuration"},
 
 		{name: "no security module", look: securityModules, verdict: OK, evidence: "neither"},
@@ -183,7 +183,7 @@ func pidsMax(limit string) func(*testing.T, *Node) {
 	}
 }
 
-func kubelet(config string) func(*testing.T, *Node) {
+func kubeletConfig(config string) func(*testing.T, *Node) {
 	return func(t *testing.T, n *Node) { write(t, n.Stock.Kubelet, config) }
 }
 

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -16,9 +15,9 @@ import (
 // that name, or systemd's scope of it. Cgroups below one that belongs to somebody else than root are left out, because their owner
 // chooses the names.
 func FindPodCgroups(ids []string) (found []string, _ error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	mounts, err := hierarchies()
 	if err != nil {
-		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+		return nil, err
 	}
 	for _, mount := range mounts {
 		err := filepath.WalkDir(mount.Mountpoint, func(path string, entry fs.DirEntry, err error) error {
@@ -47,9 +46,13 @@ func FindPodCgroups(ids []string) (found []string, _ error) {
 	return slices.Compact(found), nil
 }
 
-// CgroupID is the id of the container that a cgroup has its name from.
+// CgroupID is the id of the container that a cgroup has its name from. A runtime that was told "slice:prefix:name", but not to have systemd
+// make cgroups, takes all of it for the name. No id has a colon.
 func CgroupID(dir string) string {
 	name := filepath.Base(dir)
+	if slice, _, ok := strings.Cut(name, ":"); ok && strings.HasSuffix(slice, ".slice") {
+		return name[strings.LastIndexByte(name, ':')+1:]
+	}
 	if scope, ok := strings.CutSuffix(name, ".scope"); ok {
 		return scope[strings.LastIndexByte(scope, '-')+1:]
 	}

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,11 +35,11 @@ func GroupsBelow(name string) (Groups, error) {
 	if err != nil {
 		return Groups{}, fmt.Errorf("failed to read the cgroup of this process: %w", err)
 	}
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2", "cgroup"))
+	mounts, err := hierarchies()
 	if err != nil {
-		return Groups{}, fmt.Errorf("failed to list mounts: %w", err)
+		return Groups{}, err
 	}
-	dir, ok := ownCgroup(parseCgroups(own), mounts)
+	dir, ok := ownCgroup(ParseCgroups(own), mounts)
 	if !ok {
 		return Groups{}, fmt.Errorf("no cgroup of this process is below a mount that it can write to: mount cgroup2 on /sys/fs/cgroup: %w", errdefs.ErrFailedPrecondition)
 	}
@@ -85,47 +84,6 @@ func LinkedGroups(link string) (Groups, error) {
 		return Groups{}, fmt.Errorf("failed to look for the cgroups of the daemon: %w", err)
 	}
 	return Groups{dir}, nil
-}
-
-// v1Preference are the v1 hierarchies that are taken where there is no v2, the first one first: an empty cgroup of theirs changes
-// nothing for its members.
-var v1Preference = []string{"name=systemd", "freezer", "pids"}
-
-// ownCgroup returns the directory of a process's cgroup. paths are its cgroups by hierarchy, "" for v2.
-func ownCgroup(paths map[string]string, mounts []*mountinfo.Info) (dir string, ok bool) {
-	for _, hierarchy := range append([]string{""}, v1Preference...) {
-		path, known := paths[hierarchy]
-		if !known || strings.HasPrefix(path, "/..") { // it is above the root of the cgroup namespace
-			continue
-		}
-		for _, m := range mounts {
-			if (hierarchy == "") != (m.FSType == "cgroup2") || slices.Contains(strings.Split(m.Options, ","), "ro") {
-				continue
-			}
-			if hierarchy != "" && !slices.Contains(strings.Split(m.VFSOptions, ","), hierarchy) {
-				continue
-			}
-			if below, err := filepath.Rel(m.Root, path); err == nil && filepath.IsLocal(below) {
-				return filepath.Join(m.Mountpoint, below), true
-			}
-		}
-	}
-	return "", false
-}
-
-// parseCgroups reads a /proc/PID/cgroup (cgroups(7)): ID:CONTROLLERS:PATH a line, without controllers for v2.
-func parseCgroups(data []byte) map[string]string {
-	paths := map[string]string{}
-	for line := range strings.Lines(string(data)) {
-		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
-		if len(fields) < 3 {
-			continue
-		}
-		for controller := range strings.SplitSeq(fields[1], ",") {
-			paths[controller] = fields[2]
-		}
-	}
-	return paths
 }
 
 // checkName keeps a group in its directory.

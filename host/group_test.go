@@ -208,6 +208,8 @@ func TestOwnCgroup(t *testing.T) {
 	v2Below := &mountinfo.Info{FSType: "cgroup2", Root: "/kind", Mountpoint: "/sys/fs/cgroup", Options: "rw"}
 	pids := &mountinfo.Info{FSType: "cgroup", Root: "/", Mountpoint: "/sys/fs/cgroup/pids", Options: "rw", VFSOptions: "rw,pids"}
 	systemd := &mountinfo.Info{FSType: "cgroup", Root: "/", Mountpoint: "/sys/fs/cgroup/systemd", Options: "rw", VFSOptions: "rw,xattr,name=systemd"}
+	v2Outside := &mountinfo.Info{FSType: "cgroup2", Root: "/..", Mountpoint: "/sys/fs/cgroup", Options: "rw"}
+	pidsOfContainer := &mountinfo.Info{FSType: "cgroup", Root: "/docker/1", Mountpoint: "/sys/fs/cgroup/pids", Options: "rw", VFSOptions: "rw,pids"}
 	const hybrid = "9:name=systemd:/a\n8:pids:/b\n1:cpu,cpuacct:/c\n0::/system.slice/containerd.service\n"
 	const legacy = "9:name=systemd:/a\n8:pids:/b\n"
 	for _, tc := range []struct {
@@ -223,13 +225,47 @@ func TestOwnCgroup(t *testing.T) {
 		{"0::/kind/x\n", []*mountinfo.Info{v2Below}, "/sys/fs/cgroup/x"},
 		{"0::/other\n", []*mountinfo.Info{v2Below}, ""},
 		{"0::/../other\n", []*mountinfo.Info{v2}, ""},
+		// The hierarchy is mounted where a container engine has the container's cgroup: nothing shows the host's root.
+		{"8:pids:/docker/1/system.slice\n", []*mountinfo.Info{pidsOfContainer}, "/sys/fs/cgroup/pids/system.slice"},
+		{"8:pids:/docker/1\n", []*mountinfo.Info{pidsOfContainer}, "/sys/fs/cgroup/pids"},
+		{"8:pids:/docker/12/x\n", []*mountinfo.Info{pidsOfContainer}, ""},
+		// A mount from outside of the cgroup namespace.
+		{"0::/../other\n", []*mountinfo.Info{v2Outside}, "/sys/fs/cgroup/other"},
+		{"0::/\n", []*mountinfo.Info{v2Outside}, "/sys/fs/cgroup"},
+		{"8:pids:/x\n0::/\n", []*mountinfo.Info{v2Outside, pids}, "/sys/fs/cgroup/pids/x"},
+		{"0::/../../x\n", []*mountinfo.Info{{FSType: "cgroup2", Root: "/../..", Mountpoint: "/m", Options: "rw"}}, "/m/x"},
 		{"1:cpu:/\n", []*mountinfo.Info{v2, pids}, ""},
 		{"", nil, ""},
 	} {
-		dir, ok := ownCgroup(parseCgroups([]byte(tc.own)), tc.mounts)
+		dir, ok := ownCgroup(ParseCgroups([]byte(tc.own)), tc.mounts)
 		require.Equal(t, tc.dir, dir, tc.own)
 		require.Equal(t, tc.dir != "", ok, tc.own)
 	}
+}
+
+func TestBelowMounts(t *testing.T) {
+	t.Parallel()
+	mounts := []*mountinfo.Info{
+		{FSType: "cgroup2", Root: "/elsewhere", Mountpoint: "/a"},
+		{FSType: "cgroup2", Root: "/docker/1", Mountpoint: "/b"},
+		{FSType: "cgroup", Root: "/docker/1", Mountpoint: "/c", VFSOptions: "rw,cpu,cpuacct"},
+		{FSType: "cgroup", Root: "/", Mountpoint: "/d", VFSOptions: "rw,name=systemd"},
+	}
+	paths := ParseCgroups([]byte("9:name=systemd:/x:y\n8:pids:/b\n3:memory:/docker/1/m\n1:cpu,cpuacct:/docker/1\n0::/docker/1/kubepods/pod1\n"))
+	require.Equal(t, map[string]string{"": "/kubepods/pod1", "cpu": "/", "cpuacct": "/", "name=systemd": "/x:y"}, belowMounts(paths, mounts))
+}
+
+func TestCgroupPaths(t *testing.T) {
+	c := newPodCgroup(t)
+	cmd := c.startScript(t, "exec sleep 300")
+	paths, err := CgroupPaths(t.Context(), cmd.Process.Pid)
+	require.NoError(t, err)
+	require.NotEmpty(t, paths)
+	for hierarchy, path := range paths {
+		require.Equal(t, c.path, path, hierarchy)
+	}
+	_, err = CgroupPaths(t.Context(), 1<<22+1)
+	require.True(t, errdefs.IsNotFound(err), err)
 }
 
 // TestStart has a process be born in its cgroups of both kinds, on threads that don't stay in them.

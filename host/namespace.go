@@ -49,6 +49,25 @@ func (p *Process) Control(f func(pidfd int) error) error { return p.control(f) }
 // reaping is how long ExitStatus waits for the parent of a process that has ended. An init process that works takes a millisecond.
 const reaping = 50 * time.Millisecond
 
+// AwaitReaper waits until the parent of a process that has ended has reaped it, but not longer than a timeout: the kernel says from then
+// on how the process has ended. A pidfd hangs up then (Linux 6.9); before, the whole timeout passes.
+func (p *Process) AwaitReaper(timeout time.Duration) {
+	_ = p.control(func(pidfd int) error {
+		awaitHangup(pidfd, timeout)
+		return nil
+	})
+}
+
+// awaitHangup waits for POLLHUP. Signals interrupt poll(2), and the Go runtime sends some to its own threads.
+func awaitHangup(fd int, timeout time.Duration) {
+	for end := time.Now().Add(timeout); time.Now().Before(end); {
+		left := int(time.Until(end).Milliseconds()) + 1
+		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd)}}, left); !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
 // ExitStatus is how a process has ended that is not a child of this one. The kernel tells when the process has been reaped, for which it
 // waits 50 ms at most.
 //
@@ -57,7 +76,7 @@ func (p *Process) ExitStatus() (status unix.WaitStatus, err error) {
 	err = p.control(func(pidfd int) error {
 		status, err = exitStatus(pidfd)
 		if errors.Is(err, unix.ENODATA) {
-			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(pidfd)}}, int(reaping.Milliseconds())) // POLLHUP: it is reaped, since Linux 6.9
+			awaitHangup(pidfd, reaping)
 			status, err = exitStatus(pidfd)
 		}
 		return err

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -108,4 +110,37 @@ func TestExitStatus(t *testing.T) {
 		require.True(t, want(<-told), script)
 		require.NoError(t, p.Close())
 	}
+}
+
+// The wait for the reaper of a process that has ended goes on under a storm of signals, as the runtime sends them to its threads.
+func TestAwaitReaperAmongSignals(t *testing.T) {
+	cmd := exec.Command("true")
+	require.NoError(t, cmd.Start())
+	p, err := Open(cmd.Process.Pid)
+	require.NoError(t, err)
+	defer p.Close()
+	require.NoError(t, p.Wait(t.Context()))
+
+	tids, returned := make(chan int), make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		tids <- unix.Gettid()
+		p.AwaitReaper(time.Minute)
+		close(returned)
+	}()
+	tid := <-tids
+	for range 200 {
+		require.NoError(t, unix.Tgkill(os.Getpid(), tid, unix.SIGURG))
+		select {
+		case <-returned:
+			t.Fatal("nobody has reaped it")
+		case <-time.After(100 * time.Microsecond):
+		}
+	}
+	if _, err := p.ExitStatus(); !errors.Is(err, unix.ENODATA) {
+		t.Skipf("needs Linux 6.15: %v", err)
+	}
+	_ = cmd.Wait()
+	<-returned
 }

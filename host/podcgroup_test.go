@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/cgroups"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -23,32 +25,46 @@ func TestPodCgroupOf(t *testing.T) {
 	for _, tc := range []struct {
 		path    string
 		systemd bool
+		own     bool   // below the cgroup of this process, as runc has it
 		want    string // below every hierarchy
 		is      func(error) bool
 		text    string
 	}{
 		{path: "/kubepods/pod1/id", want: "/kubepods/pod1/id"},
 		{path: "/kubepods/pod1//id/", want: "/kubepods/pod1/id"},
-		{path: "kubepods/id", want: "/kubepods/id"},
-		{path: "../../id", want: "/id"},
+		{path: "//kubepods///pod1/id", want: "/kubepods/pod1/id"},
+		{path: "/kubepods/pod1/./id", want: "/kubepods/pod1/id"},
+		{path: "/" + strings.Repeat("x", 255) + "/id", want: "/id"},
+		{path: "kubepods/id", own: true, want: "/kubepods/id"},
+		{path: "kubepods//id/", own: true, want: "/kubepods/id"},
+		{path: "../../id", own: true, want: "/id"},
+		{path: "a/../../id", own: true, want: "/id"},
 		{path: "/a/../../../id", want: "/id"},
 		{path: "/kubepods/a:b/id", want: "/kubepods/a:b/id"},
-		{path: "kubepods.slice:cri-containerd:id", want: "/kubepods.slice:cri-containerd:id"},
+		{path: "kubepods.slice:cri-containerd:id", own: true, want: "/kubepods.slice:cri-containerd:id"},
 		{path: "/kubepods.slice/id", want: "/kubepods.slice/id"},
 		{path: "", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
 		{path: "/", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
 		{path: "//", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
 		{path: ".", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
 		{path: "/a/..", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: "a/../..", is: errdefs.IsInvalidArgument, text: "is the root of the hierarchy"},
+		{path: "/" + strings.Repeat("x", 256) + "/id", is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
+		{path: "/a\nb/id", is: errdefs.IsInvalidArgument, text: "has a line break"},
+		{path: "/a\x00/id", is: errdefs.IsInvalidArgument, text: "has a line break"},
 		{path: "/kubepods/pod1/id", systemd: true, is: errdefs.IsInvalidArgument, text: "set SystemdCgroup = false"},
 		{path: "a.slice:b", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
 		{path: "a.slice:b:", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
 		{path: "a.slice:b:c:d", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
 		{path: "", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
+		{path: "a:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "is in no slice of systemd's"},
+		{path: "/a/b.slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "is in no slice of systemd's"},
+		{path: "a--b.slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "is in no slice of systemd's"},
+		{path: ".slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "is in no slice of systemd's"},
 		{path: "kubepods.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/cri-containerd-id.scope"},
 		{path: "kubepods-besteffort-pod1.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-id.scope"},
 	} {
-		c, err := PodCgroupOf(tc.path, tc.systemd)
+		c, err := PodCgroupOf(tc.path, tc.systemd, nil)
 		if tc.systemd && tc.is == nil && !systemdRuns() {
 			require.True(t, errdefs.IsFailedPrecondition(err), "%q: %v", tc.path, err)
 			require.ErrorContains(t, err, "set SystemdCgroup = false for the runtime handler")
@@ -61,11 +77,35 @@ func TestPodCgroupOf(t *testing.T) {
 		}
 		require.NoError(t, err, tc.path)
 		require.NotEmpty(t, c.Dirs())
+		require.Equal(t, tc.own, c.Places() != nil, tc.path)
+		var below []string
+		if tc.own {
+			below = belowThisProcess(t, tc.want)
+		}
 		for _, dir := range c.Dirs() {
 			require.Truef(t, strings.HasPrefix(dir, "/sys/fs/cgroup/") && strings.HasSuffix(dir, tc.want), "%q: %q", tc.path, dir)
+			require.Equal(t, tc.own, slices.Contains(below, dir), "%q: %q", tc.path, dir)
 			require.NoDirExists(t, dir, "nothing is made")
 		}
 	}
+}
+
+// belowThisProcess are the directories where runc has a path that isn't absolute.
+func belowThisProcess(t *testing.T, path string) (dirs []string) {
+	t.Helper()
+	paths, err := CgroupPaths(t.Context(), os.Getpid())
+	require.NoError(t, err)
+	if cgroups.IsCgroup2UnifiedMode() {
+		return []string{filepath.Join("/sys/fs/cgroup", filepath.Dir(paths[""]), path)}
+	}
+	for controller, own := range paths {
+		if controller == "" { // v2 beside v1 has no controllers
+			dirs = append(dirs, filepath.Join("/sys/fs/cgroup/unified", path))
+			continue
+		}
+		dirs = append(dirs, filepath.Join("/sys/fs/cgroup", strings.TrimPrefix(controller, "name="), own, path))
+	}
+	return dirs
 }
 
 func systemdRuns() bool {
@@ -79,7 +119,7 @@ func newPodCgroup(t *testing.T) *PodCgroup {
 	needRoot(t)
 	parent := fmt.Sprintf("/podfsm-host-%d-%d", os.Getpid(), time.Now().UnixNano())
 	for _, path := range []string{parent, parent + "/id"} {
-		c, err := PodCgroupOf(path, false)
+		c, err := PodCgroupOf(path, false, nil)
 		require.NoError(t, err)
 		t.Cleanup(func() { require.NoError(t, c.End(context.Background())) })
 		if path != parent {
@@ -152,7 +192,7 @@ func TestPodCgroup(t *testing.T) {
 	cmd := c.startScript(t, "setsid -f sleep 300; setsid -f sleep 300; exec sleep 300")
 	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
 	require.NoError(t, err)
-	for hierarchy, path := range parseCgroups(groups) {
+	for hierarchy, path := range ParseCgroups(groups) {
 		require.Truef(t, strings.HasSuffix(path, "/id"), "%q: %q", hierarchy, path)
 	}
 	soon(t, func() bool {
@@ -184,17 +224,99 @@ func TestPodCgroup(t *testing.T) {
 
 func TestPodCgroupThatCantBe(t *testing.T) {
 	needRoot(t)
-	for _, path := range []string{"/cgroup.procs/s1", "/" + strings.Repeat("x", 256) + "/s1", "/" + strings.Repeat("x/", 4096) + "s1"} {
-		c, err := PodCgroupOf(path, false)
+	for _, path := range []string{"/cgroup.procs/s1", "/" + strings.Repeat("x/", 4096) + "s1"} {
+		c, err := PodCgroupOf(path, false, nil)
 		require.NoError(t, err)
 		pids, err := c.Pids()
 		require.NoError(t, err, "%.20s", path)
 		require.Empty(t, pids)
 		require.NoError(t, c.End(t.Context()), "%.20s", path)
 	}
-	c, err := PodCgroupOf("/cgroup.procs/s1", false)
+	c, err := PodCgroupOf("/cgroup.procs/s1", false, nil)
 	require.NoError(t, err)
 	require.ErrorContains(t, c.Start(func(int) (int, error) { panic("it was called") }), "failed to make cgroup")
+}
+
+// A cgroup with a path that isn't absolute is below the one of the process that has made it, and is found by another process.
+func TestPodCgroupBelowThisProcess(t *testing.T) {
+	needRoot(t)
+	path := fmt.Sprintf("podfsm_host_%d.slice:cri-containerd:id", os.Getpid())
+	c, err := PodCgroupOf(path, false, nil)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, c.End(context.Background())) })
+	cmd := c.startScript(t, "exec sleep 300")
+	for _, dir := range c.Dirs() {
+		procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		require.NoError(t, err)
+		require.Equal(t, fmt.Sprintln(cmd.Process.Pid), string(procs), dir)
+	}
+	found, err := FindPodCgroups([]string{"id"})
+	require.NoError(t, err)
+	require.Subset(t, found, c.Dirs())
+
+	// As if this process had been moved since.
+	elsewhere, err := PodCgroupOf("podfsm_elsewhere/"+path, false, nil)
+	require.NoError(t, err)
+	require.NotEqual(t, c.Dirs(), elsewhere.Dirs())
+	again, err := PodCgroupOf("podfsm_elsewhere/"+path, false, c.Places())
+	require.NoError(t, err)
+	require.Equal(t, c.Dirs(), again.Dirs())
+	reaped := make(chan error, 1)
+	go func() { reaped <- cmd.Wait() }()
+	require.NoError(t, again.End(t.Context()))
+	require.Error(t, <-reaped)
+	for _, dir := range c.Dirs() {
+		require.NoDirExists(t, dir)
+	}
+}
+
+// A cgroup is ended in every hierarchy, also in one that runc's library doesn't know. For the test it forgets one.
+func TestPodCgroupInAnotherHierarchy(t *testing.T) {
+	c := newPodCgroup(t)
+	cmd := c.startScript(t, "exec sleep 300")
+	unknown := c.dirs[0]
+	c.dirs = c.dirs[1:]
+	survivor := startIn(t, Cgroups{unknown}, "exec sleep 300")
+	reaped := make(chan error, 2)
+	for _, cmd := range []*exec.Cmd{cmd, survivor} {
+		go func() { reaped <- cmd.Wait() }()
+	}
+	require.NoError(t, c.End(t.Context()))
+	require.NoDirExists(t, unknown)
+	require.ErrorContains(t, <-reaped, "killed")
+	require.ErrorContains(t, <-reaped, "killed")
+}
+
+// systemd is asked to forget its unit, and not believed: here there is only its file.
+func TestPodCgroupWhoseUnitStays(t *testing.T) {
+	c := newPodCgroup(t)
+	c.startScript(t, "exec sleep 300")
+	c.unit = filepath.Join(t.TempDir(), "cri-containerd-id.scope")
+	require.NoError(t, os.WriteFile(c.unit, nil, 0o644))
+
+	done := make(chan error)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() { done <- c.End(ctx) }()
+	soon(t, func() bool { return !slices.ContainsFunc(c.Dirs(), exists) }, "the cgroup is gone")
+	select {
+	case err := <-done:
+		t.Fatalf("the unit is there: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	cancel(errors.New("too long"))
+	err := <-done
+	require.ErrorContains(t, err, `failed to have systemd forget "cri-containerd-id.scope", whose cgroup is gone: too long`)
+	require.ErrorContains(t, err, "run systemctl stop cri-containerd-id.scope, then systemctl reset-failed cri-containerd-id.scope")
+	require.ErrorContains(t, c.awaitUnit(ctx, errors.New("systemd is busy")), "too long\nsystemd is busy")
+
+	go func() { done <- c.End(t.Context()) }()
+	require.NoError(t, os.Remove(c.unit))
+	require.NoError(t, <-done)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 func TestPodCgroupStartFails(t *testing.T) {
@@ -250,7 +372,7 @@ func freeze(t *testing.T, c *PodCgroup, on bool) {
 func TestPodCgroupBelowOneThatIsFrozen(t *testing.T) {
 	parent := newPodCgroup(t)
 	parent.startScript(t, "exec sleep 300")
-	c, err := PodCgroupOf(parent.path+"/below", false)
+	c, err := PodCgroupOf(parent.path+"/below", false, nil)
 	require.NoError(t, err)
 	freeze(t, parent, true)
 	err = c.Start(func(int) (int, error) { panic("it was called") })
@@ -327,7 +449,8 @@ func TestCgroupID(t *testing.T) {
 		"/sys/fs/cgroup/a.slice/cri-containerd-id.scope":               "id",
 		"/sys/fs/cgroup/a.slice/id.scope":                              "id",
 		"/sys/fs/cgroup/a.slice":                                       "a.slice",
-		"/sys/fs/cgroup/system.slice:cri-containerd:id":                "system.slice:cri-containerd:id",
+		"/sys/fs/cgroup/system.slice:cri-containerd:id":                "id",
+		"/sys/fs/cgroup/a:b:id":                                        "a:b:id",
 		"/sys/fs/cgroup/kubepods.slice/cri-containerd-id.scope/nested": "nested",
 	} {
 		require.Equal(t, want, CgroupID(dir))

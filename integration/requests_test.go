@@ -468,7 +468,7 @@ var betterRefusals = map[string]struct{ stock, ours, text string }{
 	"run: old seccomp field":                        {"Unknown", "InvalidArgument", `"garbage" is none of`},
 	"run: group without user":                       {"Unknown", "InvalidArgument", "without a user"},
 	"run: negative user":                            {"Unknown", "InvalidArgument", "-7 is out of the range"},
-	"run: cgroup parent with NUL":                   {"Unknown", "InvalidArgument", "can't be a path"},
+	"run: cgroup parent with NUL":                   {"Unknown", "InvalidArgument", "has a line break or a NUL"},
 	"run: bandwidth of no number":                   {"Unknown", "InvalidArgument", "can't be told to CNI plugins: annotation kubernetes.io/ingress-bandwidth"},
 	"run: bandwidth too small":                      {"Unknown", "InvalidArgument", "can't be told to CNI plugins: annotation kubernetes.io/egress-bandwidth"},
 	"run: untrusted workload":                       {"Unknown", "InvalidArgument", "name a handler instead"},

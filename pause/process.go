@@ -579,27 +579,13 @@ func (p *Processes) ended(key string, process *process) {
 		return
 	}
 	p.late.Go(func() {
-		process.awaitReaper()
+		process.AwaitReaper(reaperTimeout)
 		p.tell(key, process)
 	})
 }
 
 // reaperTimeout bounds the wait for the parent of a process that has ended.
 const reaperTimeout = time.Second
-
-// awaitReaper waits until a process that is not our child is reaped by its parent, the host's first process: the kernel says from then on
-// how it has ended. A pidfd hangs up then (Linux 6.9); before, this is a wait for nothing.
-func (c *process) awaitReaper() {
-	_ = c.Control(func(pidfd int) error {
-		for begun := time.Now(); time.Since(begun) < reaperTimeout; {
-			left := reaperTimeout - time.Since(begun)
-			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd)}}, int(left.Milliseconds())+1); !errors.Is(err, unix.EINTR) {
-				return err
-			}
-		}
-		return nil
-	})
-}
 
 // tell collects how a process has ended.
 func (p *Processes) tell(key string, process *process) {

@@ -81,7 +81,7 @@ func newCgroupParent(t *testing.T) string {
 	t.Helper()
 	parent := fmt.Sprintf("/podfsm-test-%d-%d", os.Getpid(), time.Now().UnixNano())
 	t.Cleanup(func() {
-		cgroup, err := host.PodCgroupOf(parent, false)
+		cgroup, err := host.PodCgroupOf(parent, false, nil)
 		require.NoError(t, err)
 		require.NoError(t, cgroup.End(context.Background()))
 	})
@@ -98,7 +98,7 @@ func (b *testbed) request(t *testing.T, pod Pod) StartRequest {
 	spec, err := complete(t, settings, pod)
 	require.NoError(t, err)
 	require.NoError(t, b.files.Setup(pod.ID, pod.Config))
-	cgroup, err := host.PodCgroupOf(spec.Linux.CgroupsPath, false)
+	cgroup, err := host.PodCgroupOf(spec.Linux.CgroupsPath, false, nil)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		_, err := b.End(context.Background(), pod.ID)
@@ -586,7 +586,7 @@ func TestStartFails(t *testing.T) {
 			name: "invalid cgroup", text: "failed to make cgroup",
 			before: func(t *testing.T, b *testbed, r *StartRequest) {
 				var err error
-				r.Cgroup, err = host.PodCgroupOf(b.cgroup+"/cgroup.procs/x", false)
+				r.Cgroup, err = host.PodCgroupOf(b.cgroup+"/cgroup.procs/x", false, nil)
 				require.NoError(t, err)
 			},
 		},
@@ -976,7 +976,7 @@ func helper() {
 	must(err)
 	filter, err := SeccompFilter()
 	must(err)
-	cgroup, err := host.PodCgroupOf(r.Cgroup, false)
+	cgroup, err := host.PodCgroupOf(r.Cgroup, false, nil)
 	must(err)
 	record, err := p.Start(context.Background(), StartRequest{Key: "sandbox", Spec: r.Spec, Rootfs: rootfsOf(r.Files, "sandbox", r.Image), Seccomp: filter, Cgroup: cgroup})
 	must(err)

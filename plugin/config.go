@@ -129,6 +129,24 @@ type handler struct {
 	MaxConfNum     int            `json:"cniMaxConfNum"`
 }
 
+// systemdCgroup says whether systemd makes the cgroups of the handler's containers.
+func (h handler) systemdCgroup() bool {
+	systemd, _ := h.Options["SystemdCgroup"].(bool)
+	return h.Type == plugins.RuntimeRuncV2 && systemd
+}
+
+// cgroupDriver is what containerd tells the kubelet to use, by the options of its default handler; "" where these don't say.
+func (c *stockConfig) cgroupDriver() string {
+	switch h := c.Containerd.Runtimes[c.Containerd.DefaultRuntimeName]; {
+	case h.systemdCgroup():
+		return "systemd"
+	case h.Type == plugins.RuntimeRuncV2 && h.Options != nil:
+		return "cgroupfs"
+	default:
+		return ""
+	}
+}
+
 // readStockConfig reads the configuration of containerd's CRI service from its two plugins.
 func readStockConfig(ic *plugin.InitContext) (*stockConfig, error) {
 	config := &stockConfig{}

@@ -282,6 +282,10 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 	if err != nil {
 		return err
 	}
+	handlerName = c.stock.handlerName(handlerName)
+	if err := checkCgroup(spec, handlerName, c.stock.Containerd.Runtimes[handlerName].systemdCgroup()); err != nil {
+		return err
+	}
 	if err := c.admitIDs(ctx, spec); err != nil {
 		return fmt.Errorf("pod %q can't have its ids: %w", cri.PodName(config), err)
 	}
@@ -325,6 +329,9 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	}
 	spec, err := c.specFor(handlerName, config, info, options.NetNSPath)
 	if err != nil {
+		return err
+	}
+	if err := checkCgroup(spec, c.stock.handlerName(handlerName), spec.SystemdCgroup()); err != nil {
 		return err
 	}
 	key, err := keyOf(ctx, info.ID)

@@ -73,6 +73,7 @@ func (c *Controller) examined(ic *plugin.InitContext, config *Config) *doctor.Co
 	}
 	examined := &doctor.Config{
 		InitPath:            config.InitPath,
+		CgroupDriver:        c.stock.cgroupDriver(),
 		NetNSDir:            c.stock.netNSDir(),
 		RestrictOOMScoreAdj: c.stock.RestrictOOMScoreAdj,
 		Pool:                config.Pool.User != "" || len(config.Pool.Ranges) > 0,
@@ -95,6 +96,8 @@ func (c *Controller) examinedHandler(ic *plugin.InitContext, name string, h hand
 		Snapshotter: examinedSnapshotter(ic, c.stock.snapshotter(h)),
 		Network:     networkConfig(c.stock, &Spec{Handler: name}),
 		Mode:        c.policies.of(name).Mode,
+
+		SystemdCgroup: h.systemdCgroup(),
 	}
 	if h.Path != "" {
 		examined.Shim = h.Path
@@ -104,7 +107,6 @@ func (c *Controller) examinedHandler(ic *plugin.InitContext, name string, h hand
 		if examined.Binary == "" {
 			examined.Binary = "runc" // as the shim has it
 		}
-		examined.SystemdCgroup, _ = h.Options["SystemdCgroup"].(bool)
 	}
 	return examined
 }

@@ -37,7 +37,7 @@ func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) {
 		if err != nil {
 			return nil, err
 		}
-		if use := useOf(p, containersOf(string(cgroup), known)); len(use.UIDs) > 0 || len(use.GIDs) > 0 {
+		if use := useOf(p, containersOf(host.ParseCgroups(cgroup), known)); len(use.UIDs) > 0 || len(use.GIDs) > 0 {
 			uses = append(uses, use)
 		}
 	}
@@ -63,16 +63,13 @@ func (h idHost) containersByID(ctx context.Context) (map[string][]containers.Con
 	return byID, nil
 }
 
-// containersOf are those that a /proc/PID/cgroup (cgroups(7)) names, by the outermost name in a path: what is below the cgroup of a
-// container, its processes may have named. Runtimes call it ID, or PREFIX-ID.scope below systemd.
-func containersOf(cgroup string, known map[string][]containers.Container) []containers.Container {
-	for line := range strings.Lines(cgroup) {
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(fields) < 3 {
-			continue
-		}
-		for name := range strings.SplitSeq(fields[2], "/") {
-			name = strings.TrimSuffix(name, ".scope")
+// containersOf are those that a process's cgroups name, by the outermost name in a path: what is below the cgroup of a container, its
+// processes may have named. Runtimes call it ID, below systemd PREFIX-ID.scope, and SLICE:PREFIX:ID where they were told a slice but not
+// to have systemd make it.
+func containersOf(cgroups map[string]string, known map[string][]containers.Container) []containers.Container {
+	for _, path := range cgroups {
+		for name := range strings.SplitSeq(path, "/") {
+			name = strings.TrimSuffix(name[strings.LastIndexByte(name, ':')+1:], ".scope")
 			for more := true; more; _, name, more = strings.Cut(name, "-") {
 				if found := known[name]; found != nil {
 					return found

@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -48,13 +49,15 @@ func TestUseOfProcess(t *testing.T) {
 		{"0::/kubepods/pod1/0c0d\n", nil, ""},
 		{"0::/kubepods.slice/cri-containerd-0c0d.scope/deeper\n", nil, ""},
 		{"0::/x/my-pod\n", nil, ""},
+		{"0::/system.slice/kubepods-pod1.slice:cri-containerd:0a0b\n", given, "process 7 (sh) of pod default/web"},
+		{"0::/kubepods-pod1.slice:cri-containerd:my-pod\n", nil, ""},
 		{"0::/kubepods/pod1/0c0d/0a0b\n", nil, ""}, // it has made a cgroup with another's name
 		{"0::/kubepods/pod1/0a0b/0c0d\n", given, "process 7 (sh) of pod default/web"},
 		{"0::/kubepods/pod1/unknown\n", everything, "process 7 (sh)"}, // a pod whose records are lost
 		{"0::/kubepods/pod1/broken\n", everything, "process 7 (sh)"},
 	} {
 		p := userns.Process{Pid: 7, Use: userns.Use{UIDs: everything, GIDs: everything, By: "process 7 (sh)"}}
-		use := useOf(p, containersOf(tc.cgroup, known))
+		use := useOf(p, containersOf(host.ParseCgroups([]byte(tc.cgroup)), known))
 		require.Equal(t, tc.want, use.UIDs, tc.cgroup)
 		require.Equal(t, tc.want, use.GIDs, tc.cgroup)
 		if tc.want != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"path"
 	"time"
 
 	"github.com/containerd/cgroups/v3"
@@ -208,11 +209,11 @@ func podMetrics(id, cgroupParent string) (*types.Metric, error) {
 	if cgroupParent == "" {
 		return nil, fmt.Errorf("sandbox %q has no cgroup parent to read metrics of: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	read := cgroup1Metrics
+	read := func(path string) (any, error) { return cgroup1Metrics(cgroup1.StaticPath(path)) }
 	if cgroups.Mode() == cgroups.Unified {
 		read = cgroup2Metrics
 	}
-	return metricsBy(read, id, cgroupParent)
+	return metricsBy(read, id, path.Join("/", cgroupParent)) // containerd's library takes no path that isn't clean, on v2
 }
 
 // metricsBy packs what read has of the cgroup at a path below the hierarchies' roots.
@@ -228,8 +229,8 @@ func metricsBy(read func(path string) (any, error), id, cgroupParent string) (*t
 	return &types.Metric{Timestamp: protobuf.ToTimestamp(time.Now()), ID: id, Data: packed}, nil
 }
 
-func cgroup1Metrics(path string) (any, error) {
-	control, err := cgroup1.Load(cgroup1.StaticPath(path))
+func cgroup1Metrics(path cgroup1.Path) (any, error) {
+	control, err := cgroup1.Load(path)
 	if err != nil {
 		return nil, err
 	}

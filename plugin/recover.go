@@ -277,12 +277,13 @@ func (c *Controller) specOf(key journal.Key, record sandbox.Sandbox) *Spec {
 	h, _ := c.stock.handler(handlerName)
 	mapping, _ := mappingsOfRecord(record) // nil where it can't be read, too
 	return &Spec{
-		Guessed:     true,
-		Config:      config,
-		Handler:     handlerName,
-		Mapping:     mapping,
-		RuntimeType: record.Runtime.Name,
-		Snapshotter: c.stock.snapshotter(h),
+		Guessed:        true,
+		Config:         config,
+		Handler:        handlerName,
+		Mapping:        mapping,
+		RuntimeType:    record.Runtime.Name,
+		RuntimeOptions: runtimeOptions(record), // they say who has made the cgroup
+		Snapshotter:    c.stock.snapshotter(h),
 	}
 }
 

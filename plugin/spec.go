@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"fmt"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
@@ -17,12 +16,8 @@ import (
 
 // check refuses a pod that can never run, before anything is made. All errors are InvalidArgument.
 func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
-	switch {
-	case config.GetMetadata() == nil:
+	if config.GetMetadata() == nil {
 		return nil, fmt.Errorf("the pod's configuration has no metadata: %w", errdefs.ErrInvalidArgument)
-	case strings.Contains(config.GetLinux().GetCgroupParent(), "\x00"):
-		// No system call takes it, so what has been made by then could not be undone either.
-		return nil, fmt.Errorf("the cgroup parent %q of pod %q can't be a path: %w", config.GetLinux().GetCgroupParent(), cri.PodName(config), errdefs.ErrInvalidArgument)
 	}
 	namespaces := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	for _, namespace := range []struct {
@@ -78,8 +73,15 @@ func newSpec(stock *stockConfig, handlerName string, config *runtime.PodSandboxC
 		Snapshotter:    stock.snapshotter(h),
 		Image:          image.String(),
 	}
-	if options := info.Runtime.Options; options != nil && options.GetTypeUrl() != "" {
-		spec.RuntimeOptions = &journal.Data{TypeURL: options.GetTypeUrl(), Value: options.GetValue()}
-	}
+	spec.RuntimeOptions = runtimeOptions(info)
 	return spec, nil
+}
+
+// runtimeOptions are those of containerd's record of a sandbox; nil for none.
+func runtimeOptions(info sandbox.Sandbox) *journal.Data {
+	options := info.Runtime.Options
+	if options == nil || options.GetTypeUrl() == "" {
+		return nil
+	}
+	return &journal.Data{TypeURL: options.GetTypeUrl(), Value: options.GetValue()}
 }

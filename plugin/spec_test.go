@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/api/types"
@@ -32,7 +33,6 @@ func TestCheckRefuses(t *testing.T) {
 		want   []string
 	}{
 		"no metadata":          {func(c *runtime.PodSandboxConfig) { c.Metadata = nil }, []string{"metadata"}},
-		"NUL in the cgroup":    {func(c *runtime.PodSandboxConfig) { c.Linux.CgroupParent = "/\x00" }, []string{"cgroup parent", `"default/web"`}},
 		"network CONTAINER":    {modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_CONTAINER }), []string{"network", "CONTAINER"}},
 		"network TARGET":       {modes(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_TARGET }), []string{"network", "TARGET"}},
 		"network of no name":   {modes(func(o *runtime.NamespaceOption) { o.Network = 9 }), []string{"network", "9"}},
@@ -232,4 +232,48 @@ func TestSpecInTheLedger(t *testing.T) {
 	require.True(t, proto.Equal(spec.Config, back.Config))
 	spec.Config, back.Config = nil, nil
 	require.Equal(t, spec, back)
+}
+
+// What can't be a pod's cgroup is refused before anything is made, and so is what the runtime handler's driver makes no cgroups in.
+func TestCheckCgroup(t *testing.T) {
+	t.Parallel()
+	const remedy = `set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration`
+	for _, tc := range []struct {
+		parent  string
+		systemd bool
+		says    string // "" where the pod can be run
+	}{
+		{parent: ""},
+		{parent: "/"},
+		{parent: "/kubepods/pod1"},
+		{parent: "/kubepods//pod1/"},
+		{parent: "/kubepods/../../pod1"},
+		{parent: "kubepods/pod1"},
+		{parent: "/.."},
+		{parent: "/kubepods.slice/kubepods-pod1.slice"},
+		{parent: "/kubepods.slice/kubepods-pod1.slice/"},
+		{parent: "/kubepods/\x00", says: "NUL"},
+		{parent: "/kubepods/a\nb", says: "line break"},
+		{parent: "/kubepods/" + strings.Repeat("x", 256), says: "more than 255 bytes"},
+		{parent: strings.Repeat("x", 250) + ".slice", says: "more than 255 bytes"},
+		{parent: "", systemd: true, says: remedy},
+		{parent: "/kubepods/pod1", systemd: true, says: remedy},
+		{parent: "/kubepods.slice/pod1", systemd: true, says: remedy},
+		{parent: "/kubepods.slice/kubepods--pod1.slice", systemd: true, says: "in no slice of systemd's"},
+		{parent: "/a:b.slice", systemd: true, says: "slice:prefix:name"},
+	} {
+		spec := &Spec{Config: &runtime.PodSandboxConfig{
+			Metadata: &runtime.PodSandboxMetadata{Name: "web", Namespace: "default"},
+			Linux:    &runtime.LinuxPodSandboxConfig{CgroupParent: tc.parent},
+		}}
+		err := checkCgroup(spec, "fast", tc.systemd)
+		if tc.says == "" {
+			require.NoError(t, err, tc.parent)
+			continue
+		}
+		require.True(t, errdefs.IsInvalidArgument(err), "%q: %v", tc.parent, err)
+		for _, text := range []string{tc.says, `pod "default/web"`, `runtime handler "fast"`, fmt.Sprintf("%q", tc.parent)} {
+			require.ErrorContains(t, err, text, tc.parent)
+		}
+	}
 }

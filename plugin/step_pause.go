@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/containers"
@@ -12,6 +14,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 
+	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
@@ -29,7 +32,17 @@ var _ lifecycle.Ender = (*startPause)(nil)
 
 func (s *startPause) Facts() lifecycle.Facts { return s.facts }
 
-func (s *startPause) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+// Plan returns the *Cgroup, where the sandbox's id doesn't say where that is.
+func (s *startPause) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
+	cgroup, err := s.cgroup(r)
+	if err != nil {
+		return nil, err
+	}
+	if places := cgroup.Places(); places != nil {
+		return &Cgroup{Places: places}, nil
+	}
+	return nil, nil
+}
 
 func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
@@ -154,8 +167,26 @@ func cgroupPath(r *lifecycle.Run) string {
 	return pause.CgroupPath(r.Spec.(*Spec).Config, r.Key.Namespace, r.Key.ID)
 }
 
-func (n *node) cgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
-	return host.PodCgroupOf(cgroupPath(r), r.Spec.(*Spec).SystemdCgroup())
+func (s *startPause) cgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
+	var places map[string]string
+	if planned, ok := r.Plan().(*Cgroup); ok {
+		places = planned.Places
+	}
+	return host.PodCgroupOf(cgroupPath(r), r.Spec.(*Spec).SystemdCgroup(), places)
+}
+
+// checkCgroup refuses a pod whose cgroup can't be, before anything is made.
+func checkCgroup(spec *Spec, handlerName string, systemd bool) error {
+	parent := spec.Config.GetLinux().GetCgroupParent()
+	if systemd && !strings.HasSuffix(path.Base(parent), ".slice") {
+		return fmt.Errorf("pod %q has the cgroup parent %q, which is no slice of systemd, but runtime handler %q has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration: %w",
+			cri.PodName(spec.Config), parent, handlerName, errdefs.ErrInvalidArgument)
+	}
+	anyID := strings.Repeat("0", 64)
+	if _, err := host.PodCgroupOf(pause.CgroupPath(spec.Config, anyID, anyID), systemd, nil); err != nil {
+		return fmt.Errorf("pod %q of runtime handler %q can't have the cgroup parent %q: %w", cri.PodName(spec.Config), handlerName, parent, err)
+	}
+	return nil
 }
 
 // Stop kills pause, and all that is left in its cgroup. The container's record stays: the CRI shows it until the sandbox is removed.

@@ -24,6 +24,7 @@ import (
 type (
 	Spec     = records.Spec
 	Snapshot = records.Snapshot
+	Cgroup   = records.Cgroup
 	Pause    = records.Pause
 	NetNS    = records.NetNS
 	Network  = records.Network

@@ -8,7 +8,6 @@ import (
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
-	"github.com/containerd/cgroups/v3/cgroup2"
 	eventtypes "github.com/containerd/containerd/api/events"
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/api/types"
@@ -26,6 +25,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
@@ -189,7 +189,7 @@ func (t *taskService) Metrics(ctx context.Context, r *tasksapi.MetricsRequest, o
 		if !filter.Match(filters.AdapterFunc(p.field)) {
 			continue
 		}
-		metric, err := p.metric()
+		metric, err := p.metric(ctx)
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("id", p.key.ID).Debug("failed to read the metrics of a pause") // it may have ended just now
 			continue
@@ -211,12 +211,8 @@ func (p pauseTask) field(path []string) (string, bool) {
 }
 
 // metric reads the cgroup that pause is in.
-func (p pauseTask) metric() (*types.Metric, error) {
-	read := pause1Metrics
-	if cgroups.Mode() == cgroups.Unified {
-		read = pause2Metrics
-	}
-	data, err := read(int(p.pid))
+func (p pauseTask) metric(ctx context.Context) (*types.Metric, error) {
+	data, err := pauseMetrics(ctx, int(p.pid))
 	if err != nil {
 		return nil, err
 	}
@@ -227,20 +223,22 @@ func (p pauseTask) metric() (*types.Metric, error) {
 	return &types.Metric{Timestamp: protobuf.ToTimestamp(time.Now()), ID: p.key.ID, Data: packed}, nil
 }
 
-func pause1Metrics(pid int) (any, error) {
-	control, err := cgroup1.Load(cgroup1.PidPath(pid))
+func pauseMetrics(ctx context.Context, pid int) (any, error) {
+	paths, err := host.CgroupPaths(ctx, pid)
 	if err != nil {
 		return nil, err
 	}
-	return control.Stat(cgroup1.IgnoreNotExist)
-}
-
-func pause2Metrics(pid int) (any, error) {
-	path, err := cgroup2.PidGroupPath(pid)
-	if err != nil {
-		return nil, err
+	if cgroups.Mode() == cgroups.Unified {
+		return cgroup2Metrics(paths[""])
 	}
-	return cgroup2Metrics(path)
+	return cgroup1Metrics(func(controller cgroup1.Name) (string, error) {
+		for _, hierarchy := range []string{string(controller), "name=" + string(controller)} {
+			if path, ok := paths[hierarchy]; ok {
+				return path, nil
+			}
+		}
+		return "", cgroup1.ErrControllerNotActive
+	})
 }
 
 func (t *taskService) Wait(ctx context.Context, r *tasksapi.WaitRequest, opts ...grpc.CallOption) (*tasksapi.WaitResponse, error) {

@@ -19,7 +19,7 @@ import (
 // FuzzReplay has what the ledger says of a sandbox's specification and of a step's result, of any of the types on record. It can be
 // shown, whatever it is.
 func FuzzReplay(f *testing.F) {
-	types := []any{&Spec{}, &userns.Mappings{}, &Snapshot{}, &Pause{}, &NetNS{}, &Network{}, &Ready{}, &cni.Attachment{}, &cni.Progress{}, &lifecycle.Skipped{}, &lifecycle.Exit{}}
+	types := []any{&Spec{}, &userns.Mappings{}, &Snapshot{}, &Cgroup{}, &Pause{}, &NetNS{}, &Network{}, &Ready{}, &cni.Attachment{}, &cni.Progress{}, &lifecycle.Skipped{}, &lifecycle.Exit{}}
 	f.Add([]byte(`{"Config":{"metadata":{"name":"web","namespace":"default"}},"Handler":"podfsm"}`), 0, []byte(`{"IP":"10.0.0.2","Result":{"Interfaces":{"eth0":null}}}`), 4, 5)
 	f.Add([]byte(`null`), 0, []byte(`{"Plugins":[{}]}`), 4, 5)
 	f.Add([]byte(`{"Config":null,"Mapping":{}}`), 0, []byte(`null`), 0, 1)

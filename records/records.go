@@ -89,6 +89,11 @@ type Pause struct {
 	Labels       map[string]string
 }
 
+// Cgroup is the plan of the step start_pause for a cgroup whose place depends on the daemon's own: the next daemon may be elsewhere.
+type Cgroup struct {
+	Places map[string]string // directories by controller
+}
+
 // NetNS is the result of the step capture_netns.
 type NetNS struct {
 	Path  string
@@ -119,6 +124,7 @@ func init() {
 	typeurl.Register(&Spec{}, typePrefix, "Spec")
 	typeurl.Register(&userns.Mappings{}, typePrefix, "userns.Mappings")
 	typeurl.Register(&Snapshot{}, typePrefix, "Snapshot")
+	typeurl.Register(&Cgroup{}, typePrefix, "Cgroup")
 	typeurl.Register(&Pause{}, typePrefix, "Pause")
 	typeurl.Register(&NetNS{}, typePrefix, "NetNS")
 	typeurl.Register(&Ready{}, typePrefix, "Ready")

@@ -91,7 +91,9 @@ func TestProcessesThatHaveEnded(t *testing.T) {
 	require.NoError(t, err)
 	defer unix.Close(pidfd)
 	stdin.Close()
-	_, err = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, -1)
+	for err = unix.EINTR; err == unix.EINTR; { // the runtime signals its threads
+		_, err = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, -1)
+	}
 	require.NoError(t, err)
 	p, err = process(t.Context(), zombie.Process.Pid, "")
 	require.NoError(t, err)

@@ -60,6 +60,10 @@ type handlerConfig struct {
 	} `toml:"options"`
 }
 
+func (h handlerConfig) systemdCgroup() bool {
+	return h.Type == plugins.RuntimeRuncV2 && h.Options.SystemdCgroup
+}
+
 // ownConfig is what the doctor needs of podfsm's section.
 type ownConfig struct {
 	InitPath string `toml:"init_path"`
@@ -125,6 +129,9 @@ func (s *sections) examined(root, state string) *doctor.Config {
 		Pool:                s.own.Pool.User != "" || len(s.own.Pool.Ranges) > 0,
 		PoolUser:            s.own.Pool.User,
 	}
+	if s.runtime.Containerd.Runtimes[s.runtime.Containerd.Default].systemdCgroup() {
+		config.CgroupDriver = "systemd"
+	}
 	if s.runtime.NetNSUnderStateDir {
 		config.NetNSDir = filepath.Join(state, criDir, "netns")
 	}
@@ -161,9 +168,11 @@ func (s *sections) handler(name string, h handlerConfig, root string) doctor.Han
 		Snapshotter: snapshotterOf(root, cmp.Or(h.Snapshotter, s.images.Snapshotter)),
 		Mode:        cmp.Or(s.own.UserNS[name].Mode, userns.ModeKubelet),
 		Network:     cni.Config{BinDirs: c.CNI.BinDirs, ConfDir: c.CNI.ConfDir, MaxConfNum: c.CNI.MaxConfNum},
+
+		SystemdCgroup: h.systemdCgroup(),
 	}
 	if h.Type == plugins.RuntimeRuncV2 {
-		examined.Binary, examined.SystemdCgroup = cmp.Or(h.Options.BinaryName, "runc"), h.Options.SystemdCgroup
+		examined.Binary = cmp.Or(h.Options.BinaryName, "runc")
 	}
 	if h.ConfDir != "" {
 		examined.Network.ConfDir = h.ConfDir

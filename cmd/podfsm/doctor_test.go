@@ -135,7 +135,8 @@ user = "pods"
 `)
 	require.NoError(t, err)
 	require.Equal(t, &doctor.Config{
-		InitPath: "/opt/podfsm-init", NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true, Pool: true, PoolUser: "pods",
+		InitPath: "/opt/podfsm-init", CgroupDriver: "systemd", NetNSDir: filepath.Join(dir, criDir, "netns"), RestrictOOMScoreAdj: true,
+		Pool: true, PoolUser: "pods",
 		Handlers: []doctor.Handler{
 			{
 				Name: "a", Default: true, Shim: "io.containerd.runc.v2", Binary: "crun", SystemdCgroup: true, Mode: userns.ModeKubelet,

@@ -297,23 +297,36 @@ func nodeCgroups(name string) ([]string, error) {
 	}
 	var cgroups []string
 	for _, h := range hierarchies {
-		ofPlugins, err := filepath.Glob(filepath.Join(h.Mountpoint, "podfsm-*"+name+"*")) // the daemon names them by its state directory
-		if err != nil {
-			return nil, err
-		}
-		for _, top := range append(ofPlugins, filepath.Join(h.Mountpoint, nodeCgroup(name))) {
-			err := walk(top, func(path string, d os.DirEntry) error {
-				if d.IsDir() {
-					cgroups = append(cgroups, path)
-				}
-				return nil
-			})
+		for _, pattern := range cgroupPatterns(name) {
+			tops, err := filepath.Glob(filepath.Join(h.Mountpoint, pattern))
 			if err != nil {
 				return nil, err
 			}
+			for _, top := range tops {
+				err := walk(top, func(path string, d os.DirEntry) error {
+					if d.IsDir() {
+						cgroups = append(cgroups, path)
+					}
+					return nil
+				})
+				if err != nil {
+					return nil, err
+				}
+			}
 		}
 	}
-	return cgroups, nil
+	slices.Sort(cgroups)
+	return slices.Compact(cgroups), nil
+}
+
+// cgroupPatterns are where cgroups of a node may be: at the top of a hierarchy,
+// or in the cgroup that the daemon is in, as a service of systemd is.
+func cgroupPatterns(name string) []string {
+	patterns := []string{"podfsm-*" + name + "*"} // the daemon names those of CNI plugins by its state directory
+	for _, above := range []string{"", "*/", "*/*/"} {
+		patterns = append(patterns, above+name, above+sliceName(name)+".slice", above+sliceName(name)+"-*.slice:*")
+	}
+	return patterns
 }
 
 // cniCacheDir is libcni's default, libcni.CacheDir.

@@ -21,19 +21,26 @@ var (
 // in the name of a slice is a level of the hierarchy (systemd.slice(5)).
 func nodeCgroup(node string) string {
 	if podSlices {
-		return strings.ReplaceAll(node, "-", "_") + ".slice"
+		return sliceName(node) + ".slice"
 	}
 	return node
 }
 
+// sliceName begins the names of a node's slices, whoever makes them.
+func sliceName(node string) string { return strings.ReplaceAll(node, "-", "_") }
+
+// SliceParent is a cgroup parent as a kubelet with the systemd driver sends it.
+func (n *Node) SliceParent(pod string) string {
+	name := sliceName(n.name)
+	return "/" + name + ".slice/" + name + "-" + sliceName(pod) + ".slice"
+}
+
 // podCgroup is a pod's cgroup, as the kubelet would send it.
 func (n *Node) podCgroup(uid string) string {
-	parent := nodeCgroup(n.name)
 	if podSlices {
-		slice := strings.TrimSuffix(parent, ".slice") + "-pod" + strings.ReplaceAll(uid, "-", "_") + ".slice"
-		return filepath.Join("/", parent, slice)
+		return n.SliceParent("pod" + uid)
 	}
-	return filepath.Join("/", parent, "pod"+uid)
+	return filepath.Join("/", nodeCgroup(n.name), "pod"+uid)
 }
 
 // stopSlice has systemd forget the node's slices.

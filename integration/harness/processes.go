@@ -58,12 +58,14 @@ func isOf(pid int, dir string, netns unix.Stat_t) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		name := dir + "/"
+		names := []string{dir + "/"}
 		if file == "cgroup" {
-			name = "/" + nodeCgroup(filepath.Base(dir)) + "/"
+			names = []string{"/" + nodeCgroup(filepath.Base(dir)) + "/", "/" + sliceName(filepath.Base(dir)) + "-"}
 		}
-		if bytes.Contains(content, []byte(name)) {
-			return true, nil
+		for _, name := range names {
+			if bytes.Contains(content, []byte(name)) {
+				return true, nil
+			}
 		}
 	}
 	var in unix.Stat_t

@@ -86,7 +86,7 @@ const v1 = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1 systemd.unified_cgroup_hierarch
 var everywhere = []string{
 	"TestContainersLikeStock", "TestUserNSPod", "TestUserNSPodsAreApart", "TestFailureOfEachStep", "TestRestart", "TestNetworks",
 	"TestUserModes", "TestUserModesOverRestart", "TestIsolation", "TestLeaks", "TestDrainWhilePodsCome", "TestStatsLikeStock", "TestPodKinds",
-	"TestPauseKilled", "TestShimKilled", "TestAnswersLikeStock",
+	"TestPauseKilled", "TestShimKilled", "TestAnswersLikeStock", "TestCgroupParentsLikeStock",
 }
 
 // step is a part of a scenario.

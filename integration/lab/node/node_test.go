@@ -147,20 +147,25 @@ func runPod(t *testing.T, n *harness.Node, kind kind) pod {
 	require.NoError(t, err)
 	ip, err := p.IP(t.Context())
 	require.NoError(t, err)
-	if os.Getenv("PODFSM_CGROUPS") != "slices" { // such a cgroup has no usual place
-		requireCgroups(t, config.GetLinux().GetCgroupParent(), pid, c)
-	}
+	requireCgroups(t, config.GetLinux().GetCgroupParent(), pid, c)
 	return pod{ID: p.ID, Container: c.ID, Pid: pid, IP: ip}
 }
 
 // requireCgroups finds pause and container where a runtime with the kubelet's driver has them.
 func requireCgroups(t *testing.T, parent string, pause int, c *harness.Container) {
 	inPod := cgroup(t, pause)
-	require.True(t, strings.HasPrefix(inPod, parent+"/"), inPod)
 	main, err := c.Pid(t.Context())
 	require.NoError(t, err)
 	require.Equal(t, filepath.Dir(inPod), filepath.Dir(cgroup(t, main)))
+	if os.Getenv("PODFSM_CGROUPS") == "slices" { // such a cgroup is below the daemon's, on v2 beside that
+		require.Contains(t, inPod, filepath.Base(parent)+":cri-containerd:")
+		return
+	}
+	require.True(t, strings.HasPrefix(inPod, parent+"/"), inPod)
 	require.Equal(t, strings.HasSuffix(parent, ".slice"), strings.HasSuffix(inPod, ".scope"), inPod)
+	if strings.HasSuffix(inPod, ".scope") { // by which podfsm sees whether systemd has forgotten the scope
+		require.FileExists(t, filepath.Join("/run/systemd/transient", filepath.Base(inPod)))
+	}
 }
 
 // TestStillRun finds the pods of TestRun as they were: adopted by a containerd that was started since.
@@ -401,15 +406,17 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	add("socket", sockets, failed)
 	veths, failed := filepath.Glob("/sys/class/net/veth*")
 	add("link", veths, failed)
-	for _, below := range []string{podSlice + "/*/*.scope", "containerd/*/*", "system.slice/cri-containerd-*", "k8s.io/*", "*.slice:*", "*/*.slice:*"} {
+	for _, below := range []string{podSlice + "/*/*.scope", "containerd/*/*", "system.slice/cri-containerd-*", "k8s.io/*", "*.slice:*", "*/*.slice:*", "*/*/*.slice:*"} {
 		unified, _ := filepath.Glob("/sys/fs/cgroup/" + below)
 		groups, failed := filepath.Glob("/sys/fs/cgroup/*/" + below) // v1
 		groups = append(groups, unified...)
 		groups = slices.DeleteFunc(groups, func(path string) bool { info, err := os.Stat(path); return err != nil || !info.IsDir() })
 		add("cgroup", groups, failed)
 	}
-	units, failed := exec.CommandContext(ctx, "systemctl", "list-units", "--all", "--plain", "--no-legend", "cri-containerd-*").Output()
+	units, failed := exec.CommandContext(ctx, "systemctl", "list-units", "--all", "--plain", "--no-legend", "cri-containerd-*").Output() // in any state
 	add("unit", strings.Split(strings.TrimSpace(string(units)), "\n"), failed)
+	files, failed := filepath.Glob("/run/systemd/transient/cri-containerd-*") // podfsm takes the lack of one for the lack of a unit
+	add("unit", files, failed)
 	return left, err
 }
 

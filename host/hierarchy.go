@@ -1,0 +1,121 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/moby/sys/mountinfo"
+)
+
+// CgroupPaths returns where a process is below the mounts of the cgroup hierarchies, by hierarchy: a controller of v1, "name=NAME", or ""
+// for v2. In a container that is not the path in /proc/PID/cgroup, which begins at the host's root. A hierarchy is left out that isn't
+// mounted, or not where the process is.
+//
+// Errors: as of [Read]; others when the mounts can't be listed.
+func CgroupPaths(ctx context.Context, pid int) (map[string]string, error) {
+	data, err := Read(ctx, pid, "cgroup")
+	if err != nil {
+		return nil, err
+	}
+	mounts, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	return belowMounts(ParseCgroups(data), mounts), nil
+}
+
+func belowMounts(paths map[string]string, mounts []*mountinfo.Info) map[string]string {
+	found := map[string]string{}
+	for hierarchy, path := range paths {
+		for _, m := range mounts {
+			if below, ok := belowMount(m, path); ok && isOf(m, hierarchy) {
+				found[hierarchy] = filepath.Join("/", below)
+				break
+			}
+		}
+	}
+	return found
+}
+
+// ParseCgroups reads a /proc/PID/cgroup (cgroups(7)): ID:CONTROLLERS:PATH per line, without controllers for v2. It returns the paths by
+// controller.
+func ParseCgroups(data []byte) map[string]string {
+	paths := map[string]string{}
+	for line := range strings.Lines(string(data)) {
+		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		for controller := range strings.SplitSeq(fields[1], ",") {
+			paths[controller] = fields[2]
+		}
+	}
+	return paths
+}
+
+// hierarchies are the mounts of cgroup hierarchies, in the order in which they were mounted. They are read once: a list of mounts is long
+// on a node with many pods, and those of cgroups stay.
+var hierarchies = sync.OnceValues(func() ([]*mountinfo.Info, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2", "cgroup"))
+	if err != nil {
+		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+	}
+	return mounts, nil
+})
+
+// isOf says whether a mount is one of a hierarchy.
+func isOf(m *mountinfo.Info, hierarchy string) bool {
+	if hierarchy == "" || m.FSType == "cgroup2" {
+		return hierarchy == "" && m.FSType == "cgroup2"
+	}
+	return slices.Contains(strings.Split(m.VFSOptions, ","), hierarchy)
+}
+
+// belowMount returns the path of a cgroup below a mount, by its path in /proc/PID/cgroup. A mount of a part of the hierarchy has a root,
+// as in a container. Root and path both begin at the root of this process's cgroup namespace and lead out of that by "/..", so they
+// are compared as they are written: nobody knows what is between "/.." and "/".
+func belowMount(m *mountinfo.Info, path string) (below string, ok bool) {
+	rest, ok := strings.CutPrefix(path, strings.TrimSuffix(m.Root, "/"))
+	if !ok || rest != "" && rest[0] != '/' {
+		return "", false
+	}
+	below = filepath.Join(".", rest)
+	return below, filepath.IsLocal(below)
+}
+
+// v1Preference are the v1 hierarchies that are taken where there is no v2, the first one first: an empty cgroup of theirs changes
+// nothing for its members.
+var v1Preference = []string{"name=systemd", "freezer", "pids"}
+
+// ownCgroup returns the directory of a process's cgroup that podfsm's own cgroups may be made below. paths are the cgroups of the process
+// by hierarchy, "" for v2. If the process is in a cgroup namespace and the mounts are from outside, nobody knows where in them the process
+// is, and the directory is the top of one.
+func ownCgroup(paths map[string]string, mounts []*mountinfo.Info) (dir string, ok bool) {
+	mounts = slices.DeleteFunc(slices.Clone(mounts), func(m *mountinfo.Info) bool {
+		return slices.Contains(strings.Split(m.Options, ","), "ro")
+	})
+	places := []func(m *mountinfo.Info, path string) (string, bool){
+		belowMount,
+		func(m *mountinfo.Info, path string) (string, bool) {
+			return ".", strings.HasPrefix(m.Root, "/..") && !strings.HasPrefix(path, "/..")
+		},
+	}
+	for _, place := range places {
+		for _, hierarchy := range append([]string{""}, v1Preference...) {
+			path, known := paths[hierarchy]
+			if !known {
+				continue
+			}
+			for _, m := range mounts {
+				if below, ok := place(m, path); ok && isOf(m, hierarchy) {
+					return filepath.Join(m.Mountpoint, below), true
+				}
+			}
+		}
+	}
+	return "", false
+}
