@@ -63,6 +63,21 @@ func hostUID(t *testing.T, n *harness.Node, pod *harness.Pod) uint32 {
 	return uids[0].GetHostId()
 }
 
+// Ids of the node's root and system users are nobody's; an option keeps pods off those of its people, too.
+func TestLowestHostID(t *testing.T) {
+	n := harness.StartNode(t, harness.Config{})
+	requireRefused(t, n, n.PodConfig("below", harness.UserNS(999, 65536)), codes.InvalidArgument, `pod "default/below"`, "choose a range within 1000 to")
+	stock := startPod(t, n, harness.StockHandler, n.PodConfig("stock", harness.UserNS(500, 65536)))
+	requireRefused(t, n, n.PodConfig("thief", harness.UserNS(1000, 65536)), codes.InvalidArgument, `pod "default/stock"`)
+	require.NoError(t, stock.StopAndRemove(t.Context()))
+	pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("lowest", harness.UserNS(1000, 65536)))
+	require.EqualValues(t, 1000, hostUID(t, n, pod))
+
+	n = harness.StartNode(t, harness.Config{TOML: "[plugins.'io.containerd.podsandbox.controller.v1.podfsm']\nuserns_min_host_id = 65536"})
+	requireRefused(t, n, n.PodConfig("below", harness.UserNS(65535, 65536)), codes.InvalidArgument, "choose a range within 65536 to")
+	runOnce(t, n, n.PodConfig("lowest", harness.UserNS(65536, 65536)))
+}
+
 func TestIDRangesAreApart(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)

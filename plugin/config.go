@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"math"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/userns"
 )
 
 // Config is podfsm's own section of containerd's configuration, [plugins.'io.containerd.podsandbox.controller.v1.podfsm'].
@@ -38,6 +40,9 @@ type Config struct {
 	// InitPath is the path of the program podfsm-init that becomes pause. Default: "", which is the one beside the daemon's executable,
 	// else the one in PATH.
 	InitPath string `toml:"init_path"`
+	// MinHostID is the lowest host id that a pod may be mapped to, whoever chooses its mapping: at least 1000, the default. Those below
+	// belong to the node's root and system users. 65536 keeps pods off the ids of the node's people, too.
+	MinHostID int64 `toml:"userns_min_host_id"`
 	// UserNS says, by runtime handler, who chooses the id mappings of pods.
 	UserNS map[string]UserNSConfig `toml:"userns"`
 	// Pool holds the host ids that mode "auto" gives to pods.
@@ -45,7 +50,7 @@ type Config struct {
 }
 
 func defaultConfig() *Config {
-	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto"}
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto", MinHostID: 1000}
 }
 
 // timeouts are the parsed durations of a Config, all positive.
@@ -78,6 +83,14 @@ func (c *Config) gc() (bool, error) {
 	default:
 		return false, fmt.Errorf("cni_gc = %q is neither \"auto\" nor \"off\": %w", c.CNIGC, errdefs.ErrInvalidArgument)
 	}
+}
+
+// lowest is the lowest host id that pods may be mapped to.
+func (c *Config) lowest() (uint32, error) {
+	if c.MinHostID < userns.MinHostID || c.MinHostID > math.MaxUint32-1 {
+		return 0, fmt.Errorf("userns_min_host_id = %d is not within %d to %d: %w", c.MinHostID, userns.MinHostID, uint32(math.MaxUint32-1), errdefs.ErrInvalidArgument)
+	}
+	return uint32(c.MinHostID), nil
 }
 
 func positive(key, text string) (time.Duration, error) {

@@ -67,7 +67,7 @@ func usable(t *testing.T, options map[string]any) {
 		}
 	}))
 	require.NoError(t, err)
-	_, err = config.Pool.open(all, t.TempDir())
+	_, err = config.openPool(all, t.TempDir())
 	require.NoError(t, err)
 }
 

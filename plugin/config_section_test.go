@@ -106,7 +106,7 @@ func TestExamplesOfTheReference(t *testing.T) {
 			require.NoError(t, err)
 			all, err := config.policies(stock)
 			require.NoError(t, err)
-			pool, err := config.Pool.open(all, t.TempDir())
+			pool, err := config.openPool(all, t.TempDir())
 			require.NoError(t, err)
 			require.Equal(t, want.pool, pool != nil)
 			for handler, mode := range want.modes {
@@ -147,7 +147,7 @@ func FuzzSection(f *testing.F) {
 		}
 		all, err := config.policies(stock)
 		if err == nil {
-			_, err = config.Pool.open(all, dir)
+			_, err = config.openPool(all, dir)
 		}
 		if err != nil {
 			require.True(t, errdefs.IsInvalidArgument(err) || errdefs.IsFailedPrecondition(err), "%v", err)

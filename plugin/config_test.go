@@ -15,12 +15,20 @@ import (
 
 	_ "github.com/containerd/containerd/v2/plugins/cri/images"
 	_ "github.com/containerd/containerd/v2/plugins/cri/runtime"
+
+	"github.com/podfsm/podfsm/userns"
 )
 
 func TestDefaultConfig(t *testing.T) {
 	got, err := defaultConfig().timeouts()
 	require.NoError(t, err)
 	require.Equal(t, timeouts{cniAdd: 3 * time.Minute, cniDel: 90 * time.Second, runtime: 2 * time.Minute, unclaimed: 2 * time.Minute}, got)
+}
+
+func TestLowestHostID(t *testing.T) {
+	got, err := defaultConfig().lowest()
+	require.NoError(t, err)
+	require.EqualValues(t, userns.MinHostID, got)
 }
 
 func TestTimeouts(t *testing.T) {

@@ -46,12 +46,19 @@ type RangeConfig struct {
 
 // policies are the parsed forms of c.UserNS. All errors are InvalidArgument and name the option.
 func (c *Config) policies(stock *stockConfig) (policies, error) {
+	lowest, err := c.lowest()
+	if err != nil {
+		return nil, err
+	}
 	all := policies{}
 	for _, name := range slices.Sorted(maps.Keys(c.UserNS)) {
 		if stock.Containerd.Runtimes[name].Sandboxer != Name {
 			return nil, fmt.Errorf("userns.%s: containerd's configuration has no runtime handler of that name with sandboxer = %q: %w", name, Name, errdefs.ErrInvalidArgument)
 		}
 		policy, err := c.UserNS[name].policy()
+		if err == nil && policy.NodeWide != nil {
+			err = policy.NodeWide.CheckLowest(lowest)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("userns.%s: %w", name, err)
 		}
@@ -131,9 +138,13 @@ func oneOf[T ~string](key, text string, values ...T) (T, error) {
 	return T(text), nil
 }
 
-// open makes the pool; nil where none is configured. Mode auto needs one. All errors name the option.
-func (c PoolConfig) open(policies policies, dir string) (*userns.Pool, error) {
-	source, ranges, err := c.ranges()
+// openPool makes the pool; nil where none is configured. Mode auto needs one. All errors name the option.
+func (c *Config) openPool(policies policies, dir string) (*userns.Pool, error) {
+	lowest, err := c.lowest()
+	if err != nil {
+		return nil, err
+	}
+	source, ranges, err := c.Pool.ranges()
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("userns_pool: %w", err)
@@ -141,6 +152,9 @@ func (c PoolConfig) open(policies policies, dir string) (*userns.Pool, error) {
 		pool, err := userns.OpenPool(source, ranges, filepath.Join(dir, "pool-history"))
 		if err != nil {
 			return nil, fmt.Errorf("userns_pool: %w", err)
+		}
+		if below := (userns.Mapping{Length: lowest}); pool.Overlaps(userns.Mappings{UIDs: below, GIDs: below}) {
+			return nil, fmt.Errorf("userns_pool: it has ids below userns_min_host_id = %d; give it others: %w", lowest, errdefs.ErrInvalidArgument)
 		}
 		return pool, policies.apartFrom(pool)
 	}

@@ -22,7 +22,7 @@ func parsedUserNS(t *testing.T, text string) (policies, *userns.Pool, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	pool, err := config.Pool.open(all, t.TempDir())
+	pool, err := config.openPool(all, t.TempDir())
 	return all, pool, err
 }
 
@@ -66,6 +66,10 @@ func TestUserNSConfig(t *testing.T) {
 		"no user of that name":           {"[userns_pool]\nuser = \"nobody-has-ids\"", `user "nobody-has-ids"`},
 		"a negative range":               {"[userns_pool]\nranges = [{ host_id = -5, size = 131072 }]", "userns_pool: ranges: host_id = -5, size = 131072 is no range"},
 		"the node's ids":                 {"[userns_pool]\nranges = [{ host_id = 0, size = 131072 }]", "userns_pool: the pool's 131072 uids from 0 up"},
+		"too low an id":                  {"userns_min_host_id = 999", "userns_min_host_id = 999 is not within 1000 to 4294967294"},
+		"too high an id":                 {"userns_min_host_id = 4294967295", "userns_min_host_id = 4294967295 is not within"},
+		"a node-wide mapping below":      {"userns_min_host_id = 1000001\n[userns.podfsm]\n" + nodeWide, "userns.podfsm: the uid mapping takes host ids 1000000 to 1065535: choose a range within 1000001"},
+		"a pool below":                   {"userns_min_host_id = 100001\n[userns_pool]\nranges = [{ host_id = 100000, size = 131072 }]", "userns_pool: it has ids below userns_min_host_id = 100001"},
 		"too small":                      {"[userns_pool]\nranges = [{ host_id = 100000, size = 65535 }]", "userns_pool"},
 		"overlapping node-wide mappings": {"[userns.podfsm]\n" + nodeWide + "[userns.podfsm2]\n" + strings.Replace(nodeWide, "1000000", "1065535", 1), "userns.podfsm2: its node-wide mapping takes ids of the one of userns.podfsm; give both the same one, or keep them apart"},
 		"pool and node-wide mapping":     {"[userns.podfsm]\n" + nodeWide + "[userns_pool]\nranges = [{ host_id = 2065535, size = 65536 }]", "userns.podfsm: the node-wide mapping takes ids of userns_pool"},

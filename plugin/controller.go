@@ -45,6 +45,7 @@ type Controller struct {
 	stock    *stockConfig
 	limits   timeouts
 	policies policies
+	lowest   uint32 // host id that a pod may be mapped to
 	node     *node
 	ledger   *journal.Ledger
 	engine   *lifecycle.Engine
@@ -123,6 +124,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err != nil {
 		return err
 	}
+	if c.lowest, err = config.lowest(); err != nil {
+		return err
+	}
 	if c.policies, err = config.policies(stock); err != nil {
 		return err
 	}
@@ -152,7 +156,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	c.node = newNode(c.stock, client, groups, c.limits, c.meters.ran)
 	c.node.policies = c.policies
 	c.node.tasks = taskEvents{c.exchange}
-	pool, err := config.Pool.open(c.policies, ic.Properties[plugins.PropertyRootDir])
+	pool, err := config.openPool(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {
 		return err
 	}

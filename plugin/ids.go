@@ -24,6 +24,11 @@ func (c *Controller) specFor(handlerName string, config *runtime.PodSandboxConfi
 	if err != nil {
 		return nil, err
 	}
+	if spec.Mapping != nil {
+		if err := spec.Mapping.CheckLowest(c.lowest); err != nil {
+			return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", cri.PodName(config), err)
+		}
+	}
 	if spec.Choose, err = c.policies.of(c.stock.handlerName(handlerName)).Choose(config); err != nil {
 		return nil, fmt.Errorf("pod %q can't have a user namespace: %w", cri.PodName(config), err)
 	}

@@ -24,6 +24,20 @@ func onHostUsers(config *runtime.PodSandboxConfig) {
 	options(config).UsernsOptions = &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}
 }
 
+// A request's ids may be as low as the configuration says, and no lower.
+func TestSpecOfLowestHostID(t *testing.T) {
+	c := &Controller{stock: stockWith(), lowest: 2000}
+	at := func(id uint32) func(*runtime.PodSandboxConfig) {
+		return mappings(func(u *runtime.UserNamespace) { u.Uids[0].HostId, u.Gids[0].HostId = id, id })
+	}
+	_, err := c.specFor("podfsm", podConfig(at(1999)), sandbox.Sandbox{}, "")
+	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+	require.ErrorContains(t, err, `pod "default/web" asks for a user namespace that can't be: the uid mapping takes host ids 1999 to 67534: choose a range within 2000 to`)
+	spec, err := c.specFor("podfsm", podConfig(at(2000)), sandbox.Sandbox{}, "")
+	require.NoError(t, err)
+	require.EqualValues(t, 2000, spec.Mapping.UIDs.HostID)
+}
+
 func TestMappingsOfRecord(t *testing.T) {
 	pack := func(v any) typeurl.Any {
 		packed, err := typeurl.MarshalAny(v)

@@ -80,7 +80,7 @@ func TestHoldKeepsPodsApart(t *testing.T) {
 		"its first id":        {ids(at-size+1, size), "uid"},
 		"its last id":         {ids(at+size-1, size), "uid"},
 		"one in the middle":   {ids(at+77, 1), "uid"},
-		"all ids":             {ids(minHostID, maxHostID-minHostID+1), "uid"},
+		"all ids":             {ids(MinHostID, maxHostID-MinHostID+1), "uid"},
 		"only the gids":       {apart(at+size, at), "gid"},
 		"only the uids":       {apart(at, at+size), "uid"},
 		"right before":        {ids(at-size, size), ""},
@@ -363,7 +363,8 @@ func TestOpenPoolRefuses(t *testing.T) {
 		uids, gids []Extent
 		text       string
 	}{
-		"the node's ids":  {[]Extent{{0, 65536}}, one, "65536 uids from 0 up are not all within 65536"},
+		"the node's root": {[]Extent{{0, 65536}}, one, "65536 uids from 0 up are not all within 1000"},
+		"the node's last": {one, []Extent{{999, 65536}}, "65536 gids from 999 up are not all within 1000"},
 		"an empty extent": {one, []Extent{{1 << 20, 0}}, "0 gids from 1048576 up"},
 		"beyond the last": {[]Extent{{4294901760, 65536}}, one, "65536 uids from 4294901760 up"},
 		"far beyond":      {[]Extent{{1 << 20, 1 << 63}}, one, "uids from 1048576 up"},

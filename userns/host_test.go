@@ -155,7 +155,7 @@ func TestMounts(t *testing.T) {
 	require.NoError(t, err)
 	found := of(flagged, "mount "+at)
 	require.Len(t, found, 1)
-	require.True(t, found[0].touches(ids(minHostID, 1)))
+	require.True(t, found[0].touches(ids(MinHostID, 1)))
 	require.True(t, found[0].touches(ids(maxHostID, 1)))
 
 	require.NoError(t, unix.Unmount(at, 0))

@@ -11,9 +11,10 @@ import (
 )
 
 const (
-	// minHostID is the first host id a pod may be mapped to: the 64Ki ids below
-	// belong to the node's own users.
-	minHostID = 1 << 16
+	// MinHostID is the lowest host id that a pod may be mapped to: those below
+	// belong to the node's root and its system users. A configuration may raise
+	// it, to keep pods off the ids of people, too.
+	MinHostID = 1000
 
 	// maxHostID is the last host id a pod may be mapped to. The one above it,
 	// (uid_t)-1, means "no id" to setreuid(2), chown(2) and others, so the
@@ -40,8 +41,9 @@ type Mappings struct {
 // stays in the node's user namespace: without options, or in mode NODE.
 //
 // Mode POD needs one extent for uids and one for gids, both from container id 0
-// and of the same length, on host ids 65536 to 2^32-2. Anything else, modes
-// CONTAINER and TARGET included, is an InvalidArgument error.
+// and of the same length, on host ids up to 2^32-2. Anything else, modes
+// CONTAINER and TARGET included, is an InvalidArgument error. How low the host
+// ids may be is the node's choice: see [Mappings.CheckLowest].
 func FromCRI(opts *runtime.UserNamespace) (*Mappings, error) {
 	if opts == nil {
 		return nil, nil
@@ -140,8 +142,19 @@ func (m Mapping) validate(kind string) error {
 	if m.Length == 0 {
 		return invalid("the %s mapping has length 0: map at least one id", kind)
 	}
-	if m.HostID < minHostID || m.last() > maxHostID {
-		return invalid("the %s mapping takes host ids %d to %d: choose a range within %d to %d", kind, m.HostID, m.last(), minHostID, maxHostID)
+	if m.last() > maxHostID {
+		return invalid("the %s mapping takes host ids %d to %d: choose a range up to %d", kind, m.HostID, m.last(), uint32(maxHostID))
+	}
+	return nil
+}
+
+// CheckLowest fails with InvalidArgument for mappings to host ids below the
+// lowest that pods may have.
+func (m Mappings) CheckLowest(lowest uint32) error {
+	for _, kind := range []string{"uid", "gid"} {
+		if m := m.of(kind); m.HostID < lowest {
+			return invalid("the %s mapping takes host ids %d to %d: choose a range within %d to %d", kind, m.HostID, m.last(), lowest, uint32(maxHostID))
+		}
 	}
 	return nil
 }

@@ -34,16 +34,15 @@ func TestFromCRINodeUserNamespace(t *testing.T) {
 }
 
 func TestFromCRIPodUserNamespace(t *testing.T) {
-	const all = math.MaxUint32 - 65536 // ids from the first allowed one to the last
 	for name, want := range map[string]Mappings{
-		"the kubelet's 64Ki":        {UIDs: Mapping{0, 131072, 65536}, GIDs: Mapping{0, 131072, 65536}},
-		"uids apart from gids":      {UIDs: Mapping{0, 131072, 65536}, GIDs: Mapping{0, 262144, 65536}},
-		"a single id":               {UIDs: Mapping{0, 70000, 1}, GIDs: Mapping{0, 70000, 1}},
-		"from the first allowed id": {UIDs: Mapping{0, 65536, 65536}, GIDs: Mapping{0, 65536, 65536}},
-		"to the last allowed id":    {UIDs: Mapping{0, 4294901760, 65535}, GIDs: Mapping{0, 4294901760, 65535}},
-		"only the last allowed id":  {UIDs: Mapping{0, 4294967294, 1}, GIDs: Mapping{0, 4294967294, 1}},
-		"all allowed ids":           {UIDs: Mapping{0, 65536, all}, GIDs: Mapping{0, 65536, all}},
-		"more than 64Ki":            {UIDs: Mapping{0, 1 << 20, 1 << 18}, GIDs: Mapping{0, 1 << 20, 1 << 18}},
+		"the kubelet's 64Ki":       {UIDs: Mapping{0, 131072, 65536}, GIDs: Mapping{0, 131072, 65536}},
+		"uids apart from gids":     {UIDs: Mapping{0, 131072, 65536}, GIDs: Mapping{0, 262144, 65536}},
+		"a single id":              {UIDs: Mapping{0, 70000, 1}, GIDs: Mapping{0, 70000, 1}},
+		"from the node's root":     {UIDs: Mapping{0, 0, 65536}, GIDs: Mapping{0, 0, 65536}}, // which containerd's own pods may have
+		"to the last allowed id":   {UIDs: Mapping{0, 4294901760, 65535}, GIDs: Mapping{0, 4294901760, 65535}},
+		"only the last allowed id": {UIDs: Mapping{0, 4294967294, 1}, GIDs: Mapping{0, 4294967294, 1}},
+		"all ids":                  {UIDs: Mapping{0, 0, math.MaxUint32}, GIDs: Mapping{0, 0, math.MaxUint32}},
+		"more than 64Ki":           {UIDs: Mapping{0, 1 << 20, 1 << 18}, GIDs: Mapping{0, 1 << 20, 1 << 18}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := FromCRI(podMode(
@@ -92,9 +91,7 @@ func TestFromCRIRefuses(t *testing.T) {
 		"uids not from 0":        {opts: podMode(extents(1, 131072, 65536), good), text: "uid mapping starts at container id 1: let it start at 0"},
 		"gids not from 0":        {opts: podMode(good, extents(1000, 131072, 65536)), text: "gid mapping starts at container id 1000"},
 		"lengths differ":         {opts: podMode(good, extents(0, 131072, 65535)), text: "uid mapping is 65536 ids long and the gid mapping 65535"},
-		"the node's root":        {opts: podMode(extents(0, 0, 65536), good), text: "uid mapping takes host ids 0 to 65535: choose a range within 65536 to 4294967294"},
-		"an id of the node":      {opts: podMode(good, extents(0, 65535, 65536)), text: "gid mapping takes host ids 65535 to 131070"},
-		"kubernetes #139916":     {opts: podMode(extents(0, 4294901760, 65536), extents(0, 4294901760, 65536)), text: "uid mapping takes host ids 4294901760 to 4294967295"},
+		"kubernetes #139916":     {opts: podMode(extents(0, 4294901760, 65536), extents(0, 4294901760, 65536)), text: "uid mapping takes host ids 4294901760 to 4294967295: choose a range up to 4294967294"},
 		"only the no-id value":   {opts: podMode(good, extents(0, 4294967295, 1)), text: "gid mapping takes host ids 4294967295 to 4294967295"},
 		"wraps around":           {opts: podMode(extents(0, 4294901760, 131072), good), text: "takes host ids 4294901760 to 4295032831"},
 		"wraps to a valid range": {opts: podMode(extents(0, 4294967295, math.MaxUint32), good), text: "takes host ids 4294967295 to 8589934589"},
@@ -102,6 +99,35 @@ func TestFromCRIRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			got, err := FromCRI(tc.opts)
 			require.Nil(t, got)
+			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+			require.ErrorContains(t, err, tc.text)
+		})
+	}
+}
+
+func TestCheckLowest(t *testing.T) {
+	at := func(uid, gid uint32) Mappings {
+		return Mappings{UIDs: Mapping{0, uid, 65536}, GIDs: Mapping{0, gid, 65536}}
+	}
+	for name, tc := range map[string]struct {
+		m      Mappings
+		lowest uint32
+		text   string // "" where it passes
+	}{
+		"the lowest":          {at(1000, 1000), MinHostID, ""},
+		"far above":           {at(131072, 196608), MinHostID, ""},
+		"the node's root":     {at(0, 0), MinHostID, "the uid mapping takes host ids 0 to 65535: choose a range within 1000 to 4294967294"},
+		"a uid of the node's": {at(999, 1000), MinHostID, "the uid mapping takes host ids 999 to 66534: choose a range within 1000 to 4294967294"},
+		"a gid of the node's": {at(1000, 999), MinHostID, "the gid mapping takes host ids 999 to 66534: choose a range within 1000 to 4294967294"},
+		"the lowest, raised":  {at(65536, 65536), 65536, ""},
+		"below it, raised":    {at(65535, 65536), 65536, "the uid mapping takes host ids 65535 to 131070: choose a range within 65536 to 4294967294"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := tc.m.CheckLowest(tc.lowest)
+			if tc.text == "" {
+				require.NoError(t, err)
+				return
+			}
 			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 			require.ErrorContains(t, err, tc.text)
 		})

@@ -36,7 +36,7 @@ func flaggedMounts() (uses []Use, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to list mounts: %w", err)
 	}
-	all := []Mapping{{HostID: minHostID, Length: maxHostID - minHostID + 1}}
+	all := []Mapping{{HostID: MinHostID, Length: maxHostID - MinHostID + 1}}
 	for _, m := range mounts {
 		uses = append(uses, Use{UIDs: all, GIDs: all, By: fmt.Sprintf("mount %s, of whose id map this kernel doesn't tell", m.Mountpoint)})
 	}

@@ -73,8 +73,8 @@ func OpenPool(source string, ranges Ranges, path string) (*Pool, error) {
 func split(kind string, extents []Extent) (ranges []Mapping, err error) {
 	sorted := slices.SortedFunc(slices.Values(extents), func(a, b Extent) int { return cmp.Compare(a.First, b.First) })
 	for i, e := range sorted {
-		if e.Size == 0 || e.First < minHostID || e.First > maxHostID || e.Size > maxHostID-e.First+1 {
-			return nil, invalid("the pool's %d %ss from %d up are not all within %d to %d", e.Size, kind, e.First, minHostID, uint32(maxHostID))
+		if e.Size == 0 || e.First < MinHostID || e.First > maxHostID || e.Size > maxHostID-e.First+1 {
+			return nil, invalid("the pool's %d %ss from %d up are not all within %d to %d", e.Size, kind, e.First, MinHostID, uint32(maxHostID))
 		}
 		if i > 0 && sorted[i-1].First+sorted[i-1].Size > e.First {
 			return nil, invalid("the pool's %ss from %d up and from %d up overlap", kind, sorted[i-1].First, e.First)

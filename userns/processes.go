@@ -18,7 +18,7 @@ type Process struct {
 	Use
 }
 
-// Processes are the host's processes that use ids which pods may have, from 65536 up: those that their user namespaces map, where these
+// Processes are the host's processes that use ids which pods may have, from [MinHostID] up: those that their user namespaces map, where these
 // aren't ours, and the user and the group that they run as. Supplementary groups don't count: a process may have 65536 of them, each in
 // another range, and with none it is a process of a pod that was given the range.
 //
@@ -120,7 +120,7 @@ func (u *Use) addMaps(uids, gids string) error {
 // singles are the ids of a line of /proc/PID/status.
 func singles(values string) (ids []Mapping) {
 	for _, field := range strings.Fields(values) {
-		if id, err := strconv.ParseUint(field, 10, 32); err == nil && id >= minHostID {
+		if id, err := strconv.ParseUint(field, 10, 32); err == nil && id >= MinHostID {
 			ids = append(ids, Mapping{HostID: uint32(id), Length: 1})
 		}
 	}
