@@ -108,6 +108,13 @@ lint: ## Look for mistakes with go vet and staticcheck
 compare: build ## Measure what faults leave, with containerd's own handler and with podfsm's, and write docs/stock-beside-ours.md
 	@go run ./integration/compare
 
+# Flags for make conformance, such as -focus.
+CONFORMANCEFLAGS ?=
+
+.PHONY: conformance
+conformance: deps ## Run the CRI's public test suite, critest, with podfsm beside an unmodified containerd
+	@go run ./integration/conformance $(CONFORMANCEFLAGS)
+
 .PHONY: bench-remap
 bench-remap: deps ## Measure what the owners of a user namespace cost, and write docs/remap-bench.md
 	@go run ./integration/benchremap

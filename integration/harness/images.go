@@ -37,11 +37,20 @@ const IndexPage = "hello from busybox\n"
 
 // imageArchive returns the images of this machine in the format of `docker save`.
 func imageArchive(ctx context.Context, repo string) ([]byte, error) {
+	p, err := ownPrograms(repo)
+	if err != nil {
+		return nil, err
+	}
+	return Images(ctx, p)
+}
+
+// ownPrograms are those of this machine.
+func ownPrograms(repo string) (Programs, error) {
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {
-		return nil, fmt.Errorf("%w: `make deps` installs it", err)
+		return Programs{}, fmt.Errorf("%w: `make deps` installs it", err)
 	}
-	return Images(ctx, Programs{Arch: runtime.GOARCH, Pause: filepath.Join(repo, ".build/bin/pause"), Busybox: busybox})
+	return Programs{Arch: runtime.GOARCH, Pause: filepath.Join(repo, ".build/bin/pause"), Busybox: busybox}, nil
 }
 
 // Programs are what the images of an architecture are made of: paths of static

@@ -28,6 +28,7 @@ func scenarios(o options) []scenario {
 			pods("slices", "TestStillRun|TestRemoveAll"))},
 		{name: "tests-systemd", on: debian13, do: integrationTests(tests, "systemd")},
 		{name: "tests-cgroupfs", on: debian13, do: integrationTests(tests, "cgroupfs")},
+		{name: "conformance", on: debian13, critest: true, do: conformance},
 		{name: "reboot", on: debian13, do: again(reboot)},
 		{name: "power-cut", on: debian13, do: again(cut)},
 		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(), afterCut))},
@@ -125,6 +126,9 @@ func integrationTests(pattern, driver string) step {
 	return command(environment(driver) + "cd /lab/integration\n" +
 		"/lab/.build/bin/integration.test -test.v -test.timeout 100m -test.run '^(" + pattern + ")$'")
 }
+
+// conformance runs critest against stock and podfsm. Two specs at a time on each side are what two slow processors can do.
+var conformance = command(environment("systemd") + "cd /lab\n.build/bin/conformance -parallel 2")
 
 // pods runs tests of ./node.
 func pods(driver, pattern string) step {

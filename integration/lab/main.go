@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -67,6 +68,11 @@ func lab(ctx context.Context, o options) error {
 	defer unlock()
 	if o.shell {
 		return shell(ctx, dir)
+	}
+	if slices.ContainsFunc(chosen, func(s scenario) bool { return s.critest }) {
+		if err := buildConformance(ctx, dir); err != nil {
+			return err
+		}
 	}
 	var failed []string
 	made := map[string]string{} // the images of the parts, by architecture

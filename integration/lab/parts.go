@@ -71,6 +71,15 @@ func (p *parts) build(ctx context.Context, base base) (images []byte, err error)
 	return images, p.static(ctx, bin)
 }
 
+// buildConformance builds what only the scenario conformance runs, into the folder that the parts are copied from.
+func buildConformance(ctx context.Context, dir string) error {
+	bin, err := harness.BuildCritest(ctx)
+	if err != nil {
+		return err
+	}
+	return run(ctx, filepath.Join(dir, "parts.log"), "go", "build", "-o", filepath.Join(bin, "conformance"), "./integration/conformance")
+}
+
 // static builds what runs on machines alone.
 func (p *parts) static(ctx context.Context, bin string) error {
 	if err := p.goBuild(ctx, ".", nil, "test", "-c", "-o", bin+"/node.test", "./integration/lab/node"); err != nil {

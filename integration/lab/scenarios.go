@@ -18,6 +18,7 @@ type scenario struct {
 	smoke   bool
 	on      platform
 	options string // for the kernel
+	critest bool   // it needs critest
 	do      step
 }
 

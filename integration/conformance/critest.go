@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// suite is one run of critest, the same on both sides.
+type suite struct {
+	bin      string // the folder of its programs
+	images   map[string]v1.Image
+	focus    string // a pattern; "" for all specs
+	parallel int    // how many specs run at a time
+	seed     int64  // of the order of specs
+}
+
+// result is what became of one spec.
+type result struct {
+	state    string // ginkgo's own word; "" where there is no such spec
+	attempts int    // 0 where it didn't run
+	message  string // why it failed, or was skipped
+}
+
+const passed = "passed"
+
+func (r result) String() string {
+	switch {
+	case r.state == "":
+		return "missing"
+	case r.state == passed && r.attempts > 1:
+		return "passed at last"
+	default:
+		return r.state
+	}
+}
+
+func (r result) failed() bool { return r.state != passed && r.state != "skipped" }
+
+// run runs the specs on a node whose default runtime handler is the given one. Specs that fail are no error.
+func (s suite) run(ctx context.Context, side string, daemon harness.Daemon, handler string) (results map[string]result, err error) {
+	begun := time.Now()
+	hosts, err := os.MkdirTemp("", "podfsm-conformance-*")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(hosts)) }()
+	n, err := harness.NewNode(ctx, harness.Config{Daemon: daemon, TOML: fmt.Sprintf(config, handler, hosts)})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.keep(side, n.Log()), n.Close(context.WithoutCancel(ctx))) }()
+	r, err := serve(ctx, n, s.images, hosts)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	if results, err = s.critest(ctx, n); err != nil {
+		return nil, fmt.Errorf("failed to run critest on %s: %w", side, err)
+	}
+	fmt.Printf("%s: %d of %d specs pass, %d are skipped (%.0f s)\n", side, count(results, passed), len(results), count(results, "skipped"), time.Since(begun).Seconds())
+	return results, nil
+}
+
+// keep writes a daemon's log into the build folder.
+func (s suite) keep(side, log string) error {
+	dir := filepath.Join(filepath.Dir(s.bin), "failed")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "conformance-"+side+".log"), []byte(log), 0o644)
+}
+
+// config is added to the configuration of both sides.
+const config = `
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+default_runtime_name = %q
+
+[plugins.'io.containerd.cri.v1.images'.registry]
+config_path = %q
+
+[plugins.'io.containerd.nri.v1.nri']
+disable = false
+`
+
+// critest runs the specs, those that fail a second time: some look at the node while other specs change it.
+func (s suite) critest(ctx context.Context, n *harness.Node) (map[string]result, error) {
+	tmp := filepath.Join(n.Dir(), "tmp")
+	segments, err := keepSegments(tmp)
+	if err != nil {
+		return nil, err
+	}
+	report := filepath.Join(tmp, "report.json")
+	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "critest"),
+		"-runtime-endpoint=unix://"+n.Socket(),
+		"-nri-socket="+filepath.Join(n.Dir(), "nri.sock"),
+		"-parallel="+strconv.Itoa(s.parallel),
+		"-ginkgo.seed="+strconv.FormatInt(s.seed, 10),
+		"-ginkgo.focus="+s.focus,
+		"-ginkgo.flake-attempts=2",
+		"-ginkgo.no-color",
+		"-ginkgo.timeout=2h",
+		"-ginkgo.json-report="+report)
+	var out bytes.Buffer
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "PATH="+tmp+":"+s.bin+":"+os.Getenv("PATH"))
+	cmd.Dir, cmd.Stdout, cmd.Stderr = tmp, &out, &out
+	if err := n.Inside(cmd.Start); err != nil {
+		return nil, err
+	}
+	failed := cmd.Wait()
+	if err := segments.remove(ctx); err != nil {
+		return nil, err
+	}
+	text, err := os.ReadFile(report)
+	if err != nil { // it has failed before any spec
+		return nil, errors.Join(err, failed, errors.New(out.String()))
+	}
+	return parse(text)
+}
+
+// parse reads ginkgo's report. Specs with the same text are numbered.
+func parse(report []byte) (map[string]result, error) {
+	var suites []struct {
+		SpecReports []struct {
+			ContainerHierarchyTexts []string
+			LeafNodeType            string
+			LeafNodeText            string
+			State                   string
+			NumAttempts             int
+			Failure                 struct{ Message string }
+		}
+	}
+	if err := json.Unmarshal(report, &suites); err != nil {
+		return nil, fmt.Errorf("failed to read ginkgo's report: %w", err)
+	}
+	results := map[string]result{}
+	for _, suite := range suites {
+		for _, r := range suite.SpecReports {
+			text := strings.Join(append(r.ContainerHierarchyTexts, r.LeafNodeText), " ")
+			got := result{r.State, r.NumAttempts, r.Failure.Message}
+			if r.LeafNodeType != "It" {
+				if got.failed() {
+					return nil, fmt.Errorf("%s %s: %s", r.LeafNodeType, r.State, r.Failure.Message)
+				}
+				continue
+			}
+			name := text
+			for i := 2; results[name].state != ""; i++ {
+				name = fmt.Sprintf("%s (%d)", text, i)
+			}
+			results[name] = got
+		}
+	}
+	return results, nil
+}
+
+// segments is a file with the ids of the shared memory segments that critest has made with ipcmk and never removes.
+type segments string
+
+// keepSegments puts an ipcmk into a directory that notes what it makes.
+func keepSegments(dir string) (segments, error) {
+	ipcmk, err := exec.LookPath("ipcmk")
+	if err != nil {
+		return "", fmt.Errorf("%w: `make deps` installs it", err)
+	}
+	noted := filepath.Join(dir, "segments")
+	script := fmt.Sprintf("#!/bin/sh\n%s \"$@\" | tee -a %s\n", ipcmk, noted)
+	return segments(noted), os.WriteFile(filepath.Join(dir, "ipcmk"), []byte(script), 0o755)
+}
+
+func (s segments) remove(ctx context.Context) error {
+	noted, err := os.ReadFile(string(s))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for line := range strings.Lines(string(noted)) {
+		id := strings.TrimSpace(strings.TrimPrefix(line, "Shared memory id: "))
+		if out, err := exec.CommandContext(ctx, "ipcrm", "-m", id).CombinedOutput(); err != nil {
+			errs = append(errs, fmt.Errorf("failed to remove shared memory segment %q: %w: %s", id, err, out))
+		}
+	}
+	return errors.Join(errs...)
+}

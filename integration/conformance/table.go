@@ -1,0 +1,131 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+)
+
+// deviations are the specs that podfsm fails on purpose, by their text, with the reason. There are none today.
+var deviations = map[string]string{}
+
+// withoutImages are the specs that fail everywhere here, because nothing stands in for their images.
+var withoutImages = map[string]string{
+	"[k8s.io] Image Manager public image with digest should be pulled and removed [Conformance]": "the spec names the image by its digest",
+	"[k8s.io] Security Context bucket runtime should support MaskedPaths":                        "the shell of Debian's busybox has an ls of its own, which no mask hides",
+}
+
+// fewest is how many specs pass with stock at least. With fewer, the images or this machine are broken, and the comparison says nothing.
+const fewest = 120
+
+// row is what became of one spec on both sides.
+type row struct {
+	text          string
+	stock, podfsm result
+}
+
+// differs says that podfsm does not pass what stock passes.
+func (r row) differs() bool { return r.stock.state == passed && r.podfsm.state != passed }
+
+// table has the specs that differ first, then those that fail, then those that pass on one side alone or are skipped.
+func table(stock, podfsm map[string]result) (rows []row) {
+	all := maps.Clone(stock)
+	maps.Copy(all, podfsm)
+	for _, text := range slices.Sorted(maps.Keys(all)) {
+		rows = append(rows, row{text, stock[text], podfsm[text]})
+	}
+	rank := func(r row) int {
+		switch {
+		case r.differs():
+			return 0
+		case r.stock.failed() || r.podfsm.failed():
+			return 1
+		case r.stock.state != passed || r.podfsm.state != passed:
+			return 2
+		default:
+			return 3
+		}
+	}
+	slices.SortStableFunc(rows, func(a, b row) int { return rank(a) - rank(b) })
+	return rows
+}
+
+func show(w io.Writer, rows []row) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "stock\tpodfsm\tspec")
+	for _, r := range rows {
+		fmt.Fprintf(t, "%s\t%s\t%s\n", r.stock, r.podfsm, r.text)
+	}
+	t.Flush()
+	for _, r := range rows {
+		if !r.stock.failed() && !r.podfsm.failed() {
+			continue
+		}
+		fmt.Fprintf(w, "\n%s\n", r.text)
+		if reason, ok := withoutImages[r.text]; ok {
+			fmt.Fprintf(w, "  has no image: %s\n", reason)
+			continue
+		}
+		if r.stock.failed() {
+			fmt.Fprintf(w, "  stock: %s\n", begin(r.stock.message))
+		}
+		if r.podfsm.failed() {
+			fmt.Fprintf(w, "  podfsm: %s\n", begin(r.podfsm.message))
+		}
+	}
+}
+
+// begin is the beginning of a message: the rest shows how gRPC holds an error.
+func begin(message string) string {
+	lines := strings.Split(strings.TrimSpace(message), "\n")
+	return strings.Join(lines[:min(len(lines), 5)], "\n    ")
+}
+
+// verdict fails where podfsm does not pass what stock passes, except for the deviations. What is listed has to be so.
+func verdict(rows []row, deviations, withoutImages map[string]string) error {
+	var errs []error
+	wrong := func(r row, list string) {
+		errs = append(errs, fmt.Errorf("%s with stock, %s with podfsm, take it out of the %s: %s", r.stock, r.podfsm, list, r.text))
+	}
+	unknown := map[string]string{}
+	maps.Copy(unknown, deviations)
+	maps.Copy(unknown, withoutImages)
+	for _, r := range rows {
+		delete(unknown, r.text)
+		_, deviates := deviations[r.text]
+		_, without := withoutImages[r.text]
+		switch {
+		case r.differs() && !deviates:
+			errs = append(errs, fmt.Errorf("%s with stock, %s with podfsm: %s", r.stock, r.podfsm, r.text))
+		case !r.differs() && deviates:
+			wrong(r, "deviations")
+		case without && !r.stock.failed():
+			wrong(r, "specs without images")
+		}
+	}
+	for _, text := range slices.Sorted(maps.Keys(unknown)) {
+		errs = append(errs, fmt.Errorf("listed, but critest has no such spec: %s", text))
+	}
+	return errors.Join(errs...)
+}
+
+// enough fails where so few specs pass with stock that a comparison says nothing.
+func enough(stock map[string]result) error {
+	if n := count(stock, passed); n < fewest {
+		return fmt.Errorf("%d specs pass with stock, fewer than %d: look at why they fail", n, fewest)
+	}
+	return nil
+}
+
+func count(results map[string]result, state string) (n int) {
+	for _, r := range results {
+		if r.state == state {
+			n++
+		}
+	}
+	return n
+}
