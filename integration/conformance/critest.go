@@ -98,29 +98,34 @@ disable = false
 // critest runs the specs, those that fail a second time: some look at the node while other specs change it.
 func (s suite) critest(ctx context.Context, n *harness.Node) (map[string]result, error) {
 	tmp := filepath.Join(n.Dir(), "tmp")
-	segments, err := keepSegments(tmp)
+	segments, err := putPrograms(tmp)
 	if err != nil {
 		return nil, err
 	}
 	report := filepath.Join(tmp, "report.json")
-	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "critest"),
-		"-runtime-endpoint=unix://"+n.Socket(),
-		"-nri-socket="+filepath.Join(n.Dir(), "nri.sock"),
-		"-parallel="+strconv.Itoa(s.parallel),
-		"-ginkgo.seed="+strconv.FormatInt(s.seed, 10),
-		"-ginkgo.focus="+s.focus,
+	args := []string{
+		"-runtime-endpoint=unix://" + n.Socket(),
+		"-nri-socket=" + filepath.Join(n.Dir(), "nri.sock"),
+		"-ginkgo.seed=" + strconv.FormatInt(s.seed, 10),
+		"-ginkgo.focus=" + s.focus,
 		"-ginkgo.flake-attempts=2",
 		"-ginkgo.no-color",
 		"-ginkgo.timeout=2h",
-		"-ginkgo.json-report="+report)
+		"-ginkgo.json-report=" + report,
+	}
+	if s.parallel > 1 { // which ginkgo takes for go test's own flag otherwise
+		args = append(args, "-parallel="+strconv.Itoa(s.parallel))
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "critest"), args...)
 	var out bytes.Buffer
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "PATH="+tmp+":"+s.bin+":"+os.Getenv("PATH"))
 	cmd.Dir, cmd.Stdout, cmd.Stderr = tmp, &out, &out
+	cmd.WaitDelay = time.Second // for when it is interrupted: ginkgo's children hold its output until the node is closed
 	if err := n.Inside(cmd.Start); err != nil {
 		return nil, err
 	}
 	failed := cmd.Wait()
-	if err := segments.remove(ctx); err != nil {
+	if err := segments.remove(context.WithoutCancel(ctx)); err != nil {
 		return nil, err
 	}
 	text, err := os.ReadFile(report)
@@ -169,15 +174,22 @@ func parse(report []byte) (map[string]result, error) {
 // segments is a file with the ids of the shared memory segments that critest has made with ipcmk and never removes.
 type segments string
 
-// keepSegments puts an ipcmk into a directory that notes what it makes.
-func keepSegments(dir string) (segments, error) {
+// putPrograms puts programs that critest runs into a directory: an ipcmk that notes what it makes, and a sudo, which not every node has.
+func putPrograms(dir string) (segments, error) {
 	ipcmk, err := exec.LookPath("ipcmk")
 	if err != nil {
 		return "", fmt.Errorf("%w: `make deps` installs it", err)
 	}
 	noted := filepath.Join(dir, "segments")
-	script := fmt.Sprintf("#!/bin/sh\n%s \"$@\" | tee -a %s\n", ipcmk, noted)
-	return segments(noted), os.WriteFile(filepath.Join(dir, "ipcmk"), []byte(script), 0o755)
+	for name, command := range map[string]string{
+		"ipcmk": fmt.Sprintf("%s \"$@\" | tee -a %s", ipcmk, noted),
+		"sudo":  `exec "$@"`,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+command+"\n"), 0o755); err != nil {
+			return "", err
+		}
+	}
+	return segments(noted), nil
 }
 
 func (s segments) remove(ctx context.Context) error {
