@@ -88,13 +88,13 @@ func TestSnippetsInTheDocs(t *testing.T) {
 					usable(t, given)
 					if _, all := given["cni_gc"]; all {
 						defaults++
-						require.Equal(t, stringsOf(*sectionOf(defaultConfig())), stringsOf(given), where)
+						require.Equal(t, scalarsOf(*sectionOf(defaultConfig())), scalarsOf(given), where)
 					}
 				case snapshotterURI:
 					_, err := snapshotterOptionsOf(&given)
 					require.NoError(t, err, where)
 					defaults++
-					require.Equal(t, stringsOf(*sectionOf(defaultSnapshotterConfig())), stringsOf(given), where)
+					require.Equal(t, scalarsOf(*sectionOf(defaultSnapshotterConfig())), scalarsOf(given), where)
 				default:
 					require.Contains(t, types, uri, "%s shows a section that nobody has", where)
 					text, err := toml.Marshal(values)
@@ -109,12 +109,13 @@ func TestSnippetsInTheDocs(t *testing.T) {
 	require.GreaterOrEqual(t, count[URI], 5)
 }
 
-// stringsOf are the options of a section that are strings.
-func stringsOf(s section) map[string]string {
-	found := map[string]string{}
+// scalarsOf are the options of a section that are strings or numbers.
+func scalarsOf(s section) map[string]any {
+	found := map[string]any{}
 	for key, value := range s {
-		if text, ok := value.(string); ok {
-			found[key] = text
+		switch value.(type) {
+		case string, int64:
+			found[key] = value
 		}
 	}
 	return found
