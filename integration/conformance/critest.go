@@ -11,9 +11,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/integration/harness"
 )
@@ -61,7 +64,10 @@ func (s suite) run(ctx context.Context, side string, daemon harness.Daemon, hand
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.keep(side, n.Log()), n.Close(context.WithoutCancel(ctx))) }()
+	defer func() {
+		ctx := context.WithoutCancel(ctx)
+		err = errors.Join(err, removePods(ctx, n), s.keep(side, n.Log()), n.Close(ctx))
+	}()
 	r, err := serve(ctx, n, s.images, hosts)
 	if err != nil {
 		return nil, err
@@ -72,6 +78,27 @@ func (s suite) run(ctx context.Context, side string, daemon harness.Daemon, hand
 	}
 	fmt.Printf("%s: %d of %d specs pass, %d are skipped (%.0f s)\n", side, count(results, passed), len(results), count(results, "skipped"), time.Since(begun).Seconds())
 	return results, nil
+}
+
+// removePods removes the pods of specs that have failed or were interrupted. Their cgroups are not below the node's, so that nothing else
+// finds them.
+func removePods(ctx context.Context, n *harness.Node) error {
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience(time.Minute))
+	defer cancel()
+	for {
+		list, err := n.Runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
+		if err != nil || len(list.GetItems()) == 0 {
+			return err
+		}
+		for _, pod := range list.GetItems() {
+			if _, err := n.Runtime.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: pod.GetId()}); err != nil {
+				return fmt.Errorf("failed to stop a pod that critest has left: %w", err)
+			}
+			if _, err := n.Runtime.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: pod.GetId()}); err != nil {
+				return fmt.Errorf("failed to remove a pod that critest has left: %w", err)
+			}
+		}
+	}
 }
 
 // keep writes a daemon's log into the build folder.
@@ -120,13 +147,19 @@ func (s suite) critest(ctx context.Context, n *harness.Node) (map[string]result,
 	var out bytes.Buffer
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "PATH="+tmp+":"+s.bin+":"+os.Getenv("PATH"))
 	cmd.Dir, cmd.Stdout, cmd.Stderr = tmp, &out, &out
-	cmd.WaitDelay = time.Second // for when it is interrupted: ginkgo's children hold its output until the node is closed
+	// Interrupted, ginkgo ends the specs that are under way, which remove their pods.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGINT) }
+	cmd.WaitDelay = harness.Patience(30 * time.Second)
 	if err := n.Inside(cmd.Start); err != nil {
 		return nil, err
 	}
 	failed := cmd.Wait()
 	if err := segments.remove(context.WithoutCancel(ctx)); err != nil {
 		return nil, err
+	}
+	if ctx.Err() != nil { // the report has a part of the specs
+		return nil, context.Cause(ctx)
 	}
 	text, err := os.ReadFile(report)
 	if err != nil { // it has failed before any spec
