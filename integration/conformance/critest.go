@@ -37,7 +37,10 @@ type result struct {
 	message  string // why it failed, or was skipped
 }
 
-const passed = "passed"
+const (
+	passed  = "passed"
+	skipped = "skipped"
+)
 
 func (r result) String() string {
 	switch {
@@ -50,7 +53,7 @@ func (r result) String() string {
 	}
 }
 
-func (r result) failed() bool { return r.state != passed && r.state != "skipped" }
+func (r result) failed() bool { return r.state != passed && r.state != skipped }
 
 // run runs the specs on a node whose default runtime handler is the given one. Specs that fail are no error.
 func (s suite) run(ctx context.Context, side string, daemon harness.Daemon, handler string) (results map[string]result, err error) {
@@ -76,7 +79,7 @@ func (s suite) run(ctx context.Context, side string, daemon harness.Daemon, hand
 	if results, err = s.critest(ctx, n); err != nil {
 		return nil, fmt.Errorf("failed to run critest on %s: %w", side, err)
 	}
-	fmt.Printf("%s: %d of %d specs pass, %d are skipped (%.0f s)\n", side, count(results, passed), len(results), count(results, "skipped"), time.Since(begun).Seconds())
+	fmt.Printf("%s: %d of %d specs pass, %d are skipped (%.0f s)\n", side, count(results, passed), len(results), count(results, skipped), time.Since(begun).Seconds())
 	return results, nil
 }
 

@@ -1,6 +1,6 @@
 // Command conformance runs the public test suite of the CRI, critest, against an unmodified containerd and against containerd-podfsm, whose
 // default runtime handler is podfsm's. It fails when anything fails with podfsm that passes with stock. It leaves nothing behind, except
-// AppArmor profiles that critest loads.
+// AppArmor profiles that critest loads, and empty cgroups of pods that were being made when it was interrupted.
 //
 // It runs in the repository's folder.
 package main
@@ -52,9 +52,9 @@ func run(ctx context.Context, focus string, parallel int) error {
 	rows := table(stock, podfsm)
 	show(os.Stdout, rows)
 	if focus != "" {
-		return verdict(rows, nil, nil)
+		return lists{races: races}.verdict(rows)
 	}
-	return errors.Join(verdict(rows, deviations, withoutImages), enough(stock))
+	return errors.Join(lists{deviations, withoutImages, races}.verdict(rows), enough(stock))
 }
 
 // both runs the specs on both sides at the same time: they wait most of it.
