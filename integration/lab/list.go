@@ -44,12 +44,12 @@ var smoke = steps(node("systemd"), pods("systemd", "TestRun"), kill, pods("syste
 // life is that of a node with podfsm from the first day to the last: pods of containerd's own run through all of it.
 func life(driver string) step {
 	return steps(stock(driver), pods(driver, "TestRunStock"),
-		install(driver), pods(driver, "TestStillRun|TestRun"),
+		install(driver), pods(driver, "TestStillRun|TestRun|TestTmpfsVolumes"),
 		kill, pods(driver, "TestStillRun"),
 		command("systemctl restart containerd"), pods(driver, "TestStillRun"),
 		command("systemctl stop containerd; systemctl start containerd"), pods(driver, "TestStillRun"),
 		command(upgrade), pods(driver, "TestStillRun|TestExits"),
-		command(refuseRemoval), command(drain), command(purge), pods(driver, "TestStillRun/stock|TestRemoveAll"))
+		command(refuseRemoval), command(drain), command(purge), pods(driver, "TestStockStillRuns|TestRemoveAll"))
 }
 
 // The node's last days with podfsm, by the words of docs/install.md.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -168,10 +169,23 @@ func requireCgroups(t *testing.T, parent string, pause int, c *harness.Container
 	}
 }
 
-// TestStillRun finds the pods of TestRun as they were: adopted by a containerd that was started since.
-func TestStillRun(t *testing.T) {
+// TestStillRun finds the pods of TestRun and TestRunStock as they were: adopted by a containerd that was started since.
+func TestStillRun(t *testing.T) { requirePods(t, readPods(t)) }
+
+// TestStockStillRuns finds the pods of TestRunStock as they were, when podfsm and its pods have gone.
+func TestStockStillRuns(t *testing.T) {
+	pods := readPods(t)
+	maps.DeleteFunc(pods, func(name string, _ pod) bool {
+		return !slices.ContainsFunc(stockKinds, func(kind kind) bool { return kind.name == name })
+	})
+	require.Len(t, pods, len(stockKinds))
+	requirePods(t, pods)
+}
+
+func requirePods(t *testing.T, pods map[string]pod) {
+	t.Helper()
 	n := attach(t)
-	for name, was := range readPods(t) {
+	for name, was := range pods {
 		t.Run(name, func(t *testing.T) {
 			p := n.FindPod(was.ID, nil)
 			status, err := p.Status(t.Context())
