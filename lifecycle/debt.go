@@ -2,14 +2,19 @@ package lifecycle
 
 import (
 	"context"
+	"fmt"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
+
+// goals are what a pending cleanup can lead to.
+var goals = []states.State{states.RolledBack, states.Stopped, states.Removed}
 
 // settle does work that leads to goal. When it fails the sandbox owes its cleanup, with the goal kept, and tries again later.
 func (s *sandbox) settle(ctx context.Context, goal states.State, work func() error) error {
@@ -77,8 +82,10 @@ func (s *sandbox) pay(ctx context.Context) error {
 		return s.rollback(ctx, nil)
 	case states.Removed:
 		return s.remove(ctx)
-	default:
+	case states.Stopped:
 		return s.stop(ctx)
+	default:
+		return fmt.Errorf("sandbox %q has a pending cleanup with the unknown goal %q: %w", s.key.ID, s.goal, errdefs.ErrInternal)
 	}
 }
 

@@ -216,6 +216,9 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 		if !slices.Contains(states.All(), states.State(record.State)) {
 			return fmt.Errorf("record %d is of an unknown state %q", record.Seq, record.State)
 		}
+		if record.State == string(states.CleanupOwed) {
+			return fmt.Errorf("record %d is of a pending cleanup without a goal", record.Seq)
+		}
 		h.enter(states.Event(record.Event), states.State(record.State), record)
 		switch h.state {
 		case states.Stopped:
@@ -224,6 +227,9 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 			h.fail(record)
 		}
 	case journal.Owed:
+		if !slices.Contains(goals, states.State(record.Goal)) {
+			return fmt.Errorf("record %d is of an unknown goal %q", record.Seq, record.Goal)
+		}
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
 		h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
 		h.goal = states.State(record.Goal)

@@ -269,6 +269,12 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 		"an unknown state": func(r []journal.Record) []journal.Record {
 			return append(r, journal.Record{Kind: journal.Moved, State: "Dancing", Version: definitionVersion})
 		},
+		"an unknown goal": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Owed, Goal: "Dancing", Version: definitionVersion})
+		},
+		"a cleanup without a goal": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, State: string(states.CleanupOwed), Version: definitionVersion})
+		},
 		"no exit": func(r []journal.Record) []journal.Record {
 			return append(r, journal.Record{Kind: journal.Exited, Version: definitionVersion})
 		},
@@ -281,6 +287,7 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 			require.Equal(t, states.Quarantined, w.state(t))
 			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 			require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
+			require.NoError(t, w.Stop(t.Context(), testKey))
 			require.NoError(t, w.Remove(t.Context(), testKey))
 			require.Empty(t, w.left())
 		})
