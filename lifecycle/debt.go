@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -43,8 +44,8 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	if err := s.fire(ctx, states.OweCleanup, record.At, cause); err != nil {
 		s.log(ctx).WithError(err).Error("sandbox: owes its cleanup")
 	}
-	if goal == states.RolledBack {
-		s.engine.unname(s) // its caller was told that it failed, and tries again under the same name
+	if goal != states.Stopped {
+		s.engine.unname(s) // nobody may use it any more, and whoever was told that its creation failed tries again under the same name
 	}
 	wait := s.engine.backoff(s.attempts + 1)
 	entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
@@ -58,10 +59,29 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.goal = goal
+	s.oweRest(goal, record.At)
 	s.attempts++
 	s.nextTry = time.Now().Add(wait)
 	s.stopTimerLocked()
 	s.timer = time.AfterFunc(wait, func() { s.post(s.retry) })
+}
+
+// oweRest says of the steps that a pending cleanup hasn't come to yet that they wait: when nothing of the sandbox may stay, that is each
+// which may have acted. The caller holds mu, or is alone.
+func (s *sandbox) oweRest(goal states.State, at time.Time) {
+	for _, rec := range s.steps {
+		if goal != states.Stopped && rec.touched && rec.status != StepUndone && rec.status != StepOwed {
+			rec.owedFrom(at, errWaits)
+		}
+	}
+}
+
+var errWaits = errors.New("waits for the others")
+
+func (s *sandbox) setGoal(goal states.State) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.goal = goal
 }
 
 // retry is the timer's event: one more try at what is owed, in a trace of its own that is linked to the sandbox's.

@@ -333,7 +333,7 @@ func (e *Engine) addRestored(s *sandbox) error {
 		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
 	}
 	e.sandboxes[s.key] = s
-	if s.req.Name != "" && s.goal != states.RolledBack {
+	if s.req.Name != "" && (s.goal == "" || s.goal == states.Stopped) {
 		e.names[s.req.Name] = s
 	}
 	return nil

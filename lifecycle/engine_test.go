@@ -79,6 +79,13 @@ func (b *book) saved() []journal.Sandbox {
 	return []journal.Sandbox{{Key: testKey, Records: slices.Clone(b.records)}}
 }
 
+// of are the records of one sandbox.
+func (b *book) of(key journal.Key) []journal.Record {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(b.records), func(r journal.Record) bool { return r.Key != key })
+}
+
 func (b *book) read() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -323,7 +330,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 		"moved stop", "exited",
 		"undo-intent attach_network", "undone attach_network",
 		"undo-intent capture_netns", "undone capture_netns",
-		"moved finish_stop",
+		"moved finish_stop Stopped",
 		"moved remove",
 		"undo-intent declare_ready", "undone declare_ready",
 		"undo-intent start_pause", "undone start_pause",
@@ -430,6 +437,84 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	close(release)
 	require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
 	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+// Whatever part of a removal fails, the cleanup is that of a removal: of a ready sandbox the stop comes first.
+func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
+	for name, fail := range map[string]func(w *world, luck error){
+		"pause can't be ended":         func(w *world, luck error) { w.stop = luck },
+		"what a stop undoes":           func(w *world, luck error) { w.undo[states.AttachNetwork] = func() error { return luck } },
+		"what only a removal undoes":   func(w *world, luck error) { w.undo[states.RemapSnapshot] = func() error { return luck } },
+		"the undo of a step on demand": func(w *world, luck error) { w.undo[states.StartShim] = func() error { return luck } },
+	} {
+		for restart, resume := range map[string]func(t *testing.T, w *world) *world{
+			"the same daemon": func(_ *testing.T, w *world) *world { return w },
+			"the next daemon": func(t *testing.T, w *world) *world {
+				next := w.restart(t, Recorded)
+				require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+				return next
+			},
+		} {
+			t.Run(name+", then "+restart, func(t *testing.T) {
+				w := newWorld(t)
+				require.NoError(t, w.run(t))
+				require.NoError(t, w.demand(t))
+				w.backoff = func(int) time.Duration { return 50 * time.Millisecond }
+				luck := errors.New("no luck")
+				fail(w, luck)
+				require.ErrorIs(t, w.Remove(t.Context(), testKey), luck)
+				view, err := w.Get(testKey)
+				require.NoError(t, err)
+				require.Equal(t, states.Removed, view.Goal)
+				for _, step := range view.Steps {
+					require.Contains(t, []StepStatus{StepOwed, StepUndone}, step.Status, "%s is left to nobody", step.Name)
+				}
+				w.mend()
+
+				w = resume(t, w)
+				require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+				require.Empty(t, w.left())
+			})
+		}
+	}
+}
+
+// Nobody may use a sandbox any more that is being removed: the next one of its pod and attempt can be made, also after a restart.
+func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
+	w := newWorld(t)
+	req := Request{Name: "pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
+	require.NoError(t, w.Create(t.Context(), testKey, req))
+	require.NoError(t, w.Start(t.Context(), testKey))
+	w.backoff = func(int) time.Duration { return time.Hour }
+	w.undo[states.AttachNetwork] = func() error { return errors.New("no luck") }
+	require.Error(t, w.Remove(t.Context(), testKey))
+	next := journal.Key{Namespace: "k8s.io", ID: "s2"}
+	require.NoError(t, w.Create(t.Context(), next, req))
+
+	again := newWorld(t)
+	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) (Request, Past) {
+		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}, Recorded
+	})
+	require.Equal(t, states.CleanupOwed, again.state(t))
+	require.NoError(t, again.Create(t.Context(), next, req))
+}
+
+// A kill while a removal stops the sandbox leaves a removal.
+func TestRestartWhileARemovalStops(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	var saved []journal.Sandbox
+	w.undo[states.AttachNetwork] = func() error {
+		saved = w.book.saved()
+		return nil
+	}
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	w.book.records, w.node.exists = saved[0].Records, states.CreationPath()
+	w = w.restart(t, Recorded)
+	require.Equal(t, states.Stopping, w.state(t))
+	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }
 

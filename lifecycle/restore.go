@@ -219,6 +219,10 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 		if record.State == string(states.CleanupOwed) {
 			return fmt.Errorf("record %d is of a pending cleanup without a goal", record.Seq)
 		}
+		if record.Goal != "" && !slices.Contains(goals, states.State(record.Goal)) {
+			return fmt.Errorf("record %d is of an unknown goal %q", record.Seq, record.Goal)
+		}
+		h.goal = states.State(record.Goal)
 		h.enter(states.Event(record.Event), states.State(record.State), record)
 		switch h.state {
 		case states.Stopped:
@@ -252,27 +256,20 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 	return nil
 }
 
-// owe finds what a debt is of. A step whose undo was begun is owed; when nothing of the sandbox may stay, so is every step that
-// may have acted. Where no undo was begun, it was the process that could not be ended.
+// owe finds what a debt is of: the steps whose undo was begun, and those that wait for them. Where no undo was begun, it was the process
+// that could not be ended.
 func (h *history) owe(record *journal.Record) {
-	all := states.State(record.Goal) != states.Stopped
 	begun := false
-	for _, name := range slices.Backward(states.Steps()) {
-		rec := h.steps[name]
-		if !rec.touched || rec.status == StepUndone {
-			continue
-		}
-		switch {
-		case rec.status == StepUndoing || rec.status == StepOwed:
+	for _, rec := range h.steps {
+		if rec.touched && (rec.status == StepUndoing || rec.status == StepOwed) {
 			begun = true
 			rec.owedFrom(record.At, errors.New(record.Error))
-		case all:
-			rec.owedFrom(record.At, errWaits)
 		}
 	}
 	if started := h.steps[states.StartPause]; !begun && started.touched {
 		started.owedFrom(record.At, errors.New(record.Error))
 	}
+	h.oweRest(states.State(record.Goal), record.At)
 }
 
 // fail ends what was being done when the rollback began, and keeps why that was.
@@ -299,8 +296,6 @@ func (h *history) settle() {
 		h.settleStep(name)
 	}
 }
-
-var errWaits = errors.New("waits for the others")
 
 func (h *history) enter(event states.Event, to states.State, record *journal.Record) {
 	var cause error
@@ -450,7 +445,7 @@ func (s *sandbox) recover(ctx context.Context, work func(context.Context) (Recov
 func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 	switch state := s.state(); state {
 	case states.Ready, states.NotReady, states.Stopping, states.Stopped:
-		if verdict == Discard {
+		if verdict == Discard || s.goal == states.Removed {
 			return s.remove
 		}
 		if state == states.Stopping || state != states.Stopped && verdict == Gone {

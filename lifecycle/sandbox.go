@@ -71,7 +71,7 @@ type sandbox struct {
 	seq         uint64
 	transitions []Transition
 	acts        acts
-	goal        states.State // what the owed cleanup leads to
+	goal        states.State // what is being stopped for, or what the pending cleanup leads to; "" for neither
 	attempts    int
 	nextTry     time.Time
 	lastErr     error
@@ -319,7 +319,7 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 	if !ok {
 		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, s.state(), event, errdefs.ErrFailedPrecondition)
 	}
-	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to)}
+	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to), Goal: string(s.goal)}
 	s.describe(record, cause)
 	if err := s.append(ctx, record, nil); err != nil {
 		s.log(ctx).WithError(err).Warn("sandbox: a transition is not on record")

@@ -63,22 +63,26 @@ func (s *sandbox) stop(ctx context.Context) error {
 	switch s.state() {
 	case states.Stopped, states.Removing, states.RolledBack, states.Removed:
 		return nil
-	case states.CleanupOwed:
-		if s.goal != states.Stopped {
+	case states.CleanupOwed, states.Stopping:
+		if s.goal != "" && s.goal != states.Stopped {
 			return s.pay(ctx)
 		}
-		fallthrough
 	case states.Ready, states.NotReady:
-		if err := s.move(ctx, states.Stop, nil); err != nil {
-			return err
-		}
-	case states.Stopping:
 	case states.Quarantined:
 		return s.detach(ctx) // it stays what it is, but the kubelet removes no sandbox that it can't stop
 	default:
 		return s.rollback(ctx, errEnded)
 	}
-	return s.settle(ctx, states.Stopped, func() error {
+	return s.stopFor(ctx, states.Stopped)
+}
+
+// stopFor stops the sandbox on the way to goal, which is what is owed if that fails, also after a kill.
+func (s *sandbox) stopFor(ctx context.Context, goal states.State) error {
+	s.setGoal(goal)
+	if err := s.enter(ctx, states.Stop, states.Stopping, nil); err != nil {
+		return err
+	}
+	return s.settle(ctx, goal, func() error {
 		if err := s.detach(ctx); err != nil {
 			return err
 		}
@@ -98,7 +102,7 @@ func (s *sandbox) detach(ctx context.Context) error {
 func (s *sandbox) remove(ctx context.Context) error {
 	switch s.state() {
 	case states.Ready, states.NotReady, states.Stopping:
-		if err := s.stop(ctx); err != nil {
+		if err := s.stopFor(ctx, states.Removed); err != nil {
 			return err
 		}
 	case states.CleanupOwed:
