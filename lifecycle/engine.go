@@ -6,7 +6,7 @@
 // undone is undone inside the queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which
 // ends as soon as another comes.
 //
-// Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
+// Before a step acts, its intent and its plan are in the ledger. Its result is written inside the queue, and then the state moves.
 package lifecycle
 
 import (

@@ -287,11 +287,7 @@ func (w *world) state(t *testing.T) states.State {
 func (w *world) transitions(t *testing.T) []states.State {
 	view, ok := w.Find(testKey)
 	require.True(t, ok)
-	var passed []states.State
-	for _, transition := range view.Transitions {
-		passed = append(passed, transition.To)
-	}
-	return passed
+	return destinations(view.Transitions)
 }
 
 func (w *world) gone() bool {
@@ -715,8 +711,10 @@ func TestStepThatHangsIsBlamed(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// What ends a creation ends the step that runs, and the step's result counts if there is one all the same. It is no failure of the step.
+// What ends a creation ends the step that runs, which is no failure of the step. Whatever the step says then, also that it went well, it
+// moves nothing any more: the last step doesn't make a sandbox ready that is rolled back next.
 func TestCreationEndsWhileAStepRuns(t *testing.T) {
+	path := states.CreationPath()
 	for name, tc := range map[string]struct {
 		end  func(w *world) error // of the creation
 		want string
@@ -730,33 +728,52 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 			OutcomeCanceled: context.Cause,
 			OutcomeOK:       func(context.Context) error { return nil },
 		} {
-			t.Run(fmt.Sprintf("%s, %s", name, outcome), func(t *testing.T) {
-				w := newWorld(t)
-				running := make(chan struct{})
-				w.do[states.AttachNetwork] = func(ctx context.Context) error {
-					close(running)
-					<-ctx.Done()
-					return result(ctx)
-				}
-				w.create(t)
-				started := make(chan error, 1)
-				go func() { started <- w.Start(context.Background(), testKey) }()
-				<-running
-				require.NoError(t, tc.end(w))
-				require.EqualError(t, <-started, tc.want)
-				require.True(t, w.gone())
-				require.Empty(t, w.left())
-				require.NotContains(t, w.acted(), "do declare_ready")
-				require.Contains(t, w.meter.acted(), fmt.Sprintf("do attach_network: %s", outcome))
+			for _, during := range []states.Event{states.AttachNetwork, states.DeclareReady} {
+				t.Run(fmt.Sprintf("%s, %s %s", name, during, outcome), func(t *testing.T) {
+					w := newWorld(t)
+					running := make(chan struct{})
+					w.do[during] = func(ctx context.Context) error {
+						close(running)
+						<-ctx.Done()
+						return result(ctx)
+					}
+					var replayed, live []Transition
+					w.undo[states.AllocateIDs] = func() error {
+						replayed, live = w.replayed(t).Transitions, w.view(t).Transitions
+						return nil
+					}
+					req := Request{Name: "pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
+					require.NoError(t, w.Create(t.Context(), testKey, req))
+					started := make(chan error, 1)
+					go func() { started <- w.Start(context.Background(), testKey) }()
+					<-running
+					require.NoError(t, tc.end(w))
+					require.EqualError(t, <-started, tc.want)
+					require.True(t, w.gone())
+					require.Empty(t, w.left())
+					require.Equal(t, "undo "+string(during), w.acted()[slices.Index(w.acted(), "do "+string(during))+1])
+					require.Contains(t, w.meter.acted(), fmt.Sprintf("do %s: %s", during, outcome))
+					require.NoError(t, w.Create(t.Context(), testKey, req), "a retry finds nothing in its way")
 
-				passed := []states.State{states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured}
-				if outcome == OutcomeOK {
-					passed = append(passed, states.NetworkReady)
-				}
-				require.Equal(t, append(passed, states.RollingBack, states.RolledBack), w.transitions(t))
-			})
+					var passed []states.State
+					for _, step := range path[:slices.Index(path, during)] {
+						next, _ := states.Next(append([]states.State{states.New}, passed...)[len(passed)], step)
+						passed = append(passed, next)
+					}
+					require.Equal(t, append(passed, states.RollingBack), destinations(live))
+					require.Equal(t, destinations(live), destinations(replayed), "the ledger says the same")
+				})
+			}
 		}
 	}
+}
+
+// destinations are the states that transitions led to.
+func destinations(transitions []Transition) (passed []states.State) {
+	for _, t := range transitions {
+		passed = append(passed, t.To)
+	}
+	return passed
 }
 
 func TestRefusals(t *testing.T) {

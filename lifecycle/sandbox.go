@@ -157,7 +157,7 @@ func (s *sandbox) handle() {
 		event := s.queue[0]
 		s.queue = s.queue[1:]
 		s.queueMu.Unlock()
-		if _, err := protect(func() (any, error) { event(); return nil, nil }); err != nil {
+		if err := protect(func() error { event(); return nil }); err != nil {
 			s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end")
 		}
 	}
@@ -168,7 +168,7 @@ func (s *sandbox) ask(event func(reply func(error))) <-chan error {
 	answer := make(chan error, 2) // an answer, and a panic after it
 	reply := func(err error) { answer <- err }
 	posted := s.post(func() {
-		if _, err := protect(func() (any, error) { event(reply); return nil, nil }); err != nil {
+		if err := protect(func() error { event(reply); return nil }); err != nil {
 			reply(err)
 		}
 	})
