@@ -164,7 +164,7 @@ func (out *outcome) skipped() bool {
 func (s *sandbox) conclude(step Step, out *outcome) error {
 	f := step.Facts()
 	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: f.Lasting && out.plan != nil && !out.skipped()}
-	err := s.append(context.WithoutCancel(out.ctx), done, out.result)
+	err := protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
 	out.ended = done.At
 	return err
 }
@@ -194,29 +194,45 @@ func protect(f func() error) (err error) {
 	return f()
 }
 
-// stepEnded handles the outcome of a step. One that ends after the creation has failed moves nothing any more, whatever it says: it is
-// only undone.
+// aside does what nothing of a sandbox depends on: it tells the log, the meter or the observer. A panic there changes nothing.
+func (s *sandbox) aside(tell func()) {
+	nothing := func() error { tell(); return nil }
+	if err := protect(nothing); err != nil {
+		tell = func() { s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end") }
+		_ = protect(nothing) // the log may be what panics
+	}
+}
+
+// stepEnded handles the outcome of a step.
 func (s *sandbox) stepEnded(step Step, out outcome) {
-	c, name := s.creation, step.Facts().Name
-	canceled := c.err != nil
+	if err := protect(func() error { return s.takeOutcome(step, out) }); err != nil {
+		s.creation.fail(err)
+	}
+	s.proceed()
+}
+
+// takeOutcome records and keeps how a step went, and moves the state. A step that ends after the creation has failed moves nothing any
+// more, whatever it says: it is only undone.
+func (s *sandbox) takeOutcome(step Step, out outcome) error {
+	name, canceled := step.Facts().Name, s.creation.err != nil
 	if out.err == nil && !canceled {
 		out.err = s.conclude(step, &out)
 	}
 	s.keepOutcome(step, out, canceled)
-	if out.err != nil {
-		c.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})
-	} else if !canceled {
-		if err := s.fire(c.ctx, name, out.ended, nil); err != nil {
-			c.fail(err)
-		}
+	switch {
+	case out.err != nil:
+		return &StepError{Step: name, Pod: s.req.Pod, Err: out.err}
+	case canceled:
+		return nil
+	default:
+		return s.fire(out.ctx, name, out.ended, nil)
 	}
-	s.proceed()
 }
 
 // keepOutcome keeps how a step went, ends its span, and tells the meter. canceled says that the step had to end because the creation had
 // failed already.
 func (s *sandbox) keepOutcome(step Step, out outcome, canceled bool) {
-	tracing.End(trace.SpanFromContext(out.ctx), out.err)
+	s.aside(func() { tracing.End(trace.SpanFromContext(out.ctx), out.err) })
 	name := step.Facts().Name
 	s.mu.Lock()
 	rec := s.steps[name]
@@ -250,7 +266,7 @@ func (s *sandbox) finishCreation() {
 		return
 	}
 	err := c.err
-	if owed := s.rollback(context.WithoutCancel(c.ctx), c.err); owed != nil {
+	if owed := protect(func() error { return s.rollback(context.WithoutCancel(c.ctx), c.err) }); owed != nil {
 		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed))
 	}
 	c.reply(err)

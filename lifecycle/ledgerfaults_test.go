@@ -20,6 +20,7 @@ type failure struct {
 	name    string
 	written bool // the record is there, though the write has failed
 	lasting bool // all writes after it fail, too
+	panics  bool
 }
 
 var failures = []failure{
@@ -27,6 +28,9 @@ var failures = []failure{
 	{name: "it is written all the same", written: true},
 	{name: "nothing is written any more", lasting: true},
 	{name: "all is written, and fails", written: true, lasting: true},
+	{name: "it panics", panics: true},
+	{name: "it is written, and panics", written: true, panics: true},
+	{name: "all panics", lasting: true, panics: true},
 }
 
 // faultyLedger fails the write numbered at, from 1.
@@ -51,6 +55,9 @@ func (l *faultyLedger) write(do func() error) error {
 		if err := do(); err != nil {
 			return err
 		}
+	}
+	if l.panics {
+		panic("a bug")
 	}
 	return fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
 }

@@ -36,7 +36,7 @@ type Describe func(key journal.Key, spec any) (Request, Past)
 // [Engine.Resume]. What can't be understood is quarantined, never an error.
 func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe Describe) {
 	for _, entry := range saved {
-		s, err := restored(e, entry, describe)
+		s, err := e.restore(entry, describe)
 		if err == nil {
 			s.failInterrupted()
 			err = e.addRestored(s)
@@ -45,6 +45,19 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 			log.G(ctx).WithField(tracing.LogSandbox, entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
 		}
 	}
+}
+
+// restore rebuilds a sandbox. One whose records make that panic is quarantined without them.
+func (e *Engine) restore(saved journal.Sandbox, describe Describe) (s *sandbox, err error) {
+	rebuild := func() error {
+		s, err = restored(e, saved, describe)
+		return err
+	}
+	if err := protect(rebuild); errdefs.IsInternal(err) {
+		saved.Records = []journal.Record{{Kind: journal.Unreadable, Error: err.Error()}}
+		return s, protect(rebuild)
+	}
+	return s, err
 }
 
 // Replay is what the sandboxes of a ledger are by their records, for who only looks at them. What can't be understood is shown as
@@ -98,7 +111,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 		return nil, err
 	}
 	if history.assumed && e.observe != nil {
-		e.observe(s.view())
+		s.aside(func() { e.observe(s.view()) })
 	}
 	if s.exit != nil {
 		s.announceExit()
@@ -383,7 +396,7 @@ func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(erro
 	}
 	reply(nil)
 	if s.next(verdict) == nil {
-		s.engine.meter.Recovered(RecoveryKept, 0)
+		s.recovered(RecoveryKept, 0)
 		return
 	}
 	turns := &s.engine.resuming
@@ -398,7 +411,7 @@ func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(erro
 func (s *sandbox) goOn(verdict Verdict) {
 	work := s.next(verdict)
 	if work == nil {
-		s.engine.meter.Recovered(RecoveryKept, 0) // somebody was faster
+		s.recovered(RecoveryKept, 0) // somebody was faster
 		return
 	}
 	_ = s.recover(s.background(), func(ctx context.Context) (Recovery, error) {
@@ -426,19 +439,26 @@ func (s *sandbox) recover(ctx context.Context, work func(context.Context) (Recov
 	begun, was := time.Now(), s.state()
 	ctx, span := tracing.StartLinked(ctx, tracing.SpanRecover, s.traceParent, s.req.Attributes...)
 	recovery, err := work(ctx)
-	span.SetAttributes(tracing.Recovery.String(string(recovery)))
-	tracing.End(span, err)
 	took := time.Since(begun)
-	s.engine.meter.Recovered(recovery, took)
-	entry := s.log(ctx).WithFields(log.Fields{
-		tracing.LogFrom: was, tracing.LogTo: s.state(), tracing.LogOutcome: recovery, tracing.LogSeconds: took.Seconds(),
+	s.recovered(recovery, took)
+	s.aside(func() {
+		span.SetAttributes(tracing.Recovery.String(string(recovery)))
+		tracing.End(span, err)
+		entry := s.log(ctx).WithFields(log.Fields{
+			tracing.LogFrom: was, tracing.LogTo: s.state(), tracing.LogOutcome: recovery, tracing.LogSeconds: took.Seconds(),
+		})
+		if recovery == RecoveryAdopted || err != nil { // who has asked, or the debt, logs the error
+			entry.Debug("sandbox: taken up after the restart")
+		} else {
+			entry.Info("sandbox: taken up after the restart")
+		}
 	})
-	if recovery == RecoveryAdopted || err != nil { // who has asked, or the debt, logs the error
-		entry.Debug("sandbox: taken up after the restart")
-	} else {
-		entry.Info("sandbox: taken up after the restart")
-	}
 	return err
+}
+
+// recovered tells the meter what became of a restored sandbox.
+func (s *sandbox) recovered(recovery Recovery, took time.Duration) {
+	s.aside(func() { s.engine.meter.Recovered(recovery, took) })
 }
 
 // next is what a sandbox that isn't simply adopted still needs; nil for nothing.

@@ -138,10 +138,12 @@ func (s *sandbox) interruptibly(ctx context.Context, work func(context.Context))
 	if waiting {
 		return
 	}
+	defer func() {
+		s.queueMu.Lock()
+		defer s.queueMu.Unlock()
+		s.interrupt = nil
+	}()
 	work(ctx)
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	s.interrupt = nil
 }
 
 func (s *sandbox) handle() {
@@ -157,9 +159,7 @@ func (s *sandbox) handle() {
 		event := s.queue[0]
 		s.queue = s.queue[1:]
 		s.queueMu.Unlock()
-		if err := protect(func() error { event(); return nil }); err != nil {
-			s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end")
-		}
+		s.aside(event)
 	}
 }
 
@@ -210,6 +210,15 @@ func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error
 	return nil
 }
 
+// record writes a record that nothing depends on: the sandbox goes on by what is in memory.
+func (s *sandbox) record(ctx context.Context, r *journal.Record, data any) {
+	s.aside(func() {
+		if err := s.append(ctx, r, data); err != nil {
+			s.log(ctx).WithError(err).Warnf("sandbox: a record is not in the ledger: %s", r.Kind)
+		}
+	})
+}
+
 // fire moves the state, keeps the transition and tells the log. The record that the transition rests on was written before, at
 // the time at.
 func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, cause error) error {
@@ -226,9 +235,9 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 	t = s.keep(t)
 	s.mu.Unlock()
 
-	s.tell(ctx, t)
+	s.aside(func() { s.tell(ctx, t) })
 	if s.engine.observe != nil {
-		s.engine.observe(s.view())
+		s.aside(func() { s.engine.observe(s.view()) })
 	}
 	return nil
 }
@@ -321,9 +330,7 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 	}
 	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to), Goal: string(s.goal)}
 	s.describe(record, cause)
-	if err := s.append(ctx, record, nil); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: a transition is not on record")
-	}
+	s.record(ctx, record, nil)
 	return s.fire(ctx, event, record.At, cause)
 }
 
@@ -367,9 +374,7 @@ func (s *sandbox) recordExit(ctx context.Context, exit Exit) bool {
 	if !s.setExit(exit) {
 		return false
 	}
-	if err := s.append(ctx, &journal.Record{Kind: journal.Exited}, &exit); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: the exit of pause is not on record")
-	}
+	s.record(ctx, &journal.Record{Kind: journal.Exited}, &exit)
 	return true
 }
 

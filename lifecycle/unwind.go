@@ -198,13 +198,13 @@ func (s *sandbox) undo(ctx context.Context, step Step) error {
 	if err := s.steps[name].err; err != nil {
 		intent.Error = err.Error()
 	}
-	s.record(ctx, intent)
+	s.record(ctx, intent, nil)
 	if err := s.attempt(ctx, step, ActUndo, s.undoOf(step)); err != nil {
 		return err
 	}
 	// What only a removal undoes leaves the ledger with the sandbox; of what a stop undoes, a reboot must not lose that it is gone.
 	lasts := step.Facts().Lasting && step.Facts().AtStop && s.steps[name].plan != nil
-	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name), Durable: lasts})
+	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name), Durable: lasts}, nil)
 	s.setStatus(name, StepUndone)
 	return nil
 }
@@ -251,7 +251,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	if err != nil {
 		err = late(ctx, err)
 	}
-	tracing.End(span, err)
+	s.aside(func() { tracing.End(span, err) })
 	act.Ended, act.Err = time.Now().UTC(), err
 	s.mu.Lock()
 	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
@@ -268,13 +268,6 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: err}
 	}
 	return nil
-}
-
-// record writes a record that nothing depends on.
-func (s *sandbox) record(ctx context.Context, r *journal.Record) {
-	if err := s.append(ctx, r, nil); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: an undo is not on record")
-	}
 }
 
 func (s *sandbox) setStatus(name states.Event, status StepStatus) {
