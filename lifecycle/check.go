@@ -57,7 +57,7 @@ func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) err
 	r := s.run(step)
 	bounded = log.WithLogger(bounded, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	act := Act{Step: facts.Name, Kind: ActCheck, Started: time.Now().UTC()}
-	err := protect(func() error { return checker.Check(bounded, r) })
+	err := Protect(func() error { return checker.Check(bounded, r) })
 	if ctx.Err() != nil && err != nil {
 		return err // it gave way, and says nothing of the step
 	}

@@ -119,7 +119,7 @@ type outcome struct {
 // execute plans, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	out.ctx, out.started = ctx, time.Now().UTC()
-	out.err = protect(func() error { return s.do(step, &out) })
+	out.err = Protect(func() error { return s.do(step, &out) })
 	out.ended = time.Now().UTC()
 	return out
 }
@@ -164,7 +164,7 @@ func (out *outcome) skipped() bool {
 func (s *sandbox) conclude(step Step, out *outcome) error {
 	f := step.Facts()
 	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: f.Lasting && out.plan != nil && !out.skipped()}
-	err := protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
+	err := Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
 	out.ended = done.At
 	return err
 }
@@ -184,8 +184,8 @@ func late(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// protect turns a panic into an error: a daemon that runs a node's pods doesn't die of one of them.
-func protect(f func() error) (err error) {
+// Protect turns a panic into an error: a daemon that runs a node's pods doesn't die of one of them.
+func Protect(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
@@ -197,15 +197,15 @@ func protect(f func() error) (err error) {
 // aside does what nothing of a sandbox depends on: it tells the log, the meter or the observer. A panic there changes nothing.
 func (s *sandbox) aside(tell func()) {
 	nothing := func() error { tell(); return nil }
-	if err := protect(nothing); err != nil {
+	if err := Protect(nothing); err != nil {
 		tell = func() { s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end") }
-		_ = protect(nothing) // the log may be what panics
+		_ = Protect(nothing) // the log may be what panics
 	}
 }
 
 // stepEnded handles the outcome of a step.
 func (s *sandbox) stepEnded(step Step, out outcome) {
-	if err := protect(func() error { return s.takeOutcome(step, out) }); err != nil {
+	if err := Protect(func() error { return s.takeOutcome(step, out) }); err != nil {
 		s.creation.fail(err)
 	}
 	s.proceed()
@@ -266,7 +266,7 @@ func (s *sandbox) finishCreation() {
 		return
 	}
 	err := c.err
-	if owed := protect(func() error { return s.rollback(context.WithoutCancel(c.ctx), c.err) }); owed != nil {
+	if owed := Protect(func() error { return s.rollback(context.WithoutCancel(c.ctx), c.err) }); owed != nil {
 		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed))
 	}
 	c.reply(err)

@@ -19,7 +19,7 @@ var goals = []states.State{states.RolledBack, states.Stopped, states.Removed}
 
 // settle does work that leads to goal. When it fails the sandbox owes its cleanup, with the goal kept, and tries again later.
 func (s *sandbox) settle(ctx context.Context, goal states.State, work func() error) error {
-	if err := protect(work); err != nil {
+	if err := Protect(work); err != nil {
 		s.owe(ctx, goal, err)
 		return err
 	}

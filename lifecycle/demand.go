@@ -76,7 +76,7 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now().UTC()}
 	s.setActing(act.Step, act.Kind, act.Started)
-	err := protect(func() error {
+	err := Protect(func() error {
 		_, err := step.Do(ctx, s.run(step))
 		return err
 	})

@@ -135,7 +135,7 @@ func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error
 	if err := e.add(s); err != nil {
 		return err
 	}
-	if err := protect(func() error { return s.begin(ctx) }); err != nil {
+	if err := Protect(func() error { return s.begin(ctx) }); err != nil {
 		e.drop(s)
 		return err
 	}
@@ -295,7 +295,7 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 		return err
 	}
 	done := s.ask(func(reply func(error)) {
-		s.afterCreation(func() { reply(protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
+		s.afterCreation(func() { reply(Protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
 	})
 	select {
 	case err := <-done:

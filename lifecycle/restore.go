@@ -53,9 +53,9 @@ func (e *Engine) restore(saved journal.Sandbox, describe Describe) (s *sandbox, 
 		s, err = restored(e, saved, describe)
 		return err
 	}
-	if err := protect(rebuild); errdefs.IsInternal(err) {
+	if err := Protect(rebuild); errdefs.IsInternal(err) {
 		saved.Records = []journal.Record{{Kind: journal.Unreadable, Error: err.Error()}}
-		return s, protect(rebuild)
+		return s, Protect(rebuild)
 	}
 	return s, err
 }

@@ -168,7 +168,7 @@ func (s *sandbox) ask(event func(reply func(error))) <-chan error {
 	answer := make(chan error, 2) // an answer, and a panic after it
 	reply := func(err error) { answer <- err }
 	posted := s.post(func() {
-		if err := protect(func() error { event(reply); return nil }); err != nil {
+		if err := Protect(func() error { event(reply); return nil }); err != nil {
 			reply(err)
 		}
 	})

@@ -247,7 +247,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	s.acts.begin(act.Step, act.Kind, act.Started)
 	s.steps[act.Step].acting, s.steps[act.Step].actingSince = act.Kind, act.Started
 	s.mu.Unlock()
-	err := protect(func() error { return f(ctx, r) })
+	err := Protect(func() error { return f(ctx, r) })
 	if err != nil {
 		err = late(ctx, err)
 	}
