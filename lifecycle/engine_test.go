@@ -476,6 +476,41 @@ func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
 	}
 }
 
+// What an undo doesn't find is something else than the sandbox. containerd's service and others take NotFound for a sandbox that is gone,
+// so an undo that fails never has that class. It keeps all others.
+func TestUndoThatDoesntFindSomething(t *testing.T) {
+	missing := fmt.Errorf("no such device: %w", errdefs.ErrNotFound)
+	busy := fmt.Errorf("busy: %w", errdefs.ErrUnavailable)
+	for name, luck := range map[string]error{"alone": missing, "beside another error": errors.Join(missing, busy)} {
+		for ending, end := range map[string]func(w *world) error{
+			"a halt": func(w *world) error {
+				w.stop = luck
+				return w.Halt(t.Context(), testKey)
+			},
+			"a stop": func(w *world) error {
+				w.undo[states.AttachNetwork] = func() error { return luck }
+				return w.Stop(t.Context(), testKey)
+			},
+			"a removal": func(w *world) error {
+				w.undo[states.RemapSnapshot] = func() error { return luck }
+				return w.Remove(t.Context(), testKey)
+			},
+		} {
+			t.Run(ending+", "+name, func(t *testing.T) {
+				w := newWorld(t)
+				w.engineWaits()
+				require.NoError(t, w.run(t))
+				err := end(w)
+				require.ErrorContains(t, err, "no such device")
+				require.False(t, errdefs.IsNotFound(err))
+				require.NotEqual(t, errdefs.ErrNotFound, errdefs.Resolve(err))
+				require.Equal(t, errors.Is(luck, busy), errdefs.IsUnavailable(err))
+				require.Equal(t, states.CleanupOwed, w.state(t))
+			})
+		}
+	}
+}
+
 // Nobody may use a sandbox any more that is being removed: the next one of its pod and attempt can be made, also after a restart.
 func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 	w := newWorld(t)

@@ -265,10 +265,20 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	s.mu.Unlock()
 	s.acted(ctx, act, outcome)
 	if err != nil {
-		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: err}
+		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: undoError{err}}
 	}
 	return nil
 }
+
+// undoError is why an undo failed, without the class NotFound: whoever ends a sandbox takes that for a sandbox that is gone, and
+// something else wasn't found.
+type undoError struct{ error }
+
+func (e undoError) Is(target error) bool {
+	return target != errdefs.ErrNotFound && errors.Is(e.error, target)
+}
+
+func (e undoError) As(target any) bool { return errors.As(e.error, target) }
 
 func (s *sandbox) setStatus(name states.Event, status StepStatus) {
 	s.mu.Lock()
