@@ -136,6 +136,7 @@ func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error
 		return err
 	}
 	if err := Protect(func() error { return s.begin(ctx) }); err != nil {
+		s.unbegin(ctx)
 		e.drop(s)
 		return err
 	}

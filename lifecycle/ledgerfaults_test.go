@@ -177,6 +177,26 @@ func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world)
 	return true
 }
 
+// A sandbox that was not accepted leaves nothing in the ledger, whatever the ledger made of its first record: each retry of its caller
+// comes with another id.
+func TestCreateThatFailsLeavesNoRecord(t *testing.T) {
+	for _, how := range failures {
+		if how.lasting {
+			continue // a ledger that takes nothing forgets nothing
+		}
+		t.Run(how.name, func(t *testing.T) {
+			ledger, err := journal.Open(t.TempDir(), t.TempDir())
+			require.NoError(t, err)
+			defer func() { require.NoError(t, ledger.Close()) }()
+			w := newWorldOn(t, &faultyLedger{Ledger: ledger, failure: how, at: 1}, newNode())
+			require.Error(t, w.Create(t.Context(), testKey, Request{Name: "pod", Spec: &testSpec{}}))
+			require.Empty(t, ledger.Sandboxes())
+			require.Empty(t, w.List())
+			require.NoError(t, w.Create(t.Context(), journal.Key{Namespace: "k8s.io", ID: "s2"}, Request{Name: "pod", Spec: &testSpec{}}))
+		})
+	}
+}
+
 // requireTrue holds what the ledger says against what there is: whatever exists is on record, and nothing is on record as made that
 // never was, or as undone that exists. What was undone may still be on record as made: it is undone once more then.
 func requireTrue(t *testing.T, saved []journal.Sandbox, w *world, at int) {

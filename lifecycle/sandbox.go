@@ -193,6 +193,20 @@ func (s *sandbox) begin(ctx context.Context) error {
 	return nil
 }
 
+// unbeginTimeout bounds the wait for the ledger to forget a sandbox that was not accepted.
+const unbeginTimeout = 5 * time.Second
+
+// unbegin takes back what an error of begin may have left on record.
+func (s *sandbox) unbegin(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unbeginTimeout)
+	defer cancel()
+	s.aside(func() {
+		if err := s.engine.journal.Forget(ctx, s.key); err != nil {
+			s.log(ctx).WithError(err).Warn("sandbox: it was not accepted, and may be in the ledger until the next start")
+		}
+	})
+}
+
 // append writes one record of this sandbox to the ledger, with data in it, and sets its time.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
 	// A wall clock alone, as the ledger will give it back: what is shown of a sandbox is the same before and after a restart.
