@@ -197,6 +197,44 @@ func TestCreateThatFailsLeavesNoRecord(t *testing.T) {
 	}
 }
 
+// noting is a step whose undo notes what it has done, and that goes by these notes.
+type noting struct{ fakeStep }
+
+func (s *noting) Undo(ctx context.Context, r *Run) error {
+	if err := s.fakeStep.Undo(ctx, r); err != nil {
+		return err
+	}
+	return r.Note(ctx, &testResult{s.facts.Name})
+}
+
+func (s *noting) Probe(_ context.Context, r *Run) (bool, error) { return len(r.Notes()) == 0, nil }
+
+// A full disk keeps nothing from being undone: what an undo can't note counts all the same, also for who looks whether it is gone.
+func TestUndoThatCantBeNoted(t *testing.T) {
+	for name, past := range map[string]func(t *testing.T, w *world) *world{
+		"the same daemon": func(_ *testing.T, w *world) *world { return w },
+		"the next daemon": func(t *testing.T, w *world) *world { return w.restart(t, Recorded) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			require.NoError(t, w.run(t))
+			w = past(t, w)
+			for i, step := range w.Engine.steps {
+				if facts := step.Facts(); facts.Name == states.AttachNetwork {
+					w.Engine.steps[i] = &noting{fakeStep{facts, w.node}}
+				}
+			}
+			w.book.mu.Lock()
+			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
+			w.book.mu.Unlock()
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			require.Equal(t, states.Stopped, w.state(t))
+			require.NoError(t, w.Remove(t.Context(), testKey))
+			require.Empty(t, w.left())
+		})
+	}
+}
+
 // requireTrue holds what the ledger says against what there is: whatever exists is on record, and nothing is on record as made that
 // never was, or as undone that exists. What was undone may still be on record as made: it is undone once more then.
 func requireTrue(t *testing.T, saved []journal.Sandbox, w *world, at int) {

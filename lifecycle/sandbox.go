@@ -358,10 +358,13 @@ func (s *sandbox) run(step Step) *Run {
 	}
 	r.notes = r.facts[f.Name].notes
 	s.mu.Unlock()
-	r.note = func(ctx context.Context, data any, canWait bool) error {
-		return s.append(ctx, &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}, data)
-	}
+	r.note = func(ctx context.Context, data any, canWait bool) error { return s.append(ctx, f.noted(canWait), data) }
 	return r
+}
+
+// noted is a record of what the step notes.
+func (f Facts) noted(canWait bool) *journal.Record {
+	return &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}
 }
 
 // pauseExited handles the end of the sandbox's process.

@@ -242,6 +242,11 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	ctx, span := tracing.Start(ctx, spanName(facts.Name, kind), s.req.Attributes...)
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	r := s.run(step)
+	// A full disk keeps nothing from being undone. After a restart the undo is only made again.
+	r.note = func(ctx context.Context, data any, canWait bool) error {
+		s.record(ctx, facts.noted(canWait), data)
+		return nil
+	}
 	act := Act{Step: facts.Name, Kind: kind, Started: time.Now().UTC()}
 	s.mu.Lock()
 	s.acts.begin(act.Step, act.Kind, act.Started)
