@@ -51,17 +51,17 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	s.attempts++
 	s.nextTry = time.Now().Add(wait)
 	s.stopTimerLocked()
-	s.timer = time.AfterFunc(wait, func() { s.post(s.retry) })
+	s.timer = time.AfterFunc(wait, func() { s.inTurn(s.retry) })
 	s.mu.Unlock()
 
 	s.aside(func() {
 		entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
-			tracing.LogGoal: goal, tracing.LogAttempts: s.attempts, tracing.LogErrorType: tracing.Class(cause),
+			tracing.LogGoal: goal, tracing.LogAttempts: s.attempts, tracing.LogRetryIn: wait.Seconds(), tracing.LogErrorType: tracing.Class(cause),
 		})
 		if s.attempts == 1 {
-			entry.Warnf("sandbox: its cleanup is owed; it is tried again in %s, and then with longer and longer rests", wait)
+			entry.Warn("sandbox: cleanup failed, retrying")
 		} else {
-			entry.Debugf("sandbox: its cleanup is still owed; it is tried again in %s", wait)
+			entry.Debug("sandbox: cleanup failed, retrying")
 		}
 	})
 }

@@ -13,6 +13,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -40,9 +41,10 @@ const keepFinished = 128
 // Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
 type Backoff func(attempts int) time.Duration
 
-// DefaultBackoff doubles from one second to five minutes.
+// DefaultBackoff doubles from one second to five minutes, less up to a half: what has failed at one time is not tried again at one time.
 func DefaultBackoff(attempts int) time.Duration {
-	return min(time.Second<<min(attempts-1, 16), 5*time.Minute)
+	longest := min(time.Second<<min(attempts-1, 16), 5*time.Minute)
+	return longest - rand.N(longest/2)
 }
 
 // Engine owns all sandboxes. Its methods may be called by any number of goroutines.
@@ -55,9 +57,9 @@ type Engine struct {
 	// paid is told of a removal; see [Engine.WhenPaid].
 	paid func(context.Context, journal.Key)
 
-	work     sync.WaitGroup // queues and steps that are running
-	resuming turns          // of restored sandboxes that are being undone
-	meter    Meter
+	work  sync.WaitGroup // queues and steps that are running
+	turns turns          // of the sandboxes that are being undone, or looked at, for nobody who waits
+	meter Meter
 
 	mu        sync.Mutex
 	closed    bool
@@ -96,7 +98,7 @@ func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter
 	return &Engine{
 		steps: steps, journal: j, backoff: backoff, observe: observe,
 		paid:      func(context.Context, journal.Key) {},
-		resuming:  turns{free: resumeParallel},
+		turns:     turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
 		meter: meter,
 	}, nil

@@ -881,10 +881,18 @@ func TestManySandboxesAtOnce(t *testing.T) {
 	require.LessOrEqual(t, len(w.Finished()), keepFinished)
 }
 
+// The waits get longer, up to a bound, and what has failed at one time isn't tried again at one time.
 func TestDefaultBackoff(t *testing.T) {
-	require.Equal(t, time.Second, DefaultBackoff(1))
-	require.Equal(t, 4*time.Second, DefaultBackoff(3))
-	require.Equal(t, 5*time.Minute, DefaultBackoff(1000))
+	for attempts, longest := range map[int]time.Duration{1: time.Second, 3: 4 * time.Second, 1000: 5 * time.Minute} {
+		waits := map[time.Duration]bool{}
+		for range 100 {
+			wait := DefaultBackoff(attempts)
+			require.LessOrEqual(t, wait, longest)
+			require.Greater(t, wait, longest/2)
+			waits[wait] = true
+		}
+		require.Greater(t, len(waits), 50)
+	}
 }
 
 // Who asked for a removal and was told that it failed learns when it is done, before the sandbox is forgotten; who waits for it knows.

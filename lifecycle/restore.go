@@ -368,7 +368,7 @@ const (
 	Discard
 )
 
-// resumeParallel is how many restored sandboxes are undone at a time.
+// resumeParallel is how many sandboxes are undone at a time, or looked at again, for nobody who waits.
 const resumeParallel = 8
 
 // Resume takes up a restored sandbox. A sandbox that was ready is looked at before Resume returns; everything that has to be
@@ -399,12 +399,7 @@ func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(erro
 		s.recovered(RecoveryKept, 0)
 		return
 	}
-	turns := &s.engine.resuming
-	turns.take(func() {
-		if !s.post(func() { defer turns.give(); s.goOn(verdict) }) {
-			turns.give()
-		}
-	})
+	s.inTurn(func() { s.goOn(verdict) })
 }
 
 // goOn does what a restored sandbox still needs, if nobody has asked for it meanwhile.
@@ -504,7 +499,7 @@ func (s *sandbox) look(ctx context.Context, attempts int) (Recovery, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.post(func() { s.lookAgain(attempts + 1) }) })
+	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.inTurn(func() { s.lookAgain(attempts + 1) }) })
 	return RecoveryUnknown, err
 }
 
