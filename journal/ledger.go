@@ -192,7 +192,9 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 	}
 	r.Durable = r.Durable || r.Kind == Begun || r.Kind == Owed
 	r.Seq = l.seq.Add(1)
-	frame, err := entry{Record: r}.frame()
+	line := *r
+	line.At = r.At.UTC()
+	frame, err := entry{Record: &line}.frame()
 	if err != nil {
 		return err
 	}

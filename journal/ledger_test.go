@@ -183,6 +183,17 @@ func TestAppendRefuses(t *testing.T) {
 	}
 }
 
+// Times are kept as everybody reads them, and what a caller measures from one isn't touched.
+func TestTimesAreUTC(t *testing.T) {
+	l := newDirs(t).open(t)
+	at := time.Now().In(time.FixedZone("east", 3600))
+	r := &Record{Key: key("a"), Kind: Begun, At: at}
+	mustAppend(t, l, r)
+	require.Equal(t, at, r.At)
+	require.Equal(t, at.UTC().Round(0), l.Sandboxes()[0].Records[0].At)
+	require.NoError(t, l.Close())
+}
+
 func TestForget(t *testing.T) {
 	ctx := context.Background()
 	d := newDirs(t)

@@ -90,7 +90,7 @@ func (s *sandbox) setRunning(step Step) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rec := s.steps[name]
-	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now().UTC(), time.Time{}, nil
+	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now(), time.Time{}, nil
 	rec.acting, rec.actingSince = ActDo, rec.started
 	s.acts.begin(name, ActDo, rec.started)
 }
@@ -118,9 +118,9 @@ type outcome struct {
 
 // execute plans, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
-	out.ctx, out.started = ctx, time.Now().UTC()
+	out.ctx, out.started = ctx, time.Now()
 	out.err = Protect(func() error { return s.do(step, &out) })
-	out.ended = time.Now().UTC()
+	out.ended = time.Now()
 	return out
 }
 

@@ -74,7 +74,7 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(facts.Name)), s.req.Attributes...)
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
-	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now().UTC()}
+	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now()}
 	s.setActing(act.Step, act.Kind, act.Started)
 	err := Protect(func() error {
 		_, err := step.Do(ctx, s.run(step))
@@ -85,7 +85,7 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 		err, outcome = late(ctx, err), OutcomeError
 	}
 	tracing.End(span, err)
-	act.Ended, act.Err = time.Now().UTC(), err
+	act.Ended, act.Err = time.Now(), err
 	s.setActing(act.Step, "", time.Time{})
 	s.acted(ctx, act, outcome)
 	if err != nil {

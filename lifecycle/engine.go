@@ -323,6 +323,11 @@ func (e *Engine) add(s *sandbox) error {
 		}
 		e.names[name] = s
 	}
+	for _, other := range e.sandboxes {
+		if other.req.Pod == s.req.Pod && !other.created.Before(s.created) {
+			s.created = other.created.Add(1) // the wall clock was set back, and the kubelet goes by it
+		}
+	}
 	e.sandboxes[s.key] = s
 	return nil
 }

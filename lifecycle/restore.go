@@ -99,7 +99,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	req, past := describe(saved.Key, history.spec)
 	s.req = req
 	if !history.begun && !req.Created.IsZero() {
-		s.created = req.Created
+		s.created = req.Created.Round(0)
 	}
 	if past != Recorded {
 		history.lose(past)
@@ -182,7 +182,8 @@ func (h *history) replay(record *journal.Record) error {
 		return err
 	}
 	if record.Kind == journal.Begun {
-		h.begun, h.spec, h.created, h.traceParent = true, data, record.At, record.TraceParent
+		h.begun, h.spec, h.traceParent = true, data, record.TraceParent
+		h.created, h.entered = record.At, record.At
 		return nil
 	}
 	if record.Step == "" {

@@ -41,6 +41,14 @@ type stepRecord struct {
 	owedSince      time.Time
 }
 
+// took is how long the step's Do has taken; 0 where that isn't known, and where the wall clock was set back between two records.
+func (r *stepRecord) took() time.Duration {
+	if r.ended.IsZero() {
+		return 0
+	}
+	return max(0, r.ended.Sub(r.started))
+}
+
 // sandbox is one sandbox and its queue. The fields behind mu are written only by the goroutine that handles the queue, or
 // before the sandbox is known to anyone; mu makes them readable for others.
 type sandbox struct {
@@ -65,8 +73,9 @@ type sandbox struct {
 	timer    *time.Timer // the next try at what is owed; behind mu
 
 	mu          sync.Mutex
-	traceParent string // of the span the sandbox was created under
-	created     time.Time
+	traceParent string    // of the span the sandbox was created under
+	created     time.Time // by the wall clock, but never before another sandbox of the pod; doesn't change once others know the sandbox
+	entered     time.Time // when its state was
 	steps       map[states.Event]*stepRecord
 	seq         uint64
 	transitions []Transition
@@ -84,10 +93,12 @@ func newSandbox(e *Engine, key journal.Key, req Request) (*sandbox, error) {
 	if err != nil {
 		return nil, err
 	}
+	now := time.Now()
 	s := &sandbox{
 		engine: e, key: key, req: req, machine: machine,
 		exited:  make(chan struct{}),
-		created: time.Now(),
+		created: now.Round(0),
+		entered: now,
 		steps:   map[states.Event]*stepRecord{},
 	}
 	for _, name := range states.Steps() {
@@ -183,14 +194,7 @@ func (s *sandbox) state() states.State { return s.machine.Current() }
 
 // begin puts the sandbox on record.
 func (s *sandbox) begin(ctx context.Context) error {
-	record := &journal.Record{Kind: journal.Begun, Durable: true}
-	if err := s.append(ctx, record, s.req.Spec); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.created = record.At
-	return nil
+	return s.append(ctx, &journal.Record{Kind: journal.Begun, Durable: true, At: s.created}, s.req.Spec)
 }
 
 // unbeginTimeout bounds the wait for the ledger to forget a sandbox that was not accepted.
@@ -207,10 +211,13 @@ func (s *sandbox) unbegin(ctx context.Context) {
 	})
 }
 
-// append writes one record of this sandbox to the ledger, with data in it, and sets its time.
+// append writes one record of this sandbox to the ledger, with data in it, and sets its time, which has a monotonic clock: durations are
+// measured by that, as long as this process knows both of their ends.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
-	// A wall clock alone, as the ledger will give it back: what is shown of a sandbox is the same before and after a restart.
-	r.Key, r.Version, r.At, r.TraceParent = s.key, definitionVersion, time.Now().UTC().Round(0), tracing.Parent(ctx)
+	r.Key, r.Version, r.TraceParent = s.key, definitionVersion, tracing.Parent(ctx)
+	if r.At.IsZero() {
+		r.At = time.Now()
+	}
 	if data != nil {
 		packed, err := journal.Marshal(data)
 		if err != nil {
@@ -260,11 +267,15 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
-	// The wall clock may have been set back since.
-	if since := s.since(); t.At.Before(since) {
-		t.At = since
+	t.After = max(0, t.At.Sub(s.entered))
+	s.entered = t.At
+	shown := s.created
+	if n := len(s.transitions); n > 0 {
+		shown = s.transitions[n-1].At
 	}
-	t.After = t.At.Sub(s.since())
+	if t.At.Round(0).Before(shown.Round(0)) {
+		t.At = shown // the wall clock was set back
+	}
 	s.transitions = append(s.transitions, t)
 	if over := len(s.transitions) - keepTransitions; over > 0 {
 		s.transitions = slices.Delete(s.transitions, keepFirstTransitions, keepFirstTransitions+over)
@@ -301,17 +312,9 @@ func (s *sandbox) secondsOf(t Transition) float64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if rec, ok := s.steps[t.Event]; ok {
-		return rec.ended.Sub(rec.started).Seconds()
+		return rec.took().Seconds()
 	}
 	return t.After.Seconds()
-}
-
-// since is when the state was entered. The caller holds mu, or is alone.
-func (s *sandbox) since() time.Time {
-	if n := len(s.transitions); n > 0 {
-		return s.transitions[n-1].At
-	}
-	return s.created
 }
 
 // stepOf is the step that a transition is about: the one that was done, or whose failure led to it.
@@ -428,7 +431,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 	s.mu.Lock()
 	s.lastErr = s.failure // what was owed is paid
 	s.mu.Unlock()
-	if err := s.fire(ctx, event, time.Now().UTC(), nil); err != nil {
+	if err := s.fire(ctx, event, time.Now(), nil); err != nil {
 		return err
 	}
 	s.announceExit()

@@ -247,7 +247,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 		s.record(ctx, facts.noted(canWait), data)
 		return nil
 	}
-	act := Act{Step: facts.Name, Kind: kind, Started: time.Now().UTC()}
+	act := Act{Step: facts.Name, Kind: kind, Started: time.Now()}
 	s.mu.Lock()
 	s.acts.begin(act.Step, act.Kind, act.Started)
 	s.steps[act.Step].acting, s.steps[act.Step].actingSince = act.Kind, act.Started
@@ -257,7 +257,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 		err = late(ctx, err)
 	}
 	s.aside(func() { tracing.End(span, err) })
-	act.Ended, act.Err = time.Now().UTC(), err
+	act.Ended, act.Err = time.Now(), err
 	s.mu.Lock()
 	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
 	rec := s.steps[act.Step]
@@ -304,7 +304,7 @@ func (s *sandbox) settleStep(name states.Event) {
 func (s *sandbox) setOwed(name states.Event, reason error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[name].owedFrom(time.Now().UTC(), reason)
+	s.steps[name].owedFrom(time.Now(), reason)
 }
 
 // owedFrom keeps why the step's undo is owed, and the first time as since when.
