@@ -183,6 +183,18 @@ func TestAppendRefuses(t *testing.T) {
 	}
 }
 
+// A kill in the middle of a rewrite leaves files that the next start removes.
+func TestOpenRemovesWhatAKillLeft(t *testing.T) {
+	d := newDirs(t)
+	require.NoError(t, d.open(t).Close())
+	for _, file := range []string{d.db(), d.log()} {
+		require.NoError(t, os.WriteFile(file+".new", []byte("half"), 0o600))
+	}
+	require.NoError(t, d.open(t).Close())
+	require.NoFileExists(t, d.db()+".new")
+	require.NoFileExists(t, d.log()+".new")
+}
+
 // Times are kept as everybody reads them, and what a caller measures from one isn't touched.
 func TestTimesAreUTC(t *testing.T) {
 	l := newDirs(t).open(t)
