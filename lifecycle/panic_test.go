@@ -118,12 +118,17 @@ func TestRestoreThatPanics(t *testing.T) {
 	saved := append(old.book.saved(), journal.Sandbox{Key: other, Records: old.book.saved()[0].Records})
 	w := newWorld(t)
 	w.node.exists = old.left()
-	w.Restore(t.Context(), saved, func(key journal.Key, spec any) (Request, Past) {
+	describe := func(key journal.Key, spec any) (Request, Past) {
 		if spec != nil && key == testKey {
 			panic("a bug")
 		}
 		return Request{Pod: "ns/pod", Spec: &testSpec{}}, Recorded
-	})
+	}
+	views, err := Replay(saved, describe)
+	require.NoError(t, err)
+	require.Equal(t, states.Quarantined, views[0].State)
+	require.Equal(t, states.Ready, views[1].State)
+	w.Restore(t.Context(), saved, describe)
 	require.Equal(t, states.Quarantined, w.state(t))
 	view, err := w.Get(other)
 	require.NoError(t, err)

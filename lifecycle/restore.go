@@ -66,7 +66,7 @@ func Replay(saved []journal.Sandbox, describe Describe) ([]View, error) {
 	e := &Engine{journal: unwritten{}, meter: unmetered{}}
 	views := make([]View, 0, len(saved))
 	for _, entry := range saved {
-		s, err := restored(e, entry, describe)
+		s, err := e.restore(entry, describe)
 		if err != nil {
 			return nil, fmt.Errorf("failed to read the records of sandbox %q: %w", entry.Key, err)
 		}
