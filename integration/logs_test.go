@@ -112,7 +112,7 @@ func TestLogs(t *testing.T) {
 		require.Equal(t, "undo", lines[1]["act"])
 		require.Equal(t, "capture_netns", lines[1]["step"])
 		require.Equal(t, "RolledBack", lines[2]["goal"])
-		require.LessOrEqual(t, lines[2]["retry_in"], 1.0)
+		require.InDelta(t, 1.125, lines[2]["retry_in"], 0.125)
 		require.EqualValues(t, 2, lines[4]["attempts"])
 		for _, l := range lines {
 			require.Equal(t, lines[0]["sandbox"], l["sandbox"])

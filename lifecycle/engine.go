@@ -41,10 +41,10 @@ const keepFinished = 128
 // Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
 type Backoff func(attempts int) time.Duration
 
-// DefaultBackoff doubles from one second to five minutes, less up to a half: what has failed at one time is not tried again at one time.
+// DefaultBackoff doubles from one second to four minutes, plus up to a quarter: what has failed at one time is not tried again at one time.
 func DefaultBackoff(attempts int) time.Duration {
-	longest := min(time.Second<<min(attempts-1, 16), 5*time.Minute)
-	return longest - rand.N(longest/2)
+	shortest := min(time.Second<<min(attempts-1, 16), 4*time.Minute)
+	return shortest + rand.N(shortest/4)
 }
 
 // Engine owns all sandboxes. Its methods may be called by any number of goroutines.

@@ -269,21 +269,24 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	}
 	s.mu.Unlock()
 	s.acted(ctx, act, outcome)
+	if errdefs.IsNotFound(err) {
+		err = notFound{err}
+	}
 	if err != nil {
-		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: undoError{err}}
+		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: err}
 	}
 	return nil
 }
 
-// undoError is why an undo failed, without the class NotFound: whoever ends a sandbox takes that for a sandbox that is gone, and
-// something else wasn't found.
-type undoError struct{ error }
+// notFound is why an undo failed that didn't find something, without that class: whoever ends a sandbox takes it for a sandbox that is
+// gone.
+type notFound struct{ error }
 
-func (e undoError) Is(target error) bool {
+func (e notFound) Is(target error) bool {
 	return target != errdefs.ErrNotFound && errors.Is(e.error, target)
 }
 
-func (e undoError) As(target any) bool { return errors.As(e.error, target) }
+func (e notFound) As(target any) bool { return errors.As(e.error, target) }
 
 func (s *sandbox) setStatus(name states.Event, status StepStatus) {
 	s.mu.Lock()
