@@ -44,6 +44,21 @@ func TestDurationsAreMonotonic(t *testing.T) {
 	}
 }
 
+// A restart changes nothing that is shown of a sandbox, down to the nanosecond.
+func TestDurationsOverARestart(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	for i := range w.book.records {
+		w.book.records[i].At = w.book.records[i].At.Round(0) // as it comes back from the ledger
+	}
+	before, after := w.view(t), w.replayed(t)
+	for i, step := range before.Steps {
+		require.NotZero(t, step.Duration)
+		require.Equal(t, step.Duration, after.Steps[i].Duration, step.Name)
+		require.True(t, step.Started.Equal(after.Steps[i].Started))
+	}
+}
+
 // What is on record is measured by the wall clock, which may have been set back meanwhile.
 func TestReplayWithAClockThatWasSetBack(t *testing.T) {
 	w := newWorld(t)

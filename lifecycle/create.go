@@ -120,7 +120,7 @@ type outcome struct {
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 	out.ctx, out.started = ctx, time.Now()
 	out.err = Protect(func() error { return s.do(step, &out) })
-	out.ended = time.Now()
+	out.end()
 	return out
 }
 
@@ -154,6 +154,10 @@ func (s *sandbox) do(step Step, out *outcome) (err error) {
 	return nil
 }
 
+// end sets the end as far behind the beginning as the step has taken, so that the record of it says the same duration after a restart,
+// whatever has become of the wall clock.
+func (out *outcome) end() { out.ended = out.started.Add(time.Since(out.started)) }
+
 // skipped says that the step had nothing to do.
 func (out *outcome) skipped() bool {
 	_, skipped := out.result.(*Skipped)
@@ -163,10 +167,9 @@ func (out *outcome) skipped() bool {
 // conclude puts on record that a step has gone well.
 func (s *sandbox) conclude(step Step, out *outcome) error {
 	f := step.Facts()
-	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: f.Lasting && out.plan != nil && !out.skipped()}
-	err := Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
-	out.ended = done.At
-	return err
+	out.end()
+	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), At: out.ended, Durable: f.Lasting && out.plan != nil && !out.skipped()}
+	return Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
 }
 
 // within names the deadline in the cause of its end.
