@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -187,14 +188,20 @@ func late(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// Protect turns a panic into an error: a daemon that runs a node's pods doesn't die of one of them.
+// Protect turns a panic into an error, and logs where it came from: a daemon that runs a node's pods doesn't die of one of them.
 func Protect(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+			logStack(err)
 		}
 	}()
 	return f()
+}
+
+func logStack(err error) {
+	defer func() { _ = recover() }() // the log may be what panics
+	log.L.WithError(err).Errorf("podfsm: panic, please report it: %s", debug.Stack())
 }
 
 // aside does what nothing of a sandbox depends on: it tells the log, the meter or the observer. A panic there changes nothing.

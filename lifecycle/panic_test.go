@@ -109,6 +109,28 @@ func TestHookThatPanics(t *testing.T) {
 	}
 }
 
+// lines are what was logged.
+type lines []string
+
+func (lines) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (l *lines) Fire(entry *logrus.Entry) error {
+	*l = append(*l, entry.Message)
+	return nil
+}
+
+func TestPanicsAreLoggedWithWhereTheyCameFrom(t *testing.T) {
+	var logged lines
+	hooks := logrus.LevelHooks{}
+	hooks.Add(&logged)
+	before := log.L.Logger.ReplaceHooks(hooks)
+	t.Cleanup(func() { log.L.Logger.ReplaceHooks(before) })
+	err := Protect(func() error { panic("a bug") })
+	require.EqualError(t, err, "panic: a bug: internal")
+	require.Len(t, logged, 1)
+	require.Contains(t, logged[0], t.Name())
+}
+
 // One sandbox whose records make the engine panic is quarantined, and takes no other one along.
 func TestRestoreThatPanics(t *testing.T) {
 	old := newWorld(t)
