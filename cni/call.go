@@ -39,7 +39,7 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 	if err != nil {
 		return nil, c.failed("add", err)
 	}
-	began := time.Now().UTC()
+	began := time.Now()
 	if err := c.advance(ctx, Progress{Phase: Adding, Command: "ADD", Began: began}); err != nil {
 		return nil, err
 	}
@@ -85,7 +85,7 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	ctx, end := c.begin(ctx, tracing.SpanCNIDel, "DEL")
 	defer func() { end(retErr) }()
 
-	began := time.Now().UTC()
+	began := time.Now()
 	err := c.execDel(ctx, prev)
 	ctx = context.WithoutCancel(ctx) // as in add
 	if err != nil {
@@ -154,7 +154,7 @@ func prepare(list *libcni.NetworkConfigList, plugin *libcni.PluginConfig, binDir
 
 // advance journals a fact about the plugin and applies it.
 func (c call) advance(ctx context.Context, p Progress) error {
-	p.Network, p.Plugin = c.network, c.plugin
+	p.Network, p.Plugin, p.Began = c.network, c.plugin, p.Began.UTC()
 	if err := c.record(ctx, p); err != nil {
 		return fmt.Errorf("failed to record CNI plugin %q as %q: %w", c.state().Type, p.Phase, err)
 	}

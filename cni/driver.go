@@ -113,7 +113,14 @@ func (d *Driver) addNetworks(ctx context.Context, a *Attachment, record Record) 
 	errs := make([]error, len(a.Networks))
 	var networks sync.WaitGroup
 	for n := range a.Networks {
-		networks.Go(func() { errs[n] = d.addNetwork(ctx, a, n, record) })
+		networks.Go(func() {
+			defer func() {
+				if p := recover(); p != nil { // which would end the daemon
+					errs[n] = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+				}
+			}()
+			errs[n] = d.addNetwork(ctx, a, n, record)
+		})
 	}
 	networks.Wait()
 	return errors.Join(errs...)

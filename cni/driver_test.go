@@ -457,6 +457,14 @@ func TestRecordFails(t *testing.T) {
 			r.requireForgotten(t)
 		})
 	}
+	t.Run("with a panic", func(t *testing.T) {
+		p := newPlugins(t)
+		p.script("first", good("10.1.2.3"))
+		r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
+		r.fail = func(Progress) error { panic("a bug") }
+		err := r.add(t.Context())
+		require.True(t, errdefs.IsInternal(err), "%v", err)
+	})
 	t.Run("after DEL", func(t *testing.T) {
 		p := newPlugins(t)
 		p.script("first", good("10.1.2.3"))

@@ -193,7 +193,11 @@ func (s *service) goes(ctx context.Context, c *creation) error {
 // run makes c's sandbox and tells who waits for it.
 func (s *service) run(c *creation) {
 	defer s.creations.work.Done()
-	id, err := s.make(c)
+	var id string
+	err := lifecycle.Protect(func() (err error) {
+		id, err = s.make(c)
+		return err
+	})
 	if cause := context.Cause(c.ctx); err != nil && cause != nil {
 		tracing.Log(c.ctx).WithField(tracing.LogPod, PodName(c.request.GetConfig())).WithError(err).Warn("podfsm: a creation was ended")
 		err = fmt.Errorf("the creation of pod %q was ended: %w", PodName(c.request.GetConfig()), cause)
@@ -215,11 +219,6 @@ func (s *service) run(c *creation) {
 // make returns the sandbox of c's pod and attempt that is there already, or runs a new one. An error comes with the id of the sandbox
 // that it is about, if there was one.
 func (s *service) make(c *creation) (id string, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
-		}
-	}()
 	if id, err := s.present(c); id != "" || err != nil {
 		return id, err
 	}
@@ -322,7 +321,7 @@ func (s *service) expire(id string) {
 		append(Attributes(pod.Config, pod.Handler), tracing.SandboxID.String(id))...)
 	entry := tracing.Log(ctx).WithField(tracing.LogPod, PodName(pod.Config)).WithField(tracing.LogSandbox, id)
 	entry.Info("podfsm: nobody has asked for a sandbox again whose caller had gone; it is discarded")
-	err := s.discard(ctx, id)
+	err := lifecycle.Protect(func() error { return s.discard(ctx, id) })
 	tracing.End(span, err)
 	if err != nil {
 		entry.WithError(err).Warn("podfsm: failed to discard a sandbox; it will be tried again")

@@ -148,8 +148,9 @@ func (f *File) rewrite(line []byte) error {
 	lines = newest(lines)
 	content := bytes.Join(lines, nil)
 	fresh := f.path + ".new"
+	defer os.Remove(fresh) // where it has not become the file
 	if err := os.WriteFile(fresh, content, 0o600); err != nil {
-		return errors.Join(err, os.Remove(fresh))
+		return err
 	}
 	if err := os.Rename(fresh, f.path); err != nil {
 		return err

@@ -160,6 +160,17 @@ func TestAFileThatCantBeWritten(t *testing.T) {
 	require.Error(t, err)
 }
 
+// What was to replace the file doesn't stay beside it.
+func TestAFileThatCantBeReplaced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), FileName)
+	require.NoError(t, os.WriteFile(path, nil, 0o600))
+	require.NoError(t, unix.Mount(path, path, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(path, unix.MNT_DETACH)) })
+	_, err := Open(path)
+	require.ErrorIs(t, err, unix.EBUSY)
+	require.NoFileExists(t, path+".new")
+}
+
 // A disk that is full in the middle of a line doesn't spoil the next one.
 func TestAFullDisk(t *testing.T) {
 	dir := t.TempDir()

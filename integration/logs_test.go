@@ -105,13 +105,14 @@ func TestLogs(t *testing.T) {
 		require.Equal(t, []string{
 			"warning sandbox: a step failed", // the CNI plugin
 			"warning sandbox: a step failed", // the undo
-			"warning sandbox: its cleanup is owed; it is tried again in 1s, and then with longer and longer rests",
+			"warning sandbox: cleanup failed, retrying",
 			"warning sandbox: a step failed", // the second try
 			"info sandbox: what was owed is paid",
 		}, messages(lines))
 		require.Equal(t, "undo", lines[1]["act"])
 		require.Equal(t, "capture_netns", lines[1]["step"])
 		require.Equal(t, "RolledBack", lines[2]["goal"])
+		require.InDelta(t, 1.125, lines[2]["retry_in"], 0.125)
 		require.EqualValues(t, 2, lines[4]["attempts"])
 		for _, l := range lines {
 			require.Equal(t, lines[0]["sandbox"], l["sandbox"])

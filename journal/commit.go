@@ -87,15 +87,20 @@ func (l *Ledger) submit(ctx context.Context, op *operation) error {
 func (l *Ledger) runCommitter() {
 	defer close(l.committerDone)
 	for ops := l.queue.next(); len(ops) > 0; ops = l.queue.next() {
-		err := l.commit(ops)
+		committed, logged := l.commit(ops)
 		for _, op := range ops {
+			err := committed
+			if err == nil && op.put != nil {
+				err = logged // what ledger.db has no more is forgotten all the same
+			}
 			op.done <- err
 		}
 	}
 }
 
-// commit writes ledger.db first and the log second: see the package comment. What has waited for it is in the log already.
-func (l *Ledger) commit(ops []*operation) error {
+// commit writes ledger.db first and the log second: see the package comment. What has waited for it is in the log already. It returns
+// the errors of the two.
+func (l *Ledger) commit(ops []*operation) (committed, logged error) {
 	waiting := l.prepare(ops)
 	err := l.durable.commit(l.header(), slices.Concat(waiting, ops))
 
@@ -103,7 +108,7 @@ func (l *Ledger) commit(ops []*operation) error {
 	defer l.mu.Unlock()
 	if err != nil {
 		l.waiting = slices.Concat(waiting, l.waiting)
-		return err
+		return err, nil
 	}
 	var frames []byte
 	for _, op := range ops {
@@ -124,10 +129,10 @@ func (l *Ledger) commit(ops []*operation) error {
 		at += int64(len(op.frame))
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	l.trimLog()
-	return nil
+	return nil, nil
 }
 
 // prepare finds what the operations supersede, and takes what has waited for a record of the same sandbox. It does not see that one

@@ -18,6 +18,8 @@ import (
 
 const (
 	durableName = "ledger.db"
+	// newSuffix is that of a file which is about to replace another.
+	newSuffix = ".new"
 	// lockWait bounds the wait for another process that has ledger.db locked: the command line tool does so for
 	// some milliseconds, a daemon as long as it runs.
 	lockWait = 3 * time.Second
@@ -171,11 +173,16 @@ func release(f *os.File) error {
 // createDurable puts a new ledger.db with the given content in the place of the old one, if there is one.
 // If keep is set, the old one is kept aside under the name that is returned.
 func createDurable(path string, h header, l live, inLog logContent, keep bool) (_ *durableDB, kept string, retErr error) {
-	temp := path + ".new"
+	temp := path + newSuffix
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, "", fmt.Errorf("failed to create %s: %w", temp, withClass(err))
 	}
+	defer func() {
+		if retErr != nil {
+			os.Remove(temp)
+		}
+	}()
 	d, err := attachDurable(f, 0)
 	if err != nil {
 		return nil, "", err
@@ -183,7 +190,6 @@ func createDurable(path string, h header, l live, inLog logContent, keep bool) (
 	defer func() {
 		if retErr != nil {
 			d.close()
-			os.Remove(temp)
 		}
 	}()
 	var ops []*operation

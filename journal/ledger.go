@@ -124,6 +124,7 @@ func readBootID(path string) (string, error) {
 // openDurable goes on with the ledger.db that was found, or makes a new one when it is damaged or missing.
 func (l *Ledger) openDurable(f *os.File, found *image, inLog logContent) error {
 	if found.complete {
+		os.Remove(found.path + newSuffix) // which a kill may have left; whoever has the lock is the only one to make it
 		db, err := attachDurable(f, len(found.records))
 		if err == nil {
 			if l.waiting, err = l.live.lacking(found.records, inLog); err != nil {
@@ -192,7 +193,9 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 	}
 	r.Durable = r.Durable || r.Kind == Begun || r.Kind == Owed
 	r.Seq = l.seq.Add(1)
-	frame, err := entry{Record: r}.frame()
+	line := *r
+	line.At = r.At.UTC()
+	frame, err := entry{Record: &line}.frame()
 	if err != nil {
 		return err
 	}

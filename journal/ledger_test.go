@@ -183,6 +183,29 @@ func TestAppendRefuses(t *testing.T) {
 	}
 }
 
+// A kill in the middle of a rewrite leaves files that the next start removes.
+func TestOpenRemovesWhatAKillLeft(t *testing.T) {
+	d := newDirs(t)
+	require.NoError(t, d.open(t).Close())
+	for _, file := range []string{d.db(), d.log()} {
+		require.NoError(t, os.WriteFile(file+".new", []byte("half"), 0o600))
+	}
+	require.NoError(t, d.open(t).Close())
+	require.NoFileExists(t, d.db()+".new")
+	require.NoFileExists(t, d.log()+".new")
+}
+
+// Times are kept as everybody reads them, and what a caller measures from one isn't touched.
+func TestTimesAreUTC(t *testing.T) {
+	l := newDirs(t).open(t)
+	at := time.Now().In(time.FixedZone("east", 3600))
+	r := &Record{Key: key("a"), Kind: Begun, At: at}
+	mustAppend(t, l, r)
+	require.Equal(t, at, r.At)
+	require.Equal(t, at.UTC().Round(0), l.Sandboxes()[0].Records[0].At)
+	require.NoError(t, l.Close())
+}
+
 func TestForget(t *testing.T) {
 	ctx := context.Background()
 	d := newDirs(t)

@@ -71,7 +71,7 @@ func (w *logWriter) read() logContent {
 // rewrite replaces the log, whose content old is, by one with the given header and records, and returns the records as they stand there.
 // The old one stays when it fails, also because a record can't be read. If the old one is to be kept aside, rewrite returns where.
 func (w *logWriter) rewrite(h header, l live, old logContent) (_ live, kept string, retErr error) {
-	temp := w.path + ".new"
+	temp := w.path + newSuffix
 	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, "", fmt.Errorf("failed to create %s: %w", temp, withClass(err))

@@ -278,6 +278,26 @@ func TestFullStateDir(t *testing.T) {
 	require.Contains(t, lines(l.Sandboxes()), "a done after")
 }
 
+// ledger.db alone decides which sandboxes exist, so one that it has no more is forgotten, also where the log has no room to say so.
+func TestForgetWithoutRoomInTheLog(t *testing.T) {
+	ctx := context.Background()
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Step: "cni"})
+	l.spy().fail = unix.ENOSPC
+	require.Error(t, l.Append(ctx, &Record{Key: key("b"), Kind: Begun}), "it may be there in spite of the error")
+	for _, id := range []string{"a", "b"} {
+		require.NoError(t, l.Forget(ctx, key(id)))
+	}
+	require.Empty(t, l.Sandboxes())
+	require.NoError(t, l.Close())
+	l = d.open(t)
+	require.Empty(t, l.Sandboxes())
+	require.Empty(t, l.Damage())
+	require.NoError(t, l.Close())
+}
+
 func TestFullRootDir(t *testing.T) {
 	ctx := context.Background()
 	d := newDirs(t)

@@ -28,7 +28,7 @@ const (
 	Done       Kind = "done"        // a step acted; Data is its result
 	UndoIntent Kind = "undo-intent" // a step is about to be undone
 	Undone     Kind = "undone"      // a step was undone
-	Moved      Kind = "moved"       // a state transition: State is the new state, Event the event
+	Moved      Kind = "moved"       // a state transition: State is the new state, Event the event, Goal what a stop is for
 	Exited     Kind = "exited"      // pause exited; Data is the exit status
 	Claimed    Kind = "claimed"     // somebody has seen the sandbox, or has it, or it is discarded: Claim says which
 	Owed       Kind = "owed"        // an undo failed and is owed; Error says why, Goal what for. Always durable.

@@ -56,12 +56,12 @@ func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) err
 	defer cancel()
 	r := s.run(step)
 	bounded = log.WithLogger(bounded, s.log(ctx).WithField(tracing.LogStep, facts.Name))
-	act := Act{Step: facts.Name, Kind: ActCheck, Started: time.Now().UTC()}
-	_, err := protect(func() (any, error) { return nil, checker.Check(bounded, r) })
+	act := Act{Step: facts.Name, Kind: ActCheck, Started: time.Now()}
+	err := Protect(func() error { return checker.Check(bounded, r) })
 	if ctx.Err() != nil && err != nil {
 		return err // it gave way, and says nothing of the step
 	}
-	act.Ended, act.Err = time.Now().UTC(), err
+	act.Ended, act.Err = time.Now(), err
 	outcome := OutcomeOK
 	if err != nil {
 		outcome = OutcomeError

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -89,7 +91,7 @@ func (s *sandbox) setRunning(step Step) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rec := s.steps[name]
-	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now().UTC(), time.Time{}, nil
+	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now(), time.Time{}, nil
 	rec.acting, rec.actingSince = ActDo, rec.started
 	s.acts.begin(name, ActDo, rec.started)
 }
@@ -109,55 +111,66 @@ func (s *sandbox) resume(event func()) {
 // outcome is how a step's work went.
 type outcome struct {
 	recorded
+	ctx            context.Context // of the step's span, which ends when the outcome is kept
 	touched        bool
 	started, ended time.Time // of its records, where there are any
 	err            error
 }
 
-// execute plans, records, does, and records again.
+// execute plans, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
 func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
-	f := step.Facts()
-	ctx, cancel := within(ctx, f.Deadline)
-	defer cancel()
-	ctx, span := tracing.Start(ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
-	defer func() { tracing.End(span, out.err) }()
-	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
-	out.started = time.Now().UTC()
-	r := s.run(step)
-	defer func() {
-		if p := recover(); p != nil {
-			out.err = panicked(p)
-		}
-		out.notes = r.Notes()
-		if out.err != nil {
-			out.ended = time.Now().UTC()
-		}
-	}()
+	out.ctx, out.started = ctx, time.Now()
+	out.err = Protect(func() error { return s.do(step, &out) })
+	out.end()
+	return out
+}
 
-	if out.plan, out.err = step.Plan(ctx, r); out.err != nil {
-		return out
+func (s *sandbox) do(step Step, out *outcome) (err error) {
+	f := step.Facts()
+	var span trace.Span
+	out.ctx, span = tracing.Start(out.ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
+	ctx, cancel := within(out.ctx, f.Deadline)
+	defer cancel()
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
+	r := s.run(step)
+	defer func() { out.notes = r.Notes() }()
+
+	if out.plan, err = step.Plan(ctx, r); err != nil {
+		return err
 	}
 	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error
 	r.facts[f.Name] = out.recorded
 	intent := &journal.Record{Kind: journal.Intent, Step: string(f.Name), Durable: f.Lasting && out.plan != nil, CanWait: true}
-	if out.err = s.append(ctx, intent, out.plan); out.err != nil {
-		return out
+	if err := s.append(ctx, intent, out.plan); err != nil {
+		return err
 	}
 	out.touched, out.started = true, intent.At
 
-	out.result, out.err = step.Do(ctx, r)
-	if out.err != nil {
-		out.err = late(ctx, out.err)
-		return out
+	if out.result, err = step.Do(ctx, r); err != nil {
+		return late(ctx, err)
 	}
-	_, skipped := out.result.(*Skipped)
-	if skipped {
+	if out.skipped() {
 		span.SetAttributes(tracing.StepSkipped.Bool(true))
 	}
-	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), Durable: intent.Durable && !skipped}
-	out.err = s.append(context.WithoutCancel(ctx), done, out.result)
-	out.ended = done.At
-	return out
+	return nil
+}
+
+// end sets the end as far behind the beginning as the step has taken, so that the record of it says the same duration after a restart,
+// whatever has become of the wall clock.
+func (out *outcome) end() { out.ended = out.started.Add(time.Since(out.started)) }
+
+// skipped says that the step had nothing to do.
+func (out *outcome) skipped() bool {
+	_, skipped := out.result.(*Skipped)
+	return skipped
+}
+
+// conclude puts on record that a step has gone well.
+func (s *sandbox) conclude(step Step, out *outcome) error {
+	f := step.Facts()
+	out.end()
+	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), At: out.ended, Durable: f.Lasting && out.plan != nil && !out.skipped()}
+	return Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
 }
 
 // within names the deadline in the cause of its end.
@@ -175,44 +188,72 @@ func late(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// protect turns a panic of a step into its error: a daemon that runs a node's pods doesn't die of one of them.
-func protect(f func() (any, error)) (result any, err error) {
+// Protect turns a panic into an error, and logs where it came from: a daemon that runs a node's pods doesn't die of one of them.
+func Protect(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = panicked(p)
+			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+			logStack(err)
 		}
 	}()
 	return f()
 }
 
-func panicked(p any) error { return fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal) }
+func logStack(err error) {
+	defer func() { _ = recover() }() // the log may be what panics
+	log.L.WithError(err).Errorf("podfsm: panic, please report it: %s", debug.Stack())
+}
+
+// aside does what nothing of a sandbox depends on: it tells the log, the meter or the observer. A panic there changes nothing.
+func (s *sandbox) aside(tell func()) {
+	nothing := func() error { tell(); return nil }
+	if err := Protect(nothing); err != nil {
+		tell = func() { s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end") }
+		_ = Protect(nothing) // the log may be what panics
+	}
+}
 
 // stepEnded handles the outcome of a step.
 func (s *sandbox) stepEnded(step Step, out outcome) {
-	c, name := s.creation, step.Facts().Name
-	s.keepOutcome(c.ctx, step, out, c.err != nil)
-	if out.err != nil {
-		c.fail(&StepError{Step: name, Pod: s.req.Pod, Err: out.err})
-	} else if err := s.fire(c.ctx, name, out.ended, nil); err != nil {
-		c.fail(err)
+	if err := Protect(func() error { return s.takeOutcome(step, out) }); err != nil {
+		s.creation.fail(err)
 	}
 	s.proceed()
 }
 
-// keepOutcome keeps how a step went, and tells the meter. canceled says that the step had to end because the creation had failed already.
-func (s *sandbox) keepOutcome(ctx context.Context, step Step, out outcome, canceled bool) {
+// takeOutcome records and keeps how a step went, and moves the state. A step that ends after the creation has failed moves nothing any
+// more, whatever it says: it is only undone.
+func (s *sandbox) takeOutcome(step Step, out outcome) error {
+	name, canceled := step.Facts().Name, s.creation.err != nil
+	if out.err == nil && !canceled {
+		out.err = s.conclude(step, &out)
+	}
+	s.keepOutcome(step, out, canceled)
+	switch {
+	case out.err != nil:
+		return &StepError{Step: name, Pod: s.req.Pod, Err: out.err}
+	case canceled:
+		return nil
+	default:
+		return s.fire(out.ctx, name, out.ended, nil)
+	}
+}
+
+// keepOutcome keeps how a step went, ends its span, and tells the meter. canceled says that the step had to end because the creation had
+// failed already.
+func (s *sandbox) keepOutcome(step Step, out outcome, canceled bool) {
+	s.aside(func() { tracing.End(trace.SpanFromContext(out.ctx), out.err) })
 	name := step.Facts().Name
 	s.mu.Lock()
 	rec := s.steps[name]
 	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err
 	rec.started, rec.ended, rec.acting = out.started, out.ended, ""
 	s.acts.end(name, ActDo, out.started, out.ended, out.err)
-	_, skipped := out.result.(*Skipped)
 	outcome := OutcomeOK
 	switch {
 	case out.err != nil:
 		rec.status, outcome = StepFailed, OutcomeError
-	case skipped:
+	case out.skipped():
 		rec.status, outcome = StepSkipped, OutcomeSkipped
 	default:
 		rec.status = StepDone
@@ -222,7 +263,7 @@ func (s *sandbox) keepOutcome(ctx context.Context, step Step, out outcome, cance
 	if out.err != nil && canceled {
 		outcome = OutcomeCanceled
 	}
-	s.acted(ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
+	s.acted(out.ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
 }
 
 // finishCreation answers the caller, after the rollback if there has to be one.
@@ -235,7 +276,7 @@ func (s *sandbox) finishCreation() {
 		return
 	}
 	err := c.err
-	if owed := s.rollback(context.WithoutCancel(c.ctx), c.err); owed != nil {
+	if owed := Protect(func() error { return s.rollback(context.WithoutCancel(c.ctx), c.err) }); owed != nil {
 		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed))
 	}
 	c.reply(err)

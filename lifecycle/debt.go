@@ -2,8 +2,11 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/journal"
@@ -11,15 +14,17 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
+// goals are what a pending cleanup can lead to.
+var goals = []states.State{states.RolledBack, states.Stopped, states.Removed}
+
 // settle does work that leads to goal. When it fails the sandbox owes its cleanup, with the goal kept, and tries again later.
 func (s *sandbox) settle(ctx context.Context, goal states.State, work func() error) error {
-	err := work()
-	if err != nil {
+	if err := Protect(work); err != nil {
 		s.owe(ctx, goal, err)
 		return err
 	}
 	if s.attempts > 0 {
-		s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid")
+		s.aside(func() { s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid") })
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -32,31 +37,51 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Durable: true}
 	s.describe(record, cause)
-	if err := s.append(ctx, record, nil); err != nil {
-		s.log(ctx).WithError(err).Error("sandbox: an owed cleanup is not on record; it stays in memory")
-	}
+	s.record(ctx, record, nil)
 	if err := s.fire(ctx, states.OweCleanup, record.At, cause); err != nil {
-		s.log(ctx).WithError(err).Error("sandbox: owes its cleanup")
+		s.aside(func() { s.log(ctx).WithError(err).Error("sandbox: owes its cleanup") })
 	}
-	if goal == states.RolledBack {
-		s.engine.unname(s) // its caller was told that it failed, and tries again under the same name
+	if goal != states.Stopped {
+		s.engine.unname(s) // nobody may use it any more, and whoever was told that its creation failed tries again under the same name
 	}
 	wait := s.engine.backoff(s.attempts + 1)
-	entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
-		tracing.LogGoal: goal, tracing.LogAttempts: s.attempts + 1, tracing.LogErrorType: tracing.Class(cause),
-	})
-	if s.attempts == 0 {
-		entry.Warnf("sandbox: its cleanup is owed; it is tried again in %s, and then with longer and longer rests", wait)
-	} else {
-		entry.Debugf("sandbox: its cleanup is still owed; it is tried again in %s", wait)
-	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.goal = goal
+	s.oweRest(goal, record.At)
 	s.attempts++
 	s.nextTry = time.Now().Add(wait)
 	s.stopTimerLocked()
-	s.timer = time.AfterFunc(wait, func() { s.post(s.retry) })
+	s.timer = time.AfterFunc(wait, func() { s.inTurn(s.retry) })
+	s.mu.Unlock()
+
+	s.aside(func() {
+		entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
+			tracing.LogGoal: goal, tracing.LogAttempts: s.attempts, tracing.LogRetryIn: wait.Seconds(), tracing.LogErrorType: tracing.Class(cause),
+		})
+		if s.attempts == 1 {
+			entry.Warn("sandbox: cleanup failed, retrying")
+		} else {
+			entry.Debug("sandbox: cleanup failed, retrying")
+		}
+	})
+}
+
+// oweRest says of the steps that a pending cleanup hasn't come to yet that they wait: when nothing of the sandbox may stay, that is each
+// which may have acted. The caller holds mu, or is alone.
+func (s *sandbox) oweRest(goal states.State, at time.Time) {
+	for _, rec := range s.steps {
+		if goal != states.Stopped && rec.touched && rec.status != StepUndone && rec.status != StepOwed {
+			rec.owedFrom(at, errWaits)
+		}
+	}
+}
+
+var errWaits = errors.New("waits for the others")
+
+func (s *sandbox) setGoal(goal states.State) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.goal = goal
 }
 
 // retry is the timer's event: one more try at what is owed, in a trace of its own that is linked to the sandbox's.
@@ -77,8 +102,10 @@ func (s *sandbox) pay(ctx context.Context) error {
 		return s.rollback(ctx, nil)
 	case states.Removed:
 		return s.remove(ctx)
-	default:
+	case states.Stopped:
 		return s.stop(ctx)
+	default:
+		return fmt.Errorf("sandbox %q has a pending cleanup with the unknown goal %q: %w", s.key.ID, s.goal, errdefs.ErrInternal)
 	}
 }
 

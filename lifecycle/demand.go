@@ -54,7 +54,10 @@ func (s *sandbox) doNow(ctx context.Context, step Step) error {
 	name := step.Facts().Name
 	s.setRunning(step)
 	out := s.execute(ctx, step)
-	s.keepOutcome(ctx, step, out, false)
+	if out.err == nil {
+		out.err = s.conclude(step, &out)
+	}
+	s.keepOutcome(step, out, false)
 	if out.err == nil {
 		return nil
 	}
@@ -71,15 +74,18 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(facts.Name)), s.req.Attributes...)
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
-	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now().UTC()}
+	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now()}
 	s.setActing(act.Step, act.Kind, act.Started)
-	_, err := protect(func() (any, error) { return step.Do(ctx, s.run(step)) })
+	err := Protect(func() error {
+		_, err := step.Do(ctx, s.run(step))
+		return err
+	})
 	outcome := OutcomeOK
 	if err != nil {
 		err, outcome = late(ctx, err), OutcomeError
 	}
 	tracing.End(span, err)
-	act.Ended, act.Err = time.Now().UTC(), err
+	act.Ended, act.Err = time.Now(), err
 	s.setActing(act.Step, "", time.Time{})
 	s.acted(ctx, act, outcome)
 	if err != nil {

@@ -73,11 +73,11 @@ func TestDemand(t *testing.T) {
 
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.Equal(t, []string{
-		"moved stop", "exited",
+		"moved stop Stopped", "exited",
 		"undo-intent start_shim", "undone start_shim",
 		"undo-intent attach_network", "undone attach_network",
 		"undo-intent capture_netns", "undone capture_netns",
-		"moved finish_stop",
+		"moved finish_stop Stopped",
 	}, w.book.since(lines))
 	require.Equal(t, StepUndone, w.view(t).Step(states.StartShim).Status)
 	require.NoError(t, w.Remove(t.Context(), testKey))

@@ -6,13 +6,14 @@
 // undone is undone inside the queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which
 // ends as soon as another comes.
 //
-// Before a step acts, its intent and its plan are in the ledger; after it acted, its result is; only then does the state move.
+// Before a step acts, its intent and its plan are in the ledger. Its result is written inside the queue, and then the state moves.
 package lifecycle
 
 import (
 	"context"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -40,9 +41,10 @@ const keepFinished = 128
 // Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
 type Backoff func(attempts int) time.Duration
 
-// DefaultBackoff doubles from one second to five minutes.
+// DefaultBackoff doubles from one second to four minutes, plus up to a quarter: what has failed at one time is not tried again at one time.
 func DefaultBackoff(attempts int) time.Duration {
-	return min(time.Second<<min(attempts-1, 16), 5*time.Minute)
+	shortest := min(time.Second<<min(attempts-1, 16), 4*time.Minute)
+	return shortest + rand.N(shortest/4)
 }
 
 // Engine owns all sandboxes. Its methods may be called by any number of goroutines.
@@ -55,9 +57,9 @@ type Engine struct {
 	// paid is told of a removal; see [Engine.WhenPaid].
 	paid func(context.Context, journal.Key)
 
-	work     sync.WaitGroup // queues and steps that are running
-	resuming turns          // of restored sandboxes that are being undone
-	meter    Meter
+	work  sync.WaitGroup // queues and steps that are running
+	turns turns          // of the sandboxes that are being undone, or looked at, for nobody who waits
+	meter Meter
 
 	mu        sync.Mutex
 	closed    bool
@@ -96,7 +98,7 @@ func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter
 	return &Engine{
 		steps: steps, journal: j, backoff: backoff, observe: observe,
 		paid:      func(context.Context, journal.Key) {},
-		resuming:  turns{free: resumeParallel},
+		turns:     turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
 		meter: meter,
 	}, nil
@@ -135,7 +137,8 @@ func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error
 	if err := e.add(s); err != nil {
 		return err
 	}
-	if err := s.begin(ctx); err != nil {
+	if err := Protect(func() error { return s.begin(ctx) }); err != nil {
+		s.unbegin(ctx)
 		e.drop(s)
 		return err
 	}
@@ -295,7 +298,7 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 		return err
 	}
 	done := s.ask(func(reply func(error)) {
-		s.afterCreation(func() { reply(f(s, context.WithoutCancel(ctx))) })
+		s.afterCreation(func() { reply(Protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
 	})
 	select {
 	case err := <-done:
@@ -320,6 +323,11 @@ func (e *Engine) add(s *sandbox) error {
 		}
 		e.names[name] = s
 	}
+	for _, other := range e.sandboxes {
+		if other.req.Pod == s.req.Pod && !other.created.Before(s.created) {
+			s.created = other.created.Add(1) // the wall clock was set back, and the kubelet goes by it
+		}
+	}
 	e.sandboxes[s.key] = s
 	return nil
 }
@@ -333,7 +341,7 @@ func (e *Engine) addRestored(s *sandbox) error {
 		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
 	}
 	e.sandboxes[s.key] = s
-	if s.req.Name != "" && s.goal != states.RolledBack {
+	if s.req.Name != "" && (s.goal == "" || s.goal == states.Stopped) {
 		e.names[s.req.Name] = s
 	}
 	return nil

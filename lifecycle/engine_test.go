@@ -79,6 +79,13 @@ func (b *book) saved() []journal.Sandbox {
 	return []journal.Sandbox{{Key: testKey, Records: slices.Clone(b.records)}}
 }
 
+// of are the records of one sandbox.
+func (b *book) of(key journal.Key) []journal.Record {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(b.records), func(r journal.Record) bool { return r.Key != key })
+}
+
 func (b *book) read() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -280,11 +287,7 @@ func (w *world) state(t *testing.T) states.State {
 func (w *world) transitions(t *testing.T) []states.State {
 	view, ok := w.Find(testKey)
 	require.True(t, ok)
-	var passed []states.State
-	for _, transition := range view.Transitions {
-		passed = append(passed, transition.To)
-	}
-	return passed
+	return destinations(view.Transitions)
 }
 
 func (w *world) gone() bool {
@@ -323,7 +326,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 		"moved stop", "exited",
 		"undo-intent attach_network", "undone attach_network",
 		"undo-intent capture_netns", "undone capture_netns",
-		"moved finish_stop",
+		"moved finish_stop Stopped",
 		"moved remove",
 		"undo-intent declare_ready", "undone declare_ready",
 		"undo-intent start_pause", "undone start_pause",
@@ -430,6 +433,119 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	close(release)
 	require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
 	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+// Whatever part of a removal fails, the cleanup is that of a removal: of a ready sandbox the stop comes first.
+func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
+	for name, fail := range map[string]func(w *world, luck error){
+		"pause can't be ended":         func(w *world, luck error) { w.stop = luck },
+		"what a stop undoes":           func(w *world, luck error) { w.undo[states.AttachNetwork] = func() error { return luck } },
+		"what only a removal undoes":   func(w *world, luck error) { w.undo[states.RemapSnapshot] = func() error { return luck } },
+		"the undo of a step on demand": func(w *world, luck error) { w.undo[states.StartShim] = func() error { return luck } },
+	} {
+		for restart, resume := range map[string]func(t *testing.T, w *world) *world{
+			"the same daemon": func(_ *testing.T, w *world) *world { return w },
+			"the next daemon": func(t *testing.T, w *world) *world {
+				next := w.restart(t, Recorded)
+				require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+				return next
+			},
+		} {
+			t.Run(name+", then "+restart, func(t *testing.T) {
+				w := newWorld(t)
+				require.NoError(t, w.run(t))
+				require.NoError(t, w.demand(t))
+				w.backoff = func(int) time.Duration { return 50 * time.Millisecond }
+				luck := errors.New("no luck")
+				fail(w, luck)
+				require.ErrorIs(t, w.Remove(t.Context(), testKey), luck)
+				view, err := w.Get(testKey)
+				require.NoError(t, err)
+				require.Equal(t, states.Removed, view.Goal)
+				for _, step := range view.Steps {
+					require.Contains(t, []StepStatus{StepOwed, StepUndone}, step.Status, "%s is left to nobody", step.Name)
+				}
+				w.mend()
+
+				w = resume(t, w)
+				require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
+				require.Empty(t, w.left())
+			})
+		}
+	}
+}
+
+// What an undo doesn't find is something else than the sandbox. containerd's service and others take NotFound for a sandbox that is gone,
+// so an undo that fails never has that class. It keeps all others.
+func TestUndoThatDoesntFindSomething(t *testing.T) {
+	missing := fmt.Errorf("no such device: %w", errdefs.ErrNotFound)
+	busy := fmt.Errorf("busy: %w", errdefs.ErrUnavailable)
+	for name, luck := range map[string]error{"alone": missing, "beside another error": errors.Join(missing, busy)} {
+		for ending, end := range map[string]func(w *world) error{
+			"a halt": func(w *world) error {
+				w.stop = luck
+				return w.Halt(t.Context(), testKey)
+			},
+			"a stop": func(w *world) error {
+				w.undo[states.AttachNetwork] = func() error { return luck }
+				return w.Stop(t.Context(), testKey)
+			},
+			"a removal": func(w *world) error {
+				w.undo[states.RemapSnapshot] = func() error { return luck }
+				return w.Remove(t.Context(), testKey)
+			},
+		} {
+			t.Run(ending+", "+name, func(t *testing.T) {
+				w := newWorld(t)
+				w.engineWaits()
+				require.NoError(t, w.run(t))
+				err := end(w)
+				require.ErrorContains(t, err, "no such device")
+				require.False(t, errdefs.IsNotFound(err))
+				require.NotEqual(t, errdefs.ErrNotFound, errdefs.Resolve(err))
+				require.Equal(t, errors.Is(luck, busy), errdefs.IsUnavailable(err))
+				require.Equal(t, states.CleanupOwed, w.state(t))
+			})
+		}
+	}
+}
+
+// Nobody may use a sandbox any more that is being removed: the next one of its pod and attempt can be made, also after a restart.
+func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
+	w := newWorld(t)
+	req := Request{Name: "pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
+	require.NoError(t, w.Create(t.Context(), testKey, req))
+	require.NoError(t, w.Start(t.Context(), testKey))
+	w.backoff = func(int) time.Duration { return time.Hour }
+	w.undo[states.AttachNetwork] = func() error { return errors.New("no luck") }
+	require.Error(t, w.Remove(t.Context(), testKey))
+	next := journal.Key{Namespace: "k8s.io", ID: "s2"}
+	require.NoError(t, w.Create(t.Context(), next, req))
+
+	again := newWorld(t)
+	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) (Request, Past) {
+		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}, Recorded
+	})
+	require.Equal(t, states.CleanupOwed, again.state(t))
+	require.NoError(t, again.Create(t.Context(), next, req))
+}
+
+// A kill while a removal stops the sandbox leaves a removal.
+func TestRestartWhileARemovalStops(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	var saved []journal.Sandbox
+	w.undo[states.AttachNetwork] = func() error {
+		saved = w.book.saved()
+		return nil
+	}
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	w.book.records, w.node.exists = saved[0].Records, states.CreationPath()
+	w = w.restart(t, Recorded)
+	require.Equal(t, states.Stopping, w.state(t))
+	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }
 
@@ -630,8 +746,10 @@ func TestStepThatHangsIsBlamed(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// What ends a creation ends the step that runs, and the step's result counts if there is one all the same. It is no failure of the step.
+// What ends a creation ends the step that runs, which is no failure of the step. Whatever the step says then, also that it went well, it
+// moves nothing any more: the last step doesn't make a sandbox ready that is rolled back next.
 func TestCreationEndsWhileAStepRuns(t *testing.T) {
+	path := states.CreationPath()
 	for name, tc := range map[string]struct {
 		end  func(w *world) error // of the creation
 		want string
@@ -645,33 +763,52 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 			OutcomeCanceled: context.Cause,
 			OutcomeOK:       func(context.Context) error { return nil },
 		} {
-			t.Run(fmt.Sprintf("%s, %s", name, outcome), func(t *testing.T) {
-				w := newWorld(t)
-				running := make(chan struct{})
-				w.do[states.AttachNetwork] = func(ctx context.Context) error {
-					close(running)
-					<-ctx.Done()
-					return result(ctx)
-				}
-				w.create(t)
-				started := make(chan error, 1)
-				go func() { started <- w.Start(context.Background(), testKey) }()
-				<-running
-				require.NoError(t, tc.end(w))
-				require.EqualError(t, <-started, tc.want)
-				require.True(t, w.gone())
-				require.Empty(t, w.left())
-				require.NotContains(t, w.acted(), "do declare_ready")
-				require.Contains(t, w.meter.acted(), fmt.Sprintf("do attach_network: %s", outcome))
+			for _, during := range []states.Event{states.AttachNetwork, states.DeclareReady} {
+				t.Run(fmt.Sprintf("%s, %s %s", name, during, outcome), func(t *testing.T) {
+					w := newWorld(t)
+					running := make(chan struct{})
+					w.do[during] = func(ctx context.Context) error {
+						close(running)
+						<-ctx.Done()
+						return result(ctx)
+					}
+					var replayed, live []Transition
+					w.undo[states.AllocateIDs] = func() error {
+						replayed, live = w.replayed(t).Transitions, w.view(t).Transitions
+						return nil
+					}
+					req := Request{Name: "pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
+					require.NoError(t, w.Create(t.Context(), testKey, req))
+					started := make(chan error, 1)
+					go func() { started <- w.Start(context.Background(), testKey) }()
+					<-running
+					require.NoError(t, tc.end(w))
+					require.EqualError(t, <-started, tc.want)
+					require.True(t, w.gone())
+					require.Empty(t, w.left())
+					require.Equal(t, "undo "+string(during), w.acted()[slices.Index(w.acted(), "do "+string(during))+1])
+					require.Contains(t, w.meter.acted(), fmt.Sprintf("do %s: %s", during, outcome))
+					require.NoError(t, w.Create(t.Context(), testKey, req), "a retry finds nothing in its way")
 
-				passed := []states.State{states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured}
-				if outcome == OutcomeOK {
-					passed = append(passed, states.NetworkReady)
-				}
-				require.Equal(t, append(passed, states.RollingBack, states.RolledBack), w.transitions(t))
-			})
+					var passed []states.State
+					for _, step := range path[:slices.Index(path, during)] {
+						next, _ := states.Next(append([]states.State{states.New}, passed...)[len(passed)], step)
+						passed = append(passed, next)
+					}
+					require.Equal(t, append(passed, states.RollingBack), destinations(live))
+					require.Equal(t, destinations(live), destinations(replayed), "the ledger says the same")
+				})
+			}
 		}
 	}
+}
+
+// destinations are the states that transitions led to.
+func destinations(transitions []Transition) (passed []states.State) {
+	for _, t := range transitions {
+		passed = append(passed, t.To)
+	}
+	return passed
 }
 
 func TestRefusals(t *testing.T) {
@@ -744,10 +881,18 @@ func TestManySandboxesAtOnce(t *testing.T) {
 	require.LessOrEqual(t, len(w.Finished()), keepFinished)
 }
 
+// The waits get longer, up to a bound, and what has failed at one time isn't tried again at one time.
 func TestDefaultBackoff(t *testing.T) {
-	require.Equal(t, time.Second, DefaultBackoff(1))
-	require.Equal(t, 4*time.Second, DefaultBackoff(3))
-	require.Equal(t, 5*time.Minute, DefaultBackoff(1000))
+	for attempts, shortest := range map[int]time.Duration{1: time.Second, 3: 4 * time.Second, 1000: 4 * time.Minute} {
+		waits := map[time.Duration]bool{}
+		for range 100 {
+			wait := DefaultBackoff(attempts)
+			require.GreaterOrEqual(t, wait, shortest)
+			require.Less(t, wait, shortest+shortest/4)
+			waits[wait] = true
+		}
+		require.Greater(t, len(waits), 50)
+	}
 }
 
 // Who asked for a removal and was told that it failed learns when it is done, before the sandbox is forgotten; who waits for it knows.

@@ -33,6 +33,7 @@ func FuzzRestore(f *testing.F) {
 	f.Add([]byte{0, 0, 1, 1, 0, 0, 3, 0, 2, 1, 1, 0, 9, 6, 0})
 	f.Add([]byte{3, 0, 2, 0, 0, 1, 6, 7, 0, 7, 6, 3, 10, 0, 0})
 	f.Add([]byte{0, 0, 1, 1, 0, 128})
+	f.Add([]byte{0, 0, 1, 9, 7, 10})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		saved := journal.Sandbox{Key: testKey}
 		readable := true
@@ -53,6 +54,9 @@ func FuzzRestore(f *testing.F) {
 		require.NoError(t, err)
 		require.Len(t, views, 1)
 		require.Contains(t, states.All(), views[0].State)
+		if views[0].State == states.CleanupOwed {
+			require.Contains(t, goals, views[0].Goal, "a cleanup that leads nowhere is never done")
+		}
 		shown := states.Steps()[:len(views[0].Steps)]
 		require.GreaterOrEqual(t, len(shown), len(states.CreationPath()))
 		for i, step := range views[0].Steps {

@@ -20,6 +20,7 @@ type failure struct {
 	name    string
 	written bool // the record is there, though the write has failed
 	lasting bool // all writes after it fail, too
+	panics  bool
 }
 
 var failures = []failure{
@@ -27,6 +28,9 @@ var failures = []failure{
 	{name: "it is written all the same", written: true},
 	{name: "nothing is written any more", lasting: true},
 	{name: "all is written, and fails", written: true, lasting: true},
+	{name: "it panics", panics: true},
+	{name: "it is written, and panics", written: true, panics: true},
+	{name: "all panics", lasting: true, panics: true},
 }
 
 // faultyLedger fails the write numbered at, from 1.
@@ -51,6 +55,9 @@ func (l *faultyLedger) write(do func() error) error {
 		if err := do(); err != nil {
 			return err
 		}
+	}
+	if l.panics {
+		panic("a bug")
 	}
 	return fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
 }
@@ -168,6 +175,64 @@ func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world)
 	require.Empty(t, again.Sandboxes(), "write %d", at)
 	next.Close(context.Background())
 	return true
+}
+
+// A sandbox that was not accepted leaves nothing in the ledger, whatever the ledger made of its first record: each retry of its caller
+// comes with another id.
+func TestCreateThatFailsLeavesNoRecord(t *testing.T) {
+	for _, how := range failures {
+		if how.lasting {
+			continue // a ledger that takes nothing forgets nothing
+		}
+		t.Run(how.name, func(t *testing.T) {
+			ledger, err := journal.Open(t.TempDir(), t.TempDir())
+			require.NoError(t, err)
+			defer func() { require.NoError(t, ledger.Close()) }()
+			w := newWorldOn(t, &faultyLedger{Ledger: ledger, failure: how, at: 1}, newNode())
+			require.Error(t, w.Create(t.Context(), testKey, Request{Name: "pod", Spec: &testSpec{}}))
+			require.Empty(t, ledger.Sandboxes())
+			require.Empty(t, w.List())
+			require.NoError(t, w.Create(t.Context(), journal.Key{Namespace: "k8s.io", ID: "s2"}, Request{Name: "pod", Spec: &testSpec{}}))
+		})
+	}
+}
+
+// noting is a step whose undo notes what it has done, and that goes by these notes.
+type noting struct{ fakeStep }
+
+func (s *noting) Undo(ctx context.Context, r *Run) error {
+	if err := s.fakeStep.Undo(ctx, r); err != nil {
+		return err
+	}
+	return r.Note(ctx, &testResult{s.facts.Name})
+}
+
+func (s *noting) Probe(_ context.Context, r *Run) (bool, error) { return len(r.Notes()) == 0, nil }
+
+// A full disk keeps nothing from being undone: what an undo can't note counts all the same, also for who looks whether it is gone.
+func TestUndoThatCantBeNoted(t *testing.T) {
+	for name, past := range map[string]func(t *testing.T, w *world) *world{
+		"the same daemon": func(_ *testing.T, w *world) *world { return w },
+		"the next daemon": func(t *testing.T, w *world) *world { return w.restart(t, Recorded) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			require.NoError(t, w.run(t))
+			w = past(t, w)
+			for i, step := range w.Engine.steps {
+				if facts := step.Facts(); facts.Name == states.AttachNetwork {
+					w.Engine.steps[i] = &noting{fakeStep{facts, w.node}}
+				}
+			}
+			w.book.mu.Lock()
+			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
+			w.book.mu.Unlock()
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			require.Equal(t, states.Stopped, w.state(t))
+			require.NoError(t, w.Remove(t.Context(), testKey))
+			require.Empty(t, w.left())
+		})
+	}
 }
 
 // requireTrue holds what the ledger says against what there is: whatever exists is on record, and nothing is on record as made that

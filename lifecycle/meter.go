@@ -60,7 +60,11 @@ func (unmetered) Recovered(Recovery, time.Duration) {}
 
 // acted tells the meter how an act went, and the log. ctx is in the act's trace.
 func (s *sandbox) acted(ctx context.Context, act Act, outcome Outcome) {
-	s.engine.meter.Acted(act, outcome)
+	s.aside(func() { s.engine.meter.Acted(act, outcome) })
+	s.aside(func() { s.logAct(ctx, act, outcome) })
+}
+
+func (s *sandbox) logAct(ctx context.Context, act Act, outcome Outcome) {
 	entry := s.log(ctx).WithFields(log.Fields{
 		tracing.LogStep: act.Step, tracing.LogAct: act.Kind, tracing.LogOutcome: outcome, tracing.LogSeconds: act.Ended.Sub(act.Started).Seconds(),
 	})

@@ -19,6 +19,7 @@ import (
 type testMeter struct {
 	mu         sync.Mutex
 	acts       []string
+	times      []Act
 	recoveries []Recovery
 }
 
@@ -29,7 +30,7 @@ func (m *testMeter) Acted(act Act, outcome Outcome) {
 	if (act.Err != nil) != (outcome == OutcomeError || outcome == OutcomeCanceled) || act.Ended.Before(act.Started) || act.Started.IsZero() {
 		text += fmt.Sprintf(" %+v", act)
 	}
-	m.acts = append(m.acts, text)
+	m.acts, m.times = append(m.acts, text), append(m.times, act)
 }
 
 func (m *testMeter) Recovered(recovery Recovery, _ time.Duration) {

@@ -36,7 +36,7 @@ type Describe func(key journal.Key, spec any) (Request, Past)
 // [Engine.Resume]. What can't be understood is quarantined, never an error.
 func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe Describe) {
 	for _, entry := range saved {
-		s, err := restored(e, entry, describe)
+		s, err := e.restore(entry, describe)
 		if err == nil {
 			s.failInterrupted()
 			err = e.addRestored(s)
@@ -47,13 +47,26 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	}
 }
 
+// restore rebuilds a sandbox. One whose records make that panic is quarantined without them.
+func (e *Engine) restore(saved journal.Sandbox, describe Describe) (s *sandbox, err error) {
+	rebuild := func() error {
+		s, err = restored(e, saved, describe)
+		return err
+	}
+	if err := Protect(rebuild); errdefs.IsInternal(err) {
+		saved.Records = []journal.Record{{Kind: journal.Unreadable, Error: err.Error()}}
+		return s, Protect(rebuild)
+	}
+	return s, err
+}
+
 // Replay is what the sandboxes of a ledger are by their records, for who only looks at them. What can't be understood is shown as
 // quarantined; it fails only for what a ledger can't hold.
 func Replay(saved []journal.Sandbox, describe Describe) ([]View, error) {
 	e := &Engine{journal: unwritten{}, meter: unmetered{}}
 	views := make([]View, 0, len(saved))
 	for _, entry := range saved {
-		s, err := restored(e, entry, describe)
+		s, err := e.restore(entry, describe)
 		if err != nil {
 			return nil, fmt.Errorf("failed to read the records of sandbox %q: %w", entry.Key, err)
 		}
@@ -86,7 +99,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	req, past := describe(saved.Key, history.spec)
 	s.req = req
 	if !history.begun && !req.Created.IsZero() {
-		s.created = req.Created
+		s.created = req.Created.Round(0)
 	}
 	if past != Recorded {
 		history.lose(past)
@@ -98,7 +111,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 		return nil, err
 	}
 	if history.assumed && e.observe != nil {
-		e.observe(s.view())
+		s.aside(func() { e.observe(s.view()) })
 	}
 	if s.exit != nil {
 		s.announceExit()
@@ -169,7 +182,8 @@ func (h *history) replay(record *journal.Record) error {
 		return err
 	}
 	if record.Kind == journal.Begun {
-		h.begun, h.spec, h.created, h.traceParent = true, data, record.At, record.TraceParent
+		h.begun, h.spec, h.traceParent = true, data, record.TraceParent
+		h.created, h.entered = record.At, record.At
 		return nil
 	}
 	if record.Step == "" {
@@ -216,6 +230,13 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 		if !slices.Contains(states.All(), states.State(record.State)) {
 			return fmt.Errorf("record %d is of an unknown state %q", record.Seq, record.State)
 		}
+		if record.State == string(states.CleanupOwed) {
+			return fmt.Errorf("record %d is of a pending cleanup without a goal", record.Seq)
+		}
+		if record.Goal != "" && !slices.Contains(goals, states.State(record.Goal)) {
+			return fmt.Errorf("record %d is of an unknown goal %q", record.Seq, record.Goal)
+		}
+		h.goal = states.State(record.Goal)
 		h.enter(states.Event(record.Event), states.State(record.State), record)
 		switch h.state {
 		case states.Stopped:
@@ -224,6 +245,9 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 			h.fail(record)
 		}
 	case journal.Owed:
+		if !slices.Contains(goals, states.State(record.Goal)) {
+			return fmt.Errorf("record %d is of an unknown goal %q", record.Seq, record.Goal)
+		}
 		h.enter(states.OweCleanup, states.CleanupOwed, record)
 		h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
 		h.goal = states.State(record.Goal)
@@ -246,27 +270,20 @@ func (h *history) replayMove(record *journal.Record, data any) error {
 	return nil
 }
 
-// owe finds what a debt is of. A step whose undo was begun is owed; when nothing of the sandbox may stay, so is every step that
-// may have acted. Where no undo was begun, it was the process that could not be ended.
+// owe finds what a debt is of: the steps whose undo was begun, and those that wait for them. Where no undo was begun, it was the process
+// that could not be ended.
 func (h *history) owe(record *journal.Record) {
-	all := states.State(record.Goal) != states.Stopped
 	begun := false
-	for _, name := range slices.Backward(states.Steps()) {
-		rec := h.steps[name]
-		if !rec.touched || rec.status == StepUndone {
-			continue
-		}
-		switch {
-		case rec.status == StepUndoing || rec.status == StepOwed:
+	for _, rec := range h.steps {
+		if rec.touched && (rec.status == StepUndoing || rec.status == StepOwed) {
 			begun = true
 			rec.owedFrom(record.At, errors.New(record.Error))
-		case all:
-			rec.owedFrom(record.At, errWaits)
 		}
 	}
 	if started := h.steps[states.StartPause]; !begun && started.touched {
 		started.owedFrom(record.At, errors.New(record.Error))
 	}
+	h.oweRest(states.State(record.Goal), record.At)
 }
 
 // fail ends what was being done when the rollback began, and keeps why that was.
@@ -293,8 +310,6 @@ func (h *history) settle() {
 		h.settleStep(name)
 	}
 }
-
-var errWaits = errors.New("waits for the others")
 
 func (h *history) enter(event states.Event, to states.State, record *journal.Record) {
 	var cause error
@@ -354,7 +369,7 @@ const (
 	Discard
 )
 
-// resumeParallel is how many restored sandboxes are undone at a time.
+// resumeParallel is how many sandboxes are undone at a time, or looked at again, for nobody who waits.
 const resumeParallel = 8
 
 // Resume takes up a restored sandbox. A sandbox that was ready is looked at before Resume returns; everything that has to be
@@ -382,22 +397,17 @@ func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(erro
 	}
 	reply(nil)
 	if s.next(verdict) == nil {
-		s.engine.meter.Recovered(RecoveryKept, 0)
+		s.recovered(RecoveryKept, 0)
 		return
 	}
-	turns := &s.engine.resuming
-	turns.take(func() {
-		if !s.post(func() { defer turns.give(); s.goOn(verdict) }) {
-			turns.give()
-		}
-	})
+	s.inTurn(func() { s.goOn(verdict) })
 }
 
 // goOn does what a restored sandbox still needs, if nobody has asked for it meanwhile.
 func (s *sandbox) goOn(verdict Verdict) {
 	work := s.next(verdict)
 	if work == nil {
-		s.engine.meter.Recovered(RecoveryKept, 0) // somebody was faster
+		s.recovered(RecoveryKept, 0) // somebody was faster
 		return
 	}
 	_ = s.recover(s.background(), func(ctx context.Context) (Recovery, error) {
@@ -425,26 +435,33 @@ func (s *sandbox) recover(ctx context.Context, work func(context.Context) (Recov
 	begun, was := time.Now(), s.state()
 	ctx, span := tracing.StartLinked(ctx, tracing.SpanRecover, s.traceParent, s.req.Attributes...)
 	recovery, err := work(ctx)
-	span.SetAttributes(tracing.Recovery.String(string(recovery)))
-	tracing.End(span, err)
 	took := time.Since(begun)
-	s.engine.meter.Recovered(recovery, took)
-	entry := s.log(ctx).WithFields(log.Fields{
-		tracing.LogFrom: was, tracing.LogTo: s.state(), tracing.LogOutcome: recovery, tracing.LogSeconds: took.Seconds(),
+	s.recovered(recovery, took)
+	s.aside(func() {
+		span.SetAttributes(tracing.Recovery.String(string(recovery)))
+		tracing.End(span, err)
+		entry := s.log(ctx).WithFields(log.Fields{
+			tracing.LogFrom: was, tracing.LogTo: s.state(), tracing.LogOutcome: recovery, tracing.LogSeconds: took.Seconds(),
+		})
+		if recovery == RecoveryAdopted || err != nil { // who has asked, or the debt, logs the error
+			entry.Debug("sandbox: taken up after the restart")
+		} else {
+			entry.Info("sandbox: taken up after the restart")
+		}
 	})
-	if recovery == RecoveryAdopted || err != nil { // who has asked, or the debt, logs the error
-		entry.Debug("sandbox: taken up after the restart")
-	} else {
-		entry.Info("sandbox: taken up after the restart")
-	}
 	return err
+}
+
+// recovered tells the meter what became of a restored sandbox.
+func (s *sandbox) recovered(recovery Recovery, took time.Duration) {
+	s.aside(func() { s.engine.meter.Recovered(recovery, took) })
 }
 
 // next is what a sandbox that isn't simply adopted still needs; nil for nothing.
 func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 	switch state := s.state(); state {
 	case states.Ready, states.NotReady, states.Stopping, states.Stopped:
-		if verdict == Discard {
+		if verdict == Discard || s.goal == states.Removed {
 			return s.remove
 		}
 		if state == states.Stopping || state != states.Stopped && verdict == Gone {
@@ -483,7 +500,7 @@ func (s *sandbox) look(ctx context.Context, attempts int) (Recovery, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.post(func() { s.lookAgain(attempts + 1) }) })
+	s.timer = time.AfterFunc(s.engine.backoff(attempts), func() { s.inTurn(func() { s.lookAgain(attempts + 1) }) })
 	return RecoveryUnknown, err
 }
 

@@ -190,6 +190,41 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	require.EqualValues(t, resumeParallel+1, most.Load())
 }
 
+// However many cleanups are due, those that nobody waits for are tried again some at a time.
+func TestRetriesSomeAtATime(t *testing.T) {
+	const sandboxes = 5 * resumeParallel
+	w := newWorld(t)
+	w.backoff = func(int) time.Duration { return 50 * time.Millisecond }
+	release := make(chan struct{})
+	var mended atomic.Bool
+	var undoing, most atomic.Int32
+	w.undo[states.AttachNetwork] = func() error {
+		if !mended.Load() {
+			return errors.New("no luck")
+		}
+		if now := undoing.Add(1); now > most.Load() {
+			most.Store(now)
+		}
+		defer undoing.Add(-1)
+		<-release
+		return nil
+	}
+	for i := range sandboxes {
+		key := journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}
+		require.NoError(t, w.Create(t.Context(), key, Request{Spec: &testSpec{}}))
+		require.NoError(t, w.Start(t.Context(), key))
+		require.Error(t, w.Remove(t.Context(), key))
+	}
+	mended.Store(true)
+	due := func() bool {
+		return !slices.ContainsFunc(w.List(), func(v View) bool { return v.NextTry.After(time.Now()) })
+	}
+	require.Eventually(t, func() bool { return due() && undoing.Load() >= resumeParallel }, 10*time.Second, time.Millisecond)
+	close(release)
+	require.Eventually(t, func() bool { return len(w.List()) == 0 }, 10*time.Second, time.Millisecond)
+	require.LessOrEqual(t, most.Load(), int32(resumeParallel))
+}
+
 func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
@@ -269,6 +304,12 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 		"an unknown state": func(r []journal.Record) []journal.Record {
 			return append(r, journal.Record{Kind: journal.Moved, State: "Dancing", Version: definitionVersion})
 		},
+		"an unknown goal": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Owed, Goal: "Dancing", Version: definitionVersion})
+		},
+		"a cleanup without a goal": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, State: string(states.CleanupOwed), Version: definitionVersion})
+		},
 		"no exit": func(r []journal.Record) []journal.Record {
 			return append(r, journal.Record{Kind: journal.Exited, Version: definitionVersion})
 		},
@@ -281,6 +322,7 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 			require.Equal(t, states.Quarantined, w.state(t))
 			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 			require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
+			require.NoError(t, w.Stop(t.Context(), testKey))
 			require.NoError(t, w.Remove(t.Context(), testKey))
 			require.Empty(t, w.left())
 		})

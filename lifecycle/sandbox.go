@@ -41,6 +41,14 @@ type stepRecord struct {
 	owedSince      time.Time
 }
 
+// took is how long the step's Do has taken; 0 where that isn't known, and where the wall clock was set back between two records.
+func (r *stepRecord) took() time.Duration {
+	if r.ended.IsZero() {
+		return 0
+	}
+	return max(0, r.ended.Sub(r.started))
+}
+
 // sandbox is one sandbox and its queue. The fields behind mu are written only by the goroutine that handles the queue, or
 // before the sandbox is known to anyone; mu makes them readable for others.
 type sandbox struct {
@@ -65,13 +73,14 @@ type sandbox struct {
 	timer    *time.Timer // the next try at what is owed; behind mu
 
 	mu          sync.Mutex
-	traceParent string // of the span the sandbox was created under
-	created     time.Time
+	traceParent string    // of the span the sandbox was created under
+	created     time.Time // by the wall clock, but never before another sandbox of the pod; doesn't change once others know the sandbox
+	entered     time.Time // when its state was
 	steps       map[states.Event]*stepRecord
 	seq         uint64
 	transitions []Transition
 	acts        acts
-	goal        states.State // what the owed cleanup leads to
+	goal        states.State // what is being stopped for, or what the pending cleanup leads to; "" for neither
 	attempts    int
 	nextTry     time.Time
 	lastErr     error
@@ -84,10 +93,12 @@ func newSandbox(e *Engine, key journal.Key, req Request) (*sandbox, error) {
 	if err != nil {
 		return nil, err
 	}
+	now := time.Now()
 	s := &sandbox{
 		engine: e, key: key, req: req, machine: machine,
 		exited:  make(chan struct{}),
-		created: time.Now(),
+		created: now.Round(0),
+		entered: now,
 		steps:   map[states.Event]*stepRecord{},
 	}
 	for _, name := range states.Steps() {
@@ -138,10 +149,12 @@ func (s *sandbox) interruptibly(ctx context.Context, work func(context.Context))
 	if waiting {
 		return
 	}
+	defer func() {
+		s.queueMu.Lock()
+		defer s.queueMu.Unlock()
+		s.interrupt = nil
+	}()
 	work(ctx)
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	s.interrupt = nil
 }
 
 func (s *sandbox) handle() {
@@ -157,9 +170,7 @@ func (s *sandbox) handle() {
 		event := s.queue[0]
 		s.queue = s.queue[1:]
 		s.queueMu.Unlock()
-		if _, err := protect(func() (any, error) { event(); return nil, nil }); err != nil {
-			s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end")
-		}
+		s.aside(event)
 	}
 }
 
@@ -168,7 +179,7 @@ func (s *sandbox) ask(event func(reply func(error))) <-chan error {
 	answer := make(chan error, 2) // an answer, and a panic after it
 	reply := func(err error) { answer <- err }
 	posted := s.post(func() {
-		if _, err := protect(func() (any, error) { event(reply); return nil, nil }); err != nil {
+		if err := Protect(func() error { event(reply); return nil }); err != nil {
 			reply(err)
 		}
 	})
@@ -183,20 +194,30 @@ func (s *sandbox) state() states.State { return s.machine.Current() }
 
 // begin puts the sandbox on record.
 func (s *sandbox) begin(ctx context.Context) error {
-	record := &journal.Record{Kind: journal.Begun, Durable: true}
-	if err := s.append(ctx, record, s.req.Spec); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.created = record.At
-	return nil
+	return s.append(ctx, &journal.Record{Kind: journal.Begun, Durable: true, At: s.created}, s.req.Spec)
 }
 
-// append writes one record of this sandbox to the ledger, with data in it, and sets its time.
+// unbeginTimeout bounds the wait for the ledger to forget a sandbox that was not accepted.
+const unbeginTimeout = 5 * time.Second
+
+// unbegin takes back what an error of begin may have left on record.
+func (s *sandbox) unbegin(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unbeginTimeout)
+	defer cancel()
+	s.aside(func() {
+		if err := s.engine.journal.Forget(ctx, s.key); err != nil {
+			s.log(ctx).WithError(err).Warn("sandbox: it was not accepted, and may be in the ledger until the next start")
+		}
+	})
+}
+
+// append writes one record of this sandbox to the ledger, with data in it, and sets its time, which has a monotonic clock: durations are
+// measured by that, as long as this process knows both of their ends.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
-	// A wall clock alone, as the ledger will give it back: what is shown of a sandbox is the same before and after a restart.
-	r.Key, r.Version, r.At, r.TraceParent = s.key, definitionVersion, time.Now().UTC().Round(0), tracing.Parent(ctx)
+	r.Key, r.Version, r.TraceParent = s.key, definitionVersion, tracing.Parent(ctx)
+	if r.At.IsZero() {
+		r.At = time.Now()
+	}
 	if data != nil {
 		packed, err := journal.Marshal(data)
 		if err != nil {
@@ -208,6 +229,15 @@ func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error
 		return fmt.Errorf("failed to write the %s record of sandbox %q to the ledger: %w", r.Kind, s.key.ID, err)
 	}
 	return nil
+}
+
+// record writes a record that nothing depends on: the sandbox goes on by what is in memory.
+func (s *sandbox) record(ctx context.Context, r *journal.Record, data any) {
+	s.aside(func() {
+		if err := s.append(ctx, r, data); err != nil {
+			s.log(ctx).WithError(err).Warnf("sandbox: a record is not in the ledger: %s", r.Kind)
+		}
+	})
 }
 
 // fire moves the state, keeps the transition and tells the log. The record that the transition rests on was written before, at
@@ -226,9 +256,9 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 	t = s.keep(t)
 	s.mu.Unlock()
 
-	s.tell(ctx, t)
+	s.aside(func() { s.tell(ctx, t) })
 	if s.engine.observe != nil {
-		s.engine.observe(s.view())
+		s.aside(func() { s.engine.observe(s.view()) })
 	}
 	return nil
 }
@@ -237,11 +267,15 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
-	// The wall clock may have been set back since.
-	if since := s.since(); t.At.Before(since) {
-		t.At = since
+	t.After = max(0, t.At.Sub(s.entered))
+	s.entered = t.At
+	shown := s.created
+	if n := len(s.transitions); n > 0 {
+		shown = s.transitions[n-1].At
 	}
-	t.After = t.At.Sub(s.since())
+	if t.At.Round(0).Before(shown.Round(0)) {
+		t.At = shown // the wall clock was set back
+	}
 	s.transitions = append(s.transitions, t)
 	if over := len(s.transitions) - keepTransitions; over > 0 {
 		s.transitions = slices.Delete(s.transitions, keepFirstTransitions, keepFirstTransitions+over)
@@ -278,17 +312,9 @@ func (s *sandbox) secondsOf(t Transition) float64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if rec, ok := s.steps[t.Event]; ok {
-		return rec.ended.Sub(rec.started).Seconds()
+		return rec.took().Seconds()
 	}
 	return t.After.Seconds()
-}
-
-// since is when the state was entered. The caller holds mu, or is alone.
-func (s *sandbox) since() time.Time {
-	if n := len(s.transitions); n > 0 {
-		return s.transitions[n-1].At
-	}
-	return s.created
 }
 
 // stepOf is the step that a transition is about: the one that was done, or whose failure led to it.
@@ -319,11 +345,9 @@ func (s *sandbox) move(ctx context.Context, event states.Event, cause error) err
 	if !ok {
 		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, s.state(), event, errdefs.ErrFailedPrecondition)
 	}
-	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to)}
+	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to), Goal: string(s.goal)}
 	s.describe(record, cause)
-	if err := s.append(ctx, record, nil); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: a transition is not on record")
-	}
+	s.record(ctx, record, nil)
 	return s.fire(ctx, event, record.At, cause)
 }
 
@@ -337,10 +361,13 @@ func (s *sandbox) run(step Step) *Run {
 	}
 	r.notes = r.facts[f.Name].notes
 	s.mu.Unlock()
-	r.note = func(ctx context.Context, data any, canWait bool) error {
-		return s.append(ctx, &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}, data)
-	}
+	r.note = func(ctx context.Context, data any, canWait bool) error { return s.append(ctx, f.noted(canWait), data) }
 	return r
+}
+
+// noted is a record of what the step notes.
+func (f Facts) noted(canWait bool) *journal.Record {
+	return &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}
 }
 
 // pauseExited handles the end of the sandbox's process.
@@ -367,9 +394,7 @@ func (s *sandbox) recordExit(ctx context.Context, exit Exit) bool {
 	if !s.setExit(exit) {
 		return false
 	}
-	if err := s.append(ctx, &journal.Record{Kind: journal.Exited}, &exit); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: the exit of pause is not on record")
-	}
+	s.record(ctx, &journal.Record{Kind: journal.Exited}, &exit)
 	return true
 }
 
@@ -406,7 +431,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 	s.mu.Lock()
 	s.lastErr = s.failure // what was owed is paid
 	s.mu.Unlock()
-	if err := s.fire(ctx, event, time.Now().UTC(), nil); err != nil {
+	if err := s.fire(ctx, event, time.Now(), nil); err != nil {
 		return err
 	}
 	s.announceExit()

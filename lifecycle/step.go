@@ -128,8 +128,8 @@ func (r *Run) Notes() []any {
 func (r *Run) Announce(ctx context.Context, data any) error { return r.keep(ctx, data, false) }
 
 // Note records what the step has done, for its Undo. When it returns, that is there after a kill; after a reboot, too, once the step
-// announces something else, or its Do or Undo has ended or is owed. An error means that it may not be on record. It may be called by
-// several goroutines.
+// announces something else, or its Do or Undo has ended or is owed. An error means that it may not be on record; an Undo gets none, and
+// what it notes is there as long as this process is. It may be called by several goroutines.
 func (r *Run) Note(ctx context.Context, data any) error { return r.keep(ctx, data, true) }
 
 func (r *Run) keep(ctx context.Context, data any, canWait bool) error {

@@ -63,22 +63,26 @@ func (s *sandbox) stop(ctx context.Context) error {
 	switch s.state() {
 	case states.Stopped, states.Removing, states.RolledBack, states.Removed:
 		return nil
-	case states.CleanupOwed:
-		if s.goal != states.Stopped {
+	case states.CleanupOwed, states.Stopping:
+		if s.goal != "" && s.goal != states.Stopped {
 			return s.pay(ctx)
 		}
-		fallthrough
 	case states.Ready, states.NotReady:
-		if err := s.move(ctx, states.Stop, nil); err != nil {
-			return err
-		}
-	case states.Stopping:
 	case states.Quarantined:
 		return s.detach(ctx) // it stays what it is, but the kubelet removes no sandbox that it can't stop
 	default:
 		return s.rollback(ctx, errEnded)
 	}
-	return s.settle(ctx, states.Stopped, func() error {
+	return s.stopFor(ctx, states.Stopped)
+}
+
+// stopFor stops the sandbox on the way to goal, which is what is owed if that fails, also after a kill.
+func (s *sandbox) stopFor(ctx context.Context, goal states.State) error {
+	s.setGoal(goal)
+	if err := s.enter(ctx, states.Stop, states.Stopping, nil); err != nil {
+		return err
+	}
+	return s.settle(ctx, goal, func() error {
 		if err := s.detach(ctx); err != nil {
 			return err
 		}
@@ -98,7 +102,7 @@ func (s *sandbox) detach(ctx context.Context) error {
 func (s *sandbox) remove(ctx context.Context) error {
 	switch s.state() {
 	case states.Ready, states.NotReady, states.Stopping:
-		if err := s.stop(ctx); err != nil {
+		if err := s.stopFor(ctx, states.Removed); err != nil {
 			return err
 		}
 	case states.CleanupOwed:
@@ -194,13 +198,13 @@ func (s *sandbox) undo(ctx context.Context, step Step) error {
 	if err := s.steps[name].err; err != nil {
 		intent.Error = err.Error()
 	}
-	s.record(ctx, intent)
+	s.record(ctx, intent, nil)
 	if err := s.attempt(ctx, step, ActUndo, s.undoOf(step)); err != nil {
 		return err
 	}
 	// What only a removal undoes leaves the ledger with the sandbox; of what a stop undoes, a reboot must not lose that it is gone.
 	lasts := step.Facts().Lasting && step.Facts().AtStop && s.steps[name].plan != nil
-	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name), Durable: lasts})
+	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name), Durable: lasts}, nil)
 	s.setStatus(name, StepUndone)
 	return nil
 }
@@ -238,17 +242,22 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	ctx, span := tracing.Start(ctx, spanName(facts.Name, kind), s.req.Attributes...)
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
 	r := s.run(step)
-	act := Act{Step: facts.Name, Kind: kind, Started: time.Now().UTC()}
+	// A full disk keeps nothing from being undone. After a restart the undo is only made again.
+	r.note = func(ctx context.Context, data any, canWait bool) error {
+		s.record(ctx, facts.noted(canWait), data)
+		return nil
+	}
+	act := Act{Step: facts.Name, Kind: kind, Started: time.Now()}
 	s.mu.Lock()
 	s.acts.begin(act.Step, act.Kind, act.Started)
 	s.steps[act.Step].acting, s.steps[act.Step].actingSince = act.Kind, act.Started
 	s.mu.Unlock()
-	_, err := protect(func() (any, error) { return nil, f(ctx, r) })
+	err := Protect(func() error { return f(ctx, r) })
 	if err != nil {
 		err = late(ctx, err)
 	}
-	tracing.End(span, err)
-	act.Ended, act.Err = time.Now().UTC(), err
+	s.aside(func() { tracing.End(span, err) })
+	act.Ended, act.Err = time.Now(), err
 	s.mu.Lock()
 	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
 	rec := s.steps[act.Step]
@@ -260,18 +269,24 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	}
 	s.mu.Unlock()
 	s.acted(ctx, act, outcome)
+	if errdefs.IsNotFound(err) {
+		err = notFound{err}
+	}
 	if err != nil {
 		return &StepError{Step: act.Step, Undo: true, Pod: s.req.Pod, Err: err}
 	}
 	return nil
 }
 
-// record writes a record that nothing depends on.
-func (s *sandbox) record(ctx context.Context, r *journal.Record) {
-	if err := s.append(ctx, r, nil); err != nil {
-		s.log(ctx).WithError(err).Warn("sandbox: an undo is not on record")
-	}
+// notFound is why an undo failed that didn't find something, without that class: whoever ends a sandbox takes it for a sandbox that is
+// gone.
+type notFound struct{ error }
+
+func (e notFound) Is(target error) bool {
+	return target != errdefs.ErrNotFound && errors.Is(e.error, target)
 }
+
+func (e notFound) As(target any) bool { return errors.As(e.error, target) }
 
 func (s *sandbox) setStatus(name states.Event, status StepStatus) {
 	s.mu.Lock()
@@ -292,7 +307,7 @@ func (s *sandbox) settleStep(name states.Event) {
 func (s *sandbox) setOwed(name states.Event, reason error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[name].owedFrom(time.Now().UTC(), reason)
+	s.steps[name].owedFrom(time.Now(), reason)
 }
 
 // owedFrom keeps why the step's undo is owed, and the first time as since when.

@@ -120,7 +120,7 @@ func (s *sandbox) view() View {
 	v := View{
 		Key: s.key, Pod: s.req.Pod, Spec: s.req.Spec,
 		State: s.state(), Goal: s.goal,
-		Created: s.created, Since: s.since(),
+		Created: s.created, Since: s.entered,
 		TraceID:     tracing.FromParent(s.traceParent).TraceID().String(),
 		TraceParent: s.traceParent,
 		Claim:       Claim(s.claim.Load()),
@@ -144,7 +144,7 @@ func (s *sandbox) view() View {
 		if rec.status == StepPending && i >= onPath {
 			continue // nobody has asked for it
 		}
-		view := StepView{Name: name, Status: rec.status, Started: rec.started, Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
+		view := StepView{Name: name, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
 			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
 		case rec.status == StepOwed:
@@ -154,9 +154,6 @@ func (s *sandbox) view() View {
 			if v.Err == nil {
 				v.Err = rec.checkErr
 			}
-		}
-		if !rec.ended.IsZero() {
-			view.Duration = rec.ended.Sub(rec.started)
 		}
 		v.Steps = append(v.Steps, view)
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
@@ -72,22 +74,45 @@ func (a *api) Watch(_ *podfsmv1.WatchRequest, stream grpc.ServerStreamingServer[
 	}
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
-	transitions, failed := a.controller.exchange.Subscribe(ctx, fmt.Sprintf("topic==%q", transitionTopic))
+	envelopes, failed := a.controller.exchange.Subscribe(ctx, fmt.Sprintf("topic==%q", transitionTopic))
 	if err := stream.SendHeader(metadata.MD{}); err != nil {
 		return err
 	}
+	waiting := make(chan *podfsmv1.SandboxTransition, maxBehind)
+	var ended error // is set when waiting is closed
+	go func() {
+		defer close(waiting)
+		defer cancel()
+		ended = takeTransitions(envelopes, failed, waiting)
+	}()
+	for t := range waiting {
+		if err := stream.Send(t); err != nil {
+			return err
+		}
+	}
+	return errgrpc.ToGRPC(ended)
+}
+
+// maxBehind is how many transitions wait for a watcher at most.
+const maxBehind = 1024
+
+// takeTransitions passes events on as fast as they come: containerd's exchange would keep them without bound. It returns when the
+// subscription ends, which is no error when the caller has gone, or when too many wait.
+func takeTransitions(envelopes <-chan *events.Envelope, failed <-chan error, waiting chan<- *podfsmv1.SandboxTransition) error {
 	for {
 		select {
-		case envelope := <-transitions:
+		case envelope := <-envelopes:
 			t := &podfsmv1.SandboxTransition{}
 			if err := typeurl.UnmarshalTo(envelope.Event, t); err != nil {
-				return errgrpc.ToGRPC(fmt.Errorf("failed to read an event: %w", err))
+				return fmt.Errorf("failed to read an event: %w", err)
 			}
-			if err := stream.Send(t); err != nil {
-				return err
+			select {
+			case waiting <- t:
+			default:
+				return fmt.Errorf("the watcher is %d transitions behind; watch again, and list what there is: %w", maxBehind, errdefs.ErrResourceExhausted)
 			}
-		case err := <-failed: // nil when the caller has gone
-			return errgrpc.ToGRPC(err)
+		case err := <-failed:
+			return err
 		}
 	}
 }

@@ -36,17 +36,17 @@ func (c *Controller) PrepareContainer(ctx context.Context, id, image string) (re
 	started := make(chan struct{})
 	go func() {
 		defer close(started)
-		defer func() {
-			if p := recover(); p != nil { // which would end the daemon
-				log.G(ctx).Errorf("podfsm: the start of the shim of sandbox %q panicked: %v", id, p)
+		err := lifecycle.Protect(func() error {
+			_, leave, err := c.tasks.enter(ctx, view.Key)
+			if err != nil {
+				return err
 			}
-		}()
-		_, leave, err := c.tasks.enter(ctx, view.Key)
-		if err != nil {
-			return
+			defer leave()
+			return c.startShim(ctx, view.Key)
+		})
+		if err != nil { // the start of the container tries again, and says what is wrong
+			log.G(ctx).WithError(err).Debugf("podfsm: the shim of sandbox %q was not started beside its container", id)
 		}
-		defer leave()
-		_ = c.startShim(ctx, view.Key) // the start of the container tries again, and says what is wrong
 	}()
 	return func() { unpinned(); <-started }, nil
 }

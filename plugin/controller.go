@@ -73,26 +73,34 @@ var (
 
 // initController makes the controller. It never fails: an error here would take the whole CRI down, so a controller that
 // can't work refuses pods, with the reason.
-func initController(ic *plugin.InitContext) (instance any, _ error) {
+func initController(ic *plugin.InitContext) (any, error) {
 	c := &Controller{stock: &stockConfig{}}
 	c.meters = newMeters(c)
-	defer func() {
-		if p := recover(); p != nil {
-			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
-		}
-		c.callDoctor(ic)
-		if c.refusal != nil {
-			log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
-		}
-		if err := prometheus.Register(c.meters); err != nil {
-			log.G(ic.Context).WithError(err).Warn("podfsm: there will be no metrics of it")
-		}
-		instance = c
-	}()
-	if err := c.open(ic); err != nil {
-		c.refuse(err)
+	c.opened(func() error { return c.open(ic) })
+	c.callDoctor(ic)
+	if c.refusal != nil {
+		log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
+	}
+	if err := prometheus.Register(c.meters); err != nil {
+		log.G(ic.Context).WithError(err).Warn("podfsm: there will be no metrics of it")
 	}
 	return c, nil
+}
+
+// opened opens the controller. When that fails, or panics, the controller has no engine and refuses pods: an engine that doesn't know all
+// sandboxes would let containerd's service forget the others.
+func (c *Controller) opened(open func() error) {
+	err := lifecycle.Protect(open)
+	if err == nil {
+		return
+	}
+	c.refuse(err)
+	if c.engine != nil {
+		ended, cancel := context.WithCancel(context.Background())
+		cancel()
+		c.engine.Close(ended) // without a wait for what it has begun
+		c.engine = nil
+	}
 }
 
 // open connects the controller to containerd, the ledger and the engine.
@@ -170,11 +178,9 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	}
 	c.engine = engine
 	if err := c.openProcesses(ic, config); err != nil {
-		c.engine = nil
 		return err
 	}
 	if err := c.recover(ic.Context, client, gc); err != nil {
-		c.engine = nil // one that knows no sandbox would let containerd's service forget them all
 		return fmt.Errorf("failed to take up the sandboxes of the last run: %w", err)
 	}
 	return nil
@@ -191,7 +197,13 @@ func (c *Controller) openProcesses(ic *plugin.InitContext, config *Config) (err 
 	if c.node.seccomp, err = pause.SeccompFilter(); err != nil {
 		return err
 	}
-	if c.node.pauses, err = pause.NewProcesses(path, c.pauseExited); err != nil {
+	engine := c.engine
+	exited := func(name string, exit pause.Exit) {
+		if err := lifecycle.Protect(func() error { c.pauseExited(engine, name, exit); return nil }); err != nil {
+			log.L.WithError(err).Errorf("podfsm: the exit of pause of %q was not handled to its end", name)
+		}
+	}
+	if c.node.pauses, err = pause.NewProcesses(path, exited); err != nil {
 		return err
 	}
 	manager, err := ic.GetByID(plugins.ShimPlugin, "manager")

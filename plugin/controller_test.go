@@ -455,6 +455,29 @@ func TestShutdownIsOneTrace(t *testing.T) {
 	require.Len(t, traces, 1)
 }
 
+// A controller that could not be opened has no engine: one that doesn't know all sandboxes would let containerd's service forget them.
+func TestControllerThatCantBeOpened(t *testing.T) {
+	for name, open := range map[string]func() error{
+		"an error": func() error { return errors.New("no luck") },
+		"a panic":  func() error { panic("a bug") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.run(t, "s1")
+			w.opened(open)
+			ctx := namespaces.WithNamespace(t.Context(), cri.Namespace)
+			_, err := w.Status(ctx, "s1", false)
+			require.True(t, errdefs.IsUnavailable(err), "%v", err)
+			require.True(t, errdefs.IsUnavailable(w.Shutdown(ctx, "s1")))
+			waiting, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
+			defer cancel()
+			_, err = w.Wait(waiting, "s1")
+			require.ErrorIs(t, err, context.DeadlineExceeded, "an answer would say that the sandbox has ended")
+			require.NoError(t, w.Close())
+		})
+	}
+}
+
 func TestQuarantinedSandboxCanBeStoppedAndRemoved(t *testing.T) {
 	w := newWorld(t)
 	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}

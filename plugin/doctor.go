@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/plugins"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/plugin"
@@ -20,6 +18,7 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -34,11 +33,12 @@ type examination struct {
 // callDoctor makes the doctor of this node, whatever has become of the rest of the controller: who can't run pods has most to ask of it.
 // It never fails containerd's start.
 func (c *Controller) callDoctor(ic *plugin.InitContext) {
-	defer func() {
-		if p := recover(); p != nil {
-			c.refuse(fmt.Errorf("panic at start-up: %v: %w", p, errdefs.ErrInternal))
-		}
-	}()
+	if err := lifecycle.Protect(func() error { c.makeDoctor(ic); return nil }); err != nil {
+		c.refuse(err)
+	}
+}
+
+func (c *Controller) makeDoctor(ic *plugin.InitContext) {
 	config, _ := optionsOf(ic.Config) // the defaults where it can't be read, which is a refusal
 	rootDir, stateDir := ic.Properties[plugins.PropertyRootDir], ic.Properties[plugins.PropertyStateDir]
 	var groups host.Groups

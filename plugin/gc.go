@@ -18,6 +18,7 @@ import (
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/lifecycle"
 )
 
 const (
@@ -38,12 +39,9 @@ func (c *Controller) collectNetworks(ctx context.Context, client *containerd.Cli
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		defer func() {
-			if p := recover(); p != nil {
-				log.G(ctx).Errorf("podfsm: the collection of CNI networks panicked: %v", p)
-			}
-		}()
-		c.collect(ctx, client, wanted, sandboxes)
+		if err := lifecycle.Protect(func() error { c.collect(ctx, client, wanted, sandboxes); return nil }); err != nil {
+			log.G(ctx).WithError(err).Error("podfsm: the collection of CNI networks failed")
+		}
 	}()
 	select {
 	case <-done:

@@ -184,7 +184,7 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 func own(view lifecycle.View) ownInfo {
 	info := ownInfo{State: view.State, TraceID: view.TraceID, Steps: map[string]ownInfoRun{}}
 	for _, t := range view.Transitions {
-		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At, Event: t.Event, To: t.To, Error: records.Text(t.Err)})
+		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At.UTC(), Event: t.Event, To: t.To, Error: records.Text(t.Err)})
 	}
 	for _, step := range view.Steps {
 		info.Steps[string(step.Name)] = ownInfoRun{Status: step.Status, Seconds: step.Duration.Seconds(), Error: records.Text(step.Err)}

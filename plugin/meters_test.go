@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -82,7 +83,7 @@ func TestMetersOfADegradedController(t *testing.T) {
 func TestMetersOfThePool(t *testing.T) {
 	pool, err := userns.OpenPool("test", userns.Ranges{
 		UIDs: []userns.Extent{{First: 1 << 20, Size: 3 * userns.RangeSize}}, GIDs: []userns.Extent{{First: 1 << 20, Size: 3 * userns.RangeSize}},
-	}, "")
+	}, filepath.Join(t.TempDir(), "history"))
 	require.NoError(t, err)
 	c := &Controller{node: &node{ids: userns.New(nil, pool)}}
 	c.meters = newMeters(c)

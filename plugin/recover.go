@@ -156,11 +156,11 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		group.Go(func() error {
 			ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, view.Key.Namespace), probeTimeout)
 			defer cancel()
-			if err := c.engine.Resume(ctx, view.Key, verdict); err != nil {
+			if err := lifecycle.Protect(func() error { return c.engine.Resume(ctx, view.Key, verdict) }); err != nil {
 				log.G(ctx).WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
 				return nil
 			}
-			if err := keepProcessLabel(ctx, client, records[view.Key], view); err != nil {
+			if err := lifecycle.Protect(func() error { return keepProcessLabel(ctx, client, records[view.Key], view) }); err != nil {
 				log.G(ctx).WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Warn("podfsm: containers created from now on may get another SELinux label than their pod")
 			}
 			return nil

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/cni"
@@ -165,7 +166,11 @@ func (s *attachNetwork) attachment(r *lifecycle.Run) (*cni.Attachment, error) {
 		return nil, fmt.Errorf("failed to copy the network plan of sandbox %q: %w", r.Key.ID, err)
 	}
 	for _, note := range r.Notes() {
-		if err := attachment.Apply(*note.(*cni.Progress)); err != nil {
+		progress, ok := note.(*cni.Progress)
+		if !ok {
+			return nil, fmt.Errorf("the network record of sandbox %q holds an unknown %T: %w", r.Key.ID, note, errdefs.ErrDataLoss)
+		}
+		if err := attachment.Apply(*progress); err != nil {
 			return nil, fmt.Errorf("the network record of sandbox %q doesn't fit its plan: %w", r.Key.ID, err)
 		}
 	}

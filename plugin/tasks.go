@@ -349,7 +349,7 @@ func (e taskEvents) publish(ctx context.Context, key journal.Key, topic string, 
 }
 
 // pauseExited tells the engine, and whoever watches containerd's events.
-func (c *Controller) pauseExited(name string, exit pause.Exit) {
+func (c *Controller) pauseExited(engine *lifecycle.Engine, name string, exit pause.Exit) {
 	key, err := keyOfHolder(name)
 	if err != nil {
 		return // no sandbox has that name
@@ -357,5 +357,5 @@ func (c *Controller) pauseExited(name string, exit pause.Exit) {
 	if process, err := c.node.pauses.Process(name); err == nil {
 		c.node.tasks.exited(key, uint32(process.Pid()), exit)
 	}
-	c.engine.PauseExited(key, lifecycle.Exit{Code: exit.Status, At: exit.At})
+	engine.PauseExited(key, lifecycle.Exit{Code: exit.Status, At: exit.At})
 }

@@ -61,7 +61,7 @@ func (h *herald) publish(done chan struct{}) {
 		h.mu.Unlock()
 		for _, t := range all {
 			ctx := namespaces.WithNamespace(context.Background(), t.GetContainerdNamespace())
-			if err := h.publisher.Publish(ctx, transitionTopic, t); err != nil {
+			if err := lifecycle.Protect(func() error { return h.publisher.Publish(ctx, transitionTopic, t) }); err != nil {
 				log.G(ctx).WithField(tracing.LogSandbox, t.GetSandboxId()).WithError(err).Warn("podfsm: a transition was not published as an event")
 			}
 		}

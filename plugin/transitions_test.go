@@ -1,14 +1,17 @@
 package plugin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/events/exchange"
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/require"
@@ -203,6 +206,48 @@ func TestWatch(t *testing.T) {
 		require.EqualValues(t, i+1, got.GetTransition().GetSeq())
 		require.Equal(t, string(event), got.GetTransition().GetEvent())
 	}
+}
+
+// feed is an exchange whose events the test hands over one by one. containerd's keeps without bound what a subscriber doesn't take.
+type feed struct {
+	eventExchange
+	envelopes chan *events.Envelope
+	ended     chan struct{} // closed at the end of the subscription
+}
+
+func (f *feed) Subscribe(ctx context.Context, _ ...string) (<-chan *events.Envelope, <-chan error) {
+	failed := make(chan error)
+	context.AfterFunc(ctx, func() { close(f.ended); close(failed) })
+	return f.envelopes, failed
+}
+
+// A watcher that stalls, as behind a pager, is given up when it is too far behind, and told so when it goes on.
+func TestWatchThatStalls(t *testing.T) {
+	w := newWorld(t)
+	f := &feed{envelopes: make(chan *events.Envelope), ended: make(chan struct{})}
+	w.exchange = f
+	stream := watching(t, w)
+	_, err := stream.Header()
+	require.NoError(t, err)
+	packed, err := typeurl.MarshalAny(&podfsmv1.SandboxTransition{SandboxId: strings.Repeat("s", 1000)})
+	require.NoError(t, err)
+	told, deadline := 0, time.After(10*time.Second)
+	for taken := true; taken; told++ {
+		require.Less(t, told, 100*maxBehind, "the daemon keeps whatever the watcher doesn't take")
+		select {
+		case f.envelopes <- &events.Envelope{Event: packed}:
+		case <-f.ended:
+			taken = false
+		case <-deadline:
+			require.Fail(t, "nobody takes the events, and the subscription goes on")
+		}
+	}
+	got := 0
+	for ; err == nil; got++ {
+		_, err = stream.Recv()
+	}
+	require.Equal(t, codes.ResourceExhausted, grpcstatus.Code(err), "%v", err)
+	require.Greater(t, got, maxBehind, "what had been taken is told first")
 }
 
 func TestWatchWhileDegraded(t *testing.T) {

@@ -20,6 +20,7 @@ const (
 	LogState     = "state"      // the state now
 	LogGoal      = "goal"       // the state that an owed cleanup leads to
 	LogAttempts  = "attempts"   // failed tries at it
+	LogRetryIn   = "retry_in"   // seconds until the next one
 	LogTraceID   = "trace_id"   // in hexadecimal; there is none outside of a trace
 )
 

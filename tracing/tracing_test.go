@@ -67,7 +67,7 @@ func TestSpansAndFieldsAreInTheDocs(t *testing.T) {
 		SpanCNIAdd, SpanCNIDel, SpanCNICheck, SpanCNIStatus, SpanCNIGC, Step("<step>"), Undo("<step>"), Stop("start_pause"),
 		string(PodName), string(PodNamespace), string(PodUID), string(ErrorType), string(PodAttempt), string(SandboxID), string(RuntimeHandler),
 		string(StepSkipped), string(Recovery), string(Joined), string(CNIPlugin),
-		LogPod, LogSandbox, LogStep, LogAct, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogTraceID,
+		LogPod, LogSandbox, LogStep, LogAct, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogRetryIn, LogTraceID,
 	} {
 		require.Contains(t, string(docs), "`"+name+"`")
 	}

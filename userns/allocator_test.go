@@ -409,12 +409,15 @@ func TestHistoryIsOnlyAdvice(t *testing.T) {
 		})
 	}
 	t.Run("a folder", func(t *testing.T) {
-		a := New(&world{}, poolAt(t, t.TempDir(), 1))
+		path := filepath.Join(t.TempDir(), "history")
+		require.NoError(t, os.Mkdir(path, 0o700))
+		a := New(&world{}, poolAt(t, path, 1))
 		for range 2 {
 			_, err := a.Allocate(t.Context(), auto("s1", "pod"))
 			require.NoError(t, err)
 			require.ErrorContains(t, a.Release("s1"), "failed to note")
 		}
+		require.NoFileExists(t, path+".new")
 	})
 	t.Run("it stays small", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "history")

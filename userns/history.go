@@ -83,6 +83,7 @@ func (h *history) rewrite() error {
 		writeUse(&b, s)
 	}
 	fresh := h.path + ".new"
+	defer os.Remove(fresh) // where it has not become the file
 	if err := os.WriteFile(fresh, b.Bytes(), 0o600); err != nil {
 		return err
 	}

@@ -53,7 +53,8 @@ type SandboxesClient interface {
 	Inspect(ctx context.Context, in *InspectRequest, opts ...grpc.CallOption) (*InspectResponse, error)
 	// Watch follows the transitions of all sandboxes. The response headers are
 	// sent when it has begun: no transition after that is missed. Each comes once,
-	// and those of a sandbox in their order.
+	// and those of a sandbox in their order. A watcher that is too far behind
+	// gets ResourceExhausted.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SandboxTransition], error)
 	// IDs returns which sandbox holds which host ids, and how the pool of mode
 	// "auto" stands. It searches the host for what uses the ranges in quarantine,
@@ -178,7 +179,8 @@ type SandboxesServer interface {
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
 	// Watch follows the transitions of all sandboxes. The response headers are
 	// sent when it has begun: no transition after that is missed. Each comes once,
-	// and those of a sandbox in their order.
+	// and those of a sandbox in their order. A watcher that is too far behind
+	// gets ResourceExhausted.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[SandboxTransition]) error
 	// IDs returns which sandbox holds which host ids, and how the pool of mode
 	// "auto" stands. It searches the host for what uses the ranges in quarantine,

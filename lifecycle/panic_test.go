@@ -1,0 +1,160 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// buggy panics at whatever it is told.
+type buggy struct{}
+
+func (buggy) Acted(Act, Outcome) { panic("a bug of the meter") }
+
+func (buggy) Recovered(Recovery, time.Duration) { panic("a bug of the meter") }
+
+func (buggy) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (buggy) Fire(*logrus.Entry) error { panic("a bug of the log") }
+
+// buggyLog is a context whose log panics at every line.
+func buggyLog(ctx context.Context) context.Context {
+	logger := logrus.New()
+	logger.SetOutput(io.Discard)
+	logger.SetLevel(logrus.TraceLevel)
+	logger.AddHook(buggy{})
+	return log.WithLogger(ctx, logrus.NewEntry(logger))
+}
+
+// hooks are all that an engine tells how things go. Nothing that happens to a sandbox depends on them.
+var hooks = map[string]func(w *world, ctx context.Context) context.Context{
+	"the meter": func(w *world, ctx context.Context) context.Context {
+		w.Engine.meter = buggy{}
+		return ctx
+	},
+	"the observer": func(w *world, ctx context.Context) context.Context {
+		w.observe = func(View) { panic("a bug of the observer") }
+		return ctx
+	},
+	"the log": func(_ *world, ctx context.Context) context.Context { return buggyLog(ctx) },
+}
+
+func TestHookThatPanics(t *testing.T) {
+	for name, spoil := range hooks {
+		t.Run(name+", of a sandbox that is well", func(t *testing.T) {
+			w := newWorld(t)
+			ctx := spoil(w, t.Context())
+			require.NoError(t, w.Create(ctx, testKey, Request{Pod: "ns/pod", Spec: &testSpec{"pod"}}))
+			require.NoError(t, w.Start(ctx, testKey))
+			require.Equal(t, states.Ready, w.state(t))
+			require.NoError(t, w.Check(ctx, testKey))
+			require.NoError(t, w.Demand(ctx, testKey, states.StartShim))
+			require.NoError(t, w.Stop(ctx, testKey))
+			require.NoError(t, w.Remove(ctx, testKey))
+			require.Empty(t, w.left())
+		})
+		t.Run(name+", of a creation that fails", func(t *testing.T) {
+			w := newWorld(t)
+			ctx := spoil(w, t.Context())
+			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			fails := true
+			w.undo[states.AttachNetwork] = func() error {
+				if fails {
+					fails = false
+					return errors.New("no luck")
+				}
+				return nil
+			}
+			require.NoError(t, w.Create(ctx, testKey, Request{Pod: "ns/pod", Spec: &testSpec{"pod"}}))
+			require.ErrorContains(t, w.Start(ctx, testKey), "not ready")
+			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond, "what is pending is tried again")
+			require.Empty(t, w.left())
+		})
+		t.Run(name+", of a creation that is ended", func(t *testing.T) {
+			w := newWorld(t)
+			ctx := spoil(w, t.Context())
+			running := make(chan struct{})
+			w.do[states.StartPause] = func(ctx context.Context) error {
+				close(running)
+				<-ctx.Done()
+				return nil
+			}
+			require.NoError(t, w.Create(ctx, testKey, Request{Pod: "ns/pod", Spec: &testSpec{"pod"}}))
+			started := make(chan error, 1)
+			go func() { started <- w.Start(ctx, testKey) }()
+			<-running
+			require.NoError(t, w.Remove(ctx, testKey))
+			require.ErrorIs(t, <-started, errEnded)
+			require.Empty(t, w.left())
+		})
+		t.Run(name+", after a restart", func(t *testing.T) {
+			ready := readyWorld(t).restart(t, Recorded)
+			require.NoError(t, ready.Resume(spoil(ready, t.Context()), testKey, Keep))
+			require.Equal(t, states.Ready, ready.state(t))
+
+			half := interrupted(t, states.AttachNetwork).restart(t, Recorded)
+			require.NoError(t, half.Resume(spoil(half, t.Context()), testKey, Keep))
+			require.Eventually(t, half.gone, 10*time.Second, time.Millisecond)
+			require.Empty(t, half.left())
+		})
+	}
+}
+
+// lines are what was logged.
+type lines []string
+
+func (lines) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (l *lines) Fire(entry *logrus.Entry) error {
+	*l = append(*l, entry.Message)
+	return nil
+}
+
+func TestPanicsAreLoggedWithWhereTheyCameFrom(t *testing.T) {
+	var logged lines
+	hooks := logrus.LevelHooks{}
+	hooks.Add(&logged)
+	before := log.L.Logger.ReplaceHooks(hooks)
+	t.Cleanup(func() { log.L.Logger.ReplaceHooks(before) })
+	err := Protect(func() error { panic("a bug") })
+	require.EqualError(t, err, "panic: a bug: internal")
+	require.Len(t, logged, 1)
+	require.Contains(t, logged[0], t.Name())
+}
+
+// One sandbox whose records make the engine panic is quarantined, and takes no other one along.
+func TestRestoreThatPanics(t *testing.T) {
+	old := newWorld(t)
+	require.NoError(t, old.run(t))
+	old.Close(context.Background())
+	other := journal.Key{Namespace: "k8s.io", ID: "s2"}
+	saved := append(old.book.saved(), journal.Sandbox{Key: other, Records: old.book.saved()[0].Records})
+	w := newWorld(t)
+	w.node.exists = old.left()
+	describe := func(key journal.Key, spec any) (Request, Past) {
+		if spec != nil && key == testKey {
+			panic("a bug")
+		}
+		return Request{Pod: "ns/pod", Spec: &testSpec{}}, Recorded
+	}
+	views, err := Replay(saved, describe)
+	require.NoError(t, err)
+	require.Equal(t, states.Quarantined, views[0].State)
+	require.Equal(t, states.Ready, views[1].State)
+	w.Restore(t.Context(), saved, describe)
+	require.Equal(t, states.Quarantined, w.state(t))
+	view, err := w.Get(other)
+	require.NoError(t, err)
+	require.Equal(t, states.Ready, view.State)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
