@@ -382,12 +382,12 @@ func (a *attacker) try(t *testing.T, attack attack, want string) {
 // brokenOut runs the command attack in the attacker's user namespace and otherwise the node's namespaces.
 func (a *attacker) brokenOut(t *testing.T, args ...string) string {
 	t.Helper()
-	command := []string{"--target", fmt.Sprint(a.pid)}
+	command := append([]string{a.Attack()}, args...)
 	if a.mode.name != hostUsers.name {
-		command = append(command, "--user", "--setuid", "0", "--setgid", "0")
+		enter := []string{"nsenter", "--target", fmt.Sprint(a.pid), "--user", "--setuid", "0", "--setgid", "0", "--"}
+		command = append(enter, command...)
 	}
-	command = append(append(command, "--", a.Attack()), args...)
-	got, err := a.Command(t.Context(), "nsenter", command...)
+	got, err := a.Command(t.Context(), command[0], command[1:]...)
 	require.NoError(t, err)
 	return got
 }

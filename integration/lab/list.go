@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	_ "embed"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -31,10 +33,10 @@ func scenarios(o options) []scenario {
 		{name: "conformance", on: debian13, critest: true, do: conformance},
 		{name: "reboot", on: debian13, do: again(reboot)},
 		{name: "power-cut", on: debian13, do: again(cut)},
-		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(), afterCut))},
-		{name: "power-cuts-upgrade", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(upgrades), command(repair), afterCut))},
-		{name: "power-cut-full-disk", on: debian13, do: steps(node("systemd"), pods("systemd", "TestRun"), command(fill), churnAndCut(),
-			command("rm /filler"), command(awaitContainerd), pods("systemd", "TestRemoveAll"), pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
+		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1), afterCut))},
+		{name: "power-cuts-upgrade", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1, upgrades), pods("systemd", "TestNoneReady"), command(repair), afterCut))},
+		{name: "power-cut-full-disk", on: debian13, do: steps(node("systemd"), pods("systemd", "TestRun"), command(fill), churnAndCut(0),
+			command(empty), afterCut, pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
 	}
 }
 
@@ -76,8 +78,9 @@ const (
 	upgrades = "while dpkg --install /lab/upgrade/*.deb && systemctl restart containerd; do dpkg --install /lab/package/*.deb; systemctl restart containerd; done"
 	repair   = "dpkg --configure --pending; dpkg --audit; dpkg --install /lab/upgrade/*.deb; systemctl restart containerd"
 	// fill leaves no block of the root filesystem free, not for root either.
-	fill            = "fallocate --length $(($(stat --file-system --format '%f * %S' /))) /filler || true; cat /dev/zero >>/filler || true"
-	awaitContainerd = "until systemctl --quiet is-active containerd; do sleep 1; done"
+	fill = "fallocate --length $(($(stat --file-system --format '%f * %S' /))) /filler || true; cat /dev/zero >>/filler || true"
+	// empty is what an operator does when containerd doesn't start.
+	empty = "systemctl is-active containerd || true; rm /filler; systemctl reset-failed containerd; systemctl restart containerd"
 )
 
 // v1 has systemd 257 mount the hierarchies of cgroup v1, as before it was told not to.
@@ -87,7 +90,7 @@ const v1 = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1 systemd.unified_cgroup_hierarch
 var everywhere = []string{
 	"TestContainersLikeStock", "TestUserNSPod", "TestUserNSPodsAreApart", "TestFailureOfEachStep", "TestRestart", "TestNetworks",
 	"TestUserModes", "TestUserModesOverRestart", "TestIsolation", "TestLeaks", "TestDrainWhilePodsCome", "TestStatsLikeStock", "TestPodKinds",
-	"TestPauseKilled", "TestShimKilled", "TestAnswersLikeStock", "TestCgroupParentsLikeStock",
+	"TestPauseKilled", "TestShimKilled", "TestAnswersLikeStock", "TestKillMatrix", "TestCgroupParentsLikeStock",
 }
 
 // step is a part of a scenario.
@@ -176,16 +179,17 @@ func reboot(ctx context.Context, m *machine, _ io.Writer) error {
 	return m.boot(ctx)
 }
 
-// churnAndCut cuts the power while pods come and go, and while scripts run.
-func churnAndCut(scripts ...string) step {
-	all := []step{pods("systemd", "TestChurn")}
-	for _, script := range scripts {
-		all = append(all, command(script))
-	}
+// churnAndCut cuts the power while pods come and go, of which at least so many have to run, and while scripts run.
+func churnAndCut(atLeast int64, scripts ...string) step {
 	return func(ctx context.Context, m *machine, log io.Writer) error {
+		churn := &churned{out: log}
+		all := []func() error{func() error { return pods("systemd", "TestChurn")(ctx, m, churn) }}
+		for _, script := range scripts {
+			all = append(all, func() error { return m.run(ctx, log, script) })
+		}
 		ended := make(chan error, len(all))
 		for _, do := range all {
-			go func() { ended <- do(ctx, m, log) }()
+			go func() { ended <- do() }()
 		}
 		after := 20*time.Second + rand.N(30*time.Second)
 		select {
@@ -198,7 +202,21 @@ func churnAndCut(scripts ...string) step {
 		for range all {
 			<-ended
 		}
-		progress("    power cut after %.0f s of churn", after.Seconds())
+		progress("    power cut after %.0f s of churn, with %d pods", after.Seconds(), churn.pods.Load())
+		if churn.pods.Load() < atLeast {
+			return errors.New("the churn has run too few pods")
+		}
 		return m.boot(ctx)
 	}
+}
+
+// churned counts the pods that TestChurn has run, by what it prints.
+type churned struct {
+	out  io.Writer
+	pods atomic.Int64
+}
+
+func (c *churned) Write(p []byte) (int, error) {
+	c.pods.Add(int64(bytes.Count(p, []byte("churn: runs"))))
+	return c.out.Write(p)
 }

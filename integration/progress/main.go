@@ -108,13 +108,25 @@ func (r *report) end(t test, result string) {
 	switch {
 	case t.Test == "" && result == "pass":
 		text = lastLine(text)
+	case t.Test == "":
+		r.endAll(t.Package)
 	case result == "pass":
 		r.passed++
 		return
-	case t.Test != "" && result == "fail":
+	case result == "fail":
 		r.failed++
 	}
 	fmt.Fprint(r.out, text)
+}
+
+// endAll ends the tests of a package that has failed before they have ended: by a timeout, for example, whose stacks are the output of the
+// test that ran.
+func (r *report) endAll(pkg string) {
+	for _, t := range slices.SortedFunc(maps.Keys(r.output), func(a, b test) int { return strings.Compare(a.Test, b.Test) }) {
+		if t.Package == pkg {
+			r.end(t, "fail")
+		}
+	}
 }
 
 func lastLine(text string) string {

@@ -38,5 +38,6 @@ func TestReport(t *testing.T) {
 	require.Equal(t, "1:35  1 tests passed, 1 failed; running: TestB/more (1:35)\n", out.String())
 
 	require.Equal(t, "ok  \tp\t1s\n", read(`{"Action":"output","Package":"p","Output":"PASS\n"}`, `{"Action":"output","Package":"p","Output":"ok  \tp\t1s\n"}`, `{"Action":"pass","Package":"p"}`))
-	require.Equal(t, "panic: x\nFAIL\tq\n", read(`{"Action":"output","Package":"q","Output":"panic: x\n"}`, `{"Action":"output","Package":"q","Output":"FAIL\tq\n"}`, `{"Action":"fail","Package":"q"}`))
+	require.Equal(t, "panic: test timed out\nFAIL\tq\n", read(`{"Action":"run","Package":"q","Test":"TestD"}`, `{"Action":"output","Package":"q","Test":"TestD","Output":"panic: test timed out\n"}`,
+		`{"Action":"output","Package":"q","Output":"FAIL\tq\n"}`, `{"Action":"fail","Package":"q"}`), "a test that never ends has no result")
 }
