@@ -62,7 +62,7 @@ test: unit integration ## Run all tests
 
 .PHONY: unit
 unit: deps ## Run the tests of the packages, with the race detector
-	$(gotest) -race $(TESTFLAGS) $$(go list ./... | grep -v '/integration$$\|/integration/harness$$') $(PROGRESS)
+	$(gotest) -race $(TESTFLAGS) $$(go list ./... | grep -v '/integration$$\|/integration/harness$$\|/integration/cluster$$') $(PROGRESS)
 
 .PHONY: integration
 integration: deps ## Run the tests on real containerd, runc and CNI plugins
@@ -126,6 +126,10 @@ bench: build ## Measure podfsm beside an unmodified containerd, CRI-O and a floo
 .PHONY: kill-matrix
 kill-matrix: deps ## Run the whole kill matrix and write docs/kill-matrix.md
 	PODFSM_FULL=1 go test -timeout 60m $(TESTFLAGS) -run '^TestKillMatrix$$' ./integration -write-docs
+
+.PHONY: cluster
+cluster: deps ## Run the tests on a Kubernetes cluster, whose first build takes half an hour
+	go test -timeout 90m -v $(TESTFLAGS) ./integration/cluster
 
 # What the targets below need of Debian besides packages.
 lab_packages := qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img debootstrap:debootstrap

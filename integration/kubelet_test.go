@@ -252,7 +252,7 @@ func deployedSettings(t *testing.T) map[string]any {
 // startKubelet starts a kubelet that ends with the test. When the test has failed, the end of its log is shown.
 func startKubelet(t *testing.T, n *harness.Node, settings map[string]any) *kubelet.Kubelet {
 	t.Helper()
-	k, err := kubelet.New(t.Context(), n, settings)
+	k, err := kubelet.New(t.Context(), n, kubelet.Config{Settings: settings})
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		err := k.Close(context.WithoutCancel(t.Context()))

@@ -40,38 +40,49 @@ type install struct {
 	bin      string // where the binaries go, below the repository
 	args     []string
 	produces string // for the progress line
+	// kubernetes has the programs report the version of Kubernetes that the
+	// module requires.
+	kubernetes bool
 }
 
 var daemons = map[Daemon]install{
-	Podfsm:     {".", "bin", []string{"./cmd/..."}, "containerd-podfsm, podfsm, podfsm-init"},
-	PodfsmRace: {".", ".build/race", []string{"-race", "./cmd/containerd-podfsm"}, "containerd-podfsm with the race detector"},
-	Stock:      {".", ".build/bin", []string{"github.com/containerd/containerd/v2/cmd/containerd"}, "containerd"},
-	Own:        {"examples/own-containerd", ".build/bin", []string{"."}, "own-containerd"},
-	TestDaemon: {".", ".build/bin", []string{"./integration/testdaemon", "./cmd/podfsm"}, "testdaemon, podfsm"},
+	Podfsm:     {module: ".", bin: "bin", args: []string{"./cmd/..."}, produces: "containerd-podfsm, podfsm, podfsm-init"},
+	PodfsmRace: {module: ".", bin: ".build/race", args: []string{"-race", "./cmd/containerd-podfsm"}, produces: "containerd-podfsm with the race detector"},
+	Stock:      {module: ".", bin: ".build/bin", args: []string{"github.com/containerd/containerd/v2/cmd/containerd"}, produces: "containerd"},
+	Own:        {module: "examples/own-containerd", bin: ".build/bin", args: []string{"."}, produces: "own-containerd"},
+	TestDaemon: {module: ".", bin: ".build/bin", args: []string{"./integration/testdaemon", "./cmd/podfsm"}, produces: "testdaemon, podfsm"},
 	CRIO:       crio,
 }
 
 // parts are what every daemon needs around it. The tools have modules of their
 // own, so that they are built with the dependencies their authors tested.
 var parts = []install{
-	{".", ".build/bin", []string{
+	{module: ".", bin: ".build/bin", args: []string{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
 		"github.com/containerd/containerd/v2/cmd/ctr",
 		"./cmd/podfsm-init",
 		"./integration/attack",
 		"./integration/faultwrap",
 		"./integration/delegate",
-	}, "containerd-shim-runc-v2, ctr, podfsm-init, attack, faultwrap, delegate"},
-	{"integration/tools/runc", ".build/bin", []string{"-tags=seccomp", "tool"}, "runc"},
-	{"integration/tools/cni", ".build/bin", []string{"tool"}, "CNI plugins"},
+	}, produces: "containerd-shim-runc-v2, ctr, podfsm-init, attack, faultwrap, delegate"},
+	{module: "integration/tools/runc", bin: ".build/bin", args: []string{"-tags=seccomp", "tool"}, produces: "runc"},
+	{module: "integration/tools/cni", bin: ".build/bin", args: []string{"tool"}, produces: "CNI plugins"},
 }
 
 // kubelet is not a part: few tests need it, and its first build takes minutes.
-// Without symbols it is linked faster and a third smaller.
-var kubelet = install{"integration/tools/kubelet", ".build/bin", []string{"-ldflags=-s -w", "tool"}, "kubelet (minutes the first time)"}
+var kubelet = install{module: "integration/tools/kubelet", bin: ".build/bin", args: []string{"tool"}, produces: "kubelet (minutes the first time)", kubernetes: true}
+
+// cluster is a control plane, with the kubelet of its version.
+var cluster = []install{
+	{module: "integration/tools/etcd", bin: ".build/kubernetes", args: []string{"."}, produces: "etcd"},
+	{
+		module: "integration/tools/kubernetes", bin: ".build/kubernetes", args: []string{"tool"},
+		produces: "Kubernetes (many minutes the first time)", kubernetes: true,
+	},
+}
 
 // promql reads PromQL as Prometheus does.
-var promql = install{"integration/tools/promql", ".build/bin", []string{"."}, "promql"}
+var promql = install{module: "integration/tools/promql", bin: ".build/bin", args: []string{"."}, produces: "promql"}
 
 // path returns where a daemon's binary is, below the repository.
 func (d Daemon) path() string {
@@ -139,11 +150,23 @@ func BuildAll(ctx context.Context) (repo string, images []byte, err error) {
 }
 
 // nfpm makes Debian packages.
-var nfpm = install{"integration/tools/nfpm", ".build/bin", []string{"tool"}, "nfpm"}
+var nfpm = install{module: "integration/tools/nfpm", bin: ".build/bin", args: []string{"tool"}, produces: "nfpm"}
 
 // BuildKubelet brings the kubelet up to date and returns its path. Progress goes
 // to stderr.
 func BuildKubelet(ctx context.Context) (string, error) { return builds.tool(ctx, kubelet, "kubelet") }
+
+// BuildCluster brings etcd, the control plane of Kubernetes, kubectl and the
+// kubelet of that version up to date and returns the folder they are in.
+// Progress goes to stderr.
+func BuildCluster(ctx context.Context) (dir string, err error) {
+	for _, i := range cluster {
+		if dir, err = builds.tool(ctx, i, ""); err != nil {
+			return "", err
+		}
+	}
+	return dir, nil
+}
 
 // BuildPromQL brings the reader of PromQL up to date and returns its path.
 // Progress goes to stderr.
@@ -216,13 +239,33 @@ func (b *builder) once(what string, build func() error) error {
 		return err
 	}
 	start := time.Now()
-	slow := time.AfterFunc(time.Second, func() { fmt.Fprintf(os.Stderr, "building %s ...\n", what) })
+	var slow bool
+	var reporting sync.WaitGroup
+	done := make(chan struct{})
+	reporting.Go(func() { slow = reportProgress(what, start, done) })
 	err := build()
-	if !slow.Stop() && err == nil {
+	close(done)
+	reporting.Wait()
+	if slow && err == nil {
 		fmt.Fprintf(os.Stderr, "built %s in %.1f s\n", what, time.Since(start).Seconds())
 	}
 	b.done[what] = err
 	return err
+}
+
+// reportProgress says on stderr what is being built, after a second and then
+// once a minute. It returns when done is closed, and tells whether it has said
+// anything.
+func reportProgress(what string, start time.Time, done <-chan struct{}) (slow bool) {
+	for wait := time.Second; ; wait = time.Minute {
+		select {
+		case <-done:
+			return slow
+		case <-time.After(wait):
+			slow = true
+			fmt.Fprintf(os.Stderr, "building %s ... %.0f s\n", what, time.Since(start).Seconds())
+		}
+	}
 }
 
 func (b *builder) install(ctx context.Context, i install) error {
@@ -230,11 +273,33 @@ func (b *builder) install(ctx context.Context, i install) error {
 		return nil
 	}
 	return b.once(i.produces, func() error {
-		cmd := exec.CommandContext(ctx, "go", append([]string{"install", "-buildvcs=false"}, i.args...)...)
-		cmd.Dir = filepath.Join(b.repo, i.module)
+		dir := filepath.Join(b.repo, i.module)
+		args := append([]string{"install", "-buildvcs=false"}, i.args...)
+		if i.kubernetes {
+			ldflags, err := kubernetesLDFlags(ctx, dir)
+			if err != nil {
+				return err
+			}
+			args = slices.Insert(args, 1, ldflags)
+		}
+		cmd := exec.CommandContext(ctx, "go", args...)
+		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "GOBIN="+filepath.Join(b.repo, i.bin), "CGO_ENABLED=1", "GOWORK=off")
 		return run(cmd)
 	})
+}
+
+// kubernetesLDFlags have a program of Kubernetes say its version, as a release's
+// does. Without symbols it is linked faster and a third smaller.
+func kubernetesLDFlags(ctx context.Context, module string) (string, error) {
+	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
+	cmd.Dir = module
+	cmd.Env = append(os.Environ(), "GOWORK=off")
+	version, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("failed to read the version of Kubernetes in %q: %w", module, err)
+	}
+	return "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=" + strings.TrimSpace(string(version)), nil
 }
 
 func (b *builder) pause(ctx context.Context) error {

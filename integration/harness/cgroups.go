@@ -5,6 +5,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
 )
 
 // cgroupsEnv is "systemd" where systemd makes the cgroups of pods, as for a
@@ -29,19 +32,50 @@ func nodeCgroup(node string) string {
 // sliceName begins the names of a node's slices, whoever makes them.
 func sliceName(node string) string { return strings.ReplaceAll(node, "-", "_") }
 
-// SliceParent is a cgroup parent as a kubelet with the systemd driver sends it.
-func (n *Node) SliceParent(pod string) string {
+// CgroupDriver is the driver that the kubelet needs for the node's pods.
+func CgroupDriver() string {
+	if podSlices {
+		return "systemd"
+	}
+	return "cgroupfs"
+}
+
+// Cgroup is a cgroup below that of the node's pods as the kubelet names it, in
+// each hierarchy.
+func (n *Node) Cgroup(below ...string) string {
+	if podSlices {
+		return n.SliceParent(below...)
+	}
+	return filepath.Join("/", n.name, filepath.Join(below...))
+}
+
+// SliceParent is a cgroup as a kubelet with the systemd driver names it.
+func (n *Node) SliceParent(below ...string) string {
 	name := sliceName(n.name)
-	return "/" + name + ".slice/" + name + "-" + sliceName(pod) + ".slice"
+	path := "/" + name + ".slice"
+	for _, part := range below {
+		name += "-" + sliceName(part)
+		path += "/" + name + ".slice"
+	}
+	return path
+}
+
+// MakeCgroup makes the cgroup that all pods of the node are below, with every
+// controller, as a kubelet demands of its cgroupRoot.
+func (n *Node) MakeCgroup() error {
+	c := &cgroups.Cgroup{Path: n.Cgroup(), Resources: &cgroups.Resources{SkipDevices: true}}
+	if systemdCgroups {
+		c = &cgroups.Cgroup{Systemd: true, Parent: "-.slice", Name: nodeCgroup(n.name), Resources: c.Resources}
+	}
+	m, err := manager.New(c)
+	if err != nil {
+		return err
+	}
+	return m.Apply(-1) // no process
 }
 
 // podCgroup is a pod's cgroup, as the kubelet would send it.
-func (n *Node) podCgroup(uid string) string {
-	if podSlices {
-		return n.SliceParent("pod" + uid)
-	}
-	return filepath.Join("/", nodeCgroup(n.name), "pod"+uid)
-}
+func (n *Node) podCgroup(uid string) string { return n.Cgroup("pod" + uid) }
 
 // stopSlice has systemd forget the node's slices.
 func stopSlice(node string) error {

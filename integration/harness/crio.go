@@ -17,9 +17,9 @@ import (
 // only Env counts. Its one runtime handler is StockHandler.
 const CRIO Daemon = "crio"
 
-var crio = install{"integration/tools/crio", ".build/bin", []string{
+var crio = install{module: "integration/tools/crio", bin: ".build/bin", args: []string{
 	"-tags=containers_image_openpgp,exclude_graphdriver_btrfs,exclude_graphdriver_devicemapper,seccomp", "-ldflags=-s -w", "tool", "./loadimages",
-}, "CRI-O (minutes the first time)"}
+}, produces: "CRI-O (minutes the first time)"}
 
 // pinns builds the program that makes namespaces for CRI-O. Its source is C, in
 // the folder pinns of CRI-O's module.

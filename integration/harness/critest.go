@@ -14,8 +14,8 @@ import (
 
 // critest is a test binary, which go install can't build. ginkgo runs its specs in parallel.
 var (
-	critest = install{"integration/tools/critest", ".build/bin", nil, "critest"}
-	ginkgo  = install{"integration/tools/critest", ".build/bin", []string{"github.com/onsi/ginkgo/v2/ginkgo"}, "ginkgo"}
+	critest = install{module: "integration/tools/critest", bin: ".build/bin", produces: "critest"}
+	ginkgo  = install{module: "integration/tools/critest", bin: ".build/bin", args: []string{"github.com/onsi/ginkgo/v2/ginkgo"}, produces: "ginkgo"}
 )
 
 // BuildCritest brings critest, the daemons that it is run against, and all that both need up to date, and returns the folder that critest

@@ -1,5 +1,5 @@
-// Package kubelet runs the real kubelet on a node of the harness: standalone,
-// without an API server, with static pods.
+// Package kubelet runs the real kubelet on a node of the harness: in a cluster,
+// or standalone, without an API server, with static pods.
 package kubelet
 
 import (
@@ -34,18 +34,26 @@ const (
 
 	// address is where the kubelet's API listens in the node's network namespace.
 	address = "127.0.0.1:10250"
-	// nodeName is the kubelet's name for its node. It ends every static pod's name.
-	nodeName = "node"
+	// NodeName is the kubelet's name for its node. It ends every static pod's name.
+	NodeName = "node"
 )
+
+// Config says which kubelet runs and how. The zero value is the standalone one
+// of the tools.
+type Config struct {
+	Executable string         // BuildKubelet's when empty
+	Kubeconfig string         // of the API server that has the pods
+	Settings   map[string]any // added to the KubeletConfiguration
+}
 
 // Kubelet is a kubelet with everything that is its own. Its methods may be used
 // from several goroutines, except those that start and end it.
 type Kubelet struct {
-	node       *harness.Node
-	executable string
-	dir        string
-	running    *process // nil while it is down
-	api        *http.Client
+	node    *harness.Node
+	config  Config
+	dir     string
+	running *process // nil while it is down
+	api     *http.Client
 }
 
 // process is a kubelet's process, which is waited for from the start.
@@ -54,20 +62,22 @@ type process struct {
 	exited chan struct{}
 }
 
-// New builds the kubelet, which takes minutes the first time, and starts it on
-// a node that has run a pod, and so has a bridge, whose address is the node's,
-// and the cgroup for those of the kubelet. It returns when the kubelet's API
-// serves. Settings are added to its KubeletConfiguration. The caller ends it with
-// Close.
-func New(ctx context.Context, n *harness.Node, settings map[string]any) (*Kubelet, error) {
-	executable, err := harness.BuildKubelet(ctx)
-	if err != nil {
-		return nil, err
+// New starts the kubelet on a node that has run a pod, and so has a bridge,
+// whose address is the node's. It builds a kubelet if c names none, which takes
+// minutes the first time. It returns when the kubelet's API serves. The caller
+// ends it with Close.
+func New(ctx context.Context, n *harness.Node, c Config) (*Kubelet, error) {
+	if c.Executable == "" {
+		executable, err := harness.BuildKubelet(ctx)
+		if err != nil {
+			return nil, err
+		}
+		c.Executable = executable
 	}
 	k := &Kubelet{
-		node:       n,
-		executable: executable,
-		dir:        filepath.Join(n.Dir(), "kubelet"),
+		node:   n,
+		config: c,
+		dir:    filepath.Join(n.Dir(), "kubelet"),
 		api: &http.Client{Transport: &http.Transport{
 			DialContext:       n.Dial,
 			DisableKeepAlives: true,
@@ -75,7 +85,7 @@ func New(ctx context.Context, n *harness.Node, settings map[string]any) (*Kubele
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		}},
 	}
-	if err := k.prepare(settings); err != nil {
+	if err := k.prepare(); err != nil {
 		return nil, fmt.Errorf("failed to prepare the kubelet: %w", err)
 	}
 	if err := k.Start(ctx); err != nil {
@@ -114,7 +124,7 @@ func (k *Kubelet) end(ctx context.Context, signal syscall.Signal) error {
 	if k.running == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience(stopTimeout))
 	defer cancel()
 	if err := k.running.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("failed to signal the kubelet: %w", err)
@@ -129,15 +139,15 @@ func (k *Kubelet) end(ctx context.Context, signal syscall.Signal) error {
 }
 
 // prepare makes everything that is there before the kubelet starts.
-func (k *Kubelet) prepare(settings map[string]any) error {
+func (k *Kubelet) prepare() error {
 	for _, below := range []string{"pods", "root", "logs", "plugins"} {
 		if err := os.MkdirAll(k.path(below), 0o711); err != nil {
 			return err
 		}
 	}
-	all := k.config()
-	maps.Copy(all, settings)
-	config, err := json.MarshalIndent(all, "", "  ")
+	settings := k.settings()
+	maps.Copy(settings, k.config.Settings)
+	config, err := json.MarshalIndent(settings, "", "  ")
 	if err != nil {
 		return err
 	}
@@ -147,12 +157,15 @@ func (k *Kubelet) prepare(settings map[string]any) error {
 	if err := k.makeStandIns(); err != nil {
 		return err
 	}
+	if err := k.node.MakeCgroup(); err != nil {
+		return fmt.Errorf("failed to make the cgroup of the pods: %w", err)
+	}
 	return k.shareRoot()
 }
 
-// config is what keeps the kubelet within the node, able to run without an API
-// server, and quick.
-func (k *Kubelet) config() map[string]any {
+// settings are what keeps the kubelet within the node, able to run without an
+// API server, and quick.
+func (k *Kubelet) settings() map[string]any {
 	host, port, _ := strings.Cut(address, ":")
 	return map[string]any{
 		"apiVersion":               "kubelet.config.k8s.io/v1beta1",
@@ -171,7 +184,7 @@ func (k *Kubelet) config() map[string]any {
 		"authorization":  map[string]any{"mode": "AlwaysAllow"},
 
 		"failCgroupV1":           false,
-		"cgroupDriver":           "cgroupfs",
+		"cgroupDriver":           harness.CgroupDriver(),
 		"featureGates":           map[string]bool{"PodAndContainerStatsFromCRI": true}, // not from cgroups
 		"cgroupRoot":             "/" + filepath.Base(k.node.Dir()),
 		"enforceNodeAllocatable": []string{},
@@ -196,12 +209,18 @@ func (k *Kubelet) launch() (*process, error) {
 		return nil, err
 	}
 	defer log.Close()
-	cmd := exec.Command(k.executable,
-		"--config="+k.path("config.json"),
-		"--root-dir="+k.path("root"),
-		"--cert-dir="+k.path("pki"),
-		"--hostname-override="+nodeName,
-		"--node-ip="+harness.Gateway)
+	args := []string{
+		"--config=" + k.path("config.json"),
+		"--root-dir=" + k.path("root"),
+		"--cert-dir=" + k.path("pki"),
+		"--hostname-override=" + NodeName,
+		"--node-ip=" + harness.Gateway,
+	}
+	if k.config.Kubeconfig != "" {
+		args = append(args, "--kubeconfig="+k.config.Kubeconfig)
+	}
+	cmd := exec.Command(k.config.Executable, args...)
+	cmd.Env = append(os.Environ(), "PATH="+k.path("bin")+":"+os.Getenv("PATH"))
 	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, k.dir
 	err = k.node.Inside(func() error {
 		if err := k.enterView(); err != nil {
@@ -221,7 +240,7 @@ func (k *Kubelet) launch() (*process, error) {
 }
 
 func (k *Kubelet) waitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience(startTimeout))
 	defer cancel()
 	for {
 		_, err := k.Pods(ctx)
@@ -232,7 +251,7 @@ func (k *Kubelet) waitReady(ctx context.Context) error {
 		case <-k.running.exited:
 			return fmt.Errorf("the kubelet ended: %v; the end of its log:\n%s", k.running.cmd.ProcessState, k.LogTail(30))
 		case <-ctx.Done():
-			return fmt.Errorf("the kubelet does not serve within %v: %w; the end of its log:\n%s", startTimeout, err, k.LogTail(30))
+			return fmt.Errorf("the kubelet does not serve within %v: %w; the end of its log:\n%s", harness.Patience(startTimeout), err, k.LogTail(30))
 		case <-time.After(pollInterval):
 		}
 	}
@@ -290,7 +309,7 @@ type ContainerStatus struct {
 }
 
 // Name returns the pod's name in its manifest.
-func (p *Pod) Name() string { return strings.TrimSuffix(p.Metadata.Name, "-"+nodeName) }
+func (p *Pod) Name() string { return strings.TrimSuffix(p.Metadata.Name, "-"+NodeName) }
 
 // Ready tells whether the kubelet holds the pod for ready: all containers run
 // and their readiness probes succeed.
@@ -337,7 +356,7 @@ func (k *Kubelet) Get(ctx context.Context, path string) (io.ReadCloser, error) {
 
 // GetJSON decodes an answer of the kubelet's API into value. It may take apiTimeout.
 func (k *Kubelet) GetJSON(ctx context.Context, path string, value any) error {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience(apiTimeout))
 	defer cancel()
 	body, err := k.Get(ctx, path)
 	if err != nil {
@@ -357,7 +376,7 @@ func (k *Kubelet) URL(path string) string { return "https://" + address + path }
 // PodPath returns the path of the kubelet's API for what is done with a pod, such
 // as "exec", and with one of its containers if it is named.
 func PodPath(verb, name string, container ...string) string {
-	return path.Join(append([]string{"/", verb, "default", name + "-" + nodeName}, container...)...)
+	return path.Join(append([]string{"/", verb, "default", name + "-" + NodeName}, container...)...)
 }
 
 // VolumePath returns where the node has a pod's volume of a kind, such as
@@ -369,8 +388,18 @@ func (k *Kubelet) VolumePath(p *Pod, kind, volume string) string {
 // Syncs returns how often the kubelet has brought a pod to its desired state and
 // found it there, or not.
 func (k *Kubelet) Syncs(name string) int {
-	line := regexp.MustCompile(`"SyncPod exit" pod="default/` + regexp.QuoteMeta(name+"-"+nodeName) + `"`)
-	return len(line.FindAllString(k.Log(), -1))
+	return k.AllSyncs()["default/"+name+"-"+NodeName]
+}
+
+var syncExit = regexp.MustCompile(`"SyncPod exit" pod="([^"]*)"`)
+
+// AllSyncs returns the Syncs of all pods, by namespace, slash and name.
+func (k *Kubelet) AllSyncs() map[string]int {
+	syncs := map[string]int{}
+	for _, match := range syncExit.FindAllStringSubmatch(k.Log(), -1) {
+		syncs[match[1]]++
+	}
+	return syncs
 }
 
 func (k *Kubelet) path(below string) string { return filepath.Join(k.dir, below) }

@@ -17,12 +17,8 @@ func (k *Kubelet) Leftovers() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	qos, err := k.qosCgroups()
-	if err != nil {
-		return nil, err
-	}
-	for _, dir := range qos {
-		pods, err := filepath.Glob(filepath.Join(dir, "pod*"))
+	for _, class := range qosClasses {
+		pods, err := k.cgroups(append(class, "pod*")...)
 		if err != nil {
 			return nil, err
 		}
@@ -31,30 +27,39 @@ func (k *Kubelet) Leftovers() ([]string, error) {
 	return left, nil
 }
 
-// qosCgroups returns the cgroups that hold those of pods, in every hierarchy,
-// parents last. The kubelet makes them and never removes them.
-func (k *Kubelet) qosCgroups() ([]string, error) {
+// qosClasses are the cgroups that hold those of pods, parents last. The kubelet
+// makes them and never removes them.
+var qosClasses = [][]string{{"kubepods", "besteffort"}, {"kubepods", "burstable"}, {"kubepods"}}
+
+// cgroups returns the cgroups that match a pattern below the node's, in every
+// hierarchy.
+func (k *Kubelet) cgroups(below ...string) ([]string, error) {
 	hierarchies, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	if err != nil {
 		return nil, err
 	}
 	var dirs []string
 	for _, h := range hierarchies {
-		top := filepath.Join(h.Mountpoint, filepath.Base(k.node.Dir()), "kubepods")
-		dirs = append(dirs, filepath.Join(top, "besteffort"), filepath.Join(top, "burstable"), top)
+		found, err := filepath.Glob(filepath.Join(h.Mountpoint, k.node.Cgroup(below...)))
+		if err != nil {
+			return nil, err
+		}
+		dirs = append(dirs, found...)
 	}
 	return dirs, nil
 }
 
 // removeQoSCgroups fails while a pod has a cgroup.
 func (k *Kubelet) removeQoSCgroups() error {
-	dirs, err := k.qosCgroups()
-	if err != nil {
-		return err
-	}
-	for _, dir := range dirs {
-		if err := unix.Rmdir(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("failed to remove cgroup %q: %w", dir, err)
+	for _, class := range qosClasses {
+		dirs, err := k.cgroups(class...)
+		if err != nil {
+			return err
+		}
+		for _, dir := range dirs {
+			if err := unix.Rmdir(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("failed to remove cgroup %q: %w", dir, err)
+			}
 		}
 	}
 	return nil

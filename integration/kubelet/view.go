@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A kubelet holds the machine for its own: it has fixed paths in /var, and sets
-// the kernel to reboot on an oops, among others. This one runs in a mount
-// namespace where private files stand in for them.
+// A kubelet holds the machine for its own: it has fixed paths in /var, looks for
+// its user in /etc/passwd, and sets the kernel to reboot on an oops, among others.
+// This one runs in a mount namespace where private files stand in for them.
 
 // directories are where the kubelet has fixed paths: the socket for device
 // plugins in /var/lib/kubelet, and links to logs in /var/log/containers.
@@ -26,8 +26,21 @@ var settings = []string{
 	"/proc/sys/kernel/keys/root_maxkeys", "/proc/sys/kernel/keys/root_maxbytes",
 }
 
-// makeStandIns makes empty directories and copies of the kernel's settings.
+// Subordinate ids of the user "kubelet", of which pods with hostUsers: false have
+// theirs. Without that user the kubelet picks from all 32 bits.
+const (
+	FirstID = 65536
+	IDs     = 256 * 65536
+)
+
+const passwd = "/etc/passwd"
+
+// makeStandIns makes empty directories, copies of the kernel's settings and of
+// the users, with the kubelet's, and the program that tells its ids.
 func (k *Kubelet) makeStandIns() error {
+	if err := k.makeUser(); err != nil {
+		return err
+	}
 	for _, dir := range directories {
 		if err := os.MkdirAll(k.standIn(dir), 0o755); err != nil {
 			return err
@@ -42,6 +55,27 @@ func (k *Kubelet) makeStandIns() error {
 			return err
 		}
 		if err := os.WriteFile(k.standIn(file), value, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeUser makes the kubelet's user. Its ids are in no file: not every machine has
+// the program of shadow that reads /etc/subuid for the kubelet.
+func (k *Kubelet) makeUser() error {
+	users, err := os.ReadFile(passwd)
+	if err != nil {
+		return err
+	}
+	for path, content := range map[string]string{
+		k.standIn(passwd):       string(users) + "kubelet:x:65533:65534::/:/bin/false\n",
+		k.path("bin/getsubids"): fmt.Sprintf("#!/bin/sh\necho 0: kubelet %d %d\n", FirstID, IDs),
+	} {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
 			return err
 		}
 	}
@@ -92,7 +126,7 @@ func (k *Kubelet) enterView() error {
 	if err := unix.MoveMount(root, "", unix.AT_FDCWD, k.path("root"), unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("failed to mount %q: %w", k.path("root"), err)
 	}
-	for _, path := range slices.Concat(directories, settings) {
+	for _, path := range slices.Concat(directories, settings, []string{passwd}) {
 		if err := unix.Mount(k.standIn(path), path, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("failed to put %q in the place of %q: %w", k.standIn(path), path, err)
 		}

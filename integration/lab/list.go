@@ -31,6 +31,7 @@ func scenarios(o options) []scenario {
 		{name: "tests-systemd", on: debian13, do: integrationTests(tests, "systemd")},
 		{name: "tests-cgroupfs", on: debian13, do: integrationTests(tests, "cgroupfs")},
 		{name: "conformance", on: debian13, critest: true, do: conformance},
+		{name: "cluster", on: debian13, cluster: true, do: clusterTests("systemd")},
 		{name: "reboot", on: debian13, do: again(reboot)},
 		{name: "power-cut", on: debian13, do: again(cut)},
 		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1), afterCut))},
@@ -132,6 +133,11 @@ func integrationTests(pattern, driver string) step {
 
 // conformance runs critest against stock and podfsm. Two specs at a time on each side are what two slow processors can do.
 var conformance = command(environment("systemd") + "cd /lab\n.build/bin/conformance -parallel 2")
+
+// clusterTests runs those of ./integration/cluster.
+func clusterTests(driver string) step {
+	return command(environment(driver) + "/lab/.build/kubernetes/cluster.test -test.v -test.timeout 110m")
+}
 
 // pods runs tests of ./node.
 func pods(driver, pattern string) step {

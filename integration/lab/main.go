@@ -75,6 +75,7 @@ func lab(ctx context.Context, o options) error {
 		}
 	}
 	var failed []string
+	withCluster := slices.ContainsFunc(chosen, func(s scenario) bool { return s.cluster })
 	made := map[string]string{} // the images of the parts, by architecture
 	for _, s := range chosen {
 		base, err := makeBase(ctx, dir, s.on)
@@ -82,7 +83,7 @@ func lab(ctx context.Context, o options) error {
 			return err
 		}
 		if made[s.on.arch] == "" {
-			if made[s.on.arch], err = makeParts(ctx, dir, base); err != nil {
+			if made[s.on.arch], err = makeParts(ctx, dir, base, withCluster); err != nil {
 				return err
 			}
 		}
@@ -141,7 +142,7 @@ func shell(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	parts, err := makeParts(ctx, dir, base)
+	parts, err := makeParts(ctx, dir, base, false)
 	if err != nil {
 		return err
 	}

@@ -18,12 +18,13 @@ type parts struct {
 	dir, log string // of the lab
 	repo     string
 	arch     string
+	cluster  bool   // has Kubernetes and its tests; not for another architecture
 	stage    string // the content, while it comes together
 }
 
 // makeParts makes the image of the parts for an architecture.
-func makeParts(ctx context.Context, dir string, base base) (image string, err error) {
-	p := parts{dir: dir, log: filepath.Join(dir, "parts.log"), arch: base.arch}
+func makeParts(ctx context.Context, dir string, base base, cluster bool) (image string, err error) {
+	p := parts{dir: dir, log: filepath.Join(dir, "parts.log"), arch: base.arch, cluster: cluster}
 	if p.stage, err = os.MkdirTemp(dir, "parts-*"); err != nil {
 		return "", err
 	}
@@ -64,6 +65,11 @@ func (p *parts) build(ctx context.Context, base base) (images []byte, err error)
 	if err := p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
 		return nil, err
 	}
+	if p.cluster {
+		if err := p.kubernetes(ctx); err != nil {
+			return nil, err
+		}
+	}
 	copies := []string{"--archive", "--parents", "bin", ".build/bin", "integration/testdata", "deploy", "docs", "README.md", p.stage}
 	if err := run(ctx, p.log, "cp", copies...); err != nil {
 		return nil, err
@@ -78,6 +84,21 @@ func buildConformance(ctx context.Context, dir string) error {
 		return err
 	}
 	return run(ctx, filepath.Join(dir, "parts.log"), "go", "build", "-o", filepath.Join(bin, "conformance"), "./integration/conformance")
+}
+
+// kubernetes builds what ./integration/cluster runs, and that.
+func (p *parts) kubernetes(ctx context.Context) error {
+	if _, err := harness.BuildKubelet(ctx); err != nil { // comes with .build/bin
+		return err
+	}
+	programs, err := harness.BuildCluster(ctx)
+	if err != nil {
+		return err
+	}
+	if err := run(ctx, p.log, "cp", "--archive", programs, filepath.Join(p.stage, ".build")); err != nil {
+		return err
+	}
+	return p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", p.stage+"/.build/kubernetes/cluster.test", "./integration/cluster")
 }
 
 // static builds what runs on machines alone.

@@ -17,6 +17,7 @@ type scenario struct {
 	name    string
 	smoke   bool
 	on      platform
+	cluster bool   // needs Kubernetes, whose first build takes half an hour
 	options string // for the kernel
 	critest bool   // it needs critest
 	do      step

@@ -1,0 +1,399 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+	"github.com/podfsm/podfsm/integration/kubelet"
+)
+
+func TestMain(m *testing.M) { os.Exit(harness.Main(m)) }
+
+var (
+	// wait is how long the cluster may take for anything but rare rounds.
+	wait = harness.Patience(2 * time.Minute)
+	// roundsWait is how long it may take until all of a pod is gone: the kubelet removes sandboxes once a minute.
+	roundsWait = harness.Patience(3 * time.Minute)
+	tick       = harness.Patience(200 * time.Millisecond)
+)
+
+// Handlers of podfsm that map pods which ask for nothing, each with a RuntimeClass of its name.
+const (
+	autoHandler = "podfsm-auto"
+	nodeHandler = "podfsm-node"
+)
+
+// Ids of the host that are none of kubelet.IDs.
+const (
+	nodeWide  = 2_000_000_000
+	poolStart = 3_000_000_000
+)
+
+var config = harness.Config{
+	Handlers: []string{autoHandler, nodeHandler},
+	TOML: fmt.Sprintf(`
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+  default_runtime_name = "podfsm"
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns_pool]
+  ranges = [{host_id = %d, size = 6553600}]
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns.podfsm-auto]
+  mode = "auto"
+[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns.podfsm-node]
+  mode = "node"
+  node_wide_uid_mapping = {container_id = 0, host_id = %d, size = 65536}
+  node_wide_gid_mapping = {container_id = 0, host_id = %[2]d, size = 65536}
+`, poolStart, nodeWide),
+}
+
+// A Kubernetes cluster works as ever when podfsm runs its pods, with each of the kubelets: what is deployed, how it is updated, reached and
+// looked into, when containerd is killed, when the node is drained. In the end nothing is left.
+func TestCluster(t *testing.T) {
+	programs, err := harness.BuildCluster(t.Context())
+	require.NoError(t, err)
+	older, err := harness.BuildKubelet(t.Context())
+	require.NoError(t, err)
+	for _, executable := range []string{filepath.Join(programs, "kubelet"), older} {
+		version := versionOf(t, executable)
+		t.Run("kubelet "+version, func(t *testing.T) {
+			if harness.Patience(1) == 1 { // a slow machine has enough to do with one cluster
+				t.Parallel()
+			}
+			c, before := start(t, programs, executable)
+			c.requireVersions(t, versionOf(t, filepath.Join(programs, "kube-apiserver")), version)
+			c.kubectlWith(t, runtimeClasses, "apply", "-f", "-")
+
+			t.Run("workloads", func(t *testing.T) {
+				for _, w := range workloads {
+					t.Run(w.name, func(t *testing.T) {
+						t.Parallel() // they mostly wait
+						w.run(t, c.namespace(t, w.name))
+					})
+				}
+			})
+			t.Run("no failures", c.requireNoFailures)
+			t.Run("network fails", c.requireOneEvent)
+			t.Run("containerd killed", c.requireNothingChangesByKill)
+			t.Run("drain", c.requireDrain)
+			if !t.Failed() { // pods that have failed may never go
+				c.requireEnd(t, before)
+			}
+		})
+	}
+}
+
+// cluster is a cluster of one node.
+type cluster struct {
+	*ControlPlane
+	node    *harness.Node
+	kubelet *kubelet.Kubelet
+}
+
+// start returns a cluster whose node is ready, which ends with the test, and the census of its node without pods. When the test has failed, the
+// ends of all logs are shown.
+func start(t *testing.T, programs, executable string) (*cluster, harness.Census) {
+	t.Helper()
+	n := harness.StartNode(t, config)
+	// The first pod makes what stays: the pool's own file, and the chains of rules for ports.
+	withPort := func(c *runtime.PodSandboxConfig) {
+		c.PortMappings = []*runtime.PortMapping{{ContainerPort: 8080, HostPort: 8080}}
+	}
+	first, err := n.RunPod(t.Context(), autoHandler, n.PodConfig("first", harness.HostUsers(), withPort))
+	require.NoError(t, err)
+	require.NoError(t, first.StopAndRemove(t.Context()))
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+
+	c := &cluster{node: n}
+	c.ControlPlane, err = NewControlPlane(t.Context(), n, programs)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the ends of the control plane's logs:\n%s", c.LogTails(30))
+		}
+		assert.NoError(t, c.Close(context.WithoutCancel(t.Context())))
+	})
+	c.kubelet, err = kubelet.New(t.Context(), n, kubelet.Config{
+		Executable: executable,
+		Kubeconfig: c.Kubeconfig("system:node:" + kubelet.NodeName),
+		Settings:   map[string]any{"address": "0.0.0.0"}, // where the API server finds it
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		err := c.kubelet.Close(context.WithoutCancel(t.Context()))
+		if t.Failed() { // pods may run on, and then it cannot clean up
+			t.Logf("closing the kubelet: %v; the end of its log:\n%s", err, c.kubelet.LogTail(100))
+		} else if err != nil {
+			t.Errorf("failed to close the kubelet: %v", err)
+		}
+	})
+	c.wait(t, "node/"+kubelet.NodeName, "create")
+	c.wait(t, "node/"+kubelet.NodeName, "condition=Ready")
+	return c, before
+}
+
+// versionOf returns the version that a program of Kubernetes reports.
+func versionOf(t *testing.T, executable string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), executable, "--version").Output()
+	require.NoError(t, err)
+	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes ")
+}
+
+// requireVersions says which versions the cluster reports.
+func (c *cluster) requireVersions(t *testing.T, server, kubelet string) {
+	t.Helper()
+	var version struct{ ServerVersion struct{ GitVersion string } }
+	c.getJSON(t, &version, "version")
+	require.Equal(t, server, version.ServerVersion.GitVersion)
+
+	var nodes corev1.NodeList
+	c.getJSON(t, &nodes, "get", "nodes")
+	require.Len(t, nodes.Items, 1)
+	info := nodes.Items[0].Status.NodeInfo
+	require.Equal(t, kubelet, info.KubeletVersion)
+	require.True(t, strings.HasPrefix(info.ContainerRuntimeVersion, "containerd://"), info.ContainerRuntimeVersion)
+	t.Logf("kube-apiserver %s, kubelet %s, %s", server, info.KubeletVersion, info.ContainerRuntimeVersion)
+}
+
+// harmless are the reasons of warnings that a cluster gives without a failure: probes come before servers listen, a job's containers fail
+// on purpose, and the node's machine is what it is.
+var harmless = []string{"Unhealthy", "BackOff", "CgroupV1", "InvalidDiskCapacity"}
+
+// requireNoFailures reads what the cluster has complained of.
+func (c *cluster) requireNoFailures(t *testing.T) {
+	var events corev1.EventList
+	c.getJSON(t, &events, "get", "events", "--all-namespaces", "--field-selector=type=Warning")
+	for _, e := range events.Items {
+		if !slices.Contains(harmless, e.Reason) {
+			t.Errorf("%s of %s %s/%s: %s", e.Reason, e.InvolvedObject.Kind, e.InvolvedObject.Namespace, e.InvolvedObject.Name, e.Message)
+		}
+	}
+}
+
+// A pod whose network fails has one event, which names the step and counts the tries, and runs once the network is well.
+func (c *cluster) requireOneEvent(t *testing.T) {
+	ns := c.namespace(t, "network-fails")
+	require.NoError(t, c.node.Fault("portmap.ADD", "error(no luck)"))
+	ns.apply(t, `
+apiVersion: v1
+kind: Pod
+metadata: {name: unlucky}
+spec:
+  hostUsers: false
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    `+image+`
+    command: [tail, -f, /dev/null]
+`)
+	failures := func(t require.TestingT) []corev1.Event {
+		var events corev1.EventList
+		ns.getJSON(t, &events, "get", "events", "--field-selector=reason=FailedCreatePodSandBox")
+		return events.Items
+	}
+	require.EventuallyWithT(t, func(t *assert.CollectT) {
+		events := failures(t)
+		require.NotEmpty(t, events)
+		require.Greater(t, events[0].Count, int32(2))
+	}, wait, tick)
+	require.NoError(t, c.node.Heal())
+	ns.wait(t, "pod/unlucky", "condition=Ready")
+	events := failures(t)
+	require.Len(t, events, 1)
+	require.Contains(t, events[0].Message, `step attach_network of pod "network-fails/unlucky" failed`)
+	require.Contains(t, events[0].Message, "no luck")
+}
+
+// While a deployment is being updated containerd is killed, and comes back some time later. The update ends well, and of other pods nothing
+// changes, nor do they notice.
+func (c *cluster) requireNothingChangesByKill(t *testing.T) {
+	c.waitSettled(t)
+	before := c.look(t)
+
+	c.namespaceOf("deployment").kubectl(t, "rollout", "restart", "deployment/web")
+	logged := len(c.kubelet.Log())
+	require.NoError(t, c.node.Kill(t.Context()))
+	require.Eventually(t, func() bool { return strings.Contains(c.kubelet.Log()[logged:], "connection refused") }, wait, tick)
+	require.NoError(t, c.node.Start(t.Context()))
+	c.waitSyncs(t)
+	c.namespaceOf("deployment").rolledOut(t, "deployment/web")
+
+	c.waitSettled(t)
+	after := c.look(t)
+	for _, views := range []map[string]podView{before, after} {
+		maps.DeleteFunc(views, func(pod string, _ podView) bool { return strings.HasPrefix(pod, "deployment/") })
+	}
+	require.Equal(t, before, after, "no pod is recreated, no container restarted")
+	for _, w := range workloads {
+		if w.works != nil {
+			w.works(t, c.namespaceOf(w.name))
+		}
+	}
+}
+
+// All but daemons leave a node that is drained, and come back when it is uncordoned.
+func (c *cluster) requireDrain(t *testing.T) {
+	deployment, daemons := c.namespaceOf("deployment"), c.namespaceOf("daemonset")
+	before := daemons.pods(t)
+	c.kubectl(t, "drain", kubelet.NodeName, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout="+wait.String())
+	for _, pod := range deployment.pods(t) {
+		require.Empty(t, pod.Spec.NodeName)
+	}
+	require.EventuallyWithT(t, func(t *assert.CollectT) {
+		var left []string
+		for _, s := range c.sandboxes(t) {
+			left = append(left, s.GetMetadata().GetNamespace())
+		}
+		assert.Equal(t, []string{"daemonset"}, left)
+	}, roundsWait, tick)
+
+	c.kubectl(t, "uncordon", kubelet.NodeName)
+	deployment.rolledOut(t, "deployment/web")
+	require.Equal(t, uids(before), uids(daemons.pods(t)))
+}
+
+// requireEnd deletes all and requires that nothing is left.
+func (c *cluster) requireEnd(t *testing.T, before harness.Census) {
+	t.Helper()
+	c.kubectl(t, "delete", "namespaces", "--selector="+label, "--timeout="+roundsWait.String())
+	require.EventuallyWithT(t, func(t *assert.CollectT) {
+		assert.Empty(t, c.sandboxes(t))
+		left, err := c.kubelet.Leftovers()
+		assert.NoError(t, err)
+		assert.Empty(t, left)
+	}, roundsWait, tick)
+	require.NoError(t, c.kubelet.Close(t.Context()))
+	require.NoError(t, c.Close(t.Context()))
+	c.node.RequireClean(t, before)
+}
+
+// podView is what must not change of a pod whose containers run on.
+type podView struct {
+	UID        string
+	Phase      corev1.PodPhase
+	Sandbox    string
+	Created    int64 // when the sandbox was
+	State      runtime.PodSandboxState
+	IP         string
+	Containers map[string]corev1.ContainerStatus
+}
+
+// look returns all pods by namespace, slash and name, each with its one sandbox, and requires that there is no other sandbox.
+func (c *cluster) look(t require.TestingT) map[string]podView {
+	sandboxes := map[string][]*runtime.PodSandbox{}
+	for _, s := range c.sandboxes(t) {
+		sandboxes[s.GetMetadata().GetUid()] = append(sandboxes[s.GetMetadata().GetUid()], s)
+	}
+	views := map[string]podView{}
+	for _, pod := range c.pods(t) {
+		name, uid := pod.Namespace+"/"+pod.Name, string(pod.UID)
+		require.Len(t, sandboxes[uid], 1, "sandboxes of pod %q", name)
+		s := sandboxes[uid][0]
+		delete(sandboxes, uid)
+		require.Zero(t, s.GetMetadata().GetAttempt(), name)
+		view := podView{
+			UID: uid, Phase: pod.Status.Phase, Sandbox: s.GetId(), Created: s.GetCreatedAt(), State: s.GetState(), IP: pod.Status.PodIP,
+			Containers: map[string]corev1.ContainerStatus{},
+		}
+		for _, status := range slices.Concat(pod.Status.ContainerStatuses, pod.Status.EphemeralContainerStatuses) {
+			view.Containers[status.Name] = status
+		}
+		views[name] = view
+	}
+	require.Empty(t, sandboxes, "sandboxes of no pod")
+	return views
+}
+
+// waitSettled returns when each pod has one sandbox, which is as far as the pod is, and all that runs is ready.
+func (c *cluster) waitSettled(t *testing.T) {
+	t.Helper()
+	require.EventuallyWithT(t, func(t *assert.CollectT) {
+		for name, pod := range c.look(t) {
+			switch pod.Phase {
+			case corev1.PodSucceeded:
+				require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, pod.State, name)
+			default:
+				require.Equal(t, corev1.PodRunning, pod.Phase, name)
+				require.Equal(t, runtime.PodSandboxState_SANDBOX_READY, pod.State, name)
+				for _, status := range pod.Containers {
+					require.True(t, status.Ready || status.State.Terminated != nil, "%s of %s", status.Name, name)
+				}
+			}
+		}
+	}, roundsWait, tick)
+}
+
+// waitSyncs returns when the kubelet has looked again at each pod that runs.
+func (c *cluster) waitSyncs(t *testing.T) {
+	t.Helper()
+	before := c.kubelet.AllSyncs()
+	require.EventuallyWithT(t, func(t *assert.CollectT) {
+		now := c.kubelet.AllSyncs()
+		for _, pod := range c.pods(t) {
+			if pod.Status.Phase == corev1.PodRunning {
+				name := pod.Namespace + "/" + pod.Name
+				// The first may have begun before, and the second with what was seen before.
+				require.GreaterOrEqual(t, now[name], before[name]+3, name)
+			}
+		}
+	}, wait, tick)
+}
+
+func (c *cluster) sandboxes(t require.TestingT) []*runtime.PodSandbox {
+	list, err := c.node.Runtime.ListPodSandbox(context.Background(), &runtime.ListPodSandboxRequest{})
+	require.NoError(t, err)
+	return list.GetItems()
+}
+
+func (c *cluster) pods(t require.TestingT) []corev1.Pod {
+	var pods corev1.PodList
+	c.getJSON(t, &pods, "get", "pods", "--all-namespaces")
+	return pods.Items
+}
+
+// uids returns the pods' uids in order.
+func uids(pods []corev1.Pod) []string {
+	var ids []string
+	for _, pod := range pods {
+		ids = append(ids, string(pod.UID))
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+func (c *cluster) kubectl(t require.TestingT, args ...string) string {
+	return c.kubectlWith(t, "", args...)
+}
+
+// kubectlWith is kubectl with this stdin. It fails the test by kubectl's stderr.
+func (c *cluster) kubectlWith(t require.TestingT, stdin string, args ...string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*roundsWait)
+	defer cancel()
+	out, err := c.Kubectl(ctx, strings.NewReader(stdin), args...)
+	require.NoError(t, err)
+	return out
+}
+
+func (c *cluster) getJSON(t require.TestingT, value any, args ...string) {
+	require.NoError(t, json.Unmarshal([]byte(c.kubectl(t, append(args, "--output=json")...)), value))
+}
+
+// wait returns when kubectl holds something for true of an object.
+func (c *cluster) wait(t require.TestingT, object, what string, args ...string) {
+	c.kubectl(t, append([]string{"wait", object, "--for=" + what, "--timeout=" + wait.String()}, args...)...)
+}
