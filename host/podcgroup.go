@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -190,16 +191,30 @@ func (c *PodCgroup) frozen() bool {
 	return false
 }
 
+// weigh sets the resources. The filter of devices of cgroup v2 raises the limit of locked memory of this process and leaves it so
+// (opencontainers/cgroups, devices/ebpf_linux.go): without the limit's return, all that the daemon starts later would inherit it.
 func (c *PodCgroup) weigh() error {
+	limit, err := lockedMemory()
+	if err != nil {
+		return err
+	}
 	config, err := c.manager.GetCgroups()
 	if err == nil {
-		err = c.manager.Set(config.Resources)
+		err = errors.Join(c.manager.Set(config.Resources), unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit))
 	}
 	if err != nil {
 		return fmt.Errorf("failed to set the resources of cgroup %q: %w", c.path, err)
 	}
 	return nil
 }
+
+// lockedMemory is the limit that this process was started with: one that is read later may have been raised by another pod's start.
+var lockedMemory = sync.OnceValues(func() (limit unix.Rlimit, err error) {
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit); err != nil {
+		return limit, fmt.Errorf("failed to read the limit of locked memory: %w", err)
+	}
+	return limit, nil
+})
 
 // Dirs are the directories of the cgroup, one for each hierarchy, sorted.
 func (c *PodCgroup) Dirs() []string { return slices.Clone(c.dirs) }

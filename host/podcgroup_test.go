@@ -537,3 +537,26 @@ func TestKillInIsBounded(t *testing.T) {
 		require.ErrorContains(t, err, "too long")
 	}
 }
+
+// raising is a manager of cgroup v2, as far as limits go.
+type raising struct{ cgroups.Manager }
+
+func (raising) GetCgroups() (*cgroups.Cgroup, error) { return &cgroups.Cgroup{Resources: &cgroups.Resources{}}, nil }
+
+func (raising) Set(*cgroups.Resources) error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit); err != nil {
+		return err
+	}
+	limit.Cur /= 2 // raising takes a capability that not every machine's root has
+	return unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit)
+}
+
+// What the daemon starts has the limits that the daemon was given, whatever the resources of a cgroup took.
+func TestWeighKeepsTheLimitOfLockedMemory(t *testing.T) {
+	var before, after unix.Rlimit
+	require.NoError(t, unix.Getrlimit(unix.RLIMIT_MEMLOCK, &before))
+	require.NoError(t, (&PodCgroup{manager: raising{}}).weigh())
+	require.NoError(t, unix.Getrlimit(unix.RLIMIT_MEMLOCK, &after))
+	require.Equal(t, before, after)
+}
