@@ -541,7 +541,9 @@ func TestKillInIsBounded(t *testing.T) {
 // raising is a manager of cgroup v2, as far as limits go.
 type raising struct{ cgroups.Manager }
 
-func (raising) GetCgroups() (*cgroups.Cgroup, error) { return &cgroups.Cgroup{Resources: &cgroups.Resources{}}, nil }
+func (raising) GetCgroups() (*cgroups.Cgroup, error) {
+	return &cgroups.Cgroup{Resources: &cgroups.Resources{}}, nil
+}
 
 func (raising) Set(*cgroups.Resources) error {
 	var limit unix.Rlimit
