@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -195,7 +196,9 @@ func TestRetriesSomeAtATime(t *testing.T) {
 	const sandboxes = 5 * resumeParallel
 	w := newWorld(t)
 	w.backoff = func(int) time.Duration { return 50 * time.Millisecond }
-	release := make(chan struct{})
+	blocked := make(chan struct{})
+	release := sync.OnceFunc(func() { close(blocked) })
+	t.Cleanup(release) // a test that fails mustn't hang in the engine's end
 	var mended atomic.Bool
 	var undoing, most atomic.Int32
 	w.undo[states.AttachNetwork] = func() error {
@@ -206,7 +209,7 @@ func TestRetriesSomeAtATime(t *testing.T) {
 			most.Store(now)
 		}
 		defer undoing.Add(-1)
-		<-release
+		<-blocked
 		return nil
 	}
 	for i := range sandboxes {
@@ -219,9 +222,9 @@ func TestRetriesSomeAtATime(t *testing.T) {
 	due := func() bool {
 		return !slices.ContainsFunc(w.List(), func(v View) bool { return v.NextTry.After(time.Now()) })
 	}
-	require.Eventually(t, func() bool { return due() && undoing.Load() >= resumeParallel }, 10*time.Second, time.Millisecond)
-	close(release)
-	require.Eventually(t, func() bool { return len(w.List()) == 0 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return due() && undoing.Load() >= resumeParallel }, time.Minute, time.Millisecond)
+	release()
+	require.Eventually(t, func() bool { return len(w.List()) == 0 }, time.Minute, time.Millisecond)
 	require.LessOrEqual(t, most.Load(), int32(resumeParallel))
 }
 
