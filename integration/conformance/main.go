@@ -52,9 +52,9 @@ func run(ctx context.Context, focus string, parallel int) error {
 	rows := table(stock, podfsm)
 	show(os.Stdout, rows)
 	if focus != "" {
-		return lists{races: races}.verdict(rows)
+		return errors.Join(lists{races: races}.verdict(rows), enough(stock, 1))
 	}
-	return errors.Join(lists{deviations, withoutImages, races}.verdict(rows), enough(stock))
+	return errors.Join(lists{deviations, withoutImages, races}.verdict(rows), enough(stock, fewest))
 }
 
 // both runs the specs on both sides at the same time: they wait most of it.

@@ -49,12 +49,13 @@ func TestVerdict(t *testing.T) {
 }
 
 func TestEnough(t *testing.T) {
-	require.ErrorContains(t, enough(map[string]result{"a": {state: passed}, "b": {state: "failed"}}), "1 specs pass with stock")
+	require.ErrorContains(t, enough(map[string]result{"a": {state: passed}, "b": {state: "failed"}}, fewest), "1 specs pass with stock")
+	require.ErrorContains(t, enough(map[string]result{"a": {state: skipped}}, 1), "0 specs pass with stock", "a focus that matches nothing")
 	many := map[string]result{}
 	for i := range fewest {
 		many[string(rune('a'+i))] = result{state: passed}
 	}
-	require.NoError(t, enough(many))
+	require.NoError(t, enough(many, fewest))
 }
 
 func TestTableHasDifferencesFirst(t *testing.T) {
