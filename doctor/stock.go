@@ -26,6 +26,8 @@ type Stock struct {
 	// while it is down. Wanted is the version that podfsm is built with.
 	Version, Wanted string
 	Args            []string
+	// Unread says why Args or containerd's PATH aren't known, although containerd runs.
+	Unread error
 	// Program is the path of containerd-podfsm; "" where it isn't found.
 	Program string
 	// File is what containerd's configuration file says of itself.
@@ -168,6 +170,10 @@ func service(_ context.Context, n Node) []Finding {
 	}
 	if n.Daemon == 0 {
 		return append(found, down()...)
+	}
+	if n.Stock.Unread != nil {
+		found = append(found, unknown(n.Stock.Unread.Error(), "compare systemctl cat containerd with the package's drop-in, which has no flags; "+
+			"name another file than /etc/containerd/config.toml by --config"))
 	}
 	if args := n.Stock.Args; len(args) > 0 && systemd {
 		flags := strings.Join(args, " ")

@@ -87,6 +87,7 @@ func TestStockChecks(t *testing.T) {
 		{name: "service with flags", look: service, change: has(func(s *Stock) { s.Args = []string{"--config", "/x.toml"} }), verdict: Warn, evidence: "flags that the package's drop-in doesn't have: --config /x.toml", remedy: "ExecStart=/usr/bin/containerd-podfsm --config /x.toml"},
 		{name: "service with a limit", look: service, change: pidsMax("4915"), verdict: OK, evidence: "TasksMax=4915, which the package's drop-in lifts"},
 		{name: "service without a limit", look: service, change: pidsMax("max"), verdict: OK, evidence: "without a limit"},
+		{name: "service whose process can't be read", look: service, change: has(func(s *Stock) { s.Unread = errors.New("no answer") }), verdict: Unknown, evidence: "no answer", remedy: "systemctl cat containerd"},
 		{name: "no systemd", look: service, change: func(t *testing.T, n *Node) { require.NoError(t, os.Remove(n.SystemdDir)) }, verdict: Warn, evidence: "systemd doesn't run here", remedy: "the same flags"},
 		{name: "no systemd, and a limit", look: service, change: func(t *testing.T, n *Node) {
 			require.NoError(t, os.Remove(n.SystemdDir))

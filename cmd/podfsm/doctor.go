@@ -77,16 +77,16 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %s; what depends on it is unknown\n", printable(err.Error()))
 	}
-	n := host(root, state)
+	n := thisNode(root, state)
 	n.Config = config
 	d := doctor.New(n)
 	defer d.Close()
 	return records.Examination(d.Examine(ctx)), nil
 }
 
-// host is this machine with a containerd's directories, as far as it shows
+// thisNode is this machine with a containerd's directories, as far as it shows
 // without the daemon.
-func host(root, state string) doctor.Node {
+func thisNode(root, state string) doctor.Node {
 	return doctor.Node{
 		Proc:       "/proc",
 		Sys:        "/sys",

@@ -21,6 +21,7 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
 )
@@ -252,7 +253,7 @@ func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) 
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
 	takesPods := err == nil && response.GetDrainingSince() == nil
 	if errors.As(err, new(downError)) || errors.As(err, new(stockError)) || errors.As(err, new(unavailableError)) {
-		response, err = onRecord(cmd, err)
+		response, err = onRecord(ctx, cmd, err)
 	}
 	if err != nil {
 		return err
@@ -280,14 +281,14 @@ func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) 
 // onRecord is what the ledger has on record while no daemon with podfsm runs, or
 // one that runs no pods, which why says. Without a ledger podfsm has never run,
 // and has nothing, unless it runs elsewhere.
-func onRecord(cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
+func onRecord(ctx context.Context, cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
 	root, state := cmd.String("root"), cmd.String("state")
 	saved, err := journal.OpenReadOnly(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
 	switch {
 	case errdefs.IsNotFound(err) && errors.As(why, new(unavailableError)):
 		return &podfsmv1.ListResponse{}, nil
 	case errdefs.IsNotFound(err):
-		return &podfsmv1.ListResponse{}, runsElsewhere(why)
+		return &podfsmv1.ListResponse{}, runsElsewhere(ctx, why)
 	case err != nil:
 		return nil, explainLedger(downError{why}, root, state, err)
 	case len(saved.Damage) > 0:
@@ -303,21 +304,20 @@ func onRecord(cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
 
 // runsElsewhere is an error when the daemon that is installed beside this program
 // runs, although why says that it isn't where its configuration says.
-func runsElsewhere(why error) error {
+func runsElsewhere(ctx context.Context, why error) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
 	}
 	beside := filepath.Join(filepath.Dir(self), "containerd-podfsm")
-	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	pids, err := host.Pids()
 	if err != nil {
 		return err
 	}
-	for _, link := range links {
+	for _, pid := range pids {
 		// An upgrade leaves a daemon whose file is deleted. A process that has ended is none.
-		if exe, err := os.Readlink(link); err == nil && strings.TrimSuffix(exe, " (deleted)") == beside {
-			return fmt.Errorf("%w\nbut %s runs (process %s): name its socket by --address or in CONTAINERD_ADDRESS",
-				why, beside, filepath.Base(filepath.Dir(link)))
+		if exe, err := host.Readlink(ctx, pid, "exe"); err == nil && strings.TrimSuffix(exe, " (deleted)") == beside {
+			return fmt.Errorf("%w\nbut %s runs (process %d): name its socket by --address or in CONTAINERD_ADDRESS", why, beside, pid)
 		}
 	}
 	return nil

@@ -20,7 +20,7 @@ import (
 // daemonName is the program that takes containerd's place.
 const daemonName = "containerd-podfsm"
 
-// dumpWait is how long to wait for what a program has left behind.
+// dumpWait is how long to wait for the output of a program that has ended or was killed.
 const dumpWait = time.Second
 
 // findProgram finds the daemon beside this program or in PATH.
@@ -41,16 +41,22 @@ func findProgram() (string, error) {
 }
 
 // dumpConfig is what the daemon makes of its configuration and all files that
-// this imports: of any version, and with the defaults of all plugins.
-func dumpConfig(ctx context.Context, program, path string) (*server.Config, error) {
-	cmd := exec.CommandContext(ctx, program, "--config", path, "config", "dump")
+// this imports: of any version, and with the defaults of all plugins. A program
+// that takes longer than timeout is killed.
+func dumpConfig(ctx context.Context, timeout time.Duration, program, path string) (*server.Config, error) {
+	limited, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	cmd := exec.CommandContext(limited, program, "--config", path, "config", "dump")
 	cmd.WaitDelay = dumpWait
 	out, err := cmd.Output()
-	if exit := new(exec.ExitError); errors.As(err, &exit) {
+	exit := new(exec.ExitError)
+	switch {
+	case ctx.Err() == nil && limited.Err() != nil:
+		return nil, fmt.Errorf("no answer from %s config dump within %s", program, timeout)
+	case errors.As(err, &exit) && lastLine(exit.Stderr) != "":
 		return nil, errors.New(lastLine(exit.Stderr))
-	}
-	if err != nil {
-		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("failed to run %s config dump: %w", program, err)
 	}
 	config := &server.Config{}
 	if err := toml.Unmarshal(out, config); err != nil {

@@ -33,7 +33,7 @@ func handlerCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			config, err := dumpConfig(ctx, program, cmd.String("config"))
+			config, err := dumpConfig(ctx, cmd.Duration("timeout"), program, cmd.String("config"))
 			if err != nil {
 				return fmt.Errorf("failed to read containerd's configuration %q: %w", cmd.String("config"), err)
 			}

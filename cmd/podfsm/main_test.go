@@ -64,16 +64,24 @@ func (f fakeSandboxes) Leaks(_ context.Context, r *podfsmv1.LeaksRequest) (*podf
 // Without a service it is a containerd without podfsm.
 func serve(t *testing.T, service podfsmv1.SandboxesServer) string {
 	t.Helper()
+	return serveAll(t, func(server *grpc.Server) {
+		if service != nil {
+			podfsmv1.RegisterSandboxesServer(server, service)
+		}
+		if cri, ok := service.(runtime.RuntimeServiceServer); ok {
+			runtime.RegisterRuntimeServiceServer(server, cri)
+		}
+	})
+}
+
+// serveAll serves what register adds on a socket, and returns the socket's path.
+func serveAll(t *testing.T, register func(*grpc.Server)) string {
+	t.Helper()
 	address := filepath.Join(t.TempDir(), "c.sock")
 	listener, err := net.Listen("unix", address)
 	require.NoError(t, err)
 	server := grpc.NewServer()
-	if service != nil {
-		podfsmv1.RegisterSandboxesServer(server, service)
-	}
-	if cri, ok := service.(runtime.RuntimeServiceServer); ok {
-		runtime.RegisterRuntimeServiceServer(server, cri)
-	}
+	register(server)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	t.Cleanup(func() {

@@ -27,6 +27,7 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
@@ -45,14 +46,14 @@ func preflight(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse,
 	if os.Geteuid() != 0 {
 		return nil, errors.New("only root can examine the node: run podfsm doctor --preflight as root")
 	}
-	f, err := gather(ctx, cmd)
+	p, err := gather(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
-	if f.running != nil {
-		defer f.running.close()
+	if p.running != nil {
+		defer p.running.close()
 	}
-	d := doctor.New(f.node())
+	d := doctor.New(p.node())
 	defer d.Close()
 	return records.Examination(d.Examine(ctx)), nil
 }
@@ -93,8 +94,8 @@ func writeKinds(w io.Writer, findings []*podfsmv1.Finding) error {
 	return nil
 }
 
-// facts are what is known of a node before podfsm is in place.
-type facts struct {
+// preparation is what is known of a node before podfsm is in place.
+type preparation struct {
 	program     string
 	file        doctor.ConfigFile
 	root, state string
@@ -105,55 +106,55 @@ type facts struct {
 // gather reads the files and asks the containerd that runs. A containerd that
 // runs with another file has the last word on which one counts, unless --config
 // is set.
-func gather(ctx context.Context, cmd *cli.Command) (*facts, error) {
-	f := &facts{}
-	f.program, _ = findProgram() // whose absence is a finding
-	address := f.read(ctx, cmd, cmd.String("config"))
+func gather(ctx context.Context, cmd *cli.Command) (*preparation, error) {
+	p := &preparation{}
+	p.program, _ = findProgram() // whose absence is a finding
+	address := p.read(ctx, cmd, cmd.String("config"))
 	if !cmd.IsSet("address") && address != "" {
 		if err := cmd.Set("address", address); err != nil {
 			return nil, err
 		}
 	}
 	var err error
-	f.running, err = ask(ctx, cmd)
+	p.running, err = ask(ctx, cmd)
 	if errors.As(err, new(downError)) {
 		w := cmd.Root().ErrWriter
 		fmt.Fprintf(w, "podfsm: %v\n", err)
 		fmt.Fprintln(w, "podfsm: containerd is down; what only it knows is unknown")
-		return f, nil
+		return p, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	if named := flagValue(f.running.args, "config", "c"); named != "" && named != f.file.Path && !cmd.IsSet("config") {
-		f.read(ctx, cmd, named)
+	if named := flagValue(p.running.args, "config", "c"); named != "" && named != p.file.Path && !cmd.IsSet("config") {
+		p.read(ctx, cmd, named)
 	}
-	return f, nil
+	return p, nil
 }
 
 // read reads the configuration at a path, and returns the socket that it names.
-func (f *facts) read(ctx context.Context, cmd *cli.Command, path string) (address string) {
-	f.sections, f.root, f.state = nil, cmd.String("root"), cmd.String("state")
-	f.file = doctor.ConfigFile{Path: path, DropIn: dropIn(path)}
+func (p *preparation) read(ctx context.Context, cmd *cli.Command, path string) (address string) {
+	p.sections, p.root, p.state = nil, cmd.String("root"), cmd.String("state")
+	p.file = doctor.ConfigFile{Path: path, DropIn: dropIn(path)}
 	main, missing, err := readMainFile(path)
-	f.file.Version, f.file.Imports, f.file.Missing, f.file.Err = main.Version, main.Imports, missing, err
-	if f.program == "" || err != nil {
+	p.file.Version, p.file.Imports, p.file.Missing, p.file.Err = main.Version, main.Imports, missing, err
+	if p.program == "" || err != nil {
 		return ""
 	}
-	config, err := dumpConfig(ctx, f.program, path)
+	config, err := dumpConfig(ctx, cmd.Duration("timeout"), p.program, path)
 	if err == nil {
-		f.sections, err = readSections(config)
+		p.sections, err = readSections(config)
 	}
 	if err != nil {
-		f.file.Err = err
+		p.file.Err = err
 		return ""
 	}
-	f.file.NoCRI = slices.Contains(config.DisabledPlugins, criDir)
+	p.file.NoCRI = slices.Contains(config.DisabledPlugins, criDir)
 	if !cmd.IsSet("root") {
-		f.root = config.Root
+		p.root = config.Root
 	}
 	if !cmd.IsSet("state") {
-		f.state = config.State
+		p.state = config.State
 	}
 	return socketOf(config)
 }
@@ -166,33 +167,33 @@ func socketOf(config *server.Config) string {
 }
 
 // node is what the doctor examines.
-func (f *facts) node() doctor.Node {
-	rootDir := filepath.Join(f.root, ledgerDir)
+func (p *preparation) node() doctor.Node {
+	rootDir := filepath.Join(p.root, ledgerDir)
 	stock := &doctor.Stock{
 		Wanted:   containerdIn(buildInfo()),
-		Program:  f.program,
-		File:     f.file,
+		Program:  p.program,
+		File:     p.file,
 		Kubelet:  kubeletConfig,
 		Sockets:  otherRuntimes,
 		Attached: cni.Cached,
 	}
-	n := host(f.root, f.state)
+	n := thisNode(p.root, p.state)
 	n.Stock = stock
 	n.Draining = func() (time.Time, bool) {
 		since, err := records.DrainingSince(rootDir)
 		return since, err == nil && !since.IsZero()
 	}
-	if f.sections != nil {
-		n.Config = f.sections.examined(f.root, f.state)
-		stock.Like = f.sections.stockHandler(f.root)
+	if p.sections != nil {
+		n.Config = p.sections.examined(p.root, p.state)
+		stock.Like = p.sections.stockHandler(p.root)
 		if len(n.Config.Handlers) == 0 && stock.Like.Name != "" {
 			planned := stock.Like
 			planned.Name, planned.Default, planned.Mode, planned.Planned = own, false, userns.ModeKubelet, true
 			n.Config.Handlers = []doctor.Handler{planned}
 		}
 	}
-	if f.running != nil {
-		f.running.tell(&n)
+	if p.running != nil {
+		p.running.tell(&n)
 	}
 	return n
 }
@@ -215,6 +216,7 @@ type running struct {
 	pid      int
 	args     []string
 	path     string // its PATH
+	unread   error  // why args or path aren't known
 	plugins  []*introspection.Plugin
 	config   *doctor.Running // nil where its CRI service is disabled
 	networks func(context.Context) (map[string]bool, error)
@@ -270,8 +272,8 @@ func ask(ctx context.Context, cmd *cli.Command) (_ *running, err error) {
 			return nil, err
 		}
 	}
-	r.args, r.path, err = readProcess(r.pid)
-	return r, err
+	r.args, r.path, r.unread = readProcess(ctx, r.pid)
+	return r, nil
 }
 
 func isController(p *introspection.Plugin) bool {
@@ -298,28 +300,30 @@ func readRunning(status *runtime.StatusResponse) (*doctor.Running, error) {
 	return running, nil
 }
 
-// readProcess reads a process's command line, without the program, and its PATH.
-func readProcess(pid int) (args []string, path string, err error) {
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+// readProcess reads a process's command line, without the program, and its PATH:
+// what can be read of them where there is an error.
+func readProcess(ctx context.Context, pid int) (args []string, path string, err error) {
+	line, err := host.Read(ctx, pid, "cmdline")
 	if err != nil {
 		return nil, "", fmt.Errorf("failed to read containerd's command line: %w", err)
 	}
-	environment, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	args = strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")[1:]
+	environment, err := host.Read(ctx, pid, "environ")
 	if err != nil {
-		return nil, "", fmt.Errorf("failed to read containerd's environment: %w", err)
+		return args, "", fmt.Errorf("failed to read containerd's environment: %w", err)
 	}
 	for variable := range strings.SplitSeq(string(environment), "\x00") {
 		if value, ok := strings.CutPrefix(variable, "PATH="); ok {
 			path = value
 		}
 	}
-	return strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")[1:], path, nil
+	return args, path, nil
 }
 
 // tell adds to a node what the containerd that runs knows.
 func (r *running) tell(n *doctor.Node) {
 	n.Daemon, n.Path = r.pid, r.path
-	n.Stock.Version, n.Stock.Args, n.Stock.Running, n.Stock.Known = r.version, r.args, r.config, r.networks
+	n.Stock.Version, n.Stock.Args, n.Stock.Unread, n.Stock.Running, n.Stock.Known = r.version, r.args, r.unread, r.config, r.networks
 	if n.Config == nil {
 		return
 	}

@@ -2,13 +2,18 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/api/services/introspection/v1"
+	containerdversion "github.com/containerd/containerd/api/services/version/v1"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
@@ -18,13 +23,20 @@ import (
 // installed puts a containerd-podfsm into PATH that dumps a configuration, after an error where there is one.
 func installed(t *testing.T, dump, failure string) {
 	t.Helper()
-	dir := t.TempDir()
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "dump"), []byte(dump), 0o644))
-	script := "#!/bin/sh\n[ \"$1 $3 $4\" = '--config config dump' ] || exit 9\n"
+	file := filepath.Join(t.TempDir(), "dump")
+	require.NoError(t, os.WriteFile(file, []byte(dump), 0o644))
+	script := "[ \"$1 $3 $4\" = '--config config dump' ] || exit 9\n"
 	if failure != "" {
 		script += "echo 'level=warning' >&2; echo '" + failure + "' >&2; exit 1\n"
 	}
-	require.NoError(t, os.WriteFile(filepath.Join(dir, daemonName), []byte(script+"exec cat "+dir+"/dump\n"), 0o755))
+	installedScript(t, script+"exec cat "+file)
+}
+
+// installedScript puts a script into PATH as containerd-podfsm.
+func installedScript(t *testing.T, script string) {
+	t.Helper()
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, daemonName), []byte("#!/bin/sh\n"+script+"\n"), 0o755))
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
 
@@ -85,6 +97,19 @@ func TestHandler(t *testing.T) {
 	t.Setenv("PATH", "/nowhere")
 	_, err = podfsm(t, "handler")
 	require.ErrorContains(t, err, "install podfsm's package")
+}
+
+// A containerd-podfsm that hangs is given up, and one that says nothing is told of by its exit status.
+func TestDumpThatFails(t *testing.T) {
+	installedScript(t, "exec sleep 60")
+	_, err := podfsm(t, "--timeout", "50ms", "handler")
+	require.ErrorContains(t, err, "containerd-podfsm config dump within 50ms")
+	installedScript(t, "exit 3")
+	_, err = podfsm(t, "handler")
+	require.ErrorContains(t, err, "exit status 3")
+	installedScript(t, "kill -SEGV $$")
+	_, err = podfsm(t, "handler")
+	require.ErrorContains(t, err, "signal: segmentation fault")
 }
 
 // Without a containerd that runs, the files count, and a handler that isn't there yet is like the node's own.
@@ -181,10 +206,45 @@ func TestReadRunning(t *testing.T) {
 
 // What a process has is read as it was started.
 func TestReadProcess(t *testing.T) {
-	args, path, err := readProcess(os.Getpid())
+	args, path, err := readProcess(t.Context(), os.Getpid())
 	require.NoError(t, err)
 	require.Equal(t, os.Args[1:], args)
 	require.NotEmpty(t, path)
-	_, _, err = readProcess(1 << 30)
+	_, _, err = readProcess(t.Context(), 1<<30)
 	require.ErrorContains(t, err, "command line")
+}
+
+// hidden is a stock containerd whose process nobody can look at.
+type hidden struct {
+	introspection.UnimplementedIntrospectionServer
+	containerdversion.UnimplementedVersionServer
+}
+
+func (hidden) Version(context.Context, *emptypb.Empty) (*containerdversion.VersionResponse, error) {
+	return &containerdversion.VersionResponse{Version: "v2.4.2"}, nil
+}
+
+func (hidden) Plugins(context.Context, *introspection.PluginsRequest) (*introspection.PluginsResponse, error) {
+	return &introspection.PluginsResponse{}, nil
+}
+
+func (hidden) Server(context.Context, *emptypb.Empty) (*introspection.ServerResponse, error) {
+	return &introspection.ServerResponse{Pid: 1 << 30}, nil
+}
+
+// A containerd whose command line can't be read is examined as far as it can be.
+func TestPreflightWithoutTheProcess(t *testing.T) {
+	address := serveAll(t, func(server *grpc.Server) {
+		introspection.RegisterIntrospectionServer(server, hidden{})
+		containerdversion.RegisterVersionServer(server, hidden{})
+	})
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.toml")
+	require.NoError(t, os.WriteFile(config, []byte("version = 3\n"), 0o644))
+	installed(t, dumped, "")
+	out, err := podfsm(t, "--address", address, "--root", dir, "--state", dir, "doctor", "--preflight", "--config", config)
+	require.Equal(t, 2, exitStatus(err), "%v", err)
+	out = strings.Join(strings.Fields(out), " ") // as it isn't wrapped
+	require.Contains(t, out, "ok containerd containerd v2.4.2 runs")
+	require.Contains(t, out, "unknown service failed to read containerd's command line: ")
 }
