@@ -145,8 +145,11 @@ func (s *Stock) handlerRemedy() string {
 		imports := append(slices.Clone(file.Imports), filepath.Join(filepath.Dir(file.DropIn), "*.toml"))
 		return fmt.Sprintf(`let %s have, at its top: imports = ["%s"]`, file.Path, strings.Join(imports, `", "`))
 	}
-	return "podfsm handler >" + file.DropIn
+	return file.rewrite()
 }
+
+// rewrite is the command that writes podfsm's handler into its file.
+func (f ConfigFile) rewrite() string { return "podfsm handler --write " + f.DropIn }
 
 // imported says whether containerd reads the drop-in. A relative pattern is below the file's directory.
 func (f ConfigFile) imported() bool {
@@ -241,7 +244,7 @@ func cgroupDriver(_ context.Context, n Node) []Finding {
 
 // compare is the finding for a handler of podfsm's beside the node's own.
 func (s *Stock) compare(h Handler) Finding {
-	rewrite := "podfsm handler >" + s.File.DropIn
+	rewrite := s.File.rewrite()
 	switch {
 	case h.SystemdCgroup != s.Like.SystemdCgroup:
 		return fail(NoPods, fmt.Sprintf("SystemdCgroup = %t, but %t for the node's handler %q", h.SystemdCgroup, s.Like.SystemdCgroup, s.Like.Name),

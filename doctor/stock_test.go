@@ -70,7 +70,7 @@ func TestStockChecks(t *testing.T) {
 		{name: "configuration without containerd-podfsm", look: configuration, change: has(func(s *Stock) { s.Program = "" }), verdict: Fail, evidence: "no containerd-podfsm", remedy: "install the package"},
 		{name: "configuration that can't be read", look: configuration, change: has(func(s *Stock) { s.File.Err = errors.New("bad line 7") }), verdict: Fail, evidence: "bad line 7", remedy: "doesn't start"},
 		{name: "no configuration", look: configuration, change: has(func(s *Stock) { s.File.Missing = true }), verdict: Fail, evidence: "reads no drop-ins", remedy: "/usr/bin/containerd-podfsm config default >"},
-		{name: "configuration without a handler", look: configuration, change: planned, verdict: Fail, evidence: "no runtime handler there", remedy: "podfsm handler >"},
+		{name: "configuration without a handler", look: configuration, change: planned, verdict: Fail, evidence: "no runtime handler there", remedy: "podfsm handler --write "},
 		{name: "configuration that imports nothing", look: configuration, change: func(t *testing.T, n *Node) {
 			planned(t, n)
 			n.Stock.File.Imports = nil

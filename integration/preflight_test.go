@@ -143,11 +143,11 @@ var unreadies = []unready{
 	},
 	{
 		name: "no drop-in", inflict: func(t *testing.T, b *beforePodfsm) func() { return away("conf.d/podfsm.toml")(t, b.Node) },
-		check: "configuration", verdict: "fail", evidence: "no runtime handler there has sandboxer", remedy: "podfsm handler >",
+		check: "configuration", verdict: "fail", evidence: "no runtime handler there has sandboxer", remedy: "podfsm handler --write ",
 	},
 	{
 		name: "another cgroup driver than the node's", inflict: edited(theDropIn, "SystemdCgroup = false", "SystemdCgroup = true"),
-		check: "cgroup driver", verdict: "fail", evidence: `SystemdCgroup = true, but false for the node's handler "runc"`, remedy: "podfsm handler >",
+		check: "cgroup driver", verdict: "fail", evidence: `SystemdCgroup = true, but false for the node's handler "runc"`, remedy: "podfsm handler --write ",
 	},
 	{
 		name: "another runtime than the node's", inflict: edited(theDropIn, "/bin/runc'", "/bin/bridge'"),

@@ -2,14 +2,20 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/containerd/v2/pkg/atomicfile"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/urfave/cli/v3"
 )
@@ -17,13 +23,14 @@ import (
 func handlerCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "handler",
-		Usage: "print the runtime handler podfsm for this node, as a file for containerd's conf.d",
+		Usage: "print or write the runtime handler podfsm for this node, as a file for containerd's conf.d",
 		Description: "The handler has the settings of one that the node has already, so that podfsm's pods have its runtime and cgroup driver:\n" +
-			"the default handler, or runc where that is podfsm's. Nothing is changed.",
+			"the default handler, or runc where that is podfsm's. Without --write nothing is changed.",
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			configFlag("containerd's configuration"),
 			&cli.StringFlag{Name: "like", Usage: "the handler whose settings are taken"},
+			&cli.StringFlag{Name: "write", TakesFile: true, Usage: "write the handler to this `FILE`, unless the file has settings that would be lost"},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if err := noArguments(cmd); err != nil {
@@ -37,23 +44,32 @@ func handlerCommand() *cli.Command {
 			if err != nil {
 				return fmt.Errorf("failed to read containerd's configuration %q: %w", cmd.String("config"), err)
 			}
-			return writeHandler(cmd.Root().Writer, config, cmd.String("like"))
+			text, err := handlerText(config, cmd.String("like"))
+			if err != nil {
+				return err
+			}
+			if file := cmd.String("write"); file != "" {
+				return replaceHandler(file, text)
+			}
+			_, err = io.WriteString(cmd.Root().Writer, text)
+			return err
 		},
 	}
 }
 
-// writeHandler writes the handler podfsm with the settings of another one.
-func writeHandler(w io.Writer, config *server.Config, like string) error {
+// handlerText is a file with the handler podfsm, with the settings of another
+// handler.
+func handlerText(config *server.Config, like string) (string, error) {
 	sections, err := readSections(config)
 	if err != nil {
-		return err
+		return "", err
 	}
 	if like == "" {
 		like = sections.stockHandler("").Name
 	}
 	settings, err := settingsOf(config, like)
 	if err != nil {
-		return err
+		return "", err
 	}
 	settings["sandboxer"] = own
 	table := map[string]any{
@@ -62,10 +78,9 @@ func writeHandler(w io.Writer, config *server.Config, like string) error {
 	}
 	text, err := toml.Marshal(table)
 	if err != nil {
-		return err
+		return "", err
 	}
-	_, err = fmt.Fprintf(w, handlerHead, own, like, withoutEmptyTables(string(text)))
-	return err
+	return fmt.Sprintf(handlerHead, own, like, withoutEmptyTables(string(text))), nil
 }
 
 const handlerHead = `# The runtime handler %q: this node's handler %q with podfsm's sandboxer.
@@ -86,6 +101,54 @@ func withoutEmptyTables(text string) string {
 	return kept.String()
 }
 
+// replaceHandler replaces file as a whole, so that containerd and an operator
+// find the old text or the new one. A file with settings that the new text lacks
+// stays as it is: an operator has put them there.
+func replaceHandler(file, text string) error {
+	old, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	var has, gets map[string]any
+	if err := toml.Unmarshal(old, &has); err != nil {
+		return fmt.Errorf("failed to read %q: %w; correct the file, or move it away", file, err)
+	}
+	if err := toml.Unmarshal([]byte(text), &gets); err != nil {
+		return err
+	}
+	if lost := lacking(has, gets, ""); len(lost) > 0 {
+		slices.Sort(lost)
+		return fmt.Errorf("failed to write %q: the file has settings that would be lost: %s; "+
+			"move them to another file in its directory, or edit the file to have what podfsm handler prints", file, strings.Join(lost, ", "))
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	f, err := atomicfile.New(file, 0o644)
+	if err != nil {
+		return err
+	}
+	if _, err := io.WriteString(f, text); err != nil {
+		return errors.Join(err, f.Cancel())
+	}
+	return f.Close()
+}
+
+// lacking names the settings of one table that another one lacks. Their values
+// may differ.
+func lacking(has, gets map[string]any, prefix string) (names []string) {
+	for name, value := range has {
+		got, there := gets[name]
+		if table, ok := value.(map[string]any); ok {
+			within, _ := got.(map[string]any)
+			names = append(names, lacking(table, within, prefix+name+".")...)
+		} else if !there {
+			names = append(names, prefix+name)
+		}
+	}
+	return names
+}
+
 // settingsOf are those of a runtime handler, without the ones that say nothing.
 func settingsOf(config *server.Config, name string) (map[string]any, error) {
 	var runtimes struct {
@@ -101,14 +164,17 @@ func settingsOf(config *server.Config, name string) (map[string]any, error) {
 	if !ok {
 		return nil, fmt.Errorf("there is no runtime handler %q in containerd's configuration; name one by --like: %s", name, strings.Join(slices.Sorted(maps.Keys(all)), ", "))
 	}
-	if options, ok := settings["options"].(map[string]any); ok {
-		systemd := options["SystemdCgroup"]
-		maps.DeleteFunc(options, unset)
-		if systemd != nil {
-			options["SystemdCgroup"] = systemd // which is to be seen, also where it is false
-		}
-	}
+	options, _ := settings["options"].(map[string]any)
+	systemd, _ := options["SystemdCgroup"].(bool)
+	maps.DeleteFunc(options, unset)
 	maps.DeleteFunc(settings, unset)
+	if settings["runtime_type"] == plugins.RuntimeRuncV2 { // the cgroup driver is there to be seen, also where it is the default
+		if options == nil {
+			options = map[string]any{}
+		}
+		options["SystemdCgroup"] = systemd
+		settings["options"] = options
+	}
 	return settings, nil
 }
 

@@ -70,6 +70,8 @@ runtime_type = 'io.containerd.runc.v2'
 sandboxer = 'podsandbox'
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
 SystemdCgroup = true
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.bare]
+runtime_type = 'io.containerd.runc.v2'
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata]
 runtime_type = 'io.containerd.kata.v2'
 [plugins.'io.containerd.server.v1.grpc']
@@ -87,7 +89,7 @@ func TestHandler(t *testing.T) {
 	require.Contains(t, out, "SystemdCgroup = true")
 	require.NotContains(t, out, "crun")
 	_, err = podfsm(t, "handler", "--like", "nobody")
-	require.EqualError(t, err, `there is no runtime handler "nobody" in containerd's configuration; name one by --like: crun, kata, runc`)
+	require.EqualError(t, err, `there is no runtime handler "nobody" in containerd's configuration; name one by --like: bare, crun, kata, runc`)
 	_, err = podfsm(t, "handler", "now")
 	require.ErrorContains(t, err, "takes no arguments")
 
@@ -110,6 +112,59 @@ func TestDumpThatFails(t *testing.T) {
 	installedScript(t, "kill -SEGV $$")
 	_, err = podfsm(t, "handler")
 	require.ErrorContains(t, err, "signal: segmentation fault")
+}
+
+// The handler is written as a whole or not at all, and nothing is lost that an operator has put into the file.
+func TestHandlerIsWritten(t *testing.T) {
+	installed(t, dumped, "")
+	printed, err := podfsm(t, "handler")
+	require.NoError(t, err)
+	dir := filepath.Join(t.TempDir(), "conf.d") // which isn't there yet
+	file := filepath.Join(dir, "podfsm.toml")
+	write := func(like string) error {
+		out, err := podfsm(t, "handler", "--like", like, "--write", file)
+		require.Empty(t, out)
+		return err
+	}
+	has := func(text string) {
+		t.Helper()
+		found, err := os.ReadFile(file)
+		require.NoError(t, err)
+		require.Equal(t, text, string(found))
+		entries, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		require.Len(t, entries, 1, "nothing else is left")
+	}
+	require.NoError(t, write(""))
+	has(printed)
+	info, err := os.Stat(file)
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o644), info.Mode())
+
+	shipped, err := os.ReadFile("../../deploy/conf.d/podfsm.toml")
+	require.NoError(t, err)
+	for _, like := range []string{"crun", "bare", "runc"} {
+		require.NoError(t, os.WriteFile(file, shipped, 0o644))
+		require.NoError(t, write(like), "the package's file is replaced by a handler like %s", like)
+	}
+
+	own := string(shipped) + "snapshotter = \"podfsm\"\n[plugins.'io.containerd.podsandbox.controller.v1.podfsm'.userns_pool]\nuser = 'pods'\n"
+	own = strings.Replace(own, "sandboxer =", "cni_conf_dir = \"/etc/other\"\n  sandboxer =", 1)
+	require.NoError(t, os.WriteFile(file, []byte(own), 0o600))
+	require.EqualError(t, write(""), `failed to write "`+file+`": the file has settings that would be lost: `+
+		"plugins.io.containerd.cri.v1.runtime.containerd.runtimes.podfsm.cni_conf_dir, "+
+		"plugins.io.containerd.cri.v1.runtime.containerd.runtimes.podfsm.options.snapshotter, "+
+		"plugins.io.containerd.podsandbox.controller.v1.podfsm.userns_pool.user; "+
+		"move them to another file in its directory, or edit the file to have what podfsm handler prints")
+	has(own)
+
+	installed(t, "", "containerd: bad line 7")
+	require.ErrorContains(t, write(""), "bad line 7")
+	has(own)
+	installed(t, dumped, "")
+	require.NoError(t, os.WriteFile(file, []byte("version = 3 3"), 0o600))
+	require.ErrorContains(t, write(""), "correct the file, or move it away")
+	has("version = 3 3")
 }
 
 // Without a containerd that runs, the files count, and a handler that isn't there yet is like the node's own.

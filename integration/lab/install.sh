@@ -2,7 +2,7 @@
 driver=$1
 [ "$driver" = systemd ] && systemd=true || systemd=false
 dpkg --install /lab/package/*.deb
-podfsm handler >/etc/containerd/conf.d/podfsm.toml
+podfsm handler --write /etc/containerd/conf.d/podfsm.toml
 podfsm doctor --preflight
 for mode in auto node remap; do
 	[ $mode = remap ] && snapshotter=podfsm || snapshotter=overlayfs
