@@ -22,7 +22,7 @@ import (
 // Stock is what a node has before podfsm is in place: a containerd without it, which runs or is down, and the configuration that
 // containerd-podfsm is going to read.
 type Stock struct {
-	// Version is that of the containerd that runs, such as "v2.4.2", and Args are its command line's but for the program. Both are empty
+	// Version is that of the containerd that runs, such as "v2.4.2", and Args are its command line without the program. Both are empty
 	// while it is down. Wanted is the version that podfsm is built with.
 	Version, Wanted string
 	Args            []string
@@ -125,10 +125,14 @@ func configuration(_ context.Context, n Node) []Finding {
 	}
 	if s.Running != nil && s.Running.Root != n.Root {
 		return []Finding{warn(fmt.Sprintf("%s and says root = %q, but the containerd that runs has %q", evidence, n.Root, s.Running.Root),
-			"give --config the file that containerd has, or restart containerd before the switch")}
+			"give --config the file that containerd has, or "+settle)}
 	}
 	return []Finding{ok(evidence)}
 }
+
+// settle is the remedy where the containerd that runs hasn't read what the files say.
+const settle = "restart the node's own containerd before podfsm's package is installed; " +
+	"once the package is installed, every restart is the switch: change the file back first"
 
 // orNothing are the patterns of an import.
 func orNothing(imports []string) string {
@@ -211,7 +215,7 @@ func (n Node) tasksMax() (limit int, limited bool) {
 }
 
 // cgroupDriver compares podfsm's handlers with the node's own and with the kubelet: pods of another driver than the kubelet's don't start,
-// or are where nobody looks for them.
+// or run outside of the kubelet's cgroups.
 func cgroupDriver(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -228,7 +232,7 @@ func cgroupDriver(_ context.Context, n Node) []Finding {
 	}
 	if running, known := s.runs(); known && running != s.Like.SystemdCgroup {
 		found = append(found, warn(fmt.Sprintf("the containerd that runs has SystemdCgroup = %t for handler %q, %s has %t", running, s.Like.Name, s.File.Path, s.Like.SystemdCgroup),
-			"restart containerd before the switch, so that both are known to work"))
+			settle))
 	}
 	driver, err := configuredDriver(s.Kubelet)
 	switch {

@@ -80,7 +80,7 @@ func TestStockChecks(t *testing.T) {
 			n.Stock.File.Imports = []string{"/etc/containerd/other/*.toml", "conf.d/*.conf"}
 		}, verdict: Fail, evidence: "imports /etc/containerd/other/*.toml, conf.d/*.conf", remedy: `imports = ["/etc/containerd/other/*.toml", "conf.d/*.conf", "/`},
 		{name: "configuration without CRI", look: configuration, change: has(func(s *Stock) { s.File.NoCRI = true }), verdict: Fail, evidence: "disables containerd's CRI service", remedy: "disabled_plugins"},
-		{name: "configuration of another containerd", look: configuration, change: has(func(s *Stock) { s.Running.Root = "/data" }), verdict: Warn, evidence: `has "/data"`, remedy: "--config"},
+		{name: "configuration of another containerd", look: configuration, change: has(func(s *Stock) { s.Running.Root = "/data" }), verdict: Warn, evidence: `has "/data"`, remedy: "or restart the node's own containerd before podfsm's package is installed"},
 		{name: "configuration of a containerd that is down", look: configuration, change: isDown, verdict: OK, evidence: "imports"},
 
 		{name: "service", look: service, verdict: OK, evidence: "without flags"},
@@ -99,7 +99,7 @@ func TestStockChecks(t *testing.T) {
 		{name: "cgroup driver that differs", look: cgroupDriver, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].SystemdCgroup = true }, verdict: Fail, evidence: `SystemdCgroup = true, but false for the node's handler "runc"`, remedy: "set SystemdCgroup = false"},
 		{name: "runtime that differs", look: cgroupDriver, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Binary = "crun" }, verdict: Warn, evidence: "/bin/true crun", remedy: "unless it is meant to differ"},
 		{name: "no handler of the node's", look: cgroupDriver, change: has(func(s *Stock) { s.Like = Handler{} }), verdict: Unknown, evidence: "no runtime handler of its own", remedy: "cgroupDriver"},
-		{name: "configuration that isn't read yet", look: cgroupDriver, change: has(func(s *Stock) { s.Running.SystemdCgroup["runc"] = true }), verdict: Warn, evidence: "runs has SystemdCgroup = true", remedy: "restart containerd"},
+		{name: "configuration that isn't read yet", look: cgroupDriver, change: has(func(s *Stock) { s.Running.SystemdCgroup["runc"] = true }), verdict: Warn, evidence: "runs has SystemdCgroup = true", remedy: "before podfsm's package is installed; once the package is installed, every restart is the switch"},
 		{name: "kubelet that agrees", look: cgroupDriver, change: kubeletConfig("cgroupDriver: cgroupfs\n"), verdict: OK, evidence: "as for the node's handler"},
 		{name: "kubelet that says nothing", look: cgroupDriver, change: kubeletConfig("kind: KubeletConfiguration\n"), verdict: OK, evidence: "as for the node's handler"},
 		{name: "kubelet that differs", look: cgroupDriver, change: kubeletConfig("cgroupDriver: systemd\n"), verdict: Warn, evidence: "says cgroupDriver: systemd", remedy: "make them agree"},

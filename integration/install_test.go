@@ -245,24 +245,34 @@ func TestInstall(t *testing.T) {
 	require.NoError(t, err)
 	mounts := m.mounts(t)
 
-	// Install, by what the preflight says is to be changed.
+	// Examine the node, then install, by what the preflight says is to be changed.
+	preflight := func(program string) (string, error) {
+		out, err := m.run(program, "doctor", "--preflight")
+		return strings.Join(strings.Fields(out), " "), err // as it isn't wrapped
+	}
+	for dir, unpack := range map[string][]string{"/deb": {"dpkg-deb", "-x", deb, "/deb"}, "/tarball": {"tar", "-C", "/tarball", "-xzf", tarball}} {
+		m.do(t, "mkdir", dir)
+		m.do(t, unpack...)
+		told, err := preflight(dir + "/usr/bin/podfsm")
+		require.ErrorContains(t, err, "1 check has failed", "podfsm has no handler yet")
+		require.Contains(t, told, `let /etc/containerd/config.toml have, at its top: imports = ["/etc/containerd/conf.d/*.toml"]`)
+		require.Contains(t, told, "ok pause "+dir+"/usr/bin/podfsm-init: ")
+		m.do(t, "rm", "-r", dir)
+	}
 	installed := m.do(t, "dpkg", "-i", deb)
 	require.Contains(t, installed, `imports = ["/etc/containerd/conf.d/*.toml"]`, "it says what is missing")
 	require.Contains(t, installed, "podfsm doctor --preflight")
+	require.Contains(t, installed, "from now on every start of containerd.service runs containerd-podfsm")
 	handler := "/etc/containerd/conf.d/podfsm.toml"
-	preflight := func() (string, error) {
-		out, err := m.run("podfsm", "doctor", "--preflight")
-		return strings.Join(strings.Fields(out), " "), err // as it isn't wrapped
-	}
-	told, err := preflight()
+	told, err := preflight("podfsm")
 	require.Error(t, err)
 	require.Contains(t, told, `let /etc/containerd/config.toml have, at its top: imports = ["/etc/containerd/conf.d/*.toml"]`)
 	imports := func(config map[string]any) { config["imports"] = []string{"/etc/containerd/conf.d/*.toml"} }
 	require.NoError(t, m.configure(n, imports))
-	told, _ = preflight()
+	told, _ = preflight("podfsm")
 	require.Contains(t, told, "podfsm handler --write "+handler, "the node's runc isn't where podfsm.toml takes it to be")
 	m.do(t, "podfsm", "handler", "--write", handler)
-	told, err = preflight()
+	told, err = preflight("podfsm")
 	require.NoError(t, err)
 	require.NotContains(t, told, "podfsm handler --write")
 	dump := m.do(t, "containerd-podfsm", "config", "dump")

@@ -50,7 +50,7 @@ func startBeforePodfsm(t *testing.T) beforePodfsm {
 	return b
 }
 
-// withoutHandler has the configuration as before podfsm, but for the import of drop-ins.
+// withoutHandler has the configuration as before podfsm, except the import of drop-ins.
 func (b *beforePodfsm) withoutHandler() error {
 	text, err := os.ReadFile(b.config)
 	if err != nil {
@@ -155,7 +155,7 @@ var unreadies = []unready{
 	},
 	{
 		name: "a configuration that containerd hasn't read yet", inflict: edited(theConfig, "SystemdCgroup = false", "SystemdCgroup = true"),
-		check: "cgroup driver", verdict: "warn", evidence: `runs has SystemdCgroup = false for handler "runc"`, remedy: "restart containerd before the switch", needsUp: true,
+		check: "cgroup driver", verdict: "warn", evidence: `runs has SystemdCgroup = false for handler "runc"`, remedy: "restart the node's own containerd before podfsm's package is installed", needsUp: true,
 	},
 	{
 		name: "a shim that is missing", inflict: edited(theDropIn, "io.containerd.runc.v2", "io.containerd.nowhere.v2"),
@@ -330,7 +330,7 @@ func TestPreflightNeedsRoot(t *testing.T) {
 	require.Contains(t, string(out), "only root can examine the node")
 }
 
-// nodeFiles are the files of a node, with what is in them, but for those that a containerd writes by itself: its log and its databases.
+// nodeFiles are the files of a node, with what is in them, except those that a containerd writes by itself: its log and its databases.
 func nodeFiles(t *testing.T, n *harness.Node) map[string]string {
 	t.Helper()
 	files := map[string]string{}
