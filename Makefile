@@ -25,7 +25,7 @@ packages := \
 # Further flags for go test, such as -run or -v.
 TESTFLAGS ?=
 
-# How results are shown: what fails, and a line a minute. Empty for all that go test prints.
+# How results are shown: what fails, and a line per minute. Empty for all that go test prints.
 PROGRESS ?= | go run ./integration/progress
 gotest = go test $(if $(PROGRESS),-json)
 

@@ -70,7 +70,7 @@ var cgroupsOfPods = map[string][]string{
 	"cgroupfs": {"kubepods", "kubelet/kubepods"},
 }
 
-// kubeletDriver is the cgroup driver of the kubelet, "" where nobody can tell, and how that is known: by the cgroup that it has made for all
+// kubeletDriver is the cgroup driver of the kubelet, "" where it is unknown, and the evidence: the cgroup that the kubelet has made for all
 // pods. A kubelet that has made none yet takes the driver that containerd tells.
 func (n Node) kubeletDriver(version string) (driver, evidence string) {
 	tops := filepath.Join(n.Sys, "fs/cgroup")

@@ -74,7 +74,7 @@ type Handler struct {
 	Snapshotter   Snapshotter
 	Network       cni.Config
 	Mode          userns.Mode
-	Planned       bool // nobody has configured it yet: it is as it should be
+	Planned       bool // not configured yet: the settings are those that podfsm handler prints
 }
 
 // Snapshotter is one of containerd's, comparable.
