@@ -52,6 +52,10 @@ func TestPodCgroupOf(t *testing.T) {
 		{path: "/" + strings.Repeat("x", 256) + "/id", is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
 		{path: "/a\nb/id", is: errdefs.IsInvalidArgument, text: "has a line break"},
 		{path: "/a\x00/id", is: errdefs.IsInvalidArgument, text: "has a line break"},
+		{path: strings.Repeat("x", 250) + ".slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
+		{path: "a.slice:b:" + strings.Repeat("x", 248), systemd: true, is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
+		{path: "a\nb.slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "has a line break"},
+		{path: "a\x00.slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "has a line break"},
 		{path: "/kubepods/pod1/id", systemd: true, is: errdefs.IsInvalidArgument, text: "set SystemdCgroup = false"},
 		{path: "a.slice:b", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
 		{path: "a.slice:b:", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
@@ -63,6 +67,7 @@ func TestPodCgroupOf(t *testing.T) {
 		{path: ".slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "is in no slice of systemd's"},
 		{path: "kubepods.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/cri-containerd-id.scope"},
 		{path: "kubepods-besteffort-pod1.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-id.scope"},
+		{path: "a.slice:b:" + strings.Repeat("x", 247), systemd: true, want: "/a.slice/b-" + strings.Repeat("x", 247) + ".scope"},
 	} {
 		c, err := PodCgroupOf(tc.path, tc.systemd, nil)
 		if tc.systemd && tc.is == nil && !systemdRuns() {
@@ -87,6 +92,20 @@ func TestPodCgroupOf(t *testing.T) {
 			require.Equal(t, tc.own, slices.Contains(below, dir), "%q: %q", tc.path, dir)
 			require.NoDirExists(t, dir, "nothing is made")
 		}
+	}
+}
+
+// systemd makes a scope, unless the name is that of a slice.
+func TestNameBySlice(t *testing.T) {
+	for path, want := range map[string]string{
+		"kubepods-pod1.slice:cri-containerd:id": "/kubepods.slice/kubepods-pod1.slice/cri-containerd-id.scope",
+		"-.slice:cri-containerd:id":             "/cri-containerd-id.scope",
+		":cri-containerd:id":                    "/system.slice/cri-containerd-id.scope",
+		"a.slice:cri-containerd:a-id.slice":     "/a.slice/a-id.slice",
+	} {
+		_, inner, err := nameBySlice(path)
+		require.NoError(t, err, path)
+		require.Equal(t, want, inner, path)
 	}
 }
 
