@@ -59,13 +59,27 @@ func ParseCgroups(data []byte) map[string]string {
 
 // hierarchies are the mounts of cgroup hierarchies, in the order in which they were mounted. They are read once: a list of mounts is long
 // on a node with many pods, and those of cgroups stay.
-var hierarchies = sync.OnceValues(func() ([]*mountinfo.Info, error) {
+var hierarchies = onceFound(func() ([]*mountinfo.Info, error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2", "cgroup"))
 	if err != nil {
 		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
 	}
 	return mounts, nil
 })
+
+// onceFound returns a function that calls read until that has found mounts, and returns these from then on.
+func onceFound(read func() ([]*mountinfo.Info, error)) func() ([]*mountinfo.Info, error) {
+	var mu sync.Mutex
+	var found []*mountinfo.Info
+	return func() (_ []*mountinfo.Info, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if len(found) == 0 {
+			found, err = read()
+		}
+		return found, err
+	}
+}
 
 // isOf says whether a mount is one of a hierarchy.
 func isOf(m *mountinfo.Info, hierarchy string) bool {
