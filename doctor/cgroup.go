@@ -96,6 +96,19 @@ func (n Node) kubeletDriver(version string) (driver, evidence string) {
 	return driver, evidence
 }
 
+// ToldDriver is the cgroup driver that containerd tells the kubelet to use: by its default handler, where that has options for runc's shim,
+// else what it finds on the node, which is "" here.
+func ToldDriver(options, systemdCgroup bool) string {
+	switch {
+	case !options:
+		return ""
+	case systemdCgroup:
+		return "systemd"
+	default:
+		return "cgroupfs"
+	}
+}
+
 // v2 is the version where all controllers are in one hierarchy.
 const v2 = "v2"
 
