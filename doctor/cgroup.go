@@ -48,7 +48,8 @@ func (n Node) systemdDriver(version string) Finding {
 	return ok(evidence)
 }
 
-// compareDrivers warns where the kubelet seems to have another driver than a handler.
+// compareDrivers compares a handler's driver with the kubelet's, as far as that is known. It stops no pods: those whose cgroup parent
+// isn't for the handler are refused by that, and a kubelet that is another than it seems has its pods run.
 func (n Node) compareDrivers(version string, finding Finding, systemd bool) Finding {
 	kubelet, evidence := n.kubeletDriver(version)
 	switch {
@@ -56,7 +57,7 @@ func (n Node) compareDrivers(version string, finding Finding, systemd bool) Find
 		return warn(fmt.Sprintf("%s, but the kubelet's is systemd: %s; pods run outside of their slices, so the slices' limits don't hold for them", finding.Evidence, evidence),
 			"set SystemdCgroup = true in the handler's options, and restart containerd")
 	case kubelet == "cgroupfs" && systemd:
-		return warn(fmt.Sprintf("%s, but the kubelet's is cgroupfs: %s; its pods are refused", finding.Evidence, evidence),
+		return fail(NoPods, fmt.Sprintf("%s, but the kubelet's is cgroupfs: %s; the handler refuses its pods", finding.Evidence, evidence),
 			"set SystemdCgroup = false in the handler's options and restart containerd, or set cgroupDriver: systemd in the kubelet's configuration")
 	default:
 		return finding
@@ -93,6 +94,19 @@ func (n Node) kubeletDriver(version string) (driver, evidence string) {
 		return n.Config.CgroupDriver, "containerd tells it so, by its default handler"
 	}
 	return driver, evidence
+}
+
+// ToldDriver is the cgroup driver that containerd tells the kubelet to use: by its default handler, where that has options for runc's shim,
+// else what it finds on the node, which is "" here.
+func ToldDriver(options, systemdCgroup bool) string {
+	switch {
+	case !options:
+		return ""
+	case systemdCgroup:
+		return "systemd"
+	default:
+		return "cgroupfs"
+	}
 }
 
 // v2 is the version where all controllers are in one hierarchy.

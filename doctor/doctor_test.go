@@ -136,13 +136,17 @@ func TestChecks(t *testing.T) {
 		{name: "systemd driver of both", look: cgroups, change: kubelet(true, "cpu/kubepods.slice"), verdict: OK, evidence: "driver systemd"},
 		{name: "systemd driver of the kubelet alone", look: cgroups, change: kubelet(false, "cpu/kubepods.slice"), verdict: Warn, evidence: "fs/cgroup/cpu/kubepods.slice", remedy: "SystemdCgroup = true"},
 		{name: "systemd driver of a kubelet in a cgroup", look: cgroups, change: kubelet(false, "cpu/kubelet.slice/kubelet-kubepods.slice"), verdict: Warn, evidence: "kubelet-kubepods.slice", remedy: "SystemdCgroup = true"},
-		{name: "systemd driver of the handler alone", look: cgroups, change: kubelet(true, "cpu/kubelet/kubepods"), verdict: Warn, evidence: "fs/cgroup/cpu/kubelet/kubepods; its pods are refused", remedy: "SystemdCgroup = false"},
+		{name: "systemd driver of the handler alone", look: cgroups, change: kubelet(true, "cpu/kubelet/kubepods"), verdict: Fail, evidence: "fs/cgroup/cpu/kubelet/kubepods; the handler refuses its pods", remedy: "SystemdCgroup = false"},
 		{name: "driver of another node's kubelet", look: cgroups, change: kubelet(true, "cpu/docker/kubepods", "cpu/a/kubelet/kubepods"), verdict: OK, evidence: "driver systemd"},
 		{name: "driver of the kubelet that was changed", look: cgroups, change: kubelet(true, "cpu/kubepods", "cpu/kubepods.slice"), verdict: OK, evidence: "driver systemd"},
 		{name: "systemd driver of the default handler alone", look: cgroups, change: func(t *testing.T, n *Node) {
 			kubelet(false, "cpu")(t, n)
 			n.Config.CgroupDriver = "systemd"
 		}, verdict: Warn, evidence: "containerd tells it so", remedy: "SystemdCgroup = true"},
+		{name: "cgroupfs driver of the default handler", look: cgroups, change: func(t *testing.T, n *Node) {
+			kubelet(true, "cpu")(t, n)
+			n.Config.CgroupDriver = "cgroupfs"
+		}, verdict: Fail, evidence: "containerd tells it so, by its default handler; the handler refuses its pods", remedy: "SystemdCgroup = false"},
 		{name: "driver of the default handler that the kubelet doesn't take", look: cgroups, change: func(t *testing.T, n *Node) {
 			kubelet(false, "cpu/kubepods")(t, n)
 			n.Config.CgroupDriver = "systemd"

@@ -7,8 +7,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/mount"
-
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -50,8 +48,7 @@ func userNamespaces(_ context.Context, n Node) []Finding {
 	if limit == 0 {
 		return []Finding{fail(UserNSPods, evidence, remedy)}
 	}
-	const onlyRoot = "0:65533:1" // an id below those that pods may have: nobody takes the try for one
-	made, err := mount.GetUsernsFD(onlyRoot, onlyRoot)
+	made, err := userns.Try()
 	if err != nil {
 		return []Finding{fail(UserNSPods, fmt.Sprintf("%s, and making one fails: %v", evidence, err), remedy)}
 	}

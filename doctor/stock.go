@@ -200,10 +200,13 @@ func service(_ context.Context, n Node) []Finding {
 
 // tasksMax is the limit of containerd's cgroup (pids.max, which systemd makes of TasksMax).
 func (n Node) tasksMax() (limit int, limited bool) {
-	text, _ := n.read(filepath.Join(strconv.Itoa(n.Daemon), "cgroup"))
-	groups := host.ParseCgroups([]byte(text))
+	paths := n.cgroupPaths()
 	for _, hierarchy := range []string{"pids", ""} {
-		value, err := os.ReadFile(filepath.Join(n.Sys, "fs/cgroup", hierarchy, groups[hierarchy], "pids.max"))
+		path, known := paths[hierarchy]
+		if !known {
+			continue
+		}
+		value, err := os.ReadFile(filepath.Join(n.Sys, "fs/cgroup", hierarchy, path, "pids.max"))
 		if err != nil {
 			continue // the other hierarchy, or no limit
 		}
@@ -212,6 +215,18 @@ func (n Node) tasksMax() (limit int, limited bool) {
 		}
 	}
 	return 0, false
+}
+
+// cgroupPaths are containerd's cgroups by hierarchy, none where that isn't known.
+func (n Node) cgroupPaths() map[string]string {
+	mounts, err := os.Open(n.proc("self/mountinfo"))
+	if err != nil {
+		return nil
+	}
+	defer mounts.Close()
+	text, _ := n.read(filepath.Join(strconv.Itoa(n.Daemon), "cgroup"))
+	paths, _ := host.CgroupPathsBelow(mounts, []byte(text))
+	return paths
 }
 
 // cgroupDriver compares podfsm's handlers with the node's own and with the kubelet: pods of another driver than the kubelet's don't start,

@@ -86,6 +86,16 @@ func TestStockChecks(t *testing.T) {
 		{name: "service", look: service, verdict: OK, evidence: "without flags"},
 		{name: "service with flags", look: service, change: has(func(s *Stock) { s.Args = []string{"--config", "/x.toml"} }), verdict: Warn, evidence: "flags that the package's drop-in doesn't have: --config /x.toml", remedy: "ExecStart=/usr/bin/containerd-podfsm --config /x.toml"},
 		{name: "service with a limit", look: service, change: pidsMax("4915"), verdict: OK, evidence: "TasksMax=4915, which the package's drop-in lifts"},
+		{name: "service with a limit, in a container", look: service, change: func(t *testing.T, n *Node) {
+			pidsMax("4915")(t, n)
+			cgroupMounts(t, n, "/docker/1")
+			write(t, n.proc("7/cgroup"), "4:pids:/docker/1/system.slice/containerd.service\n")
+		}, verdict: OK, evidence: "TasksMax=4915"},
+		{name: "service with a limit on cgroup v2", look: service, change: func(t *testing.T, n *Node) {
+			cgroupMounts(t, n, "/")
+			write(t, n.proc("7/cgroup"), "0::/system.slice/containerd.service\n")
+			write(t, filepath.Join(n.Sys, "fs/cgroup/system.slice/containerd.service/pids.max"), "4915\n")
+		}, verdict: OK, evidence: "TasksMax=4915"},
 		{name: "service without a limit", look: service, change: pidsMax("max"), verdict: OK, evidence: "without a limit"},
 		{name: "service whose process can't be read", look: service, change: has(func(s *Stock) { s.Unread = errors.New("no answer") }), verdict: Unknown, evidence: "no answer", remedy: "systemctl cat containerd"},
 		{name: "no systemd", look: service, change: func(t *testing.T, n *Node) { require.NoError(t, os.Remove(n.SystemdDir)) }, verdict: Warn, evidence: "systemd doesn't run here", remedy: "the same flags"},
@@ -179,9 +189,17 @@ func TestDirectoriesAreNotMade(t *testing.T) {
 // pidsMax limits the processes of containerd's cgroup.
 func pidsMax(limit string) func(*testing.T, *Node) {
 	return func(t *testing.T, n *Node) {
+		cgroupMounts(t, n, "/")
 		write(t, n.proc("7/cgroup"), "4:pids:/system.slice/containerd.service\n1:name=systemd:/x\n0::/system.slice/containerd.service\n")
 		write(t, filepath.Join(n.Sys, "fs/cgroup/pids/system.slice/containerd.service/pids.max"), limit+"\n")
 	}
+}
+
+// cgroupMounts has the hierarchies mounted with a root.
+func cgroupMounts(t *testing.T, n *Node, root string) {
+	t.Helper()
+	write(t, n.proc("self/mountinfo"), fmt.Sprintf("30 25 0:26 %s /sys/fs/cgroup/pids rw,relatime - cgroup cgroup rw,pids\n"+
+		"31 25 0:27 %s /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n", root, root))
 }
 
 func kubeletConfig(config string) func(*testing.T, *Node) {

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"io"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -27,6 +28,18 @@ func CgroupPaths(ctx context.Context, pid int) (map[string]string, error) {
 	}
 	return belowMounts(ParseCgroups(data), mounts), nil
 }
+
+// CgroupPathsBelow are [CgroupPaths] by the texts of the process's /proc/PID/cgroup and of this one's /proc/self/mountinfo.
+func CgroupPathsBelow(mountInfo io.Reader, cgroup []byte) (map[string]string, error) {
+	mounts, err := mountinfo.GetMountsFromReader(mountInfo, cgroupMounts)
+	if err != nil {
+		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
+	}
+	return belowMounts(ParseCgroups(cgroup), mounts), nil
+}
+
+// cgroupMounts selects the mounts of cgroup hierarchies.
+var cgroupMounts = mountinfo.FSTypeFilter("cgroup2", "cgroup")
 
 func belowMounts(paths map[string]string, mounts []*mountinfo.Info) map[string]string {
 	found := map[string]string{}
@@ -59,13 +72,27 @@ func ParseCgroups(data []byte) map[string]string {
 
 // hierarchies are the mounts of cgroup hierarchies, in the order in which they were mounted. They are read once: a list of mounts is long
 // on a node with many pods, and those of cgroups stay.
-var hierarchies = sync.OnceValues(func() ([]*mountinfo.Info, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2", "cgroup"))
+var hierarchies = onceFound(func() ([]*mountinfo.Info, error) {
+	mounts, err := mountinfo.GetMounts(cgroupMounts)
 	if err != nil {
 		return nil, fmt.Errorf("failed to find the cgroup hierarchies: %w", err)
 	}
 	return mounts, nil
 })
+
+// onceFound returns a function that calls read until that has found mounts, and returns these from then on.
+func onceFound(read func() ([]*mountinfo.Info, error)) func() ([]*mountinfo.Info, error) {
+	var mu sync.Mutex
+	var found []*mountinfo.Info
+	return func() (_ []*mountinfo.Info, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if len(found) == 0 {
+			found, err = read()
+		}
+		return found, err
+	}
+}
 
 // isOf says whether a mount is one of a hierarchy.
 func isOf(m *mountinfo.Info, hierarchy string) bool {

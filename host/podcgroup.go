@@ -82,10 +82,8 @@ func nameByPath(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) {
 	if clean == "/" {
 		return nil, "", errors.New("is the root of the hierarchy")
 	}
-	for name := range strings.SplitSeq(clean, "/") {
-		if len(name) > unix.NAME_MAX || strings.ContainsAny(name, "\n\x00") {
-			return nil, "", fmt.Errorf("can't be made: its part %.20q has a line break or a NUL, or more than %d bytes", name, unix.NAME_MAX)
-		}
+	if err := checkParts(clean); err != nil {
+		return nil, "", err
 	}
 	if !path.IsAbs(cgroupsPath) {
 		return &cgroups.Cgroup{Path: clean[1:]}, "", nil
@@ -103,8 +101,25 @@ func nameBySlice(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) 
 	if err != nil {
 		return nil, "", fmt.Errorf("is in no slice of systemd's (systemd.slice(5)): %w", err)
 	}
-	return &cgroups.Cgroup{Systemd: true, Parent: parts[0], ScopePrefix: parts[1], Name: parts[2]},
-		path.Join(slice, parts[1]+"-"+parts[2]+".scope"), nil
+	unit := parts[1] + "-" + parts[2] + ".scope"
+	if strings.HasSuffix(parts[2], ".slice") {
+		unit = parts[2] // runc's library has systemd make a slice then
+	}
+	inner = path.Join(slice, unit)
+	if err := checkParts(inner); err != nil {
+		return nil, "", err
+	}
+	return &cgroups.Cgroup{Systemd: true, Parent: parts[0], ScopePrefix: parts[1], Name: parts[2]}, inner, nil
+}
+
+// checkParts refuses what can't be the name of a directory, or would be two lines of /proc/PID/cgroup.
+func checkParts(inner string) error {
+	for name := range strings.SplitSeq(inner, "/") {
+		if len(name) > unix.NAME_MAX || strings.ContainsAny(name, "\n\x00") {
+			return fmt.Errorf("can't be made: its part %.20q has a line break or a NUL, or more than %d bytes", name, unix.NAME_MAX)
+		}
+	}
+	return nil
 }
 
 // transientUnits is where systemd keeps the files of units that were made over its bus, until it has forgotten them (systemd.unit(5)).

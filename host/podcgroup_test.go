@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -52,6 +53,10 @@ func TestPodCgroupOf(t *testing.T) {
 		{path: "/" + strings.Repeat("x", 256) + "/id", is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
 		{path: "/a\nb/id", is: errdefs.IsInvalidArgument, text: "has a line break"},
 		{path: "/a\x00/id", is: errdefs.IsInvalidArgument, text: "has a line break"},
+		{path: strings.Repeat("x", 250) + ".slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
+		{path: "a.slice:b:" + strings.Repeat("x", 248), systemd: true, is: errdefs.IsInvalidArgument, text: "more than 255 bytes"},
+		{path: "a\nb.slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "has a line break"},
+		{path: "a\x00.slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "has a line break"},
 		{path: "/kubepods/pod1/id", systemd: true, is: errdefs.IsInvalidArgument, text: "set SystemdCgroup = false"},
 		{path: "a.slice:b", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
 		{path: "a.slice:b:", systemd: true, is: errdefs.IsInvalidArgument, text: "slice:prefix:name"},
@@ -63,6 +68,7 @@ func TestPodCgroupOf(t *testing.T) {
 		{path: ".slice:b:c", systemd: true, is: errdefs.IsInvalidArgument, text: "is in no slice of systemd's"},
 		{path: "kubepods.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/cri-containerd-id.scope"},
 		{path: "kubepods-besteffort-pod1.slice:cri-containerd:id", systemd: true, want: "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-id.scope"},
+		{path: "a.slice:b:" + strings.Repeat("x", 247), systemd: true, want: "/a.slice/b-" + strings.Repeat("x", 247) + ".scope"},
 	} {
 		c, err := PodCgroupOf(tc.path, tc.systemd, nil)
 		if tc.systemd && tc.is == nil && !systemdRuns() {
@@ -87,6 +93,20 @@ func TestPodCgroupOf(t *testing.T) {
 			require.Equal(t, tc.own, slices.Contains(below, dir), "%q: %q", tc.path, dir)
 			require.NoDirExists(t, dir, "nothing is made")
 		}
+	}
+}
+
+// systemd makes a scope, unless the name is that of a slice.
+func TestNameBySlice(t *testing.T) {
+	for path, want := range map[string]string{
+		"kubepods-pod1.slice:cri-containerd:id": "/kubepods.slice/kubepods-pod1.slice/cri-containerd-id.scope",
+		"-.slice:cri-containerd:id":             "/cri-containerd-id.scope",
+		":cri-containerd:id":                    "/system.slice/cri-containerd-id.scope",
+		"a.slice:cri-containerd:a-id.slice":     "/a.slice/a-id.slice",
+	} {
+		_, inner, err := nameBySlice(path)
+		require.NoError(t, err, path)
+		require.Equal(t, want, inner, path)
 	}
 }
 
@@ -252,7 +272,9 @@ func TestPodCgroupBelowThisProcess(t *testing.T) {
 	}
 	found, err := FindPodCgroups([]string{"id"})
 	require.NoError(t, err)
-	require.Subset(t, found, c.Dirs())
+	for _, dir := range c.Dirs() {
+		require.Equal(t, "id", found[dir], dir)
+	}
 
 	// As if this process had been moved since.
 	elsewhere, err := PodCgroupOf("podfsm_elsewhere/"+path, false, nil)
@@ -411,24 +433,31 @@ func TestFindPodCgroups(t *testing.T) {
 	require.NoError(t, err)
 	require.NotEmpty(t, mounts)
 	id := fmt.Sprintf("podfsm%d", os.Getpid())
+	dashes := id + "-with-dashes"
 	var want []string
+	wantDashes := map[string]string{}
 	for _, m := range mounts {
 		parent := filepath.Join(m.Mountpoint, "find-"+id)
 		theirs := filepath.Join(parent, "theirs")
 		for _, dir := range []string{
 			filepath.Join(parent, id), filepath.Join(parent, "cri-containerd-"+id+".scope"), filepath.Join(parent, id+"x"),
 			filepath.Join(theirs, id), filepath.Join(theirs, "below", id), filepath.Join(parent, "their"+id+".scope"),
+			filepath.Join(parent, "cri-containerd-"+dashes+".scope"), filepath.Join(parent, "x-"+dashes),
 		} {
 			require.NoError(t, os.MkdirAll(dir, 0o755))
 		}
 		require.NoError(t, os.Chown(theirs, 1000, 1000))
 		require.NoError(t, os.Chown(filepath.Join(parent, id), 1000, 1000), "its name is root's choice")
 		want = append(want, filepath.Join(parent, id), filepath.Join(parent, "cri-containerd-"+id+".scope"))
+		wantDashes[filepath.Join(parent, "cri-containerd-"+dashes+".scope")] = dashes
 		t.Cleanup(func() { require.NoError(t, EndCgroupDir(context.Background(), parent)) })
 	}
-	found, err := FindPodCgroups([]string{"none", id})
+	found, err := FindPodCgroups([]string{dashes})
 	require.NoError(t, err)
-	require.ElementsMatch(t, want, found)
+	require.Equal(t, wantDashes, found)
+	found, err = FindPodCgroups([]string{"none", id})
+	require.NoError(t, err)
+	require.ElementsMatch(t, want, slices.Collect(maps.Keys(found)))
 	found, err = FindPodCgroups([]string{"none"})
 	require.NoError(t, err)
 	require.Empty(t, found)
@@ -443,17 +472,30 @@ func TestFindPodCgroups(t *testing.T) {
 	require.NoDirExists(t, want[0])
 }
 
-func TestCgroupID(t *testing.T) {
-	for dir, want := range map[string]string{
-		"/sys/fs/cgroup/kubepods/pod1/id":                              "id",
-		"/sys/fs/cgroup/a.slice/cri-containerd-id.scope":               "id",
-		"/sys/fs/cgroup/a.slice/id.scope":                              "id",
-		"/sys/fs/cgroup/a.slice":                                       "a.slice",
-		"/sys/fs/cgroup/system.slice:cri-containerd:id":                "id",
-		"/sys/fs/cgroup/a:b:id":                                        "a:b:id",
-		"/sys/fs/cgroup/kubepods.slice/cri-containerd-id.scope/nested": "nested",
+func TestContainerNamed(t *testing.T) {
+	known := func(id string) bool { return slices.Contains([]string{"id", "my-id", "b.slice", "c.scope"}, id) }
+	for name, want := range map[string]string{
+		"id":                                "id",
+		"cri-containerd-id.scope":           "id",
+		"cri-containerd-my-id.scope":        "my-id",
+		"id.scope":                          "id",
+		"b.slice":                           "b.slice",
+		"c.scope":                           "c.scope",
+		"a.slice":                           "",
+		"system.slice:cri-containerd:id":    "id",
+		"system.slice:cri-containerd:my-id": "my-id",
+		"system.slice:cri-containerd:x-id":  "",
+		"system.slice:id":                   "",
+		"a:b:id":                            "",
+		"x-id":                              "",
+		"xid.scope":                         "",
+		"":                                  "",
 	} {
-		require.Equal(t, want, CgroupID(dir))
+		id, ok := containerNamed(name, known)
+		require.Equal(t, want != "", ok, name)
+		if ok {
+			require.Equal(t, want, id, name)
+		}
 	}
 }
 

@@ -126,11 +126,13 @@ func TestCgroupParentsLikeStock(t *testing.T) {
 		harness.RemoveEmptyDirs()
 	})
 	for what, option := range map[string]string{"a\nb": "line break", "a\x00": "NUL", strings.Repeat("x", 256): "more than 255 bytes"} {
-		config := n.PodConfig("refused", func(c *runtime.PodSandboxConfig) { c.Linux.CgroupParent = "/" + n.Name() + "/" + what })
-		err := failRun(t, n, harness.PodfsmHandler, config)
-		require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
-		require.ErrorContains(t, err, option)
-		require.ErrorContains(t, err, `runtime handler "podfsm"`)
+		for handler, parent := range map[string]string{harness.PodfsmHandler: "/" + n.Name() + "/" + what, "slices": "/" + what + ".slice"} {
+			config := n.PodConfig("refused", func(c *runtime.PodSandboxConfig) { c.Linux.CgroupParent = parent })
+			err := failRun(t, n, handler, config)
+			require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+			require.ErrorContains(t, err, option)
+			require.ErrorContains(t, err, fmt.Sprintf("runtime handler %q", handler))
+		}
 	}
 	// The handlers have systemd make cgroups, and the kubelet knows nothing of it.
 	require.Error(t, failRun(t, n, "slices-stock", n.PodConfig("path")))

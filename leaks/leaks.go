@@ -8,6 +8,7 @@ package leaks
 import (
 	"cmp"
 	"context"
+	"maps"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -132,13 +133,13 @@ func Cgroups(things []Thing) ([]Thing, error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	dirs, err := host.FindPodCgroups(ids)
+	found, err := host.FindPodCgroups(ids)
 	if err != nil {
 		return nil, err
 	}
 	var cgroups []Thing
-	for _, dir := range dirs {
-		cgroups = add(cgroups, Cgroup, host.CgroupID(dir), dir)
+	for _, dir := range slices.Sorted(maps.Keys(found)) {
+		cgroups = add(cgroups, Cgroup, found[dir], dir)
 	}
 	return cgroups, nil
 }

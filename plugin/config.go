@@ -148,18 +148,6 @@ func (h handler) systemdCgroup() bool {
 	return h.Type == plugins.RuntimeRuncV2 && systemd
 }
 
-// cgroupDriver is what containerd tells the kubelet to use, by the options of its default handler; "" where these don't say.
-func (c *stockConfig) cgroupDriver() string {
-	switch h := c.Containerd.Runtimes[c.Containerd.DefaultRuntimeName]; {
-	case h.systemdCgroup():
-		return "systemd"
-	case h.Type == plugins.RuntimeRuncV2 && h.Options != nil:
-		return "cgroupfs"
-	default:
-		return ""
-	}
-}
-
 // readStockConfig reads the configuration of containerd's CRI service from its two plugins.
 func readStockConfig(ic *plugin.InitContext) (*stockConfig, error) {
 	config := &stockConfig{}

@@ -29,6 +29,7 @@ func TestLowestHostID(t *testing.T) {
 	got, err := defaultConfig().lowest()
 	require.NoError(t, err)
 	require.EqualValues(t, userns.MinHostID, got)
+	require.Less(t, uint32(userns.TryHostID), got, "no pod has the id of tries, and the option only raises the lowest one")
 }
 
 func TestTimeouts(t *testing.T) {

@@ -71,9 +71,10 @@ func (c *Controller) examined(ic *plugin.InitContext, config *Config) *doctor.Co
 	if len(c.stock.Containerd.Runtimes) == 0 {
 		return nil
 	}
+	standard := c.stock.Containerd.Runtimes[c.stock.Containerd.DefaultRuntimeName]
 	examined := &doctor.Config{
 		InitPath:            config.InitPath,
-		CgroupDriver:        c.stock.cgroupDriver(),
+		CgroupDriver:        doctor.ToldDriver(standard.Type == plugins.RuntimeRuncV2 && standard.Options != nil, standard.systemdCgroup()),
 		NetNSDir:            c.stock.netNSDir(),
 		RestrictOOMScoreAdj: c.stock.RestrictOOMScoreAdj,
 		Pool:                config.Pool.User != "" || len(config.Pool.Ranges) > 0,

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -63,21 +62,10 @@ func (h idHost) containersByID(ctx context.Context) (map[string][]containers.Con
 	return byID, nil
 }
 
-// containersOf are those that a process's cgroups name, by the outermost name in a path: what is below the cgroup of a container, its
-// processes may have named. Runtimes call it ID, below systemd PREFIX-ID.scope, and SLICE:PREFIX:ID where they were told a slice but not
-// to have systemd make it.
+// containersOf are those that a process is in, by its cgroups.
 func containersOf(cgroups map[string]string, known map[string][]containers.Container) []containers.Container {
-	for _, path := range cgroups {
-		for name := range strings.SplitSeq(path, "/") {
-			name = strings.TrimSuffix(name[strings.LastIndexByte(name, ':')+1:], ".scope")
-			for more := true; more; _, name, more = strings.Cut(name, "-") {
-				if found := known[name]; found != nil {
-					return found
-				}
-			}
-		}
-	}
-	return nil
+	id, _ := host.ContainerOf(cgroups, func(id string) bool { return known[id] != nil })
+	return known[id]
 }
 
 // useOf is what a process uses of the ids that its containers were given; without any, all that it uses.

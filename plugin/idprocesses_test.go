@@ -53,6 +53,10 @@ func TestUseOfProcess(t *testing.T) {
 		{"0::/kubepods-pod1.slice:cri-containerd:my-pod\n", nil, ""},
 		{"0::/kubepods/pod1/0c0d/0a0b\n", nil, ""}, // it has made a cgroup with another's name
 		{"0::/kubepods/pod1/0a0b/0c0d\n", given, "process 7 (sh) of pod default/web"},
+		{"9:pids:/kubepods/pod1/0c0d\n8:cpu:/kubepods/pod1/0a0b\n0::/\n", given, "process 7 (sh) of pod default/web"}, // root has moved it
+		{"0::/kubepods/pod1/x-0c0d\n", everything, "process 7 (sh)"},                                                  // only scopes have prefixes
+		{"0::/a:b:0c0d\n", everything, "process 7 (sh)"},                                                              // only slices have
+		{"0::/system.slice/cri-containerd-my-pod.scope\n", nil, ""},
 		{"0::/kubepods/pod1/unknown\n", everything, "process 7 (sh)"}, // a pod whose records are lost
 		{"0::/kubepods/pod1/broken\n", everything, "process 7 (sh)"},
 	} {

@@ -259,6 +259,9 @@ func TestCheckCgroup(t *testing.T) {
 		{parent: "/kubepods/pod1", systemd: true, says: remedy},
 		{parent: "/kubepods.slice/pod1", systemd: true, says: remedy},
 		{parent: "/kubepods.slice/kubepods--pod1.slice", systemd: true, says: "in no slice of systemd's"},
+		{parent: "/kubepods.slice/\x00.slice", systemd: true, says: "NUL"},
+		{parent: "/kubepods.slice/a\nb.slice", systemd: true, says: "line break"},
+		{parent: strings.Repeat("x", 250) + ".slice", systemd: true, says: "more than 255 bytes"},
 		{parent: "/a:b.slice", systemd: true, says: "slice:prefix:name"},
 	} {
 		spec := &Spec{Config: &runtime.PodSandboxConfig{

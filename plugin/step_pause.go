@@ -207,6 +207,9 @@ func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit
 // endCgroup ends a pause whose record is lost, too: it is found by its cgroup. Where no cgroup can be named, none was made.
 func (s *startPause) endCgroup(ctx context.Context, r *lifecycle.Run) error {
 	cgroup, err := s.cgroup(r)
+	if _, planned := r.Plan().(*Cgroup); err == nil && !planned && cgroup.Places() != nil {
+		cgroup, err = host.PodCgroupOf("/"+cgroupPath(r), false, nil) // an earlier podfsm made it at the root of the hierarchy
+	}
 	if errdefs.IsInvalidArgument(err) {
 		return nil
 	}

@@ -16,6 +16,10 @@ const (
 	// it, to keep pods off the ids of people, too.
 	MinHostID = 1000
 
+	// TryHostID is the host id of whatever is made only to try what a node can.
+	// No pod may have it, so nobody takes a try for a pod.
+	TryHostID = MinHostID - 1
+
 	// maxHostID is the last host id a pod may be mapped to. The one above it,
 	// (uid_t)-1, means "no id" to setreuid(2), chown(2) and others, so the
 	// kernel leaves it unmapped (user_namespaces(7)) and refuses a range that

@@ -119,6 +119,7 @@ func TestCheckLowest(t *testing.T) {
 		"the node's root":     {at(0, 0), MinHostID, "the uid mapping takes host ids 0 to 65535: choose a range within 1000 to 4294967294"},
 		"a uid of the node's": {at(999, 1000), MinHostID, "the uid mapping takes host ids 999 to 66534: choose a range within 1000 to 4294967294"},
 		"a gid of the node's": {at(1000, 999), MinHostID, "the gid mapping takes host ids 999 to 66534: choose a range within 1000 to 4294967294"},
+		"the id of tries":     {at(TryHostID, TryHostID), MinHostID, "the uid mapping takes host ids 999 to 66534"},
 		"the lowest, raised":  {at(65536, 65536), 65536, ""},
 		"below it, raised":    {at(65535, 65536), 65536, "the uid mapping takes host ids 65535 to 131070: choose a range within 65536 to 4294967294"},
 	} {

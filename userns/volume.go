@@ -44,8 +44,7 @@ func CheckVolume(path string, pid int) error {
 // CheckTmpfs says whether this kernel mounts tmpfs under other ids, which Linux does since 6.3, by doing so on a mount that is attached
 // nowhere. A kernel that can't is an [UnmappableError].
 func CheckTmpfs() error {
-	const onlyRoot = "0:65533:1" // an id below those that pods may have: nobody takes the try for one
-	users, err := mount.GetUsernsFD(onlyRoot, onlyRoot)
+	users, err := Try()
 	if err != nil {
 		return fmt.Errorf("failed to make a user namespace: %w", err)
 	}
@@ -59,6 +58,12 @@ func CheckTmpfs() error {
 		return &UnmappableError{Filesystem: Tmpfs, Err: err}
 	}
 	return nil
+}
+
+// Try makes a user namespace, whose root is the user and the group [TryHostID], and returns its descriptor.
+func Try() (*os.File, error) {
+	onlyRoot := fmt.Sprintf("0:%d:1", TryHostID)
+	return mount.GetUsernsFD(onlyRoot, onlyRoot)
 }
 
 // newTmpfs is a mount that is attached nowhere.

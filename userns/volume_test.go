@@ -72,6 +72,25 @@ func TestCheckVolumeThatIsMapped(t *testing.T) {
 	require.ErrorContains(t, err, "tmpfs, is mounted with mapped ids already")
 }
 
+// Files that root makes in the namespace of a try belong to an id that no pod may have.
+func TestTry(t *testing.T) {
+	users, err := Try()
+	require.NoError(t, err)
+	defer users.Close()
+	tree, err := newTmpfs()
+	require.NoError(t, err)
+	defer unix.Close(tree)
+	if err := mapIDs(tree, users); err != nil {
+		t.Skip("this kernel can't map the ids of tmpfs: ", err)
+	}
+	var stat unix.Stat_t
+	require.NoError(t, unix.Fstat(tree, &stat))
+	require.Less(t, stat.Uid, uint32(MinHostID))
+	require.Less(t, stat.Gid, uint32(MinHostID))
+	require.NotZero(t, stat.Uid)
+	require.NotZero(t, stat.Gid)
+}
+
 // The kernel maps the ids of tmpfs since 6.3.
 func TestCheckTmpfs(t *testing.T) {
 	before, err := mountinfo.GetMounts(mountinfo.FSTypeFilter(Tmpfs))

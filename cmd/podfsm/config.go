@@ -48,20 +48,32 @@ type runtimeConfig struct {
 }
 
 type handlerConfig struct {
-	Type        string `toml:"runtime_type"`
-	Path        string `toml:"runtime_path"`
-	Sandboxer   string `toml:"sandboxer"`
-	Snapshotter string `toml:"snapshotter"`
-	ConfDir     string `toml:"cni_conf_dir"`
-	MaxConfNum  int    `toml:"cni_max_conf_num"`
-	Options     struct {
-		BinaryName    string
-		SystemdCgroup bool
-	} `toml:"options"`
+	Type        string       `toml:"runtime_type"`
+	Path        string       `toml:"runtime_path"`
+	Sandboxer   string       `toml:"sandboxer"`
+	Snapshotter string       `toml:"snapshotter"`
+	ConfDir     string       `toml:"cni_conf_dir"`
+	MaxConfNum  int          `toml:"cni_max_conf_num"`
+	Options     *runcOptions `toml:"options"`
+}
+
+// runcOptions are the options of runc's shim that the doctor needs.
+type runcOptions struct {
+	BinaryName    string
+	SystemdCgroup bool
+}
+
+// runc are the handler's options for runc's shim; nil where it has none.
+func (h handlerConfig) runc() *runcOptions {
+	if h.Type != plugins.RuntimeRuncV2 {
+		return nil
+	}
+	return h.Options
 }
 
 func (h handlerConfig) systemdCgroup() bool {
-	return h.Type == plugins.RuntimeRuncV2 && h.Options.SystemdCgroup
+	options := h.runc()
+	return options != nil && options.SystemdCgroup
 }
 
 // ownConfig is what the doctor needs of podfsm's section.
@@ -110,6 +122,7 @@ type sections struct {
 func readSections(file *server.Config) (*sections, error) {
 	s := &sections{}
 	s.runtime.Containerd.Default = "runc"
+	s.runtime.Containerd.Runtimes = map[string]handlerConfig{"runc": {Type: plugins.RuntimeRuncV2, Options: &runcOptions{}}}
 	s.runtime.CNI.BinDirs, s.runtime.CNI.ConfDir, s.runtime.CNI.MaxConfNum = []string{"/opt/cni/bin"}, "/etc/cni/net.d", 1
 	s.images.Snapshotter = "overlayfs"
 	for section, into := range map[string]any{runtimeSection: &s.runtime, imagesSection: &s.images, podfsmSection: &s.own} {
@@ -122,15 +135,14 @@ func readSections(file *server.Config) (*sections, error) {
 
 // examined is what the doctor needs.
 func (s *sections) examined(root, state string) *doctor.Config {
+	standard := s.runtime.Containerd.Runtimes[s.runtime.Containerd.Default]
 	config := &doctor.Config{
 		InitPath:            s.own.InitPath,
+		CgroupDriver:        doctor.ToldDriver(standard.runc() != nil, standard.systemdCgroup()),
 		NetNSDir:            "/var/run/netns",
 		RestrictOOMScoreAdj: s.runtime.RestrictOOMScoreAdj,
 		Pool:                s.own.Pool.User != "" || len(s.own.Pool.Ranges) > 0,
 		PoolUser:            s.own.Pool.User,
-	}
-	if s.runtime.Containerd.Runtimes[s.runtime.Containerd.Default].systemdCgroup() {
-		config.CgroupDriver = "systemd"
 	}
 	if s.runtime.NetNSUnderStateDir {
 		config.NetNSDir = filepath.Join(state, criDir, "netns")
@@ -172,7 +184,10 @@ func (s *sections) handler(name string, h handlerConfig, root string) doctor.Han
 		SystemdCgroup: h.systemdCgroup(),
 	}
 	if h.Type == plugins.RuntimeRuncV2 {
-		examined.Binary = cmp.Or(h.Options.BinaryName, "runc")
+		examined.Binary = "runc"
+		if options := h.runc(); options != nil {
+			examined.Binary = cmp.Or(options.BinaryName, "runc")
+		}
 	}
 	if h.ConfDir != "" {
 		examined.Network.ConfDir = h.ConfDir

@@ -102,7 +102,7 @@ sandboxer = "podfsm"
 runtime_type = "io.containerd.runc.v2"
 `)
 	require.NoError(t, err)
-	require.Equal(t, &doctor.Config{NetNSDir: "/var/run/netns", Handlers: []doctor.Handler{{
+	require.Equal(t, &doctor.Config{CgroupDriver: "cgroupfs", NetNSDir: "/var/run/netns", Handlers: []doctor.Handler{{
 		Name: "podfsm", Shim: "io.containerd.runc.v2", Binary: "runc", Snapshotter: overlayfs, Mode: userns.ModeKubelet,
 		Network: cni.Config{BinDirs: []string{"/opt/cni/bin"}, ConfDir: "/etc/cni/net.d", MaxConfNum: 1},
 	}}}, config)
@@ -149,6 +149,30 @@ user = "pods"
 			},
 		},
 	}, config)
+
+	// What containerd tells the kubelet of the cgroup driver, by its default handler.
+	for text, want := range map[string]string{
+		``: "cgroupfs", // containerd's own handler
+		"runc]\noptions = {SystemdCgroup = true}":                                            "systemd",
+		"runc]\nruntime_type = \"io.containerd.runc.v2\"\noptions = {SystemdCgroup = true}":  "systemd",
+		"runc]\nruntime_type = \"io.containerd.runc.v2\"\noptions = {SystemdCgroup = false}": "cgroupfs",
+		"runc]\nruntime_type = \"io.containerd.kata.v2\"\noptions = {SystemdCgroup = true}":  "",
+		"other]\nruntime_type = \"io.containerd.runc.v2\"":                                   "cgroupfs",
+	} {
+		if text != "" {
+			text = "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes." + text
+		}
+		config, err := read("version = 4\n" + text)
+		require.NoError(t, err)
+		require.Equal(t, want, config.CgroupDriver, text)
+	}
+	config, err = read(`version = 4
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+default_runtime_name = "bare"
+runtimes = {bare = {runtime_type = "io.containerd.runc.v2"}}
+`)
+	require.NoError(t, err)
+	require.Empty(t, config.CgroupDriver, "containerd goes by what it finds on the node")
 
 	_, err = read("version = 2\n")
 	require.ErrorContains(t, err, "version 2")

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/snapshot/owners"
+	"github.com/podfsm/podfsm/userns"
 )
 
 // Verdict says whether a strategy works in a directory.
@@ -65,11 +66,10 @@ func (r Report) refusal() error {
 // probePattern is what the directories of probes are called.
 const probePattern = "probe-*"
 
-// Ids of files in probes. That of the host is below those that pods may have, so that
-// nobody takes a probe for one.
+// Ids of files in probes.
 const (
 	probeID = 0
-	hostID  = 65533
+	hostID  = userns.TryHostID
 )
 
 // Probe tries each strategy on files of its own in a directory, which has to be on
@@ -157,14 +157,14 @@ func tryIDMap(_ context.Context, _ Strategy, dir string) (evidence string, err e
 		return "", err
 	}
 	text := fmt.Sprintf("%d:%d:%d", probeID, hostID, 1)
-	userns, err := mount.GetUsernsFD(text, text)
+	users, err := mount.GetUsernsFD(text, text)
 	if err != nil {
 		return "", fmt.Errorf("can't make a user namespace: %w", err)
 	}
-	defer userns.Close()
+	defer users.Close()
 	err = InMountNamespace(func() error {
 		mapped := filepath.Join(dir, "mapped")
-		err := mount.IDMapMountWithAttrs(filepath.Join(dir, "lower"), mapped, int(userns.Fd()), unix.MOUNT_ATTR_RDONLY, 0)
+		err := mount.IDMapMountWithAttrs(filepath.Join(dir, "lower"), mapped, int(users.Fd()), unix.MOUNT_ATTR_RDONLY, 0)
 		if err != nil {
 			return fmt.Errorf("can't map the ids of the filesystem of %s: %w", dir, err)
 		}

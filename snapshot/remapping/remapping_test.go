@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/snapshot/owners"
+	"github.com/podfsm/podfsm/userns"
 )
 
 var (
@@ -721,6 +722,7 @@ func TestProbe(t *testing.T) {
 		require.Empty(t, v.Remedy)
 		t.Log(v.Strategy, v.Evidence)
 	}
+	require.Contains(t, report[0].Evidence, fmt.Sprintf("as of uid %d", userns.TryHostID))
 	best, err := report.Best()
 	require.NoError(t, err)
 	require.Equal(t, IDMap, best)
