@@ -108,6 +108,8 @@ func (r *report) end(t test, result string) {
 	switch {
 	case t.Test == "" && result == "pass":
 		text = lastLine(text)
+	case t.Test == "" && result == "skip": // it has no tests
+		return
 	case t.Test == "":
 		r.endAll(t.Package)
 	case result == "pass":

@@ -31,6 +31,8 @@ func TestReport(t *testing.T) {
 	require.Equal(t, "--- SKIP: TestC\n", read(`{"Action":"run","Package":"p","Test":"TestC"}`, `{"Action":"output","Package":"p","Test":"TestC","Output":"--- SKIP: TestC\n"}`,
 		`{"Action":"skip","Package":"p","Test":"TestC"}`))
 
+	require.Empty(t, read(`{"Action":"output","Package":"r","Output":"?   \tr\t[no test files]\n"}`, `{"Action":"skip","Package":"r"}`))
+
 	read(`{"Action":"run","Package":"p","Test":"TestB/more"}`)
 	now = now.Add(95 * time.Second)
 	out.Reset()
