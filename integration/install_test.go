@@ -428,7 +428,7 @@ func requirePages(t *testing.T, tarball string) {
 			in = root
 		}
 		require.FileExists(t, filepath.Join(in, page))
-		for _, link := range regexp.MustCompile(`\]\(([^):#]+)`).FindAllStringSubmatch(text, -1) {
+		for _, link := range regexp.MustCompile(`\]\(([^):#]+)[)#]`).FindAllStringSubmatch(text, -1) {
 			if target := filepath.Join(in, link[1]); strings.HasPrefix(target, filepath.Join(root, "docs")) {
 				require.FileExists(t, target, "linked in %s", page)
 			}
