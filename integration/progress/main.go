@@ -81,8 +81,10 @@ func (r *report) read(line string) {
 	switch e.Action {
 	case "build-output":
 		fmt.Fprint(r.out, e.Output)
-	case "run":
+	case "run", "cont":
 		r.running[t] = r.now()
+	case "pause": // until those that don't run beside others have ended
+		delete(r.running, t)
 	case "output":
 		r.keep(t, e.Output)
 	case "pass", "fail", "skip":

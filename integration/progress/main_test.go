@@ -33,7 +33,8 @@ func TestReport(t *testing.T) {
 
 	require.Empty(t, read(`{"Action":"output","Package":"r","Output":"?   \tr\t[no test files]\n"}`, `{"Action":"skip","Package":"r"}`))
 
-	read(`{"Action":"run","Package":"p","Test":"TestB/more"}`)
+	read(`{"Action":"run","Package":"p","Test":"TestE"}`, `{"Action":"pause","Package":"p","Test":"TestE"}`)
+	read(`{"Action":"run","Package":"p","Test":"TestB/more"}`, `{"Action":"pause","Package":"p","Test":"TestB/more"}`, `{"Action":"cont","Package":"p","Test":"TestB/more"}`)
 	now = now.Add(95 * time.Second)
 	out.Reset()
 	r.progress()
