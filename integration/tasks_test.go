@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -102,13 +103,15 @@ func TestTaskOfPause(t *testing.T) {
 	service = n.Containerd.TaskService()
 	require.Equal(t, seen, see(pod))
 
-	exited := make(chan *tasks.WaitResponse, 1)
-	go func() {
-		response, _ := service.Wait(ctx, &tasks.WaitRequest{ContainerID: pod.ID})
-		exited <- response
-	}()
+	// The daemon takes up the calls of a connection in their order: it waits when it has answered the next one.
+	wait, err := n.Containerd.Conn().(*grpc.ClientConn).NewStream(ctx, &grpc.StreamDesc{}, "/containerd.services.tasks.v1.Tasks/Wait")
+	require.NoError(t, err)
+	require.NoError(t, wait.SendMsg(&tasks.WaitRequest{ContainerID: pod.ID}))
+	require.NoError(t, wait.CloseSend())
+	_, err = service.Get(ctx, &tasks.GetRequest{ContainerID: pod.ID})
+	require.NoError(t, err)
 	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
-	require.NotNil(t, <-exited)
+	require.NoError(t, wait.RecvMsg(&tasks.WaitResponse{}))
 	_, err = service.Get(ctx, &tasks.GetRequest{ContainerID: pod.ID})
 	require.Equal(t, codes.NotFound, status.Code(err), "%v", err)
 	require.NoError(t, pod.StopAndRemove(ctx))
