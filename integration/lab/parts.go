@@ -61,10 +61,6 @@ func (p *parts) build(ctx context.Context, base base) (images []byte, err error)
 	if p.arch != runtime.GOARCH {
 		return p.cross(ctx, base, bin)
 	}
-	// As make test builds it, from the same cache.
-	if err := p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
-		return nil, err
-	}
 	if p.cluster {
 		if err := p.kubernetes(ctx); err != nil {
 			return nil, err
@@ -72,6 +68,10 @@ func (p *parts) build(ctx context.Context, base base) (images []byte, err error)
 	}
 	copies := []string{"--archive", "--parents", "bin", ".build/bin", "integration/testdata", "deploy", "docs", "README.md", p.stage}
 	if err := run(ctx, p.log, "cp", copies...); err != nil {
+		return nil, err
+	}
+	// As make test builds it, from the same cache.
+	if err := p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
 		return nil, err
 	}
 	return images, p.static(ctx, bin)
