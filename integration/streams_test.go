@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -70,8 +71,37 @@ func (q *terminal) Next() (size *remotecommand.TerminalSize) {
 	return size
 }
 
-// stream is what a client saw of one session.
-func (s *execClient) stream(address string, tty bool, in string) string {
+// listener keeps what a program writes. Its channel is closed when there is something.
+type listener struct {
+	text  bytes.Buffer
+	heard chan struct{}
+	first sync.Once
+}
+
+func newListener() *listener { return &listener{heard: make(chan struct{})} }
+
+func (l *listener) Write(p []byte) (int, error) {
+	l.first.Do(func() { close(l.heard) })
+	return l.text.Write(p)
+}
+
+// said is what was written, without greetings.
+func (l *listener) said() string {
+	said := greetings.ReplaceAllString(l.text.String(), "")
+	if len(said) > 1<<10 {
+		said = fmt.Sprintf("%d bytes, %x", len(said), sha256.Sum256([]byte(said)))
+	}
+	return said
+}
+
+// greet has a program's shell greet whoever attaches, until its input has come. containerd starts an attach's input before its output,
+// so that a quick answer is lost (Attach in its internal/cri/io): a client that was greeted hears everything.
+const greet = "(while sleep 0.05; do echo greetings; echo greetings >&2; done) & "
+
+var greetings = regexp.MustCompile(`greetings\r?\n`)
+
+// stream is what a client saw of one session. One that waits says nothing before it was greeted.
+func (s *execClient) stream(address string, tty, waits bool, in string) string {
 	s.t.Helper()
 	at, err := url.Parse(address)
 	require.NoError(s.t, err)
@@ -82,36 +112,47 @@ func (s *execClient) stream(address string, tty bool, in string) string {
 	executor, err := remotecommand.NewSPDYExecutorForTransports(transport, transport, http.MethodPost, at)
 	require.NoError(s.t, err)
 
-	var out, errors bytes.Buffer
-	options := remotecommand.StreamOptions{Stdin: strings.NewReader(in), Stdout: &out, Stderr: &errors, Tty: tty}
-	if tty {
-		typed, keyboard := io.Pipe() // a terminal whose input ends is no terminal any more
-		defer keyboard.Close()
-		go func() { _, _ = io.WriteString(keyboard, in) }()
-		options.Stdin, options.Stderr, options.TerminalSizeQueue = typed, nil, &terminal{}
-	}
 	ctx, cancel := context.WithTimeout(s.t.Context(), waitFor)
 	defer cancel()
-	ended := executor.StreamWithContext(ctx, options)
-	said := out.String()
-	if len(said) > 1<<10 {
-		said = fmt.Sprintf("%d bytes, %x", len(said), sha256.Sum256(out.Bytes()))
+	out, errors := newListener(), newListener()
+	typed, keyboard := io.Pipe()
+	defer keyboard.Close() // a terminal whose input ends is no terminal any more
+	options := remotecommand.StreamOptions{Stdin: typed, Stdout: out, Stderr: errors, Tty: tty}
+	greeters := []*listener{out, errors}
+	if tty {
+		options.Stderr, options.TerminalSizeQueue, greeters = nil, &terminal{}, greeters[:1]
 	}
-	return fmt.Sprintf("out %q, err %q, end: %v", said, errors.String(), ended)
+	go func() {
+		for _, from := range greeters {
+			if !waits {
+				break
+			}
+			select {
+			case <-from.heard:
+			case <-ctx.Done():
+			}
+		}
+		_, _ = io.WriteString(keyboard, in)
+		if !tty {
+			keyboard.Close()
+		}
+	}()
+	ended := executor.StreamWithContext(ctx, options)
+	return fmt.Sprintf("out %q, err %q, end: %v", out.said(), errors.said(), ended)
 }
 
 func (s *execClient) exec(container *harness.Container, tty bool, in string, command ...string) string {
 	s.t.Helper()
 	resp, err := s.n.Runtime.Exec(s.t.Context(), &runtime.ExecRequest{ContainerId: container.ID, Cmd: command, Tty: tty, Stdin: true, Stdout: true, Stderr: !tty})
 	require.NoError(s.t, err)
-	return s.stream(resp.GetUrl(), tty, in)
+	return s.stream(resp.GetUrl(), tty, false, in)
 }
 
 func (s *execClient) attach(container *harness.Container, tty bool, in string) string {
 	s.t.Helper()
 	resp, err := s.n.Runtime.Attach(s.t.Context(), &runtime.AttachRequest{ContainerId: container.ID, Tty: tty, Stdin: true, Stdout: true, Stderr: !tty})
 	require.NoError(s.t, err)
-	return s.stream(resp.GetUrl(), tty, in)
+	return s.stream(resp.GetUrl(), tty, true, in)
 }
 
 // sessionsOf are what a client sees of programs in a pod, before and after a restart of containerd.
@@ -123,8 +164,8 @@ func (s *execClient) sessionsOf(handler string, config *runtime.PodSandboxConfig
 		return func(c *runtime.ContainerConfig) { c.Command, c.Stdin, c.StdinOnce, c.Tty = command, true, once, tty }
 	}
 	main := startContainer(t, pod, "main")
-	cat := startContainer(t, pod, "cat", withStdin(false, true, "sh", "-c", "cat; echo bye >&2; exit 4"))
-	shell := startContainer(t, pod, "shell", withStdin(true, false, "sh", "-c", "stty -echo; read line; echo in $line; exit 5"))
+	cat := startContainer(t, pod, "cat", withStdin(false, true, "sh", "-c", greet+"cat; kill $!; echo bye >&2; exit 4"))
+	shell := startContainer(t, pod, "shell", withStdin(true, false, "sh", "-c", "stty -echo; "+greet+"read line; kill $!; echo in $line; exit 5"))
 
 	const both = "cat; echo to stderr >&2; exit 7"
 	const sized = `until [ "$(stty size 2>&1)" = "45 123" ]; do sleep 0.02; done; read line; echo got $line; exit 7`
@@ -148,8 +189,8 @@ func (s *execClient) sessionsOf(handler string, config *runtime.PodSandboxConfig
 	// A URL is good for once, and comes from the server that is configured.
 	resp, err := s.n.Runtime.Exec(t.Context(), &runtime.ExecRequest{ContainerId: main.ID, Cmd: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
 	require.NoError(t, err)
-	all["a URL"] = s.stream(resp.GetUrl(), false, "")
-	all["a URL again"] = s.stream(resp.GetUrl(), false, "")
+	all["a URL"] = s.stream(resp.GetUrl(), false, false, "")
+	all["a URL again"] = s.stream(resp.GetUrl(), false, false, "")
 	forwarded, err := s.n.Runtime.PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: pod.ID})
 	require.NoError(t, err)
 	all["certificate of forwards"] = s.certificate(forwarded.GetUrl())
