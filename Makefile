@@ -66,7 +66,7 @@ unit: deps ## Run the tests of the packages, with the race detector
 
 .PHONY: integration
 integration: deps ## Run the tests on real containerd, runc and CNI plugins
-	$(gotest) -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness $(PROGRESS)
+	$(gotest) -p 1 -parallel 5 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness $(PROGRESS)
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
 long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall

@@ -140,6 +140,7 @@ func TestPauseHangs(t *testing.T) {
 }
 
 func TestFirstTryOfEachUndoFails(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)

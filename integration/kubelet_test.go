@@ -255,9 +255,11 @@ func startKubelet(t *testing.T, n *harness.Node, settings map[string]any) *kubel
 	k, err := kubelet.New(t.Context(), n, kubelet.Config{Settings: settings})
 	require.NoError(t, err)
 	t.Cleanup(func() {
+		log := k.Log()
 		err := k.Close(context.WithoutCancel(t.Context()))
 		if t.Failed() { // pods may run on, and then it cannot clean up
-			t.Logf("closing the kubelet: %v; the end of its log:\n%s", err, k.LogTail(100))
+			t.Logf("closing the kubelet: %v", err)
+			n.KeepLog(t, "kubelet", log)
 		} else if err != nil {
 			t.Errorf("failed to close the kubelet: %v", err)
 		}

@@ -98,7 +98,8 @@ var specs = map[string]string{
     securityContext: {runAsUser: 1000, runAsGroup: 1000}
     volumeMounts: *mounts
 `,
-	// Each container says who it is in this run, and stays ready and alive for as long as what it has in /tmp works.
+	// Each container says who it is in this run, and stays ready and alive for as long as what it has in /tmp works. On a busy node the kubelet
+	// has asked a container that was just restarted whether it lives, before its startup probe had succeeded: one failure doesn't count.
 	"probed": `
   terminationGracePeriodSeconds: 1
   containers:
@@ -107,19 +108,19 @@ var specs = map[string]string{
     command: [sh, -c, "cat /proc/sys/kernel/random/uuid; touch /tmp/ready /tmp/live; exec httpd -f -p 8001 -h /tmp"]
     startupProbe: {httpGet: {path: /live, port: 8001}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 30}
     readinessProbe: {httpGet: {path: /ready, port: 8001}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
-    livenessProbe: {httpGet: {path: /live, port: 8001}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
+    livenessProbe: {httpGet: {path: /live, port: 8001}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 3}
   - name: tcp
     image: $BUSYBOX
     command: [sh, -c, "cat /proc/sys/kernel/random/uuid; nc -ll -p 8002 -e true & echo $! > /tmp/ready; nc -ll -p 8003 -e true & echo $! > /tmp/live; wait"]
     startupProbe: {tcpSocket: {port: 8003}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 30}
     readinessProbe: {tcpSocket: {port: 8002}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
-    livenessProbe: {tcpSocket: {port: 8003}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
+    livenessProbe: {tcpSocket: {port: 8003}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 3}
   - name: exec
     image: $BUSYBOX
     command: [sh, -c, "cat /proc/sys/kernel/random/uuid; touch /tmp/ready /tmp/live; exec tail -f /dev/null"]
     startupProbe: {exec: {command: [test, -e, /tmp/live]}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 30}
     readinessProbe: {exec: {command: [test, -e, /tmp/ready]}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
-    livenessProbe: {exec: {command: [test, -e, /tmp/live]}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
+    livenessProbe: {exec: {command: [test, -e, /tmp/live]}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 3}
 `,
 	"served": `
   terminationGracePeriodSeconds: 1
@@ -151,7 +152,7 @@ var specs = map[string]string{
     lifecycle: {preStop: {exec: {command: [sh, -c, "echo preStop >> /host/tidy"]}}}
   - name: stubborn
     image: $BUSYBOX
-    command: [sh, -c, "trap 'cat /proc/uptime > /host/TERM' TERM; touch /tmp/up; while :; do cat /proc/uptime > /host/alive; sleep 0.1; done"]
+    command: [sh, -c, "trap 'cat /proc/uptime > /host/TERM' TERM; touch /tmp/up; while :; do cat /proc/uptime > /host/next; mv /host/next /host/alive; sleep 0.1; done"]
     volumeMounts: [{name: host, mountPath: /host}]
     readinessProbe: {exec: {command: [test, -e, /tmp/up]}, periodSeconds: 1, timeoutSeconds: 10}
 `,

@@ -232,6 +232,7 @@ func removed(found []*podfsmv1.Leak) []*podfsmv1.Leak {
 }
 
 func TestLeaks(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n := harness.StartNode(t, harness.Config{Daemon: harness.TestDaemon})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)

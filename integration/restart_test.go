@@ -138,6 +138,7 @@ func requireSame(t *testing.T, before, after string) {
 
 // The look at one pod hangs at the restart: the others are taken up, CRI serves in time, and the one is looked at again.
 func TestRestartWhileALookHangs(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n, before := warmNode(t)
 	pods := []*harness.Pod{runPod(t, n, n.PodConfig("a")), runPod(t, n, n.PodConfig("b")), runPod(t, n, n.PodConfig("c"))}
 	ended := func() (count int) {

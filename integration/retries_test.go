@@ -101,6 +101,7 @@ func requireOnly(t *testing.T, n *harness.Node, pod *harness.Pod) {
 
 // The kubelet's client has a deadline, and asks again with the same attempt. Pain 2.
 func TestRetriesJoin(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n := harness.StartNode(t, harness.Config{})
 	before, err := n.WarmUp(t.Context(), harness.StockHandler)
 	require.NoError(t, err)
@@ -274,6 +275,7 @@ func TestRetrySupersedes(t *testing.T) {
 
 // A finished sandbox that nobody has asked for again goes; one that anybody has seen stays, for the kubelet uses what it sees.
 func TestUnclaimed(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n := harness.StartNode(t, harness.Config{TOML: shortUnclaimed})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
@@ -424,6 +426,7 @@ func TestRetryAfterRestart(t *testing.T) {
 
 // The kubelet aggregates events by their texts, so a failure says the same each time.
 func TestErrorTexts(t *testing.T) {
+	t.Parallel() // it mostly waits
 	n := harness.StartNode(t, harness.Config{TOML: `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
   cni_add_timeout = "3s"

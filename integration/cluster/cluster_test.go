@@ -134,9 +134,11 @@ func start(t *testing.T, programs, executable string) (*cluster, harness.Census)
 	})
 	require.NoError(t, err)
 	t.Cleanup(func() {
+		log := c.kubelet.Log()
 		err := c.kubelet.Close(context.WithoutCancel(t.Context()))
 		if t.Failed() { // pods may run on, and then it cannot clean up
-			t.Logf("closing the kubelet: %v; the end of its log:\n%s", err, c.kubelet.LogTail(100))
+			t.Logf("closing the kubelet: %v", err)
+			n.KeepLog(t, "kubelet", log)
 		} else if err != nil {
 			t.Errorf("failed to close the kubelet: %v", err)
 		}

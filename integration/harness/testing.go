@@ -2,6 +2,7 @@ package harness
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -65,25 +66,23 @@ func StartNode(t testing.TB, c Config) *Node {
 			}
 		}
 		if t.Failed() {
-			t.Logf("the end of containerd's log:\n%s", tail(log, 100))
-			if file, err := n.keepLog(t.Name(), log); err != nil {
-				t.Logf("failed to keep containerd's log: %v", err)
-			} else {
-				t.Logf("all of it is in %s", file)
-			}
+			n.KeepLog(t, "containerd", log)
 		}
 	})
 	return n
 }
 
-// keepLog writes the log of a failed test into the build folder.
-func (n *Node) keepLog(test, log string) (string, error) {
+// KeepLog shows the end of a program's log, and writes all of it into the build folder, for a test that has failed.
+func (n *Node) KeepLog(t testing.TB, program, log string) {
+	t.Helper()
+	t.Logf("the end of the log of %s:\n%s", program, tail(log, 100))
 	dir := filepath.Join(n.repo, ".build/failed")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", err
+	file := filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "_")+"."+program+".log")
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(file, []byte(log), 0o644)); err != nil {
+		t.Logf("failed to keep the log of %s: %v", program, err)
+		return
 	}
-	file := filepath.Join(dir, strings.ReplaceAll(test, "/", "_")+".log")
-	return file, os.WriteFile(file, []byte(log), 0o644)
+	t.Logf("all of it is in %s", file)
 }
 
 // RequireClean fails the test unless the node soon is as it was before.
