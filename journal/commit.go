@@ -115,12 +115,11 @@ func (l *Ledger) runCommitter() {
 		if outgrown {
 			l.trimDurable()
 		}
-		if failed == nil {
+		switch {
+		case failed == nil:
 			backoff = retryFirst
-			continue
-		}
-		backoff = min(2*backoff, retryMost)
-		if l.owesTombstones() {
+		case l.owesTombstones():
+			backoff = min(2*backoff, retryMost)
 			log.L.WithError(failed).WithField("retry_in", backoff).Warn("failed to write to the ledger that sandboxes are forgotten, retrying")
 		}
 	}
@@ -139,14 +138,14 @@ func (op *operation) outcome(failed, unlogged error) error {
 
 // commit writes the durable log first and the other one second: see the package comment. It returns the errors of the two.
 func (l *Ledger) commit(ops []*operation) (failed, unlogged error) {
-	waiting := l.takeWaiting(ops)
+	waiting := l.waitingFor(ops)
 	ops = slices.Concat(waiting, ops)
 	failed = l.writeDurable(ops)
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if failed != nil {
-		l.waiting = slices.Concat(waiting, l.waiting)
+	if failed == nil {
+		l.waitNoMore(waiting)
 	}
 	ops = slices.DeleteFunc(ops, func(op *operation) bool { return op.logged || op.put != nil && failed != nil })
 	var frames []byte
@@ -186,8 +185,8 @@ func (l *Ledger) bury(op *operation, lacking bool) {
 	}
 }
 
-// takeWaiting takes the tombstones that have waited, and what has waited for a record of the same sandbox.
-func (l *Ledger) takeWaiting(ops []*operation) (waiting []*operation) {
+// waitingFor are the tombstones that wait, and what waits for a record of the same sandbox.
+func (l *Ledger) waitingFor(ops []*operation) []*operation {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	recorded := map[Key]bool{}
@@ -196,14 +195,12 @@ func (l *Ledger) takeWaiting(ops []*operation) (waiting []*operation) {
 			recorded[op.key] = true
 		}
 	}
-	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool {
-		taken := w.put == nil || recorded[w.key]
-		if taken {
-			waiting = append(waiting, w)
-		}
-		return taken
-	})
-	return waiting
+	return slices.DeleteFunc(slices.Clone(l.waiting), func(w *operation) bool { return w.put != nil && !recorded[w.key] })
+}
+
+// waitNoMore takes operations off those that wait. The caller holds mu.
+func (l *Ledger) waitNoMore(ops []*operation) {
+	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return slices.Contains(ops, w) })
 }
 
 // wait has a durable record go into the next transaction of its sandbox. What it supersedes need not go there any more. The caller
@@ -270,7 +267,7 @@ func (l *Ledger) rewriteDurable() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return slices.Contains(waited, w) })
+	l.waitNoMore(waited)
 	return nil
 }
 

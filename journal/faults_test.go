@@ -189,6 +189,29 @@ func TestTombstoneFollows(t *testing.T) {
 	require.Equal(t, []string{"b begun"}, lines(l.Sandboxes()))
 }
 
+// The log in the state directory is rewritten while a tombstone is on its way to the durable log, which then fails: the tombstone is still
+// in one of them.
+func TestTombstoneOnItsWay(t *testing.T) {
+	d, on := newDirs(t), &testDisk{}
+	l := d.openOn(t, on)
+	begin(t, l, key("a"))
+	begin(t, l, key("b"))
+	rewrites := 0
+	on.set(func(c change) error {
+		if c.path != d.durable() {
+			return nil
+		}
+		if rewritten(t, l) {
+			rewrites++
+		}
+		return unix.EIO
+	})
+	require.NoError(t, l.Forget(t.Context(), key("a")))
+	require.Error(t, l.Append(t.Context(), &Record{Key: key("c"), Kind: Begun}))
+	require.Greater(t, rewrites, 1)
+	require.Equal(t, []string{"b begun"}, lines(d.image(t).open(t).Sandboxes()))
+}
+
 // Sandboxes that never got into the ledger leave nothing behind that would grow while the disk is full.
 func TestRefusedSandboxesCostNothing(t *testing.T) {
 	d, on := newDirs(t), &testDisk{}
