@@ -194,11 +194,11 @@ func TestChecks(t *testing.T) {
 		{name: "pool of nobody", look: idPool, change: pool("nobody-here"), verdict: Fail, evidence: `"nobody-here"`, remedy: "at least 65536 ids"},
 		{name: "ledger that isn't there yet", look: ledger, verdict: OK, evidence: "none yet"},
 		{name: "ledger on a disk", look: ledger, change: func(t *testing.T, n *Node) {
-			file := filepath.Join(n.Root, "ledger.db")
+			file := filepath.Join(n.Root, "ledger.log")
 			write(t, file, "content")
 			n.State = "/proc"
 			n.Ledger = func() (Ledger, error) { return Ledger{Files: []string{file}}, nil }
-		}, verdict: OK, evidence: "ledger.db has 7B; the state directory is on no tmpfs"},
+		}, verdict: OK, evidence: "ledger.log has 7B; the state directory is on no tmpfs"},
 		{name: "ledger on a tmpfs", look: ledger, change: func(_ *testing.T, n *Node) {
 			n.State = "/dev/shm"
 			n.Ledger = func() (Ledger, error) { return Ledger{Files: []string{"/dev/null"}}, nil }

@@ -104,7 +104,7 @@ func spaceIn(dir string) Finding {
 	}
 	switch {
 	case bytes < noBytes || counted && inodes < noInodes:
-		return fail(NoPods, evidence, "free some space there: no pod can start, and none that ends is cleaned up")
+		return fail(NoPods, evidence, "free some space there: no pod can start")
 	case bytes < fewBytes || counted && inodes < fewInodes:
 		return warn(evidence, "free some space there before it is full")
 	default:

@@ -207,11 +207,11 @@ var ailments = []ailment{
 	{
 		name: "a ledger that was damaged", inflict: func(t *testing.T, n *harness.Node) func() {
 			require.NoError(t, n.Kill(t.Context()))
-			damages[3].do(t, filepath.Join(n.Dir(), ledgerDB))
+			damages[3].do(t, filepath.Join(n.Dir(), durableLog))
 			require.NoError(t, n.Start(t.Context()))
 			return func() { removeKept(t, n) }
 		},
-		check: "ledger", verdict: "warn", evidence: []string{"ledger.db.damaged-1: "}, remedy: "rm /",
+		check: "ledger", verdict: "warn", evidence: []string{"root/" + pluginDir + "/ledger.log.damaged-1: "}, remedy: "rm /",
 	},
 	{
 		name: "a cleanup that is owed", inflict: func(t *testing.T, n *harness.Node) func() {

@@ -26,7 +26,11 @@ func keepAside(path string) (string, error) {
 		n = kept[len(kept)-1] + 1
 	}
 	aside := asideName(path, n)
-	if err := os.Link(path, aside); err != nil {
+	err = os.Link(path, aside)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil // somebody has removed it
+	}
+	if err != nil {
 		return "", fmt.Errorf("failed to keep damaged %s aside: %w", path, withClass(err))
 	}
 	for len(kept) >= keptAside {

@@ -5,17 +5,19 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 )
 
 // operation is one durable write: a record, or the end of a sandbox.
 type operation struct {
-	key        Key
-	put        *stored  // nil: forget the sandbox
-	superseded [][]byte // ledger.db's keys of the records that put replaces
-	frame      []byte   // the record or the tombstone
-	done       chan error
+	key    Key
+	put    *stored // nil: forget the sandbox
+	frame  []byte  // the record or the tombstone
+	logged bool    // the log in the state directory has it
+	done   chan error
 }
 
 // queue holds the operations that wait for the committer.
@@ -54,17 +56,21 @@ func (q *queue) signal() {
 	}
 }
 
-// next blocks until there is something and returns all of it; nothing means that the queue is closed and empty.
-func (q *queue) next() []*operation {
+// next blocks until there is something, or the time has come, and returns all that there is. It says whether more can come.
+func (q *queue) next(timeout <-chan time.Time) (ops []*operation, open bool) {
 	for {
 		q.mu.Lock()
-		ops, closed := q.waiting, q.closed
+		ops, open = q.waiting, !q.closed
 		q.waiting = nil
 		q.mu.Unlock()
-		if len(ops) > 0 || closed {
-			return ops
+		if len(ops) > 0 || !open {
+			return ops, open
 		}
-		<-q.wake
+		select {
+		case <-q.wake:
+		case <-timeout:
+			return nil, true
+		}
 	}
 }
 
@@ -82,95 +88,205 @@ func (l *Ledger) submit(ctx context.Context, op *operation) error {
 	}
 }
 
+const (
+	// retryFirst is how long a tombstone that the disk didn't take waits for the next try, retryMost how long after many.
+	retryFirst = time.Second
+	retryMost  = time.Minute
+)
+
 // runCommitter commits everything that is queued in one transaction after the other, until the queue is closed. While one
-// is fsynced the next fills up, so concurrent writers share an fsync and a lone one waits for nobody.
+// is synced the next fills up, so concurrent writers share a sync and a lone one waits for nobody. Nobody waits for a rewrite
+// either, but those who come while it is under way.
 func (l *Ledger) runCommitter() {
 	defer close(l.committerDone)
-	for ops := l.queue.next(); len(ops) > 0; ops = l.queue.next() {
-		committed, logged := l.commit(ops)
+	backoff := retryFirst
+	for open := true; open; {
+		var retry <-chan time.Time
+		if l.owesTombstones() {
+			retry = time.After(backoff)
+		}
+		var ops []*operation
+		ops, open = l.queue.next(retry)
+		failed, unlogged := l.commit(ops)
+		outgrown := l.durable.outgrown()
 		for _, op := range ops {
-			err := committed
-			if err == nil && op.put != nil {
-				err = logged // what ledger.db has no more is forgotten all the same
-			}
-			op.done <- err
+			op.done <- op.outcome(failed, unlogged)
+		}
+		if outgrown {
+			l.trimDurable()
+		}
+		switch {
+		case failed == nil:
+			backoff = retryFirst
+		case l.owesTombstones():
+			backoff = min(2*backoff, retryMost)
+			log.L.WithError(failed).WithField("retry_in", backoff).Warn("failed to write to the ledger that sandboxes are forgotten, retrying")
 		}
 	}
 }
 
-// commit writes ledger.db first and the log second: see the package comment. What has waited for it is in the log already. It returns
-// the errors of the two.
-func (l *Ledger) commit(ops []*operation) (committed, logged error) {
-	waiting := l.prepare(ops)
-	err := l.durable.commit(l.header(), slices.Concat(waiting, ops))
+// outcome is what the caller is told. A sandbox is forgotten whatever became of the logs: a tombstone that they lack follows.
+func (op *operation) outcome(failed, unlogged error) error {
+	switch {
+	case op.put == nil:
+		return nil
+	case failed != nil:
+		return failed
+	}
+	return unlogged
+}
+
+// commit writes the durable log first and the other one second: see the package comment. It returns the errors of the two.
+func (l *Ledger) commit(ops []*operation) (failed, unlogged error) {
+	waiting := l.waitingFor(ops)
+	ops = slices.Concat(waiting, ops)
+	failed = l.writeDurable(ops)
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err != nil {
-		l.waiting = slices.Concat(waiting, l.waiting)
-		return err, nil
+	if failed == nil {
+		l.waitNoMore(waiting)
 	}
+	ops = slices.DeleteFunc(ops, func(op *operation) bool { return op.logged || op.put != nil && failed != nil })
 	var frames []byte
 	for _, op := range ops {
 		frames = append(frames, op.frame...)
 	}
-	at, err := l.log.append(frames)
-	// A restart would find the operations, whatever became of the log. What that lacks stays in memory until it is rewritten.
+	if len(frames) == 0 {
+		return failed, nil
+	}
+	at, unlogged := l.appendLog(frames)
+	// A restart would find the operations, whatever became of this log. What that lacks stays in memory until it is rewritten.
 	for _, op := range ops {
+		op.logged = unlogged == nil
 		switch {
 		case op.put == nil:
-			delete(l.live, op.key)
-			l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return w.key == op.key })
-		case err != nil:
-			l.live.add(op.key, *op.put)
-		default:
+			l.bury(op, failed != nil)
+		case op.logged:
 			l.live.add(op.key, op.put.loggedAt(at))
+		default:
+			l.live.add(op.key, *op.put)
 		}
 		at += int64(len(op.frame))
 	}
-	if err != nil {
-		return nil, err
+	if unlogged == nil {
+		l.trimLog()
 	}
-	l.trimLog()
-	return nil, nil
+	return failed, unlogged
 }
 
-// prepare finds what the operations supersede, and takes what has waited for a record of the same sandbox. It does not see that one
-// operation supersedes another of the same batch. Such a record stays until the next one.
-func (l *Ledger) prepare(ops []*operation) (waiting []*operation) {
+// bury removes a sandbox from memory. If the durable log lacks the tombstone, that waits for the next transaction. The caller holds mu.
+func (l *Ledger) bury(op *operation, lacking bool) {
+	_, known := l.live[op.key]
+	delete(l.live, op.key)
+	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return w.put != nil && w.key == op.key })
+	if known && lacking {
+		l.waiting = append(l.waiting, op)
+	}
+}
+
+// waitingFor are the tombstones that wait, and what waits for a record of the same sandbox.
+func (l *Ledger) waitingFor(ops []*operation) []*operation {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	recorded := map[Key]bool{}
 	for _, op := range ops {
-		if op.put == nil {
-			continue
-		}
-		recorded[op.key] = true
-		if old, ok := l.live.superseded(op.key, *op.put); ok {
-			op.superseded = append(op.superseded, recordKey(op.key, old.seq))
+		if op.put != nil {
+			recorded[op.key] = true
 		}
 	}
-	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool {
-		if recorded[w.key] {
-			waiting = append(waiting, w)
-		}
-		return recorded[w.key]
-	})
-	return waiting
+	return slices.DeleteFunc(slices.Clone(l.waiting), func(w *operation) bool { return w.put != nil && !recorded[w.key] })
+}
+
+// waitNoMore takes operations off those that wait. The caller holds mu.
+func (l *Ledger) waitNoMore(ops []*operation) {
+	l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return slices.Contains(ops, w) })
 }
 
 // wait has a durable record go into the next transaction of its sandbox. What it supersedes need not go there any more. The caller
 // holds mu, and files the record in live afterwards.
 func (l *Ledger) wait(k Key, s stored) {
-	op := &operation{key: k, put: &s, frame: s.frame}
 	if old, ok := l.live.superseded(k, s); ok {
-		op.superseded = [][]byte{recordKey(k, old.seq)}
-		if at := slices.IndexFunc(l.waiting, func(w *operation) bool { return w.put.seq == old.seq }); at >= 0 {
-			op.superseded = l.waiting[at].superseded
-			l.waiting = slices.Delete(l.waiting, at, at+1)
+		l.waiting = slices.DeleteFunc(l.waiting, func(w *operation) bool { return w.put != nil && w.put.seq == old.seq })
+	}
+	l.waiting = append(l.waiting, &operation{key: k, put: &s, frame: s.frame, logged: true})
+}
+
+// tombstones are those that the durable log lacks. The caller holds mu.
+func (l *Ledger) tombstones() []*operation {
+	return slices.DeleteFunc(slices.Clone(l.waiting), func(w *operation) bool { return w.put != nil })
+}
+
+func (l *Ledger) owesTombstones() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.tombstones()) > 0
+}
+
+// writeDurable appends operations to the durable log, in one transaction. A log that can't be trusted is rewritten before.
+func (l *Ledger) writeDurable(ops []*operation) error {
+	if len(ops) == 0 {
+		return nil
+	}
+	if !l.durable.usable() {
+		if err := l.rewriteDurable(); err != nil {
+			return err
 		}
 	}
-	l.waiting = append(l.waiting, op)
+	var frames []byte
+	for _, op := range ops {
+		frames = append(frames, op.frame...)
+	}
+	_, err := l.durable.append(frames)
+	return err
+}
+
+// trimDurable rewrites the durable log once it has outgrown what is live.
+func (l *Ledger) trimDurable() {
+	if err := l.rewriteDurable(); err != nil {
+		l.durable.limit = l.durable.size + logSlack // do not try after each transaction
+		log.L.WithError(err).Warn("failed to rewrite the ledger, going on with the old one")
+	}
+}
+
+// rewriteDurable replaces the durable log by one of what is live. Nothing has to wait any more then.
+func (l *Ledger) rewriteDurable() error {
+	l.mu.Lock()
+	h, waited := l.header(), slices.Clone(l.waiting)
+	l.mu.Unlock()
+	records, inLog := l.copyLive()
+	frame := func(s stored) ([]byte, error) {
+		frame, err := inLog.frame(s)
+		if err != nil { // it was damaged meanwhile
+			return l.otherFrame(s, waited, err)
+		}
+		return frame, nil
+	}
+	if _, _, err := l.durable.rewrite(logged{header: h, live: records.durable(), frame: frame}); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.waitNoMore(waited)
+	return nil
+}
+
+// otherFrame looks for a record's frame elsewhere than in the log of the state directory: in what waits, and in the durable log. Failing
+// that, it returns err.
+func (l *Ledger) otherFrame(s stored, waited []*operation, err error) ([]byte, error) {
+	for _, w := range waited {
+		if w.put != nil && w.put.seq == s.seq {
+			return w.frame, nil
+		}
+	}
+	m := newImage(l.durable.path)
+	scanLog(m, l.durable.read().bytes)
+	for _, r := range m.records {
+		if r.seq == s.seq {
+			return m.content.frame(r.stored)
+		}
+	}
+	return nil, err
 }
 
 var errClosed = fmt.Errorf("the ledger is closed: %w", errdefs.ErrFailedPrecondition)

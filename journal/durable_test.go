@@ -5,13 +5,14 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
-	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 )
 
@@ -38,21 +39,22 @@ func tmpfsDirs(t *testing.T) dirs {
 	return d
 }
 
-func TestDamagedDBIsMadeAgainFromTheLog(t *testing.T) {
+// Nothing is lost with the durable log while the other one is there, wherever it is cut or altered.
+func TestDamagedDurableLogIsMadeAgain(t *testing.T) {
 	d := tmpfsDirs(t)
 	want := smallLedger(t, d, 20)
-	good, err := os.ReadFile(d.db())
+	good, err := os.ReadFile(d.durable())
 	require.NoError(t, err)
 	log, err := os.ReadFile(d.log())
 	require.NoError(t, err)
 
 	check := func(damaged []byte, what string) {
-		require.NoError(t, os.WriteFile(d.db(), damaged, 0o600))
+		require.NoError(t, os.WriteFile(d.durable(), damaged, 0o600))
 		require.NoError(t, os.WriteFile(d.log(), log, 0o600))
 		l := d.open(t)
 		require.Equal(t, want, l.Sandboxes(), what)
-		if len(l.Damage()) > 0 {
-			aside, err := os.ReadFile(kept(t, l, d.db()))
+		if slices.ContainsFunc(l.Damage(), func(d Damage) bool { return !d.Torn }) {
+			aside, err := os.ReadFile(kept(t, l, d.durable()))
 			require.NoError(t, err)
 			require.Equal(t, damaged, aside, what)
 		}
@@ -65,148 +67,173 @@ func TestDamagedDBIsMadeAgainFromTheLog(t *testing.T) {
 		require.Empty(t, l.Damage(), what)
 		require.NoError(t, l.Close())
 	}
-	for size := 0; size < len(good); size += 1021 {
+	for size := 0; size < len(good); size += 61 {
 		check(good[:size], fmt.Sprintf("cut at %d", size))
 	}
-	for at := 0; at < len(good); at += 191 {
+	for at := 0; at < len(good); at += 19 {
 		flipped := bytes.Clone(good)
 		flipped[at] ^= 1 << (at % 8)
 		check(flipped, fmt.Sprintf("flipped at %d", at))
 	}
-	check([]byte("this is not a database"), "text")
+	check([]byte("this is not a log"), "text")
 	check(make([]byte, 64<<10), "zeros")
 }
 
-// With the log gone (a reboot) what can be read of a damaged ledger.db is all there is: it must be right, and the rest reported.
-func TestFlippedDBAlone(t *testing.T) {
-	d := newDirs(t)
-	smallLedger(t, d, 9)
-	good, err := os.ReadFile(d.db())
-	require.NoError(t, err)
-	read := func(content []byte) *image {
-		m := newImage(d.db())
-		readDurable(m, bytes.NewReader(content), int64(len(content)))
-		return m
-	}
-	whole := read(good)
-	require.True(t, whole.complete)
-	want := map[uint64][]byte{}
-	for _, s := range whole.records {
-		want[s.seq] = s.frame
-	}
-
-	salvaged, withKey := 0, 0
-	for at := 0; at < len(good); at += flipStep {
-		good[at] ^= 1 << (at % 8)
-		m := read(good)
-		good[at] ^= 1 << (at % 8)
-		if m.complete && len(m.records) != len(want) {
-			t.Fatalf("flip at %d was not noticed", at)
+// Everything after a place in the durable log is gone: what isn't there and not on record as forgotten was not forgotten.
+func TestCutDurableLogForgetsNothing(t *testing.T) {
+	t.Setenv("TMPDIR", "/dev/shm") // whose files are synced at once, which has no part in this
+	for _, compacted := range []bool{false, true} {
+		d := newDirs(t)
+		l := d.open(t)
+		for _, id := range []string{"a", "b", "c", "d"} {
+			begin(t, l, key(id))
 		}
-		for _, s := range m.records {
-			if w, ok := want[s.seq]; ok && !bytes.Equal(w, s.frame) || m.complete && !ok {
-				t.Fatalf("flip at %d changed record %d", at, s.seq)
-			}
+		require.NoError(t, l.Forget(t.Context(), key("b")))
+		if compacted {
+			require.NoError(t, l.rewriteDurable())
 		}
-		if len(m.records) == len(want)-1 {
-			salvaged++
-		}
-		for _, damage := range m.damage {
-			if damage.Key != (Key{}) {
-				withKey++
-			}
+		want := l.Sandboxes()
+		require.NoError(t, l.Close())
+		content, err := os.ReadFile(d.durable())
+		require.NoError(t, err)
+		for size := range len(content) {
+			cut := d.image(t)
+			require.NoError(t, os.Truncate(cut.durable(), int64(size)))
+			again := cut.open(t)
+			require.Equal(t, want, again.Sandboxes(), "cut at %d of %d", size, len(content))
+			require.False(t, again.Forgotten(key("c")))
+			require.NoError(t, again.Close())
 		}
 	}
-	require.NotZero(t, salvaged)
-	require.NotZero(t, withKey)
 }
 
-func TestNewerDBFormat(t *testing.T) {
+// A power cut leaves an append half-way: the file may have its size already, and zeros where the bytes should be.
+func TestTornDurableLog(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	size := l.durable.size
+	begin(t, l, key("b"))
+	require.NoError(t, l.Close())
+	content, err := os.ReadFile(d.durable())
+	require.NoError(t, err)
+	zeros := func(from int) []byte { return append(bytes.Clone(content[:from]), make([]byte, len(content)-from)...) }
+	for name, torn := range map[string][]byte{
+		"cut": content[:len(content)-3], "cut in its head": content[:size+5],
+		"zeros at its end": zeros(len(content) - 20), "zeros in its head": zeros(int(size) + 6), "zeros": zeros(int(size)), "more zeros": append(zeros(int(size)), make([]byte, 5000)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDirs(t)
+			d.reboot(t, "boot-2")
+			require.NoError(t, os.Mkdir(d.root, 0o700))
+			require.NoError(t, os.WriteFile(d.durable(), torn, 0o600))
+			l := d.open(t)
+			require.Len(t, l.Damage(), 1)
+			require.True(t, l.Damage()[0].Torn)
+			require.Equal(t, []string{"a begun"}, lines(l.Sandboxes()))
+			aside, err := l.Aside()
+			require.NoError(t, err)
+			require.Empty(t, aside, "a power cut is no damage to look into")
+			begin(t, l, key("c"))
+			require.NoError(t, l.Close())
+			again := d.open(t)
+			require.Empty(t, again.Damage())
+			require.Equal(t, []string{"a begun", "c begun"}, lines(again.Sandboxes()))
+		})
+	}
+}
+
+// The node can't rewrite a torn log at the start: it is cut before anything is appended.
+func TestTornDurableLogIsReused(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	begin(t, l, key("b"))
+	require.NoError(t, l.Close())
+	require.NoError(t, os.Truncate(d.durable(), l.durable.size-3))
+	require.NoError(t, os.Remove(d.log()))
+	d.reboot(t, "boot-2")
+	l = d.openOn(t, &testDisk{before: func(c change) error {
+		if c.what == "create" && filepath.Dir(c.path) == d.root {
+			return unix.ENOSPC
+		}
+		return nil
+	}})
+	require.True(t, l.BootChanged())
+	begin(t, l, key("c"))
+	require.NoError(t, l.Close())
+	require.NoError(t, os.Remove(d.log()))
+	l = d.open(t)
+	require.False(t, l.BootChanged(), "the durable log has the header of this boot")
+	for _, damage := range l.Damage() {
+		require.NotEqual(t, d.durable(), damage.File, "%+v", damage)
+	}
+	require.Equal(t, []string{"a begun", "c begun"}, lines(l.Sandboxes()))
+}
+
+func TestNewerDurableFormat(t *testing.T) {
 	d := newDirs(t)
 	want := smallLedger(t, d, 20)
-	db, err := bbolt.Open(d.db(), 0o600, nil)
-	require.NoError(t, err)
 	frame, err := entry{Header: &header{Format: format + 1}}.frame()
 	require.NoError(t, err)
-	require.NoError(t, db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketName).Put(headerKey, frame) }))
-	require.NoError(t, db.Close())
+	content, err := os.ReadFile(d.durable())
+	require.NoError(t, err)
+	newer := append(content, frame...)
+	require.NoError(t, os.WriteFile(d.durable(), newer, 0o600))
 
 	l := d.open(t)
 	require.Len(t, l.Damage(), 1)
 	require.Contains(t, l.Damage()[0].Reason, "newer podfsm")
-	require.FileExists(t, l.Damage()[0].Kept)
-	require.Equal(t, want, l.Sandboxes(), "from the log")
+	aside, err := os.ReadFile(l.Damage()[0].Kept)
+	require.NoError(t, err)
+	require.Equal(t, newer, aside)
+	require.Equal(t, want, l.Sandboxes(), "from the other log")
 }
 
 func TestBothLost(t *testing.T) {
 	d := newDirs(t)
 	smallLedger(t, d, 20)
-	require.NoError(t, os.WriteFile(d.db(), []byte("x"), 0o600))
+	require.NoError(t, os.WriteFile(d.durable(), []byte("x"), 0o600))
 	require.NoError(t, os.WriteFile(d.log(), []byte("x"), 0o600))
 	l := d.open(t)
 	require.Empty(t, l.Sandboxes())
-	require.NotEmpty(t, kept(t, l, d.db()))
+	require.NotEmpty(t, kept(t, l, d.durable()))
 	require.NotEmpty(t, kept(t, l, d.log()))
 	begin(t, l, key("next"))
 	require.NoError(t, l.Close())
 	require.Equal(t, []string{"next begun"}, lines(d.open(t).Sandboxes()))
 }
 
-// Somebody cuts ledger.db under the running daemon: bbolt's memory map faults. The daemon must live on.
-func TestDBCutWhileOpen(t *testing.T) {
+// Somebody cuts the durable log under the running daemon: the log in the state directory has it all, and the next start says so.
+func TestDurableLogCutWhileOpen(t *testing.T) {
 	d := newDirs(t)
 	l := d.open(t)
-	for i := range 100 { // more than the pages that bbolt has in memory
-		begin(t, l, key(fmt.Sprint("s", i)))
-	}
-	require.NoError(t, os.Truncate(d.db(), 0))
-	var err error
-	for i := 0; err == nil && i < 10; i++ {
-		err = l.Append(context.Background(), &Record{Key: key(fmt.Sprint("next", i)), Kind: Begun})
-	}
-	require.Error(t, err)
-	err = l.Append(context.Background(), &Record{Key: key("next"), Kind: Begun})
-	require.True(t, errdefs.IsUnavailable(err), "%v", err)
-	require.ErrorContains(t, err, "restart")
-	mustAppend(t, l, &Record{Key: key("s0"), Kind: Noted})
+	begin(t, l, key("a"))
+	begin(t, l, key("b"))
+	require.NoError(t, os.Truncate(d.durable(), 0))
+	begin(t, l, key("c"))
 	require.NoError(t, l.Close())
-
 	l = d.open(t)
 	require.NotEmpty(t, l.Damage())
-	require.GreaterOrEqual(t, len(l.Sandboxes()), 100)
-	begin(t, l, key("works-again"))
+	require.Equal(t, []string{"a begun", "b begun", "c begun"}, lines(l.Sandboxes()))
 }
 
 func TestLockedByAnother(t *testing.T) {
 	d := newDirs(t)
 	l := d.open(t)
-	_, _, err := findDurable(d.db(), os.O_RDWR, unix.LOCK_EX, 3*lockPoll)
+	_, err := lockDir(d.root, 3*lockPoll)
 	require.True(t, errdefs.IsUnavailable(err), "%v", err)
-	require.ErrorContains(t, err, d.db())
+	require.ErrorContains(t, err, d.root)
 
 	// It waits for the other one to go.
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		f, m, err := findDurable(d.db(), os.O_RDWR, unix.LOCK_EX, time.Minute)
+		lock, err := lockDir(d.root, time.Minute)
 		require.NoError(t, err)
-		require.True(t, m.complete)
-		require.NoError(t, f.Close())
+		require.NoError(t, lock.Close())
 	})
 	require.NoError(t, l.Close())
 	wg.Wait()
-}
-
-func TestReplacedFileIsNotTaken(t *testing.T) {
-	d := newDirs(t)
-	smallLedger(t, d, 20)
-	f, err := os.Open(d.db())
-	require.NoError(t, err)
-	defer f.Close()
-	require.True(t, isAt(f, d.db()))
-	require.NoError(t, os.Rename(d.db(), d.db()+".old"))
-	require.False(t, isAt(f, d.db()))
-	require.NoError(t, os.WriteFile(d.db(), nil, 0o600))
-	require.False(t, isAt(f, d.db()))
 }
 
 func TestFailedOpenLeavesNothingLocked(t *testing.T) {
@@ -214,14 +241,31 @@ func TestFailedOpenLeavesNothingLocked(t *testing.T) {
 	want := smallLedger(t, d, 20)
 	require.NoError(t, os.Rename(d.state, d.state+".moved"))
 	require.NoError(t, os.WriteFile(d.state, nil, 0o600))
-	_, err := open(d.root, d.state, d.bootID)
+	_, err := open(osDisk{}, d.root, d.state, d.bootID)
 	require.Error(t, err)
 	require.NoError(t, os.Remove(d.state))
-
-	require.NoError(t, os.MkdirAll(d.log(), 0o700)) // a directory where the log should be
-	_, err = open(d.root, d.state, d.bootID)
-	require.Error(t, err)
-	require.NoError(t, os.RemoveAll(d.state))
 	require.NoError(t, os.Rename(d.state+".moved", d.state))
 	require.Equal(t, want, d.open(t).Sandboxes())
+}
+
+// What is in the place of a log and is no file is damage like any other, until somebody removes it.
+func TestDirectoryInPlaceOfALog(t *testing.T) {
+	for _, path := range []func(dirs) string{dirs.durable, dirs.log} {
+		d := newDirs(t)
+		want := smallLedger(t, d, 20)
+		require.NoError(t, os.Remove(path(d)))
+		require.NoError(t, os.MkdirAll(path(d), 0o700))
+		l := d.open(t)
+		require.NotEmpty(t, l.Damage())
+		require.Len(t, l.Sandboxes(), len(want))
+		require.Error(t, l.Append(t.Context(), &Record{Key: key("next"), Kind: Begun}))
+		require.NoError(t, l.Forget(t.Context(), key("next")), "the log that could be written to may have it")
+		require.NoError(t, l.Forget(t.Context(), want[0].Key))
+		require.NoError(t, os.Remove(path(d)))
+		begin(t, l, key("new"))
+		require.NoError(t, l.Close())
+		again := d.open(t)
+		require.Empty(t, again.Damage())
+		require.Len(t, again.Sandboxes(), len(want))
+	}
 }

@@ -46,7 +46,7 @@ type header struct {
 	BootSeq uint64 `json:"bootSeq"`
 	// LastSeq is the last sequence number that was given when the header was written.
 	LastSeq uint64 `json:"lastSeq"`
-	// Records is the number of records in ledger.db. The log's header has none.
+	// Records is the number of records that the file was written with, before anything was appended to it.
 	Records int `json:"records,omitempty"`
 }
 

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -16,7 +14,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 )
 
 // BootIDFile: see proc_sys_kernel(5), random/boot_id. The id is made anew at each boot. It is a variable for tests that reboot,
@@ -38,24 +35,26 @@ type Ledger struct {
 
 	queue         *queue
 	committerDone chan struct{}
-	durable       *durableDB // the committer's alone until it has ended
+	lock          *os.File
+	durable       logWriter // the committer's alone until it has ended
 
 	// mu is held across writes to the log: serialising them is its purpose.
 	mu      sync.Mutex
 	live    live
 	log     logWriter
-	waiting []*operation // durable records that are in the log alone, each sandbox's in Seq order
+	waiting []*operation // what the durable log lacks: tombstones, and records that can wait, each sandbox's in Seq order
 	closed  bool
 }
 
 // Open opens the ledger in two directories, which are created with mode 0700 if need be: rootDir must outlive a reboot,
-// stateDir may be a tmpfs. Damage is never a reason to fail. It returns Unavailable when another process keeps ledger.db locked for
-// some seconds, and other errors when files can't be created (ResourceExhausted for a full disk).
+// stateDir may be a tmpfs. Damage is never a reason to fail, and neither are files that can't be written to: Append fails until they can.
+// Open returns Unavailable when another process keeps the ledger locked for some seconds, and other errors when a directory can't be
+// created.
 func Open(rootDir, stateDir string) (*Ledger, error) {
-	return open(rootDir, stateDir, BootIDFile)
+	return open(osDisk{}, rootDir, stateDir, BootIDFile)
 }
 
-func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
+func open(on disk, rootDir, stateDir, bootIDFile string) (_ *Ledger, retErr error) {
 	bootID, err := readBootID(bootIDFile)
 	if err != nil {
 		return nil, err
@@ -65,12 +64,17 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 			return nil, fmt.Errorf("failed to create the ledger's directory: %w", withClass(err))
 		}
 	}
-	dbFile, inDB, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDWR, unix.LOCK_EX, lockWait)
+	lock, err := lockDir(rootDir, lockWait)
 	if err != nil {
 		return nil, err
 	}
-	inLog := readLog(filepath.Join(stateDir, logName))
-	r := replay(inDB, inLog, bootID)
+	defer func() {
+		if retErr != nil {
+			lock.Close()
+		}
+	}()
+	durable, inLog := readLog(durablePath(rootDir)).inMemory(), readLog(logPath(stateDir))
+	r := replay(durable, inLog, bootID)
 
 	l := &Ledger{
 		rootDir:       rootDir,
@@ -78,39 +82,25 @@ func open(rootDir, stateDir, bootIDFile string) (*Ledger, error) {
 		bootID:        bootID,
 		bootSeq:       r.bootSeq,
 		bootChanged:   r.bootChanged,
-		incomplete:    !inDB.complete && !inLog.complete,
+		incomplete:    !durable.complete && !inLog.complete,
 		live:          r.live,
-		forgot:        forgotten(inDB, inLog),
-		log:           logWriter{path: inLog.path},
+		forgot:        r.forgot,
+		lock:          lock,
+		durable:       logWriter{path: durable.path, disk: on, synced: true, keep: durable.found && !durable.intact()},
+		log:           logWriter{path: inLog.path, disk: on, keep: inLog.found && !inLog.intact()},
 		queue:         newQueue(),
 		committerDone: make(chan struct{}),
 	}
 	l.seq.Store(r.lastSeq)
-	if err := l.openDurable(dbFile, inDB, inLog.content); err != nil {
+	if err := l.openDurable(durable, inLog); err != nil {
 		return nil, err
 	}
 	if err := l.openLog(inLog); err != nil {
 		return nil, errors.Join(err, l.durable.close())
 	}
-	l.damage = slices.Concat(inDB.damage, inLog.damage)
+	l.damage = slices.Concat(durable.damage, inLog.damage)
 	go l.runCommitter()
 	return l, nil
-}
-
-// forgotten are the sandboxes that are forgotten for sure: by their tombstones, or because a whole ledger.db lacks what the log knows,
-// when a crash came before the tombstone.
-func forgotten(inDB, inLog *image) map[Key]uint64 {
-	forgot := maps.Clone(inLog.forgot)
-	if !inDB.complete {
-		return forgot
-	}
-	for _, s := range inLog.records {
-		forgot[s.key] = max(forgot[s.key], s.seq)
-	}
-	for _, s := range inDB.records {
-		delete(forgot, s.key)
-	}
-	return forgot
 }
 
 func readBootID(path string) (string, error) {
@@ -121,46 +111,36 @@ func readBootID(path string) (string, error) {
 	return strings.TrimSpace(string(b)), nil
 }
 
-// openDurable goes on with the ledger.db that was found, or makes a new one when it is damaged or missing.
-func (l *Ledger) openDurable(f *os.File, found *image, inLog logContent) error {
-	if found.complete {
-		os.Remove(found.path + newSuffix) // which a kill may have left; whoever has the lock is the only one to make it
-		db, err := attachDurable(f, len(found.records))
-		if err == nil {
-			if l.waiting, err = l.live.lacking(found.records, inLog); err != nil {
-				return errors.Join(err, db.close())
-			}
-			l.durable = db
-			return nil
-		}
-		found.damaged(Key{}, "%v", err)
+// openDurable rewrites the durable log with what is live. When that fails it goes on with the old one, or, where that can't be appended
+// to, without any until the committer can make one.
+func (l *Ledger) openDurable(found, inLog *image) error {
+	_, kept, err := l.durable.rewrite(logged{header: l.header(), live: l.live.durable(), frame: inLog.content.frame})
+	found.keptAs(kept)
+	if err == nil {
+		return nil
 	}
-	if f != nil {
-		defer f.Close()
+	log.L.WithError(err).Warn("failed to rewrite the ledger, going on with the old one")
+	if l.waiting, err = l.live.lacking(found.records, inLog.content); err != nil {
+		return err
 	}
-	db, kept, err := createDurable(found.path, l.header(), l.live, inLog, found.found)
+	unburied, err := inLog.tombstonesFor(found)
 	if err != nil {
 		return err
 	}
-	l.durable = db
-	found.keptAs(kept)
-	return nil
+	l.waiting = append(l.waiting, unburied...)
+	return l.durable.reuse(found, l.header())
 }
 
-// openLog rewrites the log with what is live. When that fails, a log that we may append to is better than no ledger.
+// openLog rewrites the log with what is live. When that fails it goes on with the old one, or, where that can't be appended to, without
+// any until a record can make one.
 func (l *Ledger) openLog(found *image) error {
-	l.log.keep = found.found && !found.complete
-	logged, kept, err := l.log.rewrite(l.header(), l.live, found.content)
+	kept, err := l.rewriteLog(found.content)
+	found.keptAs(kept)
 	if err == nil {
-		l.live = logged
-		found.keptAs(kept)
 		return nil
 	}
-	if !found.found || found.newer {
-		return err
-	}
 	log.L.WithError(err).Warn("failed to rewrite the ledger's log, going on with the old one")
-	return l.log.reuse()
+	return l.log.reuse(found, l.header())
 }
 
 func (l *Ledger) header() header {
@@ -172,8 +152,8 @@ func (l *Ledger) header() header {
 // On an error the record may or may not be there: what it would have announced must not be done.
 //
 // It returns InvalidArgument for a record without a kind, with an invalid key or of more than 16 MiB, NotFound for a sandbox that
-// was not begun or has been forgotten, ResourceExhausted when a disk is full (Append works again once it isn't), Unavailable when
-// ledger.db failed otherwise (until the ledger is opened anew), FailedPrecondition after Close, and the context's error.
+// was not begun or has been forgotten, ResourceExhausted when a disk is full, Unavailable when a disk fails or is read-only,
+// FailedPrecondition after Close, and the context's error. Append works again once the disk does.
 func (l *Ledger) Append(ctx context.Context, r *Record) error {
 	if err := l.append(ctx, r); err != nil {
 		return fmt.Errorf("failed to record %s of sandbox %q: %w", strings.TrimSpace(string(r.Kind)+" "+r.Step), r.Key, err)
@@ -212,7 +192,7 @@ func (l *Ledger) append(ctx context.Context, r *Record) error {
 	if _, ok := l.live[r.Key]; !ok {
 		return errNotBegun
 	}
-	at, err := l.log.append(frame)
+	at, err := l.appendLog(frame)
 	if err != nil {
 		return err
 	}
@@ -245,8 +225,11 @@ func (l *Ledger) admit(r *Record) error {
 	return nil
 }
 
-// Forget removes everything about a sandbox, from the disk before it returns. Forgetting what is not there is no error, so a
-// failed Forget can be repeated: see Append for its errors.
+// Forget removes everything about a sandbox. Forgetting what is not there is no error.
+//
+// No disk keeps a sandbox from being forgotten: where the durable log can't be written to, the log in the state directory says that the
+// sandbox is forgotten, and the durable one follows when it can. Until then a reboot brings the sandbox back. Where neither can be
+// written to, a restart does so, too. Forget returns FailedPrecondition after Close, and the context's error, and can be repeated then.
 func (l *Ledger) Forget(ctx context.Context, k Key) error {
 	if err := l.forget(ctx, k); err != nil {
 		return fmt.Errorf("failed to forget sandbox %q: %w", k, err)
@@ -267,16 +250,32 @@ func (l *Ledger) forget(ctx context.Context, k Key) error {
 
 // trimLog rewrites the log when it has outgrown what is live. The caller holds mu and has filed in live all that is in the log.
 func (l *Ledger) trimLog() {
-	if l.log.size <= l.log.limit {
+	if !l.log.outgrown() {
 		return
 	}
-	logged, _, err := l.log.rewrite(l.header(), l.live, l.log.read())
-	if err != nil {
+	if _, err := l.rewriteLog(l.log.read()); err != nil {
 		l.log.limit = l.log.size + logSlack // do not try at each append
 		log.L.WithError(err).Warn("failed to rewrite the ledger's log, going on with the old one")
-		return
 	}
-	l.live = logged
+}
+
+// appendLog appends to the log, and makes one if there is none. The caller holds mu.
+func (l *Ledger) appendLog(frames []byte) (at int64, err error) {
+	if !l.log.usable() {
+		if _, err := l.rewriteLog(l.log.read()); err != nil {
+			return 0, err
+		}
+	}
+	return l.log.append(frames)
+}
+
+// rewriteLog replaces the log, whose content old is. The caller holds mu, or has the ledger alone.
+func (l *Ledger) rewriteLog(old logContent) (kept string, err error) {
+	moved, kept, err := l.log.rewrite(logged{header: l.header(), tombstones: l.tombstones(), live: l.live, frame: old.frame})
+	if err == nil {
+		l.live = moved
+	}
+	return kept, err
 }
 
 // Sandboxes returns copies of all records of the sandboxes that are not forgotten, oldest sandbox first: what was found at Open
@@ -318,15 +317,15 @@ func (l *Ledger) Forgotten(k Key) bool {
 // Damage returns what Open could not read.
 func (l *Ledger) Damage() []Damage { return slices.Clone(l.damage) }
 
-// Sizes are how many bytes the files have: ledger.db, and the log in the state directory.
+// Sizes are how many bytes the files have: the durable log, and the log in the state directory.
 func (l *Ledger) Sizes() (durable, log int64, err error) {
-	db, err := os.Stat(filepath.Join(l.rootDir, durableName))
+	info, err := os.Stat(durablePath(l.rootDir))
 	if err != nil {
 		return 0, 0, fmt.Errorf("failed to look at the ledger: %w", withClass(err))
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return db.Size(), l.log.size, nil
+	return info.Size(), l.log.size, nil
 }
 
 // Aside returns the paths of the damaged files that are kept for somebody to look at; nothing else removes them but newer ones.
@@ -342,7 +341,7 @@ func (l *Ledger) Close() error {
 		return nil
 	}
 	l.closed = true
-	if err := errors.Join(l.log.f.Close(), l.durable.close()); err != nil {
+	if err := errors.Join(l.log.close(), l.durable.close(), l.lock.Close()); err != nil {
 		return fmt.Errorf("failed to close the ledger: %w", withClass(err))
 	}
 	return nil

@@ -38,12 +38,17 @@ func (d dirs) reboot(t testing.TB, id string) {
 	require.NoError(t, os.WriteFile(d.bootID, []byte(id+"\n"), 0o600))
 }
 
-func (d dirs) db() string  { return filepath.Join(d.root, durableName) }
-func (d dirs) log() string { return filepath.Join(d.state, logName) }
+func (d dirs) durable() string { return durablePath(d.root) }
+func (d dirs) log() string     { return logPath(d.state) }
 
 func (d dirs) open(t testing.TB) *Ledger {
 	t.Helper()
-	l, err := open(d.root, d.state, d.bootID)
+	return d.openOn(t, osDisk{})
+}
+
+func (d dirs) openOn(t testing.TB, on disk) *Ledger {
+	t.Helper()
+	l, err := open(on, d.root, d.state, d.bootID)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, l.Close()) })
 	return l
@@ -187,11 +192,11 @@ func TestAppendRefuses(t *testing.T) {
 func TestOpenRemovesWhatAKillLeft(t *testing.T) {
 	d := newDirs(t)
 	require.NoError(t, d.open(t).Close())
-	for _, file := range []string{d.db(), d.log()} {
+	for _, file := range []string{d.durable(), d.log()} {
 		require.NoError(t, os.WriteFile(file+".new", []byte("half"), 0o600))
 	}
 	require.NoError(t, d.open(t).Close())
-	require.NoFileExists(t, d.db()+".new")
+	require.NoFileExists(t, d.durable()+".new")
 	require.NoFileExists(t, d.log()+".new")
 }
 
@@ -257,19 +262,13 @@ func TestRepeatedRecordsStayFew(t *testing.T) {
 	d.reboot(t, "boot-2")
 	l = d.open(t)
 	require.Len(t, lines(l.Sandboxes()), 5)
-	require.Equal(t, 5, l.durable.records, "ledger.db drops them too")
+	require.Len(t, readLog(d.durable()).records, 5, "the durable log drops them too")
 }
 
 // What can wait is written by no transaction of its own: a kill loses nothing of it, a reboot what no transaction has taken along.
 func TestRecordsThatCanWait(t *testing.T) {
-	d := newDirs(t)
-	l := d.open(t)
-	transactions := func() int {
-		tx, err := l.durable.db.Begin(false)
-		require.NoError(t, err)
-		defer tx.Rollback()
-		return tx.ID()
-	}
+	d, on := newDirs(t), &testDisk{}
+	l := d.openOn(t, on)
 	afterReboot := func() []string {
 		rebooted := d.image(t)
 		rebooted.reboot(t, "boot-2")
@@ -279,27 +278,24 @@ func TestRecordsThatCanWait(t *testing.T) {
 	note := func(step string) {
 		mustAppend(t, l, &Record{Key: key("a"), Kind: Noted, Step: step, Durable: true, CanWait: true})
 	}
-	require.True(t, errdefs.IsNotFound(l.Append(t.Context(), &Record{Key: key("a"), Kind: Begun, CanWait: true})), "ledger.db says what exists")
+	require.True(t, errdefs.IsNotFound(l.Append(t.Context(), &Record{Key: key("a"), Kind: Begun, CanWait: true})), "the durable log says what exists")
 
 	begin(t, l, key("a"))
-	before := transactions()
+	syncs := on.syncs()
 	note("one")
 	note("two")
-	require.Equal(t, before, transactions())
-	require.Equal(t, []string{"a begun"}, afterReboot())
-
-	require.NoError(t, l.Close())
-	l = d.open(t) // as after a kill
-	all := []string{"a begun", "a noted one", "a noted two"}
-	require.Equal(t, all, lines(l.Sandboxes()))
+	require.Equal(t, syncs, on.syncs())
 	require.Equal(t, []string{"a begun"}, afterReboot())
 	begin(t, l, key("b"))
 	require.Equal(t, []string{"a begun", "b begun"}, afterReboot(), "it waits for its own sandbox")
 	mustAppend(t, l, &Record{Key: key("a"), Kind: Done, Durable: true})
-	require.Equal(t, before+2, transactions())
-	require.Equal(t, append(all, "a done", "b begun"), afterReboot())
+	require.Equal(t, syncs+2, on.syncs())
+	all := []string{"a begun", "a noted one", "a noted two", "a done"}
+	require.Equal(t, append(all, "b begun"), afterReboot())
 
 	note("three")
+	killed := d.image(t).open(t)
+	require.Equal(t, append(all, "a noted three", "b begun"), lines(killed.Sandboxes()))
 	require.NoError(t, l.Forget(t.Context(), key("a")))
 	require.Empty(t, l.waiting)
 	require.Equal(t, []string{"b begun"}, afterReboot())
@@ -321,7 +317,28 @@ func TestWaitingRecordsStayFew(t *testing.T) {
 		require.Empty(t, l.waiting)
 	}
 	require.Equal(t, []string{"a begun", "a noted cni", "a owed", "a noted cni", "a owed"}, lines(l.Sandboxes()))
-	require.Equal(t, 5, l.durable.records, "ledger.db has no more")
+}
+
+// A transaction is one write and one sync of one file, whatever is in it.
+func TestATransactionIsOneSync(t *testing.T) {
+	on := &testDisk{}
+	l := newDirs(t).openOn(t, on)
+	begin(t, l, key("a"))
+	begin(t, l, key("c"))
+	for name, write := range map[string]func() error{
+		"begin":          func() error { return l.Append(t.Context(), &Record{Key: key("b"), Kind: Begun}) },
+		"durable record": func() error { return l.Append(t.Context(), &Record{Key: key("a"), Kind: Owed}) },
+		"with what has waited": func() error {
+			mustAppend(t, l, &Record{Key: key("a"), Kind: Noted, Durable: true, CanWait: true})
+			return l.Append(t.Context(), &Record{Key: key("a"), Kind: Done, Durable: true})
+		},
+		"forget": func() error { return l.Forget(t.Context(), key("c")) },
+	} {
+		before := on.changes(l.durable.path)
+		require.NoError(t, write())
+		require.Equal(t, []string{"write", "sync"}, on.changes(l.durable.path)[len(before):], name)
+	}
+	require.NotContains(t, on.changes(l.log.path), "sync")
 }
 
 func TestClosed(t *testing.T) {
@@ -370,7 +387,8 @@ func TestConcurrentSandboxes(t *testing.T) {
 // While one transaction is written the operations that arrive must all go into the next.
 func TestConcurrentWritersShareTransactions(t *testing.T) {
 	const writers, rounds = 32, 20
-	l := newDirs(t).open(t)
+	on := &testDisk{}
+	l := newDirs(t).openOn(t, on)
 	var wg sync.WaitGroup
 	for i := range writers {
 		wg.Go(func() {
@@ -380,10 +398,7 @@ func TestConcurrentWritersShareTransactions(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	tx, err := l.durable.db.Begin(false)
-	require.NoError(t, err)
-	defer tx.Rollback()
-	require.Less(t, tx.ID(), writers*rounds/2) // the id counts the transactions
+	require.Less(t, on.syncs(), writers*rounds/2)
 }
 
 func TestForgottenSandboxesCostNothing(t *testing.T) {
@@ -414,6 +429,6 @@ func TestForgottenSandboxesCostNothing(t *testing.T) {
 	cycle()
 	require.Less(t, heapInUse()-before, int64(1<<20))
 	require.Less(t, size(d.log()), int64(logSlack+1<<20))
-	require.Less(t, size(d.db()), int64(8<<20), "a hundred sandboxes of four KiB at a time")
+	require.Less(t, size(d.durable()), int64(logSlack+1<<20))
 	require.Equal(t, []string{"stays begun"}, lines(l.Sandboxes()))
 }

@@ -8,40 +8,52 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+	"github.com/containerd/log"
 )
 
 const (
 	logName = "ledger.log"
-	// logSlack is the size, in bytes, that the log may grow to before it is rewritten for the first time. After that it may
+	// newSuffix is that of a file which is about to replace another.
+	newSuffix = ".new"
+	// logSlack is the size, in bytes, that a log may grow to before it is rewritten for the first time. After that it may
 	// double between rewrites: their cost stays in proportion to what is written.
 	logSlack = 4 << 20
 )
 
-// logFile is the part of *os.File that the log goes through. Tests put faults behind it.
-type logFile interface {
-	io.ReaderAt
-	io.WriterAt
-	io.Closer
-	Truncate(size int64) error
-}
-
-// logWriter appends to the log. It is not safe for concurrent use.
+// logWriter appends to a log. It is not safe for concurrent use.
 type logWriter struct {
 	path string
-	f    logFile
+	disk disk
+	// synced is that of the log which outlives a reboot: what append and rewrite return is on the disk.
+	synced bool
+
+	f    logFile // nil while there is no file that may be appended to
 	size int64
 	// limit is the size from which on the log is to be rewritten.
 	limit int64
-	// cut is set when a failed append may have left bytes beyond size.
+	// cut is set when there may be bytes beyond size, of an append that has failed or was torn.
 	cut bool
+	// suspect is set when a sync has failed. The kernel then takes what it couldn't write for written, and the next sync succeeds
+	// without it. So only a new file can be trusted.
+	suspect bool
 	// keep is set when the log has damaged bytes, which are to be kept aside when it is rewritten.
 	keep bool
+	// first is what the next append puts before its frames: the header of this boot, in a log that could not be rewritten.
+	first []byte
 }
 
-// append writes frames with one system call and returns where they begin. When that fails the log is cut back to what it was.
+// usable says that the log can be appended to, and need not be rewritten before.
+func (w *logWriter) usable() bool { return w.f != nil && !w.suspect }
+
+// outgrown says that the log is to be rewritten.
+func (w *logWriter) outgrown() bool { return w.size > w.limit }
+
+// append writes frames, with one system call and one sync, and returns where they begin. When that fails the log goes on from where it
+// was.
 func (w *logWriter) append(frames []byte) (at int64, err error) {
 	if w.cut {
 		if err := w.f.Truncate(w.size); err != nil {
@@ -49,17 +61,29 @@ func (w *logWriter) append(frames []byte) (at int64, err error) {
 		}
 		w.cut = false
 	}
-	if _, err := w.f.WriteAt(frames, w.size); err != nil {
+	b := slices.Concat(w.first, frames)
+	if _, err := w.f.WriteAt(b, w.size); err != nil {
 		w.cut = w.f.Truncate(w.size) != nil
 		return 0, fmt.Errorf("failed to append to %s: %w", w.path, withClass(err))
 	}
-	at = w.size
-	w.size += int64(len(frames))
+	if w.synced {
+		if err := w.f.Sync(); err != nil {
+			w.suspect = true
+			return 0, fmt.Errorf("failed to sync %s: %w", w.path, withClass(err))
+		}
+	}
+	at = w.size + int64(len(w.first))
+	w.size += int64(len(b))
+	w.first = nil
 	return at, nil
 }
 
 // read returns the log as it is now on the disk, at once: a restart needs all of it.
 func (w *logWriter) read() logContent {
+	if w.f == nil {
+		b, err := os.ReadFile(w.path)
+		return logContent{path: w.path, bytes: b, err: err}
+	}
 	b := make([]byte, w.size)
 	n, err := w.f.ReadAt(b, 0)
 	if errors.Is(err, io.EOF) {
@@ -68,84 +92,124 @@ func (w *logWriter) read() logContent {
 	return logContent{path: w.path, bytes: b[:n], err: err}
 }
 
-// rewrite replaces the log, whose content old is, by one with the given header and records, and returns the records as they stand there.
-// The old one stays when it fails, also because a record can't be read. If the old one is to be kept aside, rewrite returns where.
-func (w *logWriter) rewrite(h header, l live, old logContent) (_ live, kept string, retErr error) {
+// logged is what a log is rewritten with.
+type logged struct {
+	header     header
+	tombstones []*operation // of sandboxes that the other log may still have
+	live       live
+	frame      func(stored) ([]byte, error) // where the records' frames are
+}
+
+// rewrite replaces the log, and returns the records as they stand in the new one. The old one stays when it fails, also because a record
+// can't be read. If the old one is to be kept aside, rewrite returns where.
+func (w *logWriter) rewrite(content logged) (_ live, kept string, _ error) {
 	temp := w.path + newSuffix
-	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := w.disk.create(temp)
 	if err != nil {
 		return nil, "", fmt.Errorf("failed to create %s: %w", temp, withClass(err))
 	}
-	defer func() {
-		if retErr != nil {
-			f.Close()
-			os.Remove(temp)
-		}
-	}()
-	logged, size, err := writeLog(f, h, l, old)
+	moved, size, err := content.write(f)
+	if err == nil && w.synced {
+		err = withClass(f.Sync())
+	}
 	if err != nil {
-		return nil, "", fmt.Errorf("failed to write %s: %w", temp, err)
+		err = fmt.Errorf("failed to write %s: %w", temp, err)
+	} else {
+		kept, err = w.replace(temp)
 	}
-	if w.keep {
-		if kept, err = keepAside(w.path); err != nil {
-			return nil, "", err
-		}
-	}
-	if err := os.Rename(temp, w.path); err != nil {
-		return nil, "", fmt.Errorf("failed to replace %s: %w", w.path, withClass(err))
+	if err != nil {
+		f.Close()
+		os.Remove(temp)
+		return nil, "", err
 	}
 	if w.f != nil {
 		w.f.Close() // no longer linked; nothing of it is needed
 	}
-	w.f, w.size, w.limit = f, size, max(logSlack, 2*size)
-	w.cut, w.keep = false, false
-	return logged, kept, nil
+	*w = logWriter{path: w.path, disk: w.disk, synced: w.synced, f: f, size: size, limit: max(logSlack, 2*size)}
+	if w.synced {
+		if err := w.disk.syncDir(filepath.Dir(w.path)); err != nil {
+			w.suspect = true // a power cut may bring the old log back
+			return nil, kept, fmt.Errorf("failed to sync the directory of %s: %w", w.path, withClass(err))
+		}
+	}
+	return moved, kept, nil
 }
 
-// writeLog writes a whole log, whose records may have stood in the old one.
-func writeLog(f io.Writer, h header, l live, old logContent) (logged live, size int64, err error) {
-	frame, err := entry{Header: &h}.frame()
+// replace puts a new log in the place of the old one.
+func (w *logWriter) replace(temp string) (kept string, err error) {
+	if w.keep {
+		if kept, err = keepAside(w.path); err != nil {
+			return "", err
+		}
+	}
+	if err := w.disk.rename(temp, w.path); err != nil {
+		return "", fmt.Errorf("failed to replace %s: %w", w.path, withClass(err))
+	}
+	return kept, nil
+}
+
+// write writes a whole log.
+func (c logged) write(f io.WriterAt) (moved live, size int64, err error) {
+	for _, history := range c.live {
+		c.header.Records += len(history)
+	}
+	frame, err := entry{Header: &c.header}.frame()
 	if err != nil {
 		return nil, 0, err
 	}
-	out := bufio.NewWriterSize(f, 64<<10) // it keeps an error for Flush
-	out.Write(frame)
-	size = int64(len(frame))
-	logged = make(live, len(l))
-	for k, history := range l {
-		moved := make([]stored, len(history))
+	out := bufio.NewWriterSize(io.NewOffsetWriter(f, 0), 64<<10) // it keeps an error for Flush
+	add := func(frame []byte) {
+		out.Write(frame)
+		size += int64(len(frame))
+	}
+	add(frame)
+	for _, op := range c.tombstones {
+		add(op.frame)
+	}
+	moved = make(live, len(c.live))
+	for k, history := range c.live {
+		places := make([]stored, len(history))
 		for i, s := range history {
-			if frame, err = old.frame(s); err != nil {
+			if frame, err = c.frame(s); err != nil {
 				return nil, 0, err
 			}
-			out.Write(frame)
-			moved[i] = s.loggedAt(size)
-			size += int64(len(frame))
+			places[i] = s.loggedAt(size)
+			add(frame)
 		}
-		logged[k] = moved
+		moved[k] = places
 	}
-	if err := out.Flush(); err != nil {
-		return nil, 0, withClass(err)
-	}
-	return logged, size, nil
+	return moved, size, withClass(out.Flush())
 }
 
-// reuse opens the log that is there, to go on at its end.
-func (w *logWriter) reuse() error {
-	f, err := os.OpenFile(w.path, os.O_RDWR, 0)
-	if err != nil {
-		return fmt.Errorf("failed to open %s: %w", w.path, withClass(err))
+// reuse goes on at the end of the log that was found, for want of a new one. Where that can't be, there is none for the time being.
+func (w *logWriter) reuse(found *image, h header) error {
+	if !found.found || found.newer || w.f != nil {
+		return nil
 	}
-	info, err := f.Stat()
+	first, err := entry{Header: &h}.frame()
 	if err != nil {
-		f.Close()
-		return fmt.Errorf("failed to stat %s: %w", w.path, withClass(err))
+		return err
 	}
-	w.f, w.size, w.limit = f, info.Size(), info.Size()+logSlack
+	f, size, err := w.disk.open(w.path)
+	if err != nil {
+		log.L.WithError(err).Warnf("failed to open %s for writing, will make another", w.path)
+		return nil
+	}
+	w.f, w.size, w.limit, w.first = f, size, size+logSlack, first
+	if found.torn > 0 {
+		w.size, w.cut = found.torn, true
+	}
 	return nil
 }
 
-// logContent is the log as it was read.
+func (w *logWriter) close() error {
+	if w.f == nil {
+		return nil
+	}
+	return w.f.Close()
+}
+
+// logContent is a log as it was read.
 type logContent struct {
 	path  string
 	bytes []byte
@@ -184,7 +248,7 @@ func (c logContent) record(k Key, s stored) Record {
 	return *e.Record // by its checksum it is the one that was read before, or that Append has encoded
 }
 
-// readLog reads the log as it is. All that can be wrong with it becomes damage.
+// readLog reads a log as it is. All that can be wrong with it becomes damage.
 func readLog(path string) *image {
 	m := newImage(path)
 	b, err := os.ReadFile(path)
@@ -210,15 +274,24 @@ func scanLog(m *image, b []byte) {
 	for at := 0; at < len(b); {
 		frame, e, err := firstFrame(b[at:])
 		if err == nil {
-			m.takeAt(e, frame, int64(at))
+			m.take(e, frame, int64(at))
 			at += len(frame)
 			continue
 		}
 		next := nextFrame(b, at+1)
 		m.damaged(Key{}, "%d bytes at offset %d: %v", next-at, at, err)
-		m.damage[len(m.damage)-1].Torn = next == len(b) && errors.Is(err, errShort)
+		if next == len(b) && isTorn(b[at:], at, err) {
+			m.damage[len(m.damage)-1].Torn = true
+			m.torn = int64(at)
+		}
 		at = next
 	}
+}
+
+// isTorn says that what is at the end of a log is an append that was never finished: it is cut off, or, after a power cut, the file has its
+// size, and zeros where the bytes didn't reach the disk. Frames don't end with a zero.
+func isTorn(rest []byte, at int, err error) bool {
+	return errors.Is(err, errShort) || at > 0 && rest[len(rest)-1] == 0
 }
 
 func firstFrame(b []byte) ([]byte, entry, error) {
@@ -244,12 +317,4 @@ func nextFrame(b []byte, from int) int {
 		from++
 	}
 	return len(b)
-}
-
-// withClass gives an error of the operating system the class that its caller should see.
-func withClass(err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("%w: free some space there: %w", errdefs.ErrResourceExhausted, err)
-	}
-	return fmt.Errorf("%w: %w", errdefs.ErrInternal, err)
 }

@@ -114,7 +114,7 @@ func TestDamagedLogs(t *testing.T) {
 		"garbage in between":   {log: slices.Concat(content[:ends[1]], garbage, content[ends[1]:]), want: []uint64{1, 2, 3, 5}, reason: fmt.Sprint("at offset ", ends[1])},
 		"garbage at the end":   {log: slices.Concat(content, garbage), want: []uint64{1, 2, 3, 5}, reason: fmt.Sprint("at offset ", ends[5])},
 		"torn in between":      {log: slices.Concat(content[:ends[1]-3], content[ends[1]:]), want: []uint64{2, 3, 5}, reason: "checksum"},
-		"huge length at end":   {log: append(bytes.Clone(content), magic+"\xff\xff\xff\xff\x00\x00\x00\x00"...), want: []uint64{1, 2, 3, 5}, reason: "claims 4294967295 bytes"},
+		"huge length at end":   {log: append(bytes.Clone(content), magic+"\xff\xff\xff\xff\x00\x00\x00\x01"...), want: []uint64{1, 2, 3, 5}, reason: "claims 4294967295 bytes"},
 		"record without a seq": {log: append(bytes.Clone(content), unnumbered...), want: []uint64{1, 2, 3, 5}, reason: "without sequence number"},
 		"frame of nothing":     {log: append(bytes.Clone(content), empty...), want: []uint64{1, 2, 3, 5}, reason: "neither"},
 		"same frame twice":     {log: append(bytes.Clone(content), content[ends[0]:ends[1]]...), want: []uint64{1, 2, 3, 5, 1}},
@@ -278,7 +278,7 @@ func TestFullStateDir(t *testing.T) {
 	require.Contains(t, lines(l.Sandboxes()), "a done after")
 }
 
-// ledger.db alone decides which sandboxes exist, so one that it has no more is forgotten, also where the log has no room to say so.
+// The durable log decides which sandboxes exist, so one that it has a tombstone of is forgotten, also where the other one has no room.
 func TestForgetWithoutRoomInTheLog(t *testing.T) {
 	ctx := context.Background()
 	d := newDirs(t)
@@ -348,27 +348,25 @@ func TestHostileDataIsNoFrame(t *testing.T) {
 
 func FuzzReplay(f *testing.F) {
 	content, ends := smallLog(f)
-	f.Add(content)
-	f.Add(content[:len(content)-5])
-	f.Add(slices.Concat(content[:ends[1]], []byte("garbage"+magic), content[ends[1]:]))
-	f.Add([]byte(strings.Repeat(magic, 100)))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		log := scan(b)
-		r := replay(newImage("db"), log, "boot-1")
+	f.Add(content, content)
+	f.Add([]byte{}, content[:len(content)-5])
+	f.Add(content[:ends[2]], slices.Concat(content[:ends[1]], []byte("garbage"+magic), content[ends[1]:]))
+	f.Add([]byte(strings.Repeat(magic, 100)), content)
+	f.Fuzz(func(t *testing.T, inDurable, inLog []byte) {
+		durable, log := scan(inDurable).inMemory(), scan(inLog)
+		r := replay(durable, log, "boot-1")
 
 		// What was understood is written and understood again.
-		again := []byte{}
-		for _, history := range r.live {
-			for _, s := range history {
-				frame, err := log.content.frame(s)
-				require.NoError(t, err)
-				again = append(again, frame...)
-			}
-		}
-		frame, err := entry{Header: &header{Format: format, LastSeq: r.lastSeq}}.frame()
+		file, err := os.CreateTemp(t.TempDir(), "")
 		require.NoError(t, err)
-		m := scan(append(frame, again...))
+		defer file.Close()
+		_, size, err := logged{header: header{Format: format, LastSeq: r.lastSeq}, live: r.live, frame: log.content.frame}.write(file)
+		require.NoError(t, err)
+		again, err := os.ReadFile(file.Name())
+		require.NoError(t, err)
+		require.Len(t, again, int(size))
+		m := scan(again)
 		require.True(t, m.complete, "%+v", m.damage)
-		require.Equal(t, r.live.sandboxes(log.content), replay(newImage("db"), m, "boot-1").live.sandboxes(m.content))
+		require.Equal(t, r.live.sandboxes(log.content), replay(newImage("durable"), m, "boot-1").live.sandboxes(m.content))
 	})
 }

@@ -1,22 +1,26 @@
 package journal
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
+	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 )
 
-// A model of the two files, as the package comment states them: entries in the order of their sequence numbers, without bytes,
-// pages or locks.
+// A model of the two logs, as the package comment states them: entries in the order of their sequence numbers, without bytes
+// or locks.
 type model struct {
-	db  []modelEntry // the durable records of sandboxes that aren't forgotten
-	log []modelEntry // records and tombstones
+	durable []modelEntry // the durable records of sandboxes that aren't forgotten
+	log     []modelEntry // the other log's records and tombstones
 }
 
 type modelEntry struct {
@@ -28,34 +32,43 @@ type modelEntry struct {
 	tombstone bool
 }
 
-// committed is the model once ledger.db has an operation, and logged once the log has it, too.
-func (m model) committed(e modelEntry) model {
-	next := model{db: slices.Clone(m.db), log: m.log}
-	switch {
-	case e.tombstone:
-		next.db = slices.DeleteFunc(next.db, func(old modelEntry) bool { return old.id == e.id })
-	case e.inTransaction():
-		next.db = firstAndNewest(slices.Concat(next.db, m.waiting(e.id), []modelEntry{e}))
+// committed is the model once the durable log has an operation, and logged once the other one has it, too.
+func (m model) committed(e modelEntry) model { return m.commits(e)[len(m.commits(e))-1] }
+
+// commits are the models of an operation's transaction: before it, and after each thing that it writes.
+func (m model) commits(e modelEntry) []model {
+	all := []model{m}
+	if e.tombstone {
+		next := model{durable: slices.Clone(m.durable), log: m.log}
+		next.durable = slices.DeleteFunc(next.durable, func(old modelEntry) bool { return old.id == e.id })
+		return append(all, next)
 	}
-	return next
+	if !e.inTransaction() {
+		return all
+	}
+	for _, written := range append(m.waiting(e.id), e) {
+		m.durable = firstAndNewest(slices.Concat(m.durable, []modelEntry{written}))
+		all = append(all, m)
+	}
+	return all
 }
 
-// inTransaction says that an operation is one of ledger.db before it is one of the log.
+// inTransaction says that an operation is one of the durable log before it is one of the other.
 func (e modelEntry) inTransaction() bool { return e.tombstone || e.durable && !e.canWait }
 
 // waiting are the records that the next durable one of a sandbox takes along.
 func (m model) waiting(id string) []modelEntry {
-	return slices.DeleteFunc(m.replay(false), func(e modelEntry) bool { return e.id != id || !e.durable || slices.Contains(m.db, e) })
+	return slices.DeleteFunc(m.replay(false), func(e modelEntry) bool { return e.id != id || !e.durable || slices.Contains(m.durable, e) })
 }
 
 func (m model) logged(e modelEntry) model {
-	return model{db: m.db, log: append(slices.Clone(m.log), e)}
+	return model{durable: m.durable, log: append(slices.Clone(m.log), e)}
 }
 
-// replay is what both files say together: ledger.db decides which sandboxes there are, unless it is lost.
-func (m model) replay(dbLost bool) []modelEntry {
-	first := map[string]int{} // of each sandbox in ledger.db
-	for _, e := range slices.Backward(m.db) {
+// replay is what both logs say together: the durable one decides which sandboxes there are, unless it is lost.
+func (m model) replay(lost bool) []modelEntry {
+	first := map[string]int{} // of each sandbox in the durable log
+	for _, e := range slices.Backward(m.durable) {
 		first[e.id] = e.seq
 	}
 	forgot := map[string]int{}
@@ -67,11 +80,11 @@ func (m model) replay(dbLost bool) []modelEntry {
 	var all []modelEntry
 	for _, e := range m.log {
 		since, exists := first[e.id]
-		if !e.tombstone && e.seq > forgot[e.id] && (dbLost || exists && e.seq >= since) {
+		if !e.tombstone && e.seq > forgot[e.id] && (lost || exists && e.seq >= since) {
 			all = append(all, e)
 		}
 	}
-	for _, e := range m.db {
+	for _, e := range m.durable {
 		if !slices.Contains(all, e) {
 			all = append(all, e)
 		}
@@ -80,12 +93,20 @@ func (m model) replay(dbLost bool) []modelEntry {
 	return firstAndNewest(all)
 }
 
-// opened is the model after a restart, which writes the log anew. A reboot has emptied the directory that it was in.
+// opened is the model after a restart, which writes both logs anew. A reboot has emptied the directory of the second.
 func (m model) opened(reboot bool) model {
 	if reboot {
 		m.log = nil
 	}
-	return model{db: m.db, log: m.replay(false)}
+	return m.trimmedDurable().trimmed()
+}
+
+// trimmed is the model once the log in the state directory has been rewritten, and trimmedDurable once the durable one has.
+func (m model) trimmed() model { return model{durable: m.durable, log: m.replay(false)} }
+
+func (m model) trimmedDurable() model {
+	durable := slices.DeleteFunc(m.replay(false), func(e modelEntry) bool { return !e.durable })
+	return model{durable: durable, log: m.log}
 }
 
 // firstAndNewest keeps two of the records that say the same.
@@ -169,12 +190,12 @@ func (w *sequence) operate(t *testing.T) []crash {
 		{when: "in a rewrite of the log", files: rewriting(t, after), model: logged},
 		{when: "in the log", files: torn(t, between, after), model: committed, torn: true},
 		{when: "after", files: after, model: logged},
-		{when: "after a rewrite of the log", files: trimmed, model: logged.opened(false)},
+		{when: "after a rewrite of the log", files: trimmed, model: logged.trimmed()},
 	}
 	if e.inTransaction() {
 		crashes = append(crashes, crash{when: "between the files", files: between, model: committed})
 	}
-	w.model = logged.opened(false)
+	w.model = logged.trimmed()
 	return crashes
 }
 
@@ -243,9 +264,9 @@ func (c crash) check(t *testing.T) {
 	restart("reboot", reboot, c.model.opened(true).replay(false), false)
 
 	lost := c.files.image(t)
-	require.NoError(t, os.Remove(lost.db()))
+	require.NoError(t, os.Remove(lost.durable()))
 	alone := model{log: c.model.log}.replay(true)
-	restart("ledger.db lost", lost, alone, c.torn || len(alone) > 0)
+	restart("durable log lost", lost, alone, c.torn || len(alone) > 0)
 }
 
 // goOn chooses where the next operation takes up: mostly after the last one, else at a kill or after a reboot.
@@ -260,4 +281,181 @@ func (w *sequence) goOn(t *testing.T, crashes []crash) {
 		require.NoError(t, os.Remove(w.files.log()))
 		w.model = w.model.opened(true)
 	}
+}
+
+// powerDisk is a disk that knows what of the root directory's files and names is on it, and what only in the kernel's memory.
+type powerDisk struct {
+	osDisk
+	dirs          dirs
+	names, synced map[string]*powerFile // in the root directory: as they are, and as they are on the disk
+	before        func(what string)     // as things are when something is about to be changed
+}
+
+type powerFile struct {
+	logFile // nil once it is closed
+	disk    *powerDisk
+	synced  []byte // on the disk for sure
+	last    []byte // all of it, when it was closed
+}
+
+func newPowerDisk(t *testing.T, d dirs) *powerDisk {
+	p := &powerDisk{dirs: d, names: map[string]*powerFile{}, before: func(string) {}}
+	if content, err := os.ReadFile(d.durable()); err == nil {
+		p.names[d.durable()] = &powerFile{disk: p, synced: content, last: content}
+	}
+	p.synced = maps.Clone(p.names)
+	return p
+}
+
+func (p *powerDisk) inRoot(path string) bool { return filepath.Dir(path) == p.dirs.root }
+
+func (p *powerDisk) create(path string) (logFile, error) {
+	f, err := p.osDisk.create(path)
+	if err != nil || !p.inRoot(path) {
+		return f, err
+	}
+	p.before("create")
+	p.names[path] = &powerFile{logFile: f, disk: p}
+	return p.names[path], nil
+}
+
+func (p *powerDisk) rename(from, to string) error {
+	if p.inRoot(from) {
+		p.before("rename")
+		p.names[to] = p.names[from]
+		delete(p.names, from)
+	}
+	return p.osDisk.rename(from, to)
+}
+
+func (p *powerDisk) syncDir(path string) error {
+	p.before("sync of the directory")
+	p.synced = maps.Clone(p.names)
+	return p.osDisk.syncDir(path)
+}
+
+func (f *powerFile) WriteAt(b []byte, at int64) (int, error) {
+	f.disk.before("write")
+	return f.logFile.WriteAt(b, at)
+}
+
+func (f *powerFile) Sync() error {
+	f.disk.before("sync")
+	f.synced = f.content()
+	return f.logFile.Sync()
+}
+
+func (f *powerFile) Close() error {
+	f.last = f.content()
+	defer func() { f.logFile = nil }()
+	return f.logFile.Close()
+}
+
+// content is that of the file now. A file of before the start is not written to: the start makes a new one.
+func (f *powerFile) content() []byte {
+	if f.logFile == nil {
+		return f.last
+	}
+	b, err := io.ReadAll(io.NewSectionReader(f.logFile, 0, 1<<30))
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// cuts are what a power cut may leave of a file: what was synced, all, or something between.
+var cuts = map[string]func(synced, now []byte) []byte{
+	"unsynced lost":     func(synced, _ []byte) []byte { return synced },
+	"unsynced kept":     func(_, now []byte) []byte { return now },
+	"unsynced half-way": func(synced, now []byte) []byte { return now[:(len(synced)+len(now))/2] },
+	"only the size synced": func(synced, now []byte) []byte {
+		return append(bytes.Clone(synced), make([]byte, len(now)-len(synced))...)
+	},
+}
+
+// cut is the ledger after a reboot that comes of a power cut now.
+func (p *powerDisk) cut(t *testing.T, names map[string]*powerFile, of func(synced, now []byte) []byte) dirs {
+	d := newDirs(t)
+	d.reboot(t, "after the power cut")
+	require.NoError(t, os.MkdirAll(d.root, 0o700))
+	for path, f := range names {
+		require.NoError(t, os.WriteFile(filepath.Join(d.root, filepath.Base(path)), of(f.synced, f.content()), 0o600))
+	}
+	return d
+}
+
+// TestPowerCutAnywhere runs random operations on a ledger and on the model, and cuts the power, or kills the daemon, before each change to
+// the disk: a start finds what the model says of one of the moments since the last operation that was acknowledged.
+func TestPowerCutAnywhere(t *testing.T) {
+	const sequences, operations = 8, 12
+	t.Setenv("TMPDIR", "/dev/shm") // whose files are synced at once, which has no part in this
+	for seed := range uint64(sequences) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			w := &sequence{rand: rand.New(rand.NewPCG(seed, 1)), files: newDirs(t)}
+			for range operations {
+				w.cutPower(t)
+			}
+		})
+	}
+}
+
+// cutPower opens the ledger, does something, and rewrites it at times, with a power cut at every point of it.
+func (w *sequence) cutPower(t *testing.T) {
+	require.NoError(t, os.MkdirAll(w.files.state, 0o700))
+	require.NoError(t, os.MkdirAll(w.files.root, 0o700))
+	p := newPowerDisk(t, w.files)
+	var found []ending
+	p.before = func(what string) {
+		for how, of := range cuts {
+			for name, names := range map[string]map[string]*powerFile{"old names": p.synced, "new names": p.names} {
+				found = append(found, ending{fmt.Sprintf("power cut before %s, %s, %s", what, how, name), p.cut(t, names, of), true})
+			}
+		}
+		found = append(found, ending{"killed before " + what, w.files.image(t), false})
+	}
+	check := func(moments ...model) {
+		for _, e := range found {
+			e.check(t, moments)
+		}
+		found, w.model = nil, moments[len(moments)-1]
+	}
+	l := w.files.openOn(t, p)
+	check(w.model, w.model.opened(false))
+
+	e, do := w.choose(l)
+	require.NoError(t, do(t.Context()))
+	check(append(w.model.commits(e), w.model.committed(e).logged(e))...)
+
+	if w.rand.IntN(3) == 0 {
+		require.NoError(t, l.rewriteDurable()) // nothing is queued, so the committer is idle
+		check(w.model, w.model.trimmedDurable())
+	}
+	p.before("the end")
+	check(w.model)
+	require.NoError(t, l.Close())
+}
+
+// ending is how a daemon may end, and what it leaves.
+type ending struct {
+	how    string
+	files  dirs
+	reboot bool
+}
+
+// check starts after it: what is found is what the model says of one of these moments.
+func (e ending) check(t *testing.T, moments []model) {
+	t.Helper()
+	var may [][]string
+	for _, m := range moments {
+		if e.reboot {
+			m = m.opened(true)
+		}
+		may = append(may, rendered(m.replay(false)))
+	}
+	l := e.files.open(t)
+	require.Contains(t, may, lines(l.Sandboxes()), e.how)
+	for _, damage := range l.Damage() {
+		require.True(t, damage.Torn, "%s: %+v", e.how, damage)
+	}
+	require.NoError(t, l.Close())
 }

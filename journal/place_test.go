@@ -24,10 +24,10 @@ func rewritten(t *testing.T, l *Ledger) bool {
 	return before.Ino != after.Ino
 }
 
-// fromLogAlone is what a restart finds that has lost ledger.db.
+// fromLogAlone is what a restart finds that has lost the durable log.
 func fromLogAlone(t *testing.T, d dirs) []string {
 	lost := d.image(t)
-	require.NoError(t, os.Remove(lost.db()))
+	require.NoError(t, os.Remove(lost.durable()))
 	return lines(lost.open(t).Sandboxes())
 }
 
@@ -59,40 +59,60 @@ func TestRecordsAreNotKeptInMemory(t *testing.T) {
 	mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Durable: true, CanWait: true})
 	require.NoError(t, l.Close())
 	l = d.open(t)
-	require.Len(t, l.waiting, 1)
+	require.Empty(t, l.waiting)
 	little("opened", records+2)
 	require.NoError(t, l.Close())
 	d.reboot(t, "boot-2")
 	require.NoError(t, os.Remove(d.log()))
 	l = d.open(t)
 	require.Less(t, heapInUse()-before, int64(records*size/100), "opened without a log")
-	require.Len(t, lines(l.Sandboxes()), records/10+1)
+	require.Len(t, lines(l.Sandboxes()), records/10+2)
 }
 
-// What waits for ledger.db gets there whatever becomes of the log meanwhile.
+// What waits for the durable log gets there whatever becomes of the other one meanwhile.
 func TestWhatWaitsIsInMemory(t *testing.T) {
-	for name, killed := range map[string]bool{"of this daemon": false, "of the one before": true} {
+	d := newDirs(t)
+	l := d.open(t)
+	begin(t, l, key("a"))
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Step: "cni", Data: stepData, Durable: true, CanWait: true})
+	want := l.Sandboxes()
+	require.True(t, rewritten(t, l))
+	require.NoError(t, os.Truncate(d.log(), 0))
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Done, Step: "cni", Durable: true})
+
+	rebooted := d.image(t)
+	rebooted.reboot(t, "boot-2")
+	require.NoError(t, os.Remove(rebooted.log()))
+	again := rebooted.open(t)
+	require.Empty(t, again.Damage())
+	require.Equal(t, []string{"a begun", "a intent cni", "a done cni"}, lines(again.Sandboxes()))
+	require.Equal(t, want[0].Records, again.Sandboxes()[0].Records[:2])
+}
+
+// The durable log is rewritten from the other one, and from itself where that was damaged meanwhile.
+func TestRewriteOfTheDurableLog(t *testing.T) {
+	for name, damage := range map[string]func(d dirs) error{
+		"both whole":        func(dirs) error { return nil },
+		"the other one cut": func(d dirs) error { return os.Truncate(d.log(), 0) },
+	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDirs(t)
 			l := d.open(t)
-			begin(t, l, key("a"))
-			mustAppend(t, l, &Record{Key: key("a"), Kind: Intent, Step: "cni", Data: stepData, Durable: true, CanWait: true})
-			want := l.Sandboxes()
-			if killed {
-				require.NoError(t, l.Close())
-				l = d.open(t)
+			for _, id := range []string{"a", "b"} {
+				begin(t, l, key(id))
+				mustAppend(t, l, &Record{Key: key(id), Kind: Intent, Step: "cni"})
+				mustAppend(t, l, &Record{Key: key(id), Kind: Owed, Step: "cni"})
 			}
-			require.True(t, rewritten(t, l))
-			require.NoError(t, os.Truncate(d.log(), 0))
-			mustAppend(t, l, &Record{Key: key("a"), Kind: Done, Step: "cni", Durable: true})
-
-			rebooted := d.image(t)
-			rebooted.reboot(t, "boot-2")
-			require.NoError(t, os.Remove(rebooted.log()))
-			again := rebooted.open(t)
-			require.Empty(t, again.Damage())
-			require.Equal(t, []string{"a begun", "a intent cni", "a done cni"}, lines(again.Sandboxes()))
-			require.Equal(t, want[0].Records, again.Sandboxes()[0].Records[:2])
+			require.NoError(t, l.Forget(t.Context(), key("b")))
+			mustAppend(t, l, &Record{Key: key("a"), Kind: Noted, Step: "cni", Durable: true, CanWait: true})
+			require.Len(t, l.waiting, 1)
+			require.NoError(t, damage(d))
+			require.NoError(t, l.rewriteDurable())
+			require.Empty(t, l.waiting)
+			after := readLog(d.durable())
+			require.True(t, after.complete, "%+v", after.damage)
+			require.Len(t, after.records, 3)
+			require.Empty(t, after.forgot)
 		})
 	}
 }
@@ -120,7 +140,7 @@ func TestRewriteFromTheLog(t *testing.T) {
 	require.Equal(t, want, fromLogAlone(t, d))
 }
 
-// A record that ledger.db has and the log has not taken stays in memory until the log is rewritten.
+// A record that the durable log has and the log has not taken stays in memory until the log is rewritten.
 func TestRewriteAfterFailedAppend(t *testing.T) {
 	for name, failCut := range map[string]error{"cut back at once": nil, "not cut back": unix.EIO} {
 		t.Run(name, func(t *testing.T) {
@@ -144,7 +164,7 @@ func TestRewriteAfterFailedAppend(t *testing.T) {
 	}
 }
 
-// The log was torn, and can't be rewritten at Open: what only ledger.db has is not lost by a later rewrite.
+// The log was torn, and can't be rewritten at Open: what only the durable log has is not lost by a later rewrite.
 func TestRewriteOfAReusedLog(t *testing.T) {
 	d := newDirs(t)
 	l := d.open(t)

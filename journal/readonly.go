@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 )
 
 // Snapshot is the ledger as it was at one moment.
@@ -19,50 +18,53 @@ type Snapshot struct {
 	Damage      []Damage
 	Aside       []string  // see Ledger.Aside
 	Written     time.Time // when a file of the ledger was last written to
+	InUse       bool      // a daemon has the ledger open
 }
 
-// OpenReadOnly reads the ledger without changing anything, for use while no daemon runs. It holds no file when it returns.
-// It returns Unavailable when a daemon has the ledger open (after waiting some seconds for it to go), and NotFound when there is
-// no ledger.
+// OpenReadOnly reads the ledger without changing anything, also while a daemon has it open. It holds no file when it returns.
+// It returns NotFound when there is no ledger.
 func OpenReadOnly(rootDir, stateDir string) (*Snapshot, error) {
-	return openReadOnly(rootDir, stateDir, BootIDFile, lockWait)
+	return openReadOnly(rootDir, stateDir, BootIDFile)
 }
 
-func openReadOnly(rootDir, stateDir, bootIDFile string, wait time.Duration) (*Snapshot, error) {
+func openReadOnly(rootDir, stateDir, bootIDFile string) (*Snapshot, error) {
 	bootID, err := readBootID(bootIDFile)
 	if err != nil {
 		return nil, err
 	}
-	f, inDB, err := findDurable(filepath.Join(rootDir, durableName), os.O_RDONLY, unix.LOCK_SH, wait)
+	inUse, err := isLocked(rootDir)
 	if err != nil {
 		return nil, err
 	}
-	if f != nil {
-		defer f.Close() // and with it the lock, which keeps a daemon from rewriting the log meanwhile
-	}
-	inLog := readLog(filepath.Join(stateDir, logName))
-	if !inDB.found && !inLog.found {
+	// In this order: what a daemon has put into the second by now is in the first.
+	inLog := readLog(logPath(stateDir))
+	durable := readLog(durablePath(rootDir)).inMemory()
+	if !durable.found && !inLog.found {
 		return nil, fmt.Errorf("no ledger in %s and %s: %w", rootDir, stateDir, errdefs.ErrNotFound)
 	}
 	aside, err := asideIn(rootDir, stateDir)
 	if err != nil {
 		return nil, err
 	}
-	r := replay(inDB, inLog, bootID)
+	r := replay(durable, inLog, bootID)
 	return &Snapshot{
 		Sandboxes:   r.live.sandboxes(inLog.content),
 		BootChanged: r.bootChanged,
 		BootSeq:     r.bootSeq,
-		Damage:      slices.Concat(inDB.damage, inLog.damage),
+		Damage:      slices.DeleteFunc(slices.Concat(durable.damage, inLog.damage), func(d Damage) bool { return inUse && d.Torn }),
 		Aside:       aside,
-		Written:     lastWritten(inDB.path, inLog.path),
+		Written:     lastWritten(durable.path, inLog.path),
+		InUse:       inUse,
 	}, nil
 }
 
 // Files are the paths of a ledger's files, below its two directories.
 func Files(rootDir, stateDir string) []string {
-	return []string{filepath.Join(rootDir, durableName), filepath.Join(stateDir, logName)}
+	return []string{durablePath(rootDir), logPath(stateDir)}
 }
+
+func durablePath(rootDir string) string { return filepath.Join(rootDir, logName) }
+func logPath(stateDir string) string    { return filepath.Join(stateDir, logName) }
 
 // lastWritten is the newest modification of the files; zero when there is none.
 func lastWritten(paths ...string) (newest time.Time) {

@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -9,9 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func (d dirs) read(wait time.Duration) (*Snapshot, error) {
-	return openReadOnly(d.root, d.state, d.bootID, wait)
-}
+func (d dirs) read() (*Snapshot, error) { return openReadOnly(d.root, d.state, d.bootID) }
 
 // contents maps every file of the ledger to what is in it.
 func (d dirs) contents(t *testing.T) map[string]string {
@@ -22,7 +21,7 @@ func (d dirs) contents(t *testing.T) map[string]string {
 		for _, e := range entries {
 			b, err := os.ReadFile(dir + "/" + e.Name())
 			require.NoError(t, err)
-			all[e.Name()] = string(b)
+			all[dir+"/"+e.Name()] = string(b)
 		}
 	}
 	return all
@@ -30,20 +29,20 @@ func (d dirs) contents(t *testing.T) map[string]string {
 
 func TestReadOnly(t *testing.T) {
 	d := newDirs(t)
-	_, err := d.read(0)
+	_, err := d.read()
 	require.True(t, errdefs.IsNotFound(err), "%v", err)
 	require.NoDirExists(t, d.root)
 
 	want := smallLedger(t, d, 20)
 	before := d.contents(t)
-	s, err := d.read(0)
+	s, err := d.read()
 	require.NoError(t, err)
 	require.Equal(t, want, s.Sandboxes)
 	require.Empty(t, s.Damage)
 	require.False(t, s.BootChanged)
 
 	d.reboot(t, "boot-2")
-	s, err = d.read(0)
+	s, err = d.read()
 	require.NoError(t, err)
 	require.True(t, s.BootChanged)
 	require.Greater(t, s.BootSeq, want[0].Records[0].Seq)
@@ -54,21 +53,62 @@ func TestReadOnlyWhileTheDaemonRuns(t *testing.T) {
 	d := newDirs(t)
 	l := d.open(t)
 	begin(t, l, key("a"))
-	_, err := d.read(3 * lockPoll)
-	require.True(t, errdefs.IsUnavailable(err), "%v", err)
-	require.ErrorContains(t, err, "running containerd")
+	// It writes a record at this moment.
+	f, err := os.OpenFile(d.log(), os.O_WRONLY|os.O_APPEND, 0)
+	require.NoError(t, err)
+	_, err = f.WriteString(magic[:3])
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+
+	s, err := d.read()
+	require.NoError(t, err)
+	require.True(t, s.InUse)
+	require.Equal(t, []string{"a begun"}, lines(s.Sandboxes))
+	require.Empty(t, s.Damage)
 	begin(t, l, key("b")) // it did not disturb the daemon
 
 	require.NoError(t, l.Close())
-	s, err := d.read(0)
+	s, err = d.read()
 	require.NoError(t, err)
+	require.False(t, s.InUse)
 	require.Equal(t, []string{"a begun", "b begun"}, lines(s.Sandboxes))
+}
+
+// What a daemon does while the files are read is no damage.
+func TestReadOnlyWhileTheDaemonWrites(t *testing.T) {
+	d := newDirs(t)
+	l := d.open(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 200 {
+			k := key(fmt.Sprint("s", i%3))
+			begin(t, l, k)
+			mustAppend(t, l, &Record{Key: k, Kind: Intent, Step: "cni"})
+			require.NoError(t, l.Forget(t.Context(), k))
+			if i%7 == 0 {
+				require.NoError(t, l.rewriteDurable()) // nothing is queued, so the committer is idle
+				rewritten(t, l)
+			}
+		}
+	}()
+	for reads := 0; ; reads++ {
+		s, err := d.read()
+		require.NoError(t, err)
+		require.Empty(t, s.Damage)
+		select {
+		case <-done:
+			require.Greater(t, reads, 10)
+			return
+		default:
+		}
+	}
 }
 
 func TestReadOnlyOfDamage(t *testing.T) {
 	d := newDirs(t)
 	want := smallLedger(t, d, 20)
-	require.NoError(t, os.Truncate(d.db(), 5000))
+	damage(t, d.durable())
 	f, err := os.OpenFile(d.log(), os.O_WRONLY|os.O_APPEND, 0)
 	require.NoError(t, err)
 	_, err = f.WriteString(magic[:3])
@@ -76,7 +116,7 @@ func TestReadOnlyOfDamage(t *testing.T) {
 	require.NoError(t, f.Close())
 	before := d.contents(t)
 
-	s, err := d.read(0)
+	s, err := d.read()
 	require.NoError(t, err)
 	require.Equal(t, want, s.Sandboxes)
 	require.GreaterOrEqual(t, len(s.Damage), 2)
@@ -88,11 +128,11 @@ func TestReadOnlyOfDamage(t *testing.T) {
 }
 
 func TestReadOnlyWithOneFile(t *testing.T) {
-	for _, lost := range []func(dirs) string{dirs.db, dirs.log} {
+	for _, lost := range []func(dirs) string{dirs.durable, dirs.log} {
 		d := newDirs(t)
 		smallLedger(t, d, 20)
 		require.NoError(t, os.Remove(lost(d)))
-		s, err := d.read(0)
+		s, err := d.read()
 		require.NoError(t, err)
 		require.Len(t, s.Sandboxes, 13)
 		require.Len(t, s.Damage, 1)
@@ -103,12 +143,12 @@ func TestReadOnlyWithOneFile(t *testing.T) {
 func TestReadOnlyTellsWhatIsKeptAsideAndWhenItWasWritten(t *testing.T) {
 	d := newDirs(t)
 	smallLedger(t, d, 20)
-	require.NoError(t, os.Truncate(d.db(), 5000))
+	damage(t, d.durable())
 	written := time.Now().Add(-time.Hour).Truncate(time.Second)
-	for _, file := range []string{d.db(), d.log()} {
+	for _, file := range []string{d.durable(), d.log()} {
 		require.NoError(t, os.Chtimes(file, written, written))
 	}
-	s, err := d.read(0)
+	s, err := d.read()
 	require.NoError(t, err)
 	require.Empty(t, s.Aside)
 	require.True(t, s.Written.Equal(written), "%s", s.Written)
@@ -116,10 +156,18 @@ func TestReadOnlyTellsWhatIsKeptAsideAndWhenItWasWritten(t *testing.T) {
 	l := d.open(t)
 	aside, err := l.Aside()
 	require.NoError(t, err)
-	require.Equal(t, []string{d.db() + ".damaged-1"}, aside)
+	require.Equal(t, []string{d.durable() + ".damaged-1"}, aside)
 	require.NoError(t, l.Close())
-	s, err = d.read(0)
+	s, err = d.read()
 	require.NoError(t, err)
 	require.Equal(t, aside, s.Aside)
 	require.True(t, s.Written.After(written))
+}
+
+// damage flips a bit in the middle of a file.
+func damage(t *testing.T, path string) {
+	content, err := os.ReadFile(path)
+	require.NoError(t, err)
+	content[len(content)/2] ^= 1
+	require.NoError(t, os.WriteFile(path, content, 0o600))
 }

@@ -151,9 +151,9 @@ type Sandbox struct {
 // Damage is something that could not be read. None of it keeps the ledger from working.
 type Damage struct {
 	File   string // the ledger's file, absolute if the ledger's directories are
-	Kept   string // where its bytes as they were found are kept for the operator; empty if they are still in File
+	Kept   string // where its bytes as they were found are kept for the operator; empty if they are still in File, or were cut as torn
 	Key    Key    // the sandbox concerned; zero if not known
 	Reason string
-	// Torn is set when all that is lost is the unfinished end of the log: a record whose Append has never returned.
+	// Torn is set when all that is lost is the unfinished end of a log: a record whose Append has never returned.
 	Torn bool
 }

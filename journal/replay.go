@@ -9,18 +9,26 @@ import (
 	"slices"
 )
 
-// image is one of the two files as it was found.
+// image is one of the two logs as it was found.
 type image struct {
 	path     string
 	found    bool
-	header   *header // nil if it could not be read
+	header   *header // the newest; nil if none could be read
 	newer    bool    // written in a later format than ours: nothing of it is used
 	records  []keyed
-	content  logContent     // if it is the log's: the records' frames are there
+	content  logContent     // the records' frames are there
 	forgot   map[Key]uint64 // highest tombstone of each key
 	lastSeq  uint64         // highest sequence number seen
+	base     base
 	damage   []Damage
-	complete bool // found, and nothing of it is damaged
+	torn     int64 // where its torn end begins; 0 if it isn't torn
+	complete bool  // found, and nothing of it is damaged
+}
+
+// base is what a log was written with, before anything was appended to it.
+type base struct {
+	lastSeq uint64 // of its header
+	missing int    // records that haven't been read
 }
 
 func newImage(path string) *image { return &image{path: path, forgot: map[Key]uint64{}} }
@@ -36,40 +44,65 @@ func (m *image) keptAs(path string) {
 	}
 }
 
-// take files one decoded frame.
-func (m *image) take(e entry, frame []byte) {
+// take files one decoded frame, which is at that place in the content.
+func (m *image) take(e entry, frame []byte, at int64) {
 	switch {
 	case e.Header != nil:
 		m.header = e.Header
 		m.lastSeq = max(m.lastSeq, e.Header.LastSeq)
+		if at == 0 {
+			m.base = base{lastSeq: e.Header.LastSeq, missing: e.Header.Records}
+		}
 	case e.Record != nil:
-		m.records = append(m.records, keyed{e.Record.Key, newStored(e.Record, frame)})
+		m.records = append(m.records, keyed{e.Record.Key, newStored(e.Record, frame).loggedAt(at)})
 		m.lastSeq = max(m.lastSeq, e.Record.Seq)
+		if len(m.damage) == 0 && m.base.missing > 0 {
+			m.base.missing--
+		}
 	case e.Forgot != nil:
 		m.forgot[e.Forgot.Key] = max(m.forgot[e.Forgot.Key], e.Forgot.Seq)
 		m.lastSeq = max(m.lastSeq, e.Forgot.Seq)
 	}
 }
 
-// takeAt files one decoded frame, which is where the log's content has it.
-func (m *image) takeAt(e entry, frame []byte, at int64) {
-	m.take(e, frame)
-	if e.Record != nil {
-		last := &m.records[len(m.records)-1]
-		last.stored = last.loggedAt(at)
-	}
-}
-
 // finish makes the verdict on a file that was found, when all of it has been read.
 func (m *image) finish() {
 	if m.header != nil && m.header.Format > format {
-		m.newer, m.records, m.forgot = true, nil, nil
+		m.newer, m.records, m.forgot, m.base = true, nil, nil, base{}
 		m.damaged(Key{}, "written in format %d by a newer podfsm; this one reads up to %d", m.header.Format, format)
 	}
 	if m.header == nil && len(m.damage) == 0 {
 		m.damaged(Key{}, "header is missing")
 	}
+	if m.base.missing > 0 && len(m.damage) == 0 {
+		m.damaged(Key{}, "%d of the records that it was written with are missing", m.base.missing)
+	}
 	m.complete = len(m.damage) == 0
+}
+
+// intact says that the file was found, and that nothing of it is damaged but its end, which a kill or a power cut may have torn.
+func (m *image) intact() bool {
+	return m.found && m.base.missing == 0 && !slices.ContainsFunc(m.damage, func(d Damage) bool { return !d.Torn })
+}
+
+// compacted is the last sequence number of those sandboxes of which the file has every one that wasn't forgotten.
+func (m *image) compacted() uint64 {
+	if m.base.missing > 0 {
+		return 0
+	}
+	return m.base.lastSeq
+}
+
+// inMemory has the records' frames in memory: those of the other log are where a record's place is.
+func (m *image) inMemory() *image {
+	for i, s := range m.records {
+		frame, err := m.content.frame(s.stored)
+		if err == nil { // it was read there a moment ago
+			m.records[i].frame = bytes.Clone(frame)
+		}
+	}
+	m.content = logContent{}
+	return m
 }
 
 // stored is one record as the ledger keeps it in memory: what it is sorted by, and where its frame is, to rewrite the files with.
@@ -140,22 +173,35 @@ func (l live) superseded(k Key, s stored) (_ stored, ok bool) {
 	return stored{}, false
 }
 
-// lacking are the durable records that aren't among those of ledger.db, in Seq order.
-func (l live) lacking(inDB []keyed, inLog logContent) (ops []*operation, err error) {
-	there := make(map[uint64]bool, len(inDB))
-	for _, s := range inDB {
+// durable are the records that outlive a reboot. The first of a sandbox stands for it, also where its Begun is lost.
+func (l live) durable() live {
+	d := make(live, len(l))
+	for k, history := range l {
+		for i, s := range history {
+			if s.durable || i == 0 {
+				d[k] = append(d[k], s)
+			}
+		}
+	}
+	return d
+}
+
+// lacking are the durable records that aren't among those of the durable log, in Seq order.
+func (l live) lacking(durable []keyed, inLog logContent) (ops []*operation, err error) {
+	there := make(map[uint64]bool, len(durable))
+	for _, s := range durable {
 		there[s.seq] = true
 	}
-	for k, history := range l {
+	for k, history := range l.durable() {
 		for _, s := range history {
-			if !s.durable || there[s.seq] {
+			if there[s.seq] {
 				continue
 			}
 			frame, err := inLog.frame(s)
 			if err != nil {
 				return nil, err
 			}
-			ops = append(ops, &operation{key: k, put: &s, frame: bytes.Clone(frame)}) // clone: it must not hold the whole log in memory
+			ops = append(ops, &operation{key: k, put: &s, frame: bytes.Clone(frame), logged: true}) // clone: it must not hold the whole log in memory
 		}
 	}
 	slices.SortFunc(ops, func(a, b *operation) int { return cmp.Compare(a.put.seq, b.put.seq) })
@@ -196,21 +242,38 @@ func (l live) sandboxes(inLog logContent) []Sandbox {
 	return all
 }
 
-// seqGap is added to the last known sequence number when the log, which alone knows the newest, is lost or damaged.
-// Each sandbox begins with a durable record and has some tens of others, so the log cannot be this far ahead of ledger.db.
+// tombstonesFor are those that the durable log lacks of sandboxes that it has.
+func (m *image) tombstonesFor(durable *image) (ops []*operation, err error) {
+	for k, seq := range m.forgot {
+		if !slices.ContainsFunc(durable.records, func(s keyed) bool { return s.key == k && s.seq <= seq && s.seq > durable.forgot[k] }) {
+			continue
+		}
+		frame, err := entry{Forgot: &tombstone{Seq: seq, Key: k}}.frame()
+		if err != nil {
+			return nil, err
+		}
+		ops = append(ops, &operation{key: k, frame: frame, logged: true})
+	}
+	return ops, nil
+}
+
+// seqGap is added to the last known sequence number when the log in the state directory, which alone knows the newest, is lost or damaged.
+// Each sandbox begins with a durable record and has some tens of others, so that log cannot be this far ahead of the durable one.
 const seqGap = 1 << 20
 
-// replayed is what both files say together.
+// replayed is what both logs say together.
 type replayed struct {
 	live        live
+	forgot      map[Key]uint64 // the sandboxes that are forgotten for sure, by their last sequence numbers
 	lastSeq     uint64
 	bootSeq     uint64 // first sequence number of the present boot
 	bootChanged bool
 }
 
-// replay unites both files. See the package comment for the rules.
+// replay unites both logs. See the package comment for the rules.
 func replay(durable, log *image, bootID string) replayed {
-	r := replayed{live: unite(durable, log), lastSeq: max(durable.lastSeq, log.lastSeq)}
+	r := replayed{lastSeq: max(durable.lastSeq, log.lastSeq)}
+	r.unite(durable, log)
 	fresh := !durable.found && !log.found
 	if !log.complete && !fresh {
 		r.lastSeq += seqGap
@@ -228,30 +291,53 @@ func replay(durable, log *image, bootID string) replayed {
 		log.damaged(Key{}, "missing, although the node has not rebooted since it was written")
 	}
 	if !durable.found && len(r.live) > 0 {
-		durable.damaged(Key{}, "missing, although there is a log")
+		durable.damaged(Key{}, "missing, although there is a log in the state directory")
 	}
 	return r
 }
 
-func unite(durable, log *image) live {
-	begun := map[Key]uint64{} // of each sandbox that exists: its first durable record
+func (r *replayed) unite(durable, log *image) {
+	r.live, r.forgot = live{}, map[Key]uint64{}
+	for _, m := range []*image{durable, log} {
+		for k, seq := range m.forgot {
+			r.forgot[k] = max(r.forgot[k], seq)
+		}
+	}
+	begun := map[Key]uint64{} // of each sandbox in the durable log: its first record there
 	for _, s := range durable.records {
-		if first, ok := begun[s.key]; !ok || s.seq < first {
+		if first, ok := begun[s.key]; s.seq > r.forgot[s.key] && (!ok || s.seq < first) {
 			begun[s.key] = s.seq
 		}
 	}
-	all := slices.Concat(durable.records, log.records)
-	slices.SortStableFunc(all, func(a, b keyed) int { return cmp.Compare(a.seq, b.seq) })
-
-	l := live{}
-	for _, s := range all {
-		if s.seq <= log.forgot[s.key] {
+	newest := map[Key]uint64{}
+	for _, s := range log.records {
+		newest[s.key] = max(newest[s.key], s.seq)
+	}
+	lacks := map[Key]bool{}
+	for _, s := range log.records {
+		if _, exists := begun[s.key]; exists || newest[s.key] <= r.forgot[s.key] {
 			continue
 		}
-		if first, exists := begun[s.key]; durable.complete && (!exists || s.seq < first) {
-			continue // of a sandbox that was forgotten, or of an earlier one with the same id
+		if newest[s.key] <= durable.compacted() {
+			r.forgot[s.key] = newest[s.key]
+		} else if durable.intact() {
+			lacks[s.key] = true
 		}
-		l.add(s.key, s.stored)
 	}
-	return l
+	intact := durable.intact()
+	for k := range lacks {
+		durable.damaged(k, "lacks a sandbox that the log in the state directory has")
+	}
+
+	all := slices.Concat(log.records, durable.records)
+	slices.SortStableFunc(all, func(a, b keyed) int { return cmp.Compare(a.seq, b.seq) })
+	for _, s := range all {
+		ofEarlierLife := intact && s.seq < begun[s.key]
+		if s.seq > r.forgot[s.key] && !ofEarlierLife {
+			r.live.add(s.key, s.stored)
+		}
+	}
+	for k := range r.live {
+		delete(r.forgot, k)
+	}
 }

@@ -53,48 +53,48 @@ func (l *Ledger) spy() *spyFile {
 	return s
 }
 
-// The two-part write order: each case crashes an operation before its bbolt commit, between the commit and the log, and after both.
+// The two-part write order: each case crashes an operation before either log has it, between the two, and after both.
 func TestCrashBetweenTheTwoFiles(t *testing.T) {
 	ctx := context.Background()
 	for name, tc := range map[string]struct {
-		op                            func(*Ledger) error
-		atStart, between, after       []string
-		afterAndReboot                []string
-		betweenDBLost, afterAndDBLost []string
+		op                                      func(*Ledger) error
+		atStart, between, after                 []string
+		afterAndReboot                          []string
+		betweenDurableLost, afterAndDurableLost []string
 	}{
 		"begin": {
-			op:             func(l *Ledger) error { return l.Append(ctx, &Record{Key: key("b"), Kind: Begun}) },
-			atStart:        []string{"a begun", "a intent cni"},
-			between:        []string{"a begun", "a intent cni", "b begun"},
-			after:          []string{"a begun", "a intent cni", "b begun"},
-			afterAndReboot: []string{"a begun", "b begun"},
-			betweenDBLost:  []string{"a begun", "a intent cni"},
-			afterAndDBLost: []string{"a begun", "a intent cni", "b begun"},
+			op:                  func(l *Ledger) error { return l.Append(ctx, &Record{Key: key("b"), Kind: Begun}) },
+			atStart:             []string{"a begun", "a intent cni"},
+			between:             []string{"a begun", "a intent cni", "b begun"},
+			after:               []string{"a begun", "a intent cni", "b begun"},
+			afterAndReboot:      []string{"a begun", "b begun"},
+			betweenDurableLost:  []string{"a begun", "a intent cni"},
+			afterAndDurableLost: []string{"a begun", "a intent cni", "b begun"},
 		},
 		"durable record": {
 			op: func(l *Ledger) error {
 				return l.Append(ctx, &Record{Key: key("a"), Kind: Done, Step: "cni", Durable: true})
 			},
-			atStart:        []string{"a begun", "a intent cni"},
-			between:        []string{"a begun", "a intent cni", "a done cni"},
-			after:          []string{"a begun", "a intent cni", "a done cni"},
-			afterAndReboot: []string{"a begun", "a done cni"},
-			betweenDBLost:  []string{"a begun", "a intent cni"},
-			afterAndDBLost: []string{"a begun", "a intent cni", "a done cni"},
+			atStart:             []string{"a begun", "a intent cni"},
+			between:             []string{"a begun", "a intent cni", "a done cni"},
+			after:               []string{"a begun", "a intent cni", "a done cni"},
+			afterAndReboot:      []string{"a begun", "a done cni"},
+			betweenDurableLost:  []string{"a begun", "a intent cni"},
+			afterAndDurableLost: []string{"a begun", "a intent cni", "a done cni"},
 		},
 		"plain record": {
-			op:             func(l *Ledger) error { return l.Append(ctx, &Record{Key: key("a"), Kind: Done, Step: "cni"}) },
-			atStart:        []string{"a begun", "a intent cni"},
-			between:        []string{"a begun", "a intent cni"},
-			after:          []string{"a begun", "a intent cni", "a done cni"},
-			afterAndReboot: []string{"a begun"},
-			betweenDBLost:  []string{"a begun", "a intent cni"},
-			afterAndDBLost: []string{"a begun", "a intent cni", "a done cni"},
+			op:                  func(l *Ledger) error { return l.Append(ctx, &Record{Key: key("a"), Kind: Done, Step: "cni"}) },
+			atStart:             []string{"a begun", "a intent cni"},
+			between:             []string{"a begun", "a intent cni"},
+			after:               []string{"a begun", "a intent cni", "a done cni"},
+			afterAndReboot:      []string{"a begun"},
+			betweenDurableLost:  []string{"a begun", "a intent cni"},
+			afterAndDurableLost: []string{"a begun", "a intent cni", "a done cni"},
 		},
 		"forget": {
-			op:            func(l *Ledger) error { return l.Forget(ctx, key("a")) },
-			atStart:       []string{"a begun", "a intent cni"},
-			betweenDBLost: []string{"a begun", "a intent cni"}, // known to be gone by nobody: recovery undoes it by name once more
+			op:                 func(l *Ledger) error { return l.Forget(ctx, key("a")) },
+			atStart:            []string{"a begun", "a intent cni"},
+			betweenDurableLost: []string{"a begun", "a intent cni"}, // nothing says that it is gone: recovery undoes it by name once more
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -122,16 +122,16 @@ func TestCrashBetweenTheTwoFiles(t *testing.T) {
 			reboot := after.image(t)
 			require.NoError(t, os.Remove(reboot.log()))
 			reboot.reboot(t, "boot-2")
-			betweenDBLost, afterAndDBLost := between.image(t), after.image(t)
-			require.NoError(t, os.Remove(betweenDBLost.db()))
-			require.NoError(t, os.Remove(afterAndDBLost.db()))
+			betweenDurableLost, afterAndDurableLost := between.image(t), after.image(t)
+			require.NoError(t, os.Remove(betweenDurableLost.durable()))
+			require.NoError(t, os.Remove(afterAndDurableLost.durable()))
 
 			require.Equal(t, tc.atStart, found(atStart, false))
 			require.Equal(t, tc.between, found(between, false))
 			require.Equal(t, tc.after, found(after, false))
 			require.Equal(t, tc.afterAndReboot, found(reboot, false))
-			require.Equal(t, tc.betweenDBLost, found(betweenDBLost, true))
-			require.Equal(t, tc.afterAndDBLost, found(afterAndDBLost, len(tc.afterAndDBLost) > 0))
+			require.Equal(t, tc.betweenDurableLost, found(betweenDurableLost, true))
+			require.Equal(t, tc.afterAndDurableLost, found(afterAndDurableLost, len(tc.afterAndDurableLost) > 0))
 		})
 	}
 }
@@ -147,16 +147,11 @@ func TestReusedIDAfterLostTombstone(t *testing.T) {
 	require.NoError(t, l.Forget(context.Background(), key("a")))
 
 	// The node can't rewrite its log at the restart, so the old records stay there.
-	f, m, err := findDurable(between.db(), os.O_RDWR, unix.LOCK_EX, 0)
+	frame, err := entry{Record: &Record{Seq: 100, Key: key("a"), Kind: Begun, Durable: true}}.frame()
 	require.NoError(t, err)
-	db, err := attachDurable(f, len(m.records))
+	content, err := os.ReadFile(between.durable())
 	require.NoError(t, err)
-	r := &Record{Seq: 100, Key: key("a"), Kind: Begun, Durable: true}
-	frame, err := entry{Record: r}.frame()
-	require.NoError(t, err)
-	s := newStored(r, frame)
-	require.NoError(t, db.commit(*m.header, []*operation{{key: r.Key, put: &s, frame: frame}}))
-	require.NoError(t, db.close())
+	require.NoError(t, os.WriteFile(between.durable(), append(content, frame...), 0o600))
 
 	l = between.open(t)
 	require.Empty(t, l.Damage())
@@ -164,25 +159,29 @@ func TestReusedIDAfterLostTombstone(t *testing.T) {
 	require.Equal(t, uint64(100), l.Sandboxes()[0].Records[0].Seq)
 }
 
-// What ledger.db has not taken must not be in the log: the log would be believed when ledger.db is lost.
+// What the durable log has not taken must not be in the other one, which is believed when the durable one is lost.
 func TestFailedCommitLeavesTheLogAlone(t *testing.T) {
-	d := newDirs(t)
-	l := d.open(t)
+	d, on := newDirs(t), &testDisk{}
+	l := d.openOn(t, on)
 	begin(t, l, key("a"))
 	before, err := os.ReadFile(d.log())
 	require.NoError(t, err)
-	require.NoError(t, l.durable.db.Close())
-
-	err = l.Append(context.Background(), &Record{Key: key("b"), Kind: Begun})
-	require.Error(t, err)
-	err = l.Append(context.Background(), &Record{Key: key("b"), Kind: Begun})
-	require.True(t, errdefs.IsUnavailable(err), "it stays broken: %v", err)
+	on.set(func(c change) error {
+		if c.what == "sync" {
+			return unix.EIO
+		}
+		return nil
+	})
+	for range 2 {
+		err = l.Append(context.Background(), &Record{Key: key("b"), Kind: Begun})
+		require.True(t, errdefs.IsUnavailable(err), "%v", err)
+		require.ErrorContains(t, err, "check the disk")
+	}
 	after, err := os.ReadFile(d.log())
 	require.NoError(t, err)
 	require.Equal(t, before, after)
 	require.Equal(t, []string{"a begun"}, lines(l.Sandboxes()))
-	mustAppend(t, l, &Record{Key: key("a"), Kind: Noted}) // stopping pods needs only the log
-	_ = l.Close()
+	mustAppend(t, l, &Record{Key: key("a"), Kind: Noted}) // needs only the log in the state directory
 }
 
 func TestFailedLogWrite(t *testing.T) {
@@ -253,15 +252,15 @@ func TestBoot(t *testing.T) {
 		})
 	}
 
-	t.Run("ledger.db damaged", func(t *testing.T) {
+	t.Run("durable log damaged", func(t *testing.T) {
 		d := d.image(t)
-		require.NoError(t, os.Truncate(d.db(), 100))
+		require.NoError(t, os.Truncate(d.durable(), 50))
 		l := d.open(t)
 		require.False(t, l.BootChanged(), "the log knows")
 	})
 	t.Run("all damaged", func(t *testing.T) {
 		d := d.image(t)
-		require.NoError(t, os.Truncate(d.db(), 100))
+		require.NoError(t, os.Truncate(d.durable(), 50))
 		require.NoError(t, os.Remove(d.log()))
 		l := d.open(t)
 		require.True(t, l.BootChanged(), "can't be told, so the careful answer")
@@ -277,20 +276,41 @@ func TestBoot(t *testing.T) {
 		require.Equal(t, []string{"a begun"}, lines(l.Sandboxes()))
 	})
 	t.Run("no boot id", func(t *testing.T) {
-		_, err := open(d.root, d.state, d.bootID+"-missing")
+		_, err := open(osDisk{}, d.root, d.state, d.bootID+"-missing")
 		require.ErrorIs(t, err, os.ErrNotExist)
 	})
 }
 
-// The crash came between the commit of a Forget and its tombstone: the log knows more of the sandbox than a whole ledger.db.
+// The durable log was compacted since a sandbox was forgotten, and the other one had no room for the tombstone: it knows more of the
+// sandbox than the durable one, which says that it knows all.
 func TestForgottenWithoutATombstone(t *testing.T) {
-	k := Key{Namespace: "k8s.io", ID: "s1"}
-	log, db := newImage("log"), newImage("db")
+	k := key("s1")
+	log := newImage("log")
 	log.records = []keyed{{key: k, stored: stored{seq: 3, durable: true}}}
-	db.complete = true
-	require.Contains(t, forgotten(db, log), k)
-	db.complete = false
-	require.NotContains(t, forgotten(db, log), k, "ledger.db may have lost it")
-	db.complete, db.records = true, log.records
-	require.NotContains(t, forgotten(db, log), k, "it is there")
+	whole := func() *image {
+		m := newImage("durable")
+		m.found, m.complete, m.base = true, true, base{lastSeq: 3}
+		return m
+	}
+	forgot := func(durable *image) bool {
+		r := replay(durable, log, "boot-1")
+		require.NotEqual(t, len(r.live), len(r.forgot))
+		return r.forgot[k] == 3
+	}
+	require.True(t, forgot(whole()))
+
+	for name, change := range map[string]func(*image){
+		"it was begun since":           func(m *image) { m.base.lastSeq = 2 },
+		"the durable log has lost it":  func(m *image) { m.base.missing = 1 },
+		"the durable log has it":       func(m *image) { m.records = log.records },
+		"the durable log isn't there":  func(m *image) { *m = *newImage("durable") },
+		"its tombstone is of the past": func(m *image) { m.base.lastSeq = 2; m.forgot[k] = 2 },
+	} {
+		m := whole()
+		change(m)
+		require.False(t, forgot(m), name)
+	}
+	m := whole()
+	m.base.lastSeq, m.forgot[k] = 2, 3
+	require.True(t, forgot(m), "the durable log's tombstone says so")
 }

@@ -291,6 +291,8 @@ func onRecord(ctx context.Context, cmd *cli.Command, why error) (*podfsmv1.ListR
 		return &podfsmv1.ListResponse{}, runsElsewhere(ctx, why)
 	case err != nil:
 		return nil, explainLedger(downError{why}, root, state, err)
+	case saved.InUse:
+		return nil, fmt.Errorf("%w\nbut %s", why, inUse(root))
 	case len(saved.Damage) > 0:
 		return nil, fmt.Errorf("%w\nand podfsm's ledger is damaged, sandboxes may be missing: %s: %s; run containerd-podfsm, which puts that right",
 			why, saved.Damage[0].File, saved.Damage[0].Reason)

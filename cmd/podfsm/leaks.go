@@ -62,7 +62,12 @@ func findLeaks(ctx context.Context, cmd *cli.Command, fix bool) (*podfsmv1.Leaks
 	if fix && errors.As(err, new(downError)) {
 		return nil, fmt.Errorf("%w\nonly the daemon knows what belongs to whom, and removes leaks: start it and try again", err)
 	}
-	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.LeaksResponse, error) { return l.leaks(ctx) })
+	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.LeaksResponse, error) {
+		if l.InUse { // what it makes meanwhile would be taken for a leak
+			return nil, fmt.Errorf("%w\nbut %s", err, inUse(cmd.String("root")))
+		}
+		return l.leaks(ctx)
+	})
 }
 
 // writeLeaks has a line for each leak, with what became of it after a fix.

@@ -19,7 +19,7 @@ func someLeaks() *podfsmv1.LeaksResponse {
 			{SandboxId: lostID, Kind: "files", Name: lostID},
 			{SandboxId: lostID, Kind: "netns", Name: "/var/run/netns/podfsm-" + lostID},
 		},
-		DamagedLedgerFiles: []string{"/var/lib/containerd/io.containerd.podsandbox.controller.v1.podfsm/ledger.db.damaged-1"},
+		DamagedLedgerFiles: []string{"/var/lib/containerd/io.containerd.podsandbox.controller.v1.podfsm/ledger.log.damaged-1"},
 	}
 }
 

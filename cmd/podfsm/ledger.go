@@ -90,8 +90,12 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %v\n", err)
 	}
+	why := "the daemon is down"
+	if saved.InUse {
+		why = inUse(root)
+	}
 	fmt.Fprintf(w, "podfsm: %v\n", down)
-	fmt.Fprintf(w, "podfsm: the daemon is down; this is its ledger, last written %s ago\n", duration.HumanDuration(time.Since(saved.Written)))
+	fmt.Fprintf(w, "podfsm: %s; this is its ledger, last written %s ago\n", why, duration.HumanDuration(time.Since(saved.Written)))
 	for _, damage := range saved.Damage {
 		fmt.Fprintf(w, "podfsm: the ledger is damaged, sandboxes may be missing: %s: %s\n", damage.File, printable(damage.Reason))
 	}
@@ -124,13 +128,15 @@ func orLedger[T any](cmd *cli.Command, answer T, err error, look func(*ledger) (
 }
 
 func explainLedger(down downError, root, state string, err error) error {
-	switch {
-	case errdefs.IsNotFound(err):
+	if errdefs.IsNotFound(err) {
 		return fmt.Errorf("%w\nthere is no ledger in %s and %s either (--root and --state name containerd's directories)", down, root, state)
-	case errdefs.IsUnavailable(err):
-		return fmt.Errorf("%w\nbut a daemon has the ledger in %s open: it starts, hangs, or listens elsewhere", down, root)
 	}
 	return fmt.Errorf("%w\nand its ledger can't be read: %w", down, err)
+}
+
+// inUse says of a daemon that doesn't answer that there is one all the same.
+func inUse(root string) string {
+	return fmt.Sprintf("a daemon has the ledger in %s open: it starts, hangs, or listens elsewhere", root)
 }
 
 func (l *ledger) list(ended bool) *podfsmv1.ListResponse {

@@ -342,7 +342,7 @@ func badRecord(ctx context.Context, s *scene) error {
 	if err := s.Stop(ctx); err != nil {
 		return err
 	}
-	ledger := filepath.Join(s.Dir(), "root/io.containerd.podsandbox.controller.v1.podfsm/ledger.db")
+	ledger := filepath.Join(s.Dir(), "root/io.containerd.podsandbox.controller.v1.podfsm/ledger.log")
 	content, err := os.ReadFile(ledger)
 	if err != nil {
 		return err
