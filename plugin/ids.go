@@ -120,7 +120,7 @@ func (c *Controller) restoreIDs(ctx context.Context, lost map[journal.Key]bool, 
 
 // mayHold says whether anything of a restored sandbox may have been made under its ids.
 func mayHold(view lifecycle.View, lost bool) bool {
-	switch view.Step(states.AllocateIDs).Status {
+	switch view.Step(AllocateIDs).Status {
 	case lifecycle.StepUndone:
 		return false
 	case lifecycle.StepPending, lifecycle.StepRunning:
@@ -169,7 +169,7 @@ func (n *node) releaseIDs(id string) {
 
 // chosenUserNS is the user namespace that podfsm has chosen for a sandbox, as the CRI writes it; nil where the request has.
 func chosenUserNS(view lifecycle.View) *runtime.UserNamespace {
-	allocated, ok := view.Step(states.AllocateIDs).Result.(*userns.Mappings)
+	allocated, ok := view.Step(AllocateIDs).Result.(*userns.Mappings)
 	if !ok || view.Spec.(*Spec).Mapping != nil {
 		return nil
 	}

@@ -66,7 +66,7 @@ func (s *faultyStep) Undo(ctx context.Context, r *lifecycle.Run) error {
 
 // between runs act between the points before and after it.
 func (s *faultyStep) between(ctx context.Context, what string, act func() error) error {
-	return between(ctx, string(s.Facts().Name)+"."+what, act)
+	return between(ctx, string(s.Declaration().Name)+"."+what, act)
 }
 
 type faultyEnder struct {
