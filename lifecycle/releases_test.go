@@ -253,7 +253,7 @@ func requireOwed(t *testing.T, w *world, err error, unknown []states.Event, olde
 	require.NoError(t, getErr)
 	require.Equal(t, states.CleanupOwed, view.State)
 	for _, name := range unknown {
-		text := fmt.Sprintf("undo of step %s of pod \"ns/pod\" failed: podfsm %s recorded the step, and podfsm %s doesn't know that step; install podfsm %s again to complete the cleanup",
+		text := fmt.Sprintf("undo of step %s of pod \"ns/pod\" failed: podfsm %s recorded the step, and podfsm %s doesn't know that step; install podfsm %s again",
 			name, older.release, newer.release, older.release)
 		require.ErrorContains(t, err, text)
 		require.ErrorContains(t, view.Step(name).Err, text)
