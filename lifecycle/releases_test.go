@@ -430,6 +430,42 @@ func TestStatesOfALaterRelease(t *testing.T) {
 	}
 }
 
+// Where another release's step has the process, the pod is ready, and its stop is owed instead of forgotten.
+func TestProcessOfAnotherRelease(t *testing.T) {
+	b := builds()["without it"]
+	w := b.ready(t)
+	renamed := func(from, to states.Event) {
+		for i := range w.book.records {
+			if r := &w.book.records[i]; r.Step == string(from) {
+				r.Step, r.Release = string(to), "v9"
+			}
+		}
+	}
+	renamed(startPause, "clone_pause")
+	w.acts = nil
+	next := b.on(t, w)
+	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.Equal(t, states.Ready, next.state(t))
+	require.Empty(t, next.acted())
+	require.ErrorContains(t, next.Stop(t.Context(), testKey), "podfsm v9 recorded the step, and podfsm v1 doesn't know that step")
+	view, err := next.Get(testKey)
+	require.NoError(t, err)
+	require.Equal(t, states.CleanupOwed, view.State)
+	require.Equal(t, states.Stopped, view.Goal)
+	require.Contains(t, next.left(), startPause)
+	require.Contains(t, next.left(), allocateIDs)
+	require.NotContains(t, next.left(), attachNetwork)
+
+	renamed("clone_pause", startPause)
+	next = b.on(t, next)
+	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, next.Settle(t.Context(), testKey))
+	require.Equal(t, states.Stopped, next.state(t))
+	require.Contains(t, next.acted(), "stop start_pause")
+	require.NoError(t, next.Remove(t.Context(), testKey))
+	require.Empty(t, next.left())
+}
+
 // The engine takes a list with one more step as it is: the path goes through its state, and a failure undoes it in its turn.
 func TestStepThatIsAdded(t *testing.T) {
 	w := builds()["with it late"].begin(t)

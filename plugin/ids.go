@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
@@ -124,7 +125,8 @@ func mayHold(view lifecycle.View, lost bool) bool {
 	case lifecycle.StepUndone:
 		return false
 	case lifecycle.StepPending, lifecycle.StepRunning:
-		return lost || view.State == states.Quarantined
+		unknown := slices.ContainsFunc(view.Steps, func(s lifecycle.StepView) bool { return s.Unknown }) // another release's may use them
+		return unknown || lost || view.State == states.Quarantined
 	default:
 		return true
 	}

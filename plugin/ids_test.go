@@ -130,6 +130,8 @@ func TestRestoredHolders(t *testing.T) {
 	require.True(t, mayHold(view, false))
 	require.False(t, mayHold(w.view(t, "new"), false), "nothing has been made")
 	require.True(t, mayHold(w.view(t, "new"), true), "who knows")
+	require.True(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: AllocateIDs, Status: lifecycle.StepPending}, {Name: "reserve_ids", Unknown: true}}}, false),
+		"another release has made something")
 	require.NoError(t, w.Shutdown(inCRI(t), "ready"))
 	require.False(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: AllocateIDs, Status: lifecycle.StepUndone}}}, true))
 
