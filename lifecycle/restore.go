@@ -37,6 +37,9 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	for _, entry := range saved {
 		s, err := e.restore(entry, describe)
 		if err == nil {
+			for _, what := range s.unread {
+				s.log(ctx).Warnf("sandbox: kept without knowing it: %s", what)
+			}
 			err = e.addRestored(s)
 		}
 		if err != nil {
