@@ -235,7 +235,7 @@ func TestWhatIsThereAlready(t *testing.T) {
 		"discarded, its end is owed":   {state: states.Ready, claim: lifecycle.Discarded, removal: owed, err: func(err error) bool { return errors.Is(err, owed) }, calls: []string{"stop s0", "remove s0"}},
 		"rolling back":                 {state: states.RollingBack, want: "new", calls: []string{"settle s0"}},
 		"stopped by somebody":          {state: states.Stopped, claim: lifecycle.Shown, err: errdefs.IsAlreadyExists, calls: []string{"settle s0"}},
-		"made by another caller's API": {state: states.PauseStarted, err: errdefs.IsAlreadyExists, calls: []string{"settle s0"}},
+		"made by another caller's API": {state: "PauseStarted", err: errdefs.IsAlreadyExists, calls: []string{"settle s0"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := &controller{

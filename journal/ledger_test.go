@@ -89,7 +89,7 @@ func TestRoundTrip(t *testing.T) {
 	d := newDirs(t)
 	l := d.open(t)
 	want := []Record{
-		{Key: key("a"), Kind: Begun, Version: 3, TraceParent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+		{Key: key("a"), Kind: Begun, Release: "v0.3.0", TraceParent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 			Data: &Data{TypeURL: "type.nobody/knows", Value: []byte{0, 0xff, 'P', 'J', 0xfe, 1}}},
 		{Key: key("a"), Kind: Intent, Step: "ids", Data: &Data{TypeURL: "x", Value: []byte{}}},
 		{Key: key("a"), Kind: Noted, Step: "ids"},

@@ -28,10 +28,10 @@ const (
 	Done       Kind = "done"        // a step acted; Data is its result
 	UndoIntent Kind = "undo-intent" // a step is about to be undone
 	Undone     Kind = "undone"      // a step was undone
-	Moved      Kind = "moved"       // a state transition: State is the new state, Event the event, Goal what a stop is for
+	Moved      Kind = "moved"       // the state changed though no step was done; Goal is what a stop is for
 	Exited     Kind = "exited"      // pause exited; Data is the exit status
 	Claimed    Kind = "claimed"     // somebody has seen the sandbox, or has it, or it is discarded: Claim says which
-	Owed       Kind = "owed"        // an undo failed and is owed; Error says why, Goal what for. Always durable.
+	Owed       Kind = "owed"        // the state changed because an undo failed; Error says why, Goal what the undo was for. Always durable.
 
 	// Unreadable stands in the place of a record whose bytes were damaged while the ledger was open; Error says how. It is never written.
 	Unreadable Kind = "unreadable"
@@ -46,22 +46,30 @@ type Record struct {
 	Kind Kind   `json:"kind"`
 
 	Step  string `json:"step,omitempty"`
-	Event string `json:"event,omitempty"`
-	State string `json:"state,omitempty"`
 	Goal  string `json:"goal,omitempty"`
 	Claim string `json:"claim,omitempty"`
 
-	// Version is the definition version of the step list that wrote the record.
-	Version int `json:"version,omitempty"`
+	// From, Event and State are of a record that stands for a transition, whatever its kind: Event led from the state From to State.
+	From  string `json:"from,omitempty"`
+	Event string `json:"event,omitempty"`
+	State string `json:"state,omitempty"`
+	// Nth, Cause and Class are of such a record, too: the transition's number in the sandbox's history, and, where an error led to it,
+	// the step that failed and the error's class.
+	Nth   uint64 `json:"nth,omitempty"`
+	Cause string `json:"cause,omitempty"`
+	Class string `json:"class,omitempty"`
+
+	// Holds and AtStop are of an Intent: the steps whose resources the step's own use, and whether the step is undone at a stop. A
+	// release that doesn't know the step goes by them.
+	Holds  []string `json:"holds,omitempty"`
+	AtStop bool     `json:"at_stop,omitempty"`
+
+	// Release is the release of podfsm that wrote the record.
+	Release string `json:"release,omitempty"`
 	// TraceParent is the W3C trace context (https://www.w3.org/TR/trace-context/#traceparent-header).
 	TraceParent string `json:"traceparent,omitempty"`
 	// At is for people to read, never for ordering. Append sets it when it is zero.
 	At time.Time `json:"at"`
-	// Nth, Cause and Class are of a record that stands for a transition: its number in the sandbox's history, and, where an error led to
-	// it, the step that failed and the error's class.
-	Nth   uint64 `json:"nth,omitempty"`
-	Cause string `json:"cause,omitempty"`
-	Class string `json:"class,omitempty"`
 	// Error is stored as valid UTF-8: other bytes become U+FFFD.
 	Error string `json:"error,omitempty"`
 	Data  *Data  `json:"data,omitempty"`
@@ -143,7 +151,7 @@ func checkPointer(v any) error {
 type Sandbox struct {
 	Key Key
 	// Records are in Seq order. Of records that say the same again and again (a debt that is retried for months) the first
-	// and the newest are kept: equal are those that differ only in Seq, Nth, At, TraceParent, Cause, Class and Error.
+	// and the newest are kept: equal are those that differ only in Seq, Nth, At, TraceParent, Release, Cause, Class and Error.
 	// So read a step's condition from its newest record.
 	Records []Record
 }

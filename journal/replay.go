@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // image is one of the two logs as it was found.
@@ -129,11 +130,13 @@ type keyed struct {
 
 // saying is what makes two records of a sandbox say the same.
 type saying struct {
-	kind                            Kind
-	step, event, state, goal, claim string
-	version                         int
-	typeURL, value                  string
-	durable                         bool
+	kind               Kind
+	step, goal, claim  string
+	from, event, state string
+	holds              string
+	atStop             bool
+	typeURL, value     string
+	durable            bool
 }
 
 var sayingSeed = maphash.MakeSeed()
@@ -143,8 +146,9 @@ func newStored(r *Record, frame []byte) stored {
 		seq: r.Seq,
 		says: maphash.Comparable(sayingSeed, saying{
 			kind: r.Kind,
-			step: r.Step, event: r.Event, state: r.State, goal: r.Goal, claim: r.Claim,
-			version: r.Version,
+			step: r.Step, goal: r.Goal, claim: r.Claim,
+			from: r.From, event: r.Event, state: r.State,
+			holds: strings.Join(r.Holds, " "), atStop: r.AtStop,
 			typeURL: r.Data.GetTypeUrl(), value: string(r.Data.GetValue()),
 			durable: r.Durable,
 		}),

@@ -41,7 +41,8 @@ func (s *sandbox) check(ctx context.Context) (err error) {
 		defer func() { tracing.End(span, err) }()
 		var errs []error
 		for _, step := range s.engine.steps {
-			if checker, ok := step.(Checker); ok && s.steps[step.Facts().Name].status == StepDone {
+			rec := s.steps[step.Declaration().Name]
+			if checker, ok := step.(Checker); ok && rec.status == StepDone && rec.unknown == "" {
 				errs = append(errs, s.checkStep(ctx, step, checker))
 			}
 		}
@@ -51,12 +52,12 @@ func (s *sandbox) check(ctx context.Context) (err error) {
 }
 
 func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) error {
-	facts := step.Facts()
-	bounded, cancel := context.WithTimeout(ctx, facts.Deadline)
+	declared := step.Declaration()
+	bounded, cancel := context.WithTimeout(ctx, declared.Deadline)
 	defer cancel()
 	r := s.run(step)
-	bounded = log.WithLogger(bounded, s.log(ctx).WithField(tracing.LogStep, facts.Name))
-	act := Act{Step: facts.Name, Kind: ActCheck, Started: time.Now()}
+	bounded = log.WithLogger(bounded, s.log(ctx).WithField(tracing.LogStep, declared.Name))
+	act := Act{Step: declared.Name, Kind: ActCheck, Started: time.Now()}
 	err := Protect(func() error { return checker.Check(bounded, r) })
 	if ctx.Err() != nil && err != nil {
 		return err // it gave way, and says nothing of the step
@@ -65,11 +66,11 @@ func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) err
 	outcome := OutcomeOK
 	if err != nil {
 		outcome = OutcomeError
-		err = fmt.Errorf("check of step %s of pod %q failed: %w", facts.Name, s.req.Pod, err)
+		err = fmt.Errorf("check of step %s of pod %q failed: %w", declared.Name, s.req.Pod, err)
 	}
 	s.acted(ctx, act, outcome)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[facts.Name].checkErr = err
+	s.steps[declared.Name].checkErr = err
 	return err
 }

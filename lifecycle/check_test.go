@@ -19,7 +19,7 @@ type fakeChecker struct {
 }
 
 func (s *fakeChecker) Check(ctx context.Context, _ *Run) error {
-	s.node.act("check %s", s.facts.Name)
+	s.node.act("check %s", s.declared.Name)
 	return s.check(ctx)
 }
 
@@ -27,7 +27,7 @@ func (s *fakeChecker) Check(ctx context.Context, _ *Run) error {
 func checked(t *testing.T, check func(context.Context) error) *world {
 	w := newWorld(t)
 	for i, step := range w.Engine.steps {
-		if f := step.Facts(); f.Name == states.AttachNetwork {
+		if f := step.Declaration(); f.Name == attachNetwork {
 			w.Engine.steps[i] = &fakeChecker{*step.(*fakeStep), check}
 		}
 	}
@@ -49,8 +49,8 @@ func TestCheckFails(t *testing.T) {
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
 	require.ErrorIs(t, view.Err, broken)
-	require.ErrorIs(t, view.Step(states.AttachNetwork).Err, broken)
-	require.Equal(t, StepDone, view.Step(states.AttachNetwork).Status)
+	require.ErrorIs(t, view.Step(attachNetwork).Err, broken)
+	require.Equal(t, StepDone, view.Step(attachNetwork).Status)
 	require.Equal(t, states.Ready, view.State)
 	require.Equal(t, written, w.book.read())
 
@@ -59,7 +59,7 @@ func TestCheckFails(t *testing.T) {
 	view, err = w.Get(testKey)
 	require.NoError(t, err)
 	require.NoError(t, view.Err)
-	require.NoError(t, view.Step(states.AttachNetwork).Err)
+	require.NoError(t, view.Step(attachNetwork).Err)
 
 	answer = broken
 	require.Error(t, w.Check(t.Context(), testKey))
@@ -67,7 +67,7 @@ func TestCheckFails(t *testing.T) {
 	view, err = w.Get(testKey)
 	require.NoError(t, err)
 	require.NoError(t, view.Err, "what was wrong went with the network")
-	require.NoError(t, view.Step(states.AttachNetwork).Err)
+	require.NoError(t, view.Step(attachNetwork).Err)
 	asked := len(w.acted())
 	require.NoError(t, w.Check(t.Context(), testKey))
 	require.Len(t, w.acted(), asked, "only what is ready is asked")
@@ -103,9 +103,9 @@ func TestCheckGivesWay(t *testing.T) {
 			event(t, w)
 			require.ErrorIs(t, <-done, context.Canceled)
 			acts := w.acted()
-			require.Equal(t, []string{"check attach_network", "check ended"}, acts[len(states.CreationPath()):][:2])
+			require.Equal(t, []string{"check attach_network", "check ended"}, acts[len(creationPath()):][:2])
 			if view, err := w.Get(testKey); err == nil {
-				require.NoError(t, view.Step(states.AttachNetwork).Err, "it says nothing of the network")
+				require.NoError(t, view.Step(attachNetwork).Err, "it says nothing of the network")
 			}
 		})
 	}

@@ -9,7 +9,6 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podfsm/podfsm/journal"
-	"github.com/podfsm/podfsm/states"
 )
 
 // monotonic says whether the wall clock has no part in what is measured from a time on.
@@ -23,16 +22,16 @@ func TestDurationsAreMonotonic(t *testing.T) {
 	require.NoError(t, w.demand(t))
 	require.NoError(t, w.Check(t.Context(), testKey))
 	fails := true
-	w.undo[states.AttachNetwork] = func() error {
+	w.undo[attachNetwork] = func() error {
 		if fails {
 			fails = false
 			return errors.New("no luck")
 		}
 		view, census := w.view(t), w.Census()
 		require.True(t, monotonic(view.Since))
-		require.True(t, monotonic(view.Step(states.AttachNetwork).OwedSince))
-		require.True(t, monotonic(census.Debts[states.CaptureNetNS].Since))
-		require.True(t, monotonic(census.Acts[StepAct{states.AttachNetwork, ActUndo}]))
+		require.True(t, monotonic(view.Step(attachNetwork).OwedSince))
+		require.True(t, monotonic(census.Debts[captureNetNS].Since))
+		require.True(t, monotonic(census.Acts[StepAct{attachNetwork, ActUndo}]))
 		return nil
 	}
 	require.Error(t, w.Remove(t.Context(), testKey))
@@ -85,7 +84,7 @@ func TestNewSandboxIsNeverOlderThanItsPodsLast(t *testing.T) {
 	spec, err := journal.Marshal(&testSpec{"pod"})
 	require.NoError(t, err)
 	ahead := time.Now().Add(time.Hour)
-	begun := journal.Record{Key: testKey, Kind: journal.Begun, Version: definitionVersion, At: ahead, Data: spec}
+	begun := journal.Record{Key: testKey, Kind: journal.Begun, At: ahead, Data: spec}
 	w.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: []journal.Record{begun}}}, func(journal.Key, any) (Request, Past) {
 		return Request{Pod: "ns/pod", Spec: &testSpec{}}, Recorded
 	})

@@ -64,8 +64,11 @@ func (s *sandbox) start(ctx context.Context, reply func(error)) {
 // proceed starts the next step of the path, and ends the creation after the last one or a failure.
 func (s *sandbox) proceed() {
 	if s.creation.err == nil {
-		for _, step := range s.engine.path() {
-			if s.steps[step.Facts().Name].status == StepPending {
+		for _, step := range s.engine.steps {
+			if step.Declaration().OnDemand {
+				continue
+			}
+			if s.steps[step.Declaration().Name].status == StepPending {
 				s.launch(step)
 				return
 			}
@@ -87,11 +90,13 @@ func (s *sandbox) launch(step Step) {
 }
 
 func (s *sandbox) setRunning(step Step) {
-	name := step.Facts().Name
+	name := step.Declaration().Name
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rec := s.steps[name]
+	s.begin(name)
 	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now(), time.Time{}, nil
+	rec.release = s.engine.release
 	rec.acting, rec.actingSince = ActDo, rec.started
 	s.acts.begin(name, ActDo, rec.started)
 }
@@ -126,7 +131,7 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
 }
 
 func (s *sandbox) do(step Step, out *outcome) (err error) {
-	f := step.Facts()
+	f := step.Declaration()
 	var span trace.Span
 	out.ctx, span = tracing.Start(out.ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
 	ctx, cancel := within(out.ctx, f.Deadline)
@@ -139,8 +144,9 @@ func (s *sandbox) do(step Step, out *outcome) (err error) {
 		return err
 	}
 	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error
-	r.facts[f.Name] = out.recorded
-	intent := &journal.Record{Kind: journal.Intent, Step: string(f.Name), Durable: f.Lasting && out.plan != nil, CanWait: true}
+	r.steps[f.Name] = out.recorded
+	intent := s.engine.intent(f)
+	intent.Durable, intent.CanWait = f.Lasting && out.plan != nil, true
 	if err := s.append(ctx, intent, out.plan); err != nil {
 		return err
 	}
@@ -165,11 +171,16 @@ func (out *outcome) skipped() bool {
 	return skipped
 }
 
-// conclude puts on record that a step has gone well.
+// conclude puts on record that a step has gone well, and where a step of the creation path leads.
 func (s *sandbox) conclude(step Step, out *outcome) error {
-	f := step.Facts()
+	f := step.Declaration()
 	out.end()
 	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), At: out.ended, Durable: f.Lasting && out.plan != nil && !out.skipped()}
+	if !f.OnDemand {
+		if err := s.describe(done, f.Name, nil); err != nil {
+			return err
+		}
+	}
 	return Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
 }
 
@@ -224,7 +235,7 @@ func (s *sandbox) stepEnded(step Step, out outcome) {
 // takeOutcome records and keeps how a step went, and moves the state. A step that ends after the creation has failed moves nothing any
 // more, whatever it says: it is only undone.
 func (s *sandbox) takeOutcome(step Step, out outcome) error {
-	name, canceled := step.Facts().Name, s.creation.err != nil
+	name, canceled := step.Declaration().Name, s.creation.err != nil
 	if out.err == nil && !canceled {
 		out.err = s.conclude(step, &out)
 	}
@@ -243,7 +254,7 @@ func (s *sandbox) takeOutcome(step Step, out outcome) error {
 // failed already.
 func (s *sandbox) keepOutcome(step Step, out outcome, canceled bool) {
 	s.aside(func() { tracing.End(trace.SpanFromContext(out.ctx), out.err) })
-	name := step.Facts().Name
+	name := step.Declaration().Name
 	s.mu.Lock()
 	rec := s.steps[name]
 	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err

@@ -36,9 +36,12 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 // owe puts the debt on record and sets the time of the next try.
 func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	record := &journal.Record{Kind: journal.Owed, Goal: string(goal), Durable: true}
-	s.describe(record, cause)
-	s.record(ctx, record, nil)
-	if err := s.fire(ctx, states.OweCleanup, record.At, cause); err != nil {
+	err := s.describe(record, states.OweCleanup, cause)
+	if err == nil {
+		s.record(ctx, record, nil)
+		err = s.fire(ctx, states.OweCleanup, record.At, cause)
+	}
+	if err != nil {
 		s.aside(func() { s.log(ctx).WithError(err).Error("sandbox: owes its cleanup") })
 	}
 	if goal != states.Stopped {
@@ -105,7 +108,8 @@ func (s *sandbox) pay(ctx context.Context) error {
 	case states.Stopped:
 		return s.stop(ctx)
 	default:
-		return fmt.Errorf("sandbox %q has a pending cleanup with the unknown goal %q: %w", s.key.ID, s.goal, errdefs.ErrInternal)
+		return fmt.Errorf("another release of podfsm recorded a pending cleanup of sandbox %q with the goal %q, which this release doesn't know; stop or remove the pod, or install that release again: %w",
+			s.key.ID, s.goal, errdefs.ErrFailedPrecondition)
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Demand does a step on demand (Facts.OnDemand) for a ready sandbox, and waits until the step is done. A failure leaves the sandbox
+// Demand does a step on demand (Declaration.OnDemand) for a ready sandbox, and waits until the step is done. A failure leaves the sandbox
 // ready: the failure is the caller's alone. What a failed step may have half done is undone at once, and at the stop of the sandbox if
 // that undo fails, too. A step that is done already is done once more, and then a failure undoes nothing: what stands may be in use.
 //
@@ -37,21 +37,22 @@ func (s *sandbox) demand(ctx context.Context, name states.Event) error {
 	if state := s.state(); state != states.Ready {
 		return fmt.Errorf("step %s needs sandbox %q to be %s, but it is %s: %w", name, s.key.ID, states.Ready, state, errdefs.ErrFailedPrecondition)
 	}
-	for _, step := range s.engine.steps {
-		if facts := step.Facts(); facts.Name != name || !facts.OnDemand {
-			continue
-		}
-		if status := s.steps[name].status; status == StepDone || status == StepSkipped {
-			return s.doAgain(ctx, step)
-		}
-		return s.doNow(ctx, step)
+	if declared, ok := s.engine.table.Step(name); !ok || !declared.OnDemand {
+		return fmt.Errorf("there is no step %q on demand: %w", name, errdefs.ErrInvalidArgument)
 	}
-	return fmt.Errorf("there is no step %q on demand: %w", name, errdefs.ErrInvalidArgument)
+	if s.steps[name].unknown != "" {
+		return &StepError{Step: name, Pod: s.req.Pod, Err: s.unknownTo(name)}
+	}
+	step, _ := s.engine.step(name)
+	if status := s.steps[name].status; status == StepDone || status == StepSkipped {
+		return s.doAgain(ctx, step)
+	}
+	return s.doNow(ctx, step)
 }
 
 // doNow does a step inside the queue, and undoes it at once if it fails.
 func (s *sandbox) doNow(ctx context.Context, step Step) error {
-	name := step.Facts().Name
+	name := step.Declaration().Name
 	s.setRunning(step)
 	out := s.execute(ctx, step)
 	if out.err == nil {
@@ -69,12 +70,12 @@ func (s *sandbox) doNow(ctx context.Context, step Step) error {
 
 // doAgain has a step that is done look after what it made. The ledger says already that there is something to undo.
 func (s *sandbox) doAgain(ctx context.Context, step Step) error {
-	facts := step.Facts()
-	ctx, cancel := within(ctx, facts.Deadline)
+	declared := step.Declaration()
+	ctx, cancel := within(ctx, declared.Deadline)
 	defer cancel()
-	ctx, span := tracing.Start(ctx, tracing.Step(string(facts.Name)), s.req.Attributes...)
-	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
-	act := Act{Step: facts.Name, Kind: ActDo, Started: time.Now()}
+	ctx, span := tracing.Start(ctx, tracing.Step(string(declared.Name)), s.req.Attributes...)
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, declared.Name))
+	act := Act{Step: declared.Name, Kind: ActDo, Started: time.Now()}
 	s.setActing(act.Step, act.Kind, act.Started)
 	err := Protect(func() error {
 		_, err := step.Do(ctx, s.run(step))
@@ -89,7 +90,7 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 	s.setActing(act.Step, "", time.Time{})
 	s.acted(ctx, act, outcome)
 	if err != nil {
-		return &StepError{Step: facts.Name, Pod: s.req.Pod, Err: err}
+		return &StepError{Step: declared.Name, Pod: s.req.Pod, Err: err}
 	}
 	return nil
 }

@@ -17,7 +17,7 @@ import (
 
 // demand asks for the shim of the test's sandbox.
 func (w *world) demand(t *testing.T) error {
-	return w.Demand(t.Context(), testKey, states.StartShim)
+	return w.Demand(t.Context(), testKey, startShim)
 }
 
 func (w *world) view(t *testing.T) View {
@@ -31,14 +31,14 @@ func (w *world) view(t *testing.T) View {
 func (w *world) requireReady(t *testing.T, more ...states.Event) {
 	t.Helper()
 	require.Equal(t, states.Ready, w.state(t))
-	require.ElementsMatch(t, append(states.CreationPath(), more...), w.left())
+	require.ElementsMatch(t, append(creationPath(), more...), w.left())
 }
 
 // requireStops checks that a stop leaves nothing of a step on demand, and a removal nothing at all.
 func (w *world) requireStops(t *testing.T) {
 	t.Helper()
 	require.NoError(t, w.Stop(t.Context(), testKey))
-	require.NotContains(t, w.left(), states.StartShim)
+	require.NotContains(t, w.left(), startShim)
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	require.Empty(t, w.left())
 }
@@ -49,17 +49,17 @@ func (b *book) since(before []string) []string { return b.read()[len(before):] }
 func TestDemand(t *testing.T) {
 	w := readyWorld(t)
 	before := w.view(t)
-	require.Len(t, before.Steps, len(states.CreationPath()), "nobody has asked for a shim")
-	require.Len(t, w.replayed(t).Steps, len(states.CreationPath()))
+	require.Len(t, before.Steps, len(creationPath()), "nobody has asked for a shim")
+	require.Len(t, w.replayed(t).Steps, len(creationPath()))
 	lines := w.book.read()
 
 	require.NoError(t, w.demand(t))
-	w.requireReady(t, states.StartShim)
+	w.requireReady(t, startShim)
 	view := w.view(t)
 	require.Equal(t, before.Transitions, view.Transitions, "it is no transition")
-	require.Equal(t, states.StartShim, view.Steps[len(view.Steps)-1].Name)
-	require.Equal(t, StepDone, view.Step(states.StartShim).Status)
-	require.Equal(t, &testResult{states.StartShim}, view.Step(states.StartShim).Result)
+	require.Equal(t, startShim, view.Steps[len(view.Steps)-1].Name)
+	require.Equal(t, StepDone, view.Step(startShim).Status)
+	require.Equal(t, &testResult{startShim}, view.Step(startShim).Result)
 	require.Equal(t, view.Steps, w.replayed(t).Steps)
 	require.Equal(t, []string{"intent start_shim", "done start_shim"}, w.book.since(lines))
 	require.Contains(t, w.meter.acted(), "do start_shim: ok")
@@ -79,7 +79,7 @@ func TestDemand(t *testing.T) {
 		"undo-intent capture_netns", "undone capture_netns",
 		"moved finish_stop Stopped",
 	}, w.book.since(lines))
-	require.Equal(t, StepUndone, w.view(t).Step(states.StartShim).Status)
+	require.Equal(t, StepUndone, w.view(t).Step(startShim).Status)
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	require.Empty(t, w.left())
 	require.Equal(t, 1, count(w.acted(), "undo start_shim"))
@@ -98,7 +98,7 @@ func TestDemandFails(t *testing.T) {
 		}
 	}
 	do := func(f func(context.Context) error) func(*world) {
-		return func(w *world) { w.do[states.StartShim] = f }
+		return func(w *world) { w.do[startShim] = f }
 	}
 	for name, tc := range map[string]struct {
 		spoil func(*world)
@@ -125,8 +125,8 @@ func TestDemandFails(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, func(f *Facts) {
-				if f.Name == states.StartShim {
+			w := newWorld(t, func(f *Declaration) {
+				if f.Name == startShim {
 					f.Deadline = 50 * time.Millisecond
 				}
 			})
@@ -137,13 +137,13 @@ func TestDemandFails(t *testing.T) {
 			require.ErrorIs(t, err, tc.class)
 			var failed *StepError
 			require.ErrorAs(t, err, &failed)
-			require.Equal(t, states.StartShim, failed.Step)
+			require.Equal(t, startShim, failed.Step)
 			require.False(t, failed.Undo)
 			require.Equal(t, tc.tried, append([]string(nil), w.acted()[len(acts):]...))
 			require.Equal(t, tc.lines, w.book.since(lines))
 			w.requireReady(t)
 			view := w.view(t)
-			require.ErrorIs(t, view.Step(states.StartShim).Err, tc.class)
+			require.ErrorIs(t, view.Step(startShim).Err, tc.class)
 			require.NoError(t, view.Err, "it is the caller's alone")
 			_, waits := view.Current()
 			require.False(t, waits)
@@ -151,16 +151,16 @@ func TestDemandFails(t *testing.T) {
 
 			w.mend()
 			w.book.refuse = nil
-			w.do[states.StartShim] = func(context.Context) error {
-				step := w.view(t).Step(states.StartShim)
+			w.do[startShim] = func(context.Context) error {
+				step := w.view(t).Step(startShim)
 				require.Equal(t, StepRunning, step.Status)
 				require.NoError(t, step.Err, "of the first try")
 				require.Zero(t, step.Duration)
 				return nil
 			}
 			require.NoError(t, w.demand(t))
-			w.requireReady(t, states.StartShim)
-			step := w.view(t).Step(states.StartShim)
+			w.requireReady(t, startShim)
+			step := w.view(t).Step(startShim)
 			require.NoError(t, step.Err)
 			require.Equal(t, StepDone, step.Status)
 			w.requireStops(t)
@@ -179,25 +179,25 @@ func TestDemandAgainFails(t *testing.T) {
 		"it hangs":  {func(ctx context.Context) error { <-ctx.Done(); return errdefs.ErrUnknown }, context.DeadlineExceeded},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, func(f *Facts) {
-				if f.Name == states.StartShim {
+			w := newWorld(t, func(f *Declaration) {
+				if f.Name == startShim {
 					f.Deadline = 50 * time.Millisecond
 				}
 			})
 			require.NoError(t, w.run(t))
 			require.NoError(t, w.demand(t))
 			view := w.view(t)
-			w.do[states.StartShim] = tc.do
+			w.do[startShim] = tc.do
 			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
 			err := w.demand(t)
 			require.ErrorIs(t, err, tc.class)
 			var failed *StepError
 			require.ErrorAs(t, err, &failed)
-			require.Equal(t, states.StartShim, failed.Step)
+			require.Equal(t, startShim, failed.Step)
 			require.Equal(t, view, w.view(t))
 			require.NotContains(t, w.acted(), "undo start_shim")
 			require.Contains(t, w.meter.acted(), "do start_shim: error")
-			require.Empty(t, w.Census().Acts)
+			require.Empty(t, underWay(w.Census()))
 
 			w.book.refuse = nil
 			w.requireStops(t)
@@ -214,15 +214,15 @@ func TestDemandWhoseUndoFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := readyWorld(t)
 			w.engineWaits()
-			w.do[states.StartShim] = func(context.Context) error { return errors.New("no shim") }
-			w.undo[states.StartShim] = undo
+			w.do[startShim] = func(context.Context) error { return errors.New("no shim") }
+			w.undo[startShim] = undo
 			err := w.demand(t)
 			require.EqualError(t, err, `step start_shim of pod "ns/pod" failed: no shim`)
-			w.requireReady(t, states.StartShim)
+			w.requireReady(t, startShim)
 			view := w.view(t)
-			require.Equal(t, StepFailed, view.Step(states.StartShim).Status)
-			require.EqualError(t, view.Step(states.StartShim).Err, "no shim")
-			require.Equal(t, 1, view.Step(states.StartShim).Attempts)
+			require.Equal(t, StepFailed, view.Step(startShim).Status)
+			require.EqualError(t, view.Step(startShim).Err, "no shim")
+			require.Equal(t, 1, view.Step(startShim).Attempts)
 			require.Empty(t, debts(view))
 			_, waits := view.Current()
 			require.False(t, waits)
@@ -231,8 +231,8 @@ func TestDemandWhoseUndoFails(t *testing.T) {
 			view = w.view(t)
 			require.Equal(t, states.CleanupOwed, view.State)
 			require.Equal(t, states.Stopped, view.Goal)
-			require.Equal(t, []states.Event{states.CaptureNetNS, states.StartShim}, debts(view), "the namespace stays as long as the shim")
-			require.NotContains(t, w.left(), states.AttachNetwork)
+			require.Equal(t, []states.Event{captureNetNS, startShim}, debts(view), "the namespace stays as long as the shim")
+			require.NotContains(t, w.left(), attachNetwork)
 			require.True(t, errdefs.IsFailedPrecondition(w.demand(t)))
 
 			w.mend()
@@ -247,30 +247,30 @@ func TestDemandIsRefused(t *testing.T) {
 		step  states.Event
 		want  error
 	}{
-		"unknown": {func(t *testing.T) *world { return newWorld(t) }, states.StartShim, errdefs.ErrNotFound},
-		"new":     {func(t *testing.T) *world { w := newWorld(t); w.create(t); return w }, states.StartShim, errdefs.ErrFailedPrecondition},
+		"unknown": {func(t *testing.T) *world { return newWorld(t) }, startShim, errdefs.ErrNotFound},
+		"new":     {func(t *testing.T) *world { w := newWorld(t); w.create(t); return w }, startShim, errdefs.ErrFailedPrecondition},
 		"not ready": {func(t *testing.T) *world {
 			w := readyWorld(t)
 			w.PauseExited(testKey, Exit{Code: 1})
 			return w
-		}, states.StartShim, errdefs.ErrFailedPrecondition},
+		}, startShim, errdefs.ErrFailedPrecondition},
 		"stopped": {func(t *testing.T) *world {
 			w := readyWorld(t)
 			require.NoError(t, w.Stop(t.Context(), testKey))
 			return w
-		}, states.StartShim, errdefs.ErrFailedPrecondition},
+		}, startShim, errdefs.ErrFailedPrecondition},
 		"removed": {func(t *testing.T) *world {
 			w := readyWorld(t)
 			require.NoError(t, w.Remove(t.Context(), testKey))
 			return w
-		}, states.StartShim, errdefs.ErrNotFound},
+		}, startShim, errdefs.ErrNotFound},
 		"quarantined": {func(t *testing.T) *world {
 			w := readyWorld(t)
-			w.book.records[3].Kind = "sung"
+			w.book.records[3].Step = ""
 			return w.restart(t, Recorded)
-		}, states.StartShim, errdefs.ErrFailedPrecondition},
-		"closed":             {func(t *testing.T) *world { w := readyWorld(t); w.Close(t.Context()); return w }, states.StartShim, errdefs.ErrUnavailable},
-		"a step of the path": {readyWorld, states.AttachNetwork, errdefs.ErrInvalidArgument},
+		}, startShim, errdefs.ErrFailedPrecondition},
+		"closed":             {func(t *testing.T) *world { w := readyWorld(t); w.Close(t.Context()); return w }, startShim, errdefs.ErrUnavailable},
+		"a step of the path": {readyWorld, attachNetwork, errdefs.ErrInvalidArgument},
 		"an unknown step":    {readyWorld, "dance", errdefs.ErrInvalidArgument},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -282,7 +282,7 @@ func TestDemandIsRefused(t *testing.T) {
 	}
 	t.Run("being made", func(t *testing.T) {
 		w := newWorld(t)
-		w.do[states.DeclareReady] = func(context.Context) error {
+		w.do[declareReady] = func(context.Context) error {
 			require.ErrorIs(t, w.demand(t), errdefs.ErrFailedPrecondition)
 			return nil
 		}
@@ -325,12 +325,12 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 	t.Run("before a stop and after it", func(t *testing.T) {
 		w := readyWorld(t)
 		reached, release, f := hang()
-		w.do[states.StartShim] = func(context.Context) error { return f() }
+		w.do[startShim] = func(context.Context) error { return f() }
 		first := ask(func() error { return w.demand(t) })
 		<-reached
 		current, _ := w.view(t).Current()
-		require.Equal(t, states.StartShim, current.Name)
-		require.Contains(t, w.Census().Acts, StepAct{states.StartShim, ActDo})
+		require.Equal(t, startShim, current.Name)
+		require.Contains(t, w.Census().Acts, StepAct{startShim, ActDo})
 		second := ask(func() error { return w.demand(t) })
 		w.queued(t, 1)
 		stop := ask(func() error { return w.Stop(t.Context(), testKey) })
@@ -345,7 +345,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		require.ErrorIs(t, <-third, errdefs.ErrFailedPrecondition)
 		require.Equal(t, []string{
 			"do start_shim", "do start_shim", "stop start_pause", "undo start_shim", "undo attach_network", "undo capture_netns",
-		}, w.acted()[len(states.CreationPath()):])
+		}, w.acted()[len(creationPath()):])
 	})
 	t.Run("behind a check, which gives way", func(t *testing.T) {
 		reached := make(chan struct{})
@@ -355,12 +355,12 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		<-reached
 		require.NoError(t, w.demand(t))
 		require.ErrorIs(t, <-check, context.Canceled)
-		w.requireReady(t, states.StartShim)
+		w.requireReady(t, startShim)
 	})
 	t.Run("before the exit of pause", func(t *testing.T) {
 		w := readyWorld(t)
 		reached, release, f := hang()
-		w.do[states.StartShim] = func(context.Context) error { return f() }
+		w.do[startShim] = func(context.Context) error { return f() }
 		first := ask(func() error { return w.demand(t) })
 		<-reached
 		w.PauseExited(testKey, Exit{Code: 1})
@@ -369,13 +369,13 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		_, err := w.Wait(t.Context(), testKey)
 		require.NoError(t, err)
 		require.Equal(t, states.NotReady, w.state(t))
-		require.Equal(t, StepDone, w.view(t).Step(states.StartShim).Status)
+		require.Equal(t, StepDone, w.view(t).Step(startShim).Status)
 		w.requireStops(t)
 	})
 	t.Run("before the engine's end", func(t *testing.T) {
 		w := readyWorld(t)
 		reached, release, f := hang()
-		w.do[states.StartShim] = func(context.Context) error { return f() }
+		w.do[startShim] = func(context.Context) error { return f() }
 		first := ask(func() error { return w.demand(t) })
 		<-reached
 		closed := ask(func() error { w.Close(context.Background()); return nil })
@@ -391,9 +391,9 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 	t.Run("without its caller", func(t *testing.T) {
 		w := readyWorld(t)
 		reached, release, f := hang()
-		w.do[states.StartShim] = func(ctx context.Context) error { return errors.Join(f(), ctx.Err()) }
+		w.do[startShim] = func(ctx context.Context) error { return errors.Join(f(), ctx.Err()) }
 		ctx, cancel := context.WithCancel(t.Context())
-		first := ask(func() error { return w.Demand(ctx, testKey, states.StartShim) })
+		first := ask(func() error { return w.Demand(ctx, testKey, startShim) })
 		<-reached
 		cancel()
 		err := <-first
@@ -401,7 +401,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		require.EqualError(t, err, `step start_shim of sandbox "s1" continues after its caller's deadline: context canceled`)
 		close(release)
 		require.NoError(t, w.demand(t))
-		w.requireReady(t, states.StartShim)
+		w.requireReady(t, startShim)
 		require.Equal(t, 1, count(w.book.read(), "done start_shim"))
 		require.NotContains(t, w.acted(), "undo start_shim")
 	})
@@ -411,13 +411,13 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 func killed(t *testing.T, during ActKind) *world {
 	w := readyWorld(t)
 	var saved []journal.Sandbox
-	w.do[states.StartShim] = func(context.Context) error {
+	w.do[startShim] = func(context.Context) error {
 		if during == ActDo {
 			saved = w.book.saved()
 		}
 		return errors.New("killed")
 	}
-	w.undo[states.StartShim] = func() error {
+	w.undo[startShim] = func() error {
 		if during == ActUndo {
 			saved = w.book.saved()
 		}
@@ -431,8 +431,8 @@ func killed(t *testing.T, during ActKind) *world {
 func TestDemandOverARestart(t *testing.T) {
 	failed := func(t *testing.T, undo func() error) *world {
 		w := readyWorld(t)
-		w.do[states.StartShim] = func(context.Context) error { return errNoLuck }
-		w.undo[states.StartShim] = undo
+		w.do[startShim] = func(context.Context) error { return errNoLuck }
+		w.undo[startShim] = undo
 		require.Error(t, w.demand(t))
 		return w
 	}
@@ -447,30 +447,30 @@ func TestDemandOverARestart(t *testing.T) {
 			w := readyWorld(t)
 			require.NoError(t, w.demand(t))
 			return w
-		}, status: StepDone, there: []states.Event{states.StartShim}},
+		}, status: StepDone, there: []states.Event{startShim}},
 		"done again, and that failed": {leave: func(t *testing.T) *world {
 			w := readyWorld(t)
 			require.NoError(t, w.demand(t))
-			w.do[states.StartShim] = func(context.Context) error { return errNoLuck }
+			w.do[startShim] = func(context.Context) error { return errNoLuck }
 			require.Error(t, w.demand(t))
 			return w
-		}, status: StepDone, there: []states.Event{states.StartShim}},
+		}, status: StepDone, there: []states.Event{startShim}},
 		"failed":                  {leave: func(t *testing.T) *world { return failed(t, nil) }, status: StepUndone, err: "no luck"},
-		"failed, and so its undo": {leave: func(t *testing.T) *world { return failed(t, func() error { return errNoLuck }) }, status: StepFailed, err: "no luck", there: []states.Event{states.StartShim}},
+		"failed, and so its undo": {leave: func(t *testing.T) *world { return failed(t, func() error { return errNoLuck }) }, status: StepFailed, err: "no luck", there: []states.Event{startShim}},
 		"failed, and then done": {leave: func(t *testing.T) *world {
 			w := failed(t, func() error { return errNoLuck })
 			w.mend()
 			require.NoError(t, w.demand(t))
 			return w
-		}, status: StepDone, there: []states.Event{states.StartShim}},
+		}, status: StepDone, there: []states.Event{startShim}},
 		"killed while it was made": {leave: func(t *testing.T) *world { return killed(t, ActDo) }, killed: true,
-			status: StepFailed, err: "containerd was restarted", there: []states.Event{states.StartShim}},
+			status: StepFailed, err: "containerd was restarted", there: []states.Event{startShim}},
 		"killed while it was undone": {leave: func(t *testing.T) *world { return killed(t, ActUndo) }, killed: true,
-			status: StepFailed, err: "killed", there: []states.Event{states.StartShim}},
+			status: StepFailed, err: "killed", there: []states.Event{startShim}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			old := tc.leave(t)
-			was := old.view(t).Step(states.StartShim)
+			was := old.view(t).Step(startShim)
 			w := old.restart(t, Recorded)
 			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 			require.Equal(t, []Recovery{RecoveryAdopted}, w.meter.recovered())
@@ -479,7 +479,7 @@ func TestDemandOverARestart(t *testing.T) {
 			require.NoError(t, view.Err)
 			_, waits := view.Current()
 			require.False(t, waits)
-			is := view.Step(states.StartShim)
+			is := view.Step(startShim)
 			require.Equal(t, tc.status, is.Status)
 			if tc.err == "" {
 				require.NoError(t, is.Err)
@@ -501,21 +501,21 @@ func TestDemandOverARestart(t *testing.T) {
 		w := killed(t, ActDo).restart(t, Recorded)
 		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 		require.NoError(t, w.demand(t))
-		require.Equal(t, StepDone, w.view(t).Step(states.StartShim).Status)
+		require.Equal(t, StepDone, w.view(t).Step(startShim).Status)
 		require.Equal(t, []string{"do start_shim"}, w.acted())
 		w.requireStops(t)
 	})
 	t.Run("nobody has asked", func(t *testing.T) {
 		w := readyWorld(t).restart(t, Recorded)
 		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
-		require.Len(t, w.view(t).Steps, len(states.CreationPath()))
+		require.Len(t, w.view(t).Steps, len(creationPath()))
 		w.requireStops(t)
 		require.NotContains(t, w.acted(), "undo start_shim")
 	})
 	t.Run("its records are lost", func(t *testing.T) {
 		old := readyWorld(t)
 		require.NoError(t, old.demand(t))
-		old.book.records = slices.DeleteFunc(old.book.records, func(r journal.Record) bool { return r.Step == string(states.StartShim) })
+		old.book.records = slices.DeleteFunc(old.book.records, func(r journal.Record) bool { return r.Step == string(startShim) })
 		w := old.restart(t, LostReady)
 		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
 		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)

@@ -32,9 +32,6 @@ type Journal interface {
 	Forget(ctx context.Context, k journal.Key) error
 }
 
-// definitionVersion is written into every record. It changes when the steps, their order or the types of their records do.
-const definitionVersion = 1
-
 // keepFinished is how many sandboxes that are gone can still be looked at.
 const keepFinished = 128
 
@@ -49,10 +46,13 @@ func DefaultBackoff(attempts int) time.Duration {
 
 // Engine owns all sandboxes. Its methods may be called by any number of goroutines.
 type Engine struct {
+	table   *states.Table
 	steps   []Step
+	process Ender
 	journal Journal
 	backoff Backoff
 	observe Observer // nil for none
+	release string
 
 	// paid is told of a removal; see [Engine.WhenPaid].
 	paid func(context.Context, journal.Key)
@@ -72,40 +72,85 @@ type Engine struct {
 // sandbox waits for it, so it must return soon.
 type Observer func(View)
 
-// New makes an engine of steps, which must be those of package states, in their order. observe and meter may be nil.
-func New(steps []Step, j Journal, backoff Backoff, observe Observer, meter Meter) (*Engine, error) {
-	if meter == nil {
-		meter = unmetered{}
+// Config is what an engine is made of.
+type Config struct {
+	// Steps are those of the creation path, in its order, then those on demand.
+	Steps []Step
+	// Process names the step among them whose process is the sandbox's life. The step is an [Ender].
+	Process states.Event
+	Journal Journal
+	Backoff Backoff
+	// Release is the release of podfsm that runs. It is on every record.
+	Release string
+	// Observe and Meter may be nil.
+	Observe Observer
+	Meter   Meter
+}
+
+// New makes an engine. It fails with InvalidArgument for steps that don't fit together.
+func New(c Config) (*Engine, error) {
+	if c.Meter == nil {
+		c.Meter = unmetered{}
 	}
-	path, all := states.CreationPath(), states.Steps()
-	if len(steps) != len(all) {
-		return nil, fmt.Errorf("there are %d steps, want %d: %w", len(steps), len(all), errdefs.ErrInvalidArgument)
+	declared, err := declarations(c.Steps)
+	if err != nil {
+		return nil, err
 	}
-	for i, step := range steps {
-		f := step.Facts()
-		if f.Name != all[i] || f.OnDemand != (i >= len(path)) {
-			return nil, fmt.Errorf("step %d is %q (on demand: %t), want %q: %w", i, f.Name, f.OnDemand, all[i], errdefs.ErrInvalidArgument)
-		}
-		for _, earlier := range f.Holds {
-			if !slices.Contains(all[:i], earlier) {
-				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", f.Name, earlier, errdefs.ErrInvalidArgument)
-			}
-		}
-		if f.Deadline <= 0 || f.UndoDeadline <= 0 {
-			return nil, fmt.Errorf("step %q has no deadline: %w", f.Name, errdefs.ErrInvalidArgument)
-		}
+	table, err := states.NewTable(declared)
+	if err != nil {
+		return nil, err
 	}
-	return &Engine{
-		steps: steps, journal: j, backoff: backoff, observe: observe,
+	e := &Engine{
+		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, release: c.Release,
 		paid:      func(context.Context, journal.Key) {},
 		turns:     turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
-		meter: meter,
-	}, nil
+		meter: c.Meter,
+	}
+	process, _ := e.step(c.Process)
+	ender, ok := process.(Ender)
+	if !ok {
+		return nil, fmt.Errorf("step %q has no process to end: %w", c.Process, errdefs.ErrInvalidArgument)
+	}
+	e.process = ender
+	return e, nil
 }
 
-// path are the steps of the creation path.
-func (e *Engine) path() []Step { return e.steps[:len(states.CreationPath())] }
+// declarations are what steps say of themselves to the table.
+func declarations(steps []Step) (declared []states.Step, err error) {
+	var before []states.Event
+	for _, step := range steps {
+		d := step.Declaration()
+		for _, held := range d.Holds {
+			if !slices.Contains(before, held) {
+				return nil, fmt.Errorf("step %q refers to %q, which does not come before it: %w", d.Name, held, errdefs.ErrInvalidArgument)
+			}
+		}
+		if d.Deadline <= 0 || d.UndoDeadline <= 0 {
+			return nil, fmt.Errorf("step %q has no deadline: %w", d.Name, errdefs.ErrInvalidArgument)
+		}
+		before, declared = append(before, d.Name), append(declared, d.Step)
+	}
+	return declared, nil
+}
+
+// step is the step of this release with a name.
+func (e *Engine) step(name states.Event) (Step, bool) {
+	i := slices.IndexFunc(e.steps, func(s Step) bool { return s.Declaration().Name == name })
+	if i < 0 {
+		return nil, false
+	}
+	return e.steps[i], true
+}
+
+// intent is the record that a step is about to act. The process ends with a stop even where its step is undone later.
+func (e *Engine) intent(d Declaration) *journal.Record {
+	r := &journal.Record{Kind: journal.Intent, Step: string(d.Name), AtStop: d.AtStop || d.Name == e.process.Declaration().Name}
+	for _, held := range d.Holds {
+		r.Holds = append(r.Holds, string(held))
+	}
+	return r
+}
 
 // WhenPaid sets what is called when an owed removal has succeeded with nobody waiting for it, right before the sandbox is forgotten: who
 // asked for it was told that it had failed, and may have it on record. It must be set before there is any sandbox, and holds up the
@@ -129,16 +174,13 @@ type Request struct {
 // Create accepts a sandbox: it is on record from here on, and nothing of it exists yet.
 // It fails with AlreadyExists for a key or a name that is in use.
 func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error {
-	s, err := newSandbox(e, key, req)
-	if err != nil {
-		return err
-	}
+	s := newSandbox(e, key, req)
 	s.traceParent = tracing.Parent(ctx)
 	if err := e.add(s); err != nil {
 		return err
 	}
-	if err := Protect(func() error { return s.begin(ctx) }); err != nil {
-		s.unbegin(ctx)
+	if err := Protect(func() error { return s.accept(ctx) }); err != nil {
+		s.unaccept(ctx)
 		e.drop(s)
 		return err
 	}

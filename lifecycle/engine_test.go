@@ -48,8 +48,11 @@ func (b *book) Append(_ context.Context, r *journal.Record) error {
 			return err
 		}
 	}
-	line := string(r.Kind)
-	for _, part := range []string{r.Step, r.Event, r.Goal} {
+	line, event := string(r.Kind), ""
+	if r.Kind == journal.Moved {
+		event = r.Event
+	}
+	for _, part := range []string{r.Step, event, r.Goal} {
 		if part != "" {
 			line += " " + part
 		}
@@ -129,36 +132,38 @@ func (n *node) left() []states.Event {
 }
 
 type fakeStep struct {
-	facts Facts
-	node  *node
+	declared Declaration
+	node     *node
 }
 
-func (s *fakeStep) Facts() Facts { return s.facts }
+func (s *fakeStep) Declaration() Declaration { return s.declared }
 
-func (s *fakeStep) Plan(context.Context, *Run) (any, error) { return s.node.plans[s.facts.Name], nil }
+func (s *fakeStep) Plan(context.Context, *Run) (any, error) {
+	return s.node.plans[s.declared.Name], nil
+}
 
 // Do makes the thing first and fails then: a step that fails may have acted.
 func (s *fakeStep) Do(ctx context.Context, _ *Run) (any, error) {
 	s.node.mu.Lock()
-	if !slices.Contains(s.node.exists, s.facts.Name) {
-		s.node.exists = append(s.node.exists, s.facts.Name)
+	if !slices.Contains(s.node.exists, s.declared.Name) {
+		s.node.exists = append(s.node.exists, s.declared.Name)
 	}
-	hook := s.node.do[s.facts.Name]
+	hook := s.node.do[s.declared.Name]
 	s.node.mu.Unlock()
-	s.node.act("do %s", s.facts.Name)
+	s.node.act("do %s", s.declared.Name)
 	if hook != nil {
 		if err := hook(ctx); err != nil {
 			return nil, err
 		}
 	}
-	return &testResult{s.facts.Name}, nil
+	return &testResult{s.declared.Name}, nil
 }
 
 func (s *fakeStep) Undo(context.Context, *Run) error {
 	s.node.mu.Lock()
-	hook := s.node.undo[s.facts.Name]
+	hook := s.node.undo[s.declared.Name]
 	s.node.mu.Unlock()
-	s.node.act("undo %s", s.facts.Name)
+	s.node.act("undo %s", s.declared.Name)
 	if hook != nil {
 		if err := hook(); err != nil {
 			return err
@@ -166,20 +171,20 @@ func (s *fakeStep) Undo(context.Context, *Run) error {
 	}
 	s.node.mu.Lock()
 	defer s.node.mu.Unlock()
-	s.node.exists = slices.DeleteFunc(s.node.exists, func(e states.Event) bool { return e == s.facts.Name })
+	s.node.exists = slices.DeleteFunc(s.node.exists, func(e states.Event) bool { return e == s.declared.Name })
 	return nil
 }
 
 func (s *fakeStep) Probe(context.Context, *Run) (bool, error) {
 	s.node.mu.Lock()
 	defer s.node.mu.Unlock()
-	return s.node.still == s.facts.Name, nil
+	return s.node.still == s.declared.Name, nil
 }
 
 type fakeEnder struct{ fakeStep }
 
 func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
-	s.node.act("stop %s", s.facts.Name)
+	s.node.act("stop %s", s.declared.Name)
 	s.node.mu.Lock()
 	defer s.node.mu.Unlock()
 	if s.node.stop != nil {
@@ -224,8 +229,7 @@ func (w *world) history() (told []Transition) {
 	return told
 }
 
-// newWorld has steps that hold each other as the real ones do.
-func newWorld(t *testing.T, change ...func(*Facts)) *world {
+func newWorld(t *testing.T, change ...func(*Declaration)) *world {
 	b := &book{}
 	w := newWorldOn(t, b, newNode(), change...)
 	w.book = b
@@ -233,35 +237,31 @@ func newWorld(t *testing.T, change ...func(*Facts)) *world {
 }
 
 // newWorldOn has an engine over a ledger and a node that there are.
-func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Facts)) *world {
-	w := &world{node: n}
-	var steps []Step
-	for _, name := range states.Steps() {
-		f := Facts{Name: name, Deadline: time.Minute, UndoDeadline: time.Minute}
-		switch name {
-		case states.RemapSnapshot:
-			f.Holds = []states.Event{states.AllocateIDs}
-		case states.StartPause:
-			f.Holds = []states.Event{states.AllocateIDs, states.RemapSnapshot}
-		case states.AttachNetwork:
-			f.Holds = []states.Event{states.CaptureNetNS}
-			f.AtStop, f.Lasting = true, true
-		case states.CaptureNetNS:
-			f.AtStop = true
-		case states.StartShim:
-			f.Holds = []states.Event{states.AllocateIDs, states.StartPause, states.CaptureNetNS}
-			f.AtStop, f.OnDemand = true, true
-		}
+func newWorldOn(t testing.TB, ledger Journal, n *node, change ...func(*Declaration)) *world {
+	declared := testSteps()
+	for i := range declared {
 		for _, c := range change {
-			c(&f)
-		}
-		if name == states.StartPause {
-			steps = append(steps, &fakeEnder{fakeStep{f, w.node}})
-		} else {
-			steps = append(steps, &fakeStep{f, w.node})
+			c(&declared[i])
 		}
 	}
-	engine, err := New(steps, ledger, func(int) time.Duration { return time.Millisecond }, w.tell, &w.meter)
+	return newRelease(t, "v1", declared, ledger, n)
+}
+
+// newRelease has an engine of a release with its own steps.
+func newRelease(t testing.TB, release string, declared []Declaration, ledger Journal, n *node) *world {
+	w := &world{node: n}
+	var steps []Step
+	for _, d := range declared {
+		if d.Name == startPause {
+			steps = append(steps, &fakeEnder{fakeStep{d, w.node}})
+		} else {
+			steps = append(steps, &fakeStep{d, w.node})
+		}
+	}
+	engine, err := New(Config{
+		Steps: steps, Process: startPause, Journal: ledger, Backoff: func(int) time.Duration { return time.Millisecond },
+		Release: release, Observe: w.tell, Meter: &w.meter,
+	})
 	require.NoError(t, err)
 	w.Engine = engine
 	t.Cleanup(func() { engine.Close(context.Background()) })
@@ -304,7 +304,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.NoError(t, w.Stop(t.Context(), testKey), "stop is idempotent")
 	require.Equal(t, states.Stopped, w.state(t))
-	require.Equal(t, []states.Event{states.AllocateIDs, states.RemapSnapshot, states.StartPause, states.DeclareReady}, w.left())
+	require.Equal(t, []states.Event{allocateIDs, remapSnapshot, startPause, declareReady}, w.left())
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	require.NoError(t, w.Remove(t.Context(), testKey), "remove is idempotent")
 
@@ -312,7 +312,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 	require.Empty(t, w.Keys())
 	require.Empty(t, w.left())
 	require.Equal(t, []states.State{
-		states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
+		idsAllocated, snapshotRemapped, pauseStarted, netNSCaptured, networkReady, states.Ready,
 		states.Stopping, states.Stopped, states.Removing, states.Removed,
 	}, w.transitions(t))
 	require.Equal(t, []string{
@@ -337,7 +337,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 }
 
 func TestFailureOfEachStepUndoesItAndAllBefore(t *testing.T) {
-	path := states.CreationPath()
+	path := creationPath()
 	for i, failing := range path {
 		t.Run(string(failing), func(t *testing.T) {
 			w := newWorld(t)
@@ -366,7 +366,7 @@ func TestFailureOfEachStepUndoesItAndAllBefore(t *testing.T) {
 }
 
 func TestFirstTryOfEachUndoFails(t *testing.T) {
-	for _, failing := range states.CreationPath() {
+	for _, failing := range creationPath() {
 		t.Run(string(failing), func(t *testing.T) {
 			w := newWorld(t)
 			release := make(chan struct{})
@@ -379,7 +379,7 @@ func TestFirstTryOfEachUndoFails(t *testing.T) {
 				<-release
 				return nil
 			}
-			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
 			err := w.run(t)
 			require.ErrorContains(t, err, "step declare_ready")
 			require.ErrorContains(t, err, "undo of step "+string(failing))
@@ -395,24 +395,24 @@ func TestFirstTryOfEachUndoFails(t *testing.T) {
 func TestFailedUndoHoldsWhatItUses(t *testing.T) {
 	w := newWorld(t)
 	failed := errors.New("the process won't die")
-	w.undo[states.StartPause] = func() error { return failed }
-	w.do[states.AttachNetwork] = func(context.Context) error { return errors.New("no network") }
+	w.undo[startPause] = func() error { return failed }
+	w.do[attachNetwork] = func(context.Context) error { return errors.New("no network") }
 	err := w.run(t)
 	require.ErrorIs(t, err, failed)
-	require.Equal(t, []states.Event{states.AllocateIDs, states.RemapSnapshot, states.StartPause}, w.left(),
+	require.Equal(t, []states.Event{allocateIDs, remapSnapshot, startPause}, w.left(),
 		"what a process may use must stay; the network and its namespace go all the same")
 
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
 	require.Equal(t, states.RolledBack, view.Goal)
-	require.Equal(t, StepOwed, view.Step(states.AllocateIDs).Status)
-	require.EqualError(t, view.Step(states.AllocateIDs).Err, "waits for the undo of start_pause")
-	require.False(t, view.Step(states.AllocateIDs).OwedSince.IsZero())
-	require.ErrorIs(t, view.Step(states.StartPause).Err, failed)
-	require.Equal(t, StepUndone, view.Step(states.AttachNetwork).Status)
+	require.Equal(t, StepOwed, view.Step(allocateIDs).Status)
+	require.EqualError(t, view.Step(allocateIDs).Err, "waits for the undo of start_pause")
+	require.False(t, view.Step(allocateIDs).OwedSince.IsZero())
+	require.ErrorIs(t, view.Step(startPause).Err, failed)
+	require.Equal(t, StepUndone, view.Step(attachNetwork).Status)
 	require.Error(t, w.Remove(t.Context(), testKey), "a sandbox that owes stays")
 	w.node.mu.Lock()
-	delete(w.undo, states.StartPause)
+	delete(w.undo, startPause)
 	w.node.mu.Unlock()
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	require.Empty(t, w.left())
@@ -422,7 +422,7 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	tries, release := 0, make(chan struct{})
-	w.undo[states.AttachNetwork] = func() error {
+	w.undo[attachNetwork] = func() error {
 		if tries++; tries == 1 {
 			return errors.New("no luck")
 		}
@@ -440,9 +440,9 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
 	for name, fail := range map[string]func(w *world, luck error){
 		"pause can't be ended":         func(w *world, luck error) { w.stop = luck },
-		"what a stop undoes":           func(w *world, luck error) { w.undo[states.AttachNetwork] = func() error { return luck } },
-		"what only a removal undoes":   func(w *world, luck error) { w.undo[states.RemapSnapshot] = func() error { return luck } },
-		"the undo of a step on demand": func(w *world, luck error) { w.undo[states.StartShim] = func() error { return luck } },
+		"what a stop undoes":           func(w *world, luck error) { w.undo[attachNetwork] = func() error { return luck } },
+		"what only a removal undoes":   func(w *world, luck error) { w.undo[remapSnapshot] = func() error { return luck } },
+		"the undo of a step on demand": func(w *world, luck error) { w.undo[startShim] = func() error { return luck } },
 	} {
 		for restart, resume := range map[string]func(t *testing.T, w *world) *world{
 			"the same daemon": func(_ *testing.T, w *world) *world { return w },
@@ -488,11 +488,11 @@ func TestUndoThatDoesntFindSomething(t *testing.T) {
 				return w.Halt(t.Context(), testKey)
 			},
 			"a stop": func(w *world) error {
-				w.undo[states.AttachNetwork] = func() error { return luck }
+				w.undo[attachNetwork] = func() error { return luck }
 				return w.Stop(t.Context(), testKey)
 			},
 			"a removal": func(w *world) error {
-				w.undo[states.RemapSnapshot] = func() error { return luck }
+				w.undo[remapSnapshot] = func() error { return luck }
 				return w.Remove(t.Context(), testKey)
 			},
 		} {
@@ -518,7 +518,7 @@ func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 	require.NoError(t, w.Create(t.Context(), testKey, req))
 	require.NoError(t, w.Start(t.Context(), testKey))
 	w.backoff = func(int) time.Duration { return time.Hour }
-	w.undo[states.AttachNetwork] = func() error { return errors.New("no luck") }
+	w.undo[attachNetwork] = func() error { return errors.New("no luck") }
 	require.Error(t, w.Remove(t.Context(), testKey))
 	next := journal.Key{Namespace: "k8s.io", ID: "s2"}
 	require.NoError(t, w.Create(t.Context(), next, req))
@@ -536,12 +536,12 @@ func TestRestartWhileARemovalStops(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	var saved []journal.Sandbox
-	w.undo[states.AttachNetwork] = func() error {
+	w.undo[attachNetwork] = func() error {
 		saved = w.book.saved()
 		return nil
 	}
 	require.NoError(t, w.Remove(t.Context(), testKey))
-	w.book.records, w.node.exists = saved[0].Records, states.CreationPath()
+	w.book.records, w.node.exists = saved[0].Records, creationPath()
 	w = w.restart(t, Recorded)
 	require.Equal(t, states.Stopping, w.state(t))
 	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
@@ -560,7 +560,7 @@ func TestRecordThatFails(t *testing.T) {
 		t.Run(tc.record, func(t *testing.T) {
 			w := newWorld(t)
 			w.book.refuse = func(r *journal.Record) error {
-				if string(r.Kind) == tc.record && r.Step == string(states.StartPause) {
+				if string(r.Kind) == tc.record && r.Step == string(startPause) {
 					return full
 				}
 				return nil
@@ -576,7 +576,7 @@ func TestRecordThatFails(t *testing.T) {
 	}
 	t.Run("intent with a plan", func(t *testing.T) {
 		w := newWorld(t)
-		w.plans = map[states.Event]any{states.AllocateIDs: &testResult{states.AllocateIDs}}
+		w.plans = map[states.Event]any{allocateIDs: &testResult{allocateIDs}}
 		w.book.refuse = func(r *journal.Record) error {
 			if r.Kind == journal.Intent {
 				return full
@@ -630,7 +630,7 @@ func TestPauseExit(t *testing.T) {
 	t.Run("before ready", func(t *testing.T) {
 		w := newWorld(t)
 		started := make(chan struct{})
-		w.do[states.AttachNetwork] = func(ctx context.Context) error {
+		w.do[attachNetwork] = func(ctx context.Context) error {
 			close(started)
 			<-ctx.Done()
 			return ctx.Err()
@@ -648,11 +648,11 @@ func TestPauseExit(t *testing.T) {
 	t.Run("after the rollback", func(t *testing.T) {
 		// The exit of a pause that the rollback killed comes when the sandbox is gone.
 		w := newWorld(t)
-		w.undo[states.AllocateIDs] = func() error {
+		w.undo[allocateIDs] = func() error {
 			w.PauseExited(testKey, Exit{Code: 137})
 			return nil
 		}
-		w.do[states.DeclareReady] = func(context.Context) error { return errors.New("no luck") }
+		w.do[declareReady] = func(context.Context) error { return errors.New("no luck") }
 		require.Error(t, w.run(t))
 		w.Close(context.Background())
 		require.NotContains(t, w.book.read(), "exited")
@@ -666,7 +666,7 @@ func TestCallerThatGoesFailsTheRunningStep(t *testing.T) {
 	w := newWorld(t)
 	w.create(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	w.do[states.StartPause] = func(ctx context.Context) error {
+	w.do[startPause] = func(ctx context.Context) error {
 		cancel()
 		<-ctx.Done()
 		return ctx.Err()
@@ -678,8 +678,8 @@ func TestCallerThatGoesFailsTheRunningStep(t *testing.T) {
 }
 
 func TestStepDeadline(t *testing.T) {
-	w := newWorld(t, func(f *Facts) { f.Deadline = time.Millisecond })
-	w.do[states.RemapSnapshot] = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	w := newWorld(t, func(f *Declaration) { f.Deadline = time.Millisecond })
+	w.do[remapSnapshot] = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 	require.ErrorIs(t, w.run(t), context.DeadlineExceeded)
 	require.Empty(t, w.left())
 }
@@ -700,12 +700,12 @@ func TestStepDeadlineIsNamed(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, func(f *Facts) {
-				if f.Name == states.StartPause {
+			w := newWorld(t, func(f *Declaration) {
+				if f.Name == startPause {
 					f.Deadline = time.Millisecond
 				}
 			})
-			w.do[states.StartPause] = func(ctx context.Context) error { <-ctx.Done(); return tc.fails(ctx) }
+			w.do[startPause] = func(ctx context.Context) error { <-ctx.Done(); return tc.fails(ctx) }
 			err := w.run(t)
 			require.EqualError(t, err, tc.want)
 			require.Equal(t, context.DeadlineExceeded, errdefs.Resolve(err))
@@ -716,9 +716,9 @@ func TestStepDeadlineIsNamed(t *testing.T) {
 
 func TestStepThatPanics(t *testing.T) {
 	w := newWorld(t)
-	w.do[states.StartPause] = func(context.Context) error { panic("a bug") }
-	w.undo[states.RemapSnapshot] = func() error {
-		delete(w.undo, states.RemapSnapshot)
+	w.do[startPause] = func(context.Context) error { panic("a bug") }
+	w.undo[remapSnapshot] = func() error {
+		delete(w.undo, remapSnapshot)
 		panic("another")
 	}
 	require.True(t, errdefs.IsInternal(w.run(t)))
@@ -728,17 +728,17 @@ func TestStepThatPanics(t *testing.T) {
 
 // While a step hangs, it is what the sandbox waits for.
 func TestStepThatHangsIsBlamed(t *testing.T) {
-	w := newWorld(t, func(f *Facts) {
-		if f.Name == states.CaptureNetNS {
+	w := newWorld(t, func(f *Declaration) {
+		if f.Name == captureNetNS {
 			f.Deadline = 100 * time.Millisecond
 		}
 	})
-	w.do[states.CaptureNetNS] = func(ctx context.Context) error {
+	w.do[captureNetNS] = func(ctx context.Context) error {
 		view, err := w.Get(testKey)
 		require.NoError(t, err)
 		current, _ := view.Current()
-		require.Equal(t, states.CaptureNetNS, current.Name)
-		require.Equal(t, states.PauseStarted, view.State, "the state waits for the step")
+		require.Equal(t, captureNetNS, current.Name)
+		require.Equal(t, pauseStarted, view.State, "the state waits for the step")
 		<-ctx.Done()
 		return context.Cause(ctx)
 	}
@@ -749,7 +749,7 @@ func TestStepThatHangsIsBlamed(t *testing.T) {
 // What ends a creation ends the step that runs, which is no failure of the step. Whatever the step says then, also that it went well, it
 // moves nothing any more: the last step doesn't make a sandbox ready that is rolled back next.
 func TestCreationEndsWhileAStepRuns(t *testing.T) {
-	path := states.CreationPath()
+	path := creationPath()
 	for name, tc := range map[string]struct {
 		end  func(w *world) error // of the creation
 		want string
@@ -763,7 +763,7 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 			OutcomeCanceled: context.Cause,
 			OutcomeOK:       func(context.Context) error { return nil },
 		} {
-			for _, during := range []states.Event{states.AttachNetwork, states.DeclareReady} {
+			for _, during := range []states.Event{attachNetwork, declareReady} {
 				t.Run(fmt.Sprintf("%s, %s %s", name, during, outcome), func(t *testing.T) {
 					w := newWorld(t)
 					running := make(chan struct{})
@@ -773,7 +773,7 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 						return result(ctx)
 					}
 					var replayed, live []Transition
-					w.undo[states.AllocateIDs] = func() error {
+					w.undo[allocateIDs] = func() error {
 						replayed, live = w.replayed(t).Transitions, w.view(t).Transitions
 						return nil
 					}
@@ -792,7 +792,7 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 
 					var passed []states.State
 					for _, step := range path[:slices.Index(path, during)] {
-						next, _ := states.Next(append([]states.State{states.New}, passed...)[len(passed)], step)
+						next, _ := testTable.Next(append([]states.State{states.New}, passed...)[len(passed)], step)
 						passed = append(passed, next)
 					}
 					require.Equal(t, append(passed, states.RollingBack), destinations(live))
@@ -832,28 +832,36 @@ func TestRefusals(t *testing.T) {
 func TestNewRefusesStepsThatDontFit(t *testing.T) {
 	good := func() []Step {
 		var steps []Step
-		for _, name := range states.Steps() {
-			steps = append(steps, &fakeStep{Facts{Name: name, Deadline: 1, UndoDeadline: 1, OnDemand: name == states.StartShim}, newNode()})
+		for _, d := range testSteps() {
+			if d.Name == startPause {
+				steps = append(steps, &fakeEnder{fakeStep{d, newNode()}})
+			} else {
+				steps = append(steps, &fakeStep{d, newNode()})
+			}
 		}
 		return steps
 	}
 	for name, spoil := range map[string]func([]Step) []Step{
-		"one too few":                func(s []Step) []Step { return s[1:] },
-		"none on demand":             func(s []Step) []Step { return s[:len(s)-1] },
-		"wrong order":                func(s []Step) []Step { s[0], s[1] = s[1], s[0]; return s },
-		"holds a later":              func(s []Step) []Step { s[0].(*fakeStep).facts.Holds = []states.Event{states.DeclareReady}; return s },
-		"holds itself":               func(s []Step) []Step { s[1].(*fakeStep).facts.Holds = []states.Event{states.RemapSnapshot}; return s },
-		"the path's on demand":       func(s []Step) []Step { s[1].(*fakeStep).facts.OnDemand = true; return s },
-		"off the path, not demanded": func(s []Step) []Step { s[len(s)-1].(*fakeStep).facts.OnDemand = false; return s },
-		"no deadline":                func(s []Step) []Step { s[1].(*fakeStep).facts.Deadline = 0; return s },
-		"no deadline of its undo":    func(s []Step) []Step { s[1].(*fakeStep).facts.UndoDeadline = 0; return s },
+		"no end":        func(s []Step) []Step { return s[:len(s)-2] },
+		"one twice":     func(s []Step) []Step { return append(s, s[len(s)-1]) },
+		"no process":    func(s []Step) []Step { return slices.Delete(s, 2, 3) },
+		"wrong order":   func(s []Step) []Step { s[0], s[1] = s[1], s[0]; return s },
+		"holds a later": func(s []Step) []Step { s[0].(*fakeStep).declared.Holds = []states.Event{declareReady}; return s },
+		"holds itself": func(s []Step) []Step {
+			s[1].(*fakeStep).declared.Holds = []states.Event{remapSnapshot}
+			return s
+		},
+		"the path's on demand":       func(s []Step) []Step { s[1].(*fakeStep).declared.OnDemand = true; return s },
+		"off the path, not demanded": func(s []Step) []Step { s[len(s)-1].(*fakeStep).declared.OnDemand = false; return s },
+		"no deadline":                func(s []Step) []Step { s[1].(*fakeStep).declared.Deadline = 0; return s },
+		"no deadline of its undo":    func(s []Step) []Step { s[1].(*fakeStep).declared.UndoDeadline = 0; return s },
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := New(spoil(good()), &book{}, DefaultBackoff, nil, nil)
+			_, err := New(Config{Steps: spoil(good()), Process: startPause, Journal: &book{}, Backoff: DefaultBackoff})
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		})
 	}
-	_, err := New(good(), &book{}, DefaultBackoff, nil, nil)
+	_, err := New(Config{Steps: good(), Process: startPause, Journal: &book{}, Backoff: DefaultBackoff})
 	require.NoError(t, err)
 }
 
@@ -914,7 +922,7 @@ func TestWhenPaid(t *testing.T) {
 			require.NoError(t, w.run(t))
 			if tc.fails {
 				failed := false
-				w.undo[states.StartPause] = func() error {
+				w.undo[startPause] = func() error {
 					if failed {
 						return nil
 					}
@@ -933,16 +941,16 @@ func TestWhenPaid(t *testing.T) {
 // Of a lasting step a reboot may take what nothing depends on yet. What it announces, its result, and that a stop has undone it, wait
 // for the disk.
 func TestWhatWaitsForTheDisk(t *testing.T) {
-	w := newWorld(t, func(f *Facts) { f.Lasting = f.Lasting || f.Name == states.AllocateIDs })
+	w := newWorld(t, func(f *Declaration) { f.Lasting = f.Lasting || f.Name == allocateIDs })
 	w.plans = map[states.Event]any{}
-	for _, name := range states.CreationPath() {
+	for _, name := range creationPath() {
 		w.plans[name] = &testResult{name}
 	}
 	require.NoError(t, w.run(t))
 	s, err := w.lookup(testKey)
 	require.NoError(t, err)
 	for _, step := range w.Engine.steps {
-		if name := step.Facts().Name; name == states.AttachNetwork || name == states.StartPause {
+		if name := step.Declaration().Name; name == attachNetwork || name == startPause {
 			r := s.run(step)
 			require.NoError(t, r.Announce(t.Context(), &testResult{"begins"}))
 			require.NoError(t, r.Note(t.Context(), &testResult{"has ended"}))

@@ -38,10 +38,10 @@ func TestEachTransitionIsToldOnceAndInOrder(t *testing.T) {
 	require.NoError(t, w.Remove(t.Context(), testKey))
 
 	told := w.history()
-	require.Equal(t, slices.Concat(states.CreationPath(), []states.Event{states.Stop, states.FinishStop, states.Remove, states.FinishRemove}), events(told))
+	require.Equal(t, slices.Concat(creationPath(), []states.Event{states.Stop, states.FinishStop, states.Remove, states.FinishRemove}), events(told))
 	for i, transition := range told {
 		require.EqualValues(t, i+1, transition.Seq)
-		if i < len(states.CreationPath()) {
+		if i < len(creationPath()) {
 			require.Equal(t, transition.Event, transition.Step)
 		} else {
 			require.Empty(t, transition.Step)
@@ -71,7 +71,7 @@ func TestTransitionsAreToldAfterTheyAreOnRecord(t *testing.T) {
 	w := newWorld(t)
 	w.create(t)
 	for i, want := range []string{"done allocate_ids", "done remap_snapshot", "done start_pause", "done capture_netns", "done attach_network", "done declare_ready"} {
-		step := states.CreationPath()[i]
+		step := creationPath()[i]
 		w.do[step] = func(context.Context) error {
 			require.Len(t, w.history(), i)
 			require.NotContains(t, w.book.read(), want)
@@ -83,7 +83,7 @@ func TestTransitionsAreToldAfterTheyAreOnRecord(t *testing.T) {
 
 func TestHistoryOfAFailure(t *testing.T) {
 	w := newWorld(t)
-	w.do[states.CaptureNetNS] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
+	w.do[captureNetNS] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
 	w.create(t)
 	require.Error(t, w.Start(inTrace(t.Context(), 7), testKey))
 
@@ -92,7 +92,7 @@ func TestHistoryOfAFailure(t *testing.T) {
 	require.ErrorContains(t, last.Err, "no luck")
 	rollback := last.Transitions[3]
 	require.Equal(t, states.RollBack, rollback.Event)
-	require.Equal(t, states.CaptureNetNS, rollback.Step)
+	require.Equal(t, captureNetNS, rollback.Step)
 	require.Equal(t, "unavailable", rollback.Class)
 	require.Equal(t, trace.TraceID{7}.String(), rollback.TraceID)
 	require.Equal(t, []string{
@@ -108,8 +108,8 @@ func TestHistoryOfAFailure(t *testing.T) {
 // What a restart makes of the records is what was told before it.
 func TestHistoryOverARestart(t *testing.T) {
 	w := newWorld(t)
-	w.do[states.AttachNetwork] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
-	w.undo[states.StartPause] = func() error { return errors.New("won't die") }
+	w.do[attachNetwork] = func(context.Context) error { return fmt.Errorf("no luck: %w", errdefs.ErrUnavailable) }
+	w.undo[startPause] = func() error { return errors.New("won't die") }
 	w.create(t)
 	require.Error(t, w.Start(inTrace(t.Context(), 7), testKey))
 	require.Eventually(t, func() bool { return len(w.history()) > 20 }, 10*time.Second, time.Millisecond, "the debt is tried again and again")
@@ -130,7 +130,7 @@ func TestHistoryOverARestart(t *testing.T) {
 		require.Equal(t, fmt.Sprint(was.Err), fmt.Sprint(is.Err))
 	}
 	require.Equal(t, tried(before), tried(after))
-	require.ErrorContains(t, after.Step(states.AttachNetwork).Err, "no luck")
+	require.ErrorContains(t, after.Step(attachNetwork).Err, "no luck")
 
 	// The numbers go on where they were, also when the ledger has compacted what says the same.
 	records := w.book.records
@@ -146,17 +146,17 @@ func TestHistoryOverARestart(t *testing.T) {
 
 func TestHistoryIsBounded(t *testing.T) {
 	w := newWorld(t)
-	w.do[states.AttachNetwork] = func(context.Context) error { return errors.New("no luck") }
-	w.undo[states.StartPause] = func() error { return errors.New("won't die") }
+	w.do[attachNetwork] = func(context.Context) error { return errors.New("no luck") }
+	w.undo[startPause] = func() error { return errors.New("won't die") }
 	require.Error(t, w.run(t))
 	require.Eventually(t, func() bool { return len(w.history()) > 2*keepTransitions }, 20*time.Second, time.Millisecond)
 	view, ok := w.Find(testKey)
 	require.True(t, ok)
 	require.Len(t, view.Transitions, keepTransitions)
 	require.Equal(t, states.RollBack, view.Transitions[4].Event)
-	require.Equal(t, states.AttachNetwork, view.Transitions[4].Step, "how it began stays")
+	require.Equal(t, attachNetwork, view.Transitions[4].Step, "how it began stays")
 	require.Greater(t, view.Transitions[keepTransitions-1].Seq, uint64(2*keepTransitions))
-	require.LessOrEqual(t, len(view.Acts), 3*2*len(states.CreationPath()))
+	require.LessOrEqual(t, len(view.Acts), 3*2*len(creationPath()))
 	require.Equal(t, "do allocate_ids", tried(view)[0])
 	w.node.mend()
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)

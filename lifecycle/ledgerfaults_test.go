@@ -85,7 +85,7 @@ func TestEachWriteFails(t *testing.T) {
 				return false
 			}
 			for range 2 {
-				_ = w.Demand(t.Context(), testKey, states.StartShim)
+				_ = w.Demand(t.Context(), testKey, startShim)
 			}
 			return true
 		},
@@ -93,21 +93,21 @@ func TestEachWriteFails(t *testing.T) {
 			if create(t, w) != nil {
 				return false
 			}
-			w.do[states.StartShim] = func(context.Context) error { return errors.New("no shim") }
-			w.undo[states.StartShim] = func() error { return errors.New("no luck") }
+			w.do[startShim] = func(context.Context) error { return errors.New("no shim") }
+			w.undo[startShim] = func() error { return errors.New("no luck") }
 			for range 2 {
-				require.Error(t, w.Demand(t.Context(), testKey, states.StartShim))
+				require.Error(t, w.Demand(t.Context(), testKey, startShim))
 			}
 			return true
 		},
 		"a creation that is rolled back": func(t *testing.T, w *world) bool {
-			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
 			require.Error(t, create(t, w))
 			return false
 		},
 		"an undo that is owed": func(t *testing.T, w *world) bool {
-			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
-			w.undo[states.AttachNetwork] = func() error { return errors.New("no luck") }
+			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.undo[attachNetwork] = func() error { return errors.New("no luck") }
 			require.Error(t, create(t, w))
 			return false
 		},
@@ -163,7 +163,7 @@ func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world)
 		}
 		require.NoError(t, next.Resume(t.Context(), testKey, verdict))
 		if view, err := next.Get(testKey); err == nil && view.State == states.Ready {
-			require.Subset(t, next.left(), states.CreationPath(), "write %d: it is ready, and something of it is missing", at)
+			require.Subset(t, next.left(), creationPath(), "write %d: it is ready, and something of it is missing", at)
 		}
 	}
 	if ready {
@@ -204,7 +204,7 @@ func (s *noting) Undo(ctx context.Context, r *Run) error {
 	if err := s.fakeStep.Undo(ctx, r); err != nil {
 		return err
 	}
-	return r.Note(ctx, &testResult{s.facts.Name})
+	return r.Note(ctx, &testResult{s.declared.Name})
 }
 
 func (s *noting) Probe(_ context.Context, r *Run) (bool, error) { return len(r.Notes()) == 0, nil }
@@ -220,8 +220,8 @@ func TestUndoThatCantBeNoted(t *testing.T) {
 			require.NoError(t, w.run(t))
 			w = past(t, w)
 			for i, step := range w.Engine.steps {
-				if facts := step.Facts(); facts.Name == states.AttachNetwork {
-					w.Engine.steps[i] = &noting{fakeStep{facts, w.node}}
+				if declared := step.Declaration(); declared.Name == attachNetwork {
+					w.Engine.steps[i] = &noting{fakeStep{declared, w.node}}
 				}
 			}
 			w.book.mu.Lock()

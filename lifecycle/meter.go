@@ -81,13 +81,14 @@ func (s *sandbox) logAct(ctx context.Context, act Act, outcome Outcome) {
 	}
 }
 
-// Census is a look at all sandboxes at one moment. It costs about a microsecond a sandbox, and asks nothing of the host.
+// Census is a look at all sandboxes at one moment. It costs about a microsecond a sandbox, and asks nothing of the host. What this release
+// has is in its maps even where nothing of it is counted; what another release has, only where there is some.
 type Census struct {
-	// States are how many sandboxes are in each state that any is in.
+	// States are how many sandboxes are in each state that is not terminal.
 	States map[states.State]int
-	// Acts are when what is under way was begun, the oldest of each step and kind.
+	// Acts are when what is under way was begun, the oldest of each step and kind; zero for none.
 	Acts map[StepAct]time.Time
-	// Debts are the steps whose undo is owed.
+	// Debts are of the steps whose undo is owed.
 	Debts map[states.Event]Debt
 }
 
@@ -105,17 +106,34 @@ type Debt struct {
 
 // Census counts the sandboxes.
 func (e *Engine) Census() Census {
-	c := Census{States: map[states.State]int{}, Acts: map[StepAct]time.Time{}, Debts: map[states.Event]Debt{}}
+	c := e.emptyCensus()
 	for _, s := range e.all() {
 		s.count(c)
 	}
 	return c
 }
 
+func (e *Engine) emptyCensus() Census {
+	c := Census{States: map[states.State]int{}, Acts: map[StepAct]time.Time{}, Debts: map[states.Event]Debt{}}
+	for _, state := range e.table.States() {
+		if !state.Terminal() {
+			c.States[state] = 0
+		}
+	}
+	for _, step := range e.table.Steps() {
+		c.Acts[StepAct{step, ActDo}], c.Acts[StepAct{step, ActUndo}] = time.Time{}, time.Time{}
+		c.Debts[step] = Debt{}
+	}
+	c.Acts[StepAct{e.process.Declaration().Name, ActStop}] = time.Time{}
+	return c
+}
+
 func (s *sandbox) count(c Census) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c.States[s.state()]++
+	if state := s.state(); !state.Terminal() {
+		c.States[state]++
+	}
 	for name, rec := range s.steps {
 		if act := (StepAct{name, rec.acting}); rec.acting != "" && earlier(rec.actingSince, c.Acts[act]) {
 			c.Acts[act] = rec.actingSince

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"testing"
@@ -54,8 +55,8 @@ func (m *testMeter) recovered() []Recovery {
 func TestEachTryIsMetered(t *testing.T) {
 	w := newWorld(t)
 	undos := 0
-	w.do[states.AttachNetwork] = func(context.Context) error { return errNoLuck }
-	w.undo[states.CaptureNetNS] = func() error {
+	w.do[attachNetwork] = func(context.Context) error { return errNoLuck }
+	w.undo[captureNetNS] = func() error {
 		if undos++; undos < 3 {
 			return errNoLuck
 		}
@@ -73,35 +74,60 @@ func TestEachTryIsMetered(t *testing.T) {
 func TestCensus(t *testing.T) {
 	w := newWorld(t)
 	reached, release := make(chan struct{}), make(chan struct{})
-	w.do[states.AttachNetwork] = func(context.Context) error {
+	w.do[attachNetwork] = func(context.Context) error {
 		close(reached)
 		<-release
 		return errNoLuck
 	}
-	w.undo[states.AttachNetwork] = func() error { return errNoLuck }
+	w.undo[attachNetwork] = func() error { return errNoLuck }
 	w.engineWaits()
 	w.create(t)
-	require.Equal(t, map[states.State]int{states.New: 1}, w.Census().States)
+	require.Equal(t, map[states.State]int{states.New: 1}, counted(w.Census()))
 	done := make(chan error, 1)
 	go func() { done <- w.Start(context.Background(), testKey) }()
 	<-reached
 
 	census := w.Census()
-	require.Equal(t, map[states.State]int{states.NetNSCaptured: 1}, census.States)
-	require.Len(t, census.Acts, 1)
-	since, ok := census.Acts[StepAct{states.AttachNetwork, ActDo}]
+	require.Equal(t, map[states.State]int{netNSCaptured: 1}, counted(census))
+	require.Equal(t, []StepAct{{attachNetwork, ActDo}}, underWay(census))
+	since, ok := census.Acts[StepAct{attachNetwork, ActDo}]
 	require.True(t, ok)
 	require.WithinDuration(t, time.Now(), since, time.Minute)
-	require.Empty(t, census.Debts)
+	require.Zero(t, census.Debts[attachNetwork])
 
 	close(release)
 	require.Error(t, <-done)
 	census = w.Census()
-	require.Equal(t, map[states.State]int{states.CleanupOwed: 1}, census.States)
-	require.Empty(t, census.Acts)
-	require.Equal(t, 1, census.Debts[states.AttachNetwork].Count)
-	require.Equal(t, 1, census.Debts[states.CaptureNetNS].Count, "it waits for the other")
-	require.WithinDuration(t, time.Now(), census.Debts[states.AttachNetwork].Since, time.Minute)
+	require.Equal(t, map[states.State]int{states.CleanupOwed: 1}, counted(census))
+	require.Empty(t, underWay(census))
+	require.Equal(t, 1, census.Debts[attachNetwork].Count)
+	require.Equal(t, 1, census.Debts[captureNetNS].Count, "it waits for the other")
+	require.WithinDuration(t, time.Now(), census.Debts[attachNetwork].Since, time.Minute)
+}
+
+// What this release has is in a census before there is any of it.
+func TestCensusOfNothing(t *testing.T) {
+	census := newWorld(t).Census()
+	require.Len(t, census.States, len(testTable.States())-2, "all but the two ends")
+	require.Len(t, census.Acts, 2*len(stepNames())+1)
+	require.Len(t, census.Debts, len(stepNames()))
+	require.Empty(t, counted(census))
+	require.Empty(t, underWay(census))
+}
+
+// counted are the states that sandboxes are in.
+func counted(c Census) map[states.State]int {
+	maps.DeleteFunc(c.States, func(_ states.State, count int) bool { return count == 0 })
+	return c.States
+}
+
+func underWay(c Census) (acts []StepAct) {
+	for act, since := range c.Acts {
+		if !since.IsZero() {
+			acts = append(acts, act)
+		}
+	}
+	return acts
 }
 
 // engineWaits makes the engine leave what is owed to the test.
@@ -117,7 +143,7 @@ func TestRecoveriesAreMetered(t *testing.T) {
 		"ready":                   {leave: readyWorld, want: RecoveryAdopted},
 		"ready, and pause ended":  {leave: func(t *testing.T) *world { w := readyWorld(t); w.exited = &Exit{Code: 1}; return w }, want: RecoveryLostPause},
 		"ready, and nobody knows": {leave: func(t *testing.T) *world { w := readyWorld(t); w.unknown = errNoLuck; return w }, want: RecoveryUnknown},
-		"being made":              {leave: func(t *testing.T) *world { return interrupted(t, states.AttachNetwork) }, want: RecoveryRolledBack},
+		"being made":              {leave: func(t *testing.T) *world { return interrupted(t, attachNetwork) }, want: RecoveryRolledBack},
 		"nobody's":                {leave: readyWorld, verdict: Discard, want: RecoveryRemoved},
 		"from before a reboot":    {leave: readyWorld, past: LostReady, verdict: Gone, want: RecoveryStopped},
 		"stopped": {leave: func(t *testing.T) *world {
@@ -126,8 +152,8 @@ func TestRecoveriesAreMetered(t *testing.T) {
 			return w
 		}, want: RecoveryKept},
 		"an undo that fails": {leave: func(t *testing.T) *world {
-			w := interrupted(t, states.AttachNetwork)
-			w.undo[states.AllocateIDs] = func() error { return errNoLuck }
+			w := interrupted(t, attachNetwork)
+			w.undo[allocateIDs] = func() error { return errNoLuck }
 			return w
 		}, want: RecoveryOwed},
 	} {
@@ -152,12 +178,11 @@ func readyWorld(t *testing.T) *world {
 func BenchmarkCensus(b *testing.B) {
 	for _, count := range []int{10, 1000} {
 		b.Run(fmt.Sprint(count), func(b *testing.B) {
-			e := &Engine{sandboxes: map[journal.Key]*sandbox{}, meter: unmetered{}}
+			process := &fakeEnder{fakeStep{declared: testSteps()[2]}}
+			e := &Engine{table: testTable, process: process, sandboxes: map[journal.Key]*sandbox{}, meter: unmetered{}}
 			for i := range count {
 				key := journal.Key{Namespace: "ns", ID: fmt.Sprint(i)}
-				s, err := newSandbox(e, key, Request{})
-				require.NoError(b, err)
-				e.sandboxes[key] = s
+				e.sandboxes[key] = newSandbox(e, key, Request{})
 			}
 			for b.Loop() {
 				e.Census()

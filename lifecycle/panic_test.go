@@ -57,7 +57,7 @@ func TestHookThatPanics(t *testing.T) {
 			require.NoError(t, w.Start(ctx, testKey))
 			require.Equal(t, states.Ready, w.state(t))
 			require.NoError(t, w.Check(ctx, testKey))
-			require.NoError(t, w.Demand(ctx, testKey, states.StartShim))
+			require.NoError(t, w.Demand(ctx, testKey, startShim))
 			require.NoError(t, w.Stop(ctx, testKey))
 			require.NoError(t, w.Remove(ctx, testKey))
 			require.Empty(t, w.left())
@@ -65,9 +65,9 @@ func TestHookThatPanics(t *testing.T) {
 		t.Run(name+", of a creation that fails", func(t *testing.T) {
 			w := newWorld(t)
 			ctx := spoil(w, t.Context())
-			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
 			fails := true
-			w.undo[states.AttachNetwork] = func() error {
+			w.undo[attachNetwork] = func() error {
 				if fails {
 					fails = false
 					return errors.New("no luck")
@@ -83,7 +83,7 @@ func TestHookThatPanics(t *testing.T) {
 			w := newWorld(t)
 			ctx := spoil(w, t.Context())
 			running := make(chan struct{})
-			w.do[states.StartPause] = func(ctx context.Context) error {
+			w.do[startPause] = func(ctx context.Context) error {
 				close(running)
 				<-ctx.Done()
 				return nil
@@ -101,7 +101,7 @@ func TestHookThatPanics(t *testing.T) {
 			require.NoError(t, ready.Resume(spoil(ready, t.Context()), testKey, Keep))
 			require.Equal(t, states.Ready, ready.state(t))
 
-			half := interrupted(t, states.AttachNetwork).restart(t, Recorded)
+			half := interrupted(t, attachNetwork).restart(t, Recorded)
 			require.NoError(t, half.Resume(spoil(half, t.Context()), testKey, Keep))
 			require.Eventually(t, half.gone, 10*time.Second, time.Millisecond)
 			require.Empty(t, half.left())
@@ -146,7 +146,7 @@ func TestRestoreThatPanics(t *testing.T) {
 		}
 		return Request{Pod: "ns/pod", Spec: &testSpec{}}, Recorded
 	}
-	views, err := Replay(saved, describe)
+	views, err := Replay(testTable, saved, describe)
 	require.NoError(t, err)
 	require.Equal(t, states.Quarantined, views[0].State)
 	require.Equal(t, states.Ready, views[1].State)

@@ -25,7 +25,7 @@ func debts(view View) (owed []states.Event) {
 // replayed is what the world's ledger says without an engine.
 func (w *world) replayed(t *testing.T) View {
 	t.Helper()
-	views, err := Replay(w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
+	views, err := Replay(testTable, w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
 		return Request{Pod: "ns/pod", Spec: spec}, Recorded
 	})
 	require.NoError(t, err)
@@ -44,32 +44,32 @@ func TestReplayShowsWhatIsOwed(t *testing.T) {
 		owed []states.Event
 	}{
 		{"a rollback", func(t *testing.T, w *world) error {
-			w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
-			w.undo[states.StartPause] = fail
+			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
+			w.undo[startPause] = fail
 			return w.run(t)
-		}, states.RolledBack, []states.Event{states.StartPause, states.AllocateIDs, states.RemapSnapshot}},
+		}, states.RolledBack, []states.Event{startPause, allocateIDs, remapSnapshot}},
 		{"a stop", func(t *testing.T, w *world) error {
 			require.NoError(t, w.run(t))
-			w.undo[states.AttachNetwork] = fail
+			w.undo[attachNetwork] = fail
 			return w.Stop(t.Context(), testKey)
-		}, states.Stopped, []states.Event{states.AttachNetwork, states.CaptureNetNS}},
+		}, states.Stopped, []states.Event{attachNetwork, captureNetNS}},
 		{"a stop, of a step on demand", func(t *testing.T, w *world) error {
 			require.NoError(t, w.run(t))
-			require.NoError(t, w.Demand(t.Context(), testKey, states.StartShim))
-			w.undo[states.StartShim] = fail
+			require.NoError(t, w.Demand(t.Context(), testKey, startShim))
+			w.undo[startShim] = fail
 			return w.Stop(t.Context(), testKey)
-		}, states.Stopped, []states.Event{states.StartShim, states.CaptureNetNS}},
+		}, states.Stopped, []states.Event{startShim, captureNetNS}},
 		{"a process that can't be ended", func(t *testing.T, w *world) error {
 			require.NoError(t, w.run(t))
 			w.stop = errors.New("no luck")
 			return w.Stop(t.Context(), testKey)
-		}, states.Stopped, []states.Event{states.StartPause}},
+		}, states.Stopped, []states.Event{startPause}},
 		{"a removal", func(t *testing.T, w *world) error {
 			require.NoError(t, w.run(t))
 			require.NoError(t, w.Stop(t.Context(), testKey))
-			w.undo[states.AllocateIDs] = fail
+			w.undo[allocateIDs] = fail
 			return w.Remove(t.Context(), testKey)
-		}, states.Removed, []states.Event{states.AllocateIDs}},
+		}, states.Removed, []states.Event{allocateIDs}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := newWorld(t)
@@ -118,7 +118,7 @@ func (n *node) mend() {
 func TestReplayWritesNothing(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
-	w.book.records[3].Kind = "sung"
+	w.book.records[3].Step = ""
 	before := len(w.book.all)
 	require.Equal(t, states.Quarantined, w.replayed(t).State)
 	require.Len(t, w.book.all, before)

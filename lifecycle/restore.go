@@ -9,7 +9,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/containerd/typeurl/v2"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -38,7 +37,9 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	for _, entry := range saved {
 		s, err := e.restore(entry, describe)
 		if err == nil {
-			s.failInterrupted()
+			for _, what := range s.unread {
+				s.log(ctx).Warnf("sandbox: kept without knowing it: %s", what)
+			}
 			err = e.addRestored(s)
 		}
 		if err != nil {
@@ -60,10 +61,10 @@ func (e *Engine) restore(saved journal.Sandbox, describe Describe) (s *sandbox, 
 	return s, err
 }
 
-// Replay is what the sandboxes of a ledger are by their records, for who only looks at them. What can't be understood is shown as
-// quarantined; it fails only for what a ledger can't hold.
-func Replay(saved []journal.Sandbox, describe Describe) ([]View, error) {
-	e := &Engine{journal: unwritten{}, meter: unmetered{}}
+// Replay is what the sandboxes of a ledger are by their records, for a reader without an engine that has the steps of its release. What
+// can't be understood is shown as quarantined; Replay fails only for what a ledger can't hold.
+func Replay(table *states.Table, saved []journal.Sandbox, describe Describe) ([]View, error) {
+	e := &Engine{table: table, journal: unwritten{}, meter: unmetered{}}
 	views := make([]View, 0, len(saved))
 	for _, entry := range saved {
 		s, err := e.restore(entry, describe)
@@ -84,31 +85,22 @@ func (unwritten) Forget(context.Context, journal.Key) error { return nil }
 
 // restored rebuilds a sandbox from its records.
 func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, error) {
-	s, err := newSandbox(e, saved.Key, Request{})
-	if err != nil {
-		return nil, err
-	}
+	s := newSandbox(e, saved.Key, Request{})
 	s.restored = true
-	history := &history{sandbox: s, state: states.New}
-	var unreadable []error
-	for i := range saved.Records {
-		if err := history.replay(&saved.Records[i]); err != nil {
-			unreadable = append(unreadable, err)
-		}
-	}
+	history := &history{sandbox: s}
+	unreadable := history.replay(saved.Records)
 	req, past := describe(saved.Key, history.spec)
 	s.req = req
-	if !history.begun && !req.Created.IsZero() {
+	if !history.accepted && !req.Created.IsZero() {
 		s.created = req.Created.Round(0)
 	}
 	if past != Recorded {
-		history.lose(past)
+		if err := history.lose(past); err != nil {
+			return nil, err
+		}
 	}
 	if history.spec == nil {
 		unreadable = append(unreadable, errors.New("its specification is not on record"))
-	}
-	if s.machine, err = states.NewMachine(history.state); err != nil {
-		return nil, err
 	}
 	if history.assumed && e.observe != nil {
 		s.aside(func() { e.observe(s.view()) })
@@ -121,6 +113,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 			}
 		}
 	}
+	s.failInterrupted()
 	if reason := errors.Join(unreadable...); reason != nil {
 		return s, s.quarantine(fmt.Errorf("the records of sandbox %q can't all be read: %w: %w", saved.Key.ID, reason, errdefs.ErrDataLoss))
 	}
@@ -138,11 +131,14 @@ func (s *sandbox) quarantine(reason error) error {
 	return s.move(s.background(), states.Quarantine, reason)
 }
 
-// failInterrupted ends the steps on demand that the daemon before was doing or undoing. The stop of the sandbox undoes them.
+// failInterrupted ends the steps on demand that the daemon before was doing or undoing: after the creation, it did no others. The stop of
+// the sandbox undoes them.
 func (s *sandbox) failInterrupted() {
-	for _, name := range states.Steps()[len(states.CreationPath()):] {
-		rec := s.steps[name]
-		if rec.status != StepRunning && rec.status != StepUndoing {
+	if s.machine.Creating() {
+		return
+	}
+	for _, rec := range s.steps {
+		if rec.status != StepRunning && (rec.status != StepUndoing || s.state() != states.Ready) {
 			continue
 		}
 		rec.status = StepFailed
@@ -158,202 +154,6 @@ func (s *sandbox) touchAll() {
 	for _, rec := range s.steps {
 		rec.touched = true
 	}
-}
-
-// history folds records into a sandbox.
-type history struct {
-	*sandbox
-	begun bool // that is on record
-	spec  any
-	state states.State
-
-	assumed bool // the last transition is on no record
-}
-
-func (h *history) replay(record *journal.Record) error {
-	if record.Kind == journal.Unreadable {
-		return errors.New(record.Error)
-	}
-	if record.Version != definitionVersion {
-		return fmt.Errorf("record %d was written by version %d of the steps, this is %d", record.Seq, record.Version, definitionVersion)
-	}
-	data, err := unpack(record)
-	if err != nil {
-		return err
-	}
-	if record.Kind == journal.Begun {
-		h.begun, h.spec, h.traceParent = true, data, record.TraceParent
-		h.created, h.entered = record.At, record.At
-		return nil
-	}
-	if record.Step == "" {
-		return h.replayMove(record, data)
-	}
-	rec, ok := h.steps[states.Event(record.Step)]
-	if !ok {
-		return fmt.Errorf("record %d is of an unknown step %q", record.Seq, record.Step)
-	}
-	switch record.Kind {
-	case journal.Intent:
-		rec.plan, rec.touched, rec.status, rec.started, rec.ended, rec.err = data, true, StepRunning, record.At, time.Time{}, nil
-		h.acts.begin(states.Event(record.Step), ActDo, record.At)
-	case journal.Noted:
-		rec.notes = append(rec.notes, data)
-	case journal.Done:
-		rec.result, rec.status, rec.ended, rec.touched = data, StepDone, record.At, true
-		if _, skipped := data.(*Skipped); skipped {
-			rec.status = StepSkipped
-		}
-		h.acts.end(states.Event(record.Step), ActDo, rec.started, record.At, nil)
-		if to, ok := states.Next(h.state, states.Event(record.Step)); ok {
-			h.enter(states.Event(record.Step), to, record)
-		}
-	case journal.UndoIntent:
-		if rec.status == StepRunning && record.Error != "" { // a step on demand: no rollback says that it failed
-			rec.ended, rec.err = record.At, errors.New(record.Error)
-			h.acts.end(states.Event(record.Step), ActDo, rec.started, record.At, rec.err)
-		}
-		rec.status, rec.undoing = StepUndoing, record.At
-		h.acts.begin(states.Event(record.Step), ActUndo, record.At)
-	case journal.Undone:
-		rec.status = StepUndone
-		h.acts.end(states.Event(record.Step), ActUndo, rec.undoing, record.At, nil)
-	default:
-		return fmt.Errorf("record %d is of an unknown kind %q", record.Seq, record.Kind)
-	}
-	return nil
-}
-
-func (h *history) replayMove(record *journal.Record, data any) error {
-	switch record.Kind {
-	case journal.Moved:
-		if !slices.Contains(states.All(), states.State(record.State)) {
-			return fmt.Errorf("record %d is of an unknown state %q", record.Seq, record.State)
-		}
-		if record.State == string(states.CleanupOwed) {
-			return fmt.Errorf("record %d is of a pending cleanup without a goal", record.Seq)
-		}
-		if record.Goal != "" && !slices.Contains(goals, states.State(record.Goal)) {
-			return fmt.Errorf("record %d is of an unknown goal %q", record.Seq, record.Goal)
-		}
-		h.goal = states.State(record.Goal)
-		h.enter(states.Event(record.Event), states.State(record.State), record)
-		switch h.state {
-		case states.Stopped:
-			h.settle()
-		case states.RollingBack:
-			h.fail(record)
-		}
-	case journal.Owed:
-		if !slices.Contains(goals, states.State(record.Goal)) {
-			return fmt.Errorf("record %d is of an unknown goal %q", record.Seq, record.Goal)
-		}
-		h.enter(states.OweCleanup, states.CleanupOwed, record)
-		h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
-		h.goal = states.State(record.Goal)
-		h.owe(record)
-	case journal.Claimed:
-		claim, err := parseClaim(record.Claim)
-		if err != nil {
-			return fmt.Errorf("record %d: %w", record.Seq, err)
-		}
-		h.raise(claim, Taken)
-	case journal.Exited:
-		exit, ok := data.(*Exit)
-		if !ok {
-			return fmt.Errorf("record %d of an exit holds %T", record.Seq, data)
-		}
-		h.setExit(*exit)
-	default:
-		return fmt.Errorf("record %d is of an unknown kind %q", record.Seq, record.Kind)
-	}
-	return nil
-}
-
-// owe finds what a debt is of: the steps whose undo was begun, and those that wait for them. Where no undo was begun, it was the process
-// that could not be ended.
-func (h *history) owe(record *journal.Record) {
-	begun := false
-	for _, rec := range h.steps {
-		if rec.touched && (rec.status == StepUndoing || rec.status == StepOwed) {
-			begun = true
-			rec.owedFrom(record.At, errors.New(record.Error))
-		}
-	}
-	if started := h.steps[states.StartPause]; !begun && started.touched {
-		started.owedFrom(record.At, errors.New(record.Error))
-	}
-	h.oweRest(states.State(record.Goal), record.At)
-}
-
-// fail ends what was being done when the rollback began, and keeps why that was.
-func (h *history) fail(record *journal.Record) {
-	if record.Error == "" {
-		return // an owed rollback is tried again
-	}
-	h.failure = errors.New(record.Error)
-	for name, rec := range h.steps {
-		if rec.status != StepRunning {
-			continue
-		}
-		rec.status, rec.ended = StepFailed, record.At
-		if name == states.Event(record.Cause) {
-			rec.err = h.failure
-		}
-	}
-	h.acts.endAll(ActDo, record.At, h.failure)
-}
-
-// settle takes back what was owed for a stop: what stays until the removal stands as it did.
-func (h *history) settle() {
-	for name := range h.steps {
-		h.settleStep(name)
-	}
-}
-
-func (h *history) enter(event states.Event, to states.State, record *journal.Record) {
-	var cause error
-	if record.Error != "" {
-		cause = errors.New(record.Error)
-	}
-	t := Transition{Seq: record.Nth, At: record.At, Event: event, From: h.state, To: to, Step: states.Event(record.Cause), Err: cause, Class: record.Class}
-	if origin := tracing.FromParent(record.TraceParent); origin.IsValid() {
-		t.TraceID = origin.TraceID().String()
-	}
-	if t.Step == "" {
-		t.Step = stepOf(event, nil)
-	}
-	h.keep(t)
-	h.state = to
-}
-
-// lose makes up for records that are gone: every step may have acted, the process is no more, and somebody may know of the sandbox.
-func (h *history) lose(past Past) {
-	h.touchAll()
-	h.raise(Taken, Taken)
-	if h.exit == nil {
-		h.setExit(Exit{Code: unknownExit, At: time.Now()})
-	}
-	if past == LostReady && slices.Contains(creating, h.state) {
-		h.enter(states.LosePause, states.NotReady, &journal.Record{At: h.exit.At})
-		h.assumed = true
-	}
-}
-
-// creating are the states before and at the end of the creation path.
-var creating = []states.State{
-	states.New, states.IDsAllocated, states.SnapshotRemapped, states.PauseStarted, states.NetNSCaptured, states.NetworkReady, states.Ready,
-}
-
-func unpack(record *journal.Record) (any, error) {
-	if record.Data == nil {
-		return nil, nil
-	}
-	data, err := typeurl.UnmarshalAny(record.Data)
-	if err != nil {
-		return nil, fmt.Errorf("record %d (%s %s): %w", record.Seq, record.Kind, record.Step, err)
-	}
-	return data, nil
 }
 
 // Verdict is what becomes of a sandbox after a restart.
@@ -471,7 +271,10 @@ func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 	case states.Removing:
 		return s.remove
 	case states.CleanupOwed:
-		return s.pay
+		if slices.Contains(goals, s.goal) {
+			return s.pay
+		}
+		return s.nextUnknown(verdict)
 	case states.Quarantined:
 		if verdict == Discard {
 			return s.remove
@@ -480,8 +283,19 @@ func (s *sandbox) next(verdict Verdict) func(context.Context) error {
 	case states.RolledBack, states.Removed:
 		return nil
 	default:
-		return func(ctx context.Context) error { return s.rollback(ctx, errInterrupted) }
+		if s.rollsBack() {
+			return func(ctx context.Context) error { return s.rollback(ctx, errInterrupted) }
+		}
+		return s.nextUnknown(verdict)
 	}
+}
+
+// nextUnknown is for a sandbox in a state of another release, or on the way to one: it waits for a request, unless nobody will make one.
+func (s *sandbox) nextUnknown(verdict Verdict) func(context.Context) error {
+	if verdict == Discard {
+		return s.remove
+	}
+	return nil
 }
 
 var errInterrupted = fmt.Errorf("containerd was restarted before the sandbox was ready: %w", errdefs.ErrAborted)
@@ -517,18 +331,12 @@ func (s *sandbox) lookAgain(attempts int) {
 func (s *sandbox) adopt(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
-	for _, step := range s.engine.steps {
-		ender, ok := step.(Ender)
-		if !ok {
-			continue
-		}
-		exit, err := ender.Exited(ctx, s.run(step))
-		if err != nil {
-			return err
-		}
-		if exit != nil {
-			s.pauseExited(*exit)
-		}
+	exit, err := s.engine.process.Exited(ctx, s.run(s.engine.process))
+	if err != nil {
+		return err
+	}
+	if exit != nil {
+		s.pauseExited(*exit)
 	}
 	return nil
 }

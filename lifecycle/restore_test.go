@@ -56,7 +56,7 @@ func interrupted(t *testing.T, during states.Event) *world {
 }
 
 func TestRestartDuringEachStepRollsBack(t *testing.T) {
-	for _, during := range states.CreationPath() {
+	for _, during := range creationPath() {
 		t.Run(string(during), func(t *testing.T) {
 			w := interrupted(t, during).restart(t, Recorded)
 			require.Contains(t, w.left(), during)
@@ -144,12 +144,12 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.Equal(t, states.NotReady, w.state(t))
 		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
 		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
-		require.NotContains(t, w.left(), states.AttachNetwork)
+		require.NotContains(t, w.left(), attachNetwork)
 		require.NoError(t, w.Remove(t.Context(), testKey))
 		require.Empty(t, w.left())
 	})
 	t.Run("after a reboot an unfinished one goes", func(t *testing.T) {
-		w := onlyLasting(interrupted(t, states.AttachNetwork)).restart(t, Lost)
+		w := onlyLasting(interrupted(t, attachNetwork)).restart(t, Lost)
 		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
 		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 		require.Empty(t, w.left())
@@ -159,7 +159,7 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 // What a restart has left undone is undone some sandboxes at a time, and one whose undo hangs keeps nobody else from being stopped.
 func TestRestartUndoesSomeAtATime(t *testing.T) {
 	const sandboxes = 3 * resumeParallel
-	old := interrupted(t, states.AttachNetwork)
+	old := interrupted(t, attachNetwork)
 	w := newWorld(t)
 	saved := make([]journal.Sandbox, sandboxes)
 	for i := range saved {
@@ -168,7 +168,7 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	w.Restore(t.Context(), saved, func(_ journal.Key, spec any) (Request, Past) { return Request{Spec: spec}, Recorded })
 	release := make(chan struct{})
 	var undoing, most atomic.Int32
-	w.undo[states.AttachNetwork] = func() error {
+	w.undo[attachNetwork] = func() error {
 		if now := undoing.Add(1); now > most.Load() {
 			most.Store(now)
 		}
@@ -201,7 +201,7 @@ func TestRetriesSomeAtATime(t *testing.T) {
 	t.Cleanup(release) // a test that fails mustn't hang in the engine's end
 	var mended atomic.Bool
 	var undoing, most atomic.Int32
-	w.undo[states.AttachNetwork] = func() error {
+	w.undo[attachNetwork] = func() error {
 		if !mended.Load() {
 			return errors.New("no luck")
 		}
@@ -231,7 +231,7 @@ func TestRetriesSomeAtATime(t *testing.T) {
 func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
-	require.NoError(t, w.Demand(t.Context(), testKey, states.StartShim))
+	require.NoError(t, w.Demand(t.Context(), testKey, startShim))
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	full := w.book.all
@@ -240,7 +240,7 @@ func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
 		last := full[cut-1]
 		t.Run("after "+string(last.Kind)+" "+last.Step+last.Event, func(t *testing.T) {
 			old := newWorld(t)
-			for _, name := range states.Steps() {
+			for _, name := range stepNames() {
 				undone := func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(name) }
 				if !slices.ContainsFunc(full[:cut], undone) {
 					old.node.exists = append(old.node.exists, name)
@@ -265,14 +265,14 @@ func ignoreGone(err error) error {
 
 func TestRestartPaysWhatIsOwed(t *testing.T) {
 	w := newWorld(t)
-	w.undo[states.StartPause] = func() error { return errors.New("no luck") }
-	w.do[states.DeclareReady] = func(context.Context) error { return errors.New("not ready") }
+	w.undo[startPause] = func() error { return errors.New("no luck") }
+	w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
 	require.Error(t, w.run(t))
 	w = w.restart(t, Recorded)
 	require.Equal(t, states.CleanupOwed, w.state(t))
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
-	require.False(t, view.Step(states.StartPause).OwedSince.IsZero(), "since when is on record")
+	require.False(t, view.Step(startPause).OwedSince.IsZero(), "since when is on record")
 	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
@@ -280,8 +280,8 @@ func TestRestartPaysWhatIsOwed(t *testing.T) {
 
 // What an earlier daemon made is looked for after its undo: an undo that only says that it succeeded isn't enough.
 func TestRestartLooksForWhatItUndid(t *testing.T) {
-	w := interrupted(t, states.AttachNetwork).restart(t, Recorded)
-	w.node.still = states.CaptureNetNS
+	w := interrupted(t, attachNetwork).restart(t, Recorded)
+	w.node.still = captureNetNS
 	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
 	require.Eventually(t, func() bool {
 		view, err := w.Get(testKey)
@@ -295,27 +295,32 @@ func TestRestartLooksForWhatItUndid(t *testing.T) {
 
 func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 	for name, spoil := range map[string]func([]journal.Record) []journal.Record{
-		"another version": func(r []journal.Record) []journal.Record { r[3].Version++; return r },
-		"an unknown type": func(r []journal.Record) []journal.Record { r[2].Data = &journal.Data{TypeURL: "x"}; return r },
-		"an unknown step": func(r []journal.Record) []journal.Record { r[3].Step = "dance"; return r },
-		"an unknown kind": func(r []journal.Record) []journal.Record { r[3].Kind = "sung"; return r },
 		"damaged bytes": func(r []journal.Record) []journal.Record {
 			r[3] = journal.Record{Seq: r[3].Seq, Key: testKey, Kind: journal.Unreadable, Error: "checksum mismatch"}
 			return r
 		},
+		"damaged data":     func(r []journal.Record) []journal.Record { r[2].Data.Value = []byte("{"); return r },
 		"no specification": func(r []journal.Record) []journal.Record { return r[1:] },
-		"an unknown state": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Moved, State: "Dancing", Version: definitionVersion})
+		"a step without a name": func(r []journal.Record) []journal.Record {
+			r[3].Step = ""
+			return r
 		},
-		"an unknown goal": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Owed, Goal: "Dancing", Version: definitionVersion})
+		"a move to nowhere": func(r []journal.Record) []journal.Record { return append(r, journal.Record{Kind: journal.Moved}) },
+		"a transition without an event": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, From: "Ready", State: "NotReady"})
 		},
+		"an illegal transition": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, From: "Ready", Event: "stop", State: "Removed"})
+		},
+		"a step from a state that none begins in": func(r []journal.Record) []journal.Record { r[4].From = "Stopped"; return r },
 		"a cleanup without a goal": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Moved, State: string(states.CleanupOwed), Version: definitionVersion})
+			return append(r, journal.Record{Kind: journal.Owed, From: "Stopping", Event: "owe_cleanup", State: "CleanupOwed"})
 		},
-		"no exit": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Exited, Version: definitionVersion})
+		"a move to a cleanup without a goal": func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, From: "Stopping", Event: "owe_cleanup", State: "CleanupOwed"})
 		},
+		"no exit":  func(r []journal.Record) []journal.Record { return append(r, journal.Record{Kind: journal.Exited}) },
+		"no claim": func(r []journal.Record) []journal.Record { return append(r, journal.Record{Kind: journal.Claimed}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			old := newWorld(t)
@@ -336,7 +341,7 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 func TestRestartRemovesWhatItCantReadAndNobodyKnows(t *testing.T) {
 	old := newWorld(t)
 	require.NoError(t, old.run(t))
-	old.book.records[3].Step = "dance"
+	old.book.records[3].Step = ""
 	w := old.restart(t, Recorded)
 	require.Equal(t, states.Quarantined, w.state(t))
 	require.NoError(t, w.Resume(t.Context(), testKey, Discard))
@@ -352,7 +357,7 @@ func TestRestoreTakesTwoOfOneName(t *testing.T) {
 		spec, err := journal.Marshal(&testSpec{"pod"})
 		require.NoError(t, err)
 		key := journal.Key{Namespace: "k8s.io", ID: id}
-		saved = append(saved, journal.Sandbox{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun, Version: definitionVersion, Data: spec}}})
+		saved = append(saved, journal.Sandbox{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun, Data: spec}}})
 	}
 	w.Restore(t.Context(), saved, func(journal.Key, any) (Request, Past) {
 		return Request{Name: "ns/pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}, Recorded

@@ -31,7 +31,11 @@ type stepRecord struct {
 	status         StepStatus
 	touched        bool      // its intent is on record, so it may have acted
 	undoing        time.Time // when its undo was begun, where that is on record
-	acting         ActKind   // what is being done with it now; "" for nothing
+	release        string    // that has recorded it
+	unknown        string    // the type of its data that this release doesn't know; "" for none
+	holds          []states.Event
+	atStop         bool    // by its intent, like holds
+	acting         ActKind // what is being done with it now; "" for nothing
 	actingSince    time.Time
 	started, ended time.Time
 	err            error // of Do
@@ -73,10 +77,12 @@ type sandbox struct {
 	timer    *time.Timer // the next try at what is owed; behind mu
 
 	mu          sync.Mutex
-	traceParent string    // of the span the sandbox was created under
-	created     time.Time // by the wall clock, but never before another sandbox of the pod; doesn't change once others know the sandbox
-	entered     time.Time // when its state was
-	steps       map[states.Event]*stepRecord
+	traceParent string                       // of the span the sandbox was created under
+	created     time.Time                    // by the wall clock, but never before another sandbox of the pod; doesn't change once others know the sandbox
+	entered     time.Time                    // when its state was
+	steps       map[states.Event]*stepRecord // those of this release, and those on record
+	begun       []states.Event               // the steps on record, in the order in which they were begun
+	unread      []string                     // what this release doesn't know of the records
 	seq         uint64
 	transitions []Transition
 	acts        acts
@@ -88,23 +94,19 @@ type sandbox struct {
 	exit        *Exit
 }
 
-func newSandbox(e *Engine, key journal.Key, req Request) (*sandbox, error) {
-	machine, err := states.NewMachine(states.New)
-	if err != nil {
-		return nil, err
-	}
+func newSandbox(e *Engine, key journal.Key, req Request) *sandbox {
 	now := time.Now()
 	s := &sandbox{
-		engine: e, key: key, req: req, machine: machine,
+		engine: e, key: key, req: req, machine: e.table.NewMachine(),
 		exited:  make(chan struct{}),
 		created: now.Round(0),
 		entered: now,
 		steps:   map[states.Event]*stepRecord{},
 	}
-	for _, name := range states.Steps() {
+	for _, name := range e.table.Steps() {
 		s.steps[name] = &stepRecord{status: StepPending}
 	}
-	return s, nil
+	return s
 }
 
 // post queues an event. The first event in an empty queue starts the goroutine that handles it, and all that come meanwhile.
@@ -192,17 +194,17 @@ func (s *sandbox) ask(event func(reply func(error))) <-chan error {
 // state is the sandbox's state now.
 func (s *sandbox) state() states.State { return s.machine.Current() }
 
-// begin puts the sandbox on record.
-func (s *sandbox) begin(ctx context.Context) error {
+// accept puts the sandbox on record.
+func (s *sandbox) accept(ctx context.Context) error {
 	return s.append(ctx, &journal.Record{Kind: journal.Begun, Durable: true, At: s.created}, s.req.Spec)
 }
 
-// unbeginTimeout bounds the wait for the ledger to forget a sandbox that was not accepted.
-const unbeginTimeout = 5 * time.Second
+// unacceptTimeout bounds the wait for the ledger to forget a sandbox that was not accepted.
+const unacceptTimeout = 5 * time.Second
 
-// unbegin takes back what an error of begin may have left on record.
-func (s *sandbox) unbegin(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unbeginTimeout)
+// unaccept takes back what an error of accept may have left on record.
+func (s *sandbox) unaccept(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unacceptTimeout)
 	defer cancel()
 	s.aside(func() {
 		if err := s.engine.journal.Forget(ctx, s.key); err != nil {
@@ -214,7 +216,7 @@ func (s *sandbox) unbegin(ctx context.Context) {
 // append writes one record of this sandbox to the ledger, with data in it, and sets its time, which has a monotonic clock: durations are
 // measured by that, as long as this process knows both of their ends.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
-	r.Key, r.Version, r.TraceParent = s.key, definitionVersion, tracing.Parent(ctx)
+	r.Key, r.Release, r.TraceParent = s.key, s.engine.release, tracing.Parent(ctx)
 	if r.At.IsZero() {
 		r.At = time.Now()
 	}
@@ -248,7 +250,7 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 	if err != nil {
 		return err
 	}
-	t := Transition{At: at, Event: event, From: from, To: to, Step: stepOf(event, cause), Err: cause, TraceID: tracing.TraceID(ctx)}
+	t := Transition{At: at, Event: event, From: from, To: to, Step: s.stepOf(event, cause), Err: cause, TraceID: tracing.TraceID(ctx)}
 	if cause != nil {
 		t.Class = tracing.Class(cause)
 	}
@@ -318,55 +320,63 @@ func (s *sandbox) secondsOf(t Transition) float64 {
 }
 
 // stepOf is the step that a transition is about: the one that was done, or whose failure led to it.
-func stepOf(event states.Event, cause error) states.Event {
-	var failed *StepError
-	switch {
-	case slices.Contains(states.CreationPath(), event):
+func (s *sandbox) stepOf(event states.Event, cause error) states.Event {
+	if _, ok := s.engine.table.Step(event); ok {
 		return event
-	case errors.As(cause, &failed):
-		return failed.Step
-	default:
-		return ""
 	}
+	return failedStep(cause)
 }
 
-// describe puts on a record what the transition that it stands for will be in the history.
-func (s *sandbox) describe(r *journal.Record, cause error) {
-	r.Nth = s.seq + 1
-	if cause != nil {
-		r.Error, r.Cause, r.Class = cause.Error(), string(stepOf("", cause)), tracing.Class(cause)
+// failedStep is the step whose failure an error is of; "" for none.
+func failedStep(err error) states.Event {
+	var failed *StepError
+	if errors.As(err, &failed) {
+		return failed.Step
 	}
+	return ""
+}
+
+// describe puts on a record the transition that the record stands for. It fails with FailedPrecondition when event is illegal now.
+func (s *sandbox) describe(r *journal.Record, event states.Event, cause error) error {
+	from := s.state()
+	to, ok := s.machine.Next(event)
+	if !ok {
+		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, from, event, errdefs.ErrFailedPrecondition)
+	}
+	r.From, r.Event, r.State, r.Nth = string(from), string(event), string(to), s.seq+1
+	if cause != nil {
+		r.Error, r.Cause, r.Class = cause.Error(), string(failedStep(cause)), tracing.Class(cause)
+	}
+	return nil
 }
 
 // move records a transition that no step's result stands for, and fires it. The move is made even if the ledger can't take
 // the record: it only ever leads towards undoing, which a restart would find out by itself.
 func (s *sandbox) move(ctx context.Context, event states.Event, cause error) error {
-	to, ok := states.Next(s.state(), event)
-	if !ok {
-		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, s.state(), event, errdefs.ErrFailedPrecondition)
+	record := &journal.Record{Kind: journal.Moved, Goal: string(s.goal)}
+	if err := s.describe(record, event, cause); err != nil {
+		return err
 	}
-	record := &journal.Record{Kind: journal.Moved, Event: string(event), State: string(to), Goal: string(s.goal)}
-	s.describe(record, cause)
 	s.record(ctx, record, nil)
 	return s.fire(ctx, event, record.At, cause)
 }
 
 // run is what step sees of the sandbox now.
 func (s *sandbox) run(step Step) *Run {
-	f := step.Facts()
-	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, facts: make(map[states.Event]recorded, len(s.steps))}
+	f := step.Declaration()
+	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, steps: make(map[states.Event]recorded, len(s.steps))}
 	s.mu.Lock()
 	for name, rec := range s.steps {
-		r.facts[name] = rec.recorded
+		r.steps[name] = rec.recorded
 	}
-	r.notes = r.facts[f.Name].notes
+	r.notes = r.steps[f.Name].notes
 	s.mu.Unlock()
 	r.note = func(ctx context.Context, data any, canWait bool) error { return s.append(ctx, f.noted(canWait), data) }
 	return r
 }
 
 // noted is a record of what the step notes.
-func (f Facts) noted(canWait bool) *journal.Record {
+func (f Declaration) noted(canWait bool) *journal.Record {
 	return &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}
 }
 

@@ -16,19 +16,16 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Facts are what the engine has to know of a step. They are fixed when the engine is made.
-type Facts struct {
-	// Name is the event that the completion of a step of the creation path fires. It also names the step in the ledger, in spans and in
-	// messages.
-	Name states.Event
+// Declaration is all that is said of a step in one place. It is fixed when the engine is made.
+type Declaration struct {
+	// Step is what the table and the documentation are made from. A step on demand is done by [Engine.Demand] for a ready sandbox. Its Do
+	// is idempotent, and holds up the sandbox's queue.
+	states.Step
 	// Holds are the steps whose resources this step's resources may use: they are not undone before this one is. A process
 	// holds its ids and its rootfs.
 	Holds []states.Event
 	// AtStop says that the step is undone when the sandbox stops, not only when it is removed.
 	AtStop bool
-	// OnDemand says that the step is not on the creation path: [Engine.Demand] does it for a ready sandbox. Its Do is idempotent, and
-	// holds up the sandbox's queue.
-	OnDemand bool
 	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan. The plan
 	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).
 	Lasting bool
@@ -39,7 +36,7 @@ type Facts struct {
 // Step is one resource of a sandbox: how it is made, undone and found again. The engine serialises the calls for one sandbox,
 // but a step is called for many sandboxes at once.
 type Step interface {
-	Facts() Facts
+	Declaration() Declaration
 	// Plan says, without any side effect, what Do will act on. What it returns is recorded before Do is called, and is what
 	// Undo gets back as [Run.Plan], also in another process after a crash. A nil plan is fine where the sandbox's id says it all.
 	Plan(ctx context.Context, r *Run) (plan any, err error)
@@ -53,6 +50,7 @@ type Step interface {
 
 // Ender is the step whose process is the sandbox's life: pause.
 type Ender interface {
+	Step
 	// Stop ends the process and returns how it ended. It is idempotent.
 	Stop(ctx context.Context, r *Run) (Exit, error)
 	// Exited says how a process that was started by an earlier daemon has ended; nil while it runs, and then its end is told from now
@@ -95,7 +93,7 @@ type Run struct {
 	Spec any
 
 	step  states.Event
-	facts map[states.Event]recorded // of the steps done before, a copy
+	steps map[states.Event]recorded // those done before, a copy
 	note  func(ctx context.Context, data any, canWait bool) error
 
 	mu    sync.Mutex
@@ -110,10 +108,10 @@ type recorded struct {
 }
 
 // Plan is what the step's own Plan returned; nil before.
-func (r *Run) Plan() any { return r.facts[r.step].plan }
+func (r *Run) Plan() any { return r.steps[r.step].plan }
 
 // Result is what a step's Do returned; nil when it isn't done.
-func (r *Run) Result(step states.Event) any { return r.facts[step].result }
+func (r *Run) Result(step states.Event) any { return r.steps[step].result }
 
 // Notes are what the step's own Do noted, in order.
 func (r *Run) Notes() []any {

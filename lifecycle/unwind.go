@@ -44,16 +44,19 @@ func (s *sandbox) enter(ctx context.Context, event states.Event, state states.St
 	return s.move(ctx, event, cause)
 }
 
+// rollsBack says that a rollback is what ends the sandbox: it has never come to Ready.
+func (s *sandbox) rollsBack() bool { return s.machine.Creating() || s.state() == states.RollingBack }
+
 // halt ends the sandbox's process.
 func (s *sandbox) halt(ctx context.Context) error {
-	switch s.state() {
-	case states.Ready, states.NotReady:
+	switch state := s.state(); {
+	case state == states.Stopping:
+	case state == states.CleanupOwed, !s.machine.Can(states.Stop):
+		return nil // there is no process, or it goes with the rollback
+	default:
 		if err := s.move(ctx, states.Stop, nil); err != nil {
 			return err
 		}
-	case states.Stopping:
-	default:
-		return nil // there is no process, or it goes with the rollback
 	}
 	return s.settle(ctx, states.Stopped, func() error { return s.end(ctx) })
 }
@@ -64,14 +67,16 @@ func (s *sandbox) stop(ctx context.Context) error {
 	case states.Stopped, states.Removing, states.RolledBack, states.Removed:
 		return nil
 	case states.CleanupOwed, states.Stopping:
-		if s.goal != "" && s.goal != states.Stopped {
+		if s.goal == states.RolledBack || s.goal == states.Removed {
 			return s.pay(ctx)
 		}
 	case states.Ready, states.NotReady:
 	case states.Quarantined:
 		return s.detach(ctx) // it stays what it is, but the kubelet removes no sandbox that it can't stop
 	default:
-		return s.rollback(ctx, errEnded)
+		if s.rollsBack() {
+			return s.rollback(ctx, errEnded)
+		}
 	}
 	return s.stopFor(ctx, states.Stopped)
 }
@@ -95,7 +100,7 @@ func (s *sandbox) detach(ctx context.Context) error {
 	if err := s.end(ctx); err != nil {
 		return err
 	}
-	return s.unwind(ctx, func(f Facts) bool { return f.AtStop })
+	return s.unwind(ctx, func(d Declaration) bool { return d.AtStop })
 }
 
 // remove undoes everything and forgets the sandbox.
@@ -113,7 +118,12 @@ func (s *sandbox) remove(ctx context.Context) error {
 	case states.RolledBack, states.Removed:
 		return nil
 	default:
-		return s.rollback(ctx, errEnded)
+		if s.rollsBack() {
+			return s.rollback(ctx, errEnded)
+		}
+		if err := s.stopFor(ctx, states.Removed); err != nil {
+			return err
+		}
 	}
 	if err := s.enter(ctx, states.Remove, states.Removing, nil); err != nil {
 		return err
@@ -137,40 +147,47 @@ func (s *sandbox) end(ctx context.Context) error {
 	if s.ended {
 		return nil
 	}
-	for _, step := range slices.Backward(s.engine.steps) {
-		ender, ok := step.(Ender)
-		if !ok || !s.steps[step.Facts().Name].touched {
-			continue
-		}
-		var exit Exit
-		name := step.Facts().Name
-		err := s.attempt(ctx, step, ActStop, func(ctx context.Context, r *Run) (err error) {
-			exit, err = ender.Stop(ctx, r)
-			return err
-		})
-		if err != nil {
-			s.setOwed(name, err)
-			return err
-		}
-		s.settleStep(name)
-		s.recordExit(ctx, exit)
-		s.announceExit()
+	process := s.engine.process
+	name := process.Declaration().Name
+	rec := s.steps[name]
+	if !rec.touched {
+		s.ended = true
+		return nil
 	}
+	var exit Exit
+	err := s.attempt(ctx, process, ActStop, func(ctx context.Context, r *Run) (err error) {
+		if rec.unknown != "" {
+			return s.unknownTo(name)
+		}
+		exit, err = process.Stop(ctx, r)
+		return err
+	})
+	if err != nil {
+		s.setOwed(name, err)
+		return err
+	}
+	s.settleStep(name)
+	s.recordExit(ctx, exit)
+	s.announceExit()
 	s.ended = true
 	return nil
 }
 
-func everyStep(Facts) bool { return true }
+func everyStep(Declaration) bool { return true }
 
-// unwind undoes the chosen steps, newest first. A step whose undo fails keeps the steps it holds from being undone; the others
+// unwind undoes the chosen steps on record, newest first. A step whose undo fails keeps the steps it holds from being undone; the others
 // go on. All errors are returned, joined.
-func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
+func (s *sandbox) unwind(ctx context.Context, chosen func(Declaration) bool) error {
 	var failed []error
 	held := map[states.Event]states.Event{} // by what
-	for _, step := range slices.Backward(s.engine.steps) {
-		f := step.Facts()
-		rec := s.steps[f.Name]
-		if !chosen(f) || !rec.touched || rec.status == StepUndone {
+	for _, name := range slices.Backward(s.order()) {
+		rec := s.steps[name]
+		if !rec.touched || rec.status == StepUndone {
+			continue
+		}
+		step := s.stepNamed(name)
+		f := step.Declaration()
+		if !chosen(f) {
 			continue
 		}
 		holder, waits := held[f.Name]
@@ -192,7 +209,7 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Facts) bool) error {
 // undo takes one step back and records it. The ledger's refusal doesn't keep it from being undone: after a restart the undo
 // is only made again, and finds nothing.
 func (s *sandbox) undo(ctx context.Context, step Step) error {
-	name := step.Facts().Name
+	name := step.Declaration().Name
 	s.setStatus(name, StepUndoing)
 	intent := &journal.Record{Kind: journal.UndoIntent, Step: string(name)}
 	if err := s.steps[name].err; err != nil {
@@ -203,7 +220,7 @@ func (s *sandbox) undo(ctx context.Context, step Step) error {
 		return err
 	}
 	// What only a removal undoes leaves the ledger with the sandbox; of what a stop undoes, a reboot must not lose that it is gone.
-	lasts := step.Facts().Lasting && step.Facts().AtStop && s.steps[name].plan != nil
+	lasts := step.Declaration().Lasting && step.Declaration().AtStop && s.steps[name].plan != nil
 	s.record(ctx, &journal.Record{Kind: journal.Undone, Step: string(name), Durable: lasts}, nil)
 	s.setStatus(name, StepUndone)
 	return nil
@@ -236,18 +253,18 @@ func spanName(step states.Event, kind ActKind) string {
 
 // attempt makes one bounded and traced try at an undo, or at ending the process, and keeps how it ended.
 func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(context.Context, *Run) error) error {
-	facts := step.Facts()
-	ctx, cancel := within(ctx, facts.UndoDeadline)
+	declared := step.Declaration()
+	ctx, cancel := within(ctx, declared.UndoDeadline)
 	defer cancel()
-	ctx, span := tracing.Start(ctx, spanName(facts.Name, kind), s.req.Attributes...)
-	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, facts.Name))
+	ctx, span := tracing.Start(ctx, spanName(declared.Name, kind), s.req.Attributes...)
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, declared.Name))
 	r := s.run(step)
 	// A full disk keeps nothing from being undone. After a restart the undo is only made again.
 	r.note = func(ctx context.Context, data any, canWait bool) error {
-		s.record(ctx, facts.noted(canWait), data)
+		s.record(ctx, declared.noted(canWait), data)
 		return nil
 	}
-	act := Act{Step: facts.Name, Kind: kind, Started: time.Now()}
+	act := Act{Step: declared.Name, Kind: kind, Started: time.Now()}
 	s.mu.Lock()
 	s.acts.begin(act.Step, act.Kind, act.Started)
 	s.steps[act.Step].acting, s.steps[act.Step].actingSince = act.Kind, act.Started

@@ -31,6 +31,8 @@ type StepView struct {
 	Duration  time.Duration // of the last Do; zero while it runs
 	Err       error         // of Do, of the last undo while it is owed, or of the last check of what is done
 	Attempts  int           // failed tries at undoing it
+	Unknown   bool          // this release can't undo it: it doesn't know the step, or its data
+	Release   string        // the release of podfsm that did it; "" when it never ran
 	OwedSince time.Time     // when the first of them failed
 	Plan      any
 	Notes     []any
@@ -81,7 +83,9 @@ type View struct {
 	TraceParent string    // of the span it was created under, a W3C traceparent
 	TraceID     string
 	Claim       Claim
-	Steps       []StepView   // in the order of the creation path, then those on demand that somebody has asked for
+	HalfMade    bool         // its creation has not come to Ready, nor to a rollback
+	Steps       []StepView   // in the order in which they were begun; those that weren't, where they would be; on demand, those that somebody has asked for
+	Unread      []string     // what this release doesn't know of its records
 	Transitions []Transition // without those in the middle where there are very many
 	Acts        []Act        // in the order in which they began
 	NextTry     time.Time    // of the owed cleanup
@@ -119,13 +123,14 @@ func (s *sandbox) view() View {
 	defer s.mu.Unlock()
 	v := View{
 		Key: s.key, Pod: s.req.Pod, Spec: s.req.Spec,
-		State: s.state(), Goal: s.goal,
+		State: s.state(), Goal: s.goal, HalfMade: s.machine.Creating(),
 		Created: s.created, Since: s.entered,
 		TraceID:     tracing.FromParent(s.traceParent).TraceID().String(),
 		TraceParent: s.traceParent,
 		Claim:       Claim(s.claim.Load()),
 		Transitions: slices.Clone(s.transitions),
 		Acts:        slices.Clone(s.acts),
+		Unread:      slices.Clone(s.unread),
 		NextTry:     s.nextTry, Err: s.lastErr,
 	}
 	if !tracing.FromParent(s.traceParent).IsValid() {
@@ -138,13 +143,13 @@ func (s *sandbox) view() View {
 		exit := *s.exit
 		v.Exit = &exit
 	}
-	onPath := len(states.CreationPath())
-	for i, name := range states.Steps() {
+	for _, name := range s.order() {
 		rec := s.steps[name]
-		if rec.status == StepPending && i >= onPath {
+		declared, known := s.engine.table.Step(name)
+		if rec.status == StepPending && declared.OnDemand {
 			continue // nobody has asked for it
 		}
-		view := StepView{Name: name, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
+		view := StepView{Name: name, Unknown: !known || rec.unknown != "", Release: rec.release, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
 			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
 		case rec.status == StepOwed:

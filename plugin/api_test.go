@@ -17,7 +17,6 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/records"
-	"github.com/podfsm/podfsm/states"
 )
 
 // found is the id of the sandbox that the service finds.
@@ -130,17 +129,17 @@ func TestInspect(t *testing.T) {
 	require.True(t, proto.Equal(want, got), "%v", got)
 	require.True(t, json.Valid([]byte(response.GetCniResult())), response.GetCniResult())
 
-	require.Len(t, response.GetSteps(), len(states.CreationPath()))
+	require.Len(t, response.GetSteps(), len(creationPath()))
 	for i, step := range response.GetSteps() {
-		require.Equal(t, string(states.CreationPath()[i]), step.GetName())
+		require.Equal(t, string(creationPath()[i]), step.GetName())
 		require.Equal(t, "done", step.GetStatus())
 		require.NotNil(t, step.GetStartedAt())
 	}
 	require.Equal(t, "42", response.GetSteps()[2].GetDetail()["pid"])
-	require.Len(t, response.GetTransitions(), len(states.CreationPath()))
+	require.Len(t, response.GetTransitions(), len(creationPath()))
 	for i, transition := range response.GetTransitions() {
 		require.EqualValues(t, i+1, transition.GetSeq())
-		require.Equal(t, string(states.CreationPath()[i]), transition.GetEvent())
+		require.Equal(t, string(creationPath()[i]), transition.GetEvent())
 	}
 
 	require.NoError(t, w.Shutdown(inCRI(t), "s1"))
@@ -161,7 +160,7 @@ func TestInspect(t *testing.T) {
 func TestInspectDebts(t *testing.T) {
 	w := newWorld(t)
 	w.run(t, "s1")
-	w.host.fail(states.AttachNetwork, errors.New("plugin says \xff"))
+	w.host.fail(AttachNetwork, errors.New("plugin says \xff"))
 	require.Error(t, w.StopPod(t.Context(), "s1"))
 
 	service := &api{controller: w.Controller}
@@ -182,7 +181,7 @@ func TestInspectDebts(t *testing.T) {
 	// The next try waits for the test.
 	reached, release := make(chan struct{}), make(chan struct{})
 	w.host.mu.Lock()
-	w.host.undo[states.AttachNetwork] = func(string) error {
+	w.host.undo[AttachNetwork] = func(string) error {
 		close(reached)
 		<-release
 		return nil
@@ -212,7 +211,7 @@ func TestInspectDebts(t *testing.T) {
 
 func TestInspectAFailure(t *testing.T) {
 	w := newWorld(t)
-	w.host.do[states.CaptureNetNS] = failing
+	w.host.do[CaptureNetNS] = failing
 	require.NoError(t, w.create(t, "s1"))
 	_, err := w.Start(inCRI(t), "s1")
 	require.Error(t, err)

@@ -12,7 +12,6 @@ import (
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot"
-	"github.com/podfsm/podfsm/states"
 )
 
 // PrepareContainer makes what the root filesystem of a container in the sandbox needs, before containerd's service makes that, and has the
@@ -84,5 +83,5 @@ func (c *Controller) startShim(ctx context.Context, key journal.Key) error {
 	if c.node.shims.Running(namespaces.WithNamespace(ctx, key.Namespace), key.ID) {
 		return nil
 	}
-	return c.engine.Demand(ctx, key, states.StartShim)
+	return c.engine.Demand(ctx, key, StartShim)
 }

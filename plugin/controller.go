@@ -172,7 +172,10 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if c.past, err = history.Open(filepath.Join(ic.Properties[plugins.PropertyRootDir], history.FileName)); err != nil {
 		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
 	}
-	engine, err := lifecycle.New(c.node.steps(c.limits), timedLedger{c.ledger, c.meters}, lifecycle.DefaultBackoff, c.observe, c.meters)
+	engine, err := lifecycle.New(lifecycle.Config{
+		Steps: change(c.node.list()), Process: StartPause, Journal: timedLedger{c.ledger, c.meters}, Backoff: lifecycle.DefaultBackoff,
+		Release: thisRelease(), Observe: c.observe, Meter: c.meters,
+	})
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
 	}
@@ -569,14 +572,14 @@ func podOf(view lifecycle.View) cri.Pod {
 	if step, ok := view.Current(); ok {
 		pod.Step, pod.Since = string(step.Name), step.Started
 	}
-	captured := view.Step(states.CaptureNetNS)
+	captured := view.Step(CaptureNetNS)
 	if pinned, ok := captured.Result.(*NetNS); ok && captured.Status == lifecycle.StepDone {
 		pod.NetNSPath = pinned.Path
 	}
 	if attached, ok := records.NetworkOf(view); ok {
 		pod.IP, pod.AdditionalIPs = attached.IP, attached.AdditionalIPs
 	}
-	if attached, ok := view.Step(states.AttachNetwork).Result.(*Network); ok && attached.IP != "" {
+	if attached, ok := view.Step(AttachNetwork).Result.(*Network); ok && attached.IP != "" {
 		pod.HadIPs = append([]string{attached.IP}, attached.AdditionalIPs...)
 	}
 	pod.UserNS = chosenUserNS(view)

@@ -88,7 +88,7 @@ func TestFailuresThroughTheFrontLeaveNothing(t *testing.T) {
 	for name, do := range map[string]func(ctx context.Context, w *world) error{
 		"the pull of the pause image": func(context.Context, *world) error { return errNoLuck },
 		"the start": func(ctx context.Context, w *world) error {
-			w.host.do[states.AttachNetwork] = failing
+			w.host.do[AttachNetwork] = failing
 			_, err := w.Start(ctx, "s1")
 			return fmt.Errorf("failed to start sandbox %q: %w", "s1", err)
 		},
@@ -162,7 +162,7 @@ func TestStartThatFailsLateIsUndone(t *testing.T) {
 }
 
 func TestStopAndShutdown(t *testing.T) {
-	kept := []states.Event{states.AllocateIDs, states.RemapSnapshot, states.StartPause, states.DeclareReady}
+	kept := []states.Event{AllocateIDs, RemapSnapshot, StartPause, DeclareReady}
 	w := newWorld(t)
 	w.run(t, "s1")
 	exited := make(chan sandbox.ExitStatus, 1)
@@ -315,7 +315,7 @@ func TestEndingASandboxWhileItIsCreated(t *testing.T) {
 		"remove": func(w *world, ctx context.Context) error { return w.RemovePod(ctx, "s1") },
 		"stop":   func(w *world, ctx context.Context) error { return w.StopPod(ctx, "s1") },
 	} {
-		for _, during := range states.CreationPath() {
+		for _, during := range creationPath() {
 			t.Run(name+" during "+string(during), func(t *testing.T) {
 				w := newWorld(t)
 				reached, release := make(chan struct{}), make(chan struct{})
@@ -351,20 +351,20 @@ func TestEndingASandboxWhileItIsCreated(t *testing.T) {
 // not keep the pod from running.
 func TestDebtOfAFailedCreationDoesNotBlockTheNext(t *testing.T) {
 	w := newWorld(t)
-	w.host.do[states.AttachNetwork] = failing
-	w.host.fail(states.AttachNetwork, errors.New("a plugin is missing"))
+	w.host.do[AttachNetwork] = failing
+	w.host.fail(AttachNetwork, errors.New("a plugin is missing"))
 	require.NoError(t, w.create(t, "s1"))
 	_, err := w.Start(inCRI(t), "s1")
 	require.ErrorIs(t, err, errNoLuck)
 	require.Equal(t, states.CleanupOwed, w.view(t, "s1").State)
 
 	w.host.mu.Lock()
-	delete(w.host.do, states.AttachNetwork)
+	delete(w.host.do, AttachNetwork)
 	w.host.mu.Unlock()
 	require.NoError(t, w.create(t, "s2"))
 	_, err = w.Start(inCRI(t), "s2")
 	require.NoError(t, err)
-	w.host.heal(states.AttachNetwork)
+	w.host.heal(AttachNetwork)
 	require.NoError(t, w.RemovePod(t.Context(), "s1"))
 	require.Empty(t, w.host.left("s1"))
 	require.Equal(t, states.Ready, w.view(t, "s2").State)
@@ -481,7 +481,7 @@ func TestControllerThatCantBeOpened(t *testing.T) {
 func TestQuarantinedSandboxCanBeStoppedAndRemoved(t *testing.T) {
 	w := newWorld(t)
 	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
-	w.engine.Restore(t.Context(), []journal.Sandbox{{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun, Version: -1}}}},
+	w.engine.Restore(t.Context(), []journal.Sandbox{{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun}}}},
 		func(journal.Key, any) (lifecycle.Request, lifecycle.Past) {
 			return lifecycle.Request{Spec: &Spec{Config: podConfig()}}, lifecycle.Recorded
 		})

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
@@ -120,11 +121,12 @@ func (c *Controller) restoreIDs(ctx context.Context, lost map[journal.Key]bool, 
 
 // mayHold says whether anything of a restored sandbox may have been made under its ids.
 func mayHold(view lifecycle.View, lost bool) bool {
-	switch view.Step(states.AllocateIDs).Status {
+	switch view.Step(AllocateIDs).Status {
 	case lifecycle.StepUndone:
 		return false
 	case lifecycle.StepPending, lifecycle.StepRunning:
-		return lost || view.State == states.Quarantined
+		unknown := slices.ContainsFunc(view.Steps, func(s lifecycle.StepView) bool { return s.Unknown }) // another release's may use them
+		return unknown || lost || view.State == states.Quarantined
 	default:
 		return true
 	}
@@ -169,7 +171,7 @@ func (n *node) releaseIDs(id string) {
 
 // chosenUserNS is the user namespace that podfsm has chosen for a sandbox, as the CRI writes it; nil where the request has.
 func chosenUserNS(view lifecycle.View) *runtime.UserNamespace {
-	allocated, ok := view.Step(states.AllocateIDs).Result.(*userns.Mappings)
+	allocated, ok := view.Step(AllocateIDs).Result.(*userns.Mappings)
 	if !ok || view.Spec.(*Spec).Mapping != nil {
 		return nil
 	}

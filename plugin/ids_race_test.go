@@ -21,7 +21,6 @@ import (
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -95,7 +94,7 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 	const pods, ranges, rounds = 6, 3, 40
 	w := newWorld(t)
 	there := &tenants{of: map[string]userns.Mappings{}, pods: map[string]string{}}
-	w.host.do[states.StartPause] = func(ctx context.Context, id string) error {
+	w.host.do[StartPause] = func(ctx context.Context, id string) error {
 		view, err := w.engine.Get(journal.Key{Namespace: cri.Namespace, ID: id})
 		if err != nil {
 			return err
@@ -109,7 +108,7 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 		}
 	}
 	w.host.ended = there.leave
-	w.host.undo[states.StartPause] = func(id string) error {
+	w.host.undo[StartPause] = func(id string) error {
 		there.leave(id)
 		return nil
 	}

@@ -13,7 +13,6 @@ import (
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -131,8 +130,10 @@ func TestRestoredHolders(t *testing.T) {
 	require.True(t, mayHold(view, false))
 	require.False(t, mayHold(w.view(t, "new"), false), "nothing has been made")
 	require.True(t, mayHold(w.view(t, "new"), true), "who knows")
+	require.True(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: AllocateIDs, Status: lifecycle.StepPending}, {Name: "reserve_ids", Unknown: true}}}, false),
+		"another release has made something")
 	require.NoError(t, w.Shutdown(inCRI(t), "ready"))
-	require.False(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: states.AllocateIDs, Status: lifecycle.StepUndone}}}, true))
+	require.False(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: AllocateIDs, Status: lifecycle.StepUndone}}}, true))
 
 	other := sandbox.Sandbox{ID: "stock"}
 	packed, err := typeurl.MarshalAny(&specs.Spec{Linux: &specs.Linux{

@@ -29,7 +29,7 @@ import (
 
 // instance is what containerd's service keeps of a sandbox that was started. The container record is pause's.
 func instance(view lifecycle.View, container containers.Container) (sandbox.ControllerInstance, error) {
-	started, ok := view.Step(states.StartPause).Result.(*Pause)
+	started, ok := view.Step(StartPause).Result.(*Pause)
 	if !ok {
 		return sandbox.ControllerInstance{}, fmt.Errorf("it isn't on record how sandbox %q was started: %w", view.Key.ID, errdefs.ErrDataLoss)
 	}
@@ -57,7 +57,7 @@ func specWithNetNS(view lifecycle.View, container containers.Container) (*specs.
 	if err != nil {
 		return nil, err
 	}
-	pinned, ok := view.Step(states.CaptureNetNS).Result.(*NetNS)
+	pinned, ok := view.Step(CaptureNetNS).Result.(*NetNS)
 	if ok && spec.Linux != nil {
 		for i, namespace := range spec.Linux.Namespaces {
 			if namespace.Type == specs.NetworkNamespace {
@@ -75,7 +75,7 @@ func status(ctx context.Context, n *node, view lifecycle.View, verbose bool) (sa
 		State:     runtime.PodSandboxState_SANDBOX_NOTREADY.String(),
 		CreatedAt: view.Created,
 	}
-	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok && view.Exit == nil {
+	if started, ok := view.Step(StartPause).Result.(*Pause); ok && view.Exit == nil {
 		s.Pid = started.Pid
 	}
 	if view.State == states.Ready {
@@ -117,6 +117,8 @@ type ownInfo struct {
 	TraceID     string                `json:"traceID,omitempty"`
 	Transitions []ownInfoTransition   `json:"transitions"`
 	Steps       map[string]ownInfoRun `json:"steps"`
+	// Unread is what this release doesn't know of the sandbox's records.
+	Unread []string `json:"unread,omitempty"`
 }
 
 type ownInfoTransition struct {
@@ -182,7 +184,7 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 }
 
 func own(view lifecycle.View) ownInfo {
-	info := ownInfo{State: view.State, TraceID: view.TraceID, Steps: map[string]ownInfoRun{}}
+	info := ownInfo{State: view.State, TraceID: view.TraceID, Unread: view.Unread, Steps: map[string]ownInfoRun{}}
 	for _, t := range view.Transitions {
 		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At.UTC(), Event: t.Event, To: t.To, Error: records.Text(t.Err)})
 	}

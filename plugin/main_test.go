@@ -34,6 +34,16 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
+// creationPath are the names of the steps that lead to Ready.
+func creationPath() (path []states.Event) {
+	for _, step := range Steps() {
+		if !step.OnDemand {
+			path = append(path, step.Name)
+		}
+	}
+	return path
+}
+
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.IgnoreCurrent(),
 		goleak.IgnoreTopFunction("github.com/docker/go-events.(*Broadcaster).run")) // containerd's event exchange has no end
@@ -167,32 +177,32 @@ func (h *fakeHost) heal(step states.Event) {
 
 // fakeStep makes nothing but an entry in its host, and the result that the real step would have.
 type fakeStep struct {
-	host  *fakeHost
-	facts lifecycle.Facts
+	host     *fakeHost
+	declared lifecycle.Declaration
 }
 
-func (s *fakeStep) Facts() lifecycle.Facts { return s.facts }
+func (s *fakeStep) Declaration() lifecycle.Declaration { return s.declared }
 
 func (s *fakeStep) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	s.host.mu.Lock()
-	s.host.exists[r.Key.ID] = append(s.host.exists[r.Key.ID], s.facts.Name)
-	hook := s.host.do[s.facts.Name]
+	s.host.exists[r.Key.ID] = append(s.host.exists[r.Key.ID], s.declared.Name)
+	hook := s.host.do[s.declared.Name]
 	s.host.mu.Unlock()
 	if hook != nil {
 		if err := hook(ctx, r.Key.ID); err != nil {
 			return nil, err
 		}
 	}
-	switch s.facts.Name {
-	case states.RemapSnapshot:
+	switch s.declared.Name {
+	case RemapSnapshot:
 		return &Snapshot{Snapshotter: "overlayfs", Parent: "sha256:1", Strategy: "idmap"}, nil
-	case states.StartPause:
+	case StartPause:
 		return &Pause{Pid: 42, CgroupPath: "/pods/web", Labels: map[string]string{"oci_runtime_type": "io.containerd.runc.v2"}}, nil
-	case states.CaptureNetNS:
+	case CaptureNetNS:
 		return &NetNS{Path: "/run/netns/podfsm-" + r.Key.ID, Inode: 4026532000}, nil
-	case states.AttachNetwork:
+	case AttachNetwork:
 		return &Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2"}, Result: &gocni.Result{}}, nil
 	default:
 		return &Ready{}, nil
@@ -201,7 +211,7 @@ func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 
 func (s *fakeStep) Undo(_ context.Context, r *lifecycle.Run) error {
 	s.host.mu.Lock()
-	hook := s.host.undo[s.facts.Name]
+	hook := s.host.undo[s.declared.Name]
 	s.host.mu.Unlock()
 	if hook != nil {
 		if err := hook(r.Key.ID); err != nil {
@@ -210,7 +220,7 @@ func (s *fakeStep) Undo(_ context.Context, r *lifecycle.Run) error {
 	}
 	s.host.mu.Lock()
 	defer s.host.mu.Unlock()
-	s.host.exists[r.Key.ID] = slices.DeleteFunc(s.host.exists[r.Key.ID], func(e states.Event) bool { return e == s.facts.Name })
+	s.host.exists[r.Key.ID] = slices.DeleteFunc(s.host.exists[r.Key.ID], func(e states.Event) bool { return e == s.declared.Name })
 	return nil
 }
 
@@ -332,15 +342,15 @@ func (p *press) all() []*podfsmv1.SandboxTransition {
 	return slices.Clone(p.events)
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
 	b := &book{forgotten: map[journal.Key]bool{}}
-	w := newWorldWith(t, b)
+	w := newWorldWith(t, b, change...)
 	w.book = b
 	return w
 }
 
 // newWorldWith has a ledger of the test's.
-func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
+func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
 	w := &world{
 		host: &fakeHost{
 			exists: map[string][]states.Event{},
@@ -355,7 +365,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	))
 	require.NoError(t, err)
 	stock := stockWith()
-	n := &node{stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}
+	n := &node{limits: timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}, stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}
 	n.shims = pause.NewShims(nil, pause.ShimDirs{State: t.TempDir()}) // of which none is started
 	init := filepath.Join(t.TempDir(), pause.InitName)
 	require.NoError(t, os.WriteFile(init, []byte("#!/bin/sh\necho podfsm-init of a test protocol 1\n"), 0o755))
@@ -366,8 +376,8 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	w.meters = newMeters(w.Controller)
 
 	var steps []lifecycle.Step
-	for _, step := range n.steps(timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}) {
-		fake := fakeStep{w.host, step.Facts()}
+	for _, step := range n.list() {
+		fake := fakeStep{w.host, step.Declaration()}
 		switch step := step.(type) {
 		case *allocateIDs:
 			steps = append(steps, &guardedIDs{fake, step})
@@ -379,10 +389,16 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 			steps = append(steps, &fake)
 		}
 	}
+	for _, c := range change {
+		steps = c(steps)
+	}
 	w.past, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)
 	w.herald = &herald{publisher: &w.published}
-	engine, err := lifecycle.New(steps, timedLedger{ledger, w.meters}, func(int) time.Duration { return w.wait }, w.observe, w.meters)
+	engine, err := lifecycle.New(lifecycle.Config{
+		Steps: steps, Process: StartPause, Journal: timedLedger{ledger, w.meters}, Backoff: func(int) time.Duration { return w.wait },
+		Observe: w.observe, Meter: w.meters,
+	})
 	require.NoError(t, err)
 	w.engine = engine
 	t.Cleanup(func() { require.NoError(t, w.Close()) })

@@ -15,7 +15,6 @@ import (
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot/remapping"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -94,9 +93,9 @@ func newMeters(c *Controller) *meters {
 	for _, outcome := range lifecycle.Recoveries() {
 		m.recoveries.WithLabelValues(string(outcome))
 	}
-	for _, step := range states.Steps() {
-		m.steps.WithLabelValues(string(step), string(lifecycle.ActDo), string(lifecycle.OutcomeError))
-		m.steps.WithLabelValues(string(step), string(lifecycle.ActUndo), string(lifecycle.OutcomeError))
+	for _, step := range Steps() {
+		m.steps.WithLabelValues(string(step.Name), string(lifecycle.ActDo), string(lifecycle.OutcomeError))
+		m.steps.WithLabelValues(string(step.Name), string(lifecycle.ActUndo), string(lifecycle.OutcomeError))
 	}
 	return m
 }
@@ -180,7 +179,6 @@ func collectRemaps(totals map[remapping.Strategy]remapping.Totals, metrics chan<
 	}
 }
 
-// collectCensus gives every state and step a value, also where it is zero.
 func collectCensus(census lifecycle.Census, now time.Time, gauge func(desc *prometheus.Desc, value float64, labels ...string)) {
 	age := func(since time.Time) float64 {
 		if since.IsZero() {
@@ -188,20 +186,16 @@ func collectCensus(census lifecycle.Census, now time.Time, gauge func(desc *prom
 		}
 		return max(0, now.Sub(since).Seconds())
 	}
-	for _, state := range states.All() {
-		if !state.Terminal() {
-			gauge(sandboxesDesc, float64(census.States[state]), string(state))
-		}
+	for state, count := range census.States {
+		gauge(sandboxesDesc, float64(count), string(state))
 	}
-	for _, step := range states.Steps() {
-		for _, kind := range []lifecycle.ActKind{lifecycle.ActDo, lifecycle.ActUndo} {
-			gauge(stepAgeDesc, age(census.Acts[lifecycle.StepAct{Step: step, Kind: kind}]), string(step), string(kind))
-		}
-		gauge(debtsDesc, float64(census.Debts[step].Count), string(step))
-		gauge(debtAgeDesc, age(census.Debts[step].Since), string(step))
+	for act, since := range census.Acts {
+		gauge(stepAgeDesc, age(since), string(act.Step), string(act.Kind))
 	}
-	stop := lifecycle.StepAct{Step: states.StartPause, Kind: lifecycle.ActStop}
-	gauge(stepAgeDesc, age(census.Acts[stop]), string(stop.Step), string(stop.Kind))
+	for step, debt := range census.Debts {
+		gauge(debtsDesc, float64(debt.Count), string(step))
+		gauge(debtAgeDesc, age(debt.Since), string(step))
+	}
 }
 
 const (
@@ -235,10 +229,10 @@ func (m *meters) Recovered(recovery lifecycle.Recovery, took time.Duration) {
 
 // moved counts what only the result of a step tells.
 func (m *meters) moved(view lifecycle.View) {
-	if last := view.Transitions[len(view.Transitions)-1]; last.Event != states.RemapSnapshot {
+	if last := view.Transitions[len(view.Transitions)-1]; last.Event != RemapSnapshot {
 		return
 	}
-	if made, ok := view.Step(states.RemapSnapshot).Result.(*records.Snapshot); ok {
+	if made, ok := view.Step(RemapSnapshot).Result.(*records.Snapshot); ok {
 		m.remaps.WithLabelValues(made.Strategy).Inc()
 	}
 }

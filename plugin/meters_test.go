@@ -17,7 +17,6 @@ import (
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/snapshot/remapping"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -54,7 +53,7 @@ func TestMetersOfPods(t *testing.T) {
 		c.Metadata.Uid = "u-2"
 		options(c).UsernsOptions.Uids[0].HostId, options(c).UsernsOptions.Gids[0].HostId = 65536*9, 65536*9
 	})
-	w.host.fail(states.CaptureNetNS, errNoLuck)
+	w.host.fail(CaptureNetNS, errNoLuck)
 	require.Error(t, w.Stop(inCRI(t), "a"))
 
 	require.Equal(t, map[string]float64{"Ready": 1, "CleanupOwed": 1}, gathered(t, w.meters, "sandboxes"))
@@ -62,14 +61,14 @@ func TestMetersOfPods(t *testing.T) {
 	require.Equal(t, map[string]float64{"idmap": 2}, gathered(t, w.meters, "remaps_total"))
 	require.Equal(t, map[string]float64{"undo unavailable capture_netns": 1}, gathered(t, w.meters, "step_errors_total"))
 	done := gathered(t, w.meters, "step_duration_seconds")
-	for _, step := range states.CreationPath() {
+	for _, step := range creationPath() {
 		require.EqualValues(t, 2, done["do ok "+string(step)], "%v", done)
 	}
 	require.EqualValues(t, 1, done["stop ok start_pause"])
 	require.EqualValues(t, 1, done["undo error capture_netns"])
 	require.Empty(t, gathered(t, w.meters, "id_ranges"), "there is no pool")
 	require.Empty(t, gathered(t, w.meters, "refuses_pods"))
-	w.host.heal(states.CaptureNetNS)
+	w.host.heal(CaptureNetNS)
 }
 
 func TestMetersOfADegradedController(t *testing.T) {
@@ -139,7 +138,7 @@ func TestMetersOfTheLedger(t *testing.T) {
 func TestErrorTypesAreBounded(t *testing.T) {
 	w := newWorld(t)
 	for i, err := range []error{errors.New("plain"), fmt.Errorf("typed: %w", &testError{}), errdefs.ErrNotFound} {
-		w.host.do[states.AttachNetwork] = func(context.Context, string) error { return err }
+		w.host.do[AttachNetwork] = func(context.Context, string) error { return err }
 		id := fmt.Sprint("p", i)
 		require.NoError(t, w.create(t, id, named(id)))
 		_, err := w.Start(inCRI(t), id)

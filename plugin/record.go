@@ -16,7 +16,6 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 )
 
 // The extensions of containerd's record of a sandbox that its CRI service keeps its own in, as JSON.
@@ -49,10 +48,10 @@ func metadataOf(view lifecycle.View) *sandboxMetadata {
 	m.Metadata.ID, m.Metadata.Config, m.Metadata.RuntimeHandler = view.Key.ID, spec.Config, spec.Handler
 	pod := spec.Config.GetMetadata()
 	m.Metadata.Name = strings.Join([]string{pod.GetName(), pod.GetNamespace(), pod.GetUid(), strconv.FormatUint(uint64(pod.GetAttempt()), 10)}, "_")
-	if captured, ok := view.Step(states.CaptureNetNS).Result.(*NetNS); ok {
+	if captured, ok := view.Step(CaptureNetNS).Result.(*NetNS); ok {
 		m.Metadata.NetNSPath = captured.Path
 	}
-	if attached, ok := view.Step(states.AttachNetwork).Result.(*Network); ok {
+	if attached, ok := view.Step(AttachNetwork).Result.(*Network); ok {
 		m.Metadata.IP, m.Metadata.AdditionalIPs, m.Metadata.CNIResult = attached.IP, attached.AdditionalIPs, attached.Result
 	}
 	m.Metadata.ProcessLabel = processLabel(view)
@@ -61,7 +60,7 @@ func metadataOf(view lifecycle.View) *sandboxMetadata {
 
 // processLabel is the SELinux label of pause; "" without SELinux.
 func processLabel(view lifecycle.View) string {
-	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok {
+	if started, ok := view.Step(StartPause).Result.(*Pause); ok {
 		return started.ProcessLabel
 	}
 	return ""

@@ -12,7 +12,6 @@ import (
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 )
 
 func recordWith(extensions map[string]string) sandbox.Sandbox {
@@ -29,7 +28,7 @@ func recordWith(extensions map[string]string) sandbox.Sandbox {
 func labelled(label string) lifecycle.View {
 	return lifecycle.View{
 		Key: journal.Key{Namespace: cri.Namespace, ID: "s1"}, Spec: &Spec{Config: podConfig()},
-		Steps: []lifecycle.StepView{{Name: states.StartPause, Result: &Pause{ProcessLabel: label}}},
+		Steps: []lifecycle.StepView{{Name: StartPause, Result: &Pause{ProcessLabel: label}}},
 	}
 }
 

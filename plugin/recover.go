@@ -52,9 +52,10 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 	saved := c.withUnknown(c.ledger.Sandboxes(), records)
 	lost := map[journal.Key]bool{}
 	for _, s := range saved {
-		// What containerd's service knows as started was ready: a result that is missing was on record.
+		// What containerd's service knows as started was ready: a result that is missing was on record. Where the creation is whole, what is
+		// missing can only be of its end, which is found out by looking.
 		wasReady := s.Key.Namespace == cri.Namespace && ran(records[s.Key])
-		missing := !wholeCreation(s) && (wasReady || damaged(c.ledger.Damage(), s.Key))
+		missing := !lifecycle.Whole(s) && (wasReady || damaged(c.ledger.Damage(), s.Key))
 		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || missing
 	}
 	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
@@ -95,16 +96,6 @@ func onlyLasting(s journal.Sandbox) bool {
 // damaged says that records of a sandbox may be missing.
 func damaged(all []journal.Damage, key journal.Key) bool {
 	return slices.ContainsFunc(all, func(d journal.Damage) bool { return d.Key == key || d.Key == journal.Key{} })
-}
-
-// wholeCreation says that the result of every step is on record: what is missing can only be of its end, which is found out by looking.
-func wholeCreation(s journal.Sandbox) bool {
-	for _, step := range states.CreationPath() {
-		if !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return r.Kind == journal.Done && r.Step == string(step) }) {
-			return false
-		}
-	}
-	return true
 }
 
 // ran says whether a sandbox was started: containerd's service adds the spec to its record then.
@@ -184,12 +175,12 @@ func neverShown(view lifecycle.View, record sandbox.Sandbox) bool {
 // its containers and its network are gone, and a record that outlives podfsm's own would bring it back.
 func staysListed(view lifecycle.View) bool {
 	switch view.State {
-	case states.Ready, states.NotReady, states.Stopping, states.Stopped, states.Quarantined:
-		return true
-	case states.CleanupOwed:
-		return view.Goal == states.Stopped
-	default:
+	case states.RollingBack, states.RolledBack, states.Removing, states.Removed:
 		return false
+	case states.CleanupOwed:
+		return view.Goal != states.RolledBack && view.Goal != states.Removed
+	default:
+		return !view.HalfMade
 	}
 }
 

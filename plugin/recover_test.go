@@ -257,7 +257,7 @@ func TestRecoverKeepsAllThatItCantRead(t *testing.T) {
 	}
 	w := newWorldWith(t, ledger)
 	w.ledger = ledger
-	w.host.exists[unlisted] = states.CreationPath()
+	w.host.exists[unlisted] = creationPath()
 	require.NoError(t, w.recover(t.Context(), client, true))
 	w.waitFor(t, unlisted, states.Removed)
 	require.Empty(t, w.host.left(unlisted))
@@ -284,10 +284,10 @@ func TestRecoverAfterAPaidRemoval(t *testing.T) {
 	require.NoError(t, err)
 
 	before.wait = time.Millisecond
-	before.host.fail(states.RemapSnapshot, errNoLuck)
+	before.host.fail(RemapSnapshot, errNoLuck)
 	require.NoError(t, before.Stop(inCRI(t), "s1"))
 	require.ErrorIs(t, before.Shutdown(inCRI(t), "s1"), errNoLuck)
-	before.host.heal(states.RemapSnapshot)
+	before.host.heal(RemapSnapshot)
 	before.waitFor(t, "s1", states.Removed)
 	require.NoError(t, before.Close())
 	require.NoError(t, os.RemoveAll(stateDir))

@@ -24,6 +24,7 @@ import (
 )
 
 //go:generate go run ./gen . ../docs
+//go:generate go run ./genstates ..
 
 // Name is the sandboxer's name in a runtime handler's configuration, and the id of podfsm's plugins.
 const Name = "podfsm"

@@ -4,16 +4,27 @@ import (
 	"context"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
 // allocateIDs takes the pod's id mapping from the request, or chooses one.
-type allocateIDs struct {
-	*node
-	facts lifecycle.Facts
-}
+type allocateIDs struct{ *node }
 
-func (s *allocateIDs) Facts() lifecycle.Facts { return s.facts }
+// AllocateIDs is the step of allocateIDs.
+const AllocateIDs states.Event = "allocate_ids"
+
+func (s *allocateIDs) Declaration() lifecycle.Declaration {
+	return s.bounded(lifecycle.Declaration{
+		Step: states.Step{
+			Name:    AllocateIDs,
+			Done:    "The id ranges were put on record.",
+			State:   "IDsAllocated",
+			Meaning: "Its user and group id ranges are its pod's alone, unless they are the node's, and on record.",
+		},
+		Lasting: true,
+	})
+}
 
 // Plan returns the *userns.Mappings that podfsm has chosen, a range of the pool being the pod's from here on; nil for a pod whose
 // request says it all. It is the first thing that is done for a pod, and refuses one that the node lacks something for.

@@ -5,15 +5,26 @@ import (
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
+	"github.com/podfsm/podfsm/states"
 )
 
 // captureNetNS takes the network namespace that pause was cloned in, and pins it by a bind mount.
-type captureNetNS struct {
-	*node
-	facts lifecycle.Facts
-}
+type captureNetNS struct{ *node }
 
-func (s *captureNetNS) Facts() lifecycle.Facts { return s.facts }
+// CaptureNetNS is the step of captureNetNS.
+const CaptureNetNS states.Event = "capture_netns"
+
+func (s *captureNetNS) Declaration() lifecycle.Declaration {
+	return s.bounded(lifecycle.Declaration{
+		Step: states.Step{
+			Name:    CaptureNetNS,
+			Done:    "Its network namespace was captured and pinned.",
+			State:   "NetNSCaptured",
+			Meaning: "The pause process's network namespace is proven to be the pod's own, and pinned.",
+		},
+		AtStop: true,
+	})
+}
 
 func (s *captureNetNS) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 

@@ -11,18 +11,35 @@ import (
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
 // attachNetwork runs the pod's CNI chains.
-type attachNetwork struct {
-	*node
-	facts lifecycle.Facts
-}
+type attachNetwork struct{ *node }
 
 var _ lifecycle.Checker = (*attachNetwork)(nil)
 
-func (s *attachNetwork) Facts() lifecycle.Facts { return s.facts }
+// AttachNetwork is the step of attachNetwork.
+const AttachNetwork states.Event = "attach_network"
+
+func (s *attachNetwork) Declaration() lifecycle.Declaration {
+	return lifecycle.Declaration{
+		Step: states.Step{
+			Name:    AttachNetwork,
+			Done:    "The CNI chain was run.",
+			State:   "NetworkReady",
+			Meaning: "Every CNI plugin of its chain has succeeded.",
+		},
+		// A DEL without the namespace would miss what is only found inside: the bridge plugin takes the addresses whose
+		// masquerade rules it removes from there.
+		Holds:        []states.Event{CaptureNetNS},
+		AtStop:       true,
+		Lasting:      true,
+		Deadline:     2 * s.limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
+		UndoDeadline: 2 * s.limits.cniDel,
+	}
+}
 
 // networkConfig is where the networks of a pod are configured.
 func networkConfig(stock *stockConfig, spec *Spec) cni.Config {

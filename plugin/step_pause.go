@@ -23,14 +23,24 @@ import (
 )
 
 // startPause makes the sandbox's files and pause's record, and clones pause in all of the pod's namespaces.
-type startPause struct {
-	*node
-	facts lifecycle.Facts
-}
+type startPause struct{ *node }
 
 var _ lifecycle.Ender = (*startPause)(nil)
 
-func (s *startPause) Facts() lifecycle.Facts { return s.facts }
+// StartPause is the step of startPause.
+const StartPause states.Event = "start_pause"
+
+func (s *startPause) Declaration() lifecycle.Declaration {
+	return s.bounded(lifecycle.Declaration{
+		Step: states.Step{
+			Name:    StartPause,
+			Done:    "The pause process was started in its new namespaces.",
+			State:   "PauseStarted",
+			Meaning: "Its pause process runs in the pod's namespaces.",
+		},
+		Holds: []states.Event{AllocateIDs, RemapSnapshot},
+	})
+}
 
 // Plan returns the *Cgroup, where the sandbox's id doesn't say where that is.
 func (s *startPause) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
@@ -235,7 +245,7 @@ func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
 		return err
 	}
 	// The label of a sandbox that was ready is containerd's service's to release.
-	if started, ok := r.Result(states.StartPause).(*Pause); ok && r.Result(states.DeclareReady) == nil {
+	if started, ok := r.Result(StartPause).(*Pause); ok && r.Result(DeclareReady) == nil {
 		selinux.ReleaseLabel(started.ProcessLabel)
 	}
 	return nil
@@ -243,12 +253,12 @@ func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
 
 // Exited compares what is on record of pause with the process that has its pid.
 func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.Exit, error) {
-	started, ok := r.Result(states.StartPause).(*Pause)
+	started, ok := r.Result(StartPause).(*Pause)
 	if !ok {
 		return nil, fmt.Errorf("it is not on record how pause of sandbox %q was started: %w", r.Key.ID, errdefs.ErrDataLoss)
 	}
 	record := pause.Record{Pid: int(started.Pid), StartTime: started.StartTime}
-	if captured, ok := r.Result(states.CaptureNetNS).(*NetNS); ok {
+	if captured, ok := r.Result(CaptureNetNS).(*NetNS); ok {
 		record.NetNS = captured.Inode
 	}
 	lives, err := s.pauses.Adopt(ctx, holderID(r.Key), record)

@@ -8,16 +8,25 @@ import (
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/states"
 )
 
 // declareReady sets the pod's sysctls, now that its interfaces are there, and makes sure that pause still runs after all that was done
 // around it.
-type declareReady struct {
-	*node
-	facts lifecycle.Facts
-}
+type declareReady struct{ *node }
 
-func (s *declareReady) Facts() lifecycle.Facts { return s.facts }
+// DeclareReady is the step of declareReady.
+const DeclareReady states.Event = "declare_ready"
+
+func (s *declareReady) Declaration() lifecycle.Declaration {
+	return s.bounded(lifecycle.Declaration{
+		Step: states.Step{
+			Name:  DeclareReady,
+			Done:  "The sandbox was found complete.",
+			State: states.Ready,
+		},
+	})
+}
 
 func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 

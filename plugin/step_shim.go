@@ -2,18 +2,37 @@ package plugin
 
 import (
 	"context"
+	"time"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
 )
 
 // startShim starts the process that runs the pod's containers, when the first of them needs it. The process ends with the last container,
 // see [podTasks], and the step is done again for the next one.
-type startShim struct {
-	*node
-	facts lifecycle.Facts
-}
+type startShim struct{ *node }
 
-func (s *startShim) Facts() lifecycle.Facts { return s.facts }
+// StartShim is the step of startShim.
+const StartShim states.Event = "start_shim"
+
+// shimTimeout bounds the start of a shim, which takes some 20 ms.
+const shimTimeout = 30 * time.Second
+
+func (s *startShim) Declaration() lifecycle.Declaration {
+	return lifecycle.Declaration{
+		Step: states.Step{
+			Name:     StartShim,
+			Done:     "The process that runs the pod's containers was started.",
+			OnDemand: true,
+		},
+		// It runs containers in the pod's namespaces, and under its ids.
+		Holds:  []states.Event{AllocateIDs, StartPause, CaptureNetNS},
+		AtStop: true,
+		// All other requests for the pod wait for it.
+		Deadline:     min(shimTimeout, s.limits.runtime),
+		UndoDeadline: s.limits.runtime,
+	}
+}
 
 func (s *startShim) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 

@@ -9,16 +9,27 @@ import (
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/snapshot"
+	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
 // remapSnapshot makes pause's rootfs, under the pod's ids. Its key is the sandbox's id.
-type remapSnapshot struct {
-	*node
-	facts lifecycle.Facts
-}
+type remapSnapshot struct{ *node }
 
-func (s *remapSnapshot) Facts() lifecycle.Facts { return s.facts }
+// RemapSnapshot is the step of remapSnapshot.
+const RemapSnapshot states.Event = "remap_snapshot"
+
+func (s *remapSnapshot) Declaration() lifecycle.Declaration {
+	return s.bounded(lifecycle.Declaration{
+		Step: states.Step{
+			Name:    RemapSnapshot,
+			Done:    "The pause rootfs was remapped to them.",
+			State:   "SnapshotRemapped",
+			Meaning: "The rootfs of its pause container is owned by those ids.",
+		},
+		Holds: []states.Event{AllocateIDs},
+	})
+}
 
 func (s *remapSnapshot) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 

@@ -3,7 +3,6 @@ package plugin
 import (
 	"os"
 	"path/filepath"
-	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -33,6 +32,7 @@ type (
 
 // node is what the steps work with; it is the same for all sandboxes.
 type node struct {
+	limits     timeouts
 	stock      *stockConfig
 	policies   policies
 	ids        *userns.Allocator
@@ -52,6 +52,7 @@ type node struct {
 
 func newNode(stock *stockConfig, client *containerd.Client, groups host.Groups, limits timeouts, ran func(cni.Command)) *node {
 	return &node{
+		limits: limits,
 		stock:  stock,
 		client: client,
 		settings: pause.Settings{
@@ -68,66 +69,44 @@ func newNode(stock *stockConfig, client *containerd.Client, groups host.Groups, 
 	}
 }
 
-// decorate is what [DecorateSteps] was given.
-var decorate = func(step lifecycle.Step) lifecycle.Step { return step }
+// change is what [ChangeSteps] was given.
+var change = func(steps []lifecycle.Step) []lifecycle.Step { return steps }
 
-// DecorateSteps puts something around every step: fault points, in a build for tests. It must be called before containerd runs.
-func DecorateSteps(around func(lifecycle.Step) lifecycle.Step) { decorate = around }
+// ChangeSteps has another list of steps run, in a build for tests: with fault points around the steps, or with the steps of another
+// release. It must be called before containerd runs.
+func ChangeSteps(to func([]lifecycle.Step) []lifecycle.Step) { change = to }
 
-// shimTimeout bounds the start of a shim, which takes some 20 ms.
-const shimTimeout = 30 * time.Second
+// list is all steps: those of the creation path, in its order, and then those on demand.
+func (n *node) list() []lifecycle.Step {
+	return []lifecycle.Step{
+		&allocateIDs{n},
+		&remapSnapshot{n},
+		&startPause{n},
+		&captureNetNS{n},
+		&attachNetwork{n},
+		&declareReady{n},
+		&startShim{n},
+	}
+}
 
-// steps are those of the creation path, in its order, and then those on demand.
-func (n *node) steps(limits timeouts) []lifecycle.Step {
-	bounds := func(f lifecycle.Facts) lifecycle.Facts {
-		f.Deadline, f.UndoDeadline = limits.runtime, limits.runtime
-		return f
+// Steps returns what the steps declare to the table of states, in their order.
+func Steps() []states.Step {
+	var declared []states.Step
+	for _, step := range (&node{}).list() {
+		declared = append(declared, step.Declaration().Step)
 	}
-	steps := []lifecycle.Step{
-		&allocateIDs{n, bounds(lifecycle.Facts{Name: states.AllocateIDs, Lasting: true})},
-		&remapSnapshot{n, bounds(lifecycle.Facts{
-			Name:  states.RemapSnapshot,
-			Holds: []states.Event{states.AllocateIDs},
-		})},
-		&startPause{n, bounds(lifecycle.Facts{
-			Name:  states.StartPause,
-			Holds: []states.Event{states.AllocateIDs, states.RemapSnapshot},
-		})},
-		&captureNetNS{n, bounds(lifecycle.Facts{
-			Name:   states.CaptureNetNS,
-			AtStop: true,
-		})},
-		&attachNetwork{n, lifecycle.Facts{
-			Name: states.AttachNetwork,
-			// A DEL without the namespace would miss what is only found inside: the bridge plugin takes the addresses whose
-			// masquerade rules it removes from there.
-			Holds:        []states.Event{states.CaptureNetNS},
-			AtStop:       true,
-			Lasting:      true,
-			Deadline:     2 * limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
-			UndoDeadline: 2 * limits.cniDel,
-		}},
-		&declareReady{n, bounds(lifecycle.Facts{Name: states.DeclareReady})},
-		&startShim{n, lifecycle.Facts{
-			Name: states.StartShim,
-			// It runs containers in the pod's namespaces, and under its ids.
-			Holds:    []states.Event{states.AllocateIDs, states.StartPause, states.CaptureNetNS},
-			AtStop:   true,
-			OnDemand: true,
-			// All other requests for the pod wait for it.
-			Deadline:     min(shimTimeout, limits.runtime),
-			UndoDeadline: limits.runtime,
-		}},
-	}
-	for i, step := range steps {
-		steps[i] = decorate(step)
-	}
-	return steps
+	return declared
+}
+
+// bounded is a declaration with the deadlines of a step that talks to the container runtime or to containerd.
+func (n *node) bounded(d lifecycle.Declaration) lifecycle.Declaration {
+	d.Deadline, d.UndoDeadline = n.limits.runtime, n.limits.runtime
+	return d
 }
 
 // mapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
 func mapping(r *lifecycle.Run) (uids, gids []specs.LinuxIDMapping) {
-	if allocated, ok := r.Result(states.AllocateIDs).(*userns.Mappings); ok {
+	if allocated, ok := r.Result(AllocateIDs).(*userns.Mappings); ok {
 		return allocated.Linux()
 	}
 	return nil, nil

@@ -23,7 +23,6 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/history"
-	"github.com/podfsm/podfsm/states"
 )
 
 // told waits until the herald has nothing more to tell, and is what it told, as "seq from>to".
@@ -37,7 +36,7 @@ func (w *world) told(t *testing.T) (told []string) {
 
 func TestTransitionsArePublished(t *testing.T) {
 	w := newWorld(t)
-	w.host.do[states.CaptureNetNS] = failing
+	w.host.do[CaptureNetNS] = failing
 	require.NoError(t, w.create(t, "s1"))
 	_, err := w.Start(inCRI(t), "s1")
 	require.Error(t, err)
@@ -72,7 +71,7 @@ func TestPublishingKeepsNobodyWaiting(t *testing.T) {
 	require.Empty(t, w.published.all())
 	close(release)
 	told := w.told(t)
-	require.Len(t, told, 3*len(states.CreationPath()))
+	require.Len(t, told, 3*len(creationPath()))
 	require.Equal(t, "s0 1 New>IDsAllocated", told[0])
 	require.Equal(t, "s2 6 NetworkReady>Ready", told[len(told)-1])
 }
@@ -107,17 +106,17 @@ func TestCloseTellsAll(t *testing.T) {
 	w.published.before = func() { time.Sleep(time.Millisecond) }
 	w.run(t, "s1")
 	require.NoError(t, w.Close())
-	require.Len(t, w.published.all(), len(states.CreationPath()))
+	require.Len(t, w.published.all(), len(creationPath()))
 }
 
 func TestHistory(t *testing.T) {
 	w := newWorld(t)
 	service := &api{controller: w.Controller}
-	w.host.do[states.CaptureNetNS] = failing
+	w.host.do[CaptureNetNS] = failing
 	require.NoError(t, w.create(t, "failed"))
 	_, err := w.Start(inCRI(t), "failed")
 	require.Error(t, err)
-	delete(w.host.do, states.CaptureNetNS)
+	delete(w.host.do, CaptureNetNS)
 	w.run(t, "ready")
 
 	response, err := service.List(t.Context(), &podfsmv1.ListRequest{})
@@ -199,7 +198,7 @@ func TestWatch(t *testing.T) {
 	_, err := stream.Header()
 	require.NoError(t, err)
 	w.run(t, "s1")
-	for i, event := range states.CreationPath() {
+	for i, event := range creationPath() {
 		got, err := stream.Recv()
 		require.NoError(t, err)
 		require.Equal(t, "s1", got.GetSandboxId())

@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/podfsm/podfsm/records"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -23,7 +22,7 @@ func (c *Controller) CheckVolume(ctx context.Context, id, path string) error {
 	if err != nil {
 		return err
 	}
-	started, ok := view.Step(states.StartPause).Result.(*Pause)
+	started, ok := view.Step(StartPause).Result.(*Pause)
 	if !ok || view.Exit != nil || records.MappingsOf(view) == nil {
 		return nil
 	}

@@ -16,7 +16,6 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -81,10 +80,10 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 		Error:               Text(view.Err),
 		FailedStep:          failedStep(view),
 	}
-	if started, ok := view.Step(states.StartPause).Result.(*Pause); ok && view.Exit == nil {
+	if started, _, ok := resultOf[*Pause](view); ok && view.Exit == nil {
 		s.Pid = started.Pid
 	}
-	if pinned, ok := view.Step(states.CaptureNetNS).Result.(*NetNS); ok && view.Step(states.CaptureNetNS).Status == lifecycle.StepDone {
+	if pinned, step, ok := resultOf[*NetNS](view); ok && step.Status == lifecycle.StepDone {
 		s.NetnsPath, s.NetnsInode = pinned.Path, pinned.Inode
 	}
 	if attached, ok := NetworkOf(view); ok {
@@ -129,6 +128,9 @@ func mappingOf(m *userns.Mappings) *podfsmv1.UserNamespace {
 
 func stepOf(step lifecycle.StepView) *podfsmv1.Step {
 	s := &podfsmv1.Step{Name: string(step.Name), Status: string(step.Status), Error: Text(step.Err), Detail: detail(step.Result)}
+	if step.Unknown {
+		s.Detail = map[string]string{"unknown": fmt.Sprintf("recorded by podfsm %s, this release can't undo it", cmp.Or(step.Release, "of another release"))}
+	}
 	if !step.Started.IsZero() {
 		s.StartedAt = timestamppb.New(step.Started)
 	}
@@ -195,7 +197,16 @@ func Text(err error) string {
 
 // NetworkOf is the network a sandbox is attached to, until it is known to be off it.
 func NetworkOf(view lifecycle.View) (*Network, bool) {
-	step := view.Step(states.AttachNetwork)
-	attached, ok := step.Result.(*Network)
+	attached, step, ok := resultOf[*Network](view)
 	return attached, ok && step.Status != lifecycle.StepUndone
+}
+
+// resultOf is a result by its type, and the step that has it, whatever release called the step what.
+func resultOf[T any](view lifecycle.View) (result T, step lifecycle.StepView, ok bool) {
+	for _, step := range view.Steps {
+		if result, ok := step.Result.(T); ok {
+			return result, step, true
+		}
+	}
+	return result, step, false
 }

@@ -12,7 +12,6 @@ import (
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -30,14 +29,13 @@ func FuzzReplay(f *testing.F) {
 			require.NoError(t, err)
 			return &journal.Data{TypeURL: url, Value: value}
 		}
-		const known = 1 // the version of the steps
-		path := states.Steps()
+		path := Table().Steps()
 		name := string(path[uint(step)%uint(len(path))])
 		key := journal.Key{Namespace: "k8s.io", ID: "s1"}
 		views, err := Replay([]journal.Sandbox{{Key: key, Records: []journal.Record{
-			{Seq: 1, Key: key, Kind: journal.Begun, Data: data(specType, spec), At: time.Unix(1, 0), Version: known},
-			{Seq: 2, Key: key, Kind: journal.Intent, Step: name, Data: data(resultType, result), At: time.Unix(1, 0), Version: known},
-			{Seq: 3, Key: key, Kind: journal.Done, Step: name, Data: data(resultType, result), At: time.Unix(1, 0), Version: known},
+			{Seq: 1, Key: key, Kind: journal.Begun, Data: data(specType, spec), At: time.Unix(1, 0)},
+			{Seq: 2, Key: key, Kind: journal.Intent, Step: name, Data: data(resultType, result), At: time.Unix(1, 0)},
+			{Seq: 3, Key: key, Kind: journal.Done, Step: name, Data: data(resultType, result), At: time.Unix(1, 0)},
 		}}})
 		require.NoError(t, err)
 		require.Len(t, List(views).GetSandboxes(), 1)

@@ -55,7 +55,9 @@ func actsOf(view lifecycle.View) []*podfsmv1.Act {
 			StartedAt: timestamp(act.Started), Duration: lasted(act.Started, act.Ended),
 		})
 	}
-	acts = append(acts, pluginActs(view.Step(states.AttachNetwork))...)
+	for _, step := range view.Steps {
+		acts = append(acts, pluginActs(step)...)
+	}
 	slices.SortStableFunc(acts, byStart)
 	return acts
 }

@@ -27,10 +27,10 @@ func viewOf(notes ...any) lifecycle.View {
 	return lifecycle.View{
 		Key:   journal.Key{Namespace: "k8s.io", ID: "s1"},
 		Spec:  &Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: "web", Namespace: "default"}}},
-		Steps: []lifecycle.StepView{{Name: states.AttachNetwork, Plan: plan, Notes: notes}},
+		Steps: []lifecycle.StepView{{Name: "attach_network", Plan: plan, Notes: notes}},
 		Acts: []lifecycle.Act{
-			{Step: states.AttachNetwork, Kind: lifecycle.ActDo, Started: begin, Ended: begin.Add(time.Second), Err: errors.New("no \xff")},
-			{Step: states.AttachNetwork, Kind: lifecycle.ActUndo, Started: begin.Add(2 * time.Second)},
+			{Step: "attach_network", Kind: lifecycle.ActDo, Started: begin, Ended: begin.Add(time.Second), Err: errors.New("no \xff")},
+			{Step: "attach_network", Kind: lifecycle.ActUndo, Started: begin.Add(2 * time.Second)},
 		},
 	}
 }
@@ -80,8 +80,8 @@ func TestFailedStep(t *testing.T) {
 	view := viewOf()
 	require.Empty(t, failedStep(view))
 	view.Transitions = []lifecycle.Transition{
-		{Event: states.RollBack, Step: states.AttachNetwork, Err: errors.New("no luck")},
-		{Event: states.OweCleanup, Step: states.StartPause, Err: errors.New("no luck")},
+		{Event: states.RollBack, Step: "attach_network", Err: errors.New("no luck")},
+		{Event: states.OweCleanup, Step: "start_pause", Err: errors.New("no luck")},
 		{Event: states.RollBack},
 	}
 	require.Equal(t, "attach_network", failedStep(view))

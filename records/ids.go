@@ -7,13 +7,12 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
 // MappingsOf are a sandbox's id mappings; nil for one in the host's user namespace.
 func MappingsOf(view lifecycle.View) *userns.Mappings {
-	if allocated, ok := view.Step(states.AllocateIDs).Result.(*userns.Mappings); ok {
+	if allocated, _, ok := resultOf[*userns.Mappings](view); ok {
 		return allocated
 	}
 	return view.Spec.(*Spec).Mapping // not allocated yet, or its record is lost

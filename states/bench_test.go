@@ -7,19 +7,14 @@ func BenchmarkMachine(b *testing.B) {
 	b.Run("new", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, err := NewMachine(New); err != nil {
-				b.Fatal(err)
-			}
+			table.NewMachine()
 		}
 	})
 	b.Run("creation", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			m, err := NewMachine(New)
-			if err != nil {
-				b.Fatal(err)
-			}
-			for _, event := range CreationPath() {
+			m := table.NewMachine()
+			for _, event := range table.Path() {
 				if _, err := m.Fire(b.Context(), event); err != nil {
 					b.Fatal(err)
 				}
@@ -27,10 +22,7 @@ func BenchmarkMachine(b *testing.B) {
 		}
 	})
 	b.Run("can", func(b *testing.B) {
-		m, err := NewMachine(Ready)
-		if err != nil {
-			b.Fatal(err)
-		}
+		m := in(b, Ready)
 		b.ReportAllocs()
 		for b.Loop() {
 			m.Can(Stop)

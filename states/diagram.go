@@ -2,6 +2,7 @@ package states
 
 import (
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -17,9 +18,9 @@ type Passage struct {
 }
 
 // Mermaid renders the table as a Mermaid stateDiagram-v2, and in it the path that a sandbox has taken: its states are filled, and its
-// transitions have their numbers. A passage of an unknown state or event is left out.
-func Mermaid(path ...Passage) string {
-	taken := newTaken(path)
+// transitions have their numbers. A passage through states of another release is drawn, too, unless it has names that no release uses.
+func (t *Table) Mermaid(path ...Passage) string {
+	taken := t.taken(path)
 	var b strings.Builder
 	b.WriteString("stateDiagram-v2\n")
 	fmt.Fprintf(&b, "    state \"any other unfinished state\" as %s\n", anyState)
@@ -31,7 +32,7 @@ func Mermaid(path ...Passage) string {
 		}
 		fmt.Fprintf(&b, "    %s --> %s : %s\n", e.From, e.To, label)
 	}
-	for _, s := range terminals() {
+	for _, s := range t.terminals() {
 		fmt.Fprintf(&b, "    %s --> [*]\n", s)
 	}
 	if len(taken.states) > 0 {
@@ -41,15 +42,15 @@ func Mermaid(path ...Passage) string {
 	return b.String()
 }
 
-// DOT renders the table in Graphviz's language, and in it the path that a sandbox has taken, as [Mermaid] does. Terminal states have a
+// DOT renders the table in Graphviz's language, and in it the path that a sandbox has taken, as [Table.Mermaid] does. Terminal states have a
 // double border.
-func DOT(path ...Passage) string {
-	taken := newTaken(path)
+func (t *Table) DOT(path ...Passage) string {
+	taken := t.taken(path)
 	var b strings.Builder
 	b.WriteString("digraph sandbox {\n")
 	b.WriteString("    node [shape=box, style=rounded];\n")
 	fmt.Fprintf(&b, "    %q [label=\"any other unfinished state\", style=dashed];\n", anyState)
-	for _, s := range terminals() {
+	for _, s := range t.terminals() {
 		fmt.Fprintf(&b, "    %q [peripheries=2];\n", s)
 	}
 	for _, name := range taken.names() {
@@ -66,30 +67,57 @@ func DOT(path ...Passage) string {
 	return b.String()
 }
 
+// name is what the states and events of all releases are called by.
+var name = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]{0,63}$`)
+
+// Drawable says whether the names of a transition can stand in a picture: it may come from a damaged ledger.
+func (t Transition) Drawable() bool {
+	return name.MatchString(string(t.From)) && name.MatchString(string(t.Event)) && name.MatchString(string(t.To))
+}
+
+// StatesWith returns every state of the table, and those of a path that the table doesn't have, each after the one that led to it.
+func (t *Table) StatesWith(path []Passage) []State {
+	all := t.States()
+	add := func(s, after State) {
+		if !slices.Contains(all, s) {
+			all = slices.Insert(all, slices.Index(all, after)+1, s)
+		}
+	}
+	for _, p := range path {
+		if p.Drawable() {
+			add(p.From, New)
+			add(p.To, p.From)
+		}
+	}
+	return all
+}
+
 // taken is the path that a sandbox has taken through the table.
 type taken struct {
+	table   *Table
+	all     []State // of the table and of the path
 	states  map[State]bool
 	numbers map[Transition]string // of the passages of each transition
 	extra   []Transition          // those that the diagrams don't have an edge for
 }
 
-func newTaken(path []Passage) *taken {
-	t := &taken{states: map[State]bool{}, numbers: map[Transition]string{}}
+func (t *Table) taken(path []Passage) *taken {
+	taken := &taken{table: t, all: t.StatesWith(path), states: map[State]bool{}, numbers: map[Transition]string{}}
 	of := map[Transition][]uint64{}
 	for _, p := range path {
-		if !p.From.known() || !p.To.known() || p.Event.Meaning() == "" {
+		if !p.Drawable() {
 			continue
 		}
-		t.states[p.From], t.states[p.To] = true, true
-		if of[p.Transition] == nil && !slices.Contains(edges(), p.Transition) {
-			t.extra = append(t.extra, p.Transition)
+		taken.states[p.From], taken.states[p.To] = true, true
+		if of[p.Transition] == nil && !slices.Contains(t.edges(), p.Transition) {
+			taken.extra = append(taken.extra, p.Transition)
 		}
 		of[p.Transition] = append(of[p.Transition], p.Seq)
 	}
 	for transition, all := range of {
-		t.numbers[transition] = Numbers(all)
+		taken.numbers[transition] = Numbers(all)
 	}
-	return t
+	return taken
 }
 
 // Numbers are those of all the passages of a transition, of very many the first and the last.
@@ -108,11 +136,11 @@ func Numbers(all []uint64) string {
 }
 
 // edges are those of the table, and the sandbox's own.
-func (t *taken) edges() []Transition { return slices.Concat(edges(), t.extra) }
+func (t *taken) edges() []Transition { return slices.Concat(t.table.edges(), t.extra) }
 
 // names are the states on the path, in the order of a sandbox's life.
 func (t *taken) names() (names []string) {
-	for _, s := range All() {
+	for _, s := range t.all {
 		if t.states[s] {
 			names = append(names, string(s))
 		}
@@ -122,15 +150,10 @@ func (t *taken) names() (names []string) {
 
 // edges returns the table with the sources of an event that is legal in every
 // unfinished state but its target folded into anyState.
-func edges() []Transition {
-	var unfinished []State
-	for _, s := range All() {
-		if !s.Terminal() {
-			unfinished = append(unfinished, s)
-		}
-	}
+func (t *Table) edges() []Transition {
+	unfinished := slices.DeleteFunc(t.States(), State.Terminal)
 	var folded []Transition
-	for _, r := range rules {
+	for _, r := range t.rules {
 		legalAnywhere := !slices.ContainsFunc(unfinished, func(s State) bool {
 			return s != r.to && !slices.Contains(r.from, s)
 		})
@@ -145,6 +168,6 @@ func edges() []Transition {
 	return folded
 }
 
-func terminals() []State {
-	return slices.DeleteFunc(All(), func(s State) bool { return !s.Terminal() })
+func (t *Table) terminals() []State {
+	return slices.DeleteFunc(t.States(), func(s State) bool { return !s.Terminal() })
 }

@@ -12,34 +12,33 @@ func passage(seq uint64, from State, event Event, to State) Passage {
 
 func TestDiagramsShowThePathTaken(t *testing.T) {
 	path := []Passage{
-		passage(1, New, AllocateIDs, IDsAllocated),
-		passage(2, IDsAllocated, RollBack, RollingBack),
+		passage(1, New, "allocate_ids", idsAllocated),
+		passage(2, idsAllocated, RollBack, RollingBack),
 		passage(3, RollingBack, OweCleanup, CleanupOwed),
 		passage(4, CleanupOwed, RollBack, RollingBack),
 		passage(5, RollingBack, OweCleanup, CleanupOwed),
 		passage(6, CleanupOwed, Quarantine, Quarantined), // folded in the diagram
 		passage(7, `x"; evil`, "e", Ready),
 	}
-	mermaid := Mermaid(path...)
+	mermaid := table.Mermaid(path...)
 	for _, line := range []string{
 		"New --> IDsAllocated : allocate_ids (1)\n",
-		"IDsAllocated --> SnapshotRemapped : remap_snapshot\n",
+		"IDsAllocated --> PauseStarted : start_pause\n",
 		"RollingBack --> CleanupOwed : owe_cleanup (3, 5)\n",
 		"CleanupOwed --> Quarantined : quarantine (6)\n",
 		"class New,IDsAllocated,RollingBack,CleanupOwed,Quarantined taken\n",
 	} {
 		require.Contains(t, mermaid, line)
 	}
-	dot := DOT(path...)
+	dot := table.DOT(path...)
 	for _, line := range []string{
 		`"New" -> "IDsAllocated" [label="allocate_ids (1)", color="#2563eb", penwidth=2];`,
-		`"IDsAllocated" -> "SnapshotRemapped" [label="remap_snapshot"];`,
+		`"IDsAllocated" -> "PauseStarted" [label="start_pause"];`,
 		`"CleanupOwed" [style="rounded,filled"`,
 	} {
 		require.Contains(t, dot, line)
 	}
 	require.NotContains(t, mermaid+dot, "evil")
-	require.Equal(t, Mermaid(), Mermaid(passage(1, "no", "such", "state")))
 }
 
 func TestNumbersOfManyPassages(t *testing.T) {
@@ -51,4 +50,25 @@ func TestNumbersOfManyPassages(t *testing.T) {
 	} {
 		require.Equal(t, want, Numbers(all))
 	}
+}
+
+// What another release has recorded is drawn where the sandbox went through it.
+func TestDiagramsShowThePathOfAnotherRelease(t *testing.T) {
+	path := []Passage{
+		passage(1, New, "allocate_ids", idsAllocated),
+		passage(2, idsAllocated, "label_pod", "Labelled"),
+		passage(3, "Labelled", RollBack, RollingBack),
+		passage(4, "Elsewhere", Stop, Stopping),
+	}
+	mermaid := table.Mermaid(path...)
+	for _, line := range []string{
+		"IDsAllocated --> Labelled : label_pod (2)\n",
+		"Labelled --> RollingBack : roll_back (3)\n",
+		"class New,Elsewhere,IDsAllocated,Labelled,RollingBack,Stopping taken\n",
+	} {
+		require.Contains(t, mermaid, line)
+	}
+	require.Contains(t, table.DOT(path...), `"IDsAllocated" -> "Labelled" [label="label_pod (2)", color="#2563eb", penwidth=2];`)
+	require.Equal(t, []State{New, "Elsewhere", idsAllocated, "Labelled", pauseStarted}, table.StatesWith(path)[:5])
+	require.Equal(t, table.States(), table.StatesWith(nil))
 }

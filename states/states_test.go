@@ -6,38 +6,56 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+)
+
+// testSteps are steps of the kinds that there are.
+func testSteps() []Step {
+	return []Step{
+		{Name: "allocate_ids", Done: "Ids.", State: "IDsAllocated", Meaning: "It has ids."},
+		{Name: "start_pause", Done: "Pause.", State: "PauseStarted", Meaning: "It has pause."},
+		{Name: "attach_network", Done: "CNI.", State: "NetworkReady", Meaning: "It has a network."},
+		{Name: "declare_ready", Done: "Looked.", State: Ready},
+		{Name: "start_shim", Done: "A shim.", OnDemand: true},
+	}
+}
+
+func tableOf(steps []Step) *Table {
+	table, err := NewTable(steps)
+	if err != nil {
+		panic(err)
+	}
+	return table
+}
+
+var table = tableOf(testSteps())
+
+const (
+	idsAllocated State = "IDsAllocated"
+	pauseStarted State = "PauseStarted"
+	networkReady State = "NetworkReady"
 )
 
 // expected is written by hand, not derived from the table: a row for each
 // state, the events legal in it and where they lead.
 var expected = map[State]map[Event]State{
 	New: {
-		"allocate_ids": IDsAllocated,
+		"allocate_ids": idsAllocated,
 		"roll_back":    RollingBack,
 		"quarantine":   Quarantined,
 	},
-	IDsAllocated: {
-		"remap_snapshot": SnapshotRemapped,
-		"roll_back":      RollingBack,
-		"quarantine":     Quarantined,
-	},
-	SnapshotRemapped: {
-		"start_pause": PauseStarted,
+	idsAllocated: {
+		"start_pause": pauseStarted,
 		"roll_back":   RollingBack,
 		"quarantine":  Quarantined,
 	},
-	PauseStarted: {
-		"capture_netns": NetNSCaptured,
-		"roll_back":     RollingBack,
-		"quarantine":    Quarantined,
-	},
-	NetNSCaptured: {
-		"attach_network": NetworkReady,
+	pauseStarted: {
+		"attach_network": networkReady,
 		"roll_back":      RollingBack,
 		"quarantine":     Quarantined,
 	},
-	NetworkReady: {
+	networkReady: {
 		"declare_ready": Ready,
 		"roll_back":     RollingBack,
 		"quarantine":    Quarantined,
@@ -84,17 +102,17 @@ var expected = map[State]map[Event]State{
 }
 
 func TestEveryStateAndEvent(t *testing.T) {
-	require.Len(t, All(), len(expected))
-	for _, state := range All() {
+	require.Len(t, table.States(), len(expected))
+	for _, state := range table.States() {
 		row, ok := expected[state]
 		require.True(t, ok, "no expectation for state %s", state)
 		for event := range row {
-			require.Contains(t, Events(), event)
+			require.Contains(t, table.Events(), event)
 		}
-		for _, event := range Events() {
+		for _, event := range table.Events() {
 			t.Run(fmt.Sprintf("%s/%s", state, event), func(t *testing.T) {
 				want, wantLegal := row[event]
-				got, legal := Next(state, event)
+				got, legal := table.Next(state, event)
 				require.Equal(t, wantLegal, legal)
 				require.Equal(t, want, got)
 			})
@@ -103,7 +121,10 @@ func TestEveryStateAndEvent(t *testing.T) {
 }
 
 func TestTerminalStates(t *testing.T) {
-	require.Equal(t, []State{RolledBack, Removed}, terminals())
+	require.Equal(t, []State{RolledBack, Removed}, table.terminals())
+	for _, s := range table.States() {
+		require.Equal(t, len(expected[s]) == 0, s.Terminal(), s)
+	}
 	require.False(t, State("Nowhere").Terminal())
 }
 
@@ -115,48 +136,89 @@ func TestTableIsUnambiguous(t *testing.T) {
 		event Event
 	}
 	seen := map[key]bool{}
-	for _, row := range Table() {
+	for _, row := range table.Transitions() {
 		require.False(t, seen[key{row.From, row.Event}], "duplicate transition for %s in %s", row.Event, row.From)
 		seen[key{row.From, row.Event}] = true
 		require.NotEqual(t, row.From, row.To, "%s is a self-transition", row.Event)
-		require.Contains(t, All(), row.From)
-		require.Contains(t, All(), row.To)
+		require.Contains(t, table.States(), row.From)
+		require.Contains(t, table.States(), row.To)
 	}
 }
 
-func TestNamesAreUniqueAndExplained(t *testing.T) {
-	states, events := All(), Events()
-	for _, s := range states {
-		require.NotEmpty(t, s.Meaning(), s)
+func TestMeanings(t *testing.T) {
+	for _, s := range table.States() {
+		require.NotEmpty(t, table.Meaning(s), s)
 	}
-	for _, e := range events {
-		require.NotEmpty(t, e.Meaning(), e)
+	for _, e := range table.Events() {
+		require.NotEmpty(t, table.EventMeaning(e), e)
 	}
-	require.Empty(t, State("Nowhere").Meaning())
-	require.Empty(t, Event("vanish").Meaning())
-
-	slices.Sort(states)
-	require.Len(t, slices.Compact(states), len(All()))
-	slices.Sort(events)
-	require.Len(t, slices.Compact(events), len(Events()))
+	require.Equal(t, "It has pause.", table.Meaning(pauseStarted))
+	require.Equal(t, "Pause.", table.EventMeaning("start_pause"))
+	require.Empty(t, table.Meaning("Nowhere"))
+	require.Empty(t, table.EventMeaning("vanish"))
+	require.Empty(t, table.EventMeaning("start_shim"), "a step on demand is no event")
 }
 
-func TestCreationPath(t *testing.T) {
-	path := []State{New}
-	for _, event := range CreationPath() {
-		next, ok := Next(path[len(path)-1], event)
-		require.True(t, ok, "%s in %s", event, path[len(path)-1])
-		path = append(path, next)
+func TestPath(t *testing.T) {
+	require.Equal(t, []State{New, idsAllocated, pauseStarted, networkReady, Ready}, table.PathStates())
+	require.Equal(t, []Event{"allocate_ids", "start_pause", "attach_network", "declare_ready"}, table.Path())
+	require.Equal(t, append(table.Path(), "start_shim"), table.Steps())
+	step, ok := table.Step("start_shim")
+	require.True(t, ok)
+	require.True(t, step.OnDemand)
+	_, ok = table.Step("stop")
+	require.False(t, ok)
+}
+
+// One more declaration is in the table, on the path and in the pictures.
+func TestStepThatIsAdded(t *testing.T) {
+	steps := slices.Insert(testSteps(), 3, Step{Name: "label_pod", Done: "Labels.", State: "Labelled", Meaning: "It has labels."})
+	longer := tableOf(steps)
+	require.Equal(t, []State{New, idsAllocated, pauseStarted, networkReady, "Labelled", Ready}, longer.PathStates())
+	require.Equal(t, []Event{"allocate_ids", "start_pause", "attach_network", "label_pod", "declare_ready"}, longer.Path())
+	for _, row := range []Transition{
+		{networkReady, "label_pod", "Labelled"}, {"Labelled", "declare_ready", Ready}, {"Labelled", RollBack, RollingBack}, {"Labelled", Quarantine, Quarantined},
+	} {
+		require.Contains(t, longer.Transitions(), row)
+		require.NotContains(t, table.Transitions(), row)
 	}
-	require.Equal(t, []State{New, IDsAllocated, SnapshotRemapped, PauseStarted, NetNSCaptured, NetworkReady, Ready}, path)
+	require.NotContains(t, longer.Transitions(), Transition{networkReady, "declare_ready", Ready})
+	require.Contains(t, longer.Mermaid(), "    NetworkReady --> Labelled : label_pod\n    Labelled --> Ready : declare_ready\n")
+	require.Contains(t, longer.DOT(), `"Labelled" -> "RollingBack" [label="roll_back"];`)
+}
+
+func TestNewTableRefuses(t *testing.T) {
+	for name, spoil := range map[string]func([]Step) []Step{
+		"no step":                func([]Step) []Step { return nil },
+		"a path that has no end": func(s []Step) []Step { return slices.Delete(s, 3, 5) },
+		"a step after the end": func(s []Step) []Step {
+			return append(s, Step{Name: "more", Done: "More.", State: "More", Meaning: "More."})
+		},
+		"a step that leads nowhere": func(s []Step) []Step { s[1].State = ""; return s },
+		"one on demand on the path": func(s []Step) []Step { return slices.Insert(s, 1, s[4]) },
+		"one on demand that leads":  func(s []Step) []Step { s[4].State = "Shimmed"; return s },
+		"a step twice":              func(s []Step) []Step { return append(s, s[4]) },
+		"a state twice":             func(s []Step) []Step { s[1].State = idsAllocated; return s },
+		"a state of the table":      func(s []Step) []Step { s[1].State = Stopped; return s },
+		"the diagrams' state":       func(s []Step) []Step { s[1].State = anyState; return s },
+		"an event of the table":     func(s []Step) []Step { s[1].Name = Stop; return s },
+		"no name":                   func(s []Step) []Step { s[1].Name = ""; return s },
+		"no meaning":                func(s []Step) []Step { s[1].Meaning = ""; return s },
+		"no word of what it did":    func(s []Step) []Step { s[1].Done = ""; return s },
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := NewTable(spoil(testSteps()))
+			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+		})
+	}
 }
 
 func TestEveryStateIsReachable(t *testing.T) {
-	require.ElementsMatch(t, All(), reachable(New))
+	require.ElementsMatch(t, table.States(), reachable(New))
 }
 
 func TestEverySandboxCanEnd(t *testing.T) {
-	for _, s := range All() {
+	for _, s := range table.States() {
 		require.True(t, slices.ContainsFunc(reachable(s), State.Terminal), "no way out of %s", s)
 	}
 }
@@ -166,7 +228,7 @@ func TestEverySandboxCanEnd(t *testing.T) {
 func reachable(start State) []State {
 	found := []State{start}
 	for i := 0; i < len(found); i++ {
-		for _, row := range Table() {
+		for _, row := range table.Transitions() {
 			if row.From == found[i] && !slices.Contains(found, row.To) {
 				found = append(found, row.To)
 			}
@@ -177,16 +239,16 @@ func reachable(start State) []State {
 
 // What a caller does to a returned slice must not reach the table.
 func TestReturnedSlicesAreCopies(t *testing.T) {
-	All()[0], Events()[0], CreationPath()[0], Table()[0] = "", "", "", Transition{}
-	require.Equal(t, New, All()[0])
-	require.Equal(t, AllocateIDs, Events()[0])
-	require.Equal(t, AllocateIDs, CreationPath()[0])
-	require.Equal(t, Transition{From: New, Event: AllocateIDs, To: IDsAllocated}, Table()[0])
+	steps := testSteps()
+	own := tableOf(steps)
+	own.States()[0], own.PathStates()[0], own.Events()[0], own.Path()[0], own.Steps()[0], own.Transitions()[0] = "", "", "", "", "", Transition{}
+	steps[0] = Step{}
+	require.Equal(t, table, own)
 }
 
 func TestDiagramsShowEveryTransition(t *testing.T) {
-	mermaid, dot := Mermaid(), DOT()
-	for _, row := range Table() {
+	mermaid, dot := table.Mermaid(), table.DOT()
+	for _, row := range table.Transitions() {
 		from := row.From
 		if row.Event == Quarantine {
 			from = anyState

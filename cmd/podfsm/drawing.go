@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -11,7 +12,8 @@ import (
 )
 
 // The picture of all states has three columns of boxes, narrow enough for a
-// phone; the creation path goes down the first one. All is in pixels.
+// phone; the creation path goes down the first one, with as many boxes as this
+// release's table and the sandbox's own path have. All is in pixels.
 const (
 	boxWidth, boxHeight = 130, 28
 	columnGap           = 165
@@ -19,12 +21,15 @@ const (
 	margin              = 3
 )
 
-// places are where each state stands, in columns and rows.
-var places = map[states.State]struct{ column, row float64 }{
-	states.New: {0, 0}, states.IDsAllocated: {0, 1}, states.SnapshotRemapped: {0, 2}, states.PauseStarted: {0, 3},
-	states.NetNSCaptured: {0, 4}, states.NetworkReady: {0, 5}, states.Ready: {0, 6},
-	states.Quarantined: {1, 0}, states.RolledBack: {1, 1.25}, states.RollingBack: {1, 2.5}, states.CleanupOwed: {1, 4},
-	states.Removed: {2, 0}, states.Removing: {2, 1.25}, states.Stopped: {2, 2.6}, states.Stopping: {2, 4}, states.NotReady: {2, 6},
+// minRows is how many rows apart the first and the last state are at least, so
+// that the states off the creation path have room beside it.
+const minRows = 6
+
+// offPath is where each state stands that is not on the creation path: its
+// column, and its place between the first state of the path and the last.
+var offPath = map[states.State]struct{ column, place float64 }{
+	states.Quarantined: {1, 0}, states.RolledBack: {1, 0.21}, states.RollingBack: {1, 0.42}, states.CleanupOwed: {1, 0.67},
+	states.Removed: {2, 0}, states.Removing: {2, 0.21}, states.Stopped: {2, 0.43}, states.Stopping: {2, 0.67}, states.NotReady: {2, 1},
 }
 
 // drawing is the picture, for the page's template.
@@ -50,71 +55,84 @@ type edge struct {
 	NumberX, NumberY float64
 }
 
+// plan is where everything stands: the table's states, and those of another
+// release that a sandbox went through.
+type plan struct {
+	table *states.Table
+	all   []states.State
+	rows  float64
+	at    map[states.State]struct{ x, y float64 }
+}
+
+func newPlan(table *states.Table, path []states.Passage) *plan {
+	p := &plan{table: table, all: table.StatesWith(path), at: map[states.State]struct{ x, y float64 }{}}
+	column := slices.DeleteFunc(slices.Clone(p.all), func(s states.State) bool { _, off := offPath[s]; return off })
+	last := float64(len(column) - 1)
+	p.rows = max(minRows, last)
+	place := func(s states.State, column, row float64) {
+		p.at[s] = struct{ x, y float64 }{margin + boxWidth/2 + column*columnGap, margin + boxHeight/2 + row*rowGap}
+	}
+	for i, s := range column {
+		place(s, 0, float64(i)*p.rows/last)
+	}
+	for s, at := range offPath {
+		place(s, at.column, at.place*p.rows)
+	}
+	return p
+}
+
 // draw makes the picture with the path that a sandbox has taken.
-func draw(transitions []*podfsmv1.Transition) drawing {
-	d := drawing{Width: 2*columnGap + boxWidth + 2*margin, Height: 6*rowGap + boxHeight + 2*margin}
-	path := passages(transitions)
+func draw(table *states.Table, transitions []*podfsmv1.Transition) drawing {
+	path := slices.DeleteFunc(passages(transitions), func(p states.Passage) bool { return !p.Drawable() })
+	p := newPlan(table, path)
+	d := drawing{Width: 2*columnGap + boxWidth + 2*margin, Height: int(p.rows*rowGap) + boxHeight + 2*margin}
 	taken := map[states.Transition][]uint64{}
 	on := map[states.State]bool{}
 	var last states.State
-	for _, p := range path {
-		if !placed(p.From) || !placed(p.To) || p.Event.Meaning() == "" {
-			continue
-		}
-		taken[p.Transition] = append(taken[p.Transition], p.Seq)
-		on[p.From], on[p.To], last = true, true, p.To
+	for _, passage := range path {
+		taken[passage.Transition] = append(taken[passage.Transition], passage.Seq)
+		on[passage.From], on[passage.To], last = true, true, passage.To
 	}
-	for _, s := range states.All() {
-		if placed(s) {
-			d.Nodes = append(d.Nodes, nodeOf(s, on[s], s == last))
-		}
+	for _, s := range p.all {
+		d.Nodes = append(d.Nodes, p.node(s, on[s], s == last))
 	}
-	for _, t := range edgesWith(path, taken) {
-		d.Edges = append(d.Edges, edgeOf(t, taken[t]))
+	for _, t := range p.edges(path, taken) {
+		d.Edges = append(d.Edges, p.edge(t, taken[t]))
 	}
 	d.Spoken = text(strings.ReplaceAll(pathOf(transitions), " > ", ", "))
 	return d
 }
 
-func placed(s states.State) bool {
-	_, ok := places[s]
-	return ok
-}
-
-// edgesWith are the transitions of the table, without those into quarantine,
-// which lead there from almost everywhere; and those taken, last so that they
-// are on top.
-func edgesWith(path []states.Passage, taken map[states.Transition][]uint64) []states.Transition {
+// edges are the transitions of the table, without those into quarantine, which
+// lead there from almost everywhere; and those taken, last so that they are on
+// top.
+func (p *plan) edges(path []states.Passage, taken map[states.Transition][]uint64) []states.Transition {
 	var edges []states.Transition
-	for _, t := range states.Table() {
+	for _, t := range p.table.Transitions() {
 		if t.Event != states.Quarantine && taken[t] == nil {
 			edges = append(edges, t)
 		}
 	}
-	for _, p := range path {
-		if taken[p.Transition] != nil && !slices.Contains(edges, p.Transition) {
-			edges = append(edges, p.Transition)
+	for _, passage := range path {
+		if !slices.Contains(edges, passage.Transition) && passage.From != passage.To {
+			edges = append(edges, passage.Transition)
 		}
 	}
 	return edges
 }
 
-func nodeOf(s states.State, on, last bool) node {
-	x, y := centre(s)
+func (p *plan) node(s states.State, on, last bool) node {
+	at := p.at[s]
 	return node{
-		Name: string(s), Meaning: s.Meaning(), X: x - boxWidth/2, Y: y - boxHeight/2, W: boxWidth, H: boxHeight,
-		TextX: x, TextY: y + 4, On: on, Last: last, Ended: s.Terminal(),
+		Name: string(s), Meaning: cmp.Or(p.table.Meaning(s), "Another release of podfsm has this state."),
+		X: at.x - boxWidth/2, Y: at.y - boxHeight/2, W: boxWidth, H: boxHeight,
+		TextX: at.x, TextY: at.y + 4, On: on, Last: last, Ended: s.Terminal(),
 	}
 }
 
-func centre(s states.State) (x, y float64) {
-	at := places[s]
-	return margin + boxWidth/2 + at.column*columnGap, margin + boxHeight/2 + at.row*rowGap
-}
-
-func edgeOf(t states.Transition, taken []uint64) edge {
+func (p *plan) edge(t states.Transition, taken []uint64) edge {
 	const tip = 7.0
-	x1, y1, x2, y2 := ends(t.From, t.To)
+	x1, y1, x2, y2 := p.ends(t.From, t.To)
 	length := math.Hypot(x2-x1, y2-y1)
 	dx, dy := (x2-x1)/length, (y2-y1)/length
 	e := edge{From: string(t.From), Event: string(t.Event), To: string(t.To), On: taken != nil, Numbers: states.Numbers(taken)}
@@ -128,13 +146,12 @@ func edgeOf(t states.Transition, taken []uint64) edge {
 // ends are where an edge leaves one box and meets the other: above or below
 // within a column, else at the side. Where another one leads back, each keeps to
 // its right.
-func ends(from, to states.State) (x1, y1, x2, y2 float64) {
+func (p *plan) ends(from, to states.State) (x1, y1, x2, y2 float64) {
 	apart := 0.0
-	if leads(to, from) {
+	if p.leads(to, from) {
 		apart = 8
 	}
-	x1, y1 = centre(from)
-	x2, y2 = centre(to)
+	x1, y1, x2, y2 = p.at[from].x, p.at[from].y, p.at[to].x, p.at[to].y
 	if x1 == x2 {
 		half := math.Copysign(boxHeight/2, y2-y1)
 		apart = math.Copysign(apart, y1-y2)
@@ -146,6 +163,6 @@ func ends(from, to states.State) (x1, y1, x2, y2 float64) {
 }
 
 // leads says whether the table has a way from one state right to the other.
-func leads(from, to states.State) bool {
-	return slices.ContainsFunc(states.Table(), func(t states.Transition) bool { return t.From == from && t.To == to })
+func (p *plan) leads(from, to states.State) bool {
+	return slices.ContainsFunc(p.table.Transitions(), func(t states.Transition) bool { return t.From == from && t.To == to })
 }

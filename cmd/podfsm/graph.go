@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -41,15 +42,15 @@ podfsm graph -o mermaid                               the picture, for a page th
 			w := cmd.Root().Writer
 			switch output := cmd.String("output"); {
 			case output == "dot":
-				_, err := io.WriteString(w, states.DOT(passages(r.GetTransitions())...))
+				_, err := io.WriteString(w, records.Table().DOT(passages(r.GetTransitions())...))
 				return err
 			case output == "mermaid":
-				_, err := io.WriteString(w, states.Mermaid(passages(r.GetTransitions())...))
+				_, err := io.WriteString(w, records.Table().Mermaid(passages(r.GetTransitions())...))
 				return err
 			case cmd.Args().Present():
 				return writePath(w, r)
 			default:
-				return writeStates(w)
+				return writeStates(w, records.Table())
 			}
 		},
 	}
@@ -68,10 +69,10 @@ func passages(transitions []*podfsmv1.Transition) []states.Passage {
 }
 
 // writeStates has a line for each legal transition.
-func writeStates(w io.Writer) error {
+func writeStates(w io.Writer, table *states.Table) error {
 	var b bytes.Buffer
 	t := newTable(&b, "STATE", "EVENT", "NEXT STATE")
-	for _, transition := range states.Table() {
+	for _, transition := range table.Transitions() {
 		t.row(string(transition.From), string(transition.Event), string(transition.To))
 	}
 	t.flush()

@@ -57,17 +57,17 @@ func fill(t *testing.T, l *journal.Ledger) {
 		all := []*journal.Record{
 			{Kind: journal.Begun, Data: spec},
 			{Kind: journal.Intent, Step: "allocate_ids"},
-			{Kind: journal.Done, Step: "allocate_ids"},
+			{Kind: journal.Done, Step: "allocate_ids", From: "New", Event: "allocate_ids", State: "IDsAllocated"},
 			{Kind: journal.Intent, Step: "remap_snapshot"},
 		}
 		if name == "owed" {
 			all = append(all,
-				&journal.Record{Kind: journal.Moved, Event: "roll_back", State: "RollingBack"},
+				&journal.Record{Kind: journal.Moved, From: "IDsAllocated", Event: "roll_back", State: "RollingBack"},
 				&journal.Record{Kind: journal.UndoIntent, Step: "remap_snapshot"},
-				&journal.Record{Kind: journal.Owed, Goal: "RolledBack", Error: "no\nluck"})
+				&journal.Record{Kind: journal.Owed, From: "RollingBack", Event: "owe_cleanup", State: "CleanupOwed", Goal: "RolledBack", Error: "no\nluck"})
 		}
 		for _, r := range all {
-			r.Key, r.Version = journal.Key{Namespace: "k8s.io", ID: id}, 1
+			r.Key = journal.Key{Namespace: "k8s.io", ID: id}
 			require.NoError(t, l.Append(t.Context(), r))
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/records"
 )
 
 // pageText is the page; html/template escapes what is put into it, wherever
@@ -160,7 +161,7 @@ func newPage(t *timeline, now time.Time) page {
 	p := page{
 		Name: text(cmp.Or(podOf(s), s.GetId())), IsPod: podOf(s) != "", Attempt: s.GetAttempt(), Short: text(shorten(s.GetId())),
 		Created: at(s.GetCreatedAt()), State: text(stateOf(s)), For: age(s.GetSince(), now), Verdict: verdictOf(s), FailedStep: text(s.GetFailedStep()),
-		Owes: owes(len(s.GetDebts())), Reason: text(reason(t.InspectResponse)), Graph: draw(t.GetTransitions()),
+		Owes: owes(len(s.GetDebts())), Reason: text(reason(t.InspectResponse)), Graph: draw(records.Table(), t.GetTransitions()),
 		Facts: factsOf(t.InspectResponse), Version: versions(), Now: moment{now},
 	}
 	if most, total, ok := slowest(all); ok {

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -317,20 +318,71 @@ func TestPageShowsWhatHappened(t *testing.T) {
 	require.True(t, strings.Contains(text, "&lt;script&gt;alert(1)&lt;/script&gt;"))
 }
 
-// Every state has its place in the picture, and no two share one.
-func TestEachStateIsDrawn(t *testing.T) {
-	d := draw(nil)
-	require.Len(t, d.Nodes, len(states.All()))
+// requireDrawn holds that every state has its place in the picture, and no two
+// share one.
+func requireDrawn(t *testing.T, d drawing, want []states.State) {
+	t.Helper()
+	require.Len(t, d.Nodes, len(want))
 	for i, a := range d.Nodes {
+		require.Equal(t, string(want[i]), a.Name)
+		require.NotEmpty(t, a.Meaning)
 		require.LessOrEqual(t, a.X+a.W, float64(d.Width))
 		require.LessOrEqual(t, a.Y+a.H, float64(d.Height))
-		require.False(t, a.On)
 		for _, b := range d.Nodes[:i] {
 			apart := a.X+a.W <= b.X || b.X+b.W <= a.X || a.Y+a.H <= b.Y || b.Y+b.H <= a.Y
 			require.True(t, apart, "%s and %s overlap", a.Name, b.Name)
 		}
 	}
-	drawn := draw(crashed.GetTransitions())
+}
+
+// tableWith is a table with steps of a path between New and Ready.
+func tableWith(t *testing.T, count int) *states.Table {
+	t.Helper()
+	var steps []states.Step
+	for i := range count {
+		steps = append(steps, states.Step{Name: states.Event(fmt.Sprint("step_", i)), State: states.State(fmt.Sprint("Step", i)), Meaning: "It is done.", Done: "It was done."})
+	}
+	table, err := states.NewTable(append(steps, states.Step{Name: "declare_ready", State: states.Ready, Done: "It was found complete."}))
+	require.NoError(t, err)
+	return table
+}
+
+// However many steps there are, all of their states are drawn.
+func TestEachStateOfATableIsDrawn(t *testing.T) {
+	for _, count := range []int{0, 1, 4, 5, 6, 12} {
+		table := tableWith(t, count)
+		d := draw(table, nil)
+		requireDrawn(t, d, table.States())
+		for _, transition := range table.Transitions() {
+			drawn := slices.ContainsFunc(d.Edges, func(e edge) bool { return e.From == string(transition.From) && e.To == string(transition.To) })
+			require.Equal(t, transition.Event != states.Quarantine, drawn, "%v", transition)
+		}
+	}
+}
+
+// A sandbox of another release is drawn with the states that it went through.
+func TestStatesOfAnotherReleaseAreDrawn(t *testing.T) {
+	var path []*podfsmv1.Transition
+	at := "New"
+	for i, to := range []string{"IDsAllocated", "Labelled", "Checked", "Ready", "Frozen", "Stopping", `x"; evil`} {
+		path = append(path, &podfsmv1.Transition{Seq: uint64(i + 1), From: at, Event: "step", To: to})
+		at = to
+	}
+	d := draw(records.Table(), path)
+	requireDrawn(t, d, records.Table().StatesWith(passages(path)))
+	var on []string
+	for _, n := range d.Nodes {
+		if n.On {
+			on = append(on, n.Name)
+		}
+	}
+	require.Equal(t, []string{"New", "IDsAllocated", "Labelled", "Checked", "Ready", "Frozen", "Stopping"}, on)
+	require.True(t, slices.ContainsFunc(d.Edges, func(e edge) bool { return e.From == "Frozen" && e.To == "Stopping" && e.On }))
+}
+
+func TestEachStateIsDrawn(t *testing.T) {
+	requireDrawn(t, draw(records.Table(), nil), records.Table().States())
+	drawn := draw(records.Table(), crashed.GetTransitions())
 	var on, numbered []string
 	for _, n := range drawn.Nodes {
 		if n.On {
@@ -348,7 +400,7 @@ func TestEachStateIsDrawn(t *testing.T) {
 	require.Equal(t, []string{
 		"1 IDsAllocated", "2 SnapshotRemapped", "3 PauseStarted", "4 NetNSCaptured", "5 RollingBack", "6 CleanupOwed", "7 RollingBack", "8 RolledBack",
 	}, numbered)
-	require.True(t, slices.ContainsFunc(draw([]*podfsmv1.Transition{{Seq: 1, From: "Ready", Event: "quarantine", To: "Quarantined"}}).Edges,
+	require.True(t, slices.ContainsFunc(draw(records.Table(), []*podfsmv1.Transition{{Seq: 1, From: "Ready", Event: "quarantine", To: "Quarantined"}}).Edges,
 		func(e edge) bool { return e.On }), "what is left out of the picture is in it when it was taken")
 }
 

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -204,7 +205,10 @@ func creates(l lane) bool { return !l.nested && !undoes(l) && !onDemand(l) }
 
 // onDemand says whether a lane is the start of what a pod's containers need,
 // which the first of them waits for, maybe long after the creation.
-func onDemand(l lane) bool { return l.label == string(states.StartShim) }
+func onDemand(l lane) bool {
+	step, _ := records.Table().Step(states.Event(l.label))
+	return step.OnDemand
+}
 
 // slowest is the lane of the creation's step that took longest to do, and how
 // long all of them took; it is false when there is none.

@@ -1,0 +1,94 @@
+package lifecycle
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/states"
+)
+
+// Another release of podfsm may have other steps, other data, and the steps in another order. What its records say is taken as it is:
+// nothing of it is guessed, and a sandbox that is ready stays ready. What this release doesn't know it can't undo, so that is owed until
+// the other release runs again.
+
+// Unknown stands for recorded data of a type that this release doesn't know.
+type Unknown struct{ Type string }
+
+// unknownStep is a recorded step that this release can't undo.
+type unknownStep struct {
+	declared Declaration
+	skipped  bool // it had nothing to do
+	reason   error
+}
+
+// unknownUndoDeadline is for an undo that does nothing.
+const unknownUndoDeadline = time.Minute
+
+func (s *unknownStep) Declaration() Declaration { return s.declared }
+
+func (s *unknownStep) Plan(context.Context, *Run) (any, error) { return nil, s.reason }
+
+func (s *unknownStep) Do(context.Context, *Run) (any, error) { return nil, s.reason }
+
+func (s *unknownStep) Undo(context.Context, *Run) error {
+	if s.skipped {
+		return nil
+	}
+	return s.reason
+}
+
+func (s *unknownStep) Probe(context.Context, *Run) (bool, error) { return false, nil }
+
+// stepNamed is the step to undo what is on record under a name.
+func (s *sandbox) stepNamed(name states.Event) Step {
+	rec := s.steps[name]
+	known, ok := s.engine.step(name)
+	if ok && rec.unknown == "" {
+		return known
+	}
+	unknown := &unknownStep{skipped: rec.status == StepSkipped, reason: s.unknownTo(name)}
+	if ok {
+		unknown.declared = known.Declaration()
+	} else {
+		unknown.declared = Declaration{Step: states.Step{Name: name}, Holds: rec.holds, AtStop: rec.atStop, UndoDeadline: unknownUndoDeadline}
+	}
+	return unknown
+}
+
+// unknownTo says why this release can do nothing with what is on record of a step, and which one can.
+func (s *sandbox) unknownTo(name states.Event) error {
+	rec := s.steps[name]
+	writer, this := releaseName(rec.release), releaseName(s.engine.release)
+	what := "doesn't know that step"
+	if rec.unknown != "" {
+		what = fmt.Sprintf("can't read its data of type %q", rec.unknown)
+	}
+	return fmt.Errorf("%s recorded the step, and %s %s; install %s again: %w", writer, this, what, writer, errdefs.ErrFailedPrecondition)
+}
+
+func releaseName(release string) string { return "podfsm " + cmp.Or(release, "of an unknown release") }
+
+// begin notes that a step is being done: it is the newest on record.
+func (s *sandbox) begin(name states.Event) {
+	s.begun = append(slices.DeleteFunc(s.begun, func(e states.Event) bool { return e == name }), name)
+}
+
+// order is that of all steps: those on record in the order in which they were begun, and each of this release's others after the one
+// that it follows in this release. Steps are undone in the reverse order. The caller holds mu, or is the queue's goroutine, or alone.
+func (s *sandbox) order() []states.Event {
+	order := slices.Clone(s.begun)
+	after := 0 // where the next one goes that isn't on record
+	for _, name := range s.engine.table.Steps() {
+		at := slices.Index(order, name)
+		if at < 0 {
+			order, at = slices.Insert(order, after, name), after
+		}
+		after = at + 1
+	}
+	return order
+}
