@@ -24,8 +24,6 @@ const firstFormat = "a219c2b0ee1b1d92f43d99216cadfc6ab18dd375"
 // in the middle of everything.
 func TestUpgradeFromFirstRelease(t *testing.T) {
 	u := startUpgrade(t, harness.At(firstFormat))
-	u.loseRecords()
-	u.runReadyPods()
 	u.change("up", harness.TestDaemon)
 	u.change("down", harness.At(firstFormat))
 	u.end(harness.TestDaemon)
@@ -59,11 +57,15 @@ type identity struct {
 	ips           string
 }
 
+// startUpgrade makes a node with a pod of every mode, and one whose records are lost.
 func startUpgrade(t *testing.T, from harness.Daemon) *upgrade {
 	config := modesConfig()
 	config.Daemon = from
 	n, before := startNodeWithPool(t, config)
-	return &upgrade{T: t, n: n, before: before, want: map[string]string{}, healed: map[string]string{}}
+	u := &upgrade{T: t, n: n, before: before, want: map[string]string{}, healed: map[string]string{}}
+	u.loseRecords()
+	u.runReadyPods()
+	return u
 }
 
 // loseRecords leaves a pod that runs, and whose records are lost.
@@ -84,19 +86,23 @@ func (u *upgrade) loseRecords() {
 func (u *upgrade) runReadyPods() {
 	modes := append([]userMode{hostUsers, {"host network", harness.PodfsmHandler, harness.HostNetwork(), false}}, userModes...)
 	for _, mode := range modes {
-		config := u.n.PodConfig("ready-"+mode.name, mode.option)
-		pod, err := u.n.RunPod(u.Context(), mode.handler, config)
-		require.NoError(u, err)
-		p := &readyPod{Pod: pod, main: startContainer(u.T, pod, "main")}
-		p.was = u.identify(pod)
-		u.ready = append(u.ready, p)
-		u.expect(config, "Ready", "Ready")
+		u.runReady(mode.handler, u.n.PodConfig("ready-"+mode.name, mode.option))
 	}
+}
+
+func (u *upgrade) runReady(handler string, config *runtime.PodSandboxConfig) {
+	pod, err := u.n.RunPod(u.Context(), handler, config)
+	require.NoError(u, err)
+	p := &readyPod{Pod: pod, main: startContainer(u.T, pod, "main")}
+	p.was = u.identify(pod)
+	u.ready = append(u.ready, p)
+	u.expect(config, "Ready", "Ready")
 }
 
 // change brings pods into every state, kills the daemon in the middle of that, and replaces it by another build.
 func (u *upgrade) change(direction string, to harness.Daemon) {
 	name := func(pod string) string { return direction + "-" + pod }
+	u.runReady(harness.PodfsmHandler, u.n.PodConfig(name("ready")))
 	u.runNotReady(name("not-ready"))
 	stopped := u.runPod(name("stopped"))
 	require.NoError(u, stopped.Stop(u.Context()))
