@@ -69,7 +69,7 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	$(gotest) -p 1 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness $(PROGRESS)
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease|TestUpgradeOfSteps
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of

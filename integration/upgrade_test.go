@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -39,6 +40,21 @@ type upgrade struct {
 	calls  sync.WaitGroup // that end with the daemon
 	want   map[string]string
 	healed map[string]string // what want becomes once the causes of failures are gone
+
+	// unknown is a step of the daemon before that the next one doesn't have, nil for none. What it left is owed until a release that has
+	// it runs again, and the error names the one that recorded it.
+	unknown *unknownStep
+}
+
+// unknownStep is a step that only another build has.
+type unknownStep struct {
+	name, after string
+	release     string // that recorded it
+}
+
+// begunBefore says whether the unknown step has been begun when the creation path comes into another, or is that one.
+func (s *unknownStep) begunBefore(step string) bool {
+	return s != nil && (step == s.name || slices.Index(steps, s.after) < slices.Index(steps, step))
 }
 
 // readyPod is a pod that must not notice that the daemon is replaced.
@@ -195,11 +211,18 @@ func (u *upgrade) interruptCreations(name func(string) string) *runtime.PodSandb
 			moments[step] = []string{"before", "after"}
 		}
 	}
+	if u.unknown != nil {
+		moments[u.unknown.name] = []string{"before", "after"}
+	}
 	for step, whens := range moments {
 		for _, when := range whens {
 			config := u.n.PodConfig(name("half-made-" + step + "-" + when))
 			u.hold(config, step+".do", when, func(ctx context.Context) { _, _ = u.n.RunPod(ctx, harness.PodfsmHandler, config) })
-			u.expect(config, "", "")
+			if u.unknown.begunBefore(step) {
+				u.expect(config, "CleanupOwed for RolledBack", "CleanupOwed for RolledBack")
+			} else {
+				u.expect(config, "", "")
+			}
 		}
 	}
 	config := u.n.PodConfig(name("rolling-back"))
@@ -299,10 +322,17 @@ func (u *upgrade) removeOthers() {
 		if keep[item.GetId()] {
 			continue
 		}
-		name := item.GetMetadata().GetName()
-		require.NoError(u, u.n.FindPod(item.GetId(), &runtime.PodSandboxConfig{Metadata: item.GetMetadata()}).StopAndRemove(u.Context()), name)
-		delete(u.want, name)
-		delete(u.healed, name)
+		config := &runtime.PodSandboxConfig{Metadata: item.GetMetadata()}
+		pod := u.n.FindPod(item.GetId(), config)
+		require.NoError(u, pod.Stop(u.Context()))
+		err := pod.Remove(u.Context())
+		if u.unknown != nil {
+			require.ErrorContains(u, err, u.unknown.text())
+			u.expect(config, "CleanupOwed for Removed", "CleanupOwed for Removed")
+			continue
+		}
+		require.NoError(u, err)
+		u.expect(config, "", "")
 	}
 	u.requireStates("after the removal of what is listed")
 }

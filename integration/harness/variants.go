@@ -16,7 +16,8 @@ import (
 )
 
 // Variants are test daemons of other sources than the working tree's. Each has
-// its own podfsm-init and podfsm beside it, and a folder of the build cache.
+// its own podfsm-init and podfsm beside it, and a folder of the build cache. Its
+// release is the commit, or the name of the change.
 const (
 	commitPrefix  = "commit/"
 	changedPrefix = "changed/"
@@ -59,7 +60,7 @@ func (b *builder) variant(ctx context.Context, d Daemon) error {
 		return fmt.Errorf("daemon %q can be built only from sources: unset %s: %w", d, prebuiltEnv, errdefs.ErrFailedPrecondition)
 	}
 	i := install{module: ".", bin: filepath.Join(d.variantDir(), "bin"), produces: "testdaemon of " + string(d)}
-	i.args = []string{"./integration/testdaemon", "./cmd/podfsm", "./cmd/podfsm-init"}
+	i.args = []string{"-ldflags=-X " + modulePath + "/plugin.release=" + filepath.Base(string(d)), "./integration/testdaemon", "./cmd/podfsm", "./cmd/podfsm-init"}
 	if commit, ok := strings.CutPrefix(string(d), commitPrefix); ok {
 		i.module = filepath.Join(d.variantDir(), "src")
 		if err := b.once("sources of "+commit, func() error { return b.checkout(ctx, commit, i.module) }); err != nil {
