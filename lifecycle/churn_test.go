@@ -16,6 +16,7 @@ import (
 
 	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -109,7 +110,7 @@ func (c churn) run(t *testing.T) (seen []usage) {
 		n.drivers.Wait()
 		require.Eventually(t, func() bool { return len(n.daemon.Load().Keys()) == 0 }, 3*c.round, time.Minute, "a pending cleanup does not end")
 		require.Zero(t, n.sweep(), "pods of which something is left")
-		for _, state := range states.All() {
+		for _, state := range records.Table().States() {
 			if state != states.New && state != states.Quarantined {
 				require.NotZero(t, n.entered[state], "no pod was %s: the churn is too tame", state)
 			}
@@ -146,7 +147,7 @@ func (c churn) pod(round, i int) *churnPod {
 		lifetime: c.round/50 + c.round*time.Duration(i%23)/50,
 		exists:   map[states.Event]bool{},
 	}
-	steps := states.CreationPath()
+	steps := records.Table().Path()
 	step := steps[i/20%len(steps)]
 	heals := time.Now().Add(p.lifetime + c.round/10)
 	if i%3 == 0 {
@@ -170,7 +171,7 @@ func (c churn) pod(round, i int) *churnPod {
 	case 8:
 		p.ill = true
 	case 9:
-		p.fails = states.StartShim
+		p.fails = startShim
 	}
 	return p
 }

@@ -23,6 +23,14 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
+// The steps that the churn treats by name.
+const (
+	startPause    states.Event = "start_pause"
+	captureNetNS  states.Event = "capture_netns"
+	attachNetwork states.Event = "attach_network"
+	startShim     states.Event = "start_shim"
+)
+
 // churnPod is one pod of the churn, with all that goes wrong with it.
 type churnPod struct {
 	key      journal.Key
@@ -55,22 +63,22 @@ var errChurn = fmt.Errorf("no luck: %w", errdefs.ErrUnavailable)
 
 // churnStep takes some milliseconds and makes nothing but an entry in its pod. The step of a killed daemon does nothing any more.
 type churnStep struct {
-	facts  lifecycle.Facts
-	node   *churnNode
-	daemon *churnDaemon
+	declared lifecycle.Declaration
+	node     *churnNode
+	daemon   *churnDaemon
 }
 
-func (s *churnStep) Facts() lifecycle.Facts { return s.facts }
+func (s *churnStep) Declaration() lifecycle.Declaration { return s.declared }
 
 func (s *churnStep) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
-	if s.facts.Name == states.CaptureNetNS {
+	if s.declared.Name == captureNetNS {
 		return &records.NetNS{Path: "/run/netns/podfsm-" + r.Key.ID}, nil
 	}
 	return nil, nil
 }
 
 func (s *churnStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
-	p, name := s.node.pod(r.Key), s.facts.Name
+	p, name := s.node.pod(r.Key), s.declared.Name
 	if err := s.act(p, func() { p.exists[name] = true; p.exit = nil }); err != nil {
 		return nil, err
 	}
@@ -82,13 +90,13 @@ func (s *churnStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		panic("a bug in a step")
 	case p.fails == name:
 		return nil, errChurn
-	case p.diesEarly && name == states.AttachNetwork:
+	case p.diesEarly && name == attachNetwork:
 		s.node.endPause(p)
 	}
-	if name == states.AttachNetwork {
+	if name == attachNetwork {
 		return &records.Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2"}}, r.Announce(ctx, &records.NetNS{Path: "announced"})
 	}
-	if name == states.StartPause {
+	if name == startPause {
 		return &records.Pause{Pid: 42, CgroupPath: "/pods/web"}, nil
 	}
 	return &lifecycle.Skipped{Reason: "nothing to do"}, nil
@@ -99,23 +107,23 @@ func (s *churnStep) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err := s.work(ctx, p); err != nil {
 		return err
 	}
-	if p.undoFails == s.facts.Name && time.Now().Before(p.heals) {
+	if p.undoFails == s.declared.Name && time.Now().Before(p.heals) {
 		return errChurn
 	}
-	return s.act(p, func() { delete(p.exists, s.facts.Name) })
+	return s.act(p, func() { delete(p.exists, s.declared.Name) })
 }
 
 func (s *churnStep) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {
 	p := s.node.pod(r.Key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.exists[s.facts.Name], nil
+	return p.exists[s.declared.Name], nil
 }
 
 // work takes as long as a step does on a node, or until ctx ends. A pod whose caller is impatient takes longer than the caller waits.
 func (s *churnStep) work(ctx context.Context, p *churnPod) error {
 	took := 15 * time.Millisecond
-	if p.patience > 0 && s.facts.Name == states.AttachNetwork {
+	if p.patience > 0 && s.declared.Name == attachNetwork {
 		took = 2 * p.patience
 	}
 	timer := time.NewTimer(took)
@@ -203,35 +211,13 @@ type churnNode struct {
 	entered map[states.State]int // how often
 }
 
-// declared is what the engine has to know of a step: they hold each other as the real ones do.
-func declared(name states.Event) lifecycle.Facts {
-	f := lifecycle.Facts{Name: name, Deadline: time.Minute, UndoDeadline: time.Minute}
-	switch name {
-	case states.AllocateIDs:
-		f.Lasting = true
-	case states.RemapSnapshot:
-		f.Holds = []states.Event{states.AllocateIDs}
-	case states.StartPause:
-		f.Holds = []states.Event{states.AllocateIDs, states.RemapSnapshot}
-	case states.CaptureNetNS:
-		f.AtStop = true
-	case states.AttachNetwork:
-		f.Holds = []states.Event{states.CaptureNetNS}
-		f.AtStop, f.Lasting = true, true
-	case states.StartShim:
-		f.Holds = []states.Event{states.AllocateIDs, states.StartPause, states.CaptureNetNS}
-		f.AtStop, f.OnDemand = true, true
-	}
-	return f
-}
-
 func (n *churnNode) steps(d *churnDaemon) (steps []lifecycle.Step) {
-	for _, name := range states.Steps() {
-		step := churnStep{facts: declared(name), node: n, daemon: d}
-		switch name {
-		case states.StartPause:
+	for _, declared := range lifecycle.TestSteps() {
+		step := churnStep{declared: declared, node: n, daemon: d}
+		switch declared.Name {
+		case startPause:
 			steps = append(steps, &churnPause{step})
-		case states.AttachNetwork:
+		case attachNetwork:
 			steps = append(steps, &churnNetwork{step})
 		default:
 			steps = append(steps, &step)
@@ -247,7 +233,9 @@ func (n *churnNode) start() {
 	require.Empty(n.t, ledger.Damage())
 	d := &churnDaemon{ledger: ledger}
 	d.life, d.exit = context.WithCancel(n.t.Context())
-	d.Engine, err = lifecycle.New(n.steps(d), d, lifecycle.DefaultBackoff, n.observe, nil)
+	d.Engine, err = lifecycle.New(lifecycle.Config{
+		Steps: n.steps(d), Process: startPause, Journal: d, Backoff: lifecycle.DefaultBackoff, Release: "churn", Observe: n.observe,
+	})
 	require.NoError(n.t, err)
 	d.Restore(n.t.Context(), ledger.Sandboxes(), func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
 		return request(key, spec), lifecycle.Recorded
@@ -380,7 +368,7 @@ func (n *churnNode) watch(p *churnPod) {
 // use has the pod live for its time. What is asked of it meanwhile may fail.
 func (n *churnNode) use(p *churnPod) {
 	time.Sleep(p.lifetime / 2)
-	_ = n.daemon.Load().Demand(n.t.Context(), p.key, states.StartShim)
+	_ = n.daemon.Load().Demand(n.t.Context(), p.key, startShim)
 	_ = n.daemon.Load().Check(n.t.Context(), p.key)
 	if p.dies {
 		n.endPause(p)
