@@ -40,6 +40,9 @@ func (s *sandbox) demand(ctx context.Context, name states.Event) error {
 	if declared, ok := s.engine.table.Step(name); !ok || !declared.OnDemand {
 		return fmt.Errorf("there is no step %q on demand: %w", name, errdefs.ErrInvalidArgument)
 	}
+	if s.steps[name].unknown != "" {
+		return &StepError{Step: name, Pod: s.req.Pod, Err: s.unknownTo(name)}
+	}
 	step, _ := s.engine.step(name)
 	if status := s.steps[name].status; status == StepDone || status == StepSkipped {
 		return s.doAgain(ctx, step)

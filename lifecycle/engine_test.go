@@ -237,7 +237,7 @@ func newWorld(t *testing.T, change ...func(*Declaration)) *world {
 }
 
 // newWorldOn has an engine over a ledger and a node that there are.
-func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Declaration)) *world {
+func newWorldOn(t testing.TB, ledger Journal, n *node, change ...func(*Declaration)) *world {
 	declared := testSteps()
 	for i := range declared {
 		for _, c := range change {
@@ -248,7 +248,7 @@ func newWorldOn(t *testing.T, ledger Journal, n *node, change ...func(*Declarati
 }
 
 // newRelease has an engine of a release with its own steps.
-func newRelease(t *testing.T, release string, declared []Declaration, ledger Journal, n *node) *world {
+func newRelease(t testing.TB, release string, declared []Declaration, ledger Journal, n *node) *world {
 	w := &world{node: n}
 	var steps []Step
 	for _, d := range declared {

@@ -40,7 +40,7 @@ func (h *history) fold(record *journal.Record) error {
 		return err
 	}
 	if record.Kind == journal.Begun {
-		return h.accept(record, data)
+		return h.foldSpec(record, data)
 	}
 	if record.Step != "" {
 		h.foldStep(record, data)
@@ -74,7 +74,7 @@ func present(field, what string) error {
 	return nil
 }
 
-func (h *history) accept(record *journal.Record, data any) error {
+func (h *history) foldSpec(record *journal.Record, data any) error {
 	h.accepted, h.traceParent = true, record.TraceParent
 	h.created, h.entered = record.At, record.At
 	if unknown, ok := data.(*Unknown); ok {

@@ -37,7 +37,6 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 	for _, entry := range saved {
 		s, err := e.restore(entry, describe)
 		if err == nil {
-			s.failInterrupted()
 			err = e.addRestored(s)
 		}
 		if err != nil {
@@ -111,6 +110,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 			}
 		}
 	}
+	s.failInterrupted()
 	if reason := errors.Join(unreadable...); reason != nil {
 		return s, s.quarantine(fmt.Errorf("the records of sandbox %q can't all be read: %w: %w", saved.Key.ID, reason, errdefs.ErrDataLoss))
 	}

@@ -51,7 +51,7 @@ func (s *sandbox) stepNamed(name states.Event) Step {
 	if ok && rec.unknown == "" {
 		return known
 	}
-	unknown := &unknownStep{skipped: rec.status == StepSkipped, reason: s.cannotUndo(name)}
+	unknown := &unknownStep{skipped: rec.status == StepSkipped, reason: s.unknownTo(name)}
 	if ok {
 		unknown.declared = known.Declaration()
 	} else {
@@ -60,15 +60,15 @@ func (s *sandbox) stepNamed(name states.Event) Step {
 	return unknown
 }
 
-// cannotUndo says why this release can't undo what is on record of a step, and what to do.
-func (s *sandbox) cannotUndo(name states.Event) error {
+// unknownTo says why this release can do nothing with what is on record of a step, and which one can.
+func (s *sandbox) unknownTo(name states.Event) error {
 	rec := s.steps[name]
 	writer, this := releaseName(rec.release), releaseName(s.engine.release)
 	what := "doesn't know that step"
 	if rec.unknown != "" {
 		what = fmt.Sprintf("can't read its data of type %q", rec.unknown)
 	}
-	return fmt.Errorf("%s recorded the step, and %s %s; install %s again to complete the cleanup: %w", writer, this, what, writer, errdefs.ErrFailedPrecondition)
+	return fmt.Errorf("%s recorded the step, and %s %s; install %s again: %w", writer, this, what, writer, errdefs.ErrFailedPrecondition)
 }
 
 func releaseName(release string) string { return "podfsm " + cmp.Or(release, "of an unknown release") }

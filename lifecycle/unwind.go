@@ -157,7 +157,7 @@ func (s *sandbox) end(ctx context.Context) error {
 	var exit Exit
 	err := s.attempt(ctx, process, ActStop, func(ctx context.Context, r *Run) (err error) {
 		if rec.unknown != "" {
-			return s.cannotUndo(name)
+			return s.unknownTo(name)
 		}
 		exit, err = process.Stop(ctx, r)
 		return err

@@ -173,7 +173,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
 	}
 	engine, err := lifecycle.New(lifecycle.Config{
-		Steps: c.node.steps(), Process: StartPause, Journal: timedLedger{c.ledger, c.meters}, Backoff: lifecycle.DefaultBackoff,
+		Steps: change(c.node.list()), Process: StartPause, Journal: timedLedger{c.ledger, c.meters}, Backoff: lifecycle.DefaultBackoff,
 		Release: thisRelease(), Observe: c.observe, Meter: c.meters,
 	})
 	if err != nil {

@@ -342,15 +342,15 @@ func (p *press) all() []*podfsmv1.SandboxTransition {
 	return slices.Clone(p.events)
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
 	b := &book{forgotten: map[journal.Key]bool{}}
-	w := newWorldWith(t, b)
+	w := newWorldWith(t, b, change...)
 	w.book = b
 	return w
 }
 
 // newWorldWith has a ledger of the test's.
-func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
+func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
 	w := &world{
 		host: &fakeHost{
 			exists: map[string][]states.Event{},
@@ -376,7 +376,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 	w.meters = newMeters(w.Controller)
 
 	var steps []lifecycle.Step
-	for _, step := range n.steps() {
+	for _, step := range n.list() {
 		fake := fakeStep{w.host, step.Declaration()}
 		switch step := step.(type) {
 		case *allocateIDs:
@@ -388,6 +388,9 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal) *world {
 		default:
 			steps = append(steps, &fake)
 		}
+	}
+	for _, c := range change {
+		steps = c(steps)
 	}
 	w.past, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)

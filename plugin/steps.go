@@ -69,11 +69,12 @@ func newNode(stock *stockConfig, client *containerd.Client, groups host.Groups, 
 	}
 }
 
-// decorate is what [DecorateSteps] was given.
-var decorate = func(step lifecycle.Step) lifecycle.Step { return step }
+// change is what [ChangeSteps] was given.
+var change = func(steps []lifecycle.Step) []lifecycle.Step { return steps }
 
-// DecorateSteps puts something around every step: fault points, in a build for tests. It must be called before containerd runs.
-func DecorateSteps(around func(lifecycle.Step) lifecycle.Step) { decorate = around }
+// ChangeSteps has another list of steps run, in a build for tests: with fault points around the steps, or with the steps of another
+// release. It must be called before containerd runs.
+func ChangeSteps(to func([]lifecycle.Step) []lifecycle.Step) { change = to }
 
 // list is all steps: those of the creation path, in its order, and then those on demand.
 func (n *node) list() []lifecycle.Step {
@@ -86,15 +87,6 @@ func (n *node) list() []lifecycle.Step {
 		&declareReady{n},
 		&startShim{n},
 	}
-}
-
-// steps is the list for the engine.
-func (n *node) steps() []lifecycle.Step {
-	steps := n.list()
-	for i, step := range steps {
-		steps[i] = decorate(step)
-	}
-	return steps
 }
 
 // Steps returns what the steps declare to the table of states, in their order.

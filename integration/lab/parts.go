@@ -157,7 +157,7 @@ func (p *parts) pack(ctx context.Context) error {
 	}
 	bin := filepath.Join(p.dir, "package-bin-"+p.arch) + "/"
 	for _, pkg := range []struct{ version, dir string }{{"v0.0.0-lab", "package"}, {"v0.0.1-lab", "upgrade"}} {
-		stamp := "-ldflags=-s -w -X main.version=" + pkg.version
+		stamp := "-ldflags=-s -w -X main.version=" + pkg.version + " -X github.com/podfsm/podfsm/plugin.release=" + pkg.version
 		if err := p.goBuild(ctx, ".", nil, "build", "-trimpath", stamp, "-o", bin, "./cmd/..."); err != nil {
 			return err
 		}

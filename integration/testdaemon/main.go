@@ -6,7 +6,8 @@
 // them is the real one. Likewise leases.create, sandboxes.create, .update and .delete, and snapshotter.prepare and .remove, around
 // containerd's own stores; and remap.PHASE in the making of a layer of owners by podfsm's snapshotter (package remapping).
 //
-// The boot id is read from the file that the environment variable PODFSM_BOOT_ID_FILE names, so that a test can reboot.
+// The boot id is read from the file that the environment variable PODFSM_BOOT_ID_FILE names, so that a test can reboot. Likewise the file
+// that PODFSM_STEPS_FILE names says which other release's steps the daemon has (releases.go).
 package main
 
 import (
@@ -27,7 +28,15 @@ import (
 )
 
 func main() {
-	plugin.DecorateSteps(withFaults)
+	plugin.ChangeSteps(func(steps []lifecycle.Step) []lifecycle.Step {
+		if file := os.Getenv(stepsFileEnv); file != "" {
+			steps = ofRelease(steps, file)
+		}
+		for i, step := range steps {
+			steps[i] = withFaults(step)
+		}
+		return steps
+	})
 	wrapStores()
 	remapping.AtPhase = func(ctx context.Context, phase string) error { return faults.Hit(ctx, "remap."+phase) }
 	if file := os.Getenv("PODFSM_BOOT_ID_FILE"); file != "" {

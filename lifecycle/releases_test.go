@@ -1,0 +1,459 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// build is a release with its steps.
+type build struct {
+	release  string
+	declared []Declaration
+}
+
+// builds differ in a step that is there or not, stands elsewhere, or has another name.
+func builds() map[string]build {
+	label := func(name states.Event, state states.State) Declaration {
+		return declare(name, state, Declaration{Holds: []states.Event{allocateIDs}})
+	}
+	with := func(at int, d Declaration) []Declaration { return slices.Insert(testSteps(), at, d) }
+	gate := declare("open_gate", "", Declaration{Holds: []states.Event{captureNetNS}, AtStop: true})
+	return map[string]build{
+		"without it":           {"v1", testSteps()},
+		"with it early":        {"v2", with(1, label("label_pod", "Labelled"))},
+		"with it late":         {"v3", with(5, label("label_pod", "Labelled"))},
+		"with it renamed":      {"v4", with(5, label("tag_pod", "Tagged"))},
+		"with one on demand":   {"v5", append(testSteps(), gate)},
+		"without the last one": {"v6", withoutLast()},
+	}
+}
+
+// withoutLast are steps of which another is the last one.
+func withoutLast() []Declaration {
+	declared := slices.Delete(testSteps(), 5, 6)
+	declared[4].State = states.Ready
+	return declared
+}
+
+func (b build) names() (names []states.Event) {
+	for _, d := range b.declared {
+		names = append(names, d.Name)
+	}
+	return names
+}
+
+func (b build) atStop(name states.Event) bool {
+	return slices.ContainsFunc(b.declared, func(d Declaration) bool { return d.Name == name && d.AtStop })
+}
+
+// on starts the build on what another has left.
+func (b build) on(t *testing.T, before *world) *world {
+	before.Close(context.Background())
+	w := newRelease(t, b.release, b.declared, before.book, before.node)
+	w.book = before.book
+	w.engineWaits()
+	w.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
+		return Request{Pod: "ns/pod", Spec: spec}, Recorded
+	})
+	return w
+}
+
+// begin makes a world of the build with an accepted sandbox.
+func (b build) begin(t *testing.T) *world {
+	book := &book{}
+	w := newRelease(t, b.release, b.declared, book, newNode())
+	w.book = book
+	w.engineWaits()
+	w.create(t)
+	return w
+}
+
+// condition is one in which a build leaves a sandbox.
+type condition struct {
+	leave    func(t *testing.T, b build) *world
+	ready    bool
+	creation bool // what ends it is one rollback, not a stop and a removal
+}
+
+func conditions(b build) map[string]condition {
+	all := map[string]condition{
+		"ready": {ready: true, leave: func(t *testing.T, b build) *world { return b.ready(t) }},
+		"stopping": {leave: func(t *testing.T, b build) *world {
+			w := b.ready(t)
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			w.cutAfter(func(r journal.Record) bool { return r.Event == string(states.Stop) })
+			w.exists, w.exited = b.ready(t).exists, nil
+			return w
+		}},
+		"stopped": {leave: func(t *testing.T, b build) *world {
+			w := b.ready(t)
+			require.NoError(t, w.Stop(t.Context(), testKey))
+			return w
+		}},
+		"owing a stop": {leave: func(t *testing.T, b build) *world {
+			w := b.ready(t)
+			w.undo[captureNetNS] = func() error { return errNoLuck }
+			require.Error(t, w.Stop(t.Context(), testKey))
+			return w
+		}},
+		"owing a removal": {leave: func(t *testing.T, b build) *world {
+			w := b.ready(t)
+			w.undo[startPause] = func() error { return errNoLuck }
+			require.Error(t, w.Remove(t.Context(), testKey))
+			return w
+		}},
+		"owing a rollback": {creation: true, leave: func(t *testing.T, b build) *world {
+			w := b.begin(t)
+			w.do[attachNetwork] = func(context.Context) error { return errNoLuck }
+			w.undo[captureNetNS] = func() error { return errNoLuck }
+			require.Error(t, w.Start(t.Context(), testKey))
+			return w
+		}},
+	}
+	for _, d := range b.declared {
+		if d.OnDemand {
+			continue
+		}
+		all["making "+string(d.Name)] = condition{creation: true, leave: func(t *testing.T, b build) *world { return b.killedIn(t, d.Name) }}
+	}
+	return all
+}
+
+// ready leaves a sandbox with all that there is, also on demand.
+func (b build) ready(t *testing.T) *world {
+	w := b.begin(t)
+	require.NoError(t, w.Start(t.Context(), testKey))
+	for _, d := range b.declared {
+		if d.OnDemand {
+			require.NoError(t, w.Demand(t.Context(), testKey, d.Name))
+		}
+	}
+	return w
+}
+
+// killedIn leaves a sandbox as a kill does that comes while a step acts.
+func (b build) killedIn(t *testing.T, step states.Event) *world {
+	w := b.begin(t)
+	var left []states.Event
+	w.do[step] = func(context.Context) error { left = w.left(); return errNoLuck }
+	require.Error(t, w.Start(t.Context(), testKey))
+	w.book.records = slices.Clone(w.book.all)
+	w.cutAfter(func(r journal.Record) bool { return r.Kind == journal.Intent && r.Step == string(step) })
+	w.node.exists = left
+	return w
+}
+
+// cutAfter takes the records away that follow one.
+func (w *world) cutAfter(last func(journal.Record) bool) {
+	i := slices.IndexFunc(w.book.records, last)
+	w.book.records = w.book.records[:i+1]
+}
+
+// Pods of one build under another, and back: what is ready stays ready, everything else ends, in the order on record. What the other build
+// can't undo waits for the one that can.
+func TestReleases(t *testing.T) {
+	for from, older := range builds() {
+		for to, newer := range builds() {
+			for name, c := range conditions(older) {
+				t.Run(fmt.Sprintf("%s, from %s to %s", name, from, to), func(t *testing.T) {
+					w := c.leave(t, older)
+					w.mend()
+					made, begun := w.left(), w.recorded()
+					stops := func(name states.Event) bool { return !c.creation && older.atStop(name) }
+					w.acts = nil
+					next := newer.on(t, w)
+					unknown := without(made, newer.names())
+
+					require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+					if c.ready {
+						requireUntouched(t, next, older, newer)
+						stopped := next.Stop(t.Context(), testKey)
+						if !slices.Contains(unknown, "open_gate") {
+							require.NoError(t, stopped)
+						}
+					}
+					require.NoError(t, next.Settle(t.Context(), testKey))
+					if err := next.Remove(t.Context(), testKey); len(unknown) > 0 {
+						requireOwed(t, next, err, unknown, older, newer)
+						requireUndone(t, next.acted(), begun, made, next.left(), stops)
+						made, next.acts = next.left(), nil
+						next = older.on(t, next)
+						require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+						require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
+					} else {
+						require.NoError(t, err)
+					}
+					require.True(t, next.gone())
+					require.Empty(t, next.left())
+					requireUndone(t, next.acted(), begun, made, nil, stops)
+				})
+			}
+		}
+	}
+}
+
+// recorded are the steps on record, in the order in which they were begun.
+func (w *world) recorded() (begun []states.Event) {
+	for _, r := range w.book.records {
+		if r.Kind == journal.Intent {
+			begun = append(begun, states.Event(r.Step))
+		}
+	}
+	return begun
+}
+
+func without(all, some []states.Event) []states.Event {
+	return slices.DeleteFunc(slices.Clone(all), func(e states.Event) bool { return slices.Contains(some, e) })
+}
+
+// requireUntouched holds that a pod is ready under another build, shows what it has and what it never had, and that nothing was done to it.
+func requireUntouched(t *testing.T, w *world, older, newer build) {
+	t.Helper()
+	view, err := w.Get(testKey)
+	require.NoError(t, err)
+	require.Equal(t, states.Ready, view.State)
+	require.NoError(t, view.Err)
+	require.Empty(t, w.acted())
+	for _, name := range older.names() {
+		step := view.Step(name)
+		require.Equal(t, StepDone, step.Status, name)
+		require.Equal(t, older.release, step.Release)
+		require.Equal(t, !slices.Contains(newer.names(), name), step.Unknown, name)
+	}
+	for _, name := range without(newer.names(), older.names()) {
+		if name != "open_gate" { // on demand, and nobody has asked for it
+			require.Equal(t, StepPending, view.Step(name).Status, name)
+		}
+	}
+	var shown []states.Event
+	for _, step := range view.Steps {
+		if step.Status == StepDone {
+			shown = append(shown, step.Name)
+		}
+	}
+	require.Equal(t, w.recorded(), shown, "in the order on record")
+}
+
+// requireOwed holds that a cleanup is owed because of unknown steps alone, and that the error says who can do it.
+func requireOwed(t *testing.T, w *world, err error, unknown []states.Event, older, newer build) {
+	t.Helper()
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	view, getErr := w.Get(testKey)
+	require.NoError(t, getErr)
+	require.Equal(t, states.CleanupOwed, view.State)
+	for _, name := range unknown {
+		text := fmt.Sprintf("undo of step %s of pod \"ns/pod\" failed: podfsm %s recorded the step, and podfsm %s doesn't know that step; install podfsm %s again",
+			name, older.release, newer.release, older.release)
+		require.ErrorContains(t, err, text)
+		require.ErrorContains(t, view.Step(name).Err, text)
+	}
+	for _, step := range view.Steps {
+		held := step.Name == allocateIDs || step.Name == captureNetNS // by the unknown ones
+		require.False(t, step.Status == StepOwed && !step.Unknown && !held, "%s is owed", step.Name)
+	}
+	require.Subset(t, w.left(), unknown)
+}
+
+// requireUndone holds that everything made was undone in the reverse of the order on record, but for what is left: first what a stop
+// undoes, then the rest.
+func requireUndone(t *testing.T, acts []string, begun, made, left []states.Event, stops func(states.Event) bool) {
+	t.Helper()
+	for _, atStop := range []bool{true, false} {
+		var want, got []states.Event
+		for _, name := range slices.Backward(begun) {
+			if slices.Contains(made, name) && !slices.Contains(left, name) && stops(name) == atStop {
+				want = append(want, name)
+			}
+		}
+		for _, act := range acts {
+			name := states.Event(strings.TrimPrefix(act, "undo "))
+			if slices.Contains(want, name) && !slices.Contains(got, name) {
+				got = append(got, name)
+			}
+		}
+		require.Equal(t, want, got)
+	}
+}
+
+// The order of an undo is the recorded one, whatever this build's list says.
+func TestUndoInTheRecordedOrder(t *testing.T) {
+	early, late := builds()["with it early"], builds()["with it late"]
+	w := early.killedIn(t, declareReady)
+	w.mend()
+	w.acts = nil
+	next := late.on(t, w)
+	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
+	require.Equal(t, []string{
+		"undo declare_ready", "undo attach_network", "undo capture_netns", "undo start_pause", "undo remap_snapshot", "undo label_pod", "undo allocate_ids",
+	}, next.acted())
+}
+
+// Where an earlier daemon's records are lost, each step counts as done, and those on record keep their order.
+func TestOrderOfStepsThatAreNotOnRecord(t *testing.T) {
+	for _, tc := range []struct{ begun, want []states.Event }{
+		{nil, stepNames()},
+		{stepNames()[:3], stepNames()},
+		{[]states.Event{allocateIDs, attachNetwork}, stepNames()},
+		{[]states.Event{attachNetwork, allocateIDs}, []states.Event{attachNetwork, declareReady, startShim, allocateIDs, remapSnapshot, startPause, captureNetNS}},
+		{[]states.Event{allocateIDs, "label_pod", startPause}, []states.Event{allocateIDs, remapSnapshot, "label_pod", startPause, captureNetNS, attachNetwork, declareReady, startShim}},
+	} {
+		s := newSandbox(&Engine{table: testTable}, testKey, Request{})
+		s.begun = tc.begun
+		require.ElementsMatch(t, append(without(tc.begun, stepNames()), stepNames()...), s.order())
+		require.Equal(t, tc.want, s.order())
+	}
+}
+
+// What a later release has put on the record of a ready pod is kept and shown; the pod stays ready, and ends when it is told to.
+func TestRecordsOfALaterRelease(t *testing.T) {
+	unknownData := &journal.Data{TypeURL: "nobody's", Value: []byte("{}")}
+	for name, tc := range map[string]struct {
+		spoil  func([]journal.Record) []journal.Record
+		unread int
+		owed   []states.Event
+	}{
+		"a kind": {func(r []journal.Record) []journal.Record { return append(r, journal.Record{Seq: 99, Kind: "sung"}) }, 1, nil},
+		"a kind for a step": {func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: "sung", Step: string(startPause)})
+		}, 1, nil},
+		"a claim": {func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Claimed, Claim: "wanted"})
+		}, 0, nil},
+		"a goal": {func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Moved, From: "Warm", Event: "heat", State: "Ready", Goal: "Hot"})
+		}, 0, nil},
+		"a plan": {func(r []journal.Record) []journal.Record {
+			r[1].Data = unknownData
+			return r
+		}, 1, []states.Event{allocateIDs}},
+		"a note": {func(r []journal.Record) []journal.Record {
+			return append(r, journal.Record{Kind: journal.Noted, Step: string(attachNetwork), Data: unknownData})
+		}, 1, []states.Event{attachNetwork}},
+		"a result": {func(r []journal.Record) []journal.Record {
+			r[2].Data = unknownData
+			return r
+		}, 1, []states.Event{allocateIDs}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := builds()["without it"]
+			w := b.begin(t)
+			require.NoError(t, w.Start(t.Context(), testKey))
+			whole := slices.Clone(w.book.records)
+			w.book.records = tc.spoil(slices.Clone(w.book.records))
+			spoilt := len(w.book.records)
+			for i := range w.book.records {
+				w.book.records[i].Release = "v9"
+			}
+			next := b.on(t, w)
+			require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+			view, err := next.Get(testKey)
+			require.NoError(t, err)
+			require.Equal(t, states.Ready, view.State)
+			require.Len(t, view.Unread, tc.unread)
+			for _, text := range view.Unread {
+				require.Contains(t, text, "v9")
+			}
+			require.NoError(t, next.Check(t.Context(), testKey))
+			require.Equal(t, states.Ready, next.state(t))
+
+			err = next.Remove(t.Context(), testKey)
+			if tc.owed == nil {
+				require.NoError(t, err)
+				require.Empty(t, next.left())
+				return
+			}
+			require.ErrorContains(t, err, `podfsm v9 recorded the step, and podfsm v1 can't read its data of type "nobody's"; install podfsm v9 again`)
+			require.Subset(t, next.left(), tc.owed)
+			w.book.records = append(whole, next.book.records[spoilt:]...) // what that release can read
+			next = b.on(t, next)
+			require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+			require.NoError(t, next.Remove(t.Context(), testKey))
+			require.Empty(t, next.left())
+		})
+	}
+}
+
+// A sandbox in a state, or on the way to a goal, that only another release knows waits for a request, and ends when it is told to.
+func TestStatesOfALaterRelease(t *testing.T) {
+	for name, tc := range map[string]struct {
+		last  journal.Record
+		state states.State
+		goal  states.State
+	}{
+		"a state":                     {journal.Record{Kind: journal.Moved, From: "Ready", Event: "freeze", State: "Frozen"}, "Frozen", ""},
+		"a state by a kind of record": {journal.Record{Kind: "frozen", From: "Ready", Event: "freeze", State: "Frozen"}, "Frozen", ""},
+		"a goal":                      {journal.Record{Kind: journal.Owed, From: "Freezing", Event: "owe_cleanup", State: "CleanupOwed", Goal: "Frozen", Error: "too warm"}, states.CleanupOwed, "Frozen"},
+	} {
+		for verb, end := range map[string]func(*world) error{
+			"stop and remove": func(w *world) error {
+				return errors.Join(w.Halt(context.Background(), testKey), w.Stop(context.Background(), testKey), w.Remove(context.Background(), testKey))
+			},
+			"remove": func(w *world) error { return w.Remove(context.Background(), testKey) },
+			"restart without anyone who knows it": func(w *world) error {
+				return errors.Join(w.Resume(context.Background(), testKey, Discard), w.Settle(context.Background(), testKey))
+			},
+		} {
+			t.Run(name+"/"+verb, func(t *testing.T) {
+				b := builds()["without it"]
+				w := b.ready(t)
+				w.book.records = append(w.book.records, tc.last)
+				w.acts = nil
+				next := b.on(t, w)
+				require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+				require.NoError(t, next.Resume(t.Context(), testKey, Gone))
+				require.NoError(t, next.Settle(t.Context(), testKey))
+				view, err := next.Get(testKey)
+				require.NoError(t, err)
+				require.Equal(t, tc.state, view.State)
+				require.Equal(t, tc.goal, view.Goal)
+				require.Empty(t, next.acted())
+				require.True(t, errdefs.IsFailedPrecondition(next.Demand(t.Context(), testKey, startShim)))
+				require.True(t, errdefs.IsFailedPrecondition(next.Start(t.Context(), testKey)))
+
+				require.NoError(t, end(next))
+				require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
+				require.Empty(t, next.left())
+			})
+		}
+	}
+}
+
+// The engine takes a list with one more step as it is: the path goes through its state, and a failure undoes it in its turn.
+func TestStepThatIsAdded(t *testing.T) {
+	w := builds()["with it late"].begin(t)
+	require.NoError(t, w.Start(t.Context(), testKey))
+	require.Equal(t, []states.State{idsAllocated, snapshotRemapped, pauseStarted, netNSCaptured, networkReady, "Labelled", states.Ready}, w.transitions(t))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+	require.Contains(t, w.acted(), "undo label_pod")
+
+	w = builds()["with it late"].begin(t)
+	w.do["label_pod"] = func(context.Context) error { return errNoLuck }
+	require.ErrorContains(t, w.Start(t.Context(), testKey), "step label_pod of pod")
+	require.Empty(t, w.left())
+}
+
+func TestWhole(t *testing.T) {
+	w := builds()["with it late"].begin(t)
+	require.NoError(t, w.Start(t.Context(), testKey))
+	require.NoError(t, w.Demand(t.Context(), testKey, startShim))
+	whole := w.book.saved()[0]
+	require.True(t, Whole(whole), "whatever steps there are")
+	for i, r := range whole.Records {
+		rest := journal.Sandbox{Records: slices.Delete(slices.Clone(whole.Records), i, i+1)}
+		require.Equal(t, r.Kind != journal.Done || r.Step == string(startShim), Whole(rest), "%s %s", r.Kind, r.Step)
+	}
+	require.False(t, Whole(journal.Sandbox{}))
+}
