@@ -19,7 +19,7 @@ import (
 )
 
 // firstFormat is the commit that fixes what the first release, 0.1.0, writes. Every later commit reads it, and is read by it.
-const firstFormat = "a169e4f317b9e8045e4fe94301370a27daebd981"
+const firstFormat = "72ccd780861a82932871be9920aebf692fc920a4"
 
 // A node is upgraded from the first release to this build and downgraded again, with pods in every state. Each time, the daemon is killed
 // in the middle of everything.
