@@ -69,12 +69,13 @@ integration: deps ## Run the tests on real containerd, runc and CNI plugins
 	$(gotest) -p 1 -parallel 5 -timeout 45m $(TESTFLAGS) ./integration ./integration/harness $(PROGRESS)
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease|TestUpgradeOfSteps
 
 .PHONY: long
 long: deps ## Run the long matrices, which make test runs a part of
 	PODFSM_FULL=1 $(gotest) -timeout 60m $(TESTFLAGS) -run '^($(long_tests))$$' ./integration $(PROGRESS)
 	PODFSM_FULL=1 $(gotest) -timeout 10m $(TESTFLAGS) -run '^TestSuite$$' ./snapshot/remapping $(PROGRESS)
+	PODFSM_FULL=1 $(gotest) -timeout 20m $(TESTFLAGS) -run '^TestChurn$$' ./lifecycle $(PROGRESS)
 
 # How long make fuzz works on each target. A second try, because go test may fail when its time is up in the middle of an input; what it has
 # really found is in testdata from then on, and fails again.

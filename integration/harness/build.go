@@ -86,10 +86,14 @@ var promql = install{module: "integration/tools/promql", bin: ".build/bin", args
 
 // path returns where a daemon's binary is, below the repository.
 func (d Daemon) path() string {
-	if d == PodfsmRace {
+	switch {
+	case d == PodfsmRace:
 		return ".build/race/containerd-podfsm"
+	case d.isVariant():
+		return filepath.Join(d.variantDir(), "bin", string(TestDaemon))
+	default:
+		return filepath.Join(daemons[d].bin, string(d))
 	}
-	return filepath.Join(daemons[d].bin, string(d))
 }
 
 // prebuiltEnv names a folder that is laid out as the repository and has all
@@ -116,10 +120,13 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 	}
 	defer end()
 
-	for _, i := range slices.Concat(parts, []install{daemons[daemon]}) {
+	for _, i := range parts {
 		if err := b.install(ctx, i); err != nil {
 			return "", nil, err
 		}
+	}
+	if err := b.daemon(ctx, daemon); err != nil {
+		return "", nil, err
 	}
 	if daemon == CRIO && !b.prebuilt {
 		if err := b.once("pinns", func() error { return b.pinns(ctx) }); err != nil {
@@ -300,6 +307,14 @@ func kubernetesLDFlags(ctx context.Context, module string) (string, error) {
 		return "", fmt.Errorf("failed to read the version of Kubernetes in %q: %w", module, err)
 	}
 	return "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=" + strings.TrimSpace(string(version)), nil
+}
+
+// daemon brings a daemon up to date.
+func (b *builder) daemon(ctx context.Context, d Daemon) error {
+	if d.isVariant() {
+		return b.variant(ctx, d)
+	}
+	return b.install(ctx, daemons[d])
 }
 
 func (b *builder) pause(ctx context.Context) error {

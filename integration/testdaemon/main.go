@@ -2,9 +2,9 @@
 //
 // The points are STEP.do.before, STEP.do.after, STEP.undo.before, STEP.undo.after, STEP.stop.before and STEP.stop.after, where
 // STEP is a step's name as in the ledger, and start_pause.exited.before and .after around the look at a pause that an earlier
-// daemon started. The step between them is the real one. Likewise leases.create, sandboxes.create, .update and .delete, and
-// snapshotter.prepare and .remove, around containerd's own stores; and remap.PHASE in the making of a layer of owners by podfsm's
-// snapshotter (package remapping).
+// daemon started. The points STEP.do@POD.before and so on are within them and are those of one pod, by its name. The step between
+// them is the real one. Likewise leases.create, sandboxes.create, .update and .delete, and snapshotter.prepare and .remove, around
+// containerd's own stores; and remap.PHASE in the making of a layer of owners by podfsm's snapshotter (package remapping).
 //
 // The boot id is read from the file that the environment variable PODFSM_BOOT_ID_FILE names, so that a test can reboot. Likewise the file
 // that PODFSM_STEPS_FILE names says which other release's steps the daemon has (releases.go).
@@ -23,6 +23,7 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/plugin"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
@@ -62,7 +63,7 @@ func withFaults(step lifecycle.Step) lifecycle.Step {
 type faultyStep struct{ lifecycle.Step }
 
 func (s *faultyStep) Do(ctx context.Context, r *lifecycle.Run) (result any, err error) {
-	err = s.between(ctx, "do", func() (err error) {
+	err = s.between(ctx, r, "do", func() (err error) {
 		result, err = s.Step.Do(ctx, r)
 		return err
 	})
@@ -70,12 +71,22 @@ func (s *faultyStep) Do(ctx context.Context, r *lifecycle.Run) (result any, err 
 }
 
 func (s *faultyStep) Undo(ctx context.Context, r *lifecycle.Run) error {
-	return s.between(ctx, "undo", func() error { return s.Step.Undo(ctx, r) })
+	return s.between(ctx, r, "undo", func() error { return s.Step.Undo(ctx, r) })
 }
 
-// between runs act between the points before and after it.
-func (s *faultyStep) between(ctx context.Context, what string, act func() error) error {
-	return between(ctx, string(s.Declaration().Name)+"."+what, act)
+// between runs act between the points before and after it: those of all pods, and within them those of the one.
+func (s *faultyStep) between(ctx context.Context, r *lifecycle.Run, what string, act func() error) error {
+	point := string(s.Declaration().Name) + "." + what
+	return between(ctx, point, func() error { return between(ctx, point+"@"+podName(r), act) })
+}
+
+// podName is the name of the pod that a step is called for, or "" for one whose specification is lost.
+func podName(r *lifecycle.Run) string {
+	spec, _ := r.Spec.(*records.Spec)
+	if spec == nil {
+		return ""
+	}
+	return spec.Config.GetMetadata().GetName()
 }
 
 type faultyEnder struct {
@@ -84,7 +95,7 @@ type faultyEnder struct {
 }
 
 func (s *faultyEnder) Stop(ctx context.Context, r *lifecycle.Run) (exit lifecycle.Exit, err error) {
-	err = s.between(ctx, "stop", func() (err error) {
+	err = s.between(ctx, r, "stop", func() (err error) {
 		exit, err = s.ender.Stop(ctx, r)
 		return err
 	})
@@ -92,7 +103,7 @@ func (s *faultyEnder) Stop(ctx context.Context, r *lifecycle.Run) (exit lifecycl
 }
 
 func (s *faultyEnder) Exited(ctx context.Context, r *lifecycle.Run) (exit *lifecycle.Exit, err error) {
-	err = s.between(ctx, "exited", func() (err error) {
+	err = s.between(ctx, r, "exited", func() (err error) {
 		exit, err = s.ender.Exited(ctx, r)
 		return err
 	})
