@@ -24,6 +24,7 @@ const firstFormat = "72ccd780861a82932871be9920aebf692fc920a4"
 // A node is upgraded from the first release to this build and downgraded again, with pods in every state. Each time, the daemon is killed
 // in the middle of everything.
 func TestUpgradeFromFirstRelease(t *testing.T) {
+	t.Parallel() // it mostly waits
 	u := startUpgrade(t, harness.At(firstFormat))
 	u.change("up", harness.TestDaemon)
 	u.change("down", harness.At(firstFormat))

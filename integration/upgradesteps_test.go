@@ -17,6 +17,7 @@ import (
 // creation path, with pods in every state each time. What this build can't undo is owed, with a text that names the build that can. It is
 // paid as soon as a build runs that knows the step.
 func TestUpgradeOfSteps(t *testing.T) {
+	t.Parallel() // it mostly waits
 	mark := &unknownStep{name: "mark_pod", after: "capture_netns", release: "added"}
 	added, moved := withMark(t, "added", "captureNetNS"), withMark(t, "moved", "allocateIDs")
 	u := startUpgrade(t, harness.TestDaemon)
