@@ -53,11 +53,12 @@ type Record struct {
 	From  string `json:"from,omitempty"`
 	Event string `json:"event,omitempty"`
 	State string `json:"state,omitempty"`
-	// Nth, Cause and Class are of such a record, too: the transition's number in the sandbox's history, and, where an error led to it,
-	// the step that failed and the error's class.
-	Nth   uint64 `json:"nth,omitempty"`
-	Cause string `json:"cause,omitempty"`
-	Class string `json:"class,omitempty"`
+	// Nth, After, Cause and Class are of such a record, too: the transition's number in the sandbox's history, how long the sandbox was in
+	// From by the monotonic clock, and, where an error led to it, the step that failed and the error's class.
+	Nth   uint64        `json:"nth,omitempty"`
+	After time.Duration `json:"after,omitempty"`
+	Cause string        `json:"cause,omitempty"`
+	Class string        `json:"class,omitempty"`
 
 	// Holds and AtStop are of an Intent: the steps whose resources the step's own use, and whether the step is undone at a stop. A
 	// release that doesn't know the step goes by them.
@@ -151,7 +152,7 @@ func checkPointer(v any) error {
 type Sandbox struct {
 	Key Key
 	// Records are in Seq order. Of records that say the same again and again (a debt that is retried for months) the first
-	// and the newest are kept: equal are those that differ only in Seq, Nth, At, TraceParent, Release, Cause, Class and Error.
+	// and the newest are kept: equal are those that differ only in Seq, Nth, After, At, TraceParent, Release, Cause, Class and Error.
 	// So read a step's condition from its newest record.
 	Records []Record
 }

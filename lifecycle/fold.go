@@ -226,7 +226,7 @@ func (h *history) settle() {
 func (h *history) enter(record *journal.Record) error {
 	done := record.Kind == journal.Done
 	t := Transition{
-		Seq: record.Nth, At: record.At, Event: states.Event(record.Event), From: states.State(record.From), To: states.State(record.State),
+		Seq: record.Nth, At: record.At, After: record.After, Event: states.Event(record.Event), From: states.State(record.From), To: states.State(record.State),
 		Step: states.Event(record.Cause), Class: record.Class,
 	}
 	if done {

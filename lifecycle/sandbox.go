@@ -269,7 +269,9 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
-	t.After = max(0, t.At.Sub(s.entered))
+	if t.After == 0 {
+		t.After = s.since(t.At)
+	}
 	s.entered = t.At
 	shown := s.created
 	if n := len(s.transitions); n > 0 {
@@ -287,6 +289,9 @@ func (s *sandbox) keep(t Transition) Transition {
 	}
 	return t
 }
+
+// since is how long the sandbox had been in its state at a time; 0 where the wall clock was set back between two daemons.
+func (s *sandbox) since(at time.Time) time.Duration { return max(0, at.Sub(s.entered)) }
 
 // tell logs a transition: what goes as it should, or follows from what was logged already, in the debug log.
 func (s *sandbox) tell(ctx context.Context, t Transition) {
@@ -344,6 +349,10 @@ func (s *sandbox) describe(r *journal.Record, event states.Event, cause error) e
 		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, from, event, errdefs.ErrFailedPrecondition)
 	}
 	r.From, r.Event, r.State, r.Nth = string(from), string(event), string(to), s.seq+1
+	if r.At.IsZero() {
+		r.At = time.Now()
+	}
+	r.After = s.since(r.At)
 	if cause != nil {
 		r.Error, r.Cause, r.Class = cause.Error(), string(failedStep(cause)), tracing.Class(cause)
 	}
