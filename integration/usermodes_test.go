@@ -69,10 +69,15 @@ func startNodeWithPool(t *testing.T, c harness.Config) (*harness.Node, harness.C
 // startNodeWithModes returns one with a handler for each of userModes.
 func startNodeWithModes(t *testing.T) (*harness.Node, harness.Census) {
 	t.Helper()
-	return startNodeWithPool(t, harness.Config{Handlers: []string{autoHandler, nodeHandler}, TOML: usersOf(nodeHandler, `
+	return startNodeWithPool(t, withModes())
+}
+
+// withModes has a handler for each of userModes, but for what startNodeWithPool adds.
+func withModes() harness.Config {
+	return harness.Config{Handlers: []string{autoHandler, nodeHandler}, TOML: usersOf(nodeHandler, `
 		mode = "node"
 		node_wide_uid_mapping = {container_id = 0, host_id = 2000000000, size = 65536}
-		node_wide_gid_mapping = {container_id = 0, host_id = 2000000000, size = 65536}`)})
+		node_wide_gid_mapping = {container_id = 0, host_id = 2000000000, size = 65536}`)}
 }
 
 // volumes are directories and files of the host, below one directory.

@@ -447,8 +447,8 @@ func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
 		for restart, resume := range map[string]func(t *testing.T, w *world) *world{
 			"the same daemon": func(_ *testing.T, w *world) *world { return w },
 			"the next daemon": func(t *testing.T, w *world) *world {
-				next := w.restart(t, Recorded)
-				require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+				next := w.restart(t, kept)
+				require.NoError(t, next.Resume(t.Context(), testKey))
 				return next
 			},
 		} {
@@ -524,9 +524,9 @@ func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 	require.NoError(t, w.Create(t.Context(), next, req))
 
 	again := newWorld(t)
-	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) (Request, Past) {
-		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}, Recorded
-	})
+	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) Request {
+		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}
+	}, outsideOf(kept))
 	require.Equal(t, states.CleanupOwed, again.state(t))
 	require.NoError(t, again.Create(t.Context(), next, req))
 }
@@ -542,9 +542,9 @@ func TestRestartWhileARemovalStops(t *testing.T) {
 	}
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	w.book.records, w.node.exists = saved[0].Records, creationPath()
-	w = w.restart(t, Recorded)
+	w = w.restart(t, kept)
 	require.Equal(t, states.Stopping, w.state(t))
-	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }

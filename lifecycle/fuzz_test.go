@@ -44,9 +44,12 @@ func FuzzRestore(f *testing.F) {
 			r.From, r.Event = string(all[how%len(all)]), string(events[how%len(events)])
 			saved.Records = append(saved.Records, r)
 		}
-		views, err := Replay(testTable, []journal.Sandbox{saved}, func(_ journal.Key, spec any) (Request, Past) {
-			return Request{Pod: "ns/web", Spec: spec}, Past(len(saved.Records) % 3)
-		})
+		describe := func(_ journal.Key, spec any) Request { return Request{Pod: "ns/web", Spec: spec} }
+		for _, known := range []Outside{kept, begun, nobodys, rebooted, {Damaged: true, Listed: true, Started: true}} {
+			e := &Engine{table: testTable, journal: unwritten{}, meter: unmetered{}, sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}}
+			requireTaken(t, e.Restore(t.Context(), []journal.Sandbox{saved}, describe, outsideOf(known))[testKey], e)
+		}
+		views, err := Replay(testTable, []journal.Sandbox{saved}, describe)
 		require.NoError(t, err)
 		require.Len(t, views, 1)
 		require.NotEmpty(t, views[0].State)
@@ -57,4 +60,19 @@ func FuzzRestore(f *testing.F) {
 			require.Equal(t, name, views[0].Step(name).Name)
 		}
 	})
+}
+
+// requireTaken says that a sandbox is where the action says that it begins.
+func requireTaken(t *testing.T, action Action, e *Engine) {
+	require.NotEmpty(t, action.Work)
+	s, err := e.lookup(testKey)
+	if action.Work == WorkDrop {
+		require.Error(t, err)
+		return
+	}
+	require.NoError(t, err)
+	if action.State != "" {
+		require.Equal(t, action.State, s.state())
+	}
+	require.Equal(t, action.Work, decide(s.evidence()).Work, "it is still to be done")
 }

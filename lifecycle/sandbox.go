@@ -72,6 +72,7 @@ type sandbox struct {
 
 	creation *creation   // the run of the creation path that is under way; of the queue's goroutine alone
 	restored bool        // it is an earlier daemon's; set before the sandbox is known to anyone
+	dossier  dossier     // of a restored one, set likewise
 	ended    bool        // the process was ended by us; of the queue's goroutine alone
 	alone    bool        // a timer began what is under way, for nobody; of the queue's goroutine alone
 	timer    *time.Timer // the next try at what is owed; behind mu

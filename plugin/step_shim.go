@@ -2,7 +2,10 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
@@ -42,6 +45,14 @@ func (s *startShim) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		return nil, err
 	}
 	return nil, s.shims.Start(ctx, record, r.Spec.(*Spec).RuntimePath)
+}
+
+// Find finds a shim that containerd has.
+func (s *startShim) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	if !s.shims.Running(ctx, r.Key.ID) {
+		return nil, fmt.Errorf("sandbox %q has no shim: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	return nil, nil
 }
 
 func (s *startShim) Undo(ctx context.Context, r *lifecycle.Run) error {
