@@ -23,6 +23,7 @@ type evidence struct {
 	Unspecified bool // its specification can't be read
 	OnlyLasting bool // no record is left but those that outlive a reboot
 	Whole       bool // every transition up to Ready is on record
+	Broken      bool // a transition is on record, and what led to it isn't
 	State       states.State
 	Goal        states.State
 	Creating    bool // State is one before Ready, of any release
@@ -95,7 +96,7 @@ func (e evidence) lost() bool { return e.Rebooted || e.gaps() }
 
 // gaps says that records of the sandbox are missing. Only a sandbox that was ready is known to containerd's service as started.
 func (e evidence) gaps() bool {
-	return e.OnlyLasting || !e.Whole && (e.Damaged || e.Served && e.Started || e.State == states.Ready)
+	return e.OnlyLasting || !e.Whole && (e.Damaged || e.Broken || e.Served && e.Started)
 }
 
 // mayLive says that the sandbox may be ready although its records can't show it: the host can.

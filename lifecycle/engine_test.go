@@ -107,6 +107,7 @@ type node struct {
 	undo    map[states.Event]func() error
 	plans   map[states.Event]any // set before anything runs
 	stop    error
+	hidden  func(states.Event) error // why the host doesn't show what a step made; nil for nothing
 }
 
 func newNode() *node {
@@ -173,6 +174,21 @@ func (s *fakeStep) Undo(context.Context, *Run) error {
 	defer s.node.mu.Unlock()
 	s.node.exists = slices.DeleteFunc(s.node.exists, func(e states.Event) bool { return e == s.declared.Name })
 	return nil
+}
+
+// Find finds what there is.
+func (s *fakeStep) Find(context.Context, *Run) (any, error) {
+	s.node.mu.Lock()
+	defer s.node.mu.Unlock()
+	if s.node.hidden != nil {
+		if err := s.node.hidden(s.declared.Name); err != nil {
+			return nil, err
+		}
+	}
+	if !slices.Contains(s.node.exists, s.declared.Name) {
+		return nil, errdefs.ErrNotFound
+	}
+	return &testResult{s.declared.Name}, nil
 }
 
 func (s *fakeStep) Probe(context.Context, *Run) (bool, error) {

@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -89,11 +90,11 @@ func (s *sandbox) findSteps(ctx context.Context) (map[states.Event]any, error) {
 
 func (s *sandbox) findStep(ctx context.Context, step Step, found map[states.Event]any) (any, error) {
 	switch rec := s.steps[step.Declaration().Name]; {
-	case rec.unknown != "":
-		return nil, s.unknownTo(step.Declaration().Name)
 	case rec.status == StepDone, rec.status == StepSkipped:
 		return rec.result, nil
-	case rec.status != StepPending && rec.status != StepRunning:
+	case rec.unknown != "":
+		return nil, fmt.Errorf("%w: %w", s.unknownTo(step.Declaration().Name), errdefs.ErrNotFound)
+	case rec.status != StepPending && rec.status != StepRunning && !errors.Is(rec.err, errRestarted):
 		return nil, fmt.Errorf("the step is %s by its records: %w", rec.status, errdefs.ErrNotFound)
 	}
 	finder, ok := step.(Finder)
@@ -107,35 +108,47 @@ func (s *sandbox) findStep(ctx context.Context, step Step, found map[states.Even
 	return finder.Find(ctx, r)
 }
 
-// rebuild puts on record what was found, as the creation path would have. That the sandbox is ready comes first, too: a restart between
-// two of the records looks at the host again.
+// rebuild puts on record what was found, as the creation path would have. The next daemon looks at the host again if this one is killed
+// meanwhile: the record that the sandbox is ready comes first, so that one can tell that records are missing, and last once more.
 func (s *sandbox) rebuild() error {
 	path := s.engine.table.Path()
-	if err := s.assumeDone(path[len(path)-1], time.Time{}); err != nil {
+	last := path[len(path)-1]
+	if err := s.assumeDone(last, stepRecord{}); err != nil {
 		return err
 	}
 	for _, step := range s.engine.steps {
-		d := step.Declaration()
-		if _, ok := s.dossier.found[d.Name]; !ok {
+		if step.Declaration().Name == last {
 			continue
 		}
-		intent, known := s.engine.intent(d), *s.steps[d.Name]
-		intent.At = known.started
-		if err := s.assume(intent, known.plan); err != nil {
+		if err := s.rebuildStep(step); err != nil {
 			return err
 		}
-		if err := s.assumeDone(d.Name, known.ended); err != nil {
-			return err
-		}
+	}
+	step, _ := s.engine.step(last)
+	if err := s.rebuildStep(step); err != nil {
+		return err
 	}
 	s.dossier.onlyLasting, s.dossier.whole = false, true
 	return nil
 }
 
-// assumeDone records that a step is done with what was found, and where a step of the creation path leads. The time is now where it is
-// zero.
-func (s *sandbox) assumeDone(name states.Event, at time.Time) error {
-	done := &journal.Record{Kind: journal.Done, Step: string(name), At: at}
+func (s *sandbox) rebuildStep(step Step) error {
+	d := step.Declaration()
+	if _, ok := s.dossier.found[d.Name]; !ok {
+		return nil
+	}
+	intent, known := s.engine.intent(d), *s.steps[d.Name]
+	intent.At, intent.Release = known.started, known.release
+	if err := s.assume(intent, known.plan); err != nil {
+		return err
+	}
+	return s.assumeDone(d.Name, known)
+}
+
+// assumeDone records that a step is done with what was found, and where a step of the creation path leads. known is what was on record of
+// the step.
+func (s *sandbox) assumeDone(name states.Event, known stepRecord) error {
+	done := &journal.Record{Kind: journal.Done, Step: string(name), At: known.ended, Release: known.release}
 	if i := slices.Index(s.engine.table.Path(), name); i >= 0 {
 		through := s.engine.table.PathStates()
 		done.From, done.Event, done.State = string(through[i]), string(name), string(through[i+1])

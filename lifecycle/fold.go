@@ -253,7 +253,7 @@ func (h *history) unpack(record *journal.Record) (any, error) {
 	if errors.Is(err, typeurl.ErrNotFound) {
 		h.unread = append(h.unread, fmt.Sprintf("record %d (%s %s) with data of the type %q, written by %s",
 			record.Seq, record.Kind, record.Step, record.Data.TypeURL, releaseName(record.Release)))
-		return &Unknown{Type: record.Data.TypeURL}, nil
+		return &Unknown{record.Data.TypeURL, record.Data.Value}, nil
 	}
 	return data, err
 }

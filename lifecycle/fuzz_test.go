@@ -29,6 +29,9 @@ func FuzzRestore(f *testing.F) {
 	all := append(testTable.States(), "", "Later")
 	claims := append(slices.Clone(claimNames), "", "later")
 
+	steps := newWorldOn(f, unwritten{}, newNode()).steps
+	steps[0].(*fakeStep).node.exists = stepNames() // the host shows all
+
 	f.Add([]byte{0, 0, 1})
 	f.Add([]byte{0, 0, 1, 1, 0, 0, 3, 0, 2, 1, 1, 0, 9, 6, 0})
 	f.Add([]byte{3, 0, 2, 0, 0, 1, 6, 7, 0, 7, 6, 3, 10, 0, 0})
@@ -46,7 +49,10 @@ func FuzzRestore(f *testing.F) {
 		}
 		describe := func(_ journal.Key, spec any) Request { return Request{Pod: "ns/web", Spec: spec} }
 		for _, known := range []Outside{kept, begun, nobodys, rebooted, {Damaged: true, Listed: true, Started: true}} {
-			e := &Engine{table: testTable, journal: unwritten{}, meter: unmetered{}, sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}}
+			e := &Engine{
+				table: testTable, steps: steps, process: steps[2].(Ender), journal: unwritten{}, meter: unmetered{},
+				sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+			}
 			requireTaken(t, e.Restore(t.Context(), []journal.Sandbox{saved}, describe, outsideOf(known))[testKey], e)
 		}
 		views, err := Replay(testTable, []journal.Sandbox{saved}, describe)

@@ -483,15 +483,21 @@ func TestStepThatIsAdded(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-func TestWhole(t *testing.T) {
+func TestJoined(t *testing.T) {
 	w := builds()["with it late"].begin(t)
 	require.NoError(t, w.Start(t.Context(), testKey))
 	require.NoError(t, w.Demand(t.Context(), testKey, startShim))
 	all := w.book.saved()[0]
-	require.True(t, whole(all), "whatever steps there are")
+	whole, broken := joined(all)
+	require.True(t, whole, "whatever steps there are")
+	require.False(t, broken)
 	for i, r := range all.Records {
 		rest := journal.Sandbox{Records: slices.Delete(slices.Clone(all.Records), i, i+1)}
-		require.Equal(t, r.Kind != journal.Done || r.Step == string(startShim), whole(rest), "%s %s", r.Kind, r.Step)
+		leads := r.Kind == journal.Done && r.Step != string(startShim)
+		whole, broken := joined(rest)
+		require.Equal(t, !leads, whole, "%s %s", r.Kind, r.Step)
+		require.Equal(t, leads && r.State != string(states.Ready), broken, "%s %s", r.Kind, r.Step)
 	}
-	require.False(t, whole(journal.Sandbox{}))
+	whole, broken = joined(journal.Sandbox{})
+	require.False(t, whole || broken)
 }

@@ -25,6 +25,7 @@ type dossier struct {
 	unspecified bool
 	onlyLasting bool
 	whole       bool
+	broken      bool
 	found       map[states.Event]any // results that the host shows, where records are missing; nil where it doesn't show all of them
 }
 
@@ -70,7 +71,7 @@ func (s *sandbox) evidence() evidence {
 	d := s.dossier
 	return evidence{
 		Outside:    d.outside,
-		Unrecorded: d.unrecorded, Unspecified: d.unspecified, OnlyLasting: d.onlyLasting, Whole: d.whole,
+		Unrecorded: d.unrecorded, Unspecified: d.unspecified, OnlyLasting: d.onlyLasting, Whole: d.whole, Broken: d.broken,
 		State: s.state(), Goal: s.goal, Creating: s.machine.Creating(), Claim: Claim(s.claim.Load()), Exited: s.exit != nil,
 		Found: d.found != nil,
 	}
@@ -90,7 +91,7 @@ func (s *sandbox) mark(a Action) error {
 	case states.NotReady:
 		return s.loseReady()
 	case states.Quarantined:
-		return s.quarantine(fmt.Errorf("sandbox %q has no specification on record: %w", s.key.ID, errdefs.ErrDataLoss))
+		return s.quarantine(fmt.Errorf("this release can't read the specification of sandbox %q: %w", s.key.ID, errdefs.ErrDataLoss))
 	default:
 		return nil
 	}
@@ -174,8 +175,9 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 	history := &history{sandbox: s}
 	unreadable := history.replay(saved.Records)
 	s.restored, s.dossier = true, dossier{
-		unrecorded: len(saved.Records) == 0, unspecified: history.spec == nil, onlyLasting: onlyLasting(saved), whole: whole(saved),
+		unrecorded: len(saved.Records) == 0, unspecified: history.spec == nil, onlyLasting: onlyLasting(saved),
 	}
+	s.dossier.whole, s.dossier.broken = joined(saved)
 	s.req = describe(saved.Key, history.spec)
 	if !history.accepted && !s.req.Created.IsZero() {
 		s.created = s.req.Created.Round(0)
@@ -200,16 +202,20 @@ func onlyLasting(s journal.Sandbox) bool {
 	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
 }
 
-// whole says whether all that led a sandbox to Ready is on record: each transition from [states.New] on begins where the one before it
-// ended.
-func whole(s journal.Sandbox) bool {
+// joined says whether all that led a sandbox to Ready is on record: each transition from [states.New] on begins where the one before it
+// ended. broken says that a transition doesn't: records before it are missing.
+func joined(s journal.Sandbox) (whole, broken bool) {
 	at := states.New
 	for _, r := range s.Records {
-		if r.Kind == journal.Done && r.From == string(at) {
+		switch {
+		case r.Kind != journal.Done || r.From == "":
+		case r.From == string(at):
 			at = states.State(r.State)
+		default:
+			broken = true
 		}
 	}
-	return at == states.Ready
+	return at == states.Ready, broken
 }
 
 // quarantine keeps a sandbox that isn't understood from anything but its removal. Every step counts as having acted, so that

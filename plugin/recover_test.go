@@ -196,12 +196,25 @@ func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := restart(t, spoil)
+			var was lifecycle.View
+			w := restart(t, spoil, func(before *world) { was = before.view(t, "s1") })
 			require.NotEmpty(t, w.ledger.Damage())
-			require.NoError(t, w.Close()) // waits for what recovery has left to the background
 			view, err := w.engine.Get(key)
 			require.NoError(t, err)
-			require.NotEqual(t, states.RolledBack, view.Goal, "it was ready: containerd lists it until the kubelet removes it")
+			require.Equal(t, states.Ready, view.State, "the host shows it")
+			require.True(t, was.Created.Equal(view.Created))
+			for _, step := range was.Steps {
+				require.Equal(t, step.Result, view.Step(step.Name).Result)
+			}
+
+			w = restart(t, spoil, func(before *world) {
+				before.host.exists["s1"] = before.host.left("s1")[:2]
+				before.host.exited = &lifecycle.Exit{Code: 9} // for a look at a pause that is on record
+			})
+			require.NoError(t, w.Close()) // waits for what recovery has left to the background
+			view, err = w.engine.Get(key)
+			require.NoError(t, err)
+			require.Contains(t, []states.State{states.NotReady, states.Stopped}, view.State, "it was ready: containerd lists it until the kubelet removes it")
 		})
 	}
 }
@@ -363,4 +376,38 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 			require.Equal(t, tc.claim, pod.Claim)
 		})
 	}
+}
+
+// A pod that is ready stays ready, also when a later release wrote its specification in a way that this one can't read: containerd's
+// record stands in for it.
+func TestRecoverWithASpecificationOfALaterRelease(t *testing.T) {
+	client := newStores(t)
+	spec, err := typeurl.MarshalAny(&specs.Spec{})
+	require.NoError(t, err)
+	_, err = client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: "s1", Sandboxer: Name, Spec: spec, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
+	require.NoError(t, err)
+	ledger, err := journal.Open(t.TempDir(), t.TempDir())
+	require.NoError(t, err)
+	b := &book{forgotten: map[journal.Key]bool{}, into: ledger, before: func(r *journal.Record) error {
+		if r.Kind == journal.Begun {
+			r.Data.TypeURL = "of a later release"
+		}
+		return nil
+	}}
+	before := newWorldWith(t, b)
+	before.book = b
+	before.run(t, "s1")
+	require.NoError(t, before.Close())
+
+	w := newWorldWith(t, ledger)
+	w.ledger = ledger
+	w.host.exists["s1"] = before.host.left("s1")
+	require.NoError(t, w.recover(t.Context(), client, true))
+	view := w.view(t, "s1")
+	require.Equal(t, states.Ready, view.State)
+	require.Contains(t, view.Unread[0], "of a later release")
+	require.True(t, before.view(t, "s1").Created.Equal(view.Created))
+	require.NoError(t, w.StopPod(t.Context(), "s1"))
+	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.Empty(t, w.host.left("s1"))
 }
