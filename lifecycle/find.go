@@ -22,11 +22,17 @@ type Finder interface {
 	Find(ctx context.Context, r *Run) (result any, err error)
 }
 
-// findParallel is how many sandboxes are looked for on the host at a time.
-const findParallel = 16
+const (
+	// findParallel is how many sandboxes are looked for on the host at a time.
+	findParallel = 16
+	// findTimeout bounds all looks of one restart, lookTimeout one of them.
+	findTimeout = 2 * lookTimeout
+)
 
 // findAll looks at the host for the sandboxes that may live although their records are lost.
 func findAll(ctx context.Context, all []*sandbox) {
+	ctx, cancel := context.WithTimeout(ctx, findTimeout)
+	defer cancel()
 	var group sync.WaitGroup
 	defer group.Wait()
 	free := make(chan struct{}, findParallel)

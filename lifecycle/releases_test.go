@@ -263,6 +263,11 @@ func requireOwed(t *testing.T, w *world, err error, unknown []states.Event, olde
 		require.False(t, step.Status == StepOwed && !step.Unknown && !held, "%s is owed", step.Name)
 	}
 	require.Subset(t, w.left(), unknown)
+	for _, d := range older.declared {
+		if slices.Contains(unknown, d.Name) {
+			require.Subset(t, w.left(), d.Holds, "what %s holds is not freed", d.Name)
+		}
+	}
 }
 
 // requireUndone holds that everything made was undone in the reverse of the order on record, but for what is left: first what a stop

@@ -39,6 +39,9 @@ func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe 
 			log.G(ctx).WithField(tracing.LogSandbox, entry.Key.ID).WithError(err).Error("sandbox: it can't be restored; what the ledger says of it is left alone")
 			continue
 		}
+		for _, what := range s.unread {
+			s.log(ctx).Warnf("sandbox: kept without knowing it: %s", what)
+		}
 		s.dossier.outside = outside(entry)
 		restored = append(restored, s)
 	}

@@ -40,7 +40,9 @@ func TestFindRefuses(t *testing.T) {
 		})
 	}
 	t.Run("a namespace of the host's instead of its own", func(t *testing.T) {
-		pod := inUserNS(with(func(o *runtime.NamespaceOption) { o.Network, o.Pid = runtime.NamespaceMode_NODE, runtime.NamespaceMode_NODE }))
+		pod := inUserNS(with(func(o *runtime.NamespaceOption) {
+			o.Network, o.Pid = runtime.NamespaceMode_NODE, runtime.NamespaceMode_NODE
+		}))
 		pod.ID = "on-node"
 		other, _ := b.start(t, pod)
 		_, err := Find(t.Context(), other.Cgroup, r.Spec)

@@ -47,12 +47,13 @@ func (s *startShim) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return nil, s.shims.Start(ctx, record, r.Spec.(*Spec).RuntimePath)
 }
 
-// Find finds a shim that containerd has.
+// Find finds a shim that containerd has, or what is left of one.
 func (s *startShim) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
-	if !s.shims.Running(ctx, r.Key.ID) {
-		return nil, fmt.Errorf("sandbox %q has no shim: %w", r.Key.ID, errdefs.ErrNotFound)
+	exists, err := s.shims.Exists(ctx, r.Key.ID)
+	if err == nil && !exists {
+		err = fmt.Errorf("sandbox %q has no shim: %w", r.Key.ID, errdefs.ErrNotFound)
 	}
-	return nil, nil
+	return nil, err
 }
 
 func (s *startShim) Undo(ctx context.Context, r *lifecycle.Run) error {
