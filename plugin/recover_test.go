@@ -2,9 +2,12 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,10 +21,12 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -374,6 +379,53 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 			require.True(t, ok)
 			require.Equal(t, states.Ready, pod.State)
 			require.Equal(t, tc.claim, pod.Claim)
+		})
+	}
+}
+
+// A namespace that is pinned under the pod's name is the pod's if pause is in it.
+func TestFindNetNS(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	pause := exec.Command("sleep", "100")
+	pause.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	require.NoError(t, pause.Start())
+	t.Cleanup(func() {
+		require.NoError(t, pause.Process.Kill())
+		require.Error(t, pause.Wait())
+	})
+	handle, err := netns.Open(fmt.Sprintf("/proc/%d/ns/net", pause.Process.Pid))
+	require.NoError(t, err)
+	defer handle.Close()
+	pin := func(t *testing.T, path string) {
+		require.NoError(t, handle.Pin(path))
+		t.Cleanup(func() { require.NoError(t, netns.Unpin(context.Background(), path)) })
+	}
+	file := func(t *testing.T, path string) {
+		require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+		require.NoError(t, os.WriteFile(path, nil, 0o444))
+	}
+	for name, tc := range map[string]struct {
+		make  func(t *testing.T, path string)
+		pid   int
+		found bool
+	}{
+		"pause is in it":                {pin, pause.Process.Pid, true},
+		"pause is elsewhere":            {pin, os.Getpid(), false},
+		"nothing is there":              {func(*testing.T, string) {}, pause.Process.Pid, false},
+		"a mount point without a mount": {file, pause.Process.Pid, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "netns", "podfsm-s1")
+			tc.make(t, path)
+			found, err := findNetNS(t.Context(), path, tc.pid)
+			if !tc.found {
+				require.True(t, errdefs.IsNotFound(err), "%v", err)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, &NetNS{Path: path, Inode: handle.Inode()}, found)
 		})
 	}
 }

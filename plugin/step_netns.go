@@ -78,21 +78,26 @@ func (s *captureNetNS) Find(ctx context.Context, r *lifecycle.Run) (any, error) 
 	if spec.NetNSPath != "" {
 		path = spec.NetNSPath
 	}
+	started, ok := r.Result(StartPause).(*Pause)
+	if !ok {
+		return nil, fmt.Errorf("pause of sandbox %q is not known: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	return findNetNS(ctx, path, int(started.Pid))
+}
+
+// findNetNS returns the namespace at a path. It fails with NotFound unless the process is in it.
+func findNetNS(ctx context.Context, path string, pid int) (*NetNS, error) {
 	handle, err := netns.Open(path)
 	if err != nil {
 		return nil, notThere(err)
 	}
 	defer handle.Close()
-	started, ok := r.Result(StartPause).(*Pause)
-	if !ok {
-		return nil, fmt.Errorf("pause of sandbox %q is not known: %w", r.Key.ID, errdefs.ErrNotFound)
-	}
-	in, err := host.Readlink(ctx, int(started.Pid), "ns/net")
+	in, err := host.Readlink(ctx, pid, "ns/net")
 	if err != nil {
 		return nil, err
 	}
 	if in != fmt.Sprintf("net:[%d]", handle.Inode()) {
-		return nil, fmt.Errorf("pause of sandbox %q is in %s, not in %q: %w", r.Key.ID, in, path, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("process %d is in %s, not in %q: %w", pid, in, path, errdefs.ErrNotFound)
 	}
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
 }
