@@ -131,6 +131,11 @@ func (a *Attachment) Settled() bool {
 	return !slices.ContainsFunc(a.Plugins, PluginState.owed)
 }
 
+// Complete reports whether every ADD has succeeded and no DEL has.
+func (a *Attachment) Complete() bool {
+	return !slices.ContainsFunc(a.Plugins, func(s PluginState) bool { return s.Phase != Added })
+}
+
 // Suspect makes an attachment that nothing is known of one whose every ADD may have been started: DEL runs for all plugins.
 func (a *Attachment) Suspect() {
 	for i := range a.Plugins {

@@ -3,7 +3,10 @@ package integration
 import (
 	"context"
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -20,6 +23,12 @@ import (
 
 // sight is everything that the kubelet can read of some pods, as text.
 func sight(t *testing.T, n *harness.Node, pods ...*harness.Pod) string {
+	t.Helper()
+	return sightWithout(t, n, "", pods...)
+}
+
+// sightWithout leaves one key of the verbose info out.
+func sightWithout(t *testing.T, n *harness.Node, key string, pods ...*harness.Pod) string {
 	t.Helper()
 	text := func(m proto.Message) string {
 		out, err := protojson.MarshalOptions{Multiline: true}.Marshal(m)
@@ -42,6 +51,7 @@ func sight(t *testing.T, n *harness.Node, pods ...*harness.Pod) string {
 		resp, err := n.Runtime.PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: pod.ID, Verbose: true})
 		require.NoError(t, err)
 		resp.Timestamp, resp.ContainersStatuses = 0, nil
+		delete(resp.Info, key)
 		seen += text(resp)
 		if resp.GetStatus().GetState() != runtime.PodSandboxState_SANDBOX_READY {
 			continue // it has no stats
@@ -171,5 +181,61 @@ func TestRestartWhileALookHangs(t *testing.T) {
 	for _, pod := range pods {
 		require.NoError(t, pod.StopAndRemove(t.Context()))
 	}
+	n.RequireClean(t, before)
+}
+
+// The log in the state directory is lost while the daemon is down, and the node has not rebooted. Pods whose pause lives are taken up as
+// they were, one whose pause has ended is not ready, and a half-made one is rolled back.
+func TestRestartWithoutTheStateLog(t *testing.T) {
+	c := modesConfig()
+	c.Daemon = harness.TestDaemon
+	n, before := startNodeWithPool(t, c)
+	t.Run("pods", func(t *testing.T) {
+		var pods []*harness.Pod
+		for _, mode := range append(slices.Clone(userModes), hostUsers) {
+			pods = append(pods, startPod(t, n, mode.handler, n.PodConfig(strings.ReplaceAll(mode.name, " ", "-"), mode.option)))
+		}
+		pods = append(pods, startPod(t, n, harness.PodfsmHandler, n.PodConfig("host-net", harness.HostNetwork())))
+		var containers []*harness.Container
+		for _, pod := range pods[1:] { // the first one has no shim
+			containers = append(containers, startContainer(t, pod, "main"))
+		}
+		killed := startPod(t, n, harness.PodfsmHandler, n.PodConfig("killed"))
+		killedPid, err := killed.Pid(t.Context())
+		require.NoError(t, err)
+		seen := sightWithout(t, n, "podfsm", pods...) // the times of podfsm's own steps are lost
+
+		interrupt(t, n, "declare_ready.do.before")
+		require.NoError(t, unix.Kill(killedPid, unix.SIGKILL))
+		require.NoError(t, os.Remove(filepath.Join(n.Dir(), ledgerLog)))
+		require.NoError(t, n.Start(t.Context()))
+		require.NoError(t, n.Heal())
+
+		for restart := range 2 { // what was found is on record
+			requireSame(t, seen, sightWithout(t, n, "podfsm", pods...))
+			for _, container := range containers {
+				require.Equal(t, "0\n", exec(t, container, "id", "-u"))
+			}
+			if restart == 0 {
+				require.NoError(t, n.Kill(t.Context()))
+				require.NoError(t, n.Start(t.Context()))
+			}
+		}
+		works(t, pods[0], "late")
+		now, err := killed.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, runtime.PodSandboxState_SANDBOX_NOTREADY, now.GetState())
+		require.NoError(t, killed.StopAndRemove(t.Context()))
+		require.Len(t, listed(t, n), len(pods), "the half-made one is not listed")
+
+		pid, err := pods[0].Pid(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+		require.Eventually(t, func() bool {
+			now, err := pods[0].Status(t.Context())
+			return err == nil && now.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
+		}, waitFor, tick, "the exit of an adopted pod is seen")
+	})
+	removeKept(t, n)
 	n.RequireClean(t, before)
 }

@@ -237,11 +237,11 @@ func (n *churnNode) start() {
 		Steps: n.steps(d), Process: startPause, Journal: d, Backoff: lifecycle.DefaultBackoff, Release: "churn", Observe: n.observe,
 	})
 	require.NoError(n.t, err)
-	d.Restore(n.t.Context(), ledger.Sandboxes(), func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
-		return request(key, spec), lifecycle.Recorded
+	d.Restore(n.t.Context(), ledger.Sandboxes(), request, func(journal.Sandbox) lifecycle.Outside {
+		return lifecycle.Outside{Listed: true, Started: true}
 	})
 	for _, key := range d.Keys() {
-		require.NoError(n.t, d.Resume(n.t.Context(), key, lifecycle.Keep))
+		require.NoError(n.t, d.Resume(n.t.Context(), key))
 	}
 	n.daemon.Store(d)
 }

@@ -62,7 +62,7 @@ func TestClaims(t *testing.T) {
 			}
 			w.Close(context.Background()) // which waits for the records
 			require.Equal(t, tc.record, w.book.claimed())
-			w = w.restart(t, Recorded)
+			w = w.restart(t, kept)
 			view, err := w.Get(testKey)
 			require.NoError(t, err)
 			require.Equal(t, tc.want, view.Claim, "it outlives a restart")
@@ -85,7 +85,7 @@ func TestClaims(t *testing.T) {
 	t.Run("with its past lost it counts as taken", func(t *testing.T) {
 		w := newWorld(t)
 		require.NoError(t, w.run(t))
-		view, err := w.restart(t, LostReady).Get(testKey)
+		view, err := w.restart(t, rebooted).Get(testKey)
 		require.NoError(t, err)
 		require.Equal(t, Taken, view.Claim)
 	})
@@ -94,7 +94,7 @@ func TestClaims(t *testing.T) {
 		w := newWorld(t)
 		require.NoError(t, w.run(t))
 		w.book.records = append(w.book.records, journal.Record{Kind: journal.Claimed, Claim: "wanted"})
-		view, err := w.restart(t, Recorded).Get(testKey)
+		view, err := w.restart(t, kept).Get(testKey)
 		require.NoError(t, err)
 		require.Equal(t, states.Ready, view.State)
 		require.Equal(t, Taken, view.Claim)
@@ -124,14 +124,14 @@ func TestClaimAndDiscardAtOnce(t *testing.T) {
 }
 
 func TestSettleWaitsForTheRollbackAfterARestart(t *testing.T) {
-	w := interrupted(t, attachNetwork).restart(t, Recorded)
+	w := interrupted(t, attachNetwork).restart(t, kept)
 	reached, release := make(chan struct{}), make(chan struct{})
 	w.undo[attachNetwork] = func() error {
 		close(reached)
 		<-release
 		return nil
 	}
-	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, w.Resume(t.Context(), testKey))
 	<-reached
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()

@@ -93,9 +93,9 @@ func TestNewSandboxIsNeverOlderThanItsPodsLast(t *testing.T) {
 	require.NoError(t, err)
 	ahead := time.Now().Add(time.Hour)
 	begun := journal.Record{Key: testKey, Kind: journal.Begun, At: ahead, Data: spec}
-	w.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: []journal.Record{begun}}}, func(journal.Key, any) (Request, Past) {
-		return Request{Pod: "ns/pod", Spec: &testSpec{}}, Recorded
-	})
+	w.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: []journal.Record{begun}}}, func(journal.Key, any) Request {
+		return Request{Pod: "ns/pod", Spec: &testSpec{}}
+	}, outsideOf(kept))
 	var created []time.Time
 	for _, id := range []string{"s2", "s3"} {
 		key := journal.Key{Namespace: "k8s.io", ID: id}

@@ -14,9 +14,6 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// goals are what a pending cleanup can lead to.
-var goals = []states.State{states.RolledBack, states.Stopped, states.Removed}
-
 // settle does work that leads to goal. When it fails the sandbox owes its cleanup, with the goal kept, and tries again later.
 func (s *sandbox) settle(ctx context.Context, goal states.State, work func() error) error {
 	if err := Protect(work); err != nil {

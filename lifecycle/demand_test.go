@@ -267,7 +267,7 @@ func TestDemandIsRefused(t *testing.T) {
 		"quarantined": {func(t *testing.T) *world {
 			w := readyWorld(t)
 			w.book.records[3].Step = ""
-			return w.restart(t, Recorded)
+			return w.restart(t, kept)
 		}, startShim, errdefs.ErrFailedPrecondition},
 		"closed":             {func(t *testing.T) *world { w := readyWorld(t); w.Close(t.Context()); return w }, startShim, errdefs.ErrUnavailable},
 		"a step of the path": {readyWorld, attachNetwork, errdefs.ErrInvalidArgument},
@@ -471,8 +471,8 @@ func TestDemandOverARestart(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			old := tc.leave(t)
 			was := old.view(t).Step(startShim)
-			w := old.restart(t, Recorded)
-			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			w := old.restart(t, kept)
+			require.NoError(t, w.Resume(t.Context(), testKey))
 			require.Equal(t, []Recovery{RecoveryAdopted}, w.meter.recovered())
 			w.requireReady(t, tc.there...)
 			view := w.view(t)
@@ -498,16 +498,16 @@ func TestDemandOverARestart(t *testing.T) {
 		})
 	}
 	t.Run("asked again after a kill", func(t *testing.T) {
-		w := killed(t, ActDo).restart(t, Recorded)
-		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		w := killed(t, ActDo).restart(t, kept)
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.NoError(t, w.demand(t))
 		require.Equal(t, StepDone, w.view(t).Step(startShim).Status)
 		require.Equal(t, []string{"do start_shim"}, w.acted())
 		w.requireStops(t)
 	})
 	t.Run("nobody has asked", func(t *testing.T) {
-		w := readyWorld(t).restart(t, Recorded)
-		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		w := readyWorld(t).restart(t, kept)
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Len(t, w.view(t).Steps, len(creationPath()))
 		w.requireStops(t)
 		require.NotContains(t, w.acted(), "undo start_shim")
@@ -516,8 +516,8 @@ func TestDemandOverARestart(t *testing.T) {
 		old := readyWorld(t)
 		require.NoError(t, old.demand(t))
 		old.book.records = slices.DeleteFunc(old.book.records, func(r journal.Record) bool { return r.Step == string(startShim) })
-		w := old.restart(t, LostReady)
-		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
+		w := old.restart(t, rebooted)
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
 		w.requireStops(t)
 	})

@@ -107,6 +107,7 @@ type node struct {
 	undo    map[states.Event]func() error
 	plans   map[states.Event]any // set before anything runs
 	stop    error
+	hidden  func(states.Event) error // why the host doesn't show what a step made; nil for nothing
 }
 
 func newNode() *node {
@@ -173,6 +174,21 @@ func (s *fakeStep) Undo(context.Context, *Run) error {
 	defer s.node.mu.Unlock()
 	s.node.exists = slices.DeleteFunc(s.node.exists, func(e states.Event) bool { return e == s.declared.Name })
 	return nil
+}
+
+// Find finds what there is.
+func (s *fakeStep) Find(context.Context, *Run) (any, error) {
+	s.node.mu.Lock()
+	defer s.node.mu.Unlock()
+	if s.node.hidden != nil {
+		if err := s.node.hidden(s.declared.Name); err != nil {
+			return nil, err
+		}
+	}
+	if !slices.Contains(s.node.exists, s.declared.Name) {
+		return nil, errdefs.ErrNotFound
+	}
+	return &testResult{s.declared.Name}, nil
 }
 
 func (s *fakeStep) Probe(context.Context, *Run) (bool, error) {
@@ -447,8 +463,8 @@ func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
 		for restart, resume := range map[string]func(t *testing.T, w *world) *world{
 			"the same daemon": func(_ *testing.T, w *world) *world { return w },
 			"the next daemon": func(t *testing.T, w *world) *world {
-				next := w.restart(t, Recorded)
-				require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+				next := w.restart(t, kept)
+				require.NoError(t, next.Resume(t.Context(), testKey))
 				return next
 			},
 		} {
@@ -524,9 +540,9 @@ func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 	require.NoError(t, w.Create(t.Context(), next, req))
 
 	again := newWorld(t)
-	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) (Request, Past) {
-		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}, Recorded
-	})
+	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) Request {
+		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}
+	}, outsideOf(kept))
 	require.Equal(t, states.CleanupOwed, again.state(t))
 	require.NoError(t, again.Create(t.Context(), next, req))
 }
@@ -542,9 +558,9 @@ func TestRestartWhileARemovalStops(t *testing.T) {
 	}
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	w.book.records, w.node.exists = saved[0].Records, creationPath()
-	w = w.restart(t, Recorded)
+	w = w.restart(t, kept)
 	require.Equal(t, states.Stopping, w.state(t))
-	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }

@@ -18,7 +18,6 @@ type history struct {
 	*sandbox
 	accepted bool // that is on record
 	spec     any
-	assumed  bool // the last transition is on no record
 }
 
 // replay folds all records, and returns why some of them can't be read.
@@ -77,8 +76,8 @@ func present(field, what string) error {
 func (h *history) foldSpec(record *journal.Record, data any) error {
 	h.accepted, h.traceParent = true, record.TraceParent
 	h.created, h.entered = record.At, record.At
-	if unknown, ok := data.(*Unknown); ok {
-		return fmt.Errorf("%s wrote a specification of type %q, which this release doesn't know", releaseName(record.Release), unknown.Type)
+	if _, unknown := data.(*Unknown); unknown {
+		return nil // which is kept as unread
 	}
 	h.spec = data
 	return nil
@@ -245,22 +244,6 @@ func (h *history) enter(record *journal.Record) error {
 	return nil
 }
 
-// lose makes up for records that are gone: every step may have acted, the process is no more, and somebody may know of the sandbox.
-func (h *history) lose(past Past) error {
-	h.touchAll()
-	h.raise(Taken, Taken)
-	if h.exit == nil {
-		h.setExit(Exit{Code: unknownExit, At: time.Now()})
-	}
-	if past != LostReady || !h.machine.Creating() && h.state() != states.Ready {
-		return nil
-	}
-	h.assumed = true
-	return h.enter(&journal.Record{
-		Kind: journal.Moved, From: string(states.Ready), Event: string(states.LosePause), State: string(states.NotReady), At: h.exit.At,
-	})
-}
-
 // unpack decodes a record's data, which is an *Unknown where this release doesn't know its type.
 func (h *history) unpack(record *journal.Record) (any, error) {
 	if record.Data == nil {
@@ -270,19 +253,7 @@ func (h *history) unpack(record *journal.Record) (any, error) {
 	if errors.Is(err, typeurl.ErrNotFound) {
 		h.unread = append(h.unread, fmt.Sprintf("record %d (%s %s) with data of the type %q, written by %s",
 			record.Seq, record.Kind, record.Step, record.Data.TypeURL, releaseName(record.Release)))
-		return &Unknown{Type: record.Data.TypeURL}, nil
+		return &Unknown{record.Data.TypeURL, record.Data.Value}, nil
 	}
 	return data, err
-}
-
-// Whole says whether all that led a sandbox to Ready is on record: each transition from [states.New] on begins where the one before it
-// ended.
-func Whole(s journal.Sandbox) bool {
-	at := states.New
-	for _, r := range s.Records {
-		if r.Kind == journal.Done && r.From == string(at) {
-			at = states.State(r.State)
-		}
-	}
-	return at == states.Ready
 }

@@ -29,6 +29,9 @@ func FuzzRestore(f *testing.F) {
 	all := append(testTable.States(), "", "Later")
 	claims := append(slices.Clone(claimNames), "", "later")
 
+	steps := newWorldOn(f, unwritten{}, newNode()).steps
+	steps[0].(*fakeStep).node.exists = stepNames() // the host shows all
+
 	f.Add([]byte{0, 0, 1})
 	f.Add([]byte{0, 0, 1, 1, 0, 0, 3, 0, 2, 1, 1, 0, 9, 6, 0})
 	f.Add([]byte{3, 0, 2, 0, 0, 1, 6, 7, 0, 7, 6, 3, 10, 0, 0})
@@ -44,9 +47,15 @@ func FuzzRestore(f *testing.F) {
 			r.From, r.Event = string(all[how%len(all)]), string(events[how%len(events)])
 			saved.Records = append(saved.Records, r)
 		}
-		views, err := Replay(testTable, []journal.Sandbox{saved}, func(_ journal.Key, spec any) (Request, Past) {
-			return Request{Pod: "ns/web", Spec: spec}, Past(len(saved.Records) % 3)
-		})
+		describe := func(_ journal.Key, spec any) Request { return Request{Pod: "ns/web", Spec: spec} }
+		for _, known := range []Outside{kept, begun, nobodys, rebooted, {Damaged: true, Listed: true, Started: true}} {
+			e := &Engine{
+				table: testTable, steps: steps, process: steps[2].(Ender), journal: unwritten{}, meter: unmetered{},
+				sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+			}
+			requireTaken(t, e.Restore(t.Context(), []journal.Sandbox{saved}, describe, outsideOf(known))[testKey], e)
+		}
+		views, err := Replay(testTable, []journal.Sandbox{saved}, describe)
 		require.NoError(t, err)
 		require.Len(t, views, 1)
 		require.NotEmpty(t, views[0].State)
@@ -57,4 +66,19 @@ func FuzzRestore(f *testing.F) {
 			require.Equal(t, name, views[0].Step(name).Name)
 		}
 	})
+}
+
+// requireTaken says that a sandbox is where the action says that it begins.
+func requireTaken(t *testing.T, action Action, e *Engine) {
+	require.NotEmpty(t, action.Work)
+	s, err := e.lookup(testKey)
+	if action.Work == WorkDrop {
+		require.Error(t, err)
+		return
+	}
+	require.NoError(t, err)
+	if action.State != "" {
+		require.Equal(t, action.State, s.state())
+	}
+	require.Equal(t, action.Work, decide(s.evidence()).Work, "it is still to be done")
 }

@@ -136,8 +136,8 @@ func TestHistoryOverARestart(t *testing.T) {
 	records := w.book.records
 	w.book.records = slices.Concat(records[:len(records)-8], records[len(records)-2:])
 	w.node.mend()
-	next := w.restart(t, Recorded)
-	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	next := w.restart(t, kept)
+	require.NoError(t, next.Resume(t.Context(), testKey))
 	require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
 	told := next.history()
 	require.Greater(t, told[0].Seq, before.Transitions[len(before.Transitions)-1].Seq)

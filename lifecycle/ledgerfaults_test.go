@@ -153,15 +153,15 @@ func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world)
 	requireTrue(t, again.Sandboxes(), w, at)
 	next := newWorldOn(t, again, w.node)
 	next.do, next.undo = nil, nil
-	next.Restore(t.Context(), again.Sandboxes(), func(_ journal.Key, spec any) (Request, Past) {
-		return Request{Pod: "ns/pod", Spec: spec}, Recorded
-	})
+	known := kept
+	if !ready {
+		known = nobodys // containerd's service has forgotten what it couldn't start
+	}
+	next.Restore(t.Context(), again.Sandboxes(), func(_ journal.Key, spec any) Request {
+		return Request{Pod: "ns/pod", Spec: spec}
+	}, outsideOf(known))
 	if len(again.Sandboxes()) > 0 {
-		verdict := Keep
-		if !ready {
-			verdict = Discard // containerd's service has forgotten what it couldn't start
-		}
-		require.NoError(t, next.Resume(t.Context(), testKey, verdict))
+		require.NoError(t, next.Resume(t.Context(), testKey))
 		if view, err := next.Get(testKey); err == nil && view.State == states.Ready {
 			require.Subset(t, next.left(), creationPath(), "write %d: it is ready, and something of it is missing", at)
 		}
@@ -213,7 +213,7 @@ func (s *noting) Probe(_ context.Context, r *Run) (bool, error) { return len(r.N
 func TestUndoThatCantBeNoted(t *testing.T) {
 	for name, past := range map[string]func(t *testing.T, w *world) *world{
 		"the same daemon": func(_ *testing.T, w *world) *world { return w },
-		"the next daemon": func(t *testing.T, w *world) *world { return w.restart(t, Recorded) },
+		"the next daemon": func(t *testing.T, w *world) *world { return w.restart(t, kept) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)

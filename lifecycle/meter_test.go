@@ -135,17 +135,16 @@ func (w *world) engineWaits() { w.backoff = func(int) time.Duration { return tim
 
 func TestRecoveriesAreMetered(t *testing.T) {
 	for name, tc := range map[string]struct {
-		leave   func(t *testing.T) *world
-		past    Past
-		verdict Verdict
-		want    Recovery
+		leave func(t *testing.T) *world
+		known Outside
+		want  Recovery
 	}{
 		"ready":                   {leave: readyWorld, want: RecoveryAdopted},
 		"ready, and pause ended":  {leave: func(t *testing.T) *world { w := readyWorld(t); w.exited = &Exit{Code: 1}; return w }, want: RecoveryLostPause},
 		"ready, and nobody knows": {leave: func(t *testing.T) *world { w := readyWorld(t); w.unknown = errNoLuck; return w }, want: RecoveryUnknown},
 		"being made":              {leave: func(t *testing.T) *world { return interrupted(t, attachNetwork) }, want: RecoveryRolledBack},
-		"nobody's":                {leave: readyWorld, verdict: Discard, want: RecoveryRemoved},
-		"from before a reboot":    {leave: readyWorld, past: LostReady, verdict: Gone, want: RecoveryStopped},
+		"nobody's":                {leave: readyWorld, known: nobodys, want: RecoveryRemoved},
+		"from before a reboot":    {leave: readyWorld, known: rebooted, want: RecoveryStopped},
 		"stopped": {leave: func(t *testing.T) *world {
 			w := readyWorld(t)
 			require.NoError(t, w.Stop(t.Context(), testKey))
@@ -159,10 +158,13 @@ func TestRecoveriesAreMetered(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			old := tc.leave(t)
-			w := old.restart(t, tc.past)
+			if tc.known == (Outside{}) {
+				tc.known = kept
+			}
+			w := old.restart(t, tc.known)
 			w.undo, w.unknown = old.undo, old.unknown
 			w.engineWaits()
-			_ = w.Resume(t.Context(), testKey, tc.verdict)
+			_ = w.Resume(t.Context(), testKey)
 			require.Eventually(t, func() bool { return len(w.meter.recovered()) > 0 }, 10*time.Second, time.Millisecond)
 			require.Equal(t, []Recovery{tc.want}, w.meter.recovered())
 		})

@@ -97,12 +97,12 @@ func TestHookThatPanics(t *testing.T) {
 			require.Empty(t, w.left())
 		})
 		t.Run(name+", after a restart", func(t *testing.T) {
-			ready := readyWorld(t).restart(t, Recorded)
-			require.NoError(t, ready.Resume(spoil(ready, t.Context()), testKey, Keep))
+			ready := readyWorld(t).restart(t, kept)
+			require.NoError(t, ready.Resume(spoil(ready, t.Context()), testKey))
 			require.Equal(t, states.Ready, ready.state(t))
 
-			half := interrupted(t, attachNetwork).restart(t, Recorded)
-			require.NoError(t, half.Resume(spoil(half, t.Context()), testKey, Keep))
+			half := interrupted(t, attachNetwork).restart(t, kept)
+			require.NoError(t, half.Resume(spoil(half, t.Context()), testKey))
 			require.Eventually(t, half.gone, 10*time.Second, time.Millisecond)
 			require.Empty(t, half.left())
 		})
@@ -140,17 +140,17 @@ func TestRestoreThatPanics(t *testing.T) {
 	saved := append(old.book.saved(), journal.Sandbox{Key: other, Records: old.book.saved()[0].Records})
 	w := newWorld(t)
 	w.node.exists = old.left()
-	describe := func(key journal.Key, spec any) (Request, Past) {
+	describe := func(key journal.Key, spec any) Request {
 		if spec != nil && key == testKey {
 			panic("a bug")
 		}
-		return Request{Pod: "ns/pod", Spec: &testSpec{}}, Recorded
+		return Request{Pod: "ns/pod", Spec: &testSpec{}}
 	}
 	views, err := Replay(testTable, saved, describe)
 	require.NoError(t, err)
 	require.Equal(t, states.Quarantined, views[0].State)
 	require.Equal(t, states.Ready, views[1].State)
-	w.Restore(t.Context(), saved, describe)
+	w.Restore(t.Context(), saved, describe, outsideOf(kept))
 	require.Equal(t, states.Quarantined, w.state(t))
 	view, err := w.Get(other)
 	require.NoError(t, err)

@@ -63,9 +63,9 @@ func (b build) on(t *testing.T, before *world) *world {
 	w := newRelease(t, b.release, b.declared, before.book, before.node)
 	w.book = before.book
 	w.engineWaits()
-	w.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
-		return Request{Pod: "ns/pod", Spec: spec}, Recorded
-	})
+	w.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request {
+		return Request{Pod: "ns/pod", Spec: spec}
+	}, outsideOf(kept))
 	return w
 }
 
@@ -175,7 +175,7 @@ func TestReleases(t *testing.T) {
 					next := newer.on(t, w)
 					unknown := without(made, newer.names())
 
-					require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+					require.NoError(t, next.Resume(t.Context(), testKey))
 					if c.ready {
 						requireUntouched(t, next, older, newer)
 						stopped := next.Stop(t.Context(), testKey)
@@ -189,7 +189,7 @@ func TestReleases(t *testing.T) {
 						requireUndone(t, next.acted(), begun, made, next.left(), stops)
 						made, next.acts = next.left(), nil
 						next = older.on(t, next)
-						require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+						require.NoError(t, next.Resume(t.Context(), testKey))
 						require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
 					} else {
 						require.NoError(t, err)
@@ -298,7 +298,7 @@ func TestUndoInTheRecordedOrder(t *testing.T) {
 	w.mend()
 	w.acts = nil
 	next := late.on(t, w)
-	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, next.Resume(t.Context(), testKey))
 	require.Eventually(t, next.gone, 10*time.Second, time.Millisecond)
 	require.Equal(t, []string{
 		"undo declare_ready", "undo attach_network", "undo capture_netns", "undo start_pause", "undo remap_snapshot", "undo label_pod", "undo allocate_ids",
@@ -362,7 +362,7 @@ func TestRecordsOfALaterRelease(t *testing.T) {
 				w.book.records[i].Release = "v9"
 			}
 			next := b.on(t, w)
-			require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+			require.NoError(t, next.Resume(t.Context(), testKey))
 			view, err := next.Get(testKey)
 			require.NoError(t, err)
 			require.Equal(t, states.Ready, view.State)
@@ -383,7 +383,7 @@ func TestRecordsOfALaterRelease(t *testing.T) {
 			require.Subset(t, next.left(), tc.owed)
 			w.book.records = append(whole, next.book.records[spoilt:]...) // what that release can read
 			next = b.on(t, next)
-			require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+			require.NoError(t, next.Resume(t.Context(), testKey))
 			require.NoError(t, next.Remove(t.Context(), testKey))
 			require.Empty(t, next.left())
 		})
@@ -407,7 +407,9 @@ func TestStatesOfALaterRelease(t *testing.T) {
 			},
 			"remove": func(w *world) error { return w.Remove(context.Background(), testKey) },
 			"restart without anyone who knows it": func(w *world) error {
-				return errors.Join(w.Resume(context.Background(), testKey, Discard), w.Settle(context.Background(), testKey))
+				s, err := w.lookup(testKey)
+				s.dossier.outside = nobodys
+				return errors.Join(err, w.Resume(context.Background(), testKey), w.Settle(context.Background(), testKey))
 			},
 		} {
 			t.Run(name+"/"+verb, func(t *testing.T) {
@@ -416,8 +418,8 @@ func TestStatesOfALaterRelease(t *testing.T) {
 				w.book.records = append(w.book.records, tc.last)
 				w.acts = nil
 				next := b.on(t, w)
-				require.NoError(t, next.Resume(t.Context(), testKey, Keep))
-				require.NoError(t, next.Resume(t.Context(), testKey, Gone))
+				require.NoError(t, next.Resume(t.Context(), testKey))
+				require.NoError(t, next.Resume(t.Context(), testKey))
 				require.NoError(t, next.Settle(t.Context(), testKey))
 				view, err := next.Get(testKey)
 				require.NoError(t, err)
@@ -449,7 +451,7 @@ func TestProcessOfAnotherRelease(t *testing.T) {
 	renamed(startPause, "clone_pause")
 	w.acts = nil
 	next := b.on(t, w)
-	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, next.Resume(t.Context(), testKey))
 	require.Equal(t, states.Ready, next.state(t))
 	require.Empty(t, next.acted())
 	require.ErrorContains(t, next.Stop(t.Context(), testKey), "podfsm v9 recorded the step, and podfsm v1 doesn't know that step")
@@ -463,7 +465,7 @@ func TestProcessOfAnotherRelease(t *testing.T) {
 
 	renamed("clone_pause", startPause)
 	next = b.on(t, next)
-	require.NoError(t, next.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, next.Resume(t.Context(), testKey))
 	require.NoError(t, next.Settle(t.Context(), testKey))
 	require.Equal(t, states.Stopped, next.state(t))
 	require.Contains(t, next.acted(), "stop start_pause")
@@ -486,15 +488,21 @@ func TestStepThatIsAdded(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-func TestWhole(t *testing.T) {
+func TestJoined(t *testing.T) {
 	w := builds()["with it late"].begin(t)
 	require.NoError(t, w.Start(t.Context(), testKey))
 	require.NoError(t, w.Demand(t.Context(), testKey, startShim))
-	whole := w.book.saved()[0]
-	require.True(t, Whole(whole), "whatever steps there are")
-	for i, r := range whole.Records {
-		rest := journal.Sandbox{Records: slices.Delete(slices.Clone(whole.Records), i, i+1)}
-		require.Equal(t, r.Kind != journal.Done || r.Step == string(startShim), Whole(rest), "%s %s", r.Kind, r.Step)
+	all := w.book.saved()[0]
+	whole, broken := joined(all)
+	require.True(t, whole, "whatever steps there are")
+	require.False(t, broken)
+	for i, r := range all.Records {
+		rest := journal.Sandbox{Records: slices.Delete(slices.Clone(all.Records), i, i+1)}
+		leads := r.Kind == journal.Done && r.Step != string(startShim)
+		whole, broken := joined(rest)
+		require.Equal(t, !leads, whole, "%s %s", r.Kind, r.Step)
+		require.Equal(t, leads && r.State != string(states.Ready), broken, "%s %s", r.Kind, r.Step)
 	}
-	require.False(t, Whole(journal.Sandbox{}))
+	whole, broken = joined(journal.Sandbox{})
+	require.False(t, whole || broken)
 }

@@ -25,8 +25,8 @@ func debts(view View) (owed []states.Event) {
 // replayed is what the world's ledger says without an engine.
 func (w *world) replayed(t *testing.T) View {
 	t.Helper()
-	views, err := Replay(testTable, w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
-		return Request{Pod: "ns/pod", Spec: spec}, Recorded
+	views, err := Replay(testTable, w.book.saved(), func(_ journal.Key, spec any) Request {
+		return Request{Pod: "ns/pod", Spec: spec}
 	})
 	require.NoError(t, err)
 	require.Len(t, views, 1)

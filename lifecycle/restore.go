@@ -15,37 +15,123 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Past says how much of a sandbox's past is on record.
-type Past int
-
-const (
-	// Recorded is all of it.
-	Recorded Past = iota
-	// Lost is all but what was meant to last: the steps' own records are gone, and after a reboot what they made, too. What is
-	// left of any step is looked for by name.
-	Lost
-	// LostReady is a Lost past of a sandbox that was ready.
-	LostReady
-)
-
 // Describe makes the request of a sandbox again from the specification on record, which is nil when that can't be read.
-type Describe func(key journal.Key, spec any) (Request, Past)
+type Describe func(key journal.Key, spec any) Request
 
-// Restore takes the sandboxes that the ledger knows into the engine, as they were. Nothing is done to them before
-// [Engine.Resume]. What can't be understood is quarantined, never an error.
-func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe Describe) {
+// dossier is what a restart has found of a sandbox.
+type dossier struct {
+	outside     Outside
+	unrecorded  bool
+	unspecified bool
+	onlyLasting bool
+	whole       bool
+	broken      bool
+	found       map[states.Event]any // results that the host shows, where records are missing; nil where it doesn't show all of them
+}
+
+// Restore takes the sandboxes that the ledger knows into the engine, as they were, and decides what becomes of each. [Engine.Resume]
+// does it. Where records are missing, Restore looks at the host. What can't be understood is quarantined, never an error.
+func (e *Engine) Restore(ctx context.Context, saved []journal.Sandbox, describe Describe, outside func(journal.Sandbox) Outside) map[journal.Key]Action {
+	restored := make([]*sandbox, 0, len(saved))
 	for _, entry := range saved {
 		s, err := e.restore(entry, describe)
-		if err == nil {
-			for _, what := range s.unread {
-				s.log(ctx).Warnf("sandbox: kept without knowing it: %s", what)
-			}
-			err = e.addRestored(s)
-		}
 		if err != nil {
-			log.G(ctx).WithField(tracing.LogSandbox, entry.Key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
+			log.G(ctx).WithField(tracing.LogSandbox, entry.Key.ID).WithError(err).Error("sandbox: it can't be restored; what the ledger says of it is left alone")
+			continue
+		}
+		for _, what := range s.unread {
+			s.log(ctx).Warnf("sandbox: kept without knowing it: %s", what)
+		}
+		s.dossier.outside = outside(entry)
+		restored = append(restored, s)
+	}
+	findAll(ctx, restored)
+	actions := make(map[journal.Key]Action, len(restored))
+	for _, s := range restored {
+		if action, err := e.takeIn(s); err != nil {
+			log.G(ctx).WithField(tracing.LogSandbox, s.key.ID).WithError(err).Error("sandbox: its place in the engine is taken; what the ledger says of it is left alone")
+		} else {
+			actions[s.key] = action
 		}
 	}
+	return actions
+}
+
+// takeIn decides what becomes of a sandbox, and adds it to the engine.
+func (e *Engine) takeIn(s *sandbox) (Action, error) {
+	action := decide(s.evidence())
+	if action.Work == WorkDrop {
+		return action, nil
+	}
+	if err := Protect(func() error { return s.mark(action) }); err != nil {
+		return action, err
+	}
+	return action, e.addRestored(s)
+}
+
+// evidence is what recovery knows of the sandbox now.
+func (s *sandbox) evidence() evidence {
+	d := s.dossier
+	return evidence{
+		Outside:    d.outside,
+		Unrecorded: d.unrecorded, Unspecified: d.unspecified, OnlyLasting: d.onlyLasting, Whole: d.whole, Broken: d.broken,
+		State: s.state(), Goal: s.goal, Creating: s.machine.Creating(), Claim: Claim(s.claim.Load()), Exited: s.exit != nil,
+		Found: d.found != nil,
+	}
+}
+
+// mark brings the sandbox to where the action begins, and tells whoever observes it.
+func (s *sandbox) mark(a Action) error {
+	if a.Lost {
+		s.lose()
+	}
+	if raised, _ := s.raise(a.Claim, Taken); raised && !s.dossier.unrecorded {
+		s.record(s.background(), &journal.Record{Kind: journal.Claimed, Claim: a.Claim.String()}, nil)
+	}
+	switch a.State {
+	case states.Ready:
+		return s.observed(s.rebuild())
+	case states.NotReady:
+		return s.loseReady()
+	case states.Quarantined:
+		return s.quarantine(fmt.Errorf("this release can't read the specification of sandbox %q: %w", s.key.ID, errdefs.ErrDataLoss))
+	default:
+		return nil
+	}
+}
+
+// lose makes up for records that are gone: every step may have acted, and the process is no more.
+func (s *sandbox) lose() {
+	s.touchAll()
+	if s.exit == nil {
+		s.setExit(Exit{Code: unknownExit, At: time.Now()})
+	}
+	s.announceExit()
+}
+
+// loseReady moves a sandbox that was ready to NotReady, also where no record says that it was ready.
+func (s *sandbox) loseReady() error {
+	if s.state() == states.Ready {
+		return s.move(s.background(), states.LosePause, s.exit.cause())
+	}
+	return s.observed(s.assume(&journal.Record{
+		Kind: journal.Moved, From: string(states.Ready), Event: string(states.LosePause), State: string(states.NotReady), At: s.exit.At,
+	}, nil))
+}
+
+// observed tells the observer of a transition that was assumed.
+func (s *sandbox) observed(err error) error {
+	if err == nil && s.engine.observe != nil {
+		s.aside(func() { s.engine.observe(s.view()) })
+	}
+	return err
+}
+
+// assume puts a record in the place of one that is lost, and folds it as the next restart will.
+func (s *sandbox) assume(r *journal.Record, data any) error {
+	r.Nth = s.seq + 1
+	s.record(s.background(), r, data)
+	return (&history{sandbox: s}).fold(r)
 }
 
 // restore rebuilds a sandbox. One whose records make that panic is quarantined without them.
@@ -68,6 +154,9 @@ func Replay(table *states.Table, saved []journal.Sandbox, describe Describe) ([]
 	views := make([]View, 0, len(saved))
 	for _, entry := range saved {
 		s, err := e.restore(entry, describe)
+		if err == nil && s.dossier.unspecified {
+			err = s.mark(Action{State: states.Quarantined})
+		}
 		if err != nil {
 			return nil, fmt.Errorf("failed to read the records of sandbox %q: %w", entry.Key, err)
 		}
@@ -86,24 +175,15 @@ func (unwritten) Forget(context.Context, journal.Key) error { return nil }
 // restored rebuilds a sandbox from its records.
 func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, error) {
 	s := newSandbox(e, saved.Key, Request{})
-	s.restored = true
 	history := &history{sandbox: s}
 	unreadable := history.replay(saved.Records)
-	req, past := describe(saved.Key, history.spec)
-	s.req = req
-	if !history.accepted && !req.Created.IsZero() {
-		s.created = req.Created.Round(0)
+	s.restored, s.dossier = true, dossier{
+		unrecorded: len(saved.Records) == 0, unspecified: history.spec == nil, onlyLasting: onlyLasting(saved),
 	}
-	if past != Recorded {
-		if err := history.lose(past); err != nil {
-			return nil, err
-		}
-	}
-	if history.spec == nil {
-		unreadable = append(unreadable, errors.New("its specification is not on record"))
-	}
-	if history.assumed && e.observe != nil {
-		s.aside(func() { e.observe(s.view()) })
+	s.dossier.whole, s.dossier.broken = joined(saved)
+	s.req = describe(saved.Key, history.spec)
+	if !history.accepted && !s.req.Created.IsZero() {
+		s.created = s.req.Created.Round(0)
 	}
 	if s.exit != nil {
 		s.announceExit()
@@ -118,6 +198,27 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 		return s, s.quarantine(fmt.Errorf("the records of sandbox %q can't all be read: %w: %w", saved.Key.ID, reason, errdefs.ErrDataLoss))
 	}
 	return s, nil
+}
+
+// onlyLasting says that the log in the state directory is gone, and with it all that the steps had recorded there.
+func onlyLasting(s journal.Sandbox) bool {
+	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
+}
+
+// joined says whether all that led a sandbox to Ready is on record: each transition from [states.New] on begins where the one before it
+// ended. broken says that a transition doesn't: records before it are missing.
+func joined(s journal.Sandbox) (whole, broken bool) {
+	at := states.New
+	for _, r := range s.Records {
+		switch {
+		case r.Kind != journal.Done || r.From == "":
+		case r.From == string(at):
+			at = states.State(r.State)
+		default:
+			broken = true
+		}
+	}
+	return at == states.Ready, broken
 }
 
 // quarantine keeps a sandbox that isn't understood from anything but its removal. Every step counts as having acted, so that
@@ -156,32 +257,18 @@ func (s *sandbox) touchAll() {
 	}
 }
 
-// Verdict is what becomes of a sandbox after a restart.
-type Verdict int
-
-const (
-	// Keep goes on with it: what was ready is adopted if its process lives, what was stopping is stopped.
-	Keep Verdict = iota
-	// Gone keeps the record of a sandbox whose process and namespaces can't be there any more, after a reboot: what is left is
-	// undone, and it stays stopped until it is removed.
-	Gone
-	// Discard removes it: nobody will ask for it again.
-	Discard
-)
-
 // resumeParallel is how many sandboxes are undone at a time, or looked at again, for nobody who waits.
 const resumeParallel = 8
 
 // Resume takes up a restored sandbox. A sandbox that was ready is looked at before Resume returns; everything that has to be
-// undone is undone afterwards, some sandboxes at a time. A request for a sandbox doesn't wait for its turn. A creation that a
-// restart interrupted is rolled back in any case. An error means that nobody knows whether a ready sandbox's process lives: it
-// stays as it is, and is looked at again.
-func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) error {
+// undone is undone afterwards, some sandboxes at a time. A request for a sandbox doesn't wait for its turn. An error means that nobody
+// knows whether a ready sandbox's process lives: it stays as it is, and is looked at again.
+func (e *Engine) Resume(ctx context.Context, key journal.Key) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
 	}
-	done := s.ask(func(reply func(error)) { s.resumeAs(ctx, verdict, reply) })
+	done := s.ask(func(reply func(error)) { s.resumeNow(ctx, reply) })
 	select {
 	case err := <-done:
 		return err
@@ -190,22 +277,22 @@ func (e *Engine) Resume(ctx context.Context, key journal.Key, verdict Verdict) e
 	}
 }
 
-func (s *sandbox) resumeAs(ctx context.Context, verdict Verdict, reply func(error)) {
-	if s.state() == states.Ready && verdict == Keep {
+func (s *sandbox) resumeNow(ctx context.Context, reply func(error)) {
+	switch work := decide(s.evidence()).Work; work {
+	case WorkAdopt:
 		reply(s.recover(ctx, func(ctx context.Context) (Recovery, error) { return s.look(ctx, 1) }))
-		return
-	}
-	reply(nil)
-	if s.next(verdict) == nil {
+	case WorkKeep:
+		reply(nil)
 		s.recovered(RecoveryKept, 0)
-		return
+	default:
+		reply(nil)
+		s.inTurn(s.goOn)
 	}
-	s.inTurn(func() { s.goOn(verdict) })
 }
 
-// goOn does what a restored sandbox still needs, if nobody has asked for it meanwhile.
-func (s *sandbox) goOn(verdict Verdict) {
-	work := s.next(verdict)
+// goOn does what a restored sandbox needs by now: somebody may have asked for it meanwhile.
+func (s *sandbox) goOn() {
+	work := s.workNow()
 	if work == nil {
 		s.recovered(RecoveryKept, 0) // somebody was faster
 		return
@@ -216,6 +303,27 @@ func (s *sandbox) goOn(verdict Verdict) {
 		}
 		return became(s.state()), nil
 	})
+}
+
+// workNow is what undoes the sandbox as far as that has to be; nil for nothing.
+func (s *sandbox) workNow() func(context.Context) error {
+	switch decide(s.evidence()).Work {
+	case WorkRollBack:
+		return s.rollBackInterrupted
+	case WorkStop:
+		return s.stop
+	case WorkRemove:
+		return s.remove
+	default:
+		return nil
+	}
+}
+
+func (s *sandbox) rollBackInterrupted(ctx context.Context) error {
+	if s.state() == states.CleanupOwed {
+		return s.rollback(ctx, nil) // why it was begun is on record
+	}
+	return s.rollback(ctx, errInterrupted)
 }
 
 // became is the recovery that leads to a state.
@@ -255,47 +363,6 @@ func (s *sandbox) recover(ctx context.Context, work func(context.Context) (Recov
 // recovered tells the meter what became of a restored sandbox.
 func (s *sandbox) recovered(recovery Recovery, took time.Duration) {
 	s.aside(func() { s.engine.meter.Recovered(recovery, took) })
-}
-
-// next is what a sandbox that isn't simply adopted still needs; nil for nothing.
-func (s *sandbox) next(verdict Verdict) func(context.Context) error {
-	switch state := s.state(); state {
-	case states.Ready, states.NotReady, states.Stopping, states.Stopped:
-		if verdict == Discard || s.goal == states.Removed {
-			return s.remove
-		}
-		if state == states.Stopping || state != states.Stopped && verdict == Gone {
-			return s.stop
-		}
-		return nil
-	case states.Removing:
-		return s.remove
-	case states.CleanupOwed:
-		if slices.Contains(goals, s.goal) {
-			return s.pay
-		}
-		return s.nextUnknown(verdict)
-	case states.Quarantined:
-		if verdict == Discard {
-			return s.remove
-		}
-		return nil
-	case states.RolledBack, states.Removed:
-		return nil
-	default:
-		if s.rollsBack() {
-			return func(ctx context.Context) error { return s.rollback(ctx, errInterrupted) }
-		}
-		return s.nextUnknown(verdict)
-	}
-}
-
-// nextUnknown is for a sandbox in a state of another release, or on the way to one: it waits for a request, unless nobody will make one.
-func (s *sandbox) nextUnknown(verdict Verdict) func(context.Context) error {
-	if verdict == Discard {
-		return s.remove
-	}
-	return nil
 }
 
 var errInterrupted = fmt.Errorf("containerd was restarted before the sandbox was ready: %w", errdefs.ErrAborted)

@@ -17,17 +17,30 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
+// What a restart knows besides the records of a sandbox.
+var (
+	kept     = Outside{Listed: true, Started: true}                 // somebody will ask for it
+	begun    = Outside{Listed: true}                                // it wasn't ready
+	nobodys  = Outside{Served: true}                                // containerd's service doesn't know it
+	rebooted = Outside{Listed: true, Started: true, Rebooted: true} // it was ready
+)
+
+// outsideOf is the same of each sandbox.
+func outsideOf(known Outside) func(journal.Sandbox) Outside {
+	return func(journal.Sandbox) Outside { return known }
+}
+
 // restart makes a new engine, with what there is of the old one's world, from the records of the old one.
-func (w *world) restart(t *testing.T, past Past) *world {
+func (w *world) restart(t *testing.T, known Outside) *world {
 	w.Close(context.Background())
 	next := newWorld(t)
 	next.node.exists, next.node.exited = w.left(), w.node.exited
-	next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) (Request, Past) {
+	next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request {
 		if spec == nil {
-			return Request{Pod: "ns/unknown", Spec: &testSpec{}}, past
+			return Request{Pod: "ns/unknown", Spec: &testSpec{}}
 		}
-		return Request{Pod: "ns/" + spec.(*testSpec).Name, Spec: spec}, past
-	})
+		return Request{Pod: "ns/" + spec.(*testSpec).Name, Spec: spec}
+	}, outsideOf(known))
 	return next
 }
 
@@ -58,9 +71,9 @@ func interrupted(t *testing.T, during states.Event) *world {
 func TestRestartDuringEachStepRollsBack(t *testing.T) {
 	for _, during := range creationPath() {
 		t.Run(string(during), func(t *testing.T) {
-			w := interrupted(t, during).restart(t, Recorded)
+			w := interrupted(t, during).restart(t, begun)
 			require.Contains(t, w.left(), during)
-			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			require.NoError(t, w.Resume(t.Context(), testKey))
 			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 			require.Empty(t, w.left())
 			require.Equal(t, states.RolledBack, w.state(t))
@@ -86,8 +99,8 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		before := ready(t)
 		old, err := before.Get(testKey)
 		require.NoError(t, err)
-		w := before.restart(t, Recorded)
-		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		w := before.restart(t, kept)
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		view, err := w.Get(testKey)
 		require.NoError(t, err)
 		require.Equal(t, states.Ready, view.State)
@@ -105,17 +118,17 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 	t.Run("sees that its process has ended", func(t *testing.T) {
 		before := ready(t)
 		before.node.exited = &Exit{Code: 7}
-		w := before.restart(t, Recorded)
-		require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+		w := before.restart(t, kept)
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Equal(t, states.NotReady, w.state(t))
 		exit, err := w.Wait(t.Context(), testKey)
 		require.NoError(t, err)
 		require.Equal(t, uint32(7), exit.Code)
 	})
 	t.Run("looks again when nobody knows whether its process has ended", func(t *testing.T) {
-		w := ready(t).restart(t, Recorded)
+		w := ready(t).restart(t, kept)
 		w.node.unknown = errors.New("no answer")
-		require.ErrorContains(t, w.Resume(t.Context(), testKey, Keep), "no answer")
+		require.ErrorContains(t, w.Resume(t.Context(), testKey), "no answer")
 		require.Equal(t, states.Ready, w.state(t))
 		w.node.mu.Lock()
 		w.node.unknown, w.node.exited = nil, &Exit{Code: 7}
@@ -127,30 +140,30 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.NoError(t, before.Stop(t.Context(), testKey))
 		old, err := before.Get(testKey)
 		require.NoError(t, err)
-		w := before.restart(t, Recorded)
+		w := before.restart(t, kept)
 		view, err := w.Get(testKey)
 		require.NoError(t, err)
 		require.Equal(t, old.Exit.Code, view.Exit.Code)
 		require.True(t, old.Exit.At.Equal(view.Exit.At))
 	})
 	t.Run("removes one that nobody asks for", func(t *testing.T) {
-		w := ready(t).restart(t, Recorded)
-		require.NoError(t, w.Resume(t.Context(), testKey, Discard))
+		w := ready(t).restart(t, nobodys)
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 		require.Empty(t, w.left())
 	})
 	t.Run("after a reboot it stays, stopped, with nothing on the network", func(t *testing.T) {
-		w := onlyLasting(ready(t)).restart(t, LostReady)
+		w := onlyLasting(ready(t)).restart(t, rebooted)
 		require.Equal(t, states.NotReady, w.state(t))
-		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
 		require.NotContains(t, w.left(), attachNetwork)
 		require.NoError(t, w.Remove(t.Context(), testKey))
 		require.Empty(t, w.left())
 	})
 	t.Run("after a reboot an unfinished one goes", func(t *testing.T) {
-		w := onlyLasting(interrupted(t, attachNetwork)).restart(t, Lost)
-		require.NoError(t, w.Resume(t.Context(), testKey, Gone))
+		w := onlyLasting(interrupted(t, attachNetwork)).restart(t, Outside{Listed: true, Rebooted: true})
+		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 		require.Empty(t, w.left())
 	})
@@ -165,7 +178,7 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	for i := range saved {
 		saved[i] = journal.Sandbox{Key: journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}, Records: old.book.saved()[0].Records}
 	}
-	w.Restore(t.Context(), saved, func(_ journal.Key, spec any) (Request, Past) { return Request{Spec: spec}, Recorded })
+	w.Restore(t.Context(), saved, func(_ journal.Key, spec any) Request { return Request{Spec: spec} }, outsideOf(begun))
 	release := make(chan struct{})
 	var undoing, most atomic.Int32
 	w.undo[attachNetwork] = func() error {
@@ -177,7 +190,7 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 		return nil
 	}
 	for _, s := range saved {
-		require.NoError(t, w.Resume(t.Context(), s.Key, Keep))
+		require.NoError(t, w.Resume(t.Context(), s.Key))
 	}
 	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel }, 10*time.Second, time.Millisecond)
 	require.Len(t, w.List(), sandboxes)
@@ -247,8 +260,8 @@ func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
 				}
 			}
 			old.book.records = full[:cut]
-			w := old.restart(t, Recorded)
-			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			w := old.restart(t, kept)
+			require.NoError(t, w.Resume(t.Context(), testKey))
 			require.NoError(t, ignoreGone(w.Stop(t.Context(), testKey)))
 			require.NoError(t, w.Remove(t.Context(), testKey))
 			require.Empty(t, w.left())
@@ -268,21 +281,21 @@ func TestRestartPaysWhatIsOwed(t *testing.T) {
 	w.undo[startPause] = func() error { return errors.New("no luck") }
 	w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
 	require.Error(t, w.run(t))
-	w = w.restart(t, Recorded)
+	w = w.restart(t, kept)
 	require.Equal(t, states.CleanupOwed, w.state(t))
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
 	require.False(t, view.Step(startPause).OwedSince.IsZero(), "since when is on record")
-	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }
 
 // What an earlier daemon made is looked for after its undo: an undo that only says that it succeeded isn't enough.
 func TestRestartLooksForWhatItUndid(t *testing.T) {
-	w := interrupted(t, attachNetwork).restart(t, Recorded)
+	w := interrupted(t, attachNetwork).restart(t, begun)
 	w.node.still = captureNetNS
-	require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, func() bool {
 		view, err := w.Get(testKey)
 		return err == nil && view.State == states.CleanupOwed
@@ -326,9 +339,9 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 			old := newWorld(t)
 			require.NoError(t, old.run(t))
 			old.book.records = spoil(old.book.records)
-			w := old.restart(t, Recorded)
+			w := old.restart(t, kept)
 			require.Equal(t, states.Quarantined, w.state(t))
-			require.NoError(t, w.Resume(t.Context(), testKey, Keep))
+			require.NoError(t, w.Resume(t.Context(), testKey))
 			require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
 			require.NoError(t, w.Stop(t.Context(), testKey))
 			require.NoError(t, w.Remove(t.Context(), testKey))
@@ -342,9 +355,9 @@ func TestRestartRemovesWhatItCantReadAndNobodyKnows(t *testing.T) {
 	old := newWorld(t)
 	require.NoError(t, old.run(t))
 	old.book.records[3].Step = ""
-	w := old.restart(t, Recorded)
+	w := old.restart(t, nobodys)
 	require.Equal(t, states.Quarantined, w.state(t))
-	require.NoError(t, w.Resume(t.Context(), testKey, Discard))
+	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }
@@ -359,9 +372,9 @@ func TestRestoreTakesTwoOfOneName(t *testing.T) {
 		key := journal.Key{Namespace: "k8s.io", ID: id}
 		saved = append(saved, journal.Sandbox{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun, Data: spec}}})
 	}
-	w.Restore(t.Context(), saved, func(journal.Key, any) (Request, Past) {
-		return Request{Name: "ns/pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}, Recorded
-	})
+	w.Restore(t.Context(), saved, func(journal.Key, any) Request {
+		return Request{Name: "ns/pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
+	}, outsideOf(kept))
 	require.Len(t, w.List(), 2)
 	require.NoError(t, w.Remove(t.Context(), saved[0].Key))
 	err := w.Create(t.Context(), testKey, Request{Name: "ns/pod", Spec: &testSpec{"pod"}})

@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,6 +73,7 @@ type sandbox struct {
 
 	creation *creation   // the run of the creation path that is under way; of the queue's goroutine alone
 	restored bool        // it is an earlier daemon's; set before the sandbox is known to anyone
+	dossier  dossier     // of a restored one, set likewise
 	ended    bool        // the process was ended by us; of the queue's goroutine alone
 	alone    bool        // a timer began what is under way, for nobody; of the queue's goroutine alone
 	timer    *time.Timer // the next try at what is owed; behind mu
@@ -213,10 +215,10 @@ func (s *sandbox) unaccept(ctx context.Context) {
 	})
 }
 
-// append writes one record of this sandbox to the ledger, with data in it, and sets its time, which has a monotonic clock: durations are
+// append writes one record of this sandbox to the ledger, with data in it, and sets its release where it has none, and its time, which has a monotonic clock: durations are
 // measured by that, as long as this process knows both of their ends.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
-	r.Key, r.Release, r.TraceParent = s.key, s.engine.release, tracing.Parent(ctx)
+	r.Key, r.Release, r.TraceParent = s.key, cmp.Or(r.Release, s.engine.release), tracing.Parent(ctx)
 	if r.At.IsZero() {
 		r.At = time.Now()
 	}

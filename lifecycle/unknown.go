@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
 
 	"github.com/podfsm/podfsm/states"
 )
@@ -16,8 +17,19 @@ import (
 // nothing of it is guessed, and a sandbox that is ready stays ready. What this release doesn't know it can't undo, so that is owed until
 // the other release runs again.
 
-// Unknown stands for recorded data of a type that this release doesn't know.
-type Unknown struct{ Type string }
+// Unknown stands for recorded data of a type that this release doesn't know. It goes on record again as it was.
+type Unknown struct {
+	Type  string
+	value []byte
+}
+
+var _ typeurl.Any = (*Unknown)(nil)
+
+// GetTypeUrl implements typeurl.Any.
+func (u *Unknown) GetTypeUrl() string { return u.Type }
+
+// GetValue implements typeurl.Any.
+func (u *Unknown) GetValue() []byte { return u.value }
 
 // unknownStep is a recorded step that this release can't undo.
 type unknownStep struct {

@@ -272,6 +272,9 @@ func TestNamespaces(t *testing.T) {
 			requireMap(t, proc(record.Pid, "uid_map"), tc.pod.UIDs)
 			requireMap(t, proc(record.Pid, "gid_map"), tc.pod.GIDs)
 			requireCgroup(t, record.Pid, r.Spec.Linux.CgroupsPath)
+			found, err := Find(t.Context(), r.Cgroup, r.Spec)
+			require.NoError(t, err)
+			require.Equal(t, record, found)
 
 			pids := strings.Fields(status(t, record.Pid)["NSpid"])
 			require.Equal(t, strconv.Itoa(record.Pid), pids[0])

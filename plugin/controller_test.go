@@ -482,9 +482,8 @@ func TestQuarantinedSandboxCanBeStoppedAndRemoved(t *testing.T) {
 	w := newWorld(t)
 	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
 	w.engine.Restore(t.Context(), []journal.Sandbox{{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun}}}},
-		func(journal.Key, any) (lifecycle.Request, lifecycle.Past) {
-			return lifecycle.Request{Spec: &Spec{Config: podConfig()}}, lifecycle.Recorded
-		})
+		func(journal.Key, any) lifecycle.Request { return lifecycle.Request{Spec: &Spec{Config: podConfig()}} },
+		func(journal.Sandbox) lifecycle.Outside { return lifecycle.Outside{Listed: true, Started: true} })
 	require.Equal(t, states.Quarantined, w.view(t, "s1").State)
 	// The kubelet removes no sandbox that it couldn't stop.
 	require.NoError(t, w.StopPod(t.Context(), "s1"))
@@ -503,7 +502,7 @@ func TestResumeEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	resumed := make(chan error, 1)
-	go func() { resumed <- w.engine.Resume(ctx, key, lifecycle.Keep) }()
+	go func() { resumed <- w.engine.Resume(ctx, key) }()
 	select {
 	case err := <-resumed:
 		close(release)

@@ -96,9 +96,9 @@ func (c *Controller) admitIDs(ctx context.Context, spec *Spec) error {
 
 // restoreIDs makes holders of the sandboxes that hold ids already: those in the engine, and those that containerd keeps for other
 // controllers.
-func (c *Controller) restoreIDs(ctx context.Context, lost map[journal.Key]bool, others map[journal.Key]sandbox.Sandbox) {
+func (c *Controller) restoreIDs(ctx context.Context, actions map[journal.Key]lifecycle.Action, others map[journal.Key]sandbox.Sandbox) {
 	for _, view := range c.engine.List() {
-		if m := records.MappingsOf(view); m != nil && mayHold(view, lost[view.Key]) {
+		if m := records.MappingsOf(view); m != nil && mayHold(view, actions[view.Key].Lost) {
 			h := holder(view.Key, view.Spec.(*Spec))
 			h.Mappings, h.Since = *m, view.Created
 			if h.Origin == userns.OriginNode {

@@ -141,7 +141,7 @@ func TestRestoredHolders(t *testing.T) {
 	}})
 	require.NoError(t, err)
 	other.Spec = packed
-	w.restoreIDs(t.Context(), map[journal.Key]bool{{Namespace: "k8s.io", ID: "new"}: true}, map[journal.Key]sandbox.Sandbox{{Namespace: "k8s.io", ID: "stock"}: other})
+	w.restoreIDs(t.Context(), map[journal.Key]lifecycle.Action{{Namespace: "k8s.io", ID: "new"}: {Lost: true}}, map[journal.Key]sandbox.Sandbox{{Namespace: "k8s.io", ID: "stock"}: other})
 	overview, err := w.node.ids.Overview(t.Context())
 	require.NoError(t, err)
 	var holders []string

@@ -195,17 +195,30 @@ func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 			return nil, err
 		}
 	}
+	return s.result(r.Key.ID), nil
+}
+
+// Find finds what there is.
+func (s *fakeStep) Find(_ context.Context, r *lifecycle.Run) (any, error) {
+	if !slices.Contains(s.host.left(r.Key.ID), s.declared.Name) {
+		return nil, errdefs.ErrNotFound
+	}
+	return s.result(r.Key.ID), nil
+}
+
+// result is as the real step's.
+func (s *fakeStep) result(id string) any {
 	switch s.declared.Name {
 	case RemapSnapshot:
-		return &Snapshot{Snapshotter: "overlayfs", Parent: "sha256:1", Strategy: "idmap"}, nil
+		return &Snapshot{Snapshotter: "overlayfs", Parent: "sha256:1", Strategy: "idmap"}
 	case StartPause:
-		return &Pause{Pid: 42, CgroupPath: "/pods/web", Labels: map[string]string{"oci_runtime_type": "io.containerd.runc.v2"}}, nil
+		return &Pause{Pid: 42, CgroupPath: "/pods/web", Labels: map[string]string{"oci_runtime_type": "io.containerd.runc.v2"}}
 	case CaptureNetNS:
-		return &NetNS{Path: "/run/netns/podfsm-" + r.Key.ID, Inode: 4026532000}, nil
+		return &NetNS{Path: "/run/netns/podfsm-" + id, Inode: 4026532000}
 	case AttachNetwork:
-		return &Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2"}, Result: &gocni.Result{}}, nil
+		return &Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2"}, Result: &gocni.Result{}}
 	default:
-		return &Ready{}, nil
+		return &Ready{}
 	}
 }
 
@@ -241,6 +254,10 @@ func (s *guardedIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		return nil, err
 	}
 	return s.real.Do(ctx, r)
+}
+
+func (s *guardedIDs) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	return s.real.Find(ctx, r)
 }
 
 func (s *guardedIDs) Undo(ctx context.Context, r *lifecycle.Run) error {

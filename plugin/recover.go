@@ -21,7 +21,6 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -49,48 +48,43 @@ func (c *Controller) recover(ctx context.Context, client *containerd.Client, gc 
 		return err
 	}
 	c.engine.WhenPaid(func(ctx context.Context, key journal.Key) { sweepPaid(ctx, client, key) })
-	saved := c.withUnknown(c.ledger.Sandboxes(), records)
-	lost := map[journal.Key]bool{}
-	for _, s := range saved {
-		// What containerd's service knows as started was ready: a result that is missing was on record. Where the creation is whole, what is
-		// missing can only be of its end, which is found out by looking.
-		wasReady := s.Key.Namespace == cri.Namespace && ran(records[s.Key])
-		missing := !lifecycle.Whole(s) && (wasReady || damaged(c.ledger.Damage(), s.Key))
-		lost[s.Key] = fromBefore(s, c.ledger.BootSeq()) || onlyLasting(s) || missing
-	}
-	c.engine.Restore(ctx, saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
-		past := lifecycle.Recorded
-		switch record, listed := records[key]; {
-		case lost[key] && listed && ran(record):
-			past = lifecycle.LostReady
-		case lost[key]:
-			past = lifecycle.Lost
-		}
+	saved := withUnknown(c.ledger.Sandboxes(), records)
+	describe := func(key journal.Key, spec any) lifecycle.Request {
 		if spec, ok := spec.(*Spec); ok {
-			return request(key, spec), past
+			return request(key, spec)
 		}
 		req := request(key, c.specOf(key, records[key]))
 		req.Created = records[key].CreatedAt
-		return req, past
-	})
+		return req
+	}
+	actions := c.engine.Restore(ctx, saved, describe, func(s journal.Sandbox) lifecycle.Outside { return c.outside(s, records) })
 	if err := c.restoreTasks(ctx); err != nil {
 		return err
 	}
-	c.restoreIDs(ctx, lost, others)
+	c.restoreIDs(ctx, actions, others)
 	c.collectNetworks(ctx, client, gc, sandboxIDs(saved, records, others))
-	c.resumeAll(ctx, client, records, lost)
+	c.resumeAll(ctx, client, records)
+	for key, action := range actions {
+		if action.Sweep {
+			sweep(ctx, client, key)
+		}
+	}
 	return nil
 }
 
-// fromBefore says that a sandbox was begun before this boot: nothing of it that the kernel had is there any more, also when a daemon
-// that was killed since has begun to recover it.
-func fromBefore(s journal.Sandbox, bootSeq uint64) bool {
-	return len(s.Records) > 0 && s.Records[0].Seq < bootSeq
-}
-
-// onlyLasting says that the log in the state directory is gone, and with it all that the steps had recorded there.
-func onlyLasting(s journal.Sandbox) bool {
-	return !slices.ContainsFunc(s.Records, func(r journal.Record) bool { return !r.Durable })
+// outside is what else than its records says something of a sandbox.
+func (c *Controller) outside(s journal.Sandbox, records map[journal.Key]sandbox.Sandbox) lifecycle.Outside {
+	record, listed := records[s.Key]
+	return lifecycle.Outside{
+		// Sequence numbers say so also when a daemon that was killed since has begun to recover the sandbox.
+		Rebooted:   len(s.Records) > 0 && s.Records[0].Seq < c.ledger.BootSeq(),
+		Damaged:    damaged(c.ledger.Damage(), s.Key),
+		Incomplete: c.ledger.Incomplete(),
+		Forgotten:  c.ledger.Forgotten(s.Key),
+		Served:     s.Key.Namespace == cri.Namespace,
+		Listed:     listed,
+		Started:    ran(record),
+	}
 }
 
 // damaged says that records of a sandbox may be missing.
@@ -101,53 +95,29 @@ func damaged(all []journal.Damage, key journal.Key) bool {
 // ran says whether a sandbox was started: containerd's service adds the spec to its record then.
 func ran(record sandbox.Sandbox) bool { return record.Spec != nil && record.Spec.GetTypeUrl() != "" }
 
-// withUnknown adds the sandboxes that containerd has as started and the ledger doesn't know: it was lost, or set aside as
-// damaged. Their records are all that leads to pods that may well run; they come back quarantined. So do those that weren't started
-// yet, when the ledger is incomplete: else they were never begun, and nothing of them is there. Those of sandboxes that were removed are
-// left over from a kill.
-func (c *Controller) withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
+// withUnknown adds the sandboxes that containerd has and the ledger doesn't.
+func withUnknown(saved []journal.Sandbox, records map[journal.Key]sandbox.Sandbox) []journal.Sandbox {
 	known := make(map[journal.Key]bool, len(saved))
 	for _, s := range saved {
 		known[s.Key] = true
 	}
-	for key, record := range records {
-		if !known[key] && (ran(record) || c.ledger.Incomplete()) && !c.ledger.Forgotten(key) {
+	for key := range records {
+		if !known[key] {
 			saved = append(saved, journal.Sandbox{Key: key})
 		}
 	}
 	return saved
 }
 
-// resumeAll decides what becomes of each restored sandbox, and sweeps what containerd keeps of sandboxes that won't stay.
-func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox, lost map[journal.Key]bool) {
+// resumeAll takes up each restored sandbox.
+func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, records map[journal.Key]sandbox.Sandbox) {
 	var group errgroup.Group
 	group.SetLimit(recoverParallel)
-	doomed := map[journal.Key]bool{} // what containerd has of them goes
-	for key := range records {
-		doomed[key] = true
-	}
 	for _, view := range c.engine.List() {
-		_, listed := records[view.Key]
-		verdict := lifecycle.Keep
-		switch {
-		case !listed && view.Key.Namespace == cri.Namespace:
-			verdict = lifecycle.Discard // containerd's service doesn't know it any more, so nobody will ask for it
-		case neverShown(view, records[view.Key]):
-			verdict = lifecycle.Discard
-		case lost[view.Key]:
-			verdict = lifecycle.Gone
-		}
-		if verdict == lifecycle.Discard && finished(view) {
-			c.engine.Discard(view.Key, lifecycle.Taken) // it goes a little later, and a retry must not take it meanwhile
-		}
-		doomed[view.Key] = !staysListed(view) || neverShown(view, records[view.Key])
-		if damaged(c.ledger.Damage(), view.Key) {
-			c.engine.Claim(ctx, view.Key, lifecycle.Taken) // who has claimed it may have been on record
-		}
 		group.Go(func() error {
 			ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, view.Key.Namespace), probeTimeout)
 			defer cancel()
-			if err := lifecycle.Protect(func() error { return c.engine.Resume(ctx, view.Key, verdict) }); err != nil {
+			if err := lifecycle.Protect(func() error { return c.engine.Resume(ctx, view.Key) }); err != nil {
 				log.G(ctx).WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Error("podfsm: failed to look at a sandbox after the restart; it is kept as it was")
 				return nil
 			}
@@ -158,30 +128,6 @@ func (c *Controller) resumeAll(ctx context.Context, client *containerd.Client, r
 		})
 	}
 	_ = group.Wait()
-	for key, goes := range doomed {
-		if goes {
-			sweep(ctx, client, key)
-		}
-	}
-}
-
-// neverShown says that nobody can know of a sandbox of the CRI's: it was discarded, or containerd's service hadn't taken it over yet from
-// the creation.
-func neverShown(view lifecycle.View, record sandbox.Sandbox) bool {
-	return view.Claim == lifecycle.Discarded || view.Claim == lifecycle.Unclaimed && !ran(record)
-}
-
-// staysListed says whether containerd's service goes on listing the sandbox. One whose removal was begun is podfsm's alone to finish:
-// its containers and its network are gone, and a record that outlives podfsm's own would bring it back.
-func staysListed(view lifecycle.View) bool {
-	switch view.State {
-	case states.RollingBack, states.RolledBack, states.Removing, states.Removed:
-		return false
-	case states.CleanupOwed:
-		return view.Goal != states.RolledBack && view.Goal != states.Removed
-	default:
-		return !view.HalfMade
-	}
 }
 
 // sweepLeases deletes the leases that containerd's service took for sandboxes right before it was killed: it makes the lease first,

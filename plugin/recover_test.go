@@ -2,9 +2,12 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,10 +21,12 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -196,12 +201,25 @@ func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := restart(t, spoil)
+			var was lifecycle.View
+			w := restart(t, spoil, func(before *world) { was = before.view(t, "s1") })
 			require.NotEmpty(t, w.ledger.Damage())
-			require.NoError(t, w.Close()) // waits for what recovery has left to the background
 			view, err := w.engine.Get(key)
 			require.NoError(t, err)
-			require.NotEqual(t, states.RolledBack, view.Goal, "it was ready: containerd lists it until the kubelet removes it")
+			require.Equal(t, states.Ready, view.State, "the host shows it")
+			require.True(t, was.Created.Equal(view.Created))
+			for _, step := range was.Steps {
+				require.Equal(t, step.Result, view.Step(step.Name).Result)
+			}
+
+			w = restart(t, spoil, func(before *world) {
+				before.host.exists["s1"] = before.host.left("s1")[:2]
+				before.host.exited = &lifecycle.Exit{Code: 9} // for a look at a pause that is on record
+			})
+			require.NoError(t, w.Close()) // waits for what recovery has left to the background
+			view, err = w.engine.Get(key)
+			require.NoError(t, err)
+			require.Contains(t, []states.State{states.NotReady, states.Stopped}, view.State, "it was ready: containerd lists it until the kubelet removes it")
 		})
 	}
 }
@@ -363,4 +381,85 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 			require.Equal(t, tc.claim, pod.Claim)
 		})
 	}
+}
+
+// A namespace that is pinned under the pod's name is the pod's if pause is in it.
+func TestFindNetNS(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	pause := exec.Command("sleep", "100")
+	pause.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	require.NoError(t, pause.Start())
+	t.Cleanup(func() {
+		require.NoError(t, pause.Process.Kill())
+		require.Error(t, pause.Wait())
+	})
+	handle, err := netns.Open(fmt.Sprintf("/proc/%d/ns/net", pause.Process.Pid))
+	require.NoError(t, err)
+	defer handle.Close()
+	pin := func(t *testing.T, path string) {
+		require.NoError(t, handle.Pin(path))
+		t.Cleanup(func() { require.NoError(t, netns.Unpin(context.Background(), path)) })
+	}
+	file := func(t *testing.T, path string) {
+		require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+		require.NoError(t, os.WriteFile(path, nil, 0o444))
+	}
+	for name, tc := range map[string]struct {
+		make  func(t *testing.T, path string)
+		pid   int
+		found bool
+	}{
+		"pause is in it":                {pin, pause.Process.Pid, true},
+		"pause is elsewhere":            {pin, os.Getpid(), false},
+		"nothing is there":              {func(*testing.T, string) {}, pause.Process.Pid, false},
+		"a mount point without a mount": {file, pause.Process.Pid, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "netns", "podfsm-s1")
+			tc.make(t, path)
+			found, err := findNetNS(t.Context(), path, tc.pid)
+			if !tc.found {
+				require.True(t, errdefs.IsNotFound(err), "%v", err)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, &NetNS{Path: path, Inode: handle.Inode()}, found)
+		})
+	}
+}
+
+// A pod that is ready stays ready, also when a later release wrote its specification in a way that this one can't read: containerd's
+// record stands in for it.
+func TestRecoverWithASpecificationOfALaterRelease(t *testing.T) {
+	client := newStores(t)
+	spec, err := typeurl.MarshalAny(&specs.Spec{})
+	require.NoError(t, err)
+	_, err = client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: "s1", Sandboxer: Name, Spec: spec, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
+	require.NoError(t, err)
+	ledger, err := journal.Open(t.TempDir(), t.TempDir())
+	require.NoError(t, err)
+	b := &book{forgotten: map[journal.Key]bool{}, into: ledger, before: func(r *journal.Record) error {
+		if r.Kind == journal.Begun {
+			r.Data.TypeURL = "of a later release"
+		}
+		return nil
+	}}
+	before := newWorldWith(t, b)
+	before.book = b
+	before.run(t, "s1")
+	require.NoError(t, before.Close())
+
+	w := newWorldWith(t, ledger)
+	w.ledger = ledger
+	w.host.exists["s1"] = before.host.left("s1")
+	require.NoError(t, w.recover(t.Context(), client, true))
+	view := w.view(t, "s1")
+	require.Equal(t, states.Ready, view.State)
+	require.Contains(t, view.Unread[0], "of a later release")
+	require.True(t, before.view(t, "s1").Created.Equal(view.Created))
+	require.NoError(t, w.StopPod(t.Context(), "s1"))
+	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.Empty(t, w.host.left("s1"))
 }

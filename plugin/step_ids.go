@@ -2,6 +2,9 @@ package plugin
 
 import (
 	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
@@ -57,12 +60,29 @@ func (s *allocateIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	case planned:
 		h = ofNode(h, *chosen)
 	case spec.Mapping == nil:
-		return &lifecycle.Skipped{Reason: "the pod is in the host's user namespace"}, nil
+		return &lifecycle.Skipped{Reason: inHostUserNS}, nil
 	}
 	if err := s.ids.Hold(ctx, h); err != nil {
 		return nil, err
 	}
 	return &h.Mappings, nil
+}
+
+const inHostUserNS = "the pod is in the host's user namespace"
+
+// Find takes the mapping from the request, or from the plan, which lasts.
+func (s *allocateIDs) Find(_ context.Context, r *lifecycle.Run) (any, error) {
+	spec := r.Spec.(*Spec)
+	switch chosen, planned := r.Plan().(*userns.Mappings); {
+	case planned:
+		return chosen, nil
+	case spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode:
+		return nil, fmt.Errorf("it is not on record what ids sandbox %q was given: %w", r.Key.ID, errdefs.ErrNotFound)
+	case spec.Mapping == nil:
+		return &lifecycle.Skipped{Reason: inHostUserNS}, nil
+	default:
+		return spec.Mapping, nil
+	}
 }
 
 // Undo gives the ids back: it comes after the undos of all that uses them.

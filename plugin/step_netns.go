@@ -2,7 +2,11 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/states"
@@ -31,7 +35,7 @@ func (s *captureNetNS) Plan(context.Context, *lifecycle.Run) (any, error) { retu
 func (s *captureNetNS) Do(_ context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	if spec.OnNodeNetwork() {
-		return &lifecycle.Skipped{Reason: "the pod is on the node's network"}, nil
+		return &lifecycle.Skipped{Reason: onNodeNetwork}, nil
 	}
 	if spec.NetNSPath != "" {
 		return s.adopt(spec.NetNSPath)
@@ -60,6 +64,50 @@ func (s *captureNetNS) adopt(path string) (any, error) {
 	}
 	defer handle.Close()
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
+}
+
+const onNodeNetwork = "the pod is on the node's network"
+
+// Find finds the namespace by the name of its pin. It is the pod's if pause is in it.
+func (s *captureNetNS) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	spec := r.Spec.(*Spec)
+	if spec.OnNodeNetwork() {
+		return &lifecycle.Skipped{Reason: onNodeNetwork}, nil
+	}
+	path := s.netNSPath(r.Key.ID)
+	if spec.NetNSPath != "" {
+		path = spec.NetNSPath
+	}
+	started, ok := r.Result(StartPause).(*Pause)
+	if !ok {
+		return nil, fmt.Errorf("pause of sandbox %q is not known: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	return findNetNS(ctx, path, int(started.Pid))
+}
+
+// findNetNS returns the namespace at a path. It fails with NotFound unless the process is in it.
+func findNetNS(ctx context.Context, path string, pid int) (*NetNS, error) {
+	handle, err := netns.Open(path)
+	if err != nil {
+		return nil, notThere(err)
+	}
+	defer handle.Close()
+	in, err := host.Readlink(ctx, pid, "ns/net")
+	if err != nil {
+		return nil, err
+	}
+	if in != fmt.Sprintf("net:[%d]", handle.Inode()) {
+		return nil, fmt.Errorf("process %d is in %s, not in %q: %w", pid, in, path, errdefs.ErrNotFound)
+	}
+	return &NetNS{Path: path, Inode: handle.Inode()}, nil
+}
+
+// notThere is an error that says what stands in the place of something that is lost: it isn't there.
+func notThere(err error) error {
+	if errdefs.IsInvalidArgument(err) || errdefs.IsFailedPrecondition(err) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
+	return err
 }
 
 func (s *captureNetNS) Undo(ctx context.Context, r *lifecycle.Run) error {

@@ -91,10 +91,12 @@ func (s *attachNetwork) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
 	return cni.NewAttachment(config, networks, r.Key.ID, s.netNSPath(r.Key.ID), args, capabilities)
 }
 
+const networkNotOurs = "the pod's network isn't podfsm's to attach"
+
 // Do returns the *Network.
 func (s *attachNetwork) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if r.Plan() == nil {
-		return &lifecycle.Skipped{Reason: "the pod's network isn't podfsm's to attach"}, nil
+		return &lifecycle.Skipped{Reason: networkNotOurs}, nil
 	}
 	attachment, err := s.attachment(r)
 	if err != nil {
@@ -103,6 +105,11 @@ func (s *attachNetwork) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err := s.driver.Add(ctx, attachment, recorder(r)); err != nil {
 		return nil, err
 	}
+	return s.result(attachment)
+}
+
+// result is what a pod that is attached has got.
+func (s *attachNetwork) result(attachment *cni.Attachment) (*Network, error) {
 	result, err := attachment.GoCNIResult()
 	if err != nil {
 		return nil, err
@@ -112,6 +119,24 @@ func (s *attachNetwork) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		return nil, err
 	}
 	return &Network{IP: ip, AdditionalIPs: additional, Result: result, Plugins: pluginTimes(attachment)}, nil
+}
+
+// Find makes the result again from the plan and the notes, which last.
+func (s *attachNetwork) Find(_ context.Context, r *lifecycle.Run) (any, error) {
+	if !r.Spec.(*Spec).NetworkIsOurs() {
+		return &lifecycle.Skipped{Reason: networkNotOurs}, nil
+	}
+	if r.Plan() == nil {
+		return nil, fmt.Errorf("it is not on record how sandbox %q was attached to its networks: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	attachment, err := s.attachment(r)
+	if err != nil {
+		return nil, err
+	}
+	if !attachment.Complete() {
+		return nil, fmt.Errorf("sandbox %q is not attached to all of its networks: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	return s.result(attachment)
 }
 
 func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -266,6 +267,46 @@ func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.E
 		return nil, err
 	}
 	return &lifecycle.Exit{Code: pause.UnknownStatus, At: time.Now()}, nil
+}
+
+// Find finds pause by its cgroup, and what else was known of it by the container's record.
+func (s *startPause) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	record, err := s.containers.Get(ctx, r.Key.ID)
+	if err != nil {
+		return nil, err
+	}
+	oci, err := specOf(record)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.mapsOf(r, oci); err != nil {
+		return nil, err
+	}
+	cgroup, err := s.cgroup(r)
+	if err != nil {
+		return nil, notThere(err)
+	}
+	found, err := pause.Find(ctx, cgroup, oci)
+	if err != nil {
+		return nil, err
+	}
+	label := ""
+	if oci.Process != nil {
+		label = oci.Process.SelinuxLabel
+	}
+	return &Pause{
+		Pid: uint32(found.Pid), StartTime: found.StartTime, CgroupPath: cgroupPath(r), ProcessLabel: label,
+		Labels: pause.InstanceLabels(record.Labels, r.Spec.(*Spec).RuntimeType, label),
+	}, nil
+}
+
+// mapsOf fails with NotFound unless a container's specification has the ids that the pod was given.
+func (s *startPause) mapsOf(r *lifecycle.Run, oci *specs.Spec) error {
+	uids, gids := mapping(r)
+	if oci.Linux == nil || !slices.Equal(oci.Linux.UIDMappings, uids) || !slices.Equal(oci.Linux.GIDMappings, gids) {
+		return fmt.Errorf("the container of sandbox %q has other ids than the pod: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	return nil
 }
 
 func (s *startPause) Probe(ctx context.Context, r *lifecycle.Run) (bool, error) {

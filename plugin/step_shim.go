@@ -2,7 +2,10 @@ package plugin
 
 import (
 	"context"
+	"fmt"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
@@ -42,6 +45,15 @@ func (s *startShim) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 		return nil, err
 	}
 	return nil, s.shims.Start(ctx, record, r.Spec.(*Spec).RuntimePath)
+}
+
+// Find finds a shim that containerd has, or what is left of one.
+func (s *startShim) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	exists, err := s.shims.Exists(ctx, r.Key.ID)
+	if err == nil && !exists {
+		err = fmt.Errorf("sandbox %q has no shim: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	return nil, err
 }
 
 func (s *startShim) Undo(ctx context.Context, r *lifecycle.Run) error {

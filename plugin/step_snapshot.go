@@ -61,6 +61,16 @@ func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	}, nil
 }
 
+// Find finds the snapshot by its key. How its files got their owners is not known any more.
+func (s *remapSnapshot) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	snapshotter := r.Spec.(*Spec).Snapshotter
+	parent, err := s.snapshots.Parent(ctx, snapshotter, r.Key.ID)
+	if err != nil {
+		return nil, err
+	}
+	return &Snapshot{Snapshotter: snapshotter, Parent: parent}, nil
+}
+
 func (s *remapSnapshot) Undo(ctx context.Context, r *lifecycle.Run) error {
 	return s.snapshots.Remove(ctx, r.Spec.(*Spec).Snapshotter, r.Key.ID)
 }

@@ -11,11 +11,11 @@ import (
 // Replay is what the sandboxes of a ledger are by their records alone. Nothing is looked at but the records: what a restart or a
 // reboot has changed since, the daemon will find out.
 func Replay(saved []journal.Sandbox) ([]lifecycle.View, error) {
-	return lifecycle.Replay(Table(), saved, func(key journal.Key, spec any) (lifecycle.Request, lifecycle.Past) {
+	return lifecycle.Replay(Table(), saved, func(key journal.Key, spec any) lifecycle.Request {
 		known, ok := spec.(*Spec)
 		if !ok {
 			known = &Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}}
 		}
-		return lifecycle.Request{Pod: cri.PodName(known.Config), Spec: known}, lifecycle.Recorded
+		return lifecycle.Request{Pod: cri.PodName(known.Config), Spec: known}
 	})
 }

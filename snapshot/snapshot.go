@@ -129,18 +129,25 @@ func (p *Preparer) Mounts(ctx context.Context, snapshotter, key string) ([]mount
 
 // Exists tells whether a snapshot exists.
 func (p *Preparer) Exists(ctx context.Context, snapshotter, key string) (bool, error) {
-	sn, err := p.snapshotter(snapshotter)
-	if err != nil {
-		return false, fmt.Errorf("failed to look for snapshot %q: %w", key, err)
-	}
-	_, err = sn.Stat(ctx, key)
+	_, err := p.Parent(ctx, snapshotter, key)
 	if errdefs.IsNotFound(err) {
 		return false, nil
 	}
+	return err == nil, err
+}
+
+// Parent returns the parent of a snapshot, as [Result] has it. Without the
+// snapshot it is a NotFound error.
+func (p *Preparer) Parent(ctx context.Context, snapshotter, key string) (string, error) {
+	sn, err := p.snapshotter(snapshotter)
 	if err != nil {
-		return false, fmt.Errorf("failed to look for snapshot %q: %w", key, err)
+		return "", fmt.Errorf("failed to look for snapshot %q: %w", key, err)
 	}
-	return true, nil
+	info, err := sn.Stat(ctx, key)
+	if err != nil {
+		return "", fmt.Errorf("failed to look for snapshot %q: %w", key, err)
+	}
+	return info.Parent, nil
 }
 
 // Keys returns the keys of the snapshots that Prepare has made in a snapshotter,

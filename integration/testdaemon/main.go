@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/cmd/containerd/command"
 
 	_ "github.com/containerd/containerd/v2/cmd/containerd/builtins"
+	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/integration/faults"
 	"github.com/podfsm/podfsm/journal"
@@ -72,6 +73,15 @@ func (s *faultyStep) Do(ctx context.Context, r *lifecycle.Run) (result any, err 
 
 func (s *faultyStep) Undo(ctx context.Context, r *lifecycle.Run) error {
 	return s.between(ctx, r, "undo", func() error { return s.Step.Undo(ctx, r) })
+}
+
+// Find is the step's own, where it has one.
+func (s *faultyStep) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
+	finder, ok := s.Step.(lifecycle.Finder)
+	if !ok {
+		return nil, errdefs.ErrNotFound
+	}
+	return finder.Find(ctx, r)
 }
 
 // between runs act between the points before and after it: those of all pods, and within them those of the one.

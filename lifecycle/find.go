@@ -1,0 +1,163 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+// Finder is a step that can tell what it made by the host alone, where its records are lost.
+type Finder interface {
+	// Find returns what Do has returned for a sandbox that was ready. Find proves that what it finds is the sandbox's, and changes
+	// nothing. What the steps before it have found is in r. It fails with NotFound where there is nothing, or where nothing proves it.
+	Find(ctx context.Context, r *Run) (result any, err error)
+}
+
+const (
+	// findParallel is how many sandboxes are looked for on the host at a time.
+	findParallel = 16
+	// findTimeout bounds all looks of one restart, lookTimeout one of them.
+	findTimeout = 2 * lookTimeout
+)
+
+// findAll looks at the host for the sandboxes that may live although their records are lost.
+func findAll(ctx context.Context, all []*sandbox) {
+	ctx, cancel := context.WithTimeout(ctx, findTimeout)
+	defer cancel()
+	var group sync.WaitGroup
+	defer group.Wait()
+	free := make(chan struct{}, findParallel)
+	for _, s := range all {
+		if !s.evidence().mayLive() {
+			continue
+		}
+		free <- struct{}{}
+		group.Go(func() {
+			defer func() { <-free }()
+			s.find(ctx)
+		})
+	}
+}
+
+// findAgain is the wait after a look at the host that has failed without an answer.
+const findAgain = 100 * time.Millisecond
+
+// find keeps the results of all steps that lead to Ready, if the host shows them. A look that fails without an answer is repeated.
+func (s *sandbox) find(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, s.key.Namespace), lookTimeout)
+	defer cancel()
+	for {
+		var found map[states.Event]any
+		err := Protect(func() (err error) { found, err = s.findSteps(ctx); return err })
+		entry := s.log(ctx).WithError(err)
+		switch {
+		case err == nil:
+			s.dossier.found = found
+			s.log(ctx).Info("sandbox: records are lost, the sandbox was found on the host")
+			return
+		case errdefs.IsNotFound(err):
+			entry.Warn("sandbox: records are lost, the sandbox was not found on the host")
+			return
+		}
+		select {
+		case <-time.After(findAgain):
+		case <-ctx.Done():
+			entry.Error("sandbox: records are lost, cannot determine whether the sandbox runs")
+			return
+		}
+	}
+}
+
+// findSteps returns the results of all steps that lead to Ready, and of those on demand that there are.
+func (s *sandbox) findSteps(ctx context.Context) (map[states.Event]any, error) {
+	found := map[states.Event]any{}
+	for _, step := range s.engine.steps {
+		d := step.Declaration()
+		result, err := s.findStep(ctx, step, found)
+		if d.OnDemand && errdefs.IsNotFound(err) {
+			continue // nobody has asked for it
+		}
+		if err != nil {
+			return nil, fmt.Errorf("failed to find what step %s made: %w", d.Name, err)
+		}
+		found[d.Name] = result
+	}
+	return found, nil
+}
+
+func (s *sandbox) findStep(ctx context.Context, step Step, found map[states.Event]any) (any, error) {
+	switch rec := s.steps[step.Declaration().Name]; {
+	case rec.status == StepDone, rec.status == StepSkipped:
+		return rec.result, nil
+	case rec.unknown != "":
+		return nil, fmt.Errorf("%w: %w", s.unknownTo(step.Declaration().Name), errdefs.ErrNotFound)
+	case rec.status != StepPending && rec.status != StepRunning && !errors.Is(rec.err, errRestarted):
+		return nil, fmt.Errorf("the step is %s by its records: %w", rec.status, errdefs.ErrNotFound)
+	}
+	finder, ok := step.(Finder)
+	if !ok {
+		return nil, fmt.Errorf("nothing but its records shows it: %w", errdefs.ErrNotFound)
+	}
+	r := s.run(step)
+	for name, result := range found {
+		r.steps[name] = recorded{plan: r.steps[name].plan, notes: r.steps[name].notes, result: result}
+	}
+	return finder.Find(ctx, r)
+}
+
+// rebuild puts on record what was found, as the creation path would have. The next daemon looks at the host again if this one is killed
+// meanwhile: the record that the sandbox is ready comes first, so that one can tell that records are missing, and last once more.
+func (s *sandbox) rebuild() error {
+	path := s.engine.table.Path()
+	last := path[len(path)-1]
+	if err := s.assumeDone(last, stepRecord{}); err != nil {
+		return err
+	}
+	for _, step := range s.engine.steps {
+		if step.Declaration().Name == last {
+			continue
+		}
+		if err := s.rebuildStep(step); err != nil {
+			return err
+		}
+	}
+	step, _ := s.engine.step(last)
+	if err := s.rebuildStep(step); err != nil {
+		return err
+	}
+	s.dossier.onlyLasting, s.dossier.whole = false, true
+	return nil
+}
+
+func (s *sandbox) rebuildStep(step Step) error {
+	d := step.Declaration()
+	if _, ok := s.dossier.found[d.Name]; !ok {
+		return nil
+	}
+	intent, known := s.engine.intent(d), *s.steps[d.Name]
+	intent.At, intent.Release = known.started, known.release
+	if err := s.assume(intent, known.plan); err != nil {
+		return err
+	}
+	return s.assumeDone(d.Name, known)
+}
+
+// assumeDone records that a step is done with what was found, and where a step of the creation path leads. known is what was on record of
+// the step.
+func (s *sandbox) assumeDone(name states.Event, known stepRecord) error {
+	done := &journal.Record{Kind: journal.Done, Step: string(name), At: known.ended, Release: known.release}
+	if i := slices.Index(s.engine.table.Path(), name); i >= 0 {
+		through := s.engine.table.PathStates()
+		done.From, done.Event, done.State = string(through[i]), string(name), string(through[i+1])
+	}
+	return s.assume(done, s.dossier.found[name])
+}
