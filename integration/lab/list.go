@@ -10,7 +10,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -185,10 +184,13 @@ func reboot(ctx context.Context, m *machine, _ io.Writer) error {
 	return m.boot(ctx)
 }
 
-// churnAndCut cuts the power while pods come and go, of which at least so many have to run, and while scripts run.
+// churnPatience bounds the wait for the first pods of a churn: an upgrade restarts containerd meanwhile, and machines are slow.
+const churnPatience = 5 * time.Minute
+
+// churnAndCut cuts the power while pods come and go, of which at least so many have run, and while scripts run.
 func churnAndCut(atLeast int64, scripts ...string) step {
 	return func(ctx context.Context, m *machine, log io.Writer) error {
-		churn := &churned{out: log}
+		churn := &churned{out: log, missing: atLeast, enough: make(chan struct{})}
 		all := []func() error{func() error { return pods("systemd", "TestChurn")(ctx, m, churn) }}
 		for _, script := range scripts {
 			all = append(all, func() error { return m.run(ctx, log, script) })
@@ -197,32 +199,52 @@ func churnAndCut(atLeast int64, scripts ...string) step {
 		for _, do := range all {
 			go func() { ended <- do() }()
 		}
-		after := 20*time.Second + rand.N(30*time.Second)
-		select {
-		case err := <-ended:
-			m.cut() // ends the others
-			return errors.Join(errors.New("the churn has ended"), err)
-		case <-time.After(after):
+		begun, moment := time.Now(), 10*time.Second+rand.N(30*time.Second)
+		err := churn.until(ended, moment)
+		m.cut() // ends them
+		if err != nil {
+			return err
 		}
-		m.cut()
 		for range all {
 			<-ended
 		}
-		progress("    power cut after %.0f s of churn, with %d pods", after.Seconds(), churn.pods.Load())
-		if churn.pods.Load() < atLeast {
+		progress("    power cut after %.0f s of churn, with %d pods", time.Since(begun).Seconds(), churn.pods)
+		return m.boot(ctx)
+	}
+}
+
+// until returns some time after enough pods have run, unless the churn ends before.
+func (c *churned) until(ended <-chan error, moment time.Duration) error {
+	if c.missing > 0 {
+		select {
+		case err := <-ended:
+			return errors.Join(errors.New("the churn has ended"), err)
+		case <-c.enough:
+		case <-time.After(churnPatience):
 			return errors.New("the churn has run too few pods")
 		}
-		return m.boot(ctx)
+	}
+	select {
+	case err := <-ended:
+		return errors.Join(errors.New("the churn has ended"), err)
+	case <-time.After(moment):
+		return nil
 	}
 }
 
 // churned counts the pods that TestChurn has run, by what it prints.
 type churned struct {
-	out  io.Writer
-	pods atomic.Int64
+	out     io.Writer
+	missing int64         // pods that have to run at least
+	enough  chan struct{} // closed when they have
+	pods    int64         // readable when the churn has ended
 }
 
 func (c *churned) Write(p []byte) (int, error) {
-	c.pods.Add(int64(bytes.Count(p, []byte("churn: runs"))))
+	before := c.pods
+	c.pods += int64(bytes.Count(p, []byte("churn: runs")))
+	if before < c.missing && c.pods >= c.missing {
+		close(c.enough)
+	}
 	return c.out.Write(p)
 }
