@@ -295,7 +295,7 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 	}
 	if config.GetAnnotations()[untrustedWorkload] == "true" {
 		return fmt.Errorf("pod %q is annotated %s, for which containerd picks a handler of its own; name a handler instead: %w",
-			cri.PodName(config), untrustedWorkload, errdefs.ErrInvalidArgument)
+			records.PodName(config), untrustedWorkload, errdefs.ErrInvalidArgument)
 	}
 	spec, err := c.specFor(handlerName, config, sandbox.Sandbox{}, "")
 	if err != nil {
@@ -306,16 +306,16 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 		return err
 	}
 	if err := c.admitIDs(ctx, spec); err != nil {
-		return fmt.Errorf("pod %q can't have its ids: %w", cri.PodName(config), err)
+		return fmt.Errorf("pod %q can't have its ids: %w", records.PodName(config), err)
 	}
 	if spec.OnNodeNetwork() {
 		return nil
 	}
 	if _, _, err := cni.PodArgs("", spec.Config); err != nil {
-		return fmt.Errorf("pod %q can't be told to CNI plugins: %w", cri.PodName(config), err)
+		return fmt.Errorf("pod %q can't be told to CNI plugins: %w", records.PodName(config), err)
 	}
 	if err := c.networkReady(ctx, spec); err != nil {
-		return fmt.Errorf("pod %q has no network to be attached to: %w", cri.PodName(config), err)
+		return fmt.Errorf("pod %q has no network to be attached to: %w", records.PodName(config), err)
 	}
 	return nil
 }
@@ -370,7 +370,7 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 func request(key journal.Key, spec *Spec) lifecycle.Request {
 	return lifecycle.Request{
 		Name:       nameOf(key.Namespace, spec.Config.GetMetadata()),
-		Pod:        cri.PodName(spec.Config),
+		Pod:        records.PodName(spec.Config),
 		Spec:       spec,
 		Attributes: append(cri.Attributes(spec.Config, spec.Handler), tracing.SandboxID.String(key.ID)),
 	}

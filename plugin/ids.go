@@ -27,11 +27,11 @@ func (c *Controller) specFor(handlerName string, config *runtime.PodSandboxConfi
 	}
 	if spec.Mapping != nil {
 		if err := spec.Mapping.CheckLowest(c.lowest); err != nil {
-			return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", cri.PodName(config), err)
+			return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", records.PodName(config), err)
 		}
 	}
 	if spec.Choose, err = c.policies.of(c.stock.handlerName(handlerName)).Choose(config); err != nil {
-		return nil, fmt.Errorf("pod %q can't have a user namespace: %w", cri.PodName(config), err)
+		return nil, fmt.Errorf("pod %q can't have a user namespace: %w", records.PodName(config), err)
 	}
 	return spec, nil
 }
@@ -49,7 +49,7 @@ func (p policies) of(handlerName string) userns.Policy {
 
 // holder is a sandbox of ours as a holder of ids, its mappings those of the request.
 func holder(key journal.Key, spec *Spec) userns.Holder {
-	h := userns.Holder{ID: holderID(key), Pod: cri.PodName(spec.Config), Origin: userns.OriginRequest, Since: time.Now()}
+	h := userns.Holder{ID: holderID(key), Pod: records.PodName(spec.Config), Origin: userns.OriginRequest, Since: time.Now()}
 	switch spec.Choose {
 	case userns.ModeAuto:
 		h.Origin = userns.OriginAuto
@@ -133,7 +133,7 @@ func mayHold(view lifecycle.View, lost bool) bool {
 }
 
 func stockHolder(id string, config *runtime.PodSandboxConfig, m userns.Mappings) userns.Holder {
-	h := userns.Holder{ID: id, Pod: cri.PodName(config), Origin: userns.OriginStock, Mappings: m, Since: time.Now()}
+	h := userns.Holder{ID: id, Pod: records.PodName(config), Origin: userns.OriginStock, Mappings: m, Since: time.Now()}
 	h.Owner = owner(h, config)
 	return h
 }

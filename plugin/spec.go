@@ -8,9 +8,9 @@ import (
 	"github.com/distribution/reference"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -28,18 +28,18 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 		{"ipc", namespaces.GetIpc()},
 	} {
 		if namespace.mode != runtime.NamespaceMode_POD && namespace.mode != runtime.NamespaceMode_NODE {
-			return nil, fmt.Errorf("pod %q asks for the %s namespace mode %s; a sandbox has POD or NODE: %w", cri.PodName(config), namespace.name, namespace.mode, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("pod %q asks for the %s namespace mode %s; a sandbox has POD or NODE: %w", records.PodName(config), namespace.name, namespace.mode, errdefs.ErrInvalidArgument)
 		}
 	}
 	if mode := namespaces.GetPid(); mode == runtime.NamespaceMode_TARGET {
-		return nil, fmt.Errorf("pod %q asks for the pid namespace mode %s; a sandbox has POD, CONTAINER or NODE: %w", cri.PodName(config), mode, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("pod %q asks for the pid namespace mode %s; a sandbox has POD, CONTAINER or NODE: %w", records.PodName(config), mode, errdefs.ErrInvalidArgument)
 	}
 	if err := pause.CheckSysctls(config); err != nil {
-		return nil, fmt.Errorf("pod %q has a sysctl that can't be set: %w", cri.PodName(config), err)
+		return nil, fmt.Errorf("pod %q has a sysctl that can't be set: %w", records.PodName(config), err)
 	}
 	mapping, err := userns.FromCRI(namespaces.GetUsernsOptions())
 	if err != nil {
-		return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", cri.PodName(config), err)
+		return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", records.PodName(config), err)
 	}
 	return mapping, nil
 }

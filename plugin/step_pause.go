@@ -14,11 +14,11 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -190,11 +190,11 @@ func checkCgroup(spec *Spec, handlerName string, systemd bool) error {
 	parent := spec.Config.GetLinux().GetCgroupParent()
 	if systemd && !strings.HasSuffix(path.Base(parent), ".slice") {
 		return fmt.Errorf("pod %q has the cgroup parent %q, which is no slice of systemd, but runtime handler %q has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration: %w",
-			cri.PodName(spec.Config), parent, handlerName, errdefs.ErrInvalidArgument)
+			records.PodName(spec.Config), parent, handlerName, errdefs.ErrInvalidArgument)
 	}
 	anyID := strings.Repeat("0", 64)
 	if _, err := host.PodCgroupOf(pause.CgroupPath(spec.Config, anyID, anyID), systemd, nil); err != nil {
-		return fmt.Errorf("pod %q of runtime handler %q can't have the cgroup parent %q: %w", cri.PodName(spec.Config), handlerName, parent, err)
+		return fmt.Errorf("pod %q of runtime handler %q can't have the cgroup parent %q: %w", records.PodName(spec.Config), handlerName, parent, err)
 	}
 	return nil
 }
