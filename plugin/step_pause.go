@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"path"
-	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/containers"
@@ -18,7 +16,6 @@ import (
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -183,20 +180,6 @@ func (s *startPause) cgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
 		places = planned.Places
 	}
 	return host.PodCgroupOf(cgroupPath(r), r.Spec.(*Spec).SystemdCgroup(), places)
-}
-
-// checkCgroup refuses a pod whose cgroup can't be, before anything is made.
-func checkCgroup(spec *Spec, handlerName string, systemd bool) error {
-	parent := spec.Config.GetLinux().GetCgroupParent()
-	if systemd && !strings.HasSuffix(path.Base(parent), ".slice") {
-		return fmt.Errorf("pod %q has the cgroup parent %q, which is no slice of systemd, but runtime handler %q has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration: %w",
-			records.PodName(spec.Config), parent, handlerName, errdefs.ErrInvalidArgument)
-	}
-	anyID := strings.Repeat("0", 64)
-	if _, err := host.PodCgroupOf(pause.CgroupPath(spec.Config, anyID, anyID), systemd, nil); err != nil {
-		return fmt.Errorf("pod %q of runtime handler %q can't have the cgroup parent %q: %w", records.PodName(spec.Config), handlerName, parent, err)
-	}
-	return nil
 }
 
 // Stop kills pause, and all that is left in its cgroup. The container's record stays: the CRI shows it until the sandbox is removed.
