@@ -32,9 +32,6 @@ type Journal interface {
 	Forget(ctx context.Context, k journal.Key) error
 }
 
-// keepFinished is how many sandboxes that are gone can still be looked at.
-const keepFinished = 128
-
 // Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
 type Backoff func(attempts int) time.Duration
 
@@ -65,7 +62,6 @@ type Engine struct {
 	closed    bool
 	sandboxes map[journal.Key]*sandbox
 	names     map[string]*sandbox
-	finished  []View // the newest last
 }
 
 // Observer is told of each transition, after it is on record: the last one of a view. Those of one sandbox are told in order; the
@@ -240,28 +236,13 @@ func (e *Engine) Wait(ctx context.Context, key journal.Key) (Exit, error) {
 	}
 }
 
-// Get is the sandbox as it is now. A sandbox that is gone is NotFound.
+// Get is the sandbox as it is now. A sandbox that is gone is NotFound: its last view was the [Observer]'s.
 func (e *Engine) Get(key journal.Key) (View, error) {
 	s, err := e.lookup(key)
 	if err != nil {
 		return View{}, err
 	}
 	return s.view(), nil
-}
-
-// Find is the sandbox as it is now, or as it was when it went, as long as that is kept.
-func (e *Engine) Find(key journal.Key) (View, bool) {
-	if s, err := e.lookup(key); err == nil {
-		return s.view(), true
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for i := len(e.finished) - 1; i >= 0; i-- {
-		if e.finished[i].Key == key {
-			return e.finished[i], true
-		}
-	}
-	return View{}, false
 }
 
 // Created is when the sandbox was begun, without the cost of a View; the zero time for one that is unknown or gone.
@@ -302,13 +283,6 @@ func (e *Engine) all() []*sandbox {
 		all = append(all, s)
 	}
 	return all
-}
-
-// Finished are the sandboxes that went last, the newest last.
-func (e *Engine) Finished() []View {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return slices.Clone(e.finished)
 }
 
 // Close stops retry timers, refuses new events and waits for those that are queued, as long as ctx lasts. What is unfinished is
@@ -392,10 +366,6 @@ func (e *Engine) addRestored(s *sandbox) error {
 func (e *Engine) drop(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.dropLocked(s)
-}
-
-func (e *Engine) dropLocked(s *sandbox) {
 	delete(e.sandboxes, s.key)
 	e.unnameLocked(s)
 }
@@ -411,18 +381,6 @@ func (e *Engine) unname(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.unnameLocked(s)
-}
-
-// retire drops a sandbox that is gone and keeps its last view.
-func (e *Engine) retire(s *sandbox) {
-	last := s.view()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.dropLocked(s)
-	e.finished = append(e.finished, last)
-	if over := len(e.finished) - keepFinished; over > 0 {
-		e.finished = slices.Delete(e.finished, 0, over)
-	}
 }
 
 func (e *Engine) lookup(key journal.Key) (*sandbox, error) {

@@ -445,7 +445,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 		return err
 	}
 	s.announceExit()
-	s.engine.retire(s)
+	s.engine.drop(s)
 	return nil
 }
 

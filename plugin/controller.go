@@ -38,7 +38,7 @@ type Controller struct {
 	node     *node
 	ledger   *journal.Ledger
 	engine   *lifecycle.Engine
-	past     *history.File // of the sandboxes that have ended
+	ended    ended
 	meters   *meters
 	remapper remapper // podfsm's own snapshotter; nil where it is disabled
 	herald   *herald
@@ -177,7 +177,7 @@ func (c *Controller) openLedger(ic *plugin.InitContext) (err error) {
 	for _, damage := range c.ledger.Damage() {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
-	if c.past, err = history.Open(filepath.Join(rootDir, history.FileName)); err != nil {
+	if c.ended.file, err = history.Open(filepath.Join(rootDir, history.FileName)); err != nil {
 		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
 	}
 	return nil

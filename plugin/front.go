@@ -24,7 +24,7 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	if c.engine == nil {
 		return cri.Pod{}, false
 	}
-	view, ok := c.engine.Find(inFront(id))
+	view, ok := c.find(inFront(id))
 	if !ok {
 		return cri.Pod{}, false
 	}

@@ -392,7 +392,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	for _, c := range change {
 		steps = c(steps)
 	}
-	w.past, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
+	w.ended.file, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)
 	w.herald = &herald{publisher: &w.published}
 	engine, err := lifecycle.New(lifecycle.Config{
@@ -424,7 +424,7 @@ func (w *world) run(t *testing.T, id string, change ...func(*runtime.PodSandboxC
 }
 
 func (w *world) view(t *testing.T, id string) lifecycle.View {
-	view, ok := w.engine.Find(journal.Key{Namespace: cri.Namespace, ID: id})
+	view, ok := w.find(journal.Key{Namespace: cri.Namespace, ID: id})
 	require.True(t, ok, "sandbox %q", id)
 	return view
 }

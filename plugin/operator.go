@@ -42,7 +42,7 @@ func (a *api) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListRe
 	}
 	var ended []*podfsmv1.InspectResponse
 	if r.GetEnded() {
-		if ended, err = a.controller.past.Read(); err != nil {
+		if ended, err = a.controller.ended.read(); err != nil {
 			return nil, errgrpc.ToGRPC(err)
 		}
 	}
@@ -60,7 +60,7 @@ func (a *api) Inspect(_ context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.
 	if err != nil {
 		return nil, err
 	}
-	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.past.Read)
+	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.ended.read)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}

@@ -228,7 +228,7 @@ func inCallersTrace(ctx context.Context) context.Context {
 
 // attributes are those of the spans of a sandbox, as far as it is known.
 func (c *Controller) attributes(key journal.Key) []attribute.KeyValue {
-	view, ok := c.engine.Find(key)
+	view, ok := c.find(key)
 	if !ok {
 		return []attribute.KeyValue{tracing.SandboxID.String(key.ID)}
 	}
@@ -238,7 +238,7 @@ func (c *Controller) attributes(key journal.Key) []attribute.KeyValue {
 // inCreationTrace is ctx in the trace of the sandbox's creation if it is in none: when NRI or the store fails a creation, containerd's
 // service cleans up with a context of its own.
 func (c *Controller) inCreationTrace(ctx context.Context, key journal.Key) context.Context {
-	view, ok := c.engine.Find(key)
+	view, ok := c.find(key)
 	if !ok || trace.SpanContextFromContext(ctx).IsValid() {
 		return ctx
 	}

@@ -88,19 +88,8 @@ func (h *herald) settle(ctx context.Context) {
 // observe is told of each transition by the engine.
 func (c *Controller) observe(view lifecycle.View) {
 	if view.State.Terminal() {
-		c.keepHistory(view)
+		c.ended.add(view)
 	}
 	c.meters.moved(view)
 	c.herald.tell(records.Transition(view))
-}
-
-// keepHistory keeps what became of a sandbox that has ended. Nothing depends on it.
-func (c *Controller) keepHistory(view lifecycle.View) {
-	ended, err := records.Inspection(view)
-	if err == nil {
-		err = c.past.Add(ended)
-	}
-	if err != nil {
-		log.L.WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Warn("podfsm: what became of a sandbox can't be looked up later")
-	}
 }

@@ -159,7 +159,7 @@ func TestHistoryThatCantBeKept(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(dir, nil, 0o600))
 	var err error
-	w.past, err = history.Open(filepath.Join(dir, history.FileName))
+	w.ended.file, err = history.Open(filepath.Join(dir, history.FileName))
 	require.Error(t, err)
 	w.run(t, "s1")
 	require.NoError(t, w.Shutdown(inCRI(t), "s1"))
