@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/prometheus/client_golang/prometheus"
 
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
@@ -38,10 +39,10 @@ type Controller struct {
 	node     *node
 	ledger   *journal.Ledger
 	engine   *lifecycle.Engine
-	ended    ended
+	ended    *ended
 	meters   *meters
 	remapper remapper // podfsm's own snapshotter; nil where it is disabled
-	herald   *herald
+	herald   *relay[*podfsmv1.SandboxTransition]
 	exchange eventExchange // containerd's events
 	tasks    podTasks
 	checks   checks
@@ -164,7 +165,7 @@ func (c *Controller) connect(ic *plugin.InitContext) (*containerd.Client, error)
 		return nil, fmt.Errorf("failed to find containerd's events: %w", err)
 	}
 	c.exchange = events.(eventExchange)
-	c.herald = &herald{publisher: c.exchange}
+	c.herald = newHerald(c.exchange)
 	return client, nil
 }
 
@@ -177,9 +178,11 @@ func (c *Controller) openLedger(ic *plugin.InitContext) (err error) {
 	for _, damage := range c.ledger.Damage() {
 		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
 	}
-	if c.ended.file, err = history.Open(filepath.Join(rootDir, history.FileName)); err != nil {
+	file, err := history.Open(filepath.Join(rootDir, history.FileName))
+	if err != nil {
 		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
 	}
+	c.ended = newEnded(file)
 	return nil
 }
 
@@ -257,10 +260,7 @@ func (c *Controller) Close() error {
 	c.checks.close()
 	c.exam.close()
 	if c.engine != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-		defer cancel()
-		c.engine.Close(ctx)
-		c.herald.settle(ctx)
+		c.closeEngine()
 	}
 	var failed []error
 	if c.node != nil && c.node.pauses != nil {
@@ -272,9 +272,23 @@ func (c *Controller) Close() error {
 	return errors.Join(failed...)
 }
 
+// closeEngine ends what is under way, and then hands on what is left to tell of it.
+func (c *Controller) closeEngine() {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	c.engine.Close(ctx)
+	flush, cancel := context.WithTimeout(context.Background(), flushTimeout)
+	defer cancel()
+	c.herald.settle(flush)
+	c.ended.writing.settle(flush)
+}
+
 // closeTimeout is how long a stop of containerd waits for what is under way: the front has ended its creations by then, and they roll
 // back; what takes longer goes on after the next start.
 const closeTimeout = 10 * time.Second
+
+// flushTimeout is how long it waits for subscribers of events, and for the disk of the history. What takes longer is lost.
+const flushTimeout = 2 * time.Second
 
 // refuse makes the controller refuse every pod because of err.
 func (c *Controller) refuse(err error) {

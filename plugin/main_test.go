@@ -392,9 +392,10 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	for _, c := range change {
 		steps = c(steps)
 	}
-	w.ended.file, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
+	file, err := history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)
-	w.herald = &herald{publisher: &w.published}
+	w.ended = newEnded(file)
+	w.herald = newHerald(&w.published)
 	engine, err := lifecycle.New(lifecycle.Config{
 		Steps: steps, Process: StartPause, Journal: timedLedger{ledger, w.meters}, Backoff: func(int) time.Duration { return w.wait },
 		Observe: w.observe, Meter: w.meters,
