@@ -85,7 +85,7 @@ func (s *sandbox) launch(step Step) {
 	go func() {
 		defer s.engine.work.Done()
 		out := s.execute(ctx, step)
-		s.resume(func() { s.stepEnded(step, out) })
+		s.queue.add(func() { s.stepEnded(step, out) }, s.engine.stay)
 	}()
 }
 
@@ -99,18 +99,6 @@ func (s *sandbox) setRunning(step Step) {
 	rec.release = s.engine.release
 	rec.acting, rec.actingSince = ActDo, rec.started
 	s.acts.begin(name, ActDo, rec.started)
-}
-
-// resume queues the outcome of work that is counted in already, so it is taken even while the engine closes.
-func (s *sandbox) resume(event func()) {
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	s.queue = append(s.queue, event)
-	if !s.handling {
-		s.handling = true
-		s.engine.work.Add(1)
-		go s.handle()
-	}
 }
 
 // outcome is how a step's work went.

@@ -25,12 +25,7 @@ func (e *Engine) Demand(ctx context.Context, key journal.Key, name states.Event)
 		return err
 	}
 	done := s.ask(func(reply func(error)) { reply(s.demand(context.WithoutCancel(ctx), name)) })
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("step %s of sandbox %q continues after its caller's deadline: %w", name, key.ID, context.Cause(ctx))
-	}
+	return await(ctx, done, "step %s of sandbox %q continues after its caller's deadline", name, key.ID)
 }
 
 func (s *sandbox) demand(ctx context.Context, name states.Event) error {

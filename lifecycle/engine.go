@@ -294,7 +294,7 @@ func (e *Engine) Close(ctx context.Context) {
 	e.mu.Unlock()
 	for _, s := range all {
 		s.stopTimer()
-		s.giveWay() // takes the lock of the queue, under which e.mu is taken elsewhere
+		s.queue.giveWay() // takes the lock of the queue, under which e.mu is taken elsewhere
 	}
 	idle := make(chan struct{})
 	go func() {
@@ -307,7 +307,7 @@ func (e *Engine) Close(ctx context.Context) {
 	}
 }
 
-// call runs one request and waits for it. When ctx ends first, the request goes on without its caller.
+// call runs one request and waits for it. When ctx ends first, the request continues after its caller's deadline.
 func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, ctx context.Context) error) error {
 	s, err := e.lookup(key)
 	if err != nil {
@@ -316,12 +316,7 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 	done := s.ask(func(reply func(error)) {
 		s.afterCreation(func() { reply(Protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
 	})
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("the request for sandbox %q goes on without its caller: %w", key.ID, context.Cause(ctx))
-	}
+	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
 }
 
 func (e *Engine) add(s *sandbox) error {
@@ -400,6 +395,12 @@ func (e *Engine) enter() bool {
 	if e.closed {
 		return false
 	}
+	e.work.Add(1)
+	return true
+}
+
+// stay counts a goroutine in for work that is counted in already, so it may also begin while the engine closes.
+func (e *Engine) stay() bool {
 	e.work.Add(1)
 	return true
 }
