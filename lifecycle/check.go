@@ -58,12 +58,10 @@ func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) err
 		return err // it gave way, and says nothing of the step
 	}
 	act.Ended, act.Err = time.Now(), err
-	outcome := OutcomeOK
 	if err != nil {
-		outcome = OutcomeError
 		err = fmt.Errorf("check of step %s of pod %q failed: %w", declared.Name, s.req.Pod, err)
 	}
-	s.acted(ctx, act, outcome)
+	s.acted(ctx, act, outcomeOf(act.Err))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.steps[declared.Name].checkErr = err
