@@ -128,7 +128,7 @@ func (s *sandbox) do(step Step, out *stepResult) (err error) {
 	r := s.run(step)
 	defer func() { out.notes = r.Notes() }()
 
-	if out.plan, err = step.Plan(ctx, r); err != nil {
+	if out.plan, err = step.Reserve(ctx, r); err != nil {
 		return err
 	}
 	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error

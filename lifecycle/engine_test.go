@@ -138,7 +138,7 @@ type fakeStep struct {
 
 func (s *fakeStep) Declaration() Declaration { return s.declared }
 
-func (s *fakeStep) Plan(context.Context, *Run) (any, error) {
+func (s *fakeStep) Reserve(context.Context, *Run) (any, error) {
 	return s.node.plans[s.declared.Name], nil
 }
 

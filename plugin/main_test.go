@@ -183,7 +183,7 @@ type fakeStep struct {
 
 func (s *fakeStep) Declaration() lifecycle.Declaration { return s.declared }
 
-func (s *fakeStep) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *fakeStep) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	s.host.mu.Lock()
@@ -232,8 +232,8 @@ type guardedIDs struct {
 	real *allocateIDs
 }
 
-func (s *guardedIDs) Plan(ctx context.Context, r *lifecycle.Run) (any, error) {
-	return s.real.Plan(ctx, r)
+func (s *guardedIDs) Reserve(ctx context.Context, r *lifecycle.Run) (any, error) {
+	return s.real.Reserve(ctx, r)
 }
 
 func (s *guardedIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {

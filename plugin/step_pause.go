@@ -39,8 +39,8 @@ func (s *startPause) Declaration() lifecycle.Declaration {
 	})
 }
 
-// Plan returns the *Cgroup, where the sandbox's id doesn't say where that is.
-func (s *startPause) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
+// Reserve returns the *Cgroup, where the sandbox's id doesn't say where that is.
+func (s *startPause) Reserve(_ context.Context, r *lifecycle.Run) (any, error) {
 	cgroup, err := s.cgroup(r)
 	if err != nil {
 		return nil, err
