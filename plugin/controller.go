@@ -31,24 +31,24 @@ import (
 
 // Controller is containerd's sandbox controller "podfsm". Its methods may be called by many goroutines.
 type Controller struct {
-	stock    *stockConfig
-	limits   timeouts
-	policies policies
-	lowest   uint32 // host id that a pod may be mapped to
-	gc       bool   // of networks
-	node     *node
-	ledger   *journal.Ledger
-	engine   *lifecycle.Engine
-	ended    *ended
-	meters   *meters
-	remapper remapper // podfsm's own snapshotter; nil where it is disabled
-	herald   *relay[*podfsmv1.SandboxTransition]
-	exchange eventExchange // containerd's events
-	tasks    podTasks
-	checks   checks
-	exam     examination
-	looks    looks
-	drain    drain
+	stock      *stockConfig
+	limits     timeouts
+	policies   policies
+	lowest     uint32 // host id that a pod may be mapped to
+	gc         bool   // of networks
+	node       *node
+	ledger     *journal.Ledger
+	engine     *lifecycle.Engine
+	ended      *ended
+	meters     *meters
+	remapper   remapper // podfsm's own snapshotter; nil where it is disabled
+	publishing *relay[*podfsmv1.SandboxTransition]
+	exchange   eventExchange // containerd's events
+	tasks      podTasks
+	checks     checks
+	exam       examination
+	looks      looks
+	drain      drain
 
 	passing atomic.Uint64 // pods of other controllers that have passed the front
 
@@ -165,7 +165,7 @@ func (c *Controller) connect(ic *plugin.InitContext) (*containerd.Client, error)
 		return nil, fmt.Errorf("failed to find containerd's events: %w", err)
 	}
 	c.exchange = events.(eventExchange)
-	c.herald = newHerald(c.exchange)
+	c.publishing = newPublishing(c.exchange)
 	return client, nil
 }
 
@@ -279,7 +279,7 @@ func (c *Controller) closeEngine() {
 	c.engine.Close(ctx)
 	flush, cancel := context.WithTimeout(context.Background(), flushTimeout)
 	defer cancel()
-	c.herald.settle(flush)
+	c.publishing.settle(flush)
 	c.ended.writing.settle(flush)
 }
 

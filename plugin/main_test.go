@@ -395,7 +395,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	file, err := history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)
 	w.ended = newEnded(file)
-	w.herald = newHerald(&w.published)
+	w.publishing = newPublishing(&w.published)
 	engine, err := lifecycle.New(lifecycle.Config{
 		Steps: steps, Process: StartPause, Journal: timedLedger{ledger, w.meters}, Backoff: func(int) time.Duration { return w.wait },
 		Observe: w.observe, Meter: w.meters,

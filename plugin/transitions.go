@@ -19,9 +19,9 @@ const transitionTopic = "/podfsm/sandbox/transition"
 // maxUntold bounds how many transitions may wait to be published.
 const maxUntold = 1 << 16
 
-// newHerald publishes transitions as events of containerd. The log says how many it had to leave out; the numbers of the transitions
-// show it, too.
-func newHerald(publisher events.Publisher) *relay[*podfsmv1.SandboxTransition] {
+// newPublishing is a relay that publishes transitions as events of containerd. The log says how many were left out; the numbers of the
+// transitions show it, too.
+func newPublishing(publisher events.Publisher) *relay[*podfsmv1.SandboxTransition] {
 	return &relay[*podfsmv1.SandboxTransition]{
 		bound: maxUntold,
 		pass: func(t *podfsmv1.SandboxTransition) {
@@ -42,5 +42,5 @@ func (c *Controller) observe(view lifecycle.View) {
 		c.ended.add(view)
 	}
 	c.meters.moved(view)
-	c.herald.send(records.Transition(view))
+	c.publishing.send(records.Transition(view))
 }

@@ -25,9 +25,9 @@ import (
 	"github.com/podfsm/podfsm/history"
 )
 
-// told waits until the herald has nothing more to tell, and is what it told, as "seq from>to".
+// told waits until the relay has nothing more to tell, and is what was published, as "seq from>to".
 func (w *world) told(t *testing.T) (told []string) {
-	w.herald.settle(t.Context())
+	w.publishing.settle(t.Context())
 	for _, event := range w.published.all() {
 		told = append(told, fmt.Sprintf("%s %d %s>%s", event.GetSandboxId(), event.GetTransition().GetSeq(), event.GetTransition().GetFrom(), event.GetTransition().GetTo()))
 	}
@@ -79,7 +79,7 @@ func TestPublishingKeepsNobodyWaiting(t *testing.T) {
 func TestWhatCantBePublishedInTimeIsLeftOutAndTheRestGoesOn(t *testing.T) {
 	reached, release := make(chan struct{}, 2*maxUntold), make(chan struct{})
 	p := &press{before: func() { reached <- struct{}{}; <-release }}
-	h := newHerald(p)
+	h := newPublishing(p)
 	of := func(seq int) *podfsmv1.SandboxTransition {
 		return &podfsmv1.SandboxTransition{ContainerdNamespace: "k8s.io", Transition: &podfsmv1.Transition{Seq: uint64(seq)}}
 	}
@@ -193,7 +193,7 @@ func watching(t *testing.T, w *world) grpc.ServerStreamingClient[podfsmv1.Sandbo
 func TestWatch(t *testing.T) {
 	w := newWorld(t)
 	w.exchange = exchange.NewExchange()
-	w.herald = newHerald(w.exchange)
+	w.publishing = newPublishing(w.exchange)
 	stream := watching(t, w)
 	_, err := stream.Header()
 	require.NoError(t, err)
