@@ -9,6 +9,8 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/records"
 )
 
 // CreateContainer has containerd's service create the container in its pod's user namespace, also where podfsm has chosen that and the
@@ -21,7 +23,7 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 	if pod.UserNS != nil {
 		if err := mappable(r.GetConfig()); err != nil {
 			return nil, fmt.Errorf("container %q can't be in pod %q, whose runtime handler maps every pod into a user namespace: %w",
-				r.GetConfig().GetMetadata().GetName(), PodName(pod.Config), err)
+				r.GetConfig().GetMetadata().GetName(), records.PodName(pod.Config), err)
 		}
 		r = inUserNS(r, pod.UserNS)
 	}
@@ -32,7 +34,7 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 	defer release()
 	if err != nil {
 		return nil, fmt.Errorf("failed to prepare the root filesystem of container %q of pod %q: %w",
-			r.GetConfig().GetMetadata().GetName(), PodName(pod.Config), err)
+			r.GetConfig().GetMetadata().GetName(), records.PodName(pod.Config), err)
 	}
 	return s.RuntimeServiceServer.CreateContainer(ctx, r)
 }
@@ -80,7 +82,7 @@ func (s *service) checkVolumes(ctx context.Context, id string, pod Pod, config *
 			continue
 		}
 		if err := s.sandboxes.CheckVolume(ctx, id, m.GetHostPath()); err != nil {
-			return fmt.Errorf("container %q of pod %q can't have its volume %q from %q: %w", config.GetMetadata().GetName(), PodName(pod.Config),
+			return fmt.Errorf("container %q of pod %q can't have its volume %q from %q: %w", config.GetMetadata().GetName(), records.PodName(pod.Config),
 				m.GetContainerPath(), m.GetHostPath(), err)
 		}
 	}

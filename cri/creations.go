@@ -15,6 +15,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -178,7 +179,7 @@ func claimOf(ctx context.Context) lifecycle.Claim {
 
 // goes is the answer to a caller that ended before the creation did. What differs from try to try is in the log only.
 func (s *service) goes(ctx context.Context, c *creation) error {
-	name := PodName(c.request.GetConfig())
+	name := records.PodName(c.request.GetConfig())
 	entry := tracing.Log(c.ctx).WithField(tracing.LogPod, name)
 	if pod, ok := s.sandboxes.Named(c.request.GetConfig().GetMetadata()); ok {
 		entry = entry.WithField(tracing.LogSandbox, pod.ID).WithField(tracing.LogState, pod.State)
@@ -199,8 +200,8 @@ func (s *service) run(c *creation) {
 		return err
 	})
 	if cause := context.Cause(c.ctx); err != nil && cause != nil {
-		tracing.Log(c.ctx).WithField(tracing.LogPod, PodName(c.request.GetConfig())).WithError(err).Warn("podfsm: a creation was ended")
-		err = fmt.Errorf("the creation of pod %q was ended: %w", PodName(c.request.GetConfig()), cause)
+		tracing.Log(c.ctx).WithField(tracing.LogPod, records.PodName(c.request.GetConfig())).WithError(err).Warn("podfsm: a creation was ended")
+		err = fmt.Errorf("the creation of pod %q was ended: %w", records.PodName(c.request.GetConfig()), cause)
 	}
 	tracing.End(trace.SpanFromContext(c.ctx), err)
 	c.id, c.err = id, constant(err, id)
@@ -209,7 +210,7 @@ func (s *service) run(c *creation) {
 	delete(s.creations.underWay, attemptOf(c.request.GetConfig()))
 	s.creations.mu.Unlock()
 	if err == nil {
-		tracing.Log(c.ctx).WithField(tracing.LogPod, PodName(c.request.GetConfig())).WithField(tracing.LogSandbox, id).Debug("podfsm: a sandbox waits to be claimed")
+		tracing.Log(c.ctx).WithField(tracing.LogPod, records.PodName(c.request.GetConfig())).WithField(tracing.LogSandbox, id).Debug("podfsm: a sandbox waits to be claimed")
 		s.expireAfter(s.creations.timeout, id)
 	}
 	close(c.ended)
@@ -260,7 +261,7 @@ func (s *service) present(c *creation) (string, error) {
 			}
 		default:
 			return "", fmt.Errorf("pod %q has sandbox %q for its attempt %d already; a new sandbox needs a new attempt: %w",
-				PodName(c.request.GetConfig()), pod.ID, c.request.GetConfig().GetMetadata().GetAttempt(), errdefs.ErrAlreadyExists)
+				records.PodName(c.request.GetConfig()), pod.ID, c.request.GetConfig().GetMetadata().GetAttempt(), errdefs.ErrAlreadyExists)
 		}
 	}
 	return "", context.Cause(c.ctx)
@@ -319,7 +320,7 @@ func (s *service) expire(id string) {
 	defer cancel()
 	ctx, span := tracing.StartLinked(ctx, tracing.SpanDiscard, pod.TraceParent,
 		append(Attributes(pod.Config, pod.Handler), tracing.SandboxID.String(id))...)
-	entry := tracing.Log(ctx).WithField(tracing.LogPod, PodName(pod.Config)).WithField(tracing.LogSandbox, id)
+	entry := tracing.Log(ctx).WithField(tracing.LogPod, records.PodName(pod.Config)).WithField(tracing.LogSandbox, id)
 	entry.Info("podfsm: nobody has asked for a sandbox again whose caller had gone; it is discarded")
 	err := lifecycle.Protect(func() error { return s.discard(ctx, id) })
 	tracing.End(span, err)

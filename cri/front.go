@@ -19,6 +19,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -211,7 +212,7 @@ func (s *service) ensurePauseImage(ctx context.Context, r *runtime.RunPodSandbox
 	}
 	if err != nil {
 		return fmt.Errorf("pod %q needs the pause image %q, which can't be had; check pinned_images.sandbox or import it: %w: %w",
-			PodName(r.GetConfig()), image.GetImage(), err, errdefs.ErrUnavailable)
+			records.PodName(r.GetConfig()), image.GetImage(), err, errdefs.ErrUnavailable)
 	}
 	return nil
 }
@@ -436,16 +437,6 @@ func (s *service) find(ctx context.Context, id string) (string, Pod, bool) {
 	full := list.GetItems()[0].GetId()
 	pod, ok := s.sandboxes.Pod(full)
 	return full, pod, ok
-}
-
-// OnNodeNetwork says whether a pod is on the node's network by its own configuration.
-func OnNodeNetwork(config *runtime.PodSandboxConfig) bool {
-	return config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork() == runtime.NamespaceMode_NODE
-}
-
-// PodName is a pod's "namespace/name", for messages.
-func PodName(config *runtime.PodSandboxConfig) string {
-	return config.GetMetadata().GetNamespace() + "/" + config.GetMetadata().GetName()
 }
 
 // Attributes describe a pod on a span. An empty handler is left out.

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -158,7 +159,7 @@ func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
 			caller := context.WithValue(t.Context(), valueKey{}, "caller")
 			s := &stock{run: func(ctx context.Context, r *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
 				require.Equal(t, "podfsm", r.GetRuntimeHandler())
-				require.True(t, OnNodeNetwork(r.GetConfig()))
+				require.True(t, records.OnNodeNetwork(r.GetConfig()))
 				want := proto.CloneOf(before)
 				ensure(&ensure(&ensure(&ensure(&want.Config).Linux).SecurityContext).NamespaceOptions).Network = runtime.NamespaceMode_NODE
 				requireEqual(t, want, r, "only the network mode differs")
@@ -629,6 +630,6 @@ func TestPortForward(t *testing.T) {
 func TestAttributes(t *testing.T) {
 	require.NotPanics(t, func() { Attributes(nil, "") })
 	require.Len(t, Attributes(podConfig(), "podfsm"), len(Attributes(podConfig(), ""))+1, "an empty handler is left out")
-	require.Equal(t, "default/web", PodName(podConfig()))
-	require.False(t, OnNodeNetwork(nil))
+	require.Equal(t, "default/web", records.PodName(podConfig()))
+	require.False(t, records.OnNodeNetwork(nil))
 }

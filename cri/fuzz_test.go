@@ -7,6 +7,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/records"
 )
 
 // FuzzRunRequest has a request as it comes in by gRPC. What is passed on differs from it by the network mode alone, and the request itself
@@ -30,14 +32,14 @@ func FuzzRunRequest(f *testing.F) {
 		}
 		passed := onNodeNetwork(request)
 		require.True(t, proto.Equal(before, request))
-		require.True(t, OnNodeNetwork(passed.GetConfig()))
+		require.True(t, records.OnNodeNetwork(passed.GetConfig()))
 		require.True(t, sameShape(request, before))
 		require.Equal(t, attemptOf(request.GetConfig()), attemptOf(passed.GetConfig()))
 		asked := request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork()
 		ensure(&ensure(&ensure(&ensure(&before.Config).Linux).SecurityContext).NamespaceOptions)
 		passed.Config.Linux.SecurityContext.NamespaceOptions.Network = asked
 		require.True(t, proto.Equal(before, passed))
-		_ = PodName(request.GetConfig())
+		_ = records.PodName(request.GetConfig())
 		require.NotEmpty(t, Attributes(request.GetConfig(), request.GetRuntimeHandler()))
 	})
 }

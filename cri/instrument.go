@@ -15,11 +15,12 @@ import (
 	"google.golang.org/grpc"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
 // Namespace is the containerd namespace of everything that comes by CRI.
-const Namespace = "k8s.io"
+const Namespace = records.Namespace
 
 // instrumented is desc with what containerd puts around its own CRI service when it registers itself: the containerd
 // namespace, the refusal before the service is initialized, the translation of errors to gRPC codes, the request log.

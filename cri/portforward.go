@@ -15,6 +15,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/streaming/pkg/httpstream/wsstream"
+
+	"github.com/podfsm/podfsm/records"
 )
 
 const (
@@ -34,7 +36,7 @@ var (
 // network and would forward to the node's localhost.
 func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
 	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
-	if !ok || OnNodeNetwork(pod.Config) {
+	if !ok || records.OnNodeNetwork(pod.Config) {
 		return s.RuntimeServiceServer.PortForward(ctx, r)
 	}
 	if err := forwardable(pod); err != nil {
@@ -50,7 +52,7 @@ func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest
 // forwardable fails with FailedPrecondition unless the pod is up.
 func forwardable(pod Pod) error {
 	if !pod.Ready || pod.NetNSPath == "" {
-		return fmt.Errorf("pod %q isn't ready, so no port can be forwarded into it: %w", PodName(pod.Config), errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("pod %q isn't ready, so no port can be forwarded into it: %w", records.PodName(pod.Config), errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
@@ -106,7 +108,7 @@ func (s *session) dial(port int32) (*net.TCPConn, error) {
 	}
 	conn, err := dialInside(s.ctx, pod.NetNSPath, port)
 	if err != nil {
-		return nil, fmt.Errorf("failed to connect to port %d on the localhost of pod %q: %w", port, PodName(pod.Config), err)
+		return nil, fmt.Errorf("failed to connect to port %d on the localhost of pod %q: %w", port, records.PodName(pod.Config), err)
 	}
 	return conn, nil
 }

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/records"
 )
 
 // stockWithTCP stands for a CRI service whose TCP service isn't disabled.
@@ -106,7 +108,7 @@ func TestServe(t *testing.T) {
 		namespace, err := namespaces.NamespaceRequired(ctx)
 		require.NoError(t, err)
 		require.Equal(t, Namespace, namespace)
-		require.True(t, OnNodeNetwork(r.GetConfig()))
+		require.True(t, records.OnNodeNetwork(r.GetConfig()))
 		FromContext(ctx).SandboxID = "s1"
 		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
 	}

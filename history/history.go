@@ -12,7 +12,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 
@@ -201,19 +200,31 @@ func Read(path string) ([]*podfsmv1.InspectResponse, error) {
 		return nil, fmt.Errorf("failed to read the history of sandboxes that have ended: %w", err)
 	}
 	var all []*podfsmv1.InspectResponse
-	seen := map[string]bool{}
-	for _, line := range slices.Backward(newest(lines)) {
+	for _, line := range newest(lines) {
 		entry := &podfsmv1.InspectResponse{}
-		if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(line, entry); err != nil {
-			continue
+		err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(line, entry)
+		if err == nil && entry.GetSandbox().GetId() != "" {
+			all = append(all, entry)
 		}
-		key := entry.GetSandbox().GetContainerdNamespace() + "/" + entry.GetSandbox().GetId()
-		if entry.GetSandbox().GetId() == "" || seen[key] {
-			continue
-		}
-		seen[key] = true
-		all = append(all, entry)
 	}
-	slices.Reverse(all)
-	return all, nil
+	return Latest(all), nil
+}
+
+// Latest leaves the last of the entries of each sandbox, in their order.
+func Latest(all []*podfsmv1.InspectResponse) []*podfsmv1.InspectResponse {
+	type key struct{ namespace, id string }
+	last := map[key]int{}
+	of := func(entry *podfsmv1.InspectResponse) key {
+		return key{entry.GetSandbox().GetContainerdNamespace(), entry.GetSandbox().GetId()}
+	}
+	for i, entry := range all {
+		last[of(entry)] = i
+	}
+	var latest []*podfsmv1.InspectResponse
+	for i, entry := range all {
+		if last[of(entry)] == i {
+			latest = append(latest, entry)
+		}
+	}
+	return latest
 }

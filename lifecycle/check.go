@@ -24,19 +24,14 @@ func (e *Engine) Check(ctx context.Context, key journal.Key) error {
 		return err
 	}
 	done := s.ask(func(reply func(error)) { reply(s.check(ctx)) })
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("the look at sandbox %q was ended: %w", key.ID, context.Cause(ctx))
-	}
+	return await(ctx, done, "the look at sandbox %q was ended", key.ID)
 }
 
 func (s *sandbox) check(ctx context.Context) (err error) {
 	if s.state() != states.Ready {
 		return nil
 	}
-	s.interruptibly(ctx, func(ctx context.Context) {
+	s.queue.interruptibly(ctx, func(ctx context.Context) {
 		ctx, span := tracing.StartLinked(ctx, tracing.SpanCheck, s.traceParent, s.req.Attributes...)
 		defer func() { tracing.End(span, err) }()
 		var errs []error
@@ -63,12 +58,10 @@ func (s *sandbox) checkStep(ctx context.Context, step Step, checker Checker) err
 		return err // it gave way, and says nothing of the step
 	}
 	act.Ended, act.Err = time.Now(), err
-	outcome := OutcomeOK
 	if err != nil {
-		outcome = OutcomeError
 		err = fmt.Errorf("check of step %s of pod %q failed: %w", declared.Name, s.req.Pod, err)
 	}
-	s.acted(ctx, act, outcome)
+	s.acted(ctx, act, outcomeOf(act.Err))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.steps[declared.Name].checkErr = err

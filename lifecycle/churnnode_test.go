@@ -70,7 +70,7 @@ type churnStep struct {
 
 func (s *churnStep) Declaration() lifecycle.Declaration { return s.declared }
 
-func (s *churnStep) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
+func (s *churnStep) Reserve(_ context.Context, r *lifecycle.Run) (any, error) {
 	if s.declared.Name == captureNetNS {
 		return &records.NetNS{Path: "/run/netns/podfsm-" + r.Key.ID}, nil
 	}

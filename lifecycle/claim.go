@@ -117,10 +117,5 @@ func (e *Engine) Settle(ctx context.Context, key journal.Key) error {
 	if err != nil {
 		return nil
 	}
-	select {
-	case err := <-s.ask(func(reply func(error)) { reply(nil) }):
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("sandbox %q is busy: %w", key.ID, context.Cause(ctx))
-	}
+	return await(ctx, s.ask(func(reply func(error)) { reply(nil) }), "sandbox %q is busy", key.ID)
 }

@@ -77,7 +77,7 @@ func (s *sandbox) proceed() {
 	s.finishCreation()
 }
 
-// launch runs step beside the queue, which takes other events meanwhile; its outcome comes back as an event.
+// launch runs step beside the queue, which takes other events meanwhile; its result comes back as an event.
 func (s *sandbox) launch(step Step) {
 	s.setRunning(step)
 	ctx := s.creation.ctx
@@ -85,7 +85,7 @@ func (s *sandbox) launch(step Step) {
 	go func() {
 		defer s.engine.work.Done()
 		out := s.execute(ctx, step)
-		s.resume(func() { s.stepEnded(step, out) })
+		s.queue.add(func() { s.stepEnded(step, out) }, s.engine.stay)
 	}()
 }
 
@@ -101,36 +101,24 @@ func (s *sandbox) setRunning(step Step) {
 	s.acts.begin(name, ActDo, rec.started)
 }
 
-// resume queues the outcome of work that is counted in already, so it is taken even while the engine closes.
-func (s *sandbox) resume(event func()) {
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	s.queue = append(s.queue, event)
-	if !s.handling {
-		s.handling = true
-		s.engine.work.Add(1)
-		go s.handle()
-	}
-}
-
-// outcome is how a step's work went.
-type outcome struct {
+// stepResult is how a step's work went.
+type stepResult struct {
 	recorded
-	ctx            context.Context // of the step's span, which ends when the outcome is kept
+	ctx            context.Context // of the step's span, which ends when the result is kept
 	touched        bool
 	started, ended time.Time // of its records, where there are any
 	err            error
 }
 
 // execute plans, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
-func (s *sandbox) execute(ctx context.Context, step Step) (out outcome) {
+func (s *sandbox) execute(ctx context.Context, step Step) (out stepResult) {
 	out.ctx, out.started = ctx, time.Now()
 	out.err = Protect(func() error { return s.do(step, &out) })
 	out.end()
 	return out
 }
 
-func (s *sandbox) do(step Step, out *outcome) (err error) {
+func (s *sandbox) do(step Step, out *stepResult) (err error) {
 	f := step.Declaration()
 	var span trace.Span
 	out.ctx, span = tracing.Start(out.ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
@@ -140,7 +128,7 @@ func (s *sandbox) do(step Step, out *outcome) (err error) {
 	r := s.run(step)
 	defer func() { out.notes = r.Notes() }()
 
-	if out.plan, err = step.Plan(ctx, r); err != nil {
+	if out.plan, err = step.Reserve(ctx, r); err != nil {
 		return err
 	}
 	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error
@@ -163,16 +151,16 @@ func (s *sandbox) do(step Step, out *outcome) (err error) {
 
 // end sets the end as far behind the beginning as the step has taken, so that the record of it says the same duration after a restart,
 // whatever has become of the wall clock.
-func (out *outcome) end() { out.ended = out.started.Add(time.Since(out.started)) }
+func (out *stepResult) end() { out.ended = out.started.Add(time.Since(out.started)) }
 
 // skipped says that the step had nothing to do.
-func (out *outcome) skipped() bool {
+func (out *stepResult) skipped() bool {
 	_, skipped := out.result.(*Skipped)
 	return skipped
 }
 
 // conclude puts on record that a step has gone well, and where a step of the creation path leads.
-func (s *sandbox) conclude(step Step, out *outcome) error {
+func (s *sandbox) conclude(step Step, out *stepResult) error {
 	f := step.Declaration()
 	out.end()
 	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), At: out.ended, Durable: f.Lasting && out.plan != nil && !out.skipped()}
@@ -224,22 +212,22 @@ func (s *sandbox) aside(tell func()) {
 	}
 }
 
-// stepEnded handles the outcome of a step.
-func (s *sandbox) stepEnded(step Step, out outcome) {
-	if err := Protect(func() error { return s.takeOutcome(step, out) }); err != nil {
+// stepEnded handles the result of a step.
+func (s *sandbox) stepEnded(step Step, out stepResult) {
+	if err := Protect(func() error { return s.takeResult(step, out) }); err != nil {
 		s.creation.fail(err)
 	}
 	s.proceed()
 }
 
-// takeOutcome records and keeps how a step went, and moves the state. A step that ends after the creation has failed moves nothing any
+// takeResult records and keeps how a step went, and moves the state. A step that ends after the creation has failed moves nothing any
 // more, whatever it says: it is only undone.
-func (s *sandbox) takeOutcome(step Step, out outcome) error {
+func (s *sandbox) takeResult(step Step, out stepResult) error {
 	name, canceled := step.Declaration().Name, s.creation.err != nil
 	if out.err == nil && !canceled {
 		out.err = s.conclude(step, &out)
 	}
-	s.keepOutcome(step, out, canceled)
+	s.keepResult(step, out, canceled)
 	switch {
 	case out.err != nil:
 		return &StepError{Step: name, Pod: s.req.Pod, Err: out.err}
@@ -250,9 +238,9 @@ func (s *sandbox) takeOutcome(step Step, out outcome) error {
 	}
 }
 
-// keepOutcome keeps how a step went, ends its span, and tells the meter. canceled says that the step had to end because the creation had
+// keepResult keeps how a step went, ends its span, and tells the meter. canceled says that the step had to end because the creation had
 // failed already.
-func (s *sandbox) keepOutcome(step Step, out outcome, canceled bool) {
+func (s *sandbox) keepResult(step Step, out stepResult, canceled bool) {
 	s.aside(func() { tracing.End(trace.SpanFromContext(out.ctx), out.err) })
 	name := step.Declaration().Name
 	s.mu.Lock()
@@ -260,10 +248,10 @@ func (s *sandbox) keepOutcome(step Step, out outcome, canceled bool) {
 	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err
 	rec.started, rec.ended, rec.acting = out.started, out.ended, ""
 	s.acts.end(name, ActDo, out.started, out.ended, out.err)
-	outcome := OutcomeOK
+	outcome := outcomeOf(out.err)
 	switch {
 	case out.err != nil:
-		rec.status, outcome = StepFailed, OutcomeError
+		rec.status = StepFailed
 	case out.skipped():
 		rec.status, outcome = StepSkipped, OutcomeSkipped
 	default:

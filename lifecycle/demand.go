@@ -25,12 +25,7 @@ func (e *Engine) Demand(ctx context.Context, key journal.Key, name states.Event)
 		return err
 	}
 	done := s.ask(func(reply func(error)) { reply(s.demand(context.WithoutCancel(ctx), name)) })
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("step %s of sandbox %q continues after its caller's deadline: %w", name, key.ID, context.Cause(ctx))
-	}
+	return await(ctx, done, "step %s of sandbox %q continues after its caller's deadline", name, key.ID)
 }
 
 func (s *sandbox) demand(ctx context.Context, name states.Event) error {
@@ -58,7 +53,7 @@ func (s *sandbox) doNow(ctx context.Context, step Step) error {
 	if out.err == nil {
 		out.err = s.conclude(step, &out)
 	}
-	s.keepOutcome(step, out, false)
+	s.keepResult(step, out, false)
 	if out.err == nil {
 		return nil
 	}
@@ -81,14 +76,13 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 		_, err := step.Do(ctx, s.run(step))
 		return err
 	})
-	outcome := OutcomeOK
 	if err != nil {
-		err, outcome = late(ctx, err), OutcomeError
+		err = late(ctx, err)
 	}
 	tracing.End(span, err)
 	act.Ended, act.Err = time.Now(), err
 	s.setActing(act.Step, "", time.Time{})
-	s.acted(ctx, act, outcome)
+	s.acted(ctx, act, outcomeOf(err))
 	if err != nil {
 		return &StepError{Step: declared.Name, Pod: s.req.Pod, Err: err}
 	}

@@ -297,9 +297,9 @@ func (w *world) queued(t *testing.T, n int) {
 	s, err := w.lookup(testKey)
 	require.NoError(t, err)
 	require.Eventually(t, func() bool {
-		s.queueMu.Lock()
-		defer s.queueMu.Unlock()
-		return len(s.queue) == n
+		s.queue.mu.Lock()
+		defer s.queue.mu.Unlock()
+		return len(s.queue.events) == n
 	}, 10*time.Second, time.Millisecond)
 }
 

@@ -32,9 +32,6 @@ type Journal interface {
 	Forget(ctx context.Context, k journal.Key) error
 }
 
-// keepFinished is how many sandboxes that are gone can still be looked at.
-const keepFinished = 128
-
 // Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
 type Backoff func(attempts int) time.Duration
 
@@ -65,7 +62,6 @@ type Engine struct {
 	closed    bool
 	sandboxes map[journal.Key]*sandbox
 	names     map[string]*sandbox
-	finished  []View // the newest last
 }
 
 // Observer is told of each transition, after it is on record: the last one of a view. Those of one sandbox are told in order; the
@@ -240,28 +236,13 @@ func (e *Engine) Wait(ctx context.Context, key journal.Key) (Exit, error) {
 	}
 }
 
-// Get is the sandbox as it is now. A sandbox that is gone is NotFound.
+// Get is the sandbox as it is now. A sandbox that is gone is NotFound: its last view was the [Observer]'s.
 func (e *Engine) Get(key journal.Key) (View, error) {
 	s, err := e.lookup(key)
 	if err != nil {
 		return View{}, err
 	}
 	return s.view(), nil
-}
-
-// Find is the sandbox as it is now, or as it was when it went, as long as that is kept.
-func (e *Engine) Find(key journal.Key) (View, bool) {
-	if s, err := e.lookup(key); err == nil {
-		return s.view(), true
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for i := len(e.finished) - 1; i >= 0; i-- {
-		if e.finished[i].Key == key {
-			return e.finished[i], true
-		}
-	}
-	return View{}, false
 }
 
 // Created is when the sandbox was begun, without the cost of a View; the zero time for one that is unknown or gone.
@@ -304,13 +285,6 @@ func (e *Engine) all() []*sandbox {
 	return all
 }
 
-// Finished are the sandboxes that went last, the newest last.
-func (e *Engine) Finished() []View {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return slices.Clone(e.finished)
-}
-
 // Close stops retry timers, refuses new events and waits for those that are queued, as long as ctx lasts. What is unfinished is
 // in the ledger.
 func (e *Engine) Close(ctx context.Context) {
@@ -320,7 +294,7 @@ func (e *Engine) Close(ctx context.Context) {
 	e.mu.Unlock()
 	for _, s := range all {
 		s.stopTimer()
-		s.giveWay() // takes the lock of the queue, under which e.mu is taken elsewhere
+		s.queue.giveWay() // takes the lock of the queue, under which e.mu is taken elsewhere
 	}
 	idle := make(chan struct{})
 	go func() {
@@ -333,7 +307,7 @@ func (e *Engine) Close(ctx context.Context) {
 	}
 }
 
-// call runs one request and waits for it. When ctx ends first, the request goes on without its caller.
+// call runs one request and waits for it. When ctx ends first, the request continues after its caller's deadline.
 func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, ctx context.Context) error) error {
 	s, err := e.lookup(key)
 	if err != nil {
@@ -342,12 +316,7 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 	done := s.ask(func(reply func(error)) {
 		s.afterCreation(func() { reply(Protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
 	})
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("the request for sandbox %q goes on without its caller: %w", key.ID, context.Cause(ctx))
-	}
+	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
 }
 
 func (e *Engine) add(s *sandbox) error {
@@ -392,10 +361,6 @@ func (e *Engine) addRestored(s *sandbox) error {
 func (e *Engine) drop(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.dropLocked(s)
-}
-
-func (e *Engine) dropLocked(s *sandbox) {
 	delete(e.sandboxes, s.key)
 	e.unnameLocked(s)
 }
@@ -411,18 +376,6 @@ func (e *Engine) unname(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.unnameLocked(s)
-}
-
-// retire drops a sandbox that is gone and keeps its last view.
-func (e *Engine) retire(s *sandbox) {
-	last := s.view()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.dropLocked(s)
-	e.finished = append(e.finished, last)
-	if over := len(e.finished) - keepFinished; over > 0 {
-		e.finished = slices.Delete(e.finished, 0, over)
-	}
 }
 
 func (e *Engine) lookup(key journal.Key) (*sandbox, error) {
@@ -442,6 +395,12 @@ func (e *Engine) enter() bool {
 	if e.closed {
 		return false
 	}
+	e.work.Add(1)
+	return true
+}
+
+// stay counts a goroutine in for work that is counted in already, so it may also begin while the engine closes.
+func (e *Engine) stay() bool {
 	e.work.Add(1)
 	return true
 }

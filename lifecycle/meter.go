@@ -29,8 +29,13 @@ const (
 	OutcomeCanceled Outcome = "canceled" // the creation had failed before the step ended: pause had exited, or a request ended it
 )
 
-// Outcomes are all that there are.
-func Outcomes() []Outcome { return []Outcome{OutcomeOK, OutcomeSkipped, OutcomeError, OutcomeCanceled} }
+// outcomeOf is how an act went that has done something, or failed.
+func outcomeOf(err error) Outcome {
+	if err != nil {
+		return OutcomeError
+	}
+	return OutcomeOK
+}
 
 // Recovery is what became of a sandbox that a restart has found.
 type Recovery string

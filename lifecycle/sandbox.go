@@ -66,10 +66,7 @@ type sandbox struct {
 	exitOnce sync.Once    // closes exited
 	claim    atomic.Int32 // a Claim
 
-	queueMu   sync.Mutex
-	queue     []func()
-	handling  bool
-	interrupt context.CancelFunc // ends the event that is handled, as soon as another waits; nil for one that must not be
+	queue queue
 
 	creation *creation   // the run of the creation path that is under way; of the queue's goroutine alone
 	restored bool        // it is an earlier daemon's; set before the sandbox is known to anyone
@@ -105,92 +102,11 @@ func newSandbox(e *Engine, key journal.Key, req Request) *sandbox {
 		entered: now,
 		steps:   map[states.Event]*stepRecord{},
 	}
+	s.queue.handle, s.queue.left = s.aside, e.work.Done
 	for _, name := range e.table.Steps() {
 		s.steps[name] = &stepRecord{status: StepPending}
 	}
 	return s
-}
-
-// post queues an event. The first event in an empty queue starts the goroutine that handles it, and all that come meanwhile.
-func (s *sandbox) post(event func()) bool {
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	if !s.handling {
-		if !s.engine.enter() {
-			return false
-		}
-		s.handling = true
-		go s.handle()
-	}
-	s.queue = append(s.queue, event)
-	s.interruptLocked()
-	return true
-}
-
-// giveWay ends the event that is handled, if it is one that gives way.
-func (s *sandbox) giveWay() {
-	s.queueMu.Lock()
-	defer s.queueMu.Unlock()
-	s.interruptLocked()
-}
-
-func (s *sandbox) interruptLocked() {
-	if s.interrupt != nil {
-		s.interrupt()
-	}
-}
-
-// interruptibly does work in the queue that gives way to every other event: its context ends when one comes, or when the engine closes.
-func (s *sandbox) interruptibly(ctx context.Context, work func(context.Context)) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	s.queueMu.Lock()
-	waiting := len(s.queue) > 0
-	if !waiting {
-		s.interrupt = cancel
-	}
-	s.queueMu.Unlock()
-	if waiting {
-		return
-	}
-	defer func() {
-		s.queueMu.Lock()
-		defer s.queueMu.Unlock()
-		s.interrupt = nil
-	}()
-	work(ctx)
-}
-
-func (s *sandbox) handle() {
-	defer s.engine.work.Done()
-	for {
-		s.queueMu.Lock()
-		if len(s.queue) == 0 {
-			s.handling = false
-			s.queue = nil
-			s.queueMu.Unlock()
-			return
-		}
-		event := s.queue[0]
-		s.queue = s.queue[1:]
-		s.queueMu.Unlock()
-		s.aside(event)
-	}
-}
-
-// ask queues a request and returns where its answer will come.
-func (s *sandbox) ask(event func(reply func(error))) <-chan error {
-	answer := make(chan error, 2) // an answer, and a panic after it
-	reply := func(err error) { answer <- err }
-	posted := s.post(func() {
-		if err := Protect(func() error { event(reply); return nil }); err != nil {
-			reply(err)
-		}
-	})
-	if !posted {
-		reply(errClosed)
-	}
-	return answer
 }
 
 // state is the sandbox's state now.
@@ -456,7 +372,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 		return err
 	}
 	s.announceExit()
-	s.engine.retire(s)
+	s.engine.drop(s)
 	return nil
 }
 

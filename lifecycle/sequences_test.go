@@ -66,11 +66,11 @@ func fireOne(s *sandbox, event states.Event) error {
 		}
 		s.setRunning(step)
 		s.record(ctx, s.engine.intent(step.Declaration()), nil)
-		out := outcome{ctx: ctx, touched: true, started: time.Now()}
+		out := stepResult{ctx: ctx, touched: true, started: time.Now()}
 		if err := s.conclude(step, &out); err != nil {
 			return err
 		}
-		s.keepOutcome(step, out, false)
+		s.keepResult(step, out, false)
 		return s.fire(ctx, event, out.ended, nil)
 	}
 	if event == states.OweCleanup {

@@ -29,7 +29,7 @@ type Declaration struct {
 	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan. The plan
 	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).
 	Lasting bool
-	// Deadline bounds Plan and Do, UndoDeadline bounds Undo and Stop.
+	// Deadline bounds Reserve and Do, UndoDeadline bounds Undo and Stop.
 	Deadline, UndoDeadline time.Duration
 }
 
@@ -37,9 +37,10 @@ type Declaration struct {
 // but a step is called for many sandboxes at once.
 type Step interface {
 	Declaration() Declaration
-	// Plan says, without any side effect, what Do will act on. What it returns is recorded before Do is called, and is what
-	// Undo gets back as [Run.Plan], also in another process after a crash. A nil plan is fine where the sandbox's id says it all.
-	Plan(ctx context.Context, r *Run) (plan any, err error)
+	// Reserve returns the plan: what Do will act on. It changes nothing on the host, but may set aside in this process what no other
+	// sandbox may take meanwhile; Undo gives that back. The plan is recorded before Do is called, and Undo gets it as [Run.Plan], also
+	// in another process after a crash. A nil plan is fine where the sandbox's id says it all, and nothing is set aside.
+	Reserve(ctx context.Context, r *Run) (plan any, err error)
 	// Do acts. A step that has nothing to do for this sandbox returns [Skipped].
 	Do(ctx context.Context, r *Run) (result any, err error)
 	// Undo takes back what Do did or may have half done. It is idempotent: nothing there is success.
@@ -107,7 +108,7 @@ type recorded struct {
 	result any
 }
 
-// Plan is what the step's own Plan returned; nil before.
+// Plan is what the step's own Reserve returned; nil before.
 func (r *Run) Plan() any { return r.steps[r.step].plan }
 
 // Result is what a step's Do returned; nil when it isn't done.

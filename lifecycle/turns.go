@@ -22,16 +22,6 @@ func (t *turns) take(begin func()) {
 	begin()
 }
 
-// inTurn queues an event that nobody waits for when it is the sandbox's turn. Requests don't wait for a turn.
-func (s *sandbox) inTurn(event func()) {
-	turns := &s.engine.turns
-	turns.take(func() {
-		if !s.post(func() { defer turns.give(); event() }) {
-			turns.give()
-		}
-	})
-}
-
 // give passes the turn on to what has waited longest.
 func (t *turns) give() {
 	t.mu.Lock()

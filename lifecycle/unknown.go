@@ -43,7 +43,7 @@ const unknownUndoDeadline = time.Minute
 
 func (s *unknownStep) Declaration() Declaration { return s.declared }
 
-func (s *unknownStep) Plan(context.Context, *Run) (any, error) { return nil, s.reason }
+func (s *unknownStep) Reserve(context.Context, *Run) (any, error) { return nil, s.reason }
 
 func (s *unknownStep) Do(context.Context, *Run) (any, error) { return nil, s.reason }
 

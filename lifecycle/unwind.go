@@ -279,13 +279,11 @@ func (s *sandbox) attempt(ctx context.Context, step Step, kind ActKind, f func(c
 	s.acts.end(act.Step, act.Kind, act.Started, act.Ended, act.Err)
 	rec := s.steps[act.Step]
 	rec.notes, rec.acting = r.Notes(), ""
-	outcome := OutcomeOK
 	if err != nil {
 		rec.attempts++
-		outcome = OutcomeError
 	}
 	s.mu.Unlock()
-	s.acted(ctx, act, outcome)
+	s.acted(ctx, act, outcomeOf(err))
 	if errdefs.IsNotFound(err) {
 		err = notFound{err}
 	}

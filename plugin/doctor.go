@@ -10,11 +10,9 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/plugins"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/plugin"
 
-	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
@@ -178,24 +176,4 @@ func (e *examination) close() {
 		e.doctor.Close()
 	}
 	e.work.Wait()
-}
-
-// lacks fails if the node lacks what a sandbox needs.
-func (n *node) lacks(ctx context.Context, spec *Spec) error {
-	if n.doctor == nil {
-		return nil
-	}
-	return n.doctor.Admit(ctx, doctor.Need{
-		Handler: n.stock.handlerName(spec.Handler),
-		UserNS:  spec.Mapping != nil || spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode,
-		Network: spec.NetworkIsOurs(),
-	})
-}
-
-// Doctor examines the node.
-func (a *api) Doctor(ctx context.Context, _ *podfsmv1.DoctorRequest) (*podfsmv1.DoctorResponse, error) {
-	if a.controller.exam.doctor == nil {
-		return nil, errgrpc.ToGRPC(a.controller.well())
-	}
-	return records.Examination(a.controller.exam.doctor.Examine(ctx)), nil
 }

@@ -170,14 +170,3 @@ func syncFile(path string) error {
 	}
 	return errors.Join(f.Sync(), f.Close())
 }
-
-// takesPods fails with Unavailable while no new pod is taken.
-func (c *Controller) takesPods() error {
-	if err := c.well(); err != nil {
-		return err
-	}
-	if _, draining := c.drain.draining(); draining {
-		return errDraining
-	}
-	return nil
-}

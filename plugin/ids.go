@@ -19,23 +19,6 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// specFor puts together what a sandbox needs, and says who chooses its id mapping.
-func (c *Controller) specFor(handlerName string, config *runtime.PodSandboxConfig, info sandbox.Sandbox, netNSPath string) (*Spec, error) {
-	spec, err := newSpec(c.stock, handlerName, config, info, netNSPath)
-	if err != nil {
-		return nil, err
-	}
-	if spec.Mapping != nil {
-		if err := spec.Mapping.CheckLowest(c.lowest); err != nil {
-			return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", cri.PodName(config), err)
-		}
-	}
-	if spec.Choose, err = c.policies.of(c.stock.handlerName(handlerName)).Choose(config); err != nil {
-		return nil, fmt.Errorf("pod %q can't have a user namespace: %w", cri.PodName(config), err)
-	}
-	return spec, nil
-}
-
 // policies are those of the runtime handlers; one without has userns.ModeKubelet.
 type policies map[string]userns.Policy
 
@@ -49,7 +32,7 @@ func (p policies) of(handlerName string) userns.Policy {
 
 // holder is a sandbox of ours as a holder of ids, its mappings those of the request.
 func holder(key journal.Key, spec *Spec) userns.Holder {
-	h := userns.Holder{ID: holderID(key), Pod: cri.PodName(spec.Config), Origin: userns.OriginRequest, Since: time.Now()}
+	h := userns.Holder{ID: holderID(key), Pod: records.PodName(spec.Config), Origin: userns.OriginRequest, Since: time.Now()}
 	switch spec.Choose {
 	case userns.ModeAuto:
 		h.Origin = userns.OriginAuto
@@ -80,18 +63,6 @@ func owner(h userns.Holder, config *runtime.PodSandboxConfig) string {
 func ofNode(h userns.Holder, m userns.Mappings) userns.Holder {
 	h.Mappings, h.Owner = m, fmt.Sprintf("node %s %s", m.UIDs, m.GIDs)
 	return h
-}
-
-// admitIDs fails where the sandbox would get no id mapping, before anything is made for it.
-func (c *Controller) admitIDs(ctx context.Context, spec *Spec) error {
-	h := holder(journal.Key{}, spec)
-	switch {
-	case spec.Choose == userns.ModeNode:
-		h = ofNode(h, *c.policies.of(c.stock.handlerName(spec.Handler)).NodeWide)
-	case spec.Choose != userns.ModeAuto && spec.Mapping == nil:
-		return nil
-	}
-	return c.node.ids.Check(ctx, h)
 }
 
 // restoreIDs makes holders of the sandboxes that hold ids already: those in the engine, and those that containerd keeps for other
@@ -133,7 +104,7 @@ func mayHold(view lifecycle.View, lost bool) bool {
 }
 
 func stockHolder(id string, config *runtime.PodSandboxConfig, m userns.Mappings) userns.Holder {
-	h := userns.Holder{ID: id, Pod: cri.PodName(config), Origin: userns.OriginStock, Mappings: m, Since: time.Now()}
+	h := userns.Holder{ID: id, Pod: records.PodName(config), Origin: userns.OriginStock, Mappings: m, Since: time.Now()}
 	h.Owner = owner(h, config)
 	return h
 }

@@ -82,10 +82,8 @@ func (c *Controller) owners(ctx context.Context) (map[string]bool, error) {
 	for _, view := range c.engine.List() {
 		known[view.Key.ID] = true
 	}
-	for _, view := range c.engine.Finished() {
-		if time.Since(view.Since) < settling {
-			known[view.Key.ID] = true
-		}
+	for _, key := range c.ended.within(settling) {
+		known[key.ID] = true
 	}
 	records, others, err := storedSandboxes(ctx, c.node.client)
 	if err != nil {

@@ -183,7 +183,7 @@ type fakeStep struct {
 
 func (s *fakeStep) Declaration() lifecycle.Declaration { return s.declared }
 
-func (s *fakeStep) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *fakeStep) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *fakeStep) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	s.host.mu.Lock()
@@ -245,8 +245,8 @@ type guardedIDs struct {
 	real *allocateIDs
 }
 
-func (s *guardedIDs) Plan(ctx context.Context, r *lifecycle.Run) (any, error) {
-	return s.real.Plan(ctx, r)
+func (s *guardedIDs) Reserve(ctx context.Context, r *lifecycle.Run) (any, error) {
+	return s.real.Reserve(ctx, r)
 }
 
 func (s *guardedIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
@@ -409,9 +409,10 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	for _, c := range change {
 		steps = c(steps)
 	}
-	w.past, err = history.Open(filepath.Join(t.TempDir(), history.FileName))
+	file, err := history.Open(filepath.Join(t.TempDir(), history.FileName))
 	require.NoError(t, err)
-	w.herald = &herald{publisher: &w.published}
+	w.ended = newEnded(file)
+	w.publishing = newPublishing(&w.published)
 	engine, err := lifecycle.New(lifecycle.Config{
 		Steps: steps, Process: StartPause, Journal: timedLedger{ledger, w.meters}, Backoff: func(int) time.Duration { return w.wait },
 		Observe: w.observe, Meter: w.meters,
@@ -441,7 +442,7 @@ func (w *world) run(t *testing.T, id string, change ...func(*runtime.PodSandboxC
 }
 
 func (w *world) view(t *testing.T, id string) lifecycle.View {
-	view, ok := w.engine.Find(journal.Key{Namespace: cri.Namespace, ID: id})
+	view, ok := w.find(journal.Key{Namespace: cri.Namespace, ID: id})
 	require.True(t, ok, "sandbox %q", id)
 	return view
 }

@@ -29,9 +29,9 @@ func (s *allocateIDs) Declaration() lifecycle.Declaration {
 	})
 }
 
-// Plan returns the *userns.Mappings that podfsm has chosen, a range of the pool being the pod's from here on; nil for a pod whose
+// Reserve returns the *userns.Mappings that podfsm has chosen, a range of the pool being the pod's from here on; nil for a pod whose
 // request says it all. It is the first thing that is done for a pod, and refuses one that the node lacks something for.
-func (s *allocateIDs) Plan(ctx context.Context, r *lifecycle.Run) (any, error) {
+func (s *allocateIDs) Reserve(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	if err := s.lacks(ctx, spec); err != nil {
 		return nil, err

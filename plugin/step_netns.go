@@ -30,7 +30,7 @@ func (s *captureNetNS) Declaration() lifecycle.Declaration {
 	})
 }
 
-func (s *captureNetNS) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *captureNetNS) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *captureNetNS) Do(_ context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)

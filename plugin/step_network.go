@@ -73,8 +73,8 @@ func pluginTimes(attachment *cni.Attachment) []records.PluginTime {
 	return times
 }
 
-// Plan returns the *cni.Attachment that ADD is going to make, and DEL to take back, whatever the configuration is by then.
-func (s *attachNetwork) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
+// Reserve returns the *cni.Attachment that ADD is going to make, and DEL to take back, whatever the configuration is by then.
+func (s *attachNetwork) Reserve(_ context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	if !spec.NetworkIsOurs() {
 		return nil, nil
@@ -157,7 +157,7 @@ func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) 
 	if !spec.Guessed || !spec.NetworkIsOurs() {
 		return nil
 	}
-	plan, err := s.Plan(ctx, r)
+	plan, err := s.Reserve(ctx, r)
 	if err != nil {
 		log.G(ctx).WithField(tracing.LogSandbox, r.Key.ID).WithError(err).Warn("podfsm: the records of a pod's network are lost, and it can't be detached from any of today")
 		return nil

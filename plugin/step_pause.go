@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"path"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/containers"
@@ -15,7 +13,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
@@ -43,8 +40,8 @@ func (s *startPause) Declaration() lifecycle.Declaration {
 	})
 }
 
-// Plan returns the *Cgroup, where the sandbox's id doesn't say where that is.
-func (s *startPause) Plan(_ context.Context, r *lifecycle.Run) (any, error) {
+// Reserve returns the *Cgroup, where the sandbox's id doesn't say where that is.
+func (s *startPause) Reserve(_ context.Context, r *lifecycle.Run) (any, error) {
 	cgroup, err := s.cgroup(r)
 	if err != nil {
 		return nil, err
@@ -184,20 +181,6 @@ func (s *startPause) cgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
 		places = planned.Places
 	}
 	return host.PodCgroupOf(cgroupPath(r), r.Spec.(*Spec).SystemdCgroup(), places)
-}
-
-// checkCgroup refuses a pod whose cgroup can't be, before anything is made.
-func checkCgroup(spec *Spec, handlerName string, systemd bool) error {
-	parent := spec.Config.GetLinux().GetCgroupParent()
-	if systemd && !strings.HasSuffix(path.Base(parent), ".slice") {
-		return fmt.Errorf("pod %q has the cgroup parent %q, which is no slice of systemd, but runtime handler %q has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration: %w",
-			cri.PodName(spec.Config), parent, handlerName, errdefs.ErrInvalidArgument)
-	}
-	anyID := strings.Repeat("0", 64)
-	if _, err := host.PodCgroupOf(pause.CgroupPath(spec.Config, anyID, anyID), systemd, nil); err != nil {
-		return fmt.Errorf("pod %q of runtime handler %q can't have the cgroup parent %q: %w", cri.PodName(spec.Config), handlerName, parent, err)
-	}
-	return nil
 }
 
 // Stop kills pause, and all that is left in its cgroup. The container's record stays: the CRI shows it until the sandbox is removed.

@@ -28,7 +28,7 @@ func (s *declareReady) Declaration() lifecycle.Declaration {
 	})
 }
 
-func (s *declareReady) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *declareReady) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	process, err := s.pauses.Process(holderID(r.Key))

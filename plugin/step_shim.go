@@ -37,7 +37,7 @@ func (s *startShim) Declaration() lifecycle.Declaration {
 	}
 }
 
-func (s *startShim) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *startShim) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *startShim) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	record, err := s.containers.Get(ctx, r.Key.ID)

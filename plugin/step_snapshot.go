@@ -31,7 +31,7 @@ func (s *remapSnapshot) Declaration() lifecycle.Declaration {
 	})
 }
 
-func (s *remapSnapshot) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *remapSnapshot) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)

@@ -29,7 +29,7 @@ func (s *labelPod) Declaration() lifecycle.Declaration {
 	}
 }
 
-func (s *labelPod) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *labelPod) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *labelPod) Do(_ context.Context, r *lifecycle.Run) (any, error) {
 	s.labelled[r.Key.ID] = true

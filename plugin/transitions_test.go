@@ -25,9 +25,9 @@ import (
 	"github.com/podfsm/podfsm/history"
 )
 
-// told waits until the herald has nothing more to tell, and is what it told, as "seq from>to".
+// told waits until the relay has nothing more to tell, and is what was published, as "seq from>to".
 func (w *world) told(t *testing.T) (told []string) {
-	w.herald.settle(t.Context())
+	w.publishing.settle(t.Context())
 	for _, event := range w.published.all() {
 		told = append(told, fmt.Sprintf("%s %d %s>%s", event.GetSandboxId(), event.GetTransition().GetSeq(), event.GetTransition().GetFrom(), event.GetTransition().GetTo()))
 	}
@@ -79,16 +79,16 @@ func TestPublishingKeepsNobodyWaiting(t *testing.T) {
 func TestWhatCantBePublishedInTimeIsLeftOutAndTheRestGoesOn(t *testing.T) {
 	reached, release := make(chan struct{}, 2*maxUntold), make(chan struct{})
 	p := &press{before: func() { reached <- struct{}{}; <-release }}
-	h := &herald{publisher: p}
+	h := newPublishing(p)
 	of := func(seq int) *podfsmv1.SandboxTransition {
 		return &podfsmv1.SandboxTransition{ContainerdNamespace: "k8s.io", Transition: &podfsmv1.Transition{Seq: uint64(seq)}}
 	}
-	h.tell(of(0))
+	h.send(of(0))
 	<-reached
 	for i := range maxUntold + 5 {
-		h.tell(of(i + 1))
+		h.send(of(i + 1))
 	}
-	require.Equal(t, 5, h.lost)
+	require.Equal(t, 5, h.full)
 	close(release)
 	h.settle(t.Context())
 	all := p.all()
@@ -96,7 +96,7 @@ func TestWhatCantBePublishedInTimeIsLeftOutAndTheRestGoesOn(t *testing.T) {
 	for i, event := range all {
 		require.EqualValues(t, i, event.GetTransition().GetSeq())
 	}
-	h.tell(of(7))
+	h.send(of(7))
 	h.settle(t.Context())
 	require.Len(t, p.all(), maxUntold+2)
 }
@@ -158,9 +158,9 @@ func TestHistoryThatCantBeKept(t *testing.T) {
 	w := newWorld(t)
 	dir := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(dir, nil, 0o600))
-	var err error
-	w.past, err = history.Open(filepath.Join(dir, history.FileName))
+	file, err := history.Open(filepath.Join(dir, history.FileName))
 	require.Error(t, err)
+	w.ended = newEnded(file)
 	w.run(t, "s1")
 	require.NoError(t, w.Shutdown(inCRI(t), "s1"))
 	_, err = (&api{controller: w.Controller}).Inspect(t.Context(), &podfsmv1.InspectRequest{Ref: "s1"})
@@ -193,7 +193,7 @@ func watching(t *testing.T, w *world) grpc.ServerStreamingClient[podfsmv1.Sandbo
 func TestWatch(t *testing.T) {
 	w := newWorld(t)
 	w.exchange = exchange.NewExchange()
-	w.herald = &herald{publisher: w.exchange}
+	w.publishing = newPublishing(w.exchange)
 	stream := watching(t, w)
 	_, err := stream.Header()
 	require.NoError(t, err)

@@ -11,7 +11,6 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cni"
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/tracing"
 	"github.com/podfsm/podfsm/userns"
@@ -63,11 +62,24 @@ func (s *Spec) SystemdCgroup() bool {
 }
 
 // OnNodeNetwork says whether the pod shares the node's network.
-func (s *Spec) OnNodeNetwork() bool { return s.NetNSPath == "" && cri.OnNodeNetwork(s.Config) }
+func (s *Spec) OnNodeNetwork() bool { return s.NetNSPath == "" && OnNodeNetwork(s.Config) }
 
 // NetworkIsOurs says whether the pod's network is for podfsm to attach: not where the pod is on the node's, nor where the
 // caller made the namespace, and so the network in it.
 func (s *Spec) NetworkIsOurs() bool { return !s.OnNodeNetwork() && s.NetNSPath == "" }
+
+// Namespace is the containerd namespace of every sandbox that comes by CRI.
+const Namespace = "k8s.io"
+
+// OnNodeNetwork says whether a pod's configuration puts the pod on the node's network.
+func OnNodeNetwork(config *runtime.PodSandboxConfig) bool {
+	return config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork() == runtime.NamespaceMode_NODE
+}
+
+// PodName is a pod's "namespace/name", for messages.
+func PodName(config *runtime.PodSandboxConfig) string {
+	return config.GetMetadata().GetNamespace() + "/" + config.GetMetadata().GetName()
+}
 
 // Snapshot is the result of the step remap_snapshot.
 type Snapshot struct {

@@ -3,7 +3,6 @@ package records
 import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 )
@@ -16,6 +15,6 @@ func Replay(saved []journal.Sandbox) ([]lifecycle.View, error) {
 		if !ok {
 			known = &Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: key.ID}}}
 		}
-		return lifecycle.Request{Pod: cri.PodName(known.Config), Spec: known}
+		return lifecycle.Request{Pod: PodName(known.Config), Spec: known}
 	})
 }

@@ -20,7 +20,6 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
@@ -225,7 +224,7 @@ func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox
 }
 
 func end(ctx context.Context, cmd *cli.Command, s *podfsmv1.Sandbox) error {
-	if s.GetContainerdNamespace() != cri.Namespace {
+	if s.GetContainerdNamespace() != records.Namespace {
 		return fmt.Errorf("it is in containerd's namespace %q, so it isn't the kubelet's; who made it has to end it", s.GetContainerdNamespace())
 	}
 	d, err := connect(cmd)

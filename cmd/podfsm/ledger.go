@@ -15,7 +15,6 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cni"
-	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
@@ -110,7 +109,7 @@ func readLedger(cmd *cli.Command, err error) (*ledger, error) {
 			Plugins:   plugins,
 			Files:     pause.Files{RootDir: filepath.Join(root, criDir), StateDir: filepath.Join(state, criDir)},
 			Bundles:   filepath.Join(state, bundlesDir),
-			Namespace: cri.Namespace,
+			Namespace: records.Namespace,
 		},
 	}, nil
 }

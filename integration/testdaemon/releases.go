@@ -66,7 +66,7 @@ func (s *markPod) Declaration() lifecycle.Declaration {
 
 func (s *markPod) file(r *lifecycle.Run) string { return filepath.Join(s.dir, r.Key.ID) }
 
-func (s *markPod) Plan(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
+func (s *markPod) Reserve(context.Context, *lifecycle.Run) (any, error) { return nil, nil }
 
 func (s *markPod) Do(_ context.Context, r *lifecycle.Run) (any, error) {
 	return nil, os.WriteFile(s.file(r), nil, 0o600)

@@ -21,7 +21,7 @@ import (
 
 // found is the id of the sandbox that the service finds.
 func found(w *world, ref string) (string, error) {
-	response, err := records.Inspect(ref, w.engine.List(), w.past.Read)
+	response, err := records.Inspect(ref, w.engine.List(), w.ended.read)
 	return response.GetSandbox().GetId(), err
 }
 

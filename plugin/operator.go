@@ -42,7 +42,7 @@ func (a *api) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListRe
 	}
 	var ended []*podfsmv1.InspectResponse
 	if r.GetEnded() {
-		if ended, err = a.controller.past.Read(); err != nil {
+		if ended, err = a.controller.ended.read(); err != nil {
 			return nil, errgrpc.ToGRPC(err)
 		}
 	}
@@ -60,7 +60,7 @@ func (a *api) Inspect(_ context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.
 	if err != nil {
 		return nil, err
 	}
-	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.past.Read)
+	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.ended.read)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
@@ -117,6 +117,14 @@ func takeTransitions(envelopes <-chan *events.Envelope, failed <-chan error, wai
 	}
 }
 
+// IDs answers with who holds which host ids.
+func (a *api) IDs(ctx context.Context, _ *podfsmv1.IDsRequest) (*podfsmv1.IDsResponse, error) {
+	if _, err := a.engine(); err != nil {
+		return nil, err
+	}
+	return records.IDs(a.controller.node.ids.Overview(ctx)), nil
+}
+
 // Leaks answers with what belongs to nobody, and removes it when asked to. What is gone afterwards is found out by looking.
 func (a *api) Leaks(ctx context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.LeaksResponse, error) {
 	if _, err := a.engine(); err != nil {
@@ -165,6 +173,14 @@ func (a *api) leaks(ctx context.Context, fix bool) (*podfsmv1.LeaksResponse, err
 	}
 	response.DamagedLedgerFiles, err = a.controller.ledger.Aside()
 	return response, err
+}
+
+// Doctor examines the node.
+func (a *api) Doctor(ctx context.Context, _ *podfsmv1.DoctorRequest) (*podfsmv1.DoctorResponse, error) {
+	if a.controller.exam.doctor == nil {
+		return nil, errgrpc.ToGRPC(a.controller.well())
+	}
+	return records.Examination(a.controller.exam.doctor.Examine(ctx)), nil
 }
 
 func (a *api) engine() (*lifecycle.Engine, error) {

@@ -1,0 +1,246 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/platforms"
+	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+var _ sandbox.Controller = (*Controller)(nil)
+
+// Create accepts a sandbox. Nothing of it is made yet.
+func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) (err error) {
+	call := cri.FromContext(ctx)
+	defer func() { tellFront(call, err) }()
+	if err := c.well(); err != nil {
+		return err
+	}
+	left, err := c.drain.enter()
+	if err != nil {
+		return err
+	}
+	defer left()
+	spec, err := c.admitted(ctx, info, opts)
+	if err != nil {
+		return err
+	}
+	key, err := keyOf(ctx, info.ID)
+	if err != nil {
+		return err
+	}
+	if err := c.engine.Create(inCallersTrace(ctx), key, request(key, spec)); err != nil {
+		return err
+	}
+	if call != nil {
+		call.SandboxID = info.ID
+	}
+	return nil
+}
+
+// tellFront leaves an error with the front's call, where there is one: containerd's service wraps errors.
+func tellFront(call *cri.Call, err error) {
+	if err != nil && call != nil {
+		call.Err = err
+	}
+}
+
+// request is what the engine gets for a sandbox.
+func request(key journal.Key, spec *Spec) lifecycle.Request {
+	return lifecycle.Request{
+		Name:       nameOf(key.Namespace, spec.Config.GetMetadata()),
+		Pod:        records.PodName(spec.Config),
+		Spec:       spec,
+		Attributes: append(cri.Attributes(spec.Config, spec.Handler), tracing.SandboxID.String(key.ID)),
+	}
+}
+
+// nameOf is the name that a pod's attempt has in a containerd namespace. The parts are those of containerd's own names, which it forgets
+// over a restart.
+func nameOf(namespace string, metadata *runtime.PodSandboxMetadata) string {
+	return fmt.Sprintf("%s/%s_%s_%s_%d", namespace, metadata.GetName(), metadata.GetNamespace(), metadata.GetUid(), metadata.GetAttempt())
+}
+
+// Start runs the creation path.
+func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.ControllerInstance, err error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	call := cri.FromContext(ctx)
+	if call != nil {
+		ctx = call.Caller
+	} else {
+		var span trace.Span
+		ctx, span = tracing.Start(ctx, tracing.SpanRun, c.attributes(key)...)
+		defer func() { tracing.End(span, err) }()
+	}
+	defer func() { tellFront(call, err) }()
+	if err := c.engine.Start(ctx, key); err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	if call == nil {
+		c.engine.Claim(ctx, key, lifecycle.Taken) // the caller has it
+	}
+	started, err := c.instance(ctx, key)
+	if err != nil {
+		// Nobody else undoes a start that failed.
+		return started, errors.Join(err, c.engine.Remove(context.WithoutCancel(ctx), key))
+	}
+	return started, nil
+}
+
+// instance is what containerd's service keeps of a sandbox that was started.
+func (c *Controller) instance(ctx context.Context, key journal.Key) (sandbox.ControllerInstance, error) {
+	view, err := c.engine.Get(key)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	container, err := c.node.containers.Get(ctx, key.ID)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	return instance(view, container)
+}
+
+// Stop ends pause. Through the front that is all, because containerd's service tells NRI next and the front goes on after
+// that; any other caller gets the sandbox stopped whole.
+func (c *Controller) Stop(ctx context.Context, id string, _ ...sandbox.StopOpt) (err error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return err
+	}
+	if cri.FromContext(ctx) != nil {
+		return c.engine.Halt(ctx, key)
+	}
+	ctx, span := tracing.Start(ctx, tracing.SpanStop, c.attributes(key)...)
+	defer func() { tracing.End(span, err) }()
+	if err := c.engine.Halt(ctx, key); err != nil {
+		return err
+	}
+	return c.engine.Stop(ctx, key)
+}
+
+// Shutdown removes the sandbox. It is idempotent; an unknown id is success.
+func (c *Controller) Shutdown(ctx context.Context, id string) (err error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return err
+	}
+	if cri.FromContext(ctx) == nil {
+		var span trace.Span
+		ctx, span = tracing.Start(c.inCreationTrace(ctx, key), tracing.SpanRemove, c.attributes(key)...)
+		defer func() { tracing.End(span, err) }()
+	}
+	return c.engine.Remove(ctx, key)
+}
+
+// Wait blocks until pause exits.
+func (c *Controller) Wait(ctx context.Context, id string) (sandbox.ExitStatus, error) {
+	if c.engine == nil {
+		// Nobody knows; an answer would make containerd's service take every sandbox for ended.
+		<-ctx.Done()
+		return sandbox.ExitStatus{}, ctx.Err()
+	}
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return sandbox.ExitStatus{}, err
+	}
+	exit, err := c.engine.Wait(ctx, key)
+	if err != nil {
+		return sandbox.ExitStatus{}, err
+	}
+	return sandbox.ExitStatus{ExitStatus: exit.Code, ExitedAt: exit.At}, nil
+}
+
+// Status is the sandbox's state in the CRI's words, with everything known of it when verbose.
+func (c *Controller) Status(ctx context.Context, id string, verbose bool) (sandbox.ControllerStatus, error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return sandbox.ControllerStatus{}, err
+	}
+	view, err := c.engine.Get(key)
+	if err != nil {
+		return sandbox.ControllerStatus{}, err
+	}
+	return status(ctx, c.node, view, verbose)
+}
+
+// Platform is the node's.
+func (c *Controller) Platform(context.Context, string) (imagespec.Platform, error) {
+	return platforms.DefaultSpec(), nil
+}
+
+// Update has nothing to do: what containerd's service updates of a sandbox is in its own record.
+func (c *Controller) Update(context.Context, string, sandbox.Sandbox, ...string) error { return nil }
+
+// Metrics reads the pod's parent cgroup.
+func (c *Controller) Metrics(ctx context.Context, id string) (*types.Metric, error) {
+	key, err := c.known(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	view, err := c.engine.Get(key)
+	if err != nil {
+		return nil, err
+	}
+	return podMetrics(id, view.Spec.(*Spec).Config.GetLinux().GetCgroupParent())
+}
+
+// known is the key of a sandbox by the containerd namespace of ctx. Without an engine it fails with Unavailable: a NotFound would
+// make containerd's service forget sandboxes that are on the ledger.
+func (c *Controller) known(ctx context.Context, id string) (journal.Key, error) {
+	if c.engine == nil {
+		return journal.Key{}, c.well()
+	}
+	return keyOf(ctx, id)
+}
+
+func keyOf(ctx context.Context, id string) (journal.Key, error) {
+	namespace, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return journal.Key{}, err
+	}
+	return journal.Key{Namespace: namespace, ID: id}, nil
+}
+
+// inCallersTrace is ctx in the span of the front's request, where there is one: containerd's service puts a span between.
+func inCallersTrace(ctx context.Context) context.Context {
+	if call := cri.FromContext(ctx); call != nil {
+		return trace.ContextWithSpan(ctx, trace.SpanFromContext(call.Caller))
+	}
+	return ctx
+}
+
+// attributes are those of the spans of a sandbox, as far as it is known.
+func (c *Controller) attributes(key journal.Key) []attribute.KeyValue {
+	view, ok := c.find(key)
+	if !ok {
+		return []attribute.KeyValue{tracing.SandboxID.String(key.ID)}
+	}
+	return request(key, view.Spec.(*Spec)).Attributes
+}
+
+// inCreationTrace is ctx in the trace of the sandbox's creation if it is in none: when NRI or the store fails a creation, containerd's
+// service cleans up with a context of its own.
+func (c *Controller) inCreationTrace(ctx context.Context, key journal.Key) context.Context {
+	view, ok := c.find(key)
+	if !ok || trace.SpanContextFromContext(ctx).IsValid() {
+		return ctx
+	}
+	return trace.ContextWithRemoteSpanContext(ctx, tracing.FromParent(view.TraceParent))
+}
