@@ -19,7 +19,7 @@ import (
 )
 
 // firstFormat is the commit that fixes what the first release, 0.1.0, writes. Every later commit reads it, and is read by it.
-const firstFormat = "72ccd780861a82932871be9920aebf692fc920a4"
+const firstFormat = "68069533defbfe1980987cb0d596069a5804a491"
 
 // A node is upgraded from the first release to this build and downgraded again, with pods in every state. Each time, the daemon is killed
 // in the middle of everything.
