@@ -400,8 +400,8 @@ spec:
 	ns.exec(t, "probed", "rm", "/state/alive")
 	ns.wait(t, "pod/probed", "jsonpath={.status.containerStatuses[0].restartCount}=1")
 	ns.wait(t, "pod/probed", "condition=Ready")
+	ns.wait(t, "pod/probed", "jsonpath={.status.containerStatuses[0].lastState.terminated.reason}=Error")
 	require.NotEqual(t, before.ContainerID, main().ContainerID)
-	require.NotZero(t, main().LastTerminationState.Terminated)
 }
 
 // looked are the pods that kubectl looks into.
