@@ -110,7 +110,7 @@ type stepResult struct {
 	err            error
 }
 
-// execute plans, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
+// execute reserves, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
 func (s *sandbox) execute(ctx context.Context, step Step) (out stepResult) {
 	out.ctx, out.started = ctx, time.Now()
 	out.err = Protect(func() error { return s.do(step, &out) })
@@ -152,12 +152,6 @@ func (s *sandbox) do(step Step, out *stepResult) (err error) {
 // end sets the end as far behind the beginning as the step has taken, so that the record of it says the same duration after a restart,
 // whatever has become of the wall clock.
 func (out *stepResult) end() { out.ended = out.started.Add(time.Since(out.started)) }
-
-// skipped says that the step had nothing to do.
-func (out *stepResult) skipped() bool {
-	_, skipped := out.result.(*Skipped)
-	return skipped
-}
 
 // conclude puts on record that a step has gone well, and where a step of the creation path leads.
 func (s *sandbox) conclude(step Step, out *stepResult) error {
@@ -226,6 +220,9 @@ func (s *sandbox) takeResult(step Step, out stepResult) error {
 	name, canceled := step.Declaration().Name, s.creation.err != nil
 	if out.err == nil && !canceled {
 		out.err = s.conclude(step, &out)
+	}
+	if canceled {
+		out.result = nil // it is on no record
 	}
 	s.keepResult(step, out, canceled)
 	switch {

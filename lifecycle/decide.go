@@ -31,6 +31,8 @@ type evidence struct {
 	Exited      bool // its process has ended, by the records
 	// Found says that the host shows all that a ready sandbox has. The host is looked at only where mayLive says so.
 	Found bool
+	// Unsure says that the host was looked at, and has not answered in time.
+	Unsure bool
 }
 
 // Work is what recovery does for a sandbox.
@@ -71,6 +73,8 @@ func decide(e evidence) Action {
 		return Action{Work: WorkDrop, Sweep: true}
 	case e.Found && e.mayLive():
 		return Action{Work: WorkAdopt, State: states.Ready, Claim: Taken}
+	case e.Unsure && e.mayLive():
+		return Action{Work: WorkKeep, State: states.Quarantined, Claim: Taken} // nothing is undone of what may live
 	}
 	a := Action{Lost: e.lost()}
 	a.State = e.moved(a.Lost)

@@ -18,11 +18,11 @@ func allEvidence(f func(evidence)) {
 		creating := slices.Contains(path[:len(path)-1], state)
 		for _, goal := range []states.State{"", states.RolledBack, states.Stopped, states.Removed, "Frozen"} {
 			for claim := Unclaimed; claim <= Discarded; claim++ {
-				for bits := range 1 << 13 {
+				for bits := range 1 << 14 {
 					bit := func(n int) bool { return bits&(1<<n) != 0 }
 					e := evidence{
 						State: state, Goal: goal, Creating: creating, Claim: claim,
-						Unrecorded: bit(0), Unspecified: bit(1), OnlyLasting: bit(2), Whole: bit(3), Exited: bit(4), Found: bit(5), Broken: bit(12),
+						Unrecorded: bit(0), Unspecified: bit(1), OnlyLasting: bit(2), Whole: bit(3), Exited: bit(4), Found: bit(5), Broken: bit(12), Unsure: bit(13),
 						Outside: Outside{
 							Rebooted: bit(6), Damaged: bit(7), Incomplete: bit(8), Forgotten: bit(8) && bit(9), Served: bit(9), Listed: bit(10), Started: bit(10) && bit(11),
 						},
@@ -41,6 +41,8 @@ func (e evidence) possible() bool {
 	switch {
 	case e.Unrecorded:
 		return e.State == states.New && e.Unspecified && e.OnlyLasting && !e.Whole && !e.Broken && !e.Exited && !e.Rebooted && e.Claim == Unclaimed && e.Goal == ""
+	case e.Found && e.Unsure:
+		return false
 	case e.Incomplete || e.Forgotten:
 		return false // it makes no difference for what is on record
 	case e.Whole && (e.OnlyLasting || e.Creating), e.State == states.Ready && !e.Whole && !e.Broken:
@@ -72,6 +74,7 @@ func TestDecisions(t *testing.T) {
 			{"a healthy pod runs on", !(e.State == states.Ready && e.Whole && !e.Rebooted && !e.Exited && !e.Unspecified && asked) ||
 				a.Work == WorkAdopt && !a.Lost && !a.Sweep},
 			{"a pod that the host shows runs on", !(e.Found && e.mayLive()) || a.Work == WorkAdopt && a.State == states.Ready && !a.Lost && !a.Sweep},
+			{"nothing is undone of what may live", !(e.Unsure && e.mayLive()) || a == Action{Work: WorkKeep, State: states.Quarantined, Claim: Taken}},
 			{"nothing is adopted after a reboot", !e.Rebooted || a.Work != WorkAdopt},
 			{"nothing is adopted whose process has ended", !e.Exited || a.Work != WorkAdopt},
 			{"nothing is adopted that isn't ready", a.Work != WorkAdopt || after.State == states.Ready},

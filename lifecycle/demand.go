@@ -79,7 +79,7 @@ func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 	if err != nil {
 		err = late(ctx, err)
 	}
-	tracing.End(span, err)
+	s.aside(func() { tracing.End(span, err) })
 	act.Ended, act.Err = time.Now(), err
 	s.setActing(act.Step, "", time.Time{})
 	s.acted(ctx, act, outcomeOf(err))

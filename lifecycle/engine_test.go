@@ -1013,3 +1013,26 @@ func TestNotesThatAreRepeatedAreKeptTwice(t *testing.T) {
 	}
 	require.Equal(t, []any{&testResult{"bridge"}, &testResult{"portmap"}, &testResult{"bridge"}, &testResult{"portmap"}}, r.Notes())
 }
+
+// A step that ends well after its creation was given up leaves no result: none is on record.
+func TestResultOfAStepThatCameTooLate(t *testing.T) {
+	w := newWorld(t)
+	reached := make(chan struct{})
+	w.do[declareReady] = func(ctx context.Context) error {
+		close(reached)
+		<-ctx.Done()
+		return nil
+	}
+	var result any
+	w.undo[startPause] = func() error {
+		result = w.view(t).Step(declareReady).Result
+		return nil
+	}
+	w.create(t)
+	ended := make(chan error, 1)
+	go func() { ended <- w.Start(context.Background(), testKey) }()
+	<-reached
+	w.PauseExited(testKey, Exit{Code: 1})
+	require.Error(t, <-ended)
+	require.Nil(t, result)
+}

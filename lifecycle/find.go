@@ -71,6 +71,7 @@ func (s *sandbox) find(ctx context.Context) {
 		select {
 		case <-time.After(findAgain):
 		case <-ctx.Done():
+			s.dossier.unsure = err
 			entry.Error("sandbox: records are lost, cannot determine whether the sandbox runs")
 			return
 		}

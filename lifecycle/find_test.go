@@ -154,7 +154,11 @@ func TestLooksWithoutAnAnswer(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		w := old.restartHiding(t, ctx, func(states.Event) error { return errors.New("no answer") })
-		require.Equal(t, states.NotReady, w.state(t))
+		require.Equal(t, states.Quarantined, w.state(t))
+		require.ErrorContains(t, w.view(t).Err, "no answer")
+		require.NoError(t, w.Resume(t.Context(), testKey))
+		require.Empty(t, w.acted(), "nothing is undone of what may live")
+		require.NoError(t, w.Remove(t.Context(), testKey))
 	})
 	t.Run("a panic", func(t *testing.T) {
 		old, was := withoutLog(t)

@@ -506,3 +506,38 @@ func TestJoined(t *testing.T) {
 	whole, broken = joined(journal.Sandbox{})
 	require.False(t, whole || broken)
 }
+
+// A step of another release that had nothing to do leaves nothing to undo, also where the removal takes two tries.
+func TestSkippedStepOfALaterRelease(t *testing.T) {
+	old := newWorld(t)
+	require.NoError(t, old.run(t))
+	skipped, err := journal.Marshal(&Skipped{Reason: "no label"})
+	require.NoError(t, err)
+	old.book.records = slices.Insert(old.book.records, 3, // after the first step
+		journal.Record{Key: testKey, Kind: journal.Intent, Step: "label_pod", Release: "v9"},
+		journal.Record{Key: testKey, Kind: journal.Done, Step: "label_pod", Release: "v9", Data: skipped})
+	w := old.restart(t, kept)
+	w.engineWaits()
+	require.NoError(t, w.Resume(t.Context(), testKey))
+	fails := true
+	w.undo[attachNetwork] = func() error {
+		if fails {
+			fails = false
+			return errors.New("no luck")
+		}
+		return nil
+	}
+	require.ErrorContains(t, w.Remove(t.Context(), testKey), "no luck")
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Empty(t, w.left())
+}
+
+// Where records were lost and made again, another release's step may come before what it holds. It is undone first all the same.
+func TestHolderIsUndoneFirst(t *testing.T) {
+	s := newSandbox(&Engine{table: testTable}, testKey, Request{})
+	s.begun = []states.Event{"label_pod", allocateIDs, startPause}
+	s.steps["label_pod"] = &stepRecord{holds: []states.Event{allocateIDs, startPause}}
+	order := s.order()
+	require.Greater(t, slices.Index(order, "label_pod"), slices.Index(order, startPause))
+	require.ElementsMatch(t, append(stepNames(), "label_pod"), order)
+}

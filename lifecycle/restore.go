@@ -26,6 +26,7 @@ type dossier struct {
 	onlyLasting bool
 	whole       bool
 	broken      bool
+	unsure      error                // why the host has not shown whether the sandbox lives; nil where it has
 	found       map[states.Event]any // results that the host shows, where records are missing; nil where it doesn't show all of them
 }
 
@@ -76,7 +77,7 @@ func (s *sandbox) evidence() evidence {
 		Outside:    d.outside,
 		Unrecorded: d.unrecorded, Unspecified: d.unspecified, OnlyLasting: d.onlyLasting, Whole: d.whole, Broken: d.broken,
 		State: s.state(), Goal: s.goal, Creating: s.machine.Creating(), Claim: Claim(s.claim.Load()), Exited: s.exit != nil,
-		Found: d.found != nil,
+		Found: d.found != nil, Unsure: d.unsure != nil,
 	}
 }
 
@@ -94,6 +95,9 @@ func (s *sandbox) mark(a Action) error {
 	case states.NotReady:
 		return s.loseReady()
 	case states.Quarantined:
+		if unsure := s.dossier.unsure; unsure != nil {
+			return s.quarantine(fmt.Errorf("records of sandbox %q are lost, and the host did not show in time whether the sandbox runs: %w: %w", s.key.ID, unsure, errdefs.ErrDataLoss))
+		}
 		return s.quarantine(fmt.Errorf("this release can't read the specification of sandbox %q: %w", s.key.ID, errdefs.ErrDataLoss))
 	default:
 		return nil

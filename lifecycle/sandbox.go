@@ -131,8 +131,8 @@ func (s *sandbox) unaccept(ctx context.Context) {
 	})
 }
 
-// append writes one record of this sandbox to the ledger, with data in it, and sets its release where it has none, and its time, which has a monotonic clock: durations are
-// measured by that, as long as this process knows both of their ends.
+// append writes one record of this sandbox to the ledger, with data in it. It sets the record's release where it has none, and its time,
+// which has a monotonic clock: durations are measured by that, as long as this process knows both of their ends.
 func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
 	r.Key, r.Release, r.TraceParent = s.key, cmp.Or(r.Release, s.engine.release), tracing.Parent(ctx)
 	if r.At.IsZero() {

@@ -108,6 +108,12 @@ type recorded struct {
 	result any
 }
 
+// skipped says that the step had nothing to do.
+func (r *recorded) skipped() bool {
+	_, skipped := r.result.(*Skipped)
+	return skipped
+}
+
 // Plan is what the step's own Reserve returned; nil before.
 func (r *Run) Plan() any { return r.steps[r.step].plan }
 

@@ -63,7 +63,7 @@ func (s *sandbox) stepNamed(name states.Event) Step {
 	if ok && rec.unknown == "" {
 		return known
 	}
-	unknown := &unknownStep{skipped: rec.status == StepSkipped, reason: s.unknownTo(name)}
+	unknown := &unknownStep{skipped: rec.skipped(), reason: s.unknownTo(name)}
 	if ok {
 		unknown.declared = known.Declaration()
 	} else {
@@ -102,5 +102,34 @@ func (s *sandbox) order() []states.Event {
 		}
 		after = at + 1
 	}
+	return s.holdersLast(order)
+}
+
+// holdersLast moves each step behind the last of those that it holds: what is on record of a sandbox whose records were lost may have them
+// in another order.
+func (s *sandbox) holdersLast(order []states.Event) []states.Event {
+	for range order { // each pass puts one more in its place
+		for i, name := range order {
+			last := i
+			for _, held := range s.holds(name) {
+				last = max(last, slices.Index(order, held))
+			}
+			if last > i {
+				order = slices.Insert(slices.Delete(order, i, i+1), last, name)
+				break
+			}
+		}
+	}
 	return order
+}
+
+// holds are the steps that one holds, by this release's declaration, or as recorded by another.
+func (s *sandbox) holds(name states.Event) []states.Event {
+	if known, ok := s.engine.step(name); ok {
+		return known.Declaration().Holds
+	}
+	if rec, ok := s.steps[name]; ok {
+		return rec.holds
+	}
+	return nil
 }

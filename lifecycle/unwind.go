@@ -315,6 +315,9 @@ func (s *sandbox) settleStep(name states.Event) {
 	defer s.mu.Unlock()
 	if rec := s.steps[name]; rec.status == StepOwed {
 		rec.status, rec.undoErr = StepDone, nil
+		if rec.skipped() {
+			rec.status = StepSkipped
+		}
 	}
 }
 

@@ -64,7 +64,7 @@ type pauseTask struct {
 func (t *taskService) find(ctx context.Context, id string) (pauseTask, bool) {
 	controller := t.of.Load()
 	namespace, ok := namespaces.Namespace(ctx)
-	if controller == nil || controller.node == nil || !ok {
+	if controller == nil || controller.engine == nil || !ok {
 		return pauseTask{}, false
 	}
 	key := journal.Key{Namespace: namespace, ID: id}

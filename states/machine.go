@@ -39,10 +39,6 @@ func (m *Machine) Current() State {
 	return m.state
 }
 
-// Known says whether the table has the current state. A record of another release
-// may have led to one that it doesn't have.
-func (m *Machine) Known() bool { return m.table.knows(m.Current()) }
-
 // Creating says whether the sandbox is on the creation path before [Ready], on
 // that of another release, too.
 func (m *Machine) Creating() bool {
