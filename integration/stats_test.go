@@ -144,9 +144,7 @@ func TestStatsLikeStock(t *testing.T) {
 			return count
 		}
 		check := func() {
-			resp, err := n.HTTP().Get("http://" + ip)
-			require.NoError(t, err)
-			resp.Body.Close()
+			requirePage(t, n, ip)
 			received, sent := inside("rx_bytes"), inside("tx_packets")
 			require.NotZero(t, received)
 			for asked, stats := range podStats(t, n, pod) {
