@@ -106,7 +106,7 @@ lts := github.com/containerd/containerd/v2@v2.3.7 github.com/containerd/containe
 compat: deps ## Run the tests of the library packages with containerd's long-term release, 2.3
 	@mkdir -p .build; cp go.mod .build/compat.mod; cp go.sum .build/compat.sum
 	go get -modfile=.build/compat.mod $(lts)
-	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/plugin$$\|/cmd/containerd-podfsm$$')
+	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/plugin\b\|/cmd/containerd-podfsm$$')
 
 .PHONY: lint
 lint: ## Look for mistakes with go vet and staticcheck
