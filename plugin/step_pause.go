@@ -127,6 +127,16 @@ func specOf(record containers.Container) (*specs.Spec, error) {
 	return spec, nil
 }
 
+// container is the record of a sandbox's container, and the OCI specification in it.
+func (n *node) container(ctx context.Context, id string) (containers.Container, *specs.Spec, error) {
+	record, err := n.containers.Get(ctx, id)
+	if err != nil {
+		return containers.Container{}, nil, err
+	}
+	oci, err := specOf(record)
+	return record, oci, err
+}
+
 // describe builds pause's container, and makes nothing.
 func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pause.CreateRequest, error) {
 	spec := r.Spec.(*Spec)
@@ -254,11 +264,7 @@ func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.E
 
 // Find finds pause by its cgroup, and what else was known of it by the container's record.
 func (s *startPause) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
-	record, err := s.containers.Get(ctx, r.Key.ID)
-	if err != nil {
-		return nil, err
-	}
-	oci, err := specOf(record)
+	record, oci, err := s.container(ctx, r.Key.ID)
 	if err != nil {
 		return nil, err
 	}

@@ -35,11 +35,7 @@ func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	record, err := s.containers.Get(ctx, r.Key.ID)
-	if err != nil {
-		return nil, err
-	}
-	oci, err := specOf(record)
+	_, oci, err := s.container(ctx, r.Key.ID)
 	if err != nil {
 		return nil, err
 	}
