@@ -133,10 +133,7 @@ func (h *history) foldMove(record *journal.Record) error {
 	if err := present(record.State, "state"); err != nil {
 		return err
 	}
-	h.goal = states.State(record.Goal)
 	switch states.State(record.State) {
-	case states.CleanupOwed:
-		return present(record.Goal, "goal")
 	case states.Stopped:
 		h.settle()
 	case states.RollingBack:
@@ -150,7 +147,6 @@ func (h *history) foldDebt(record *journal.Record) error {
 		return err
 	}
 	h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
-	h.goal = states.State(record.Goal)
 	h.owe(record)
 	return nil
 }
@@ -221,8 +217,13 @@ func (h *history) settle() {
 	}
 }
 
-// enter takes the transition that a record stands for.
+// enter takes the transition that a record of any kind stands for. Only a debt has a goal, and never none: its cleanup would lead nowhere.
 func (h *history) enter(record *journal.Record) error {
+	if states.State(record.State) == states.CleanupOwed {
+		if err := present(record.Goal, "goal"); err != nil {
+			return err
+		}
+	}
 	done := record.Kind == journal.Done
 	t := Transition{
 		Seq: record.Nth, At: record.At, After: record.After, Event: states.Event(record.Event), From: states.State(record.From), To: states.State(record.State),
@@ -240,6 +241,7 @@ func (h *history) enter(record *journal.Record) error {
 	if err := h.machine.Take(states.Transition{From: t.From, Event: t.Event, To: t.To}, done); err != nil {
 		return err
 	}
+	h.goal = states.State(record.Goal)
 	h.keep(t)
 	return nil
 }
