@@ -264,6 +264,10 @@ func (s *sandbox) touchAll() {
 // resumeParallel is how many sandboxes are undone at a time, or looked at again, for nobody who waits.
 const resumeParallel = 8
 
+// Hold keeps back what the engine does for no caller: the cleanups of restored sandboxes, and retries. Requests don't wait. It must be
+// called before [Engine.Restore]. release ends it; all its calls but the first do nothing.
+func (e *Engine) Hold() (release func()) { return e.turns.hold() }
+
 // Resume takes up a restored sandbox. A sandbox that was ready is looked at before Resume returns; everything that has to be
 // undone is undone afterwards, some sandboxes at a time. A request for a sandbox doesn't wait for its turn. An error means that nobody
 // knows whether a ready sandbox's process lives: it stays as it is, and is looked at again.

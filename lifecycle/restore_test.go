@@ -169,7 +169,8 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 	})
 }
 
-// What a restart has left undone is undone some sandboxes at a time, and one whose undo hangs keeps nobody else from being stopped.
+// What a restart has left undone waits while the engine is held, for nobody's request, and is then undone some sandboxes at a time. One
+// whose undo hangs keeps nobody else from being stopped.
 func TestRestartUndoesSomeAtATime(t *testing.T) {
 	const sandboxes = 3 * resumeParallel
 	old := interrupted(t, attachNetwork)
@@ -178,10 +179,12 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	for i := range saved {
 		saved[i] = journal.Sandbox{Key: journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}, Records: old.book.saved()[0].Records}
 	}
+	begin := w.Hold()
 	w.Restore(t.Context(), saved, func(_ journal.Key, spec any) Request { return Request{Spec: spec} }, outsideOf(begun))
 	release := make(chan struct{})
-	var undoing, most atomic.Int32
+	var undoing, most, all atomic.Int32
 	w.undo[attachNetwork] = func() error {
+		all.Add(1)
 		if now := undoing.Add(1); now > most.Load() {
 			most.Store(now)
 		}
@@ -192,7 +195,14 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	for _, s := range saved {
 		require.NoError(t, w.Resume(t.Context(), s.Key))
 	}
-	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel }, 10*time.Second, time.Millisecond)
+	first := make(chan error)
+	go func() { first <- w.Stop(t.Context(), saved[0].Key) }()
+	require.Eventually(t, func() bool { return undoing.Load() == 1 }, 10*time.Second, time.Millisecond, "a request doesn't wait")
+	require.EqualValues(t, 1, all.Load(), "all others wait")
+	for range 2 { // the second does nothing
+		begin()
+	}
+	require.Eventually(t, func() bool { return undoing.Load() >= resumeParallel }, 10*time.Second, time.Millisecond)
 	require.Len(t, w.List(), sandboxes)
 
 	asked := make(chan error)
@@ -200,6 +210,7 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel+1 }, 10*time.Second, time.Millisecond, "a request doesn't wait for its turn")
 	close(release)
 	require.NoError(t, <-asked)
+	require.NoError(t, <-first)
 	require.Eventually(t, func() bool { return len(w.List()) == 0 }, 10*time.Second, time.Millisecond)
 	require.EqualValues(t, resumeParallel+1, most.Load())
 }

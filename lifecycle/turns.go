@@ -35,3 +35,16 @@ func (t *turns) give() {
 	t.mu.Unlock()
 	next()
 }
+
+// hold keeps the turns that are free until the returned function is called, which gives them back.
+func (t *turns) hold() (release func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	held := t.free
+	t.free = 0
+	return sync.OnceFunc(func() {
+		for range held {
+			t.give()
+		}
+	})
+}

@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"context"
-	"sync"
 	"time"
 
 	"github.com/containerd/log"
@@ -15,27 +14,11 @@ import (
 // checkParallel is how many adopted sandboxes are checked at a time.
 const checkParallel = 2
 
-// checks are the looks at the sandboxes that a restart has adopted, in the background.
-type checks struct {
-	once   sync.Once
-	cancel context.CancelFunc
-	work   sync.WaitGroup
-}
-
-// checkAdopted asks of all ready sandboxes, once, whether they are as they were made. It must be called when all have been adopted, and
-// does not wait.
-func (c *Controller) checkAdopted() {
+// checkAdopted asks of all ready sandboxes, once, whether they are as they were made.
+func (c *Controller) checkAdopted(ctx context.Context) {
 	if c.engine == nil {
 		return
 	}
-	c.checks.once.Do(func() {
-		var ctx context.Context
-		ctx, c.checks.cancel = context.WithCancel(context.Background())
-		c.checks.work.Go(func() { c.checkAll(ctx) })
-	})
-}
-
-func (c *Controller) checkAll(ctx context.Context) {
 	begun, adopted := time.Now(), 0
 	var group errgroup.Group
 	group.SetLimit(checkParallel)
@@ -68,12 +51,4 @@ func (c *Controller) check(ctx context.Context, view lifecycle.View) {
 	case <-rest.C:
 	case <-ctx.Done():
 	}
-}
-
-// close ends the checks and waits for them.
-func (c *checks) close() {
-	if c.cancel != nil {
-		c.cancel()
-	}
-	c.work.Wait()
 }

@@ -37,10 +37,7 @@ func TestCheckAdopted(t *testing.T) {
 			return nil
 		}
 		begun := time.Now()
-		for range 2 { // the second does nothing
-			w.checkAdopted()
-		}
-		w.checks.work.Wait()
+		w.checkAdopted(t.Context())
 		require.EqualValues(t, pods-1, all.Load())
 		require.EqualValues(t, checkParallel, most.Load())
 		require.Equal(t, 20*time.Second, time.Since(begun), "half of the time they rest")
@@ -63,7 +60,9 @@ func TestCheckAdoptedEnds(t *testing.T) {
 		<-ctx.Done()
 		return ctx.Err()
 	}
-	w.checkAdopted()
+	w.background.release = func() {}
+	w.startBackground()
+	w.background.end()
 	<-reached
 	<-reached
 	require.NoError(t, w.Close())
@@ -73,6 +72,6 @@ func TestCheckAdoptedEnds(t *testing.T) {
 // A controller without an engine, or that is closed before it has checked anything, has nothing to end.
 func TestCheckAdoptedWithoutEngine(t *testing.T) {
 	c := &Controller{}
-	c.checkAdopted()
+	c.checkAdopted(t.Context())
 	require.NoError(t, c.Close())
 }

@@ -21,6 +21,7 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/history"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -45,8 +46,8 @@ type Controller struct {
 	publishing *relay[*podfsmv1.SandboxTransition]
 	exchange   eventExchange // containerd's events
 	tasks      podTasks
-	checks     checks
-	exam       examination
+	doctor     *doctor.Doctor // of the node
+	background background
 	looks      looks
 	drain      drain
 
@@ -63,6 +64,7 @@ func initController(ic *plugin.InitContext) (any, error) {
 	c.meters = newMeters(c)
 	c.opened(func() error { return c.open(ic) })
 	c.callDoctor(ic)
+	c.startBackground()
 	if c.refusal != nil {
 		log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
 	}
@@ -110,6 +112,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err := c.openProcesses(ic, config); err != nil {
 		return err
 	}
+	c.background.release = c.engine.Hold()
 	if err := c.recover(ic.Context, client, c.gc); err != nil {
 		return fmt.Errorf("failed to take up the sandboxes of the last run: %w", err)
 	}
@@ -257,8 +260,10 @@ func (c *Controller) Close() error {
 	if c.meters != nil {
 		prometheus.Unregister(c.meters)
 	}
-	c.checks.close()
-	c.exam.close()
+	if c.doctor != nil {
+		c.doctor.Close()
+	}
+	c.background.close()
 	if c.engine != nil {
 		c.closeEngine()
 	}

@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/plugins"
@@ -20,13 +19,6 @@ import (
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
-
-// examination is the node's doctor, and what it does when containerd starts.
-type examination struct {
-	doctor *doctor.Doctor
-	once   sync.Once
-	work   sync.WaitGroup
-}
 
 // callDoctor makes the doctor of this node, whatever has become of the rest of the controller: who can't run pods has most to ask of it.
 // It never fails containerd's start.
@@ -43,7 +35,7 @@ func (c *Controller) makeDoctor(ic *plugin.InitContext) {
 	if c.node != nil {
 		groups = c.node.groups
 	}
-	c.exam.doctor = doctor.New(doctor.Node{
+	c.doctor = doctor.New(doctor.Node{
 		Proc:       "/proc",
 		Sys:        "/sys",
 		Etc:        "/etc",
@@ -60,7 +52,7 @@ func (c *Controller) makeDoctor(ic *plugin.InitContext) {
 		Ledger:     func() (doctor.Ledger, error) { return c.examineLedger(rootDir, stateDir) },
 	})
 	if c.node != nil {
-		c.node.doctor = c.exam.doctor
+		c.node.doctor = c.doctor
 	}
 }
 
@@ -142,17 +134,13 @@ func (c *Controller) examineLedger(rootDir, stateDir string) (doctor.Ledger, err
 	return l, nil
 }
 
-// examineAtStart examines the node once, without keeping containerd's start waiting, and logs what is wrong.
-func (c *Controller) examineAtStart() {
-	if c.exam.doctor == nil {
+// examineAtStart examines the node once, and logs what is wrong.
+func (c *Controller) examineAtStart(ctx context.Context) {
+	if c.doctor == nil {
 		return
 	}
-	c.exam.once.Do(func() {
-		c.exam.work.Go(func() {
-			begun := time.Now()
-			logFindings(c.exam.doctor.Examine(context.Background()), begun)
-		})
-	})
+	begun := time.Now()
+	logFindings(c.doctor.Examine(ctx), begun)
 }
 
 // logFindings has a line for each failure, and one for the rest.
@@ -168,12 +156,4 @@ func logFindings(found []doctor.Finding, begun time.Time) {
 	}
 	log.L.WithFields(log.Fields{"warnings": warnings, "seconds": time.Since(begun).Seconds()}).
 		Infof("podfsm: doctor: made %d checks, with %d warnings; podfsm doctor shows them", len(found), len(warnings))
-}
-
-// close ends the examination and waits for it.
-func (e *examination) close() {
-	if e.doctor != nil {
-		e.doctor.Close()
-	}
-	e.work.Wait()
 }

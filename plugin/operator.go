@@ -29,8 +29,7 @@ type api struct {
 // Register puts the service on containerd's gRPC server, which is about to serve: all plugins have been loaded.
 func (a *api) Register(server *grpc.Server) error {
 	podfsmv1.RegisterSandboxesServer(server, a)
-	a.controller.checkAdopted()
-	a.controller.examineAtStart()
+	a.controller.background.loaded()
 	return nil
 }
 
@@ -177,10 +176,10 @@ func (a *api) leaks(ctx context.Context, fix bool) (*podfsmv1.LeaksResponse, err
 
 // Doctor examines the node.
 func (a *api) Doctor(ctx context.Context, _ *podfsmv1.DoctorRequest) (*podfsmv1.DoctorResponse, error) {
-	if a.controller.exam.doctor == nil {
+	if a.controller.doctor == nil {
 		return nil, errgrpc.ToGRPC(a.controller.well())
 	}
-	return records.Examination(a.controller.exam.doctor.Examine(ctx)), nil
+	return records.Examination(a.controller.doctor.Examine(ctx)), nil
 }
 
 func (a *api) engine() (*lifecycle.Engine, error) {

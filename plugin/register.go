@@ -94,14 +94,14 @@ func wrapStock() {
 // still serves every pod that isn't ours.
 func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitContext) (any, error) {
 	return func(ic *plugin.InitContext) (any, error) {
-		instance, err := stock(ic)
-		if err != nil {
-			return instance, err
-		}
 		controller, err := registered(ic)
 		if err != nil {
 			log.G(ic.Context).WithError(err).Warn("podfsm: its sandbox controller isn't loaded, so the CRI service has no front")
-			return instance, nil
+			return stock(ic)
+		}
+		instance, err := stock(controller.watching(ic))
+		if err != nil {
+			return instance, err
 		}
 		front, err := cri.New(instance, controller, controller.limits.unclaimed, readStreaming(ic))
 		if err != nil {

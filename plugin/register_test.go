@@ -247,9 +247,12 @@ func TestAPIWithoutController(t *testing.T) {
 		}
 		_, err := r.InitFn(loaded(t, nil, errors.New("disabled")))
 		require.ErrorContains(t, err, "disabled")
-		instance, err := r.InitFn(loaded(t, &Controller{}, nil))
+		c := &Controller{}
+		c.startBackground()
+		instance, err := r.InitFn(loaded(t, c, nil))
 		require.NoError(t, err)
 		require.NoError(t, instance.(*api).Register(grpc.NewServer()))
+		require.NoError(t, c.Close())
 		return
 	}
 	t.Fatal("the service isn't registered")
