@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/protobuf/proto"
@@ -246,7 +245,8 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
-	resp, err := s.RuntimeServiceServer.StopPodSandbox(untornDown(with(ctx, &Call{}), id), r)
+	held, sayTornDown := holdTornDown(with(ctx, &Call{}), id)
+	resp, err := s.RuntimeServiceServer.StopPodSandbox(held, r)
 	if err != nil {
 		return nil, err
 	}
@@ -254,7 +254,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	if err := s.sandboxes.StopPod(ctx, id); err != nil {
 		return nil, err
 	}
-	log.G(ctx).Info(tornDown(id))
+	sayTornDown()
 	return resp, nil
 }
 
@@ -272,7 +272,8 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	ctx, span := tracing.Start(ctx, tracing.SpanRemove, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
-	resp, err := s.RuntimeServiceServer.RemovePodSandbox(untornDown(with(ctx, &Call{}), id), r)
+	held, sayTornDown := holdTornDown(with(ctx, &Call{}), id)
+	resp, err := s.RuntimeServiceServer.RemovePodSandbox(held, r)
 	if err != nil {
 		return nil, err
 	}
@@ -281,7 +282,7 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	if err := s.sandboxes.RemovePod(ctx, id); err != nil {
 		return nil, err
 	}
-	log.G(ctx).Info(tornDown(id))
+	sayTornDown()
 	return resp, nil
 }
 

@@ -51,6 +51,10 @@ func TestTornDownIsSaidAfterDEL(t *testing.T) {
 			_, err := s.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: "s1"})
 			return err
 		}, owed, 0},
+		"pod that is gone already": {func(s *service, ctx context.Context) error {
+			_, err := s.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: "gone"})
+			return err
+		}, nil, 0},
 		"another handler's pod": {func(s *service, ctx context.Context) error {
 			_, err := s.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: "s2"})
 			return err
@@ -64,11 +68,13 @@ func TestTornDownIsSaidAfterDEL(t *testing.T) {
 					return &runtime.StopPodSandboxResponse{}, nil
 				},
 				remove: func(ctx context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
-					says(ctx, r.GetPodSandboxId())
+					if r.GetPodSandboxId() != "gone" {
+						says(ctx, r.GetPodSandboxId())
+					}
 					return &runtime.RemovePodSandboxResponse{}, nil
 				},
 			}
-			c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}}}
+			c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}, "gone": {Config: podConfig()}}}
 			early := func(context.Context, string) error {
 				require.NotContains(t, out.String(), line, "before DEL")
 				return tc.err
@@ -76,6 +82,10 @@ func TestTornDownIsSaidAfterDEL(t *testing.T) {
 			c.stop, c.remove = early, early
 			require.ErrorIs(t, tc.call(newFront(t, s, c), ctx), tc.err)
 			require.Equal(t, tc.want, strings.Count(out.String(), line), out.String())
+			require.NotContains(t, out.String(), `\"gone\"`)
+			if name == "pod that is gone already" {
+				return
+			}
 			require.Regexp(t, `level=debug msg="all else is said" caller=kubelet id=s\d`, out.String())
 			if name == "another handler's pod" {
 				require.Contains(t, out.String(), `level=info msg="TearDown network for sandbox \"s2\" successfully" caller=kubelet`)
