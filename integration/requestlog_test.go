@@ -72,7 +72,14 @@ func makeRequests(t *testing.T, n *harness.Node, handler string) (from int) {
 		require.NoError(t, call())
 	}
 	nobody := strings.Repeat("0", 64)
+	badWidth := n.PodConfig("pod", harness.HostUsers(), func(c *runtime.PodSandboxConfig) {
+		c.Annotations = map[string]string{"kubernetes.io/ingress-bandwidth": "wide"}
+	})
 	for _, call := range []func() error{
+		func() error {
+			_, err := n.RunPod(ctx, handler, badWidth)
+			return err
+		},
 		func() error {
 			return call(ctx, n.Runtime.PodSandboxStatus, &runtime.PodSandboxStatusRequest{PodSandboxId: nobody})
 		},
@@ -151,6 +158,17 @@ func isRequest(l line) bool {
 	return slices.ContainsFunc(methods, func(method string) bool { return strings.HasPrefix(message, method) })
 }
 
+// runError is the error of a pod that doesn't run, which names podfsm's step where containerd has none.
+var runError = regexp.MustCompile(`^error=.* level=error msg=RunPodSandbox`)
+
+// withoutRunErrors are lines without it.
+func withoutRunErrors(texts []string) (rest []string) {
+	for _, text := range texts {
+		rest = append(rest, runError.ReplaceAllString(text, "error=ERROR level=error msg=RunPodSandbox"))
+	}
+	return rest
+}
+
 // networkCounts are how many networks of pods containerd's own metrics have counted.
 func networkCounts(t *testing.T, n *harness.Node) (created, deleted int) {
 	t.Helper()
@@ -192,8 +210,8 @@ func TestLogLikeStock(t *testing.T) {
 	nowCreated, nowDeleted := networkCounts(t, n)
 	require.Equal(t, 1, nowCreated-created, "containerd's metric counts the pod")
 	require.Equal(t, 1, nowDeleted-deleted, "likewise")
-	want := told(stock, unmodified, isRequest)
+	want := withoutRunErrors(told(stock, unmodified, isRequest))
 	require.Greater(t, len(want), 40)
-	require.Equal(t, want, told(n, ours, isRequest))
+	require.Equal(t, want, withoutRunErrors(told(n, ours, isRequest)))
 	n.RequireClean(t, before)
 }
