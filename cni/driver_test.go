@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,7 +16,9 @@ import (
 	"unicode/utf8"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"go.opentelemetry.io/otel"
@@ -374,6 +377,25 @@ func TestHugeStderr(t *testing.T) {
 }
 
 // A plugin that the kernel refuses to execute has done nothing: its DEL, which would fail alike, is not owed.
+// What a plugin says beside its result is for the operator, also when it succeeds.
+func TestStderrIsLogged(t *testing.T) {
+	for name, end := range map[string]string{"success": good("10.1.0.2"), "failure": "exit 1"} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlugins(t)
+			p.script("talker", "echo 'the pool is nearly full' >&2\n"+end)
+			r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"talker"}`))
+			var out bytes.Buffer
+			logger := logrus.New()
+			logger.SetOutput(&out)
+			err := r.add(log.WithLogger(t.Context(), logrus.NewEntry(logger)))
+			require.Equal(t, name == "success", err == nil, "%v", err)
+			require.Equal(t, 1, strings.Count(out.String(), "the pool is nearly full"), out.String())
+			require.Contains(t, out.String(), "level=info")
+			require.Contains(t, out.String(), "/talker")
+		})
+	}
+}
+
 func TestAddNotExecutable(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))

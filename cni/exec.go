@@ -76,13 +76,13 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	case killed:
 		return nil, err
 	case errors.As(err, new(*exec.ExitError)):
-		logStderr(ctx, log.InfoLevel, path, stderr)
+		logStderr(ctx, path, stderr)
 		err = pluginError(err, stdout, stderr)
 	}
 	if err != nil {
 		return nil, errors.Join(err, endGroup(ctx, group))
 	}
-	logStderr(ctx, log.DebugLevel, path, stderr) // a plugin that talks to itself whenever it is run is none of the log's business
+	logStderr(ctx, path, stderr)
 	if stdout.dropped > 0 {
 		err := fmt.Errorf("its result has more than %d bytes: %w", maxStdout, errdefs.ErrResourceExhausted)
 		return nil, errors.Join(err, endGroup(ctx, group))
@@ -91,9 +91,11 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	return stdout.kept, nil
 }
 
-func logStderr(ctx context.Context, level log.Level, path string, stderr *tail) {
+// logStderr logs what a plugin has written to stderr, at a level that is shown by default: with containerd's own handlers it goes to the
+// daemon's stderr as it is.
+func logStderr(ctx context.Context, path string, stderr *tail) {
 	if len(stderr.kept) > 0 {
-		tracing.Log(ctx).Logf(level, "CNI plugin %q wrote to stderr: %q", path, stderr)
+		tracing.Log(ctx).Infof("CNI plugin %q wrote to stderr: %q", path, stderr)
 	}
 }
 

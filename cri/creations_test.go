@@ -311,9 +311,10 @@ func TestUnclaimedExpires(t *testing.T) {
 			return nil
 		},
 	}
-	instance, err := New(endable(&stock{}), c, time.Millisecond, Streaming{})
-	require.NoError(t, err)
-	front := instance.(*server)
+	s := endable(&stock{})
+	in := &instance{s, s, s, s}
+	require.NoError(t, Install(in, c, time.Millisecond, Streaming{}))
+	front := in.RuntimeServiceServer.(*service)
 	select {
 	case id := <-removed:
 		require.Equal(t, "s0", id, "at the third try")
@@ -368,17 +369,17 @@ func TestDiscardedIsNotShown(t *testing.T) {
 func TestCloseEndsCreations(t *testing.T) {
 	r := newRuns(&controller{})
 	s := &stock{run: r.run}
-	instance, err := New(s, &controller{}, time.Hour, Streaming{})
-	require.NoError(t, err)
-	front := instance.(*server)
-	first := runPod(front.service, t.Context(), asks())
+	in := &instance{s, s, s, s}
+	require.NoError(t, Install(in, &controller{}, time.Hour, Streaming{}))
+	front := in.RuntimeServiceServer.(*service)
+	first := runPod(front, t.Context(), asks())
 	<-r.reached
-	require.NoError(t, front.Close())
+	require.NoError(t, in.Close())
 	require.Equal(t, 1, s.closed)
 	got := <-first
 	require.True(t, errdefs.IsUnavailable(got.err), "%v", got.err)
 	require.ErrorContains(t, got.err, "containerd is stopping")
-	got = <-runPod(front.service, t.Context(), asks())
+	got = <-runPod(front, t.Context(), asks())
 	require.True(t, errdefs.IsUnavailable(got.err), "%v", got.err)
 }
 

@@ -147,13 +147,11 @@ func with(ctx context.Context, call *Call) context.Context {
 
 // service is the CRI as the front serves it.
 type service struct {
-	runtime.RuntimeServiceServer                            // containerd's own
-	images                       runtime.ImageServiceServer // likewise
-	sandboxes                    Sandboxes
-	creations                    *creations
-	initialized                  func() bool // whether containerd's service serves yet
-	streams                      *streams    // port forwards
-	turns                        turns
+	inner     // containerd's own: it serves what the front doesn't
+	sandboxes Sandboxes
+	creations *creations
+	streams   *streams // port forwards
+	turns     turns
 }
 
 // RunPodSandbox runs a pod of ours through containerd's service, detached from its callers: see [service.join]. When it returns an
@@ -247,7 +245,8 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
-	resp, err := s.RuntimeServiceServer.StopPodSandbox(with(ctx, &Call{}), r)
+	held, sayTornDown := holdTornDown(with(ctx, &Call{}), id)
+	resp, err := s.RuntimeServiceServer.StopPodSandbox(held, r)
 	if err != nil {
 		return nil, err
 	}
@@ -255,6 +254,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	if err := s.sandboxes.StopPod(ctx, id); err != nil {
 		return nil, err
 	}
+	sayTornDown()
 	return resp, nil
 }
 
@@ -272,7 +272,8 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	ctx, span := tracing.Start(ctx, tracing.SpanRemove, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
-	resp, err := s.RuntimeServiceServer.RemovePodSandbox(with(ctx, &Call{}), r)
+	held, sayTornDown := holdTornDown(with(ctx, &Call{}), id)
+	resp, err := s.RuntimeServiceServer.RemovePodSandbox(held, r)
 	if err != nil {
 		return nil, err
 	}
@@ -281,6 +282,7 @@ func (s *service) RemovePodSandbox(ctx context.Context, r *runtime.RemovePodSand
 	if err := s.sandboxes.RemovePod(ctx, id); err != nil {
 		return nil, err
 	}
+	sayTornDown()
 	return resp, nil
 }
 

@@ -331,8 +331,8 @@ func (c *controller) StockRemoved(id string) { c.heard = append(c.heard, "stock 
 
 // newFront is a front that ends with the test.
 func newFront(t *testing.T, s *stock, c *controller) *service {
-	front := newService(s, c, time.Hour, Streaming{Address: "127.0.0.1"})
-	t.Cleanup(func() { require.NoError(t, front.close()) })
+	front := newService(inner{s, s, s.IsInitialized}, c, time.Hour, Streaming{Address: "127.0.0.1"})
+	t.Cleanup(func() { require.NoError(t, front.Close()) })
 	return front
 }
 

@@ -4,88 +4,88 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"google.golang.org/grpc"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/records"
 )
 
-// inner is what containerd's CRI plugin instance can do, besides registering itself.
-type inner interface {
-	runtime.RuntimeServiceServer
-	runtime.ImageServiceServer
-	io.Closer
-	IsInitialized() bool
-}
+// Namespace is the containerd namespace of everything that comes by CRI.
+const Namespace = records.Namespace
 
-// tcpRegistrar is the interface of containerd's server for plugins that also serve TCP.
-type tcpRegistrar interface {
-	RegisterTCP(*grpc.Server) error
-}
-
-// server is the front as a plugin instance. Who takes the instance to call the CRI in the same process comes to the front, too.
-type server struct {
-	*service
-	runtime.ImageServiceServer
-	stock io.Closer
-}
-
-// Close ends what the front serves itself and the creations that are under way, then containerd's service.
-func (s *server) Close() error { return errors.Join(s.close(), s.stock.Close()) }
-
-// IsInitialized says whether containerd's service serves yet.
-func (s *server) IsInitialized() bool { return s.initialized() }
-
-// serverWithTCP is the front where containerd's instance serves TCP, too.
-type serverWithTCP struct {
-	*server
-}
-
-// New puts the front on instance, which is containerd's CRI plugin. What it returns registers the CRI on containerd's
-// servers in its place. unclaimed is how long a finished sandbox waits for somebody to claim it. Streams are served as streaming says,
-// which is containerd's own configuration.
-func New(instance any, sandboxes Sandboxes, unclaimed time.Duration, streaming Streaming) (any, error) {
-	in, ok := instance.(inner)
-	if !ok {
-		return nil, fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
+// Install puts the front into instance, which is containerd's CRI plugin, in the place of containerd's own service. Everything that
+// containerd puts around its service stays around the front: the registration on its servers, the namespace, the refusal before the
+// service is initialized, the request log, the translation of errors. unclaimed is how long a finished sandbox waits for somebody to
+// claim it. Streams are served as streaming says, which is containerd's own configuration.
+//
+// An instance of an unknown kind stays as it is: NotImplemented.
+func Install(instance any, sandboxes Sandboxes, unclaimed time.Duration, streaming Streaming) error {
+	initializer, ok := instance.(interface{ IsInitialized() bool })
+	pods, images, closer := part[runtime.RuntimeServiceServer](instance), part[runtime.ImageServiceServer](instance), part[io.Closer](instance)
+	if !ok || pods == nil || images == nil || closer == nil {
+		return fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
 	}
-	front := newService(in, sandboxes, unclaimed, streaming)
+	front := newService(inner{*pods, *images, initializer.IsInitialized}, sandboxes, unclaimed, streaming)
 	for _, id := range sandboxes.Unclaimed() {
 		front.expireAfter(unclaimed, id)
 	}
-	s := &server{service: front, ImageServiceServer: in, stock: in}
-	if _, ok := instance.(tcpRegistrar); ok {
-		return serverWithTCP{s}, nil
+	*pods, *closer = front, closers{front, *closer}
+	return nil
+}
+
+// part is the interface I that the instance of a plugin embeds, to be replaced; nil if it embeds none. containerd's CRI plugin embeds
+// its services in a type that isn't exported; their fields are.
+func part[I any](instance any) *I {
+	value := reflect.Indirect(reflect.ValueOf(instance))
+	if value.Kind() != reflect.Struct {
+		return nil
 	}
-	return s, nil
+	field, ok := value.Type().FieldByName(reflect.TypeFor[I]().Name())
+	if !ok || field.Type != reflect.TypeFor[I]() {
+		return nil
+	}
+	found, err := value.FieldByIndexErr(field.Index)
+	if err != nil || !found.CanSet() || found.IsNil() {
+		return nil
+	}
+	return found.Addr().Interface().(*I)
+}
+
+// closers are closed in their order.
+type closers []io.Closer
+
+// Close closes all, whatever fails.
+func (cs closers) Close() error {
+	var errs []error
+	for _, c := range cs {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// inner is containerd's own CRI service.
+type inner struct {
+	runtime.RuntimeServiceServer
+	images      runtime.ImageServiceServer
+	initialized func() bool // whether it serves yet
 }
 
 func newService(in inner, sandboxes Sandboxes, unclaimed time.Duration, streaming Streaming) *service {
 	return &service{
-		RuntimeServiceServer: in,
-		images:               in,
-		sandboxes:            sandboxes,
-		creations:            newCreations(unclaimed),
-		streams:              newStreams(streaming, sandboxes.Pod),
-		initialized:          in.IsInitialized,
-		turns:                turns{taken: map[attempt]chan struct{}{}},
+		inner:     in,
+		sandboxes: sandboxes,
+		creations: newCreations(unclaimed),
+		streams:   newStreams(streaming, sandboxes.Pod),
+		turns:     turns{taken: map[attempt]chan struct{}{}},
 	}
 }
 
-// close ends what the front serves itself, and waits for the creations that are under way to be rolled back.
-func (s *service) close() error {
+// Close ends what the front serves itself, and waits for the creations that are under way to be rolled back.
+func (s *service) Close() error {
 	err := s.streams.close()
 	s.endCreations()
 	return err
 }
-
-// Register puts the CRI on containerd's socket.
-func (s *server) Register(g *grpc.Server) error {
-	g.RegisterService(instrumented(runtime.RuntimeService_ServiceDesc, s.initialized), s.service)
-	g.RegisterService(instrumented(runtime.ImageService_ServiceDesc, s.initialized), s.ImageServiceServer)
-	return nil
-}
-
-// RegisterTCP puts the CRI on containerd's TCP server.
-func (s serverWithTCP) RegisterTCP(g *grpc.Server) error { return s.Register(g) }

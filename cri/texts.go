@@ -45,5 +45,15 @@ func constant(err error, id string) error {
 	if text == err.Error() {
 		return err
 	}
-	return &redacted{err, text}
+	return &reworded{err, text}
 }
+
+// reworded is an error with another text.
+type reworded struct {
+	error
+	text string
+}
+
+func (r *reworded) Error() string { return r.text }
+
+func (r *reworded) Unwrap() error { return r.error }

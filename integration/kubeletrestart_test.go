@@ -4,7 +4,6 @@ import (
 	"context"
 	"maps"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -55,7 +54,7 @@ func requireRestarts(t *testing.T, n *harness.Node, k *kubelet.Kubelet) {
 	require.NoError(t, k.Start(ctx))
 	for _, name := range late {
 		require.Eventually(t, func() bool {
-			return strings.Count(n.Log(), `msg=RunPodSandbox request="name:\"`+name+"-") > 1
+			return timesAsked(n, name+"-") > 1
 		}, kubeletWait, kubeletTick)
 	}
 	require.NoError(t, n.Faults.Release("bridge.ADD"))

@@ -58,10 +58,29 @@ func Sort(things []Thing) {
 	})
 }
 
-// Pin is the name, in a directory of pinned network namespaces, of that of a sandbox.
-func Pin(id string) string { return pinPrefix + id }
+// PinPrefix begins the names of pinned network namespaces, and StockPinPrefix those of containerd's own, which podfsm's have, too, where
+// an operator wants that: a sandbox's id follows, while containerd's end in a UUID.
+const (
+	PinPrefix      = "podfsm-"
+	StockPinPrefix = "cni-"
+)
 
-const pinPrefix = "podfsm-"
+// Pins are the names that the network namespace of a sandbox may have in a directory of pinned ones.
+func Pins(id string) []string {
+	if !SandboxID.MatchString(id) {
+		return []string{PinPrefix + id}
+	}
+	return []string{PinPrefix + id, StockPinPrefix + id}
+}
+
+// Pinned is the sandbox whose network namespace has a name among the pinned ones.
+func Pinned(name string) (id string, ok bool) {
+	if id, ok := strings.CutPrefix(name, PinPrefix); ok {
+		return id, true
+	}
+	id, ok = strings.CutPrefix(name, StockPinPrefix)
+	return id, ok && SandboxID.MatchString(id)
+}
 
 // Host is where a containerd has the things of its sandboxes.
 type Host struct {
@@ -81,7 +100,7 @@ func (h Host) Marked() ([]Thing, error) {
 			return nil, err
 		}
 		for _, name := range pins {
-			if id, ok := strings.CutPrefix(name, pinPrefix); ok {
+			if id, ok := Pinned(name); ok {
 				things = add(things, NetNS, id, filepath.Join(dir, name))
 			}
 		}

@@ -33,6 +33,20 @@ func TestOnlyIDsOfTheCRIAreLookedAt(t *testing.T) {
 	}
 }
 
+func TestPinned(t *testing.T) {
+	id := strings.Repeat("0a", 32)
+	for _, name := range Pins(id) {
+		got, ok := Pinned(name)
+		require.True(t, ok, name)
+		require.Equal(t, id, got)
+	}
+	require.Equal(t, []string{"podfsm-web"}, Pins("web"), "containerd's names may be anything but a sandbox's id")
+	for _, name := range []string{"cni-67a5b3a1-2f5c-bd3b-8cf3-c4a1be66d5c1", "cni-web", "cni-", "web", id} {
+		_, ok := Pinned(name)
+		require.False(t, ok, name)
+	}
+}
+
 // Without containerd's stores, what has the same name whoever made it is a leak only beside what is podfsm's for sure.
 func TestWithoutStores(t *testing.T) {
 	dir := t.TempDir()
@@ -48,7 +62,7 @@ func TestWithoutStores(t *testing.T) {
 
 	lost, known, stock := strings.Repeat("0a", 32), strings.Repeat("0b", 32), strings.Repeat("0c", 32)
 	require.NoError(t, os.MkdirAll(filepath.Join(dir, "netns"), 0o755))
-	for _, name := range []string{Pin(lost), Pin(known), stock} {
+	for _, name := range []string{PinPrefix + lost, StockPinPrefix + lost, StockPinPrefix + known, stock} {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, "netns", name), nil, 0o444))
 	}
 	for _, id := range []string{lost, known, stock} {
@@ -71,7 +85,8 @@ func TestWithoutStores(t *testing.T) {
 		{Bundle, lost, filepath.Join(dir, "bundles/test", "."+lost)},
 		{Bundle, lost, filepath.Join(dir, "bundles/test", lost)},
 		{Files, lost, lost},
-		{NetNS, lost, filepath.Join(dir, "netns", Pin(lost))},
+		{NetNS, lost, filepath.Join(dir, "netns", StockPinPrefix+lost)},
+		{NetNS, lost, filepath.Join(dir, "netns", PinPrefix+lost)},
 	}, things)
 }
 

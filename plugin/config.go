@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/plugin"
 
 	"github.com/podfsm/podfsm/cri"
+	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -37,6 +38,9 @@ type Config struct {
 	// CNIGC is "auto" for a CNI GC at containerd's start of the networks that no other runtime seems to share, or "off". Default:
 	// "auto".
 	CNIGC string `toml:"cni_gc"`
+	// NetNSPrefix is what the names of pinned network namespaces begin with, before the sandbox's id: "podfsm-", or "cni-" for tools that
+	// look for the names that containerd gives. The namespaces of pods that run keep their names. Default: "podfsm-".
+	NetNSPrefix string `toml:"netns_prefix"`
 	// InitPath is the path of the program podfsm-init that becomes pause. Default: "", which is the one beside the daemon's executable,
 	// else the one in PATH.
 	InitPath string `toml:"init_path"`
@@ -50,7 +54,7 @@ type Config struct {
 }
 
 func defaultConfig() *Config {
-	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto", MinHostID: 1000}
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto", NetNSPrefix: leaks.PinPrefix, MinHostID: 1000}
 }
 
 // timeouts are the parsed durations of a Config, all positive.
@@ -83,6 +87,14 @@ func (c *Config) gc() (bool, error) {
 	default:
 		return false, fmt.Errorf("cni_gc = %q is neither \"auto\" nor \"off\": %w", c.CNIGC, errdefs.ErrInvalidArgument)
 	}
+}
+
+// checkPrefix refuses prefixes under which nobody would find the namespaces again.
+func (c *Config) checkPrefix() error {
+	if c.NetNSPrefix != leaks.PinPrefix && c.NetNSPrefix != leaks.StockPinPrefix {
+		return fmt.Errorf("netns_prefix = %q is neither %q nor %q: %w", c.NetNSPrefix, leaks.PinPrefix, leaks.StockPinPrefix, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 // lowest is the lowest host id that pods may be mapped to.

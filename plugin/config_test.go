@@ -25,6 +25,17 @@ func TestDefaultConfig(t *testing.T) {
 	require.Equal(t, timeouts{cniAdd: 3 * time.Minute, cniDel: 90 * time.Second, runtime: 2 * time.Minute, unclaimed: 2 * time.Minute}, got)
 }
 
+func TestNetNSPrefix(t *testing.T) {
+	for _, prefix := range []string{"podfsm-", "cni-"} {
+		require.NoError(t, (&Config{NetNSPrefix: prefix}).checkPrefix())
+	}
+	for _, prefix := range []string{"", "cni", "../", "other-"} {
+		err := (&Config{NetNSPrefix: prefix}).checkPrefix()
+		require.True(t, errdefs.IsInvalidArgument(err))
+		require.ErrorContains(t, err, `netns_prefix = "`+prefix+`" is neither`)
+	}
+}
+
 func TestLowestHostID(t *testing.T) {
 	got, err := defaultConfig().lowest()
 	require.NoError(t, err)

@@ -150,6 +150,9 @@ func (c *Controller) configure(ic *plugin.InitContext) (*Config, error) {
 	if c.lowest, err = config.lowest(); err != nil {
 		return nil, err
 	}
+	if err := config.checkPrefix(); err != nil {
+		return nil, err
+	}
 	c.policies, err = config.policies(stock)
 	return config, err
 }
@@ -197,6 +200,7 @@ func (c *Controller) openNode(ic *plugin.InitContext, config *Config, client *co
 	}
 	c.node = newNode(c.stock, client, groups, c.limits, c.meters.ran)
 	c.node.policies = c.policies
+	c.node.pinPrefix = config.NetNSPrefix
 	c.node.tasks = taskEvents{c.exchange}
 	pool, err := config.openPool(c.policies, ic.Properties[plugins.PropertyRootDir])
 	if err != nil {

@@ -7,7 +7,6 @@ import (
 	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -151,7 +150,7 @@ func (c *Controller) undisturbed(ctx context.Context, known map[string]bool) err
 		return fmt.Errorf("failed to look for pinned network namespaces: %w", err)
 	}
 	for _, entry := range entries {
-		if id, ours := strings.CutPrefix(entry.Name(), leaks.Pin("")); ours && !known[id] {
+		if id, ours := leaks.Pinned(entry.Name()); ours && !known[id] {
 			return fmt.Errorf("%s/%s is of a podfsm on another containerd, or was left by this one: remove it if it is: %w", c.stock.netNSDir(), entry.Name(), errdefs.ErrFailedPrecondition)
 		}
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -112,13 +112,14 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 		there.leave(id)
 		return nil
 	}
-	instance, err := cri.New(&stockOver{controller: w.Controller}, w.Controller, 5*time.Millisecond, cri.Streaming{})
-	require.NoError(t, err)
-	client := runtime.NewRuntimeServiceClient(serveCRI(t, instance.(interface{ Register(*grpc.Server) error }).Register))
+	stock := &stockOver{controller: w.Controller}
+	client := &criPlugin{RuntimeServiceServer: stock, ImageServiceServer: stock, Closer: &stockCRI{}}
+	require.NoError(t, cri.Install(client, w.Controller, 5*time.Millisecond, cri.Streaming{}))
 
+	ctx := inCRI(t)
 	remove := func(ids []string) {
 		for _, id := range ids {
-			_, err := client.RemovePodSandbox(t.Context(), &runtime.RemovePodSandboxRequest{PodSandboxId: id})
+			_, err := client.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: id})
 			require.NoError(t, err)
 		}
 	}
@@ -138,7 +139,7 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 							UIDs: userns.Mapping{HostID: first, Length: 65536}, GIDs: userns.Mapping{HostID: first, Length: 65536},
 						}.CRI()
 					})
-					ctx, cancel := context.WithTimeout(t.Context(), time.Second+time.Duration(random.IntN(2))*time.Minute)
+					ctx, cancel := context.WithTimeout(ctx, time.Second+time.Duration(random.IntN(2))*time.Minute)
 					if random.IntN(2) == 0 {
 						time.AfterFunc(time.Duration(random.IntN(4000))*time.Microsecond, cancel)
 					}
@@ -149,13 +150,13 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 					case err == nil:
 						ran.Add(1)
 						stopped = append(stopped, resp.GetPodSandboxId())
-						_, err := client.StopPodSandbox(t.Context(), &runtime.StopPodSandboxRequest{PodSandboxId: resp.GetPodSandboxId()})
+						_, err := client.StopPodSandbox(inCRI(t), &runtime.StopPodSandboxRequest{PodSandboxId: resp.GetPodSandboxId()})
 						require.NoError(t, err)
 					case left:
 						gone.Add(1)
 					default:
 						refused.Add(1)
-						require.Contains(t, []codes.Code{codes.InvalidArgument, codes.AlreadyExists, codes.Aborted}, grpcstatus.Code(err), "%v", err)
+						require.Contains(t, []codes.Code{codes.InvalidArgument, codes.AlreadyExists, codes.Aborted}, grpcstatus.Code(errgrpc.ToGRPC(err)), "%v", err)
 					}
 					if round%4 == 3 { // late: others may have the ids of the stopped by now
 						remove(stopped)
@@ -167,7 +168,7 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 		}
 	}
 	group.Wait()
-	require.NoError(t, instance.(interface{ Close() error }).Close())
+	require.NoError(t, client.Close())
 	for _, view := range w.engine.List() {
 		require.NoError(t, w.RemovePod(namespaces.WithNamespace(t.Context(), cri.Namespace), view.Key.ID))
 	}

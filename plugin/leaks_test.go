@@ -76,7 +76,7 @@ func (namespaceList) List(context.Context) ([]string, error) { return []string{c
 func (w *storesWorld) files(t *testing.T, id string) {
 	t.Helper()
 	require.NoError(t, os.MkdirAll(w.netns, 0o755))
-	require.NoError(t, os.WriteFile(filepath.Join(w.netns, leaks.Pin(id)), nil, 0o444))
+	require.NoError(t, os.WriteFile(filepath.Join(w.netns, leaks.Pins(id)[0]), nil, 0o444))
 	require.NoError(t, os.MkdirAll(filepath.Join(w.stock.RootDir, "sandboxes", id), 0o755))
 	require.NoError(t, os.MkdirAll(filepath.Join(w.node.shimDirs.State, cri.Namespace, id), 0o755))
 }
@@ -149,7 +149,7 @@ func TestLeaksLooksTwice(t *testing.T) {
 	go func() {
 		time.Sleep(betweenLooks / 2)
 		_ = w.node.settings.Files.Remove(context.Background(), leaving)
-		_ = os.Remove(filepath.Join(w.netns, leaks.Pin(leaving)))
+		_ = os.Remove(filepath.Join(w.netns, leaks.Pins(leaving)[0]))
 		_ = os.Remove(filepath.Join(w.node.shimDirs.State, cri.Namespace, leaving))
 	}()
 	found, err := w.leaks(t.Context())

@@ -23,6 +23,7 @@ import (
 // scrapes nothing runs.
 type meters struct {
 	controller *Controller
+	stock      stockMeters
 
 	steps      *prometheus.HistogramVec
 	stepErrors *prometheus.CounterVec
@@ -67,6 +68,7 @@ var (
 func newMeters(c *Controller) *meters {
 	m := &meters{
 		controller: c,
+		stock:      findStockMeters(),
 		steps: seconds("step_duration_seconds",
 			"Time of each try at a step, by step, by what is done with it (do, undo, stop, check) and by outcome.", secondsOfSteps, "step", "act", "outcome"),
 		stepErrors: count("step_errors_total", "Tries at a step that have failed, by step, by what was done with it and by the error's class.", "step", "act", "error_type"),
@@ -229,6 +231,7 @@ func (m *meters) Recovered(recovery lifecycle.Recovery, took time.Duration) {
 
 // moved counts what only the result of a step tells.
 func (m *meters) moved(view lifecycle.View) {
+	m.stock.moved(view)
 	if last := view.Transitions[len(view.Transitions)-1]; last.Event != RemapSnapshot {
 		return
 	}

@@ -103,13 +103,12 @@ func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitCont
 		if err != nil {
 			return instance, err
 		}
-		front, err := cri.New(instance, controller, controller.limits.unclaimed, readStreaming(ic))
-		if err != nil {
+		if err := cri.Install(instance, controller, controller.limits.unclaimed, readStreaming(ic)); err != nil {
 			controller.refuse(fmt.Errorf("failed to put podfsm in front of the CRI service: %w", err))
 			log.G(ic.Context).WithError(err).Error("podfsm: no pod of its handlers will be run")
-			return instance, nil
 		}
-		return front, nil
+		completeNRI(controller.completePod)
+		return instance, nil
 	}
 }
 

@@ -15,21 +15,26 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// stockCRI stands for containerd's CRI plugin.
+// criPlugin stands for the instance of containerd's CRI plugin.
+type criPlugin struct {
+	runtime.RuntimeServiceServer
+	runtime.ImageServiceServer
+	io.Closer
+}
+
+func (*criPlugin) IsInitialized() bool { return true }
+
+// stockCRI stands for containerd's CRI service.
 type stockCRI struct {
 	runtime.UnimplementedRuntimeServiceServer
 	runtime.UnimplementedImageServiceServer
 	closed bool
 }
 
-func (s *stockCRI) Register(*grpc.Server) error { panic("the front registers itself") }
-
 func (s *stockCRI) Close() error {
 	s.closed = true
 	return nil
 }
-
-func (*stockCRI) IsInitialized() bool { return true }
 
 func uris(graph []plugin.Registration) []string {
 	var all []string
@@ -164,22 +169,26 @@ func TestFronted(t *testing.T) {
 	})
 	t.Run("the front", func(t *testing.T) {
 		c, s := healthy(), &stockCRI{}
+		stock := &criPlugin{RuntimeServiceServer: s, ImageServiceServer: s, Closer: s}
 		instance, err := fronted(func(ic *plugin.InitContext) (any, error) {
 			require.NotNil(t, ic)
-			return s, nil
+			return stock, nil
 		})(loaded(t, c, nil))
 		require.NoError(t, err)
-		require.NotSame(t, s, instance)
-		require.NoError(t, instance.(io.Closer).Close())
+		require.Same(t, stock, instance)
+		require.NotSame(t, s, stock.RuntimeServiceServer)
+		require.NoError(t, stock.Close())
 		require.True(t, s.closed)
 		require.NoError(t, c.well())
 	})
 	t.Run("a controller that refuses", func(t *testing.T) {
 		c := healthy()
 		c.refuse(errNoLuck)
-		instance, err := fronted(func(*plugin.InitContext) (any, error) { return &stockCRI{}, nil })(loaded(t, c, nil))
+		s := &stockCRI{}
+		stock := &criPlugin{RuntimeServiceServer: s, ImageServiceServer: s, Closer: s}
+		_, err := fronted(func(*plugin.InitContext) (any, error) { return stock, nil })(loaded(t, c, nil))
 		require.NoError(t, err)
-		require.Implements(t, (*runtime.RuntimeServiceServer)(nil), instance)
+		require.NotSame(t, s, stock.RuntimeServiceServer, "pods of its handlers must come to the refusal")
 	})
 }
 

@@ -3,6 +3,7 @@ package plugin
 import (
 	"os"
 	"path/filepath"
+	"slices"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -35,6 +36,7 @@ type node struct {
 	limits     timeouts
 	stock      *stockConfig
 	policies   policies
+	pinPrefix  string // of the names of network namespaces
 	ids        *userns.Allocator
 	client     *containerd.Client
 	settings   pause.Settings
@@ -112,7 +114,18 @@ func mapping(r *lifecycle.Run) (uids, gids []specs.LinuxIDMapping) {
 	return nil, nil
 }
 
-// netNSPath is where a sandbox's network namespace is pinned.
+// netNSPath is where a sandbox's network namespace is pinned, under whatever prefix that was, else where it will be.
 func (n *node) netNSPath(id string) string {
-	return filepath.Join(n.stock.netNSDir(), leaks.Pin(id))
+	names := leaks.Pins(id)
+	for _, name := range names {
+		path := filepath.Join(n.stock.netNSDir(), name)
+		if _, err := os.Lstat(path); err == nil {
+			return path
+		}
+	}
+	name := n.pinPrefix + id
+	if !slices.Contains(names, name) {
+		name = names[0]
+	}
+	return filepath.Join(n.stock.netNSDir(), name)
 }
