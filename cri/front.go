@@ -39,6 +39,8 @@ type Sandboxes interface {
 	PauseImage() string
 	// Pod is a sandbox of ours by its full id, also for a while after it has gone.
 	Pod(id string) (Pod, bool)
+	// PodOfContainer is the sandbox of ours that a container, by its full id, is in. It costs the same however many containers there are.
+	PodOfContainer(ctx context.Context, id string) (Pod, bool)
 	// CreatedAt is when a sandbox of ours was begun; the zero time for any other. Lists ask it for every sandbox there is.
 	CreatedAt(id string) time.Time
 	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
@@ -426,8 +428,12 @@ func (s *service) resolve(ctx context.Context, id string) (string, Pod, bool) {
 	return full, pod, ok
 }
 
+// fullID is the length of the ids that containerd's service gives out. The kubelet names sandboxes by them.
+const fullID = 64
+
+// find lists sandboxes only for an id that is shortened: a list costs more with each pod of the node.
 func (s *service) find(ctx context.Context, id string) (string, Pod, bool) {
-	if pod, ok := s.sandboxes.Pod(id); ok || id == "" {
+	if pod, ok := s.sandboxes.Pod(id); ok || id == "" || len(id) >= fullID {
 		return id, pod, ok
 	}
 	list, err := s.RuntimeServiceServer.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{Id: id}})
