@@ -235,7 +235,11 @@ func ensure[T any](p **T) *T {
 	return *p
 }
 
-// StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network.
+// stopAgain is the wait before a stop that has failed is tried again.
+const stopAgain = 500 * time.Millisecond
+
+// StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network. A runtime, a
+// shim or a plugin that gives a wrong answer once is asked again while the caller waits.
 func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (_ *runtime.StopPodSandboxResponse, err error) {
 	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
 	if !ok {
@@ -249,6 +253,22 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
+	begun := time.Now()
+	resp, err := s.stop(ctx, id, r)
+	if !mayPass(ctx, err, time.Since(begun)) {
+		return resp, err
+	}
+	tracing.Log(ctx).WithField(tracing.LogPod, records.PodName(pod.Config)).WithField(tracing.LogSandbox, id).WithError(err).
+		Warn("podfsm: failed to stop a sandbox, trying again")
+	select {
+	case <-time.After(stopAgain):
+		return s.stop(ctx, id, r)
+	case <-ctx.Done():
+		return nil, err
+	}
+}
+
+func (s *service) stop(ctx context.Context, id string, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
 	resp, err := s.RuntimeServiceServer.StopPodSandbox(with(ctx, &Call{}), r)
 	if err != nil {
 		return nil, err
@@ -258,6 +278,16 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 		return nil, err
 	}
 	return resp, nil
+}
+
+// mayPass says whether a second try may do what one that took so long has failed to: the error is not one that stays until somebody
+// mends the node, and the caller has the time.
+func mayPass(ctx context.Context, err error, took time.Duration) bool {
+	if err == nil || ctx.Err() != nil || errdefs.IsFailedPrecondition(err) || errdefs.IsInvalidArgument(err) {
+		return false
+	}
+	deadline, ok := ctx.Deadline()
+	return !ok || time.Until(deadline) > took+stopAgain
 }
 
 // RemovePodSandbox lets containerd's service remove the containers and shut the sandbox down, which undoes all of ours.
