@@ -12,18 +12,22 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// checkParallel is how many adopted sandboxes are checked at a time.
-const checkParallel = 2
+const (
+	// checkParallel is how many adopted sandboxes are checked at a time.
+	checkParallel = 2
+	// pinInterval is the time between two looks at the pins of network namespaces.
+	pinInterval = 10 * time.Second
+)
 
-// checks are the looks at the sandboxes that a restart has adopted, in the background.
+// checks are the looks at the ready sandboxes, in the background.
 type checks struct {
 	once   sync.Once
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 }
 
-// checkAdopted asks of all ready sandboxes, once, whether they are as they were made. It must be called when all have been adopted, and
-// does not wait.
+// checkAdopted asks of all ready sandboxes, once, whether they are as they were made, and keeps an eye on their pins from then on. It must
+// be called when all have been adopted, and does not wait.
 func (c *Controller) checkAdopted() {
 	if c.engine == nil {
 		return
@@ -31,7 +35,10 @@ func (c *Controller) checkAdopted() {
 	c.checks.once.Do(func() {
 		var ctx context.Context
 		ctx, c.checks.cancel = context.WithCancel(context.Background())
-		c.checks.work.Go(func() { c.checkAll(ctx) })
+		c.checks.work.Go(func() {
+			c.checkAll(ctx)
+			c.watchPins(ctx)
+		})
 	})
 }
 
@@ -68,6 +75,31 @@ func (c *Controller) check(ctx context.Context, view lifecycle.View) {
 	case <-rest.C:
 	case <-ctx.Done():
 	}
+}
+
+// watchPins has the pins that are gone made again: a pin tells nobody when it goes.
+func (c *Controller) watchPins(ctx context.Context) {
+	ticker := time.NewTicker(pinInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			for _, view := range c.engine.List() {
+				if unpinned(view) {
+					_ = c.engine.Check(ctx, view.Key, CaptureNetNS)
+				}
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// unpinned says whether the pin of a ready sandbox has to be made again. What a look before has failed to do is left to the stop.
+func unpinned(view lifecycle.View) bool {
+	captured := view.Step(CaptureNetNS)
+	pinned, ok := captured.Result.(*NetNS)
+	return ok && view.State == states.Ready && captured.Err == nil && view.Spec.(*Spec).NetNSPath == "" && !isPinned(pinned)
 }
 
 // close ends the checks and waits for them.
