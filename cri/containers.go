@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
@@ -95,7 +96,10 @@ func (s *service) ContainerStatus(ctx context.Context, r *runtime.ContainerStatu
 	if err != nil {
 		return nil, err
 	}
-	pod, ok := s.podOf(ctx, resp.GetStatus().GetId())
+	if !showsMapping(resp) {
+		return resp, nil
+	}
+	pod, ok := s.sandboxes.PodOfContainer(ctx, resp.GetStatus().GetId())
 	if !ok || pod.UserNS == nil {
 		return resp, nil
 	}
@@ -109,13 +113,12 @@ func (s *service) ContainerStatus(ctx context.Context, r *runtime.ContainerStatu
 	return resp, nil
 }
 
-// podOf finds the pod of ours that a container, by its full id, is in.
-func (s *service) podOf(ctx context.Context, container string) (Pod, bool) {
-	list, err := s.RuntimeServiceServer.ListContainers(ctx, &runtime.ListContainersRequest{Filter: &runtime.ContainerFilter{Id: container}})
-	if err != nil || len(list.GetContainers()) != 1 {
-		return Pod{}, false
-	}
-	return s.sandboxes.Pod(list.GetContainers()[0].GetPodSandboxId())
+// showsMapping says whether an answer has what inUserNS adds to a request. Most have not, so nobody has to look for their pods.
+func showsMapping(resp *runtime.ContainerStatusResponse) bool {
+	_, verbose := resp.GetInfo()["info"]
+	return verbose || slices.ContainsFunc(resp.GetStatus().GetMounts(), func(m *runtime.Mount) bool {
+		return len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0
+	})
 }
 
 // restoreMounts takes off the mounts what inUserNS has put on them. The status shares them with containerd's own record.

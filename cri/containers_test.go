@@ -230,8 +230,8 @@ func TestContainerStatusIsRestored(t *testing.T) {
 	}
 	info, err := json.Marshal(map[string]any{"sandboxID": "s1", "config": record, "runtimeSpec": map[string]string{"ociVersion": "1.2.0"}})
 	require.NoError(t, err)
-	s := &stock{containers: map[string]string{"c1": "s1", "c2": "s2"}}
-	c := &controller{pods: map[string]Pod{"s1": pod}}
+	s := &stock{}
+	c := &controller{pods: map[string]Pod{"s1": pod}, containers: map[string]string{"c1": "s1", "c2": "s2"}}
 
 	s.containerStatus = &runtime.ContainerStatusResponse{Status: status(), Info: map[string]string{"info": string(info), "more": "x"}}
 	got, err := newFront(t, s, c).ContainerStatus(t.Context(), &runtime.ContainerStatusRequest{ContainerId: "c1", Verbose: true})
@@ -265,7 +265,7 @@ func TestContainerStatusIsRestored(t *testing.T) {
 
 	t.Run("not of others", func(t *testing.T) {
 		c.pods["s3"] = Pod{Config: podConfig()} // its mapping is the caller's
-		s.containers["c3"] = "s3"
+		c.containers["c3"] = "s3"
 		for _, id := range []string{"c2", "c3", "c4"} {
 			s.containerStatus = &runtime.ContainerStatusResponse{Status: &runtime.ContainerStatus{Id: id, Mounts: record.Mounts}}
 			got, err := newFront(t, s, c).ContainerStatus(t.Context(), &runtime.ContainerStatusRequest{ContainerId: id})

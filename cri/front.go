@@ -39,6 +39,8 @@ type Sandboxes interface {
 	PauseImage() string
 	// Pod is a sandbox of ours by its full id, also for a while after it has gone.
 	Pod(id string) (Pod, bool)
+	// PodOfContainer is the sandbox of ours that a container, by its full id, is in. It costs the same however many containers there are.
+	PodOfContainer(ctx context.Context, id string) (Pod, bool)
 	// CreatedAt is when a sandbox of ours was begun; the zero time for any other. Lists ask it for every sandbox there is.
 	CreatedAt(id string) time.Time
 	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
@@ -231,7 +233,11 @@ func ensure[T any](p **T) *T {
 	return *p
 }
 
-// StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network.
+// stopAgain is the wait before a stop that has failed is tried again.
+const stopAgain = 500 * time.Millisecond
+
+// StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network. A runtime, a
+// shim or a plugin that gives a wrong answer once is asked again while the caller waits.
 func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (_ *runtime.StopPodSandboxResponse, err error) {
 	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
 	if !ok {
@@ -245,6 +251,22 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
+	begun := time.Now()
+	resp, err := s.stop(ctx, id, r)
+	if !mayPass(ctx, err, time.Since(begun)) {
+		return resp, err
+	}
+	tracing.Log(ctx).WithField(tracing.LogPod, records.PodName(pod.Config)).WithField(tracing.LogSandbox, id).WithError(err).
+		Warn("podfsm: failed to stop a sandbox, trying again")
+	select {
+	case <-time.After(stopAgain):
+		return s.stop(ctx, id, r)
+	case <-ctx.Done():
+		return nil, err
+	}
+}
+
+func (s *service) stop(ctx context.Context, id string, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
 	held, sayTornDown := holdTornDown(with(ctx, &Call{}), id)
 	resp, err := s.RuntimeServiceServer.StopPodSandbox(held, r)
 	if err != nil {
@@ -256,6 +278,16 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	}
 	sayTornDown()
 	return resp, nil
+}
+
+// mayPass says whether a second try may do what one that took so long has failed to: the error is not one that stays until somebody
+// mends the node, and the caller has the time.
+func mayPass(ctx context.Context, err error, took time.Duration) bool {
+	if err == nil || ctx.Err() != nil || errdefs.IsFailedPrecondition(err) || errdefs.IsInvalidArgument(err) {
+		return false
+	}
+	deadline, ok := ctx.Deadline()
+	return !ok || time.Until(deadline) > took+stopAgain
 }
 
 // RemovePodSandbox lets containerd's service remove the containers and shut the sandbox down, which undoes all of ours.
@@ -428,8 +460,12 @@ func (s *service) resolve(ctx context.Context, id string) (string, Pod, bool) {
 	return full, pod, ok
 }
 
+// fullID is the length of the ids that containerd's service gives out. The kubelet names sandboxes by them.
+const fullID = 64
+
+// find lists sandboxes only for an id that is shortened: a list costs more with each pod of the node.
 func (s *service) find(ctx context.Context, id string) (string, Pod, bool) {
-	if pod, ok := s.sandboxes.Pod(id); ok || id == "" {
+	if pod, ok := s.sandboxes.Pod(id); ok || id == "" || len(id) >= fullID {
 		return id, pod, ok
 	}
 	list, err := s.RuntimeServiceServer.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{Id: id}})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -328,8 +329,12 @@ func TestStopAndRemove(t *testing.T) {
 				})
 				err := m.call(newFront(t, s, c), t.Context(), tc.id)
 				require.Equal(t, tc.want, err)
-				require.Equal(t, tc.calls, c.calls)
 				isOurs := tc.id == "s1" || tc.id == "s1-long"
+				calls := tc.calls
+				if method == "stop" && isOurs && tc.want != nil {
+					calls = slices.Repeat(calls, 2)
+				}
+				require.Equal(t, calls, c.calls)
 				require.Equal(t, isOurs, ours, "the controller knows by the call that the front does the rest")
 				if !isOurs {
 					require.Empty(t, spans.Ended())
@@ -340,6 +345,55 @@ func TestStopAndRemove(t *testing.T) {
 				require.Contains(t, spans.Ended()[0].Attributes(), tracing.SandboxID.String("s1-long"))
 			})
 		}
+	}
+}
+
+// A runtime, a shim or a plugin that gives a wrong answer once doesn't fail a stop. What can't pass, or not in the caller's time, isn't
+// tried again.
+func TestPassingFaultsOfAStop(t *testing.T) {
+	passing := errors.New("no luck")
+	standing := fmt.Errorf("the plugin is not installed: %w", errdefs.ErrFailedPrecondition)
+	type outcomes map[string][]error // of the first calls of each kind
+	for name, tc := range map[string]struct {
+		fails   outcomes
+		timeout time.Duration // 0 for none
+		want    error
+		calls   []string
+	}{
+		"containerd's fails once":    {fails: outcomes{"stock": {passing}}, calls: []string{"stock s1", "stock s1", "stop s1"}},
+		"ours fails once":            {fails: outcomes{"own": {passing}}, calls: []string{"stock s1", "stop s1", "stock s1", "stop s1"}},
+		"both fail once":             {fails: outcomes{"stock": {passing}, "own": {passing}}, want: passing, calls: []string{"stock s1", "stock s1", "stop s1"}},
+		"ours fails twice":           {fails: outcomes{"own": {passing, passing}}, want: passing, calls: []string{"stock s1", "stop s1", "stock s1", "stop s1"}},
+		"something is missing":       {fails: outcomes{"own": {standing}}, want: standing, calls: []string{"stock s1", "stop s1"}},
+		"there is time":              {fails: outcomes{"own": {passing}}, timeout: soon, calls: []string{"stock s1", "stop s1", "stock s1", "stop s1"}},
+		"the caller has little time": {fails: outcomes{"own": {passing}}, timeout: stopAgain - 1, want: passing, calls: []string{"stock s1", "stop s1"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}}}
+			next := func(kind string) error {
+				if len(tc.fails[kind]) == 0 {
+					return nil
+				}
+				err := tc.fails[kind][0]
+				tc.fails[kind] = tc.fails[kind][1:]
+				return err
+			}
+			c.stop = func(context.Context, string) error { return next("own") }
+			s := &stock{}
+			stopAndRemove["stop"].serve(s, func(_ context.Context, id string) error {
+				c.note("stock " + id)
+				return next("stock")
+			})
+			ctx := t.Context()
+			if tc.timeout > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, tc.timeout)
+				defer cancel()
+			}
+			require.Equal(t, tc.want, stopAndRemove["stop"].call(newFront(t, s, c), ctx, "s1"))
+			require.Equal(t, tc.calls, c.calls)
+		})
 	}
 }
 

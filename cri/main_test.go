@@ -38,7 +38,6 @@ type stock struct {
 	create  func(context.Context, *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error)
 
 	runtimeStatus   *runtime.StatusResponse
-	containers      map[string]string // the sandbox's id by the container's
 	containerStatus *runtime.ContainerStatusResponse
 
 	stats   []*runtime.PodSandboxStats
@@ -88,15 +87,6 @@ func (s *stock) ContainerStatus(context.Context, *runtime.ContainerStatusRequest
 	return s.containerStatus, nil
 }
 
-func (s *stock) ListContainers(_ context.Context, r *runtime.ListContainersRequest) (*runtime.ListContainersResponse, error) {
-	id := r.GetFilter().GetId()
-	pod, ok := s.containers[id]
-	if !ok {
-		return &runtime.ListContainersResponse{}, nil
-	}
-	return &runtime.ListContainersResponse{Containers: []*runtime.Container{{Id: id, PodSandboxId: pod}}}, nil
-}
-
 func (s *stock) PodSandboxStats(context.Context, *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
 	if s.statErr != nil {
 		return nil, s.statErr
@@ -107,10 +97,6 @@ func (s *stock) PodSandboxStats(context.Context, *runtime.PodSandboxStatsRequest
 // ListPodSandboxStats gives what it has along with its error, as containerd's does.
 func (s *stock) ListPodSandboxStats(context.Context, *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
 	return &runtime.ListPodSandboxStatsResponse{Stats: s.stats}, s.statErr
-}
-
-func (s *stock) StreamPodSandboxStats(_ *runtime.StreamPodSandboxStatsRequest, stream runtime.RuntimeService_StreamPodSandboxStatsServer) error {
-	return stream.Send(&runtime.StreamPodSandboxStatsResponse{PodSandboxStats: s.stats})
 }
 
 func (s *stock) ListPodSandboxMetrics(context.Context, *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
@@ -167,13 +153,14 @@ func (s *stock) IsInitialized() bool { return !s.uninitialized }
 
 // controller stands for podfsm's: pods of the handler "podfsm" are its own.
 type controller struct {
-	pods     map[string]Pod
-	admitErr error
-	stop     func(ctx context.Context, id string) error
-	remove   func(ctx context.Context, id string) error
-	settle   func(ctx context.Context, id string) error
-	calls    []string
-	heard    []string // of pods of other handlers
+	pods       map[string]Pod
+	containers map[string]string // the sandbox's id by the container's
+	admitErr   error
+	stop       func(ctx context.Context, id string) error
+	remove     func(ctx context.Context, id string) error
+	settle     func(ctx context.Context, id string) error
+	calls      []string
+	heard      []string // of pods of other handlers
 
 	unclaimed []string
 	released  atomic.Int32 // what PrepareContainer has returned
@@ -256,6 +243,11 @@ func (c *controller) CreatedAt(id string) time.Time {
 func (c *controller) Pod(id string) (Pod, bool) {
 	pod, ok := c.pods[id]
 	return pod, ok
+}
+
+func (c *controller) PodOfContainer(_ context.Context, id string) (Pod, bool) {
+	c.note("pod of container " + id)
+	return c.Pod(c.containers[id])
 }
 
 // note keeps what was called.

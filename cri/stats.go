@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,28 +36,35 @@ func (s *service) PodSandboxStats(ctx context.Context, r *runtime.PodSandboxStat
 	return resp, nil
 }
 
-// ListPodSandboxStats restores the figures of the pods' networks, also where containerd's service has failed for some pods.
+// ListPodSandboxStats restores the figures of the pods' networks. A pod whose figures can't be read is left out, as containerd's service
+// leaves it out of metrics; that service has no stats for anybody then. Without any figures, the error is the answer.
 func (s *service) ListPodSandboxStats(ctx context.Context, r *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
 	resp, err := s.RuntimeServiceServer.ListPodSandboxStats(ctx, r)
-	if resp != nil {
-		resp.Stats = s.presentableStats(ctx, resp.GetStats())
+	if err != nil && (ctx.Err() != nil || len(resp.GetStats()) == 0) {
+		return nil, err
 	}
-	return resp, err
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("podfsm: failed to read the stats of some pods, which are left out of the list")
+	}
+	resp.Stats = s.presentableStats(ctx, resp.GetStats())
+	return resp, nil
 }
 
-// StreamPodSandboxStats is the list in pieces.
+// statsPerMessage is how many pods' stats one message of a stream has, as of containerd's service.
+const statsPerMessage = 5000
+
+// StreamPodSandboxStats is the list in pieces. containerd's service streams nothing where it can't read the figures of one pod.
 func (s *service) StreamPodSandboxStats(r *runtime.StreamPodSandboxStatsRequest, stream runtime.RuntimeService_StreamPodSandboxStatsServer) error {
-	return s.RuntimeServiceServer.StreamPodSandboxStats(r, &statsStream{stream, s})
-}
-
-type statsStream struct {
-	runtime.RuntimeService_StreamPodSandboxStatsServer
-	service *service
-}
-
-func (st *statsStream) Send(resp *runtime.StreamPodSandboxStatsResponse) error {
-	resp.PodSandboxStats = st.service.presentableStats(st.Context(), resp.GetPodSandboxStats())
-	return st.RuntimeService_StreamPodSandboxStatsServer.Send(resp)
+	list, err := s.ListPodSandboxStats(stream.Context(), &runtime.ListPodSandboxStatsRequest{Filter: r.GetFilter()})
+	if err != nil {
+		return err
+	}
+	for some := range slices.Chunk(list.GetStats(), statsPerMessage) {
+		if err := stream.Send(&runtime.StreamPodSandboxStatsResponse{PodSandboxStats: some}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ListPodSandboxMetrics restores the metrics of the pods' networks.

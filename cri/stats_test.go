@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,10 +39,11 @@ func statsOf(id string) *runtime.PodSandboxStats {
 // recorded is a stream that keeps what is sent.
 type recorded[T any] struct {
 	grpc.ServerStream
+	ctx  context.Context // nil for one that never ends
 	sent []*T
 }
 
-func (r *recorded[T]) Context() context.Context { return context.Background() }
+func (r *recorded[T]) Context() context.Context { return cmp.Or(r.ctx, context.Background()) }
 
 func (r *recorded[T]) Send(one *T) error {
 	r.sent = append(r.sent, one)
@@ -90,14 +92,6 @@ func TestPodStatsHaveTheNetwork(t *testing.T) {
 	require.NoError(t, err)
 	check(t, list.GetStats())
 
-	failing := fresh()
-	failing.statErr = errors.New("one pod's cgroup is gone")
-	list, err = newFront(t, failing, c).ListPodSandboxStats(t.Context(), &runtime.ListPodSandboxStatsRequest{})
-	require.ErrorIs(t, err, failing.statErr)
-	check(t, list.GetStats())
-	_, err = newFront(t, failing, c).PodSandboxStats(t.Context(), &runtime.PodSandboxStatsRequest{})
-	require.ErrorIs(t, err, failing.statErr)
-
 	one, err := newFront(t, fresh(), c).PodSandboxStats(t.Context(), &runtime.PodSandboxStatsRequest{})
 	require.NoError(t, err)
 	require.Len(t, one.GetStats().GetLinux().GetNetwork().GetInterfaces(), 2)
@@ -105,6 +99,45 @@ func TestPodStatsHaveTheNetwork(t *testing.T) {
 	stream := &recorded[runtime.StreamPodSandboxStatsResponse]{}
 	require.NoError(t, newFront(t, fresh(), c).StreamPodSandboxStats(nil, stream))
 	check(t, stream.sent[0].GetPodSandboxStats())
+}
+
+// One pod whose figures can't be read doesn't keep those of the others from being shown. A request about that pod alone fails.
+func TestStatsLeaveOutWhatCantBeRead(t *testing.T) {
+	cgroupGone := errors.New("one pod's cgroup is gone")
+	some := []*runtime.PodSandboxStats{statsOf("s1"), statsOf("s2")}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, tc := range map[string]struct {
+		ctx   context.Context
+		stats []*runtime.PodSandboxStats
+		err   error
+		fails bool
+	}{
+		"all can be read":     {ctx: t.Context(), stats: some},
+		"there is no pod":     {ctx: t.Context()},
+		"one can't be read":   {ctx: t.Context(), stats: some, err: cgroupGone},
+		"none can be read":    {ctx: t.Context(), err: cgroupGone, fails: true},
+		"the caller has gone": {ctx: ended, stats: some, err: context.Canceled, fails: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			front := newFront(t, &stock{stats: tc.stats, statErr: tc.err}, &controller{})
+			list, err := front.ListPodSandboxStats(tc.ctx, nil)
+			stream := &recorded[runtime.StreamPodSandboxStatsResponse]{ctx: tc.ctx}
+			streamErr := front.StreamPodSandboxStats(nil, stream)
+			if tc.fails {
+				require.ErrorIs(t, err, tc.err)
+				require.ErrorIs(t, streamErr, tc.err)
+				require.Empty(t, stream.sent)
+				return
+			}
+			require.NoError(t, err)
+			require.Len(t, list.GetStats(), len(tc.stats))
+			require.NoError(t, streamErr)
+			require.Len(t, stream.sent, min(1, len(tc.stats)))
+		})
+	}
+	_, err := newFront(t, &stock{stats: some, statErr: cgroupGone}, &controller{}).PodSandboxStats(t.Context(), nil)
+	require.ErrorIs(t, err, cgroupGone)
 }
 
 func TestPodMetricsHaveTheNetwork(t *testing.T) {

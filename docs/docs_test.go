@@ -175,7 +175,7 @@ func TestLogMessages(t *testing.T) {
 // Symptoms are in words that are said.
 func TestSymptoms(t *testing.T) {
 	var said strings.Builder
-	for _, dir := range []string{"cmd/podfsm", "cri", "host", "lifecycle", "plugin", "states"} {
+	for _, dir := range []string{"cmd/podfsm", "cri", "host", "lifecycle", "netns", "plugin", "states"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
 		require.NoError(t, err)
 		for _, file := range files {
@@ -190,7 +190,7 @@ func TestSymptoms(t *testing.T) {
 		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(strings.Split(row, " | ")[0], -1) {
 			for _, piece := range regexp.MustCompile(`…|NAME|podfsm ps -o wide`).Split(m[1], -1) {
 				count++
-				require.Contains(t, said.String(), strings.TrimSpace(piece))
+				require.True(t, strings.Contains(said.String(), strings.TrimSpace(piece)), "nothing says %q", piece)
 			}
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
@@ -81,13 +82,20 @@ func netNSDirectory(_ context.Context, n Node) []Finding {
 	if err := tryDirectory(dir); err != nil {
 		return []Finding{fail(NetworkPods, err.Error(), fmt.Sprintf("make %s a directory on a filesystem that can be written", dir))}
 	}
+	pins, over, err := netns.Covered(n.Config.NetNSDir)
+	if err != nil {
+		return []Finding{unknown(err.Error(), "findmnt -t nsfs")}
+	}
+	if len(pins) > 0 {
+		return []Finding{warn(fmt.Sprintf("a mount on %s lies over %d pinned network namespaces, such as %s: their pods can't be stopped", over, len(pins), pins[0]), "umount -R "+over)}
+	}
 	shared, mount, err := isShared(dir)
 	switch {
 	case err != nil:
 		return []Finding{unknown(err.Error(), "findmnt -o TARGET,PROPAGATION -T "+dir)}
 	case !shared:
 		return []Finding{warn(fmt.Sprintf("the mount of %s, %s, is private: no process in another mount namespace sees what is pinned there, such as a network add-on's", n.Config.NetNSDir, mount),
-			strings.ReplaceAll("mkdir -p DIR && mount --bind DIR DIR && mount --make-shared DIR, before pods run", "DIR", n.Config.NetNSDir))}
+			"mount --make-shared "+mount)} // a mount of the directory on itself would cover the pins
 	default:
 		return []Finding{ok(dir + " can be written, and is on a shared mount")}
 	}

@@ -159,24 +159,40 @@ func TestFirstTryOfEachUndoFails(t *testing.T) {
 			})
 		}
 	}
-	for point, call := range map[string]func(*harness.Pod) error{
-		"attach_network.undo.before": func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"capture_netns.undo.after":   func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_pause.stop.before":    func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_pause.stop.after":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_shim.undo.before":     func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_shim.undo.after":      func(p *harness.Pod) error { return p.Stop(t.Context()) },
-		"start_pause.undo.before":    func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
-		"start_pause.undo.after":     func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
-		"remap_snapshot.undo.before": func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
-		"allocate_ids.undo.before":   func(p *harness.Pod) error { return p.StopAndRemove(t.Context()) },
+	running := func(t *testing.T) *harness.Pod {
+		pod := runPod(t, n, n.PodConfig("pod"))
+		startContainer(t, pod, "main")
+		return pod
+	}
+	for _, point := range []string{
+		"attach_network.undo.before",
+		"capture_netns.undo.after",
+		"start_pause.stop.before",
+		"start_pause.stop.after",
+		"start_shim.undo.before",
+		"start_shim.undo.after",
+		// The real parts: the runtime that ends the container, and a plugin.
+		"runc.kill",
+		"runc.delete",
+		"bridge.DEL",
 	} {
-		t.Run("stop or remove: "+point, func(t *testing.T) {
-			pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
-			require.NoError(t, err)
-			startContainer(t, pod, "main")
+		t.Run("stop: "+point, func(t *testing.T) {
+			pod := running(t)
 			require.NoError(t, n.Fault(point, "1*error(injected)"))
-			require.ErrorContains(t, call(pod), "injected")
+			require.NoError(t, pod.Stop(t.Context()), "the stop itself tries again")
+			hits, err := n.Faults.Hits(point)
+			require.NoError(t, err)
+			require.GreaterOrEqual(t, hits, 2, "the fault was met")
+			require.NoError(t, n.Heal())
+			require.NoError(t, pod.StopAndRemove(t.Context()), "what the kubelet does next")
+			n.RequireClean(t, before)
+		})
+	}
+	for _, point := range []string{"start_pause.undo.before", "start_pause.undo.after", "remap_snapshot.undo.before", "allocate_ids.undo.before"} {
+		t.Run("remove: "+point, func(t *testing.T) {
+			pod := running(t)
+			require.NoError(t, n.Fault(point, "1*error(injected)"))
+			require.ErrorContains(t, pod.StopAndRemove(t.Context()), "injected")
 			require.NoError(t, pod.StopAndRemove(t.Context()), "what the kubelet does next")
 			n.RequireClean(t, before)
 		})

@@ -2,7 +2,11 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -10,6 +14,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -169,4 +174,67 @@ func TestStatsLikeStock(t *testing.T) {
 		check()
 	})
 	n.RequireClean(t, before)
+}
+
+// endCgroup takes the cgroups of a process away from it, in every hierarchy.
+func endCgroup(t *testing.T, pid int) {
+	t.Helper()
+	own, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	require.NoError(t, err)
+	for line := range strings.Lines(strings.TrimSpace(string(own))) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		hierarchy := filepath.Join("/sys/fs/cgroup", strings.TrimPrefix(fields[1], "name="))
+		if _, err := os.Stat("/sys/fs/cgroup/unified"); fields[1] == "" && err == nil {
+			hierarchy = "/sys/fs/cgroup/unified"
+		}
+		require.NotEqual(t, "/", fields[2])
+		require.NoError(t, os.WriteFile(filepath.Join(hierarchy, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0))
+		require.Eventually(t, func() bool {
+			err := unix.Rmdir(filepath.Join(hierarchy, fields[2]))
+			return err == nil || errors.Is(err, unix.ENOENT)
+		}, waitFor, tick, "%s", line)
+	}
+}
+
+// Pods and containers without figures don't hide those of others: a pod without a cgroup of its own, of either handler, a container whose
+// cgroup is gone, one that has ended.
+func TestFiguresOfOthers(t *testing.T) {
+	t.Parallel()
+	n := harness.StartNode(t, harness.Config{})
+	noParent := func(c *runtime.PodSandboxConfig) { c.Linux.CgroupParent = "" }
+	whole := startPod(t, n, harness.PodfsmHandler, n.PodConfig("whole"))
+	startContainer(t, whole, "main")
+	startPod(t, n, harness.PodfsmHandler, n.PodConfig("no-parent", noParent))
+	startPod(t, n, harness.StockHandler, n.PodConfig("no-parent-stock", noParent))
+	lossy := startPod(t, n, harness.PodfsmHandler, n.PodConfig("lossy"))
+	kept, lost := startContainer(t, lossy, "kept"), startContainer(t, lossy, "lost")
+	ended := startContainer(t, lossy, "ended", harness.Run("true"))
+	require.Zero(t, waitExit(t, ended))
+	pid, err := lost.Pid(t.Context())
+	require.NoError(t, err)
+	endCgroup(t, pid)
+
+	stats := map[string]bool{}
+	list, err := n.Runtime.ListPodSandboxStats(t.Context(), &runtime.ListPodSandboxStatsRequest{})
+	require.NoError(t, err)
+	for _, one := range list.GetStats() {
+		stats[one.GetAttributes().GetId()] = true
+	}
+	require.True(t, stats[whole.ID] && stats[lossy.ID], "%v", stats)
+	stream, err := n.Runtime.StreamPodSandboxStats(t.Context(), &runtime.StreamPodSandboxStatsRequest{})
+	require.NoError(t, err)
+	sent, err := stream.Recv()
+	require.NoError(t, err)
+	require.Len(t, sent.GetPodSandboxStats(), len(stats))
+
+	for asked, metrics := range podMetrics(t, n, lossy) {
+		var containers []string
+		for _, c := range metrics.GetContainerMetrics() {
+			containers = append(containers, c.GetContainerId())
+		}
+		require.Contains(t, containers, kept.ID, asked)
+	}
+	for asked, metrics := range podMetrics(t, n, whole) {
+		require.Len(t, metrics.GetContainerMetrics(), 1, asked)
+	}
 }

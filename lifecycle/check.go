@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/log"
@@ -13,21 +14,21 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Check has the steps of a ready sandbox look at what they have made. What they find wrong changes nothing but the sandbox's view,
-// until the step is undone or looks again, and is logged. Any other event of the sandbox ends the look at once. A sandbox that isn't
-// ready is not looked at. Check waits until the look has ended, or ctx has.
+// Check has the steps of a ready sandbox look at what they have made: those that are named, or all. What they find wrong changes nothing
+// but the sandbox's view, until the step is undone or looks again, and is logged. Any other event of the sandbox ends the look at once. A
+// sandbox that isn't ready is not looked at. Check waits until the look has ended, or ctx has.
 //
 // It fails with NotFound for an unknown sandbox, and otherwise with what ended the look, or what was found.
-func (e *Engine) Check(ctx context.Context, key journal.Key) error {
+func (e *Engine) Check(ctx context.Context, key journal.Key, named ...states.Event) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
 	}
-	done := s.ask(func(reply func(error)) { reply(s.check(ctx)) })
+	done := s.ask(func(reply func(error)) { reply(s.check(ctx, named)) })
 	return await(ctx, done, "the look at sandbox %q was ended", key.ID)
 }
 
-func (s *sandbox) check(ctx context.Context) (err error) {
+func (s *sandbox) check(ctx context.Context, named []states.Event) (err error) {
 	if s.state() != states.Ready {
 		return nil
 	}
@@ -36,7 +37,11 @@ func (s *sandbox) check(ctx context.Context) (err error) {
 		defer func() { tracing.End(span, err) }()
 		var errs []error
 		for _, step := range s.engine.steps {
-			rec := s.steps[step.Declaration().Name]
+			name := step.Declaration().Name
+			if len(named) > 0 && !slices.Contains(named, name) {
+				continue
+			}
+			rec := s.steps[name]
 			if checker, ok := step.(Checker); ok && rec.status == StepDone && rec.unknown == "" {
 				errs = append(errs, s.checkStep(ctx, step, checker))
 			}

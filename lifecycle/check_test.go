@@ -73,6 +73,14 @@ func TestCheckFails(t *testing.T) {
 	require.Len(t, w.acted(), asked, "only what is ready is asked")
 }
 
+// Who asks for some steps asks no others.
+func TestCheckOfNamedSteps(t *testing.T) {
+	w := checked(t, func(context.Context) error { return errors.New("its route is gone") })
+	require.NoError(t, w.run(t))
+	require.NoError(t, w.Check(t.Context(), testKey, startPause))
+	require.Error(t, w.Check(t.Context(), testKey, startPause, attachNetwork))
+}
+
 func TestCheckPanics(t *testing.T) {
 	w := checked(t, func(context.Context) error { panic("a bug") })
 	require.NoError(t, w.run(t))

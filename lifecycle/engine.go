@@ -62,6 +62,7 @@ type Engine struct {
 	closed    bool
 	sandboxes map[journal.Key]*sandbox
 	names     map[string]*sandbox
+	pods      map[string][]*sandbox // by the name of their pod, which has several where it was started again
 }
 
 // Observer is told of each transition, after it is on record: the last one of a view. Those of one sandbox are told in order; the
@@ -100,7 +101,7 @@ func New(c Config) (*Engine, error) {
 		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, release: c.Release,
 		paid:      func(context.Context, journal.Key) {},
 		turns:     turns{free: resumeParallel},
-		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
 		meter: c.Meter,
 	}
 	process, _ := e.step(c.Process)
@@ -334,13 +335,18 @@ func (e *Engine) add(s *sandbox) error {
 		}
 		e.names[name] = s
 	}
-	for _, other := range e.sandboxes {
-		if other.req.Pod == s.req.Pod && !other.created.Before(s.created) {
+	for _, other := range e.pods[s.req.Pod] {
+		if !other.created.Before(s.created) {
 			s.created = other.created.Add(1) // the wall clock was set back, and the kubelet goes by it
 		}
 	}
-	e.sandboxes[s.key] = s
+	e.keepLocked(s)
 	return nil
+}
+
+func (e *Engine) keepLocked(s *sandbox) {
+	e.sandboxes[s.key] = s
+	e.pods[s.req.Pod] = append(e.pods[s.req.Pod], s)
 }
 
 // addRestored takes a sandbox that is on record. Two with one name can only come of a ledger that was damaged, where one that has
@@ -351,7 +357,7 @@ func (e *Engine) addRestored(s *sandbox) error {
 	if _, ok := e.sandboxes[s.key]; ok {
 		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
 	}
-	e.sandboxes[s.key] = s
+	e.keepLocked(s)
 	if s.req.Name != "" && (s.goal == "" || s.goal == states.Stopped) {
 		e.names[s.req.Name] = s
 	}
@@ -362,6 +368,10 @@ func (e *Engine) drop(s *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.sandboxes, s.key)
+	e.pods[s.req.Pod] = slices.DeleteFunc(e.pods[s.req.Pod], func(other *sandbox) bool { return other == s })
+	if len(e.pods[s.req.Pod]) == 0 {
+		delete(e.pods, s.req.Pod)
+	}
 	e.unnameLocked(s)
 }
 

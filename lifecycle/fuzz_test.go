@@ -51,7 +51,7 @@ func FuzzRestore(f *testing.F) {
 		for _, known := range []Outside{kept, begun, nobodys, rebooted, {Damaged: true, Listed: true, Started: true}} {
 			e := &Engine{
 				table: testTable, steps: steps, process: steps[2].(Ender), journal: unwritten{}, meter: unmetered{},
-				sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{},
+				sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
 			}
 			requireTaken(t, e.Restore(t.Context(), []journal.Sandbox{saved}, describe, outsideOf(known))[testKey], e)
 		}

@@ -61,7 +61,8 @@ type Ender interface {
 
 // Checker is a step that can tell whether what it made is still as it should be. Its sandbox is ready, and stays so whatever it says.
 type Checker interface {
-	// Check looks, and changes nothing. It must return soon after ctx has ended: requests for the sandbox wait for it.
+	// Check looks, and makes nothing but what is missing of the step's own. It must return soon after ctx has ended: requests for the sandbox
+	// wait for it.
 	Check(ctx context.Context, r *Run) error
 }
 

@@ -58,7 +58,7 @@ func (h *Handle) pinOn(path string) error {
 // Unpin takes away what [Handle.Pin] made at path; the namespace goes with its last process and descriptor. It is idempotent, and
 // nothing at path is no error. Mounts are detached lazily, so nothing blocks.
 //
-// Errors: FailedPrecondition when there is anything at path that Pin doesn't make.
+// Errors: FailedPrecondition when there is anything at path that Pin doesn't make, or when something is mounted over the pin.
 func Unpin(ctx context.Context, path string) error {
 	for {
 		if err := ctx.Err(); err != nil {
@@ -66,7 +66,7 @@ func Unpin(ctx context.Context, path string) error {
 		}
 		target, kind, err := openTarget(path)
 		if errdefs.IsNotFound(err) {
-			return nil
+			return uncovered(path)
 		}
 		if err != nil {
 			return err
@@ -80,7 +80,13 @@ func Unpin(ctx context.Context, path string) error {
 			return fmt.Errorf("failed to unmount network namespace %q: %w", path, err)
 		}
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := os.Remove(path)
+	if errors.Is(err, unix.EBUSY) || mayBeCovered(path) {
+		if err := uncovered(path); err != nil {
+			return err
+		}
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("failed to remove the mount point of network namespace %q: %w", path, err)
 	}
 	return nil

@@ -5,14 +5,17 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/containerd/plugin"
+
+	"github.com/podfsm/podfsm/lifecycle"
 )
 
 // quietTime is the longest that background work waits for containerd's CRI service to serve.
 const quietTime = time.Minute
 
-// background is what the controller does for no caller: the cleanups that the last run left, a CNI CHECK of each adopted sandbox and an
-// examination of the node. The work waits until containerd has taken up its own pods, for at most [quietTime]. Meanwhile it would take
+// background is what the controller does for no caller: the cleanups that the last run left, a CNI CHECK of each adopted sandbox, an
+// examination of the node, and from then on a look at the pins of network namespaces. The work waits until containerd has taken up its own pods, for at most [quietTime]. Meanwhile it would take
 // CPU from them, and a stock pod whose shim does not answer within 2 s at a restart is NotReady from then on
 // (io.containerd.timeout.task.state in containerd's plugins/services/tasks).
 type background struct {
@@ -32,20 +35,38 @@ func (c *Controller) startBackground() {
 	var ctx context.Context
 	ctx, b.cancel = context.WithCancel(context.Background())
 	b.work.Go(func() {
-		longest := time.NewTimer(quietTime)
-		defer longest.Stop()
-		select {
-		case <-b.quiet:
-		case <-longest.C:
-		case <-ctx.Done():
+		if !b.wait(ctx) {
 			return
 		}
-		if c.engine != nil {
-			b.release()
+		b.work.Go(func() { protected("the examination of the node", func() { c.examineAtStart(ctx) }) })
+		if c.engine == nil {
+			return
 		}
-		b.work.Go(func() { c.examineAtStart(ctx) })
-		c.checkAdopted(ctx)
+		b.release()
+		protected("the checks of adopted sandboxes", func() { c.checkAdopted(ctx) })
+		protected("the watch over network namespaces", func() { c.watchPins(ctx) })
 	})
+}
+
+// wait returns false if the controller is closed before the wait is over.
+func (b *background) wait(ctx context.Context) bool {
+	longest := time.NewTimer(quietTime)
+	defer longest.Stop()
+	select {
+	case <-b.quiet:
+		return true
+	case <-longest.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// protected logs a panic of work that has no caller to return it to.
+func protected(what string, do func()) {
+	if err := lifecycle.Protect(func() error { do(); return nil }); err != nil {
+		log.L.WithError(err).Errorf("podfsm: %s ended", what)
+	}
 }
 
 // watching is the init context for containerd's CRI service, whose readiness ends the wait.

@@ -47,11 +47,10 @@ func TestBackgroundWaitsForContainerd(t *testing.T) {
 				w.host.check = func(context.Context, string) error { checked = time.Since(begun); return nil }
 				w.startBackground()
 				tt.load(t, w.Controller)
-				w.background.work.Wait()
+				time.Sleep(2 * time.Hour) // also the last timer of the case
 				require.Equal(t, tt.want, released)
 				require.Equal(t, tt.want, checked)
 				require.NoError(t, w.Close())
-				time.Sleep(2 * time.Hour) // the last timers of the case
 			})
 		})
 	}
@@ -65,4 +64,14 @@ func TestBackgroundEndsWithContainerd(t *testing.T) {
 	w.host.check = func(context.Context, string) error { t.Error("checked"); return nil }
 	w.startBackground()
 	require.NoError(t, w.Close())
+}
+
+// A controller without an engine still examines the node, and a panic ends no containerd.
+func TestBackgroundOfADegradedController(t *testing.T) {
+	c := &Controller{}
+	c.startBackground()
+	c.background.end()
+	c.background.work.Wait()
+	require.NoError(t, c.Close())
+	require.NotPanics(t, func() { protected("this", func() { panic("no") }) })
 }

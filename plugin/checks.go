@@ -11,14 +11,15 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// checkParallel is how many adopted sandboxes are checked at a time.
-const checkParallel = 2
+const (
+	// checkParallel is how many adopted sandboxes are checked at a time.
+	checkParallel = 2
+	// pinInterval is the time between two looks at the pins of network namespaces.
+	pinInterval = 10 * time.Second
+)
 
 // checkAdopted asks of all ready sandboxes, once, whether they are as they were made.
 func (c *Controller) checkAdopted(ctx context.Context) {
-	if c.engine == nil {
-		return
-	}
 	begun, adopted := time.Now(), 0
 	var group errgroup.Group
 	group.SetLimit(checkParallel)
@@ -51,4 +52,29 @@ func (c *Controller) check(ctx context.Context, view lifecycle.View) {
 	case <-rest.C:
 	case <-ctx.Done():
 	}
+}
+
+// watchPins has the pins that are gone made again: a pin tells nobody when it goes.
+func (c *Controller) watchPins(ctx context.Context) {
+	ticker := time.NewTicker(pinInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			for _, view := range c.engine.List() {
+				if unpinned(view) {
+					_ = c.engine.Check(ctx, view.Key, CaptureNetNS)
+				}
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// unpinned says whether the pin of a ready sandbox has to be made again. What a look before has failed to do is left to the stop.
+func unpinned(view lifecycle.View) bool {
+	captured := view.Step(CaptureNetNS)
+	pinned, ok := captured.Result.(*NetNS)
+	return ok && view.State == states.Ready && captured.Err == nil && view.Spec.(*Spec).NetNSPath == "" && !isPinned(pinned)
 }

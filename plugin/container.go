@@ -85,3 +85,12 @@ func (c *Controller) startShim(ctx context.Context, key journal.Key) error {
 	}
 	return c.engine.Demand(ctx, key, StartShim)
 }
+
+// sandboxOf is the sandbox that a container is in, by containerd's record of the container; "" where that says none, or isn't there.
+func (n *node) sandboxOf(ctx context.Context, container string) string {
+	record, err := n.client.ContainerService().Get(ctx, container)
+	if err != nil {
+		return ""
+	}
+	return record.SandboxID
+}

@@ -31,6 +31,14 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 	return podOf(view), true
 }
 
+// PodOfContainer is the sandbox of ours that a container is in, by containerd's record of the container, for the front.
+func (c *Controller) PodOfContainer(ctx context.Context, id string) (cri.Pod, bool) {
+	if c.engine == nil {
+		return cri.Pod{}, false
+	}
+	return c.Pod(c.node.sandboxOf(ctx, id))
+}
+
 // CreatedAt is when a sandbox was begun, for the front.
 func (c *Controller) CreatedAt(id string) time.Time {
 	if c.engine == nil {

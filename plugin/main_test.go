@@ -285,7 +285,7 @@ func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, er
 type fakeNetwork struct{ fakeStep }
 
 func (s *fakeNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
-	if s.host.check == nil {
+	if s.host.check == nil || s.declared.Name != AttachNetwork {
 		return nil
 	}
 	return s.host.check(ctx, r.Key.ID)

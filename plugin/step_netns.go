@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/lifecycle"
@@ -14,6 +15,8 @@ import (
 
 // captureNetNS takes the network namespace that pause was cloned in, and pins it by a bind mount.
 type captureNetNS struct{ *node }
+
+var _ lifecycle.Checker = (*captureNetNS)(nil)
 
 // CaptureNetNS is the step of captureNetNS.
 const CaptureNetNS states.Event = "capture_netns"
@@ -108,6 +111,47 @@ func notThere(err error) error {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
 	}
 	return err
+}
+
+// Check pins the namespace again where somebody has taken the pin away.
+func (s *captureNetNS) Check(ctx context.Context, r *lifecycle.Run) error { return s.keepPin(ctx, r) }
+
+// keepPin pins a sandbox's network namespace again if the pin is gone, and pause still runs in the namespace: "ip netns delete" takes pins
+// away, and mounts over their directory hide them. Without a pin, the end of pause would be the end of the namespace, before DEL has seen it.
+func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
+	captured, ok := r.Result(CaptureNetNS).(*NetNS)
+	if !ok || r.Spec.(*Spec).NetNSPath != "" || isPinned(captured) {
+		return nil
+	}
+	process, err := n.pauses.Process(holderID(r.Key))
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	handle, err := netns.Capture(process)
+	if errdefs.IsNotFound(err) {
+		return nil // pause has ended
+	}
+	if err != nil {
+		return err
+	}
+	defer handle.Close()
+	if handle.Inode() != captured.Inode {
+		return fmt.Errorf("pause of sandbox %q is in network namespace %d, not in %d: %w", r.Key.ID, handle.Inode(), captured.Inode, errdefs.ErrFailedPrecondition)
+	}
+	if err := handle.Pin(captured.Path); err != nil {
+		return fmt.Errorf("failed to pin the network namespace of sandbox %q again: %w", r.Key.ID, err)
+	}
+	log.G(ctx).WithField("path", captured.Path).Warn("sandbox: the pin of its network namespace was gone, pinned again")
+	return nil
+}
+
+// isPinned says whether the namespace on record is where it was pinned.
+func isPinned(captured *NetNS) bool {
+	info, err := netns.Inspect(captured.Path)
+	return err == nil && info.Pinned && info.Inode == captured.Inode
 }
 
 func (s *captureNetNS) Undo(ctx context.Context, r *lifecycle.Run) error {

@@ -147,6 +147,9 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err != nil {
 		return err
 	}
+	if err := s.keepPin(ctx, r); err != nil { // pause of a sandbox that is rolled back still runs
+		return err
+	}
 	return s.driver.Del(ctx, attachment, recorder(r))
 }
 

@@ -3,6 +3,8 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"regexp"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -120,11 +122,7 @@ func (t *taskService) podOf(ctx context.Context, container string) (journal.Key,
 	if controller == nil || controller.engine == nil {
 		return journal.Key{}, false
 	}
-	record, err := controller.node.client.ContainerService().Get(ctx, container)
-	if err != nil || record.SandboxID == "" {
-		return journal.Key{}, false
-	}
-	key, err := keyOf(ctx, record.SandboxID)
+	key, err := keyOf(ctx, controller.node.sandboxOf(ctx, container))
 	return key, err == nil && !controller.engine.Created(key).IsZero()
 }
 
@@ -145,29 +143,48 @@ func (t *taskService) List(ctx context.Context, r *tasksapi.ListTasksRequest, op
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range t.all(ctx) {
-		response.Tasks = append(response.Tasks, p.process())
+	for _, id := range t.ids(ctx) {
+		if p, ok := t.find(ctx, id); ok {
+			response.Tasks = append(response.Tasks, p.process())
+		}
 	}
 	return response, nil
 }
 
-// all are the pauses of a containerd namespace.
-func (t *taskService) all(ctx context.Context) (all []pauseTask) {
+// ids are those of all sandboxes of a containerd namespace.
+func (t *taskService) ids(ctx context.Context) (ids []string) {
 	controller := t.of.Load()
 	namespace, _ := namespaces.Namespace(ctx)
 	if controller == nil || controller.engine == nil {
 		return nil
 	}
 	for _, key := range controller.engine.Keys() {
-		if key.Namespace != namespace {
-			continue
-		}
-		if p, ok := t.find(ctx, key.ID); ok {
-			all = append(all, p)
+		if key.Namespace == namespace {
+			ids = append(ids, key.ID)
 		}
 	}
-	return all
+	return ids
 }
+
+// named are the ids that filters can match. containerd's CRI service asks for the figures of a container by its id: that costs the same
+// however many pods there are.
+func (t *taskService) named(ctx context.Context, by []string) (ids []string) {
+	for _, filter := range by {
+		id := onlyID.FindStringSubmatch(filter)
+		if id == nil {
+			return t.ids(ctx)
+		}
+		ids = append(ids, id[1])
+	}
+	if len(by) == 0 {
+		return t.ids(ctx)
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
+}
+
+// onlyID is a filter for one id, and nothing else.
+var onlyID = regexp.MustCompile(`^id==([\w.-]+)$`)
 
 func (t *taskService) ListPids(ctx context.Context, r *tasksapi.ListPidsRequest, opts ...grpc.CallOption) (*tasksapi.ListPidsResponse, error) {
 	if p, ok := t.find(ctx, r.GetContainerID()); ok {
@@ -185,8 +202,9 @@ func (t *taskService) Metrics(ctx context.Context, r *tasksapi.MetricsRequest, o
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	for _, p := range t.all(ctx) {
-		if !filter.Match(filters.AdapterFunc(p.field)) {
+	for _, id := range t.named(ctx, r.GetFilters()) {
+		p, ok := t.find(ctx, id)
+		if !ok || !filter.Match(filters.AdapterFunc(p.field)) {
 			continue
 		}
 		metric, err := p.metric(ctx)

@@ -1,0 +1,104 @@
+package integration
+
+import (
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// pinOf is where the network namespace of a pod is pinned.
+func pinOf(n *harness.Node, pod *harness.Pod) string {
+	return filepath.Join(n.Dir(), netNSDir, "podfsm-"+pod.ID)
+}
+
+func isPin(path string) bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(path, &fs) == nil && fs.Type == unix.NSFS_MAGIC
+}
+
+// Somebody takes the pin of a pod away, as "ip netns delete" does, or mounts something over the directory of the pins, as "ip netns add" does on
+// a private mount. The pod runs on, and CNI plugins get its namespace at DEL: without that, the rules of masqueraded addresses stay.
+func TestPinsTakenAway(t *testing.T) {
+	t.Parallel() // it mostly waits
+	n := harness.StartNode(t, harness.Config{})
+	private(t, filepath.Dir(filepath.Join(n.Dir(), netNSDir)))
+	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+	require.NoError(t, err)
+	deletePin := func(t *testing.T, pod *harness.Pod) {
+		require.NoError(t, unix.Unmount(pinOf(n, pod), unix.MNT_DETACH))
+		require.NoError(t, unix.Unlink(pinOf(n, pod)))
+	}
+
+	t.Run("noticed", func(t *testing.T) {
+		pod := runPod(t, n, n.PodConfig("pod"))
+		deletePin(t, pod)
+		require.Eventually(t, func() bool { return isPin(pinOf(n, pod)) }, waitFor, tick)
+		works(t, pod, "main")
+		require.NoError(t, pod.StopAndRemove(t.Context()))
+		n.RequireClean(t, before)
+	})
+
+	for name, take := range map[string]func(*testing.T, *harness.Pod){
+		"deleted": deletePin,
+		"unmounted": func(t *testing.T, pod *harness.Pod) {
+			require.NoError(t, unix.Unmount(pinOf(n, pod), unix.MNT_DETACH))
+		},
+		"deleted while containerd is down": func(t *testing.T, pod *harness.Pod) {
+			require.NoError(t, n.Kill(t.Context()))
+			deletePin(t, pod)
+			require.NoError(t, n.Start(t.Context()))
+		},
+	} {
+		t.Run("stopped when it is "+name, func(t *testing.T) {
+			pod := runPod(t, n, n.PodConfig("pod"))
+			take(t, pod)
+			require.NoError(t, pod.StopAndRemove(t.Context()))
+			n.RequireClean(t, before)
+		})
+	}
+
+	dir := filepath.Join(n.Dir(), netNSDir)
+	for name, cover := range map[string]func() error{
+		"itself":                         func() error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") },
+		"itself, with the mounts in it":  func() error { return unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, "") },
+		"an empty filesystem of its own": func() error { return unix.Mount("cover", dir, "tmpfs", 0, "") },
+	} {
+		t.Run("the directory is covered by "+name, func(t *testing.T) {
+			pod := runPod(t, n, n.PodConfig("pod"))
+			require.NoError(t, cover())
+			covered := true
+			uncover := func() {
+				if covered {
+					require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH))
+				}
+				covered = false
+			}
+			t.Cleanup(uncover)
+			err := pod.Stop(t.Context())
+			require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+			require.ErrorContains(t, err, "umount -R "+dir)
+			census, err := n.Census(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, before[harness.IPTables], census[harness.IPTables], "DEL had the namespace")
+			require.Equal(t, before[harness.Links], census[harness.Links])
+
+			uncover()
+			require.NoError(t, pod.StopAndRemove(t.Context()), "what the kubelet does next")
+			n.RequireClean(t, before)
+		})
+	}
+}
+
+// private makes a directory a private mount, until the test ends, whatever the machine's is.
+func private(t *testing.T, dir string) {
+	t.Helper()
+	require.NoError(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+	require.NoError(t, unix.Mount("", dir, "", unix.MS_PRIVATE, ""))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+}
