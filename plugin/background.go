@@ -43,8 +43,8 @@ func (c *Controller) startBackground() {
 			return
 		}
 		b.release()
+		b.work.Go(func() { protected("the watch over network namespaces", func() { c.watchPins(ctx) }) })
 		protected("the checks of adopted sandboxes", func() { c.checkAdopted(ctx) })
-		protected("the watch over network namespaces", func() { c.watchPins(ctx) })
 	})
 }
 

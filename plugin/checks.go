@@ -61,13 +61,20 @@ func (c *Controller) watchPins(ctx context.Context) {
 	for {
 		select {
 		case <-ticker.C:
-			for _, view := range c.engine.List() {
-				if unpinned(view) {
-					_ = c.engine.Check(ctx, view.Key, CaptureNetNS)
-				}
-			}
+			c.pinAgain(ctx)
 		case <-ctx.Done():
 			return
+		}
+	}
+}
+
+// pinAgain makes the missing pins of ready sandboxes again. A sandbox that is busy for longer is left to the next look.
+func (c *Controller) pinAgain(ctx context.Context) {
+	for _, view := range c.engine.List() {
+		if unpinned(view) {
+			bounded, cancel := context.WithTimeout(ctx, probeTimeout)
+			_ = c.engine.Check(bounded, view.Key, CaptureNetNS)
+			cancel()
 		}
 	}
 }
