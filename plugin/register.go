@@ -107,7 +107,6 @@ func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitCont
 			controller.refuse(fmt.Errorf("failed to put podfsm in front of the CRI service: %w", err))
 			log.G(ic.Context).WithError(err).Error("podfsm: no pod of its handlers will be run")
 		}
-		completeNRI(controller.completePod)
 		return instance, nil
 	}
 }
