@@ -71,6 +71,7 @@ func initController(ic *plugin.InitContext) (any, error) {
 	if err := prometheus.Register(c.meters); err != nil {
 		log.G(ic.Context).WithError(err).Warn("podfsm: there will be no metrics of it")
 	}
+	completeNRI(c.completePod) // before containerd's CRI service, which comes next, lets NRI plugins connect
 	return c, nil
 }
 
