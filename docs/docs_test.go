@@ -175,7 +175,7 @@ func TestLogMessages(t *testing.T) {
 // Symptoms are in words that are said.
 func TestSymptoms(t *testing.T) {
 	var said strings.Builder
-	for _, dir := range []string{"cmd/podfsm", "cri", "host", "lifecycle", "plugin", "states"} {
+	for _, dir := range []string{"cmd/podfsm", "cri", "host", "lifecycle", "netns", "plugin", "states"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
 		require.NoError(t, err)
 		for _, file := range files {
