@@ -16,6 +16,8 @@ import (
 	goruntime "runtime"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -309,6 +311,110 @@ func TestForwardIsCancelled(t *testing.T) {
 			case <-time.After(soon):
 				t.Fatal("the pod's connection is still there")
 			}
+		})
+	}
+}
+
+// cuttable passes the connections of clients on to a server. After the cut, no packet of the server arrives any more, and none is sent.
+func cuttable(t *testing.T, address string) (through string, cut func()) {
+	server, err := url.Parse(address)
+	require.NoError(t, err)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	target := server.Host
+	var passing sync.WaitGroup
+	var mu sync.Mutex
+	var to []*net.TCPConn
+	passing.Go(func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conn, err := (&net.Dialer{KeepAlive: -1}).Dial("tcp", target)
+			if err != nil {
+				client.Close()
+				return
+			}
+			mu.Lock()
+			to = append(to, conn.(*net.TCPConn))
+			mu.Unlock()
+			passing.Go(func() { _, _ = io.Copy(conn, client); conn.Close() })
+			passing.Go(func() { _, _ = io.Copy(client, conn); client.Close() })
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		mu.Lock()
+		for _, conn := range to {
+			conn.Close()
+		}
+		mu.Unlock()
+		passing.Wait()
+	})
+	server.Host = listener.Addr().String()
+	return server.String(), func() {
+		mu.Lock()
+		defer mu.Unlock()
+		nothing := &unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K}}
+		for _, conn := range to {
+			raw, err := conn.SyscallConn()
+			require.NoError(t, err)
+			require.NoError(t, raw.Control(func(fd uintptr) {
+				require.NoError(t, unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, nothing))
+			}))
+		}
+	}
+}
+
+// The network of many clients is cut, of quiet ones and of ones that are being sent something. What their forwards hold is given back.
+func TestForwardsWhoseNetworkIsCut(t *testing.T) {
+	for name, send := range map[string]func(*net.TCPConn){
+		"quiet": func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) },
+		"busy": func(conn *net.TCPConn) {
+			for _, err := conn.Write([]byte("on and on")); err == nil; _, err = conn.Write([]byte("on and on")) {
+				time.Sleep(10 * time.Millisecond)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			const clients = 50
+			s, netNS := forwarding(t, Streaming{})
+			s.cut = time.Second
+			var reached, gone atomic.Int32
+			var connections sync.WaitGroup
+			port := listenIn(t, netNS, "127.0.0.1:0", func(conn *net.TCPConn) {
+				reached.Add(1)
+				own, err := conn.File() // it is the listener's to close
+				require.NoError(t, err)
+				duplicate, err := net.FileConn(own)
+				own.Close()
+				require.NoError(t, err)
+				connections.Go(func() {
+					send(duplicate.(*net.TCPConn))
+					duplicate.Close()
+					gone.Add(1)
+				})
+			})
+			var cuts []func()
+			for range clients {
+				address, err := s.issue("s1", nil)
+				require.NoError(t, err)
+				through, cut := cuttable(t, address)
+				cuts = append(cuts, cut)
+				connect(t, through).open(port)
+			}
+			require.Eventually(t, func() bool { return reached.Load() == clients }, soon, time.Millisecond)
+			for _, cut := range cuts {
+				cut()
+			}
+			require.Eventually(t, func() bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return len(s.sessions) == 0
+			}, soon, 10*time.Millisecond, "the sessions go on")
+			require.Eventually(t, func() bool { return gone.Load() == clients }, soon, 10*time.Millisecond, "connections into the pod stay")
+			connections.Wait()
 		})
 	}
 }

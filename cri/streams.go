@@ -12,10 +12,12 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 	netutil "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/util/cert"
 	"k8s.io/cri-streaming/pkg/streaming"
@@ -42,6 +44,10 @@ const (
 	maxTickets = 1000
 )
 
+// cutTimeout is how long a client's kernel may acknowledge nothing: its network is cut then, and nobody ends the connection but we. The
+// kernel's own limits are minutes for a quiet connection and a quarter of an hour for one with data on its way.
+const cutTimeout = 30 * time.Second
+
 // streams serves port forwards into pods that have a network of their own, beside containerd's streaming server, which would
 // connect to the node's localhost: an HTTP server on the same address and a port of its own. It listens from the first request on.
 type streams struct {
@@ -49,6 +55,7 @@ type streams struct {
 	pod    func(id string) (Pod, bool)
 	ctx    context.Context // ends with close
 	stop   context.CancelCauseFunc
+	cut    time.Duration // see cutTimeout
 
 	mu       sync.Mutex
 	closed   bool
@@ -68,7 +75,7 @@ type ticket struct {
 }
 
 func newStreams(config Streaming, pod func(id string) (Pod, bool)) *streams {
-	s := &streams{config: config, pod: pod, tickets: map[string]ticket{}, sessions: map[*session]struct{}{}}
+	s := &streams{config: config, pod: pod, cut: cutTimeout, tickets: map[string]ticket{}, sessions: map[*session]struct{}{}}
 	s.ctx, s.stop = context.WithCancelCause(context.Background())
 	return s
 }
@@ -111,7 +118,9 @@ func (s *streams) listen() error {
 		}
 		address = ip.String()
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
+	keepAlive := net.KeepAliveConfig{Enable: true, Idle: s.cut / 2, Interval: s.cut / 2}
+	listening := net.ListenConfig{KeepAliveConfig: keepAlive, Control: s.endCut}
+	listener, err := listening.Listen(s.ctx, "tcp", net.JoinHostPort(address, "0"))
 	if err != nil {
 		return err
 	}
@@ -136,6 +145,16 @@ func (s *streams) listen() error {
 		}
 	})
 	return nil
+}
+
+// endCut has the kernel end the connections of a listening socket whose network is cut (tcp(7), TCP_USER_TIMEOUT). It is a Control of
+// [net.ListenConfig].
+func (s *streams) endCut(_, _ string, socket syscall.RawConn) error {
+	var err error
+	controlErr := socket.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(s.cut.Milliseconds()))
+	})
+	return errors.Join(controlErr, err)
 }
 
 // connKey finds a request's connection in its context.

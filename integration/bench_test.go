@@ -30,6 +30,7 @@ func TestBench(t *testing.T) {
 		"pod and first container, alone":                            2 * (3 + 2),
 		"pods with first container started per second, 2 at a time": 2 * (3 + 2),
 		"RunPodSandbox, alone":                                      2 * (4 + 3),
+		"RunPodSandbox, a pod of containerd's own handler":          2 * (2 + 1),
 		"StopPodSandbox, 2 at a time":                               2 * (4 + 3),
 		"RemovePodSandbox, alone":                                   2 * (3 + 2),
 		"pods started per second, 2 at a time":                      2 * (4 + 3),

@@ -133,6 +133,7 @@ func TestNetworks(t *testing.T) {
 	n := startNode()
 	for name, test := range map[string]func(*testing.T, *harness.Node){
 		"port mappings":                testPortMappings,
+		"UDP port of a replaced pod":   testUDPPortOfAReplacedPod,
 		"bandwidth":                    testBandwidth,
 		"requests like stock's":        testRequestsLikeStock,
 		"two networks of a handler":    func(t *testing.T, n *harness.Node) { testTwoNetworks(t, n, confDir) },

@@ -41,6 +41,7 @@ type section struct {
 var sections = []section{
 	{"container", "a pod and its first container", withContainer},
 	{"alone", "one pod at a time, and the CPU time that a pod takes", alone},
+	{"stock", "pods of containerd's own handler, on an unmodified containerd and beside podfsm", stockPods},
 	{"parallel", "many pods at a time", inParallel},
 	{"writes", "what a daemon syncs and writes per pod", writes},
 	{"standing", "daemons that have pods already: further pods, memory, lists, restarts", standing},

@@ -41,6 +41,22 @@ func alone(ctx context.Context, b *bench) error {
 	return nil
 }
 
+// stockPods runs pods of containerd's own handler on the daemons that have it: podfsm must not make them slower.
+func stockPods(ctx context.Context, b *bench) error {
+	var with []named
+	for _, s := range b.sides {
+		if s.name != crioSide {
+			with = append(with, named{s.name, &side{name: s.name, handler: harness.StockHandler, node: s.node}})
+		}
+	}
+	for _, k := range kinds {
+		if err := b.oneByOne(ctx, with, k, b.rounds, stockHandlers); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // inParallel runs many pods at a time, each side in turn.
 func inParallel(ctx context.Context, b *bench) error {
 	for _, pods := range b.parallel {

@@ -1,0 +1,93 @@
+package integration
+
+import (
+	"errors"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/stretchr/testify/require"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/integration/harness"
+)
+
+// answerUDP answers each packet to a port of a pod with a word, until the pod's network ends or the test does.
+func answerUDP(t *testing.T, n *harness.Node, pod *harness.Pod, port int, word string) (end func()) {
+	t.Helper()
+	var conn *net.UDPConn
+	require.NoError(t, ns.WithNetNSPath(pinOf(n, pod), func(ns.NetNS) (err error) {
+		conn, err = net.ListenUDP("udp4", &net.UDPAddr{Port: port})
+		return err
+	}))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			_, from, err := conn.ReadFromUDP(make([]byte, 1))
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err == nil {
+				_, _ = conn.WriteToUDP([]byte(word), from)
+			}
+		}
+	}()
+	end = func() {
+		conn.Close()
+		<-ended
+	}
+	t.Cleanup(end)
+	return end
+}
+
+// A UDP port of the node goes from one pod to the next, and a client sends on from the same port. Its flow, which the kernel keeps for half a
+// minute, reaches the new pod: also when it has gone on while there was no pod.
+func testUDPPortOfAReplacedPod(t *testing.T, n *harness.Node) {
+	const port = 5300
+	config := func(name string) *runtime.PodSandboxConfig {
+		return n.PodConfig(name, func(c *runtime.PodSandboxConfig) {
+			c.PortMappings = []*runtime.PortMapping{{Protocol: runtime.Protocol_UDP, ContainerPort: port, HostPort: port}}
+		})
+	}
+	before := warmUp(t, n, harness.PodfsmHandler, config("pod"))
+	for name, meanwhile := range map[string]func(ask func() string){
+		"and is silent meanwhile":  func(func() string) {},
+		"and goes on meanwhile":    func(ask func() string) { require.Empty(t, ask()) },
+		"and containerd restarted": func(func() string) { require.NoError(t, n.Restart(t.Context())) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var client net.Conn
+			require.NoError(t, n.Inside(func() (err error) {
+				client, err = net.Dial("udp4", net.JoinHostPort(harness.Gateway, "5300"))
+				return err
+			}))
+			defer client.Close()
+			ask := func() string {
+				answer := make([]byte, 16)
+				if _, err := client.Write([]byte("?")); err != nil {
+					return "" // nobody had the port just now
+				}
+				require.NoError(t, client.SetReadDeadline(time.Now().Add(200*time.Millisecond)))
+				size, err := client.Read(answer)
+				if err != nil {
+					return ""
+				}
+				return string(answer[:size])
+			}
+			first := runPod(t, n, config("first"))
+			end := answerUDP(t, n, first, port, "first")
+			require.Eventually(t, func() bool { return ask() == "first" }, waitFor, tick)
+			end()
+			require.NoError(t, first.StopAndRemove(t.Context()))
+			meanwhile(ask)
+			second := runPod(t, n, config("second"))
+			end = answerUDP(t, n, second, port, "second")
+			require.Eventually(t, func() bool { return ask() == "second" }, 5*time.Second, tick, "long before the kernel forgets the flow")
+			end()
+			require.NoError(t, second.StopAndRemove(t.Context()))
+			n.RequireClean(t, before)
+		})
+	}
+}
