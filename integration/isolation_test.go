@@ -470,6 +470,11 @@ func attachLoop(t *testing.T, path string) (device string) {
 			return false
 		}
 		t.Cleanup(func() { loop.Close() })
+		info, err := loop.Stat()
+		require.NoError(t, err)
+		// A device that few may use isn't given to a pod that podfsm has mapped.
+		require.NoError(t, os.Chmod(device, 0o666))
+		t.Cleanup(func() { require.NoError(t, os.Chmod(device, info.Mode().Perm())) })
 		return true
 	}, waitFor, tick)
 	return device
