@@ -228,6 +228,20 @@ func TestSysctls(t *testing.T) {
 			require.NoError(t, pod.StopAndRemove(t.Context()))
 		})
 	}
+
+	// What a pod has set itself is no damage that a restart has to tell of.
+	t.Run("checked after a restart", func(t *testing.T) {
+		for name, sysctls := range map[string]map[string]string{
+			"against-a-plugin": {"net/ipv4/conf/eth0/rp_filter": "1"},
+			"no-ipv6":          {"net.ipv6.conf.all.disable_ipv6": "1"},
+		} {
+			startPod(t, n, harness.PodfsmHandler, n.PodConfig(name, func(c *runtime.PodSandboxConfig) { c.Linux.Sysctls = sysctls }))
+		}
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		require.Eventually(t, func() bool { return strings.Contains(n.Log(), "podfsm: checked 2 adopted sandboxes") }, waitFor, tick)
+		require.NotContains(t, n.Log(), "is ready, but not as it should be")
+	})
 	require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	n.RequireClean(t, before)
 }
