@@ -50,8 +50,20 @@ func (s *service) StartContainer(ctx context.Context, r *runtime.StartContainerR
 func withHint(err error) error {
 	for _, hint := range hints {
 		if hint.failure.MatchString(err.Error()) {
-			return fmt.Errorf("%w; %s: %w", err, hint.remedy, hint.class)
+			return &hintedError{err, hint.remedy, hint.class}
 		}
 	}
 	return err
 }
+
+// hintedError is an error with what to do about it.
+type hintedError struct {
+	err    error
+	remedy string
+	class  error
+}
+
+func (e *hintedError) Error() string { return fmt.Sprintf("%v; %s: %v", e.err, e.remedy, e.class) }
+
+// Unwrap has the class first, which goes before that of the error: unknown, of the runtime's errors.
+func (e *hintedError) Unwrap() []error { return []error{e.class, e.err} }

@@ -2,11 +2,14 @@ package cri
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -15,17 +18,17 @@ func TestStartContainerSaysWhatToDo(t *testing.T) {
 	const begin = "failed to start containerd task: runc create failed: unable to start container process: error during container init: "
 	for name, test := range map[string]struct {
 		failure string
-		is      func(error) bool
+		code    codes.Code
 		says    string
 	}{
-		"keys":   {begin + "unable to join session keyring: unable to create session key: disk quota exceeded", errdefs.IsResourceExhausted, "raise kernel.keys.maxkeys and kernel.keys.maxbytes (kernel.keys.root_maxkeys"},
-		"user":   {begin + "cannot setuid to unmapped uid 70000 in user namespace", errdefs.IsInvalidArgument, "set runAsUser"},
-		"group":  {begin + "cannot setgid to unmapped gid 70000 in user namespace", errdefs.IsInvalidArgument, "runAsGroup"},
-		"groups": {begin + "setgroups: invalid argument", errdefs.IsInvalidArgument, "supplementalGroupsPolicy: Strict"},
-		"disk":   {begin + "write /etc/mtab: disk quota exceeded", nil, ""},
+		"keys":   {begin + "unable to join session keyring: unable to create session key: disk quota exceeded", codes.ResourceExhausted, "raise kernel.keys.maxkeys and kernel.keys.maxbytes (kernel.keys.root_maxkeys"},
+		"user":   {begin + "cannot setuid to unmapped uid 70000 in user namespace", codes.InvalidArgument, "set runAsUser"},
+		"group":  {begin + "cannot setgid to unmapped gid 70000 in user namespace", codes.InvalidArgument, "runAsGroup"},
+		"groups": {begin + "setgroups: invalid argument", codes.InvalidArgument, "supplementalGroupsPolicy: Strict"},
+		"disk":   {begin + "write /etc/mtab: disk quota exceeded", codes.Unknown, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			failure := errors.New(test.failure)
+			failure := fmt.Errorf("%s: %w", test.failure, errdefs.ErrUnknown)
 			s := &stock{start: func(_ context.Context, r *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error) {
 				if r.GetContainerId() == "well" {
 					return &runtime.StartContainerResponse{}, nil
@@ -41,12 +44,12 @@ func TestStartContainerSaysWhatToDo(t *testing.T) {
 			require.Same(t, failure, start("c2"), "another handler's")
 			err := start("c1")
 			require.ErrorIs(t, err, failure)
-			if test.is == nil {
+			if test.code == codes.Unknown {
 				require.Same(t, failure, err)
 				return
 			}
-			require.True(t, test.is(err), "%v", err)
-			require.ErrorContains(t, err, test.failure+"; ")
+			require.Equal(t, test.code, status.Code(errgrpc.ToGRPC(err)))
+			require.ErrorContains(t, err, failure.Error()+"; ")
 			require.ErrorContains(t, err, test.says)
 		})
 	}

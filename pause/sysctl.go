@@ -92,6 +92,17 @@ func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	return err
 }
 
+// SetsInterfaces says whether a pod has sysctls of network interfaces.
+func SetsInterfaces(config *runtime.PodSandboxConfig) bool {
+	for name := range config.GetLinux().GetSysctls() {
+		file, _, err := sysctlFile(name, unix.CLONE_NEWNET)
+		if err == nil && (strings.HasPrefix(file, "net/ipv4/conf/") || strings.HasPrefix(file, "net/ipv6/conf/")) {
+			return true
+		}
+	}
+	return false
+}
+
 // sysctl is one of a pod's.
 type sysctl struct {
 	name, file, value string

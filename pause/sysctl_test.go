@@ -107,6 +107,18 @@ func TestSetSysctls(t *testing.T) {
 	}
 }
 
+func TestSetsInterfaces(t *testing.T) {
+	for name, want := range map[string]bool{
+		"net.ipv4.conf.eth0.rp_filter": true, "net/ipv6/conf/all/disable_ipv6": true, "net.ipv4.conf.eth0/100.arp_ignore": true,
+		"net.ipv4.ip_forward": false, "kernel.msgmax": false, "net.ipv4.conf": false, "vm.swappiness": false,
+	} {
+		config := testPod().Config
+		config.Linux.Sysctls = map[string]string{"net.core.somaxconn": "1", name: "1"}
+		require.Equal(t, want, SetsInterfaces(config), name)
+	}
+	require.False(t, SetsInterfaces(nil))
+}
+
 // The kernel takes the groups of a sysctl as those of the user namespace of its writer, which is the host's.
 func TestPingGroups(t *testing.T) {
 	const file = "/proc/sys/net/ipv4/ping_group_range"
