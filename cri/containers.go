@@ -4,10 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"path/filepath"
 	"slices"
 
-	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -21,15 +19,11 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 	if !ok {
 		return s.RuntimeServiceServer.CreateContainer(ctx, r)
 	}
-	if pod.UserNS != nil {
-		if err := mappable(r.GetConfig()); err != nil {
-			return nil, fmt.Errorf("container %q can't be in pod %q, whose runtime handler maps every pod into a user namespace: %w",
-				r.GetConfig().GetMetadata().GetName(), records.PodName(pod.Config), err)
-		}
-		r = inUserNS(r, pod.UserNS)
-	}
-	if err := s.checkVolumes(ctx, id, pod, r.GetConfig()); err != nil {
+	if err := s.sandboxes.AdmitContainer(ctx, id, r.GetConfig()); err != nil {
 		return nil, err
+	}
+	if pod.UserNS != nil {
+		r = inUserNS(r, pod.UserNS)
 	}
 	release, err := s.sandboxes.PrepareContainer(ctx, id, r.GetConfig().GetImage().GetImage())
 	defer release()
@@ -38,27 +32,6 @@ func (s *service) CreateContainer(ctx context.Context, r *runtime.CreateContaine
 			r.GetConfig().GetMetadata().GetName(), records.PodName(pod.Config), err)
 	}
 	return s.RuntimeServiceServer.CreateContainer(ctx, r)
-}
-
-// mappable refuses a container that can't be in a user namespace that podfsm has chosen. All errors are InvalidArgument.
-func mappable(config *runtime.ContainerConfig) error {
-	const remedy = "give the pod a runtime handler that leaves it on the node's users"
-	security := config.GetLinux().GetSecurityContext()
-	if security.GetPrivileged() {
-		return fmt.Errorf("it is privileged; %s: %w", remedy, errdefs.ErrInvalidArgument)
-	}
-	if asked := security.GetNamespaceOptions().GetUsernsOptions(); asked != nil && asked.GetMode() == runtime.NamespaceMode_POD {
-		return fmt.Errorf("it asks for a user namespace that its pod didn't ask for: %w", errdefs.ErrInvalidArgument)
-	}
-	for _, m := range config.GetMounts() {
-		if m.GetPropagation() == runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL {
-			return fmt.Errorf("its mount %q is bidirectional; %s: %w", m.GetContainerPath(), remedy, errdefs.ErrInvalidArgument)
-		}
-		if len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0 {
-			return fmt.Errorf("its mount %q comes with an id mapping that its pod didn't ask for: %w", m.GetContainerPath(), errdefs.ErrInvalidArgument)
-		}
-	}
-	return nil
 }
 
 // inUserNS is a copy of the request with the user namespace in it: in both configurations, for the root filesystem, and on each mount.
@@ -73,21 +46,6 @@ func inUserNS(r *runtime.CreateContainerRequest, users *runtime.UserNamespace) *
 		m.UidMappings, m.GidMappings = of.GetUids(), of.GetGids()
 	}
 	return r
-}
-
-// checkVolumes refuses a container with a volume that can't be shown under the pod's ids; the runtime would find out when half of the
-// container is made. Images have no path on the host: the snapshotter maps them.
-func (s *service) checkVolumes(ctx context.Context, id string, pod Pod, config *runtime.ContainerConfig) error {
-	for _, m := range config.GetMounts() {
-		if len(m.GetUidMappings()) == 0 || !filepath.IsAbs(m.GetHostPath()) {
-			continue
-		}
-		if err := s.sandboxes.CheckVolume(ctx, id, m.GetHostPath()); err != nil {
-			return fmt.Errorf("container %q of pod %q can't have its volume %q from %q: %w", config.GetMetadata().GetName(), records.PodName(pod.Config),
-				m.GetContainerPath(), m.GetHostPath(), err)
-		}
-	}
-	return nil
 }
 
 // ContainerStatus restores what the caller said of ids.

@@ -57,9 +57,9 @@ type Sandboxes interface {
 	Unclaimed() []string
 	// RemovePod undoes whatever there is of the sandbox. It is idempotent; an unknown id is success.
 	RemovePod(ctx context.Context, id string) error
-	// CheckVolume fails, with FailedPrecondition, when the node's files at an absolute path can't be shown in the sandbox under its own
-	// ids. It changes nothing, and ends with ctx.
-	CheckVolume(ctx context.Context, id, path string) error
+	// AdmitContainer refuses, before anything is made, a container that can't be in the sandbox: by its users, its privileges, its
+	// volumes. It changes nothing, and ends with ctx.
+	AdmitContainer(ctx context.Context, id string, config *runtime.ContainerConfig) error
 	// PrepareContainer makes what a container from an image needs in the sandbox, before containerd's service makes the container, or
 	// beside that. release is called when it has, and never nil.
 	PrepareContainer(ctx context.Context, id, image string) (release func(), err error)

@@ -8,6 +8,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/userns"
+
 	"github.com/podfsm/podfsm/records"
 )
 
@@ -58,7 +60,8 @@ func FuzzContainerRequest(f *testing.F) {
 	users := &runtime.UserNamespace{Uids: []*runtime.IDMapping{{HostId: 131072, Length: 65536}}, Gids: []*runtime.IDMapping{{HostId: 131072, Length: 65536}}}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		request, before := &runtime.CreateContainerRequest{}, &runtime.CreateContainerRequest{}
-		if proto.Unmarshal(b, request) != nil || proto.Unmarshal(b, before) != nil || mappable(request.GetConfig()) != nil {
+		if proto.Unmarshal(b, request) != nil || proto.Unmarshal(b, before) != nil ||
+			(userns.Container{Config: request.GetConfig(), Length: 65536, Chosen: true}).Check() != nil {
 			return
 		}
 		require.False(t, request.GetConfig().GetLinux().GetSecurityContext().GetPrivileged())

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -36,6 +35,7 @@ type stock struct {
 	forward func(context.Context, *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error)
 	pull    func(context.Context, *runtime.PullImageRequest) (*runtime.PullImageResponse, error)
 	create  func(context.Context, *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error)
+	start   func(context.Context, *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error)
 
 	runtimeStatus   *runtime.StatusResponse
 	containerStatus *runtime.ContainerStatusResponse
@@ -77,6 +77,10 @@ func (s *stock) PortForward(ctx context.Context, r *runtime.PortForwardRequest) 
 
 func (s *stock) CreateContainer(ctx context.Context, r *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error) {
 	return s.create(ctx, r)
+}
+
+func (s *stock) StartContainer(ctx context.Context, r *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error) {
+	return s.start(ctx, r)
 }
 
 func (s *stock) Status(context.Context, *runtime.StatusRequest) (*runtime.StatusResponse, error) {
@@ -161,6 +165,7 @@ type controller struct {
 	settle     func(ctx context.Context, id string) error
 	calls      []string
 	heard      []string // of pods of other handlers
+	admitted   *runtime.ContainerConfig
 
 	unclaimed []string
 	released  atomic.Int32 // what PrepareContainer has returned
@@ -172,8 +177,6 @@ type controller struct {
 	happened []Happening
 }
 
-var errUnmappable = fmt.Errorf("its filesystem is ramfs: %w", errdefs.ErrFailedPrecondition)
-
 // PrepareContainer refuses the image "unmapped".
 func (c *controller) PrepareContainer(_ context.Context, _, image string) (func(), error) {
 	if image == "unmapped" {
@@ -182,11 +185,12 @@ func (c *controller) PrepareContainer(_ context.Context, _, image string) (func(
 	return func() { c.released.Add(1) }, nil
 }
 
-// CheckVolume refuses the volumes below /ramfs.
-func (c *controller) CheckVolume(_ context.Context, id, path string) error {
-	c.calls = append(c.calls, "check "+id+" "+path)
-	if strings.HasPrefix(path, "/ramfs") {
-		return errUnmappable
+// AdmitContainer refuses those that are privileged.
+func (c *controller) AdmitContainer(_ context.Context, id string, config *runtime.ContainerConfig) error {
+	c.calls = append(c.calls, "admit "+id)
+	c.admitted = config
+	if config.GetLinux().GetSecurityContext().GetPrivileged() {
+		return fmt.Errorf("container %q is privileged: %w", config.GetMetadata().GetName(), errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

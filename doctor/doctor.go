@@ -93,6 +93,8 @@ var checks = []check{
 	{"podfsm", controller},
 	{"kernel", kernel},
 	{"user namespaces", userNamespaces},
+	{"keys", keys},
+	{"inotify", inotify},
 	{"pidfd", pidfd},
 	{"statmount", statMount},
 	{"cgroups", cgroups},

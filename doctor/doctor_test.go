@@ -51,6 +51,10 @@ func wellNode(t *testing.T) Node {
 	}
 	write(t, n.proc("sys/kernel/osrelease"), "6.18.44-generic\n")
 	write(t, n.proc("sys/user/max_user_namespaces"), "15000\n")
+	write(t, n.proc("sys/kernel/keys/maxkeys"), "200\n")
+	write(t, n.proc("sys/kernel/keys/root_maxkeys"), "1000000\n")
+	write(t, n.proc("key-users"), "    0:     9 8/8 3/1000000 40/25000000\n 1000:   100 99/99 99/200 9000/20000\n")
+	write(t, n.proc("sys/fs/inotify/max_user_instances"), "8192\n")
 	write(t, n.proc("7/status"), "Name:\tcontainerd\nGroups:\t0 \nCapEff:\t000001ffffffffff\n")
 	write(t, n.proc("7/oom_score_adj"), "0\n")
 	write(t, filepath.Join(n.Etc, "subuid"), "pods:1000000000:655360\n")
@@ -106,9 +110,22 @@ func TestChecks(t *testing.T) {
 		{name: "user namespaces", look: userNamespaces, verdict: OK, evidence: "15000, and one could be made"},
 		{name: "no user namespaces", look: userNamespaces, change: file("sys/user/max_user_namespaces", "0"), verdict: Fail, evidence: "max_user_namespaces = 0", remedy: "sysctl -w", stops: UserNSPods},
 		{name: "few user namespaces", look: userNamespaces, change: file("sys/user/max_user_namespaces", "100"), verdict: Warn, evidence: "= 100", remedy: "sysctl -w"},
-		{name: "kernel without user namespaces", look: userNamespaces, change: func(t *testing.T, n *Node) {
-			require.NoError(t, os.Remove(n.proc("sys/user/max_user_namespaces")))
-		}, verdict: Fail, evidence: "no such file", remedy: "CONFIG_USER_NS", stops: UserNSPods},
+		{name: "kernel without user namespaces", look: userNamespaces, change: gone("sys/user/max_user_namespaces"), verdict: Fail, evidence: "no such file", remedy: "CONFIG_USER_NS", stops: UserNSPods},
+		{name: "keys", look: keys, verdict: OK, evidence: "kernel.keys.maxkeys = 200 for each user, root_maxkeys = 1000000"},
+		{name: "keys that a node's pods share", look: keys, change: func(_ *testing.T, n *Node) { n.Config.Handlers[0].Mode = userns.ModeNode }, verdict: Warn, evidence: "the pods of podfsm share their users", remedy: "sysctl -w kernel.keys.maxkeys="},
+		{name: "many keys that a node's pods share", look: keys, change: func(t *testing.T, n *Node) {
+			file("sys/kernel/keys/maxkeys", "20000")(t, n)
+			n.Config.Handlers[0].Mode = userns.ModeNode
+		}, verdict: OK, evidence: "= 20000"},
+		{name: "keys that are nearly used up", look: keys, change: file("key-users", "    0:     9 8/8 3/1000000 40/25000000\n131072:   161 160/160 160/200 9000/20000\n"), verdict: Warn, evidence: "user 131072 has 160 keys of 9000 bytes", remedy: "kernel.keys.maxkeys="},
+		{name: "keys whose bytes are", look: keys, change: file("key-users", " 1000:   100 99/99 99/200 16000/20000\n"), verdict: Warn, evidence: "user 1000 has 99 keys of 16000 bytes", remedy: "kernel.keys.maxbytes="},
+		{name: "keys of root that are", look: keys, change: file("key-users", "    0:     9 8/8 199/200 40/25000000\n"), verdict: Warn, evidence: "user 0 has 199 keys", remedy: "kernel.keys.root_maxkeys="},
+		{name: "few keys of root", look: keys, change: file("sys/kernel/keys/root_maxkeys", "200"), verdict: Warn, evidence: "root_maxkeys = 200, of which", remedy: "kernel.keys.root_maxkeys="},
+		{name: "kernel without keys", look: keys, change: gone("sys/kernel/keys/maxkeys"), verdict: OK, evidence: "no keys"},
+		{name: "keys that can't be read", look: keys, change: file("sys/kernel/keys/maxkeys", "many"), verdict: Unknown, evidence: "many", remedy: "sysctl"},
+		{name: "inotify", look: inotify, verdict: OK, evidence: "fs.inotify.max_user_instances = 8192"},
+		{name: "few inotify instances", look: inotify, change: file("sys/fs/inotify/max_user_instances", "128"), verdict: Warn, evidence: "= 128, which the node's root and all pods", remedy: "sysctl -w fs.inotify.max_user_instances="},
+		{name: "kernel without inotify", look: inotify, change: gone("sys/fs/inotify/max_user_instances"), verdict: OK, evidence: "no inotify"},
 		{name: "pidfd", look: pidfd, verdict: OK, evidence: "PIDFD_GET_NET_NAMESPACE works"},
 		{name: "oom score with the capability", look: oomScore, verdict: OK, evidence: "CAP_SYS_RESOURCE"},
 		{name: "oom score without", look: oomScore, change: file("7/status", "CapEff:\t000001fffeffffff\n"), verdict: Fail, evidence: "oom_score_adj of 0", remedy: "restrict_oom_score_adj = true"},
@@ -233,6 +250,11 @@ func TestChecks(t *testing.T) {
 // file has another content in a file below /proc.
 func file(path, content string) func(*testing.T, *Node) {
 	return func(t *testing.T, n *Node) { write(t, n.proc(path), content) }
+}
+
+// gone is no file below /proc.
+func gone(path string) func(*testing.T, *Node) {
+	return func(t *testing.T, n *Node) { require.NoError(t, os.Remove(n.proc(path))) }
 }
 
 // oldTmpfs is a kernel that doesn't map tmpfs, with a handler of a mode.

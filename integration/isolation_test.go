@@ -254,18 +254,18 @@ var attacks = map[string]attack{
 		args: func(*attacker) []string { return []string{"resize-tmpfs", "/tmpfs"} },
 		bites: func(t *testing.T, a *attacker) {
 			var stat unix.Statfs_t
-			require.NoError(t, unix.Statfs(a.stuff("tmpfs"), &stat))
+			require.NoError(t, unix.Statfs(a.tmpfs(), &stat))
 			require.EqualValues(t, 2<<20, int64(stat.Blocks)*stat.Bsize)
-			require.NoError(t, unix.Mount("", a.stuff("tmpfs"), "", unix.MS_REMOUNT, "size=1M"))
+			require.NoError(t, unix.Mount("", a.tmpfs(), "", unix.MS_REMOUNT, "size=1M"))
 		},
 		fails: "EPERM mount",
 	},
 	"mount among the host's": {
 		brokenOut: true,
-		args:      func(a *attacker) []string { return []string{"mount-on", a.stuff("tmpfs")} },
+		args:      func(a *attacker) []string { return []string{"mount-on", a.tmpfs()} },
 		bites: func(t *testing.T, a *attacker) {
-			require.NoError(t, unix.Unmount(a.stuff("tmpfs"), 0))
-			require.DirExists(t, a.stuff("tmpfs/mine"), "the mount below it")
+			require.NoError(t, unix.Unmount(a.tmpfs(), 0))
+			require.DirExists(t, filepath.Join(a.tmpfs(), "mine"), "the mount below it")
 		},
 		fails: "EPERM mount",
 	},
@@ -415,9 +415,10 @@ func prepareBattlefield(t *testing.T, n *harness.Node) *battlefield {
 	t.Helper()
 	f := &battlefield{Node: n, hierarchy: filepath.Base(n.Dir())}
 	stuff := filepath.Join(n.Dir(), "stuff")
-	require.NoError(t, os.MkdirAll(filepath.Join(stuff, "tmpfs"), 0o755))
-	require.NoError(t, unix.Mount("tmpfs", filepath.Join(stuff, "tmpfs"), "tmpfs", 0, "size=1M"))
-	require.NoError(t, os.Mkdir(filepath.Join(stuff, "tmpfs/mine"), 0o755))
+	require.NoError(t, os.Mkdir(stuff, 0o755))
+	require.NoError(t, os.Mkdir(f.tmpfs(), 0o755))
+	require.NoError(t, unix.Mount("tmpfs", f.tmpfs(), "tmpfs", 0, "size=1M"))
+	require.NoError(t, os.Mkdir(filepath.Join(f.tmpfs(), "mine"), 0o755))
 	// It looks at where it runs, from the first moment in one piece.
 	payload := fmt.Sprintf(`#!/bin/sh
 cd %q && { id -u; for kind in user mnt pid; do readlink /proc/self/ns/$kind; done; } > next && mv next loot
@@ -470,10 +471,18 @@ func attachLoop(t *testing.T, path string) (device string) {
 			return false
 		}
 		t.Cleanup(func() { loop.Close() })
+		info, err := loop.Stat()
+		require.NoError(t, err)
+		// A device that few may use isn't given to a pod that podfsm has mapped.
+		require.NoError(t, os.Chmod(device, 0o666))
+		t.Cleanup(func() { require.NoError(t, os.Chmod(device, info.Mode().Perm())) })
 		return true
 	}, waitFor, tick)
 	return device
 }
+
+// tmpfs is a tmpfs of the host, apart from the stuff: a mount below a volume can't be mapped with it.
+func (f *battlefield) tmpfs() string { return filepath.Join(f.Dir(), "tmpfs-of-host") }
 
 // attacker runs two pods of a mode, of which one attacks.
 func (f *battlefield) attacker(t *testing.T, mode userMode) *attacker {
@@ -484,7 +493,7 @@ func (f *battlefield) attacker(t *testing.T, mode userMode) *attacker {
 	a.container = startContainer(t, startPod(t, f.Node, mode.handler, f.PodConfig(name+"-attacker", mode.option)), "main", allowed,
 		harness.Volume(f.Attack(), "/attack"),
 		harness.Volume(filepath.Join(f.Dir(), "stuff"), "/stuff"),
-		harness.Volume(filepath.Join(f.Dir(), "stuff/tmpfs"), "/tmpfs"),
+		harness.Volume(f.tmpfs(), "/tmpfs"),
 		func(c *runtime.ContainerConfig) {
 			// In a user namespace runc binds the host's device of the same path.
 			c.Devices = append(c.Devices, &runtime.Device{HostPath: f.device, ContainerPath: f.device, Permissions: "rwm"})

@@ -40,8 +40,6 @@ func namespacesOf(t *testing.T, n *harness.Node, pause, pid int) string {
 	return strings.Join(whose, " ")
 }
 
-const withHostname = "host network with a hostname"
-
 // podKinds are pods by whose namespaces they use.
 var podKinds = map[string]struct {
 	option     harness.PodOption
@@ -60,14 +58,6 @@ var podKinds = map[string]struct {
 	},
 	"host network": {
 		option:     harness.HostNetwork(),
-		pod:        "user:node net:node uts:node ipc:pod pid:pod mnt:pod",
-		containers: "user:node net:node uts:node ipc:pod pid:own mnt:own",
-	},
-	withHostname: {
-		option: func(c *runtime.PodSandboxConfig) {
-			harness.HostNetwork()(c)
-			c.Hostname = "web"
-		},
 		pod:        "user:node net:node uts:node ipc:pod pid:pod mnt:pod",
 		containers: "user:node net:node uts:node ipc:pod pid:own mnt:own",
 	},
@@ -118,9 +108,6 @@ func TestPodKinds(t *testing.T) {
 				}
 			})
 			n.RequireClean(t, before)
-			if name == withHostname {
-				return // stock hands the name on to the runtime, which refuses it
-			}
 			t.Run("stock pod", func(t *testing.T) {
 				pod := startPod(t, n, harness.StockHandler, config)
 				require.Equal(t, see(t, n, pod, startContainer(t, pod, "first")), ours)

@@ -218,6 +218,9 @@ func oddContainers() map[string]oddCall {
 	})
 	containerOdd("privileged", func(_ *client, c *runtime.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
 	containerOdd("unknown user", func(_ *client, c *runtime.ContainerConfig) { c.Linux.SecurityContext.RunAsUsername = "nobody-else" })
+	containerOdd("user outside the mapping", func(_ *client, c *runtime.ContainerConfig) {
+		c.Linux.SecurityContext.RunAsUser = &runtime.Int64Value{Value: 70000}
+	})
 	containerOdd("group without user", func(_ *client, c *runtime.ContainerConfig) {
 		c.Linux.SecurityContext.RunAsGroup = &runtime.Int64Value{Value: 7}
 	})
@@ -475,8 +478,10 @@ var betterRefusals = map[string]struct{ stock, ours, text string }{
 	"run: unknown handler":                          {"InvalidArgument", "InvalidArgument", "nobody"}, // whose handler it is, nobody knows
 	"run: a pod that is there already":              {"FailedPrecondition", "AlreadyExists", "a new sandbox needs a new attempt"},
 	"container: missing volume under the pod's ids": {"Unknown", "FailedPrecondition", "can't have its volume"},
-	"run: long hostname":                            {"Unknown", "InvalidArgument", "has more than 64 bytes"},
-	"run: user outside the mapping":                 {"Unknown", "InvalidArgument", "the user 70000 isn't in the pod's user namespace"},
+	"run: long hostname":                            {"Unknown", "InvalidArgument", "has 65 bytes; choose one of at most 64"},
+	"run: user outside the mapping":                 {"Unknown", "InvalidArgument", "it runs as user 70000, beyond the 65536 ids of its user namespace"},
+	"run: hostname on the node's network":           {"Unknown", "InvalidArgument", `"web" would be the node's`},
+	"container: user outside the mapping":           {"Unknown", "InvalidArgument", "it runs as user 70000, beyond the 65536 ids of its user namespace"},
 	"run: sysctl of the node":                       {"Unknown", "InvalidArgument", `sysctl "vm.swappiness" is not of a namespace`},
 	"run: sysctl on the node's network":             {"Unknown", "InvalidArgument", `sysctl "net.ipv4.ip_forward" would change the node's`},
 	"run: sysctl that is no value":                  {"Unknown", "InvalidArgument", `net.ipv4.ip_forward = "maybe"`},
@@ -492,8 +497,6 @@ var betterRefusals = map[string]struct{ stock, ours, text string }{
 	"run: ipc CONTAINER":      {"OK", "InvalidArgument", "a sandbox has POD or NODE"},
 	"run: pid TARGET":         {"OK", "InvalidArgument", "a sandbox has POD, CONTAINER or NODE"},
 	"run: odd name":           {"OK", "InvalidArgument", "can't be told to CNI plugins: K8S_POD_NAME"},
-	// And this is a pod that stock can't run: its runtime has no UTS namespace to name.
-	"run: hostname on the node's network": {"Unknown", "OK", ""},
 }
 
 // A caller who asks for what can't be, or names what isn't there, is told the same, but for the refusals above; and nothing is left of it.

@@ -193,11 +193,15 @@ func TestSysctls(t *testing.T) {
 		{name: "of an interface", sysctls: map[string]string{"net.ipv4.conf.eth0.arp_ignore": "1"}, file: "net/ipv4/conf/eth0/arp_ignore", want: "1"},
 		{name: "with slashes", sysctls: map[string]string{"net/ipv4/conf/eth0/arp_announce": "2"}, file: "net/ipv4/conf/eth0/arp_announce", want: "2"},
 		{name: "against a plugin", sysctls: map[string]string{"net.ipv4.conf.eth0.rp_filter": "1"}, file: "net/ipv4/conf/eth0/rp_filter", want: "1"},
+		{name: "groups that may ping", sysctls: map[string]string{"net.ipv4.ping_group_range": "5 65535"}, file: "net/ipv4/ping_group_range", want: "5\t65535"},
+		{name: "of every interface", sysctls: map[string]string{"net.ipv4.conf.all.rp_filter": "0"}, file: "net/ipv4/conf/all/rp_filter", want: "0"},
+		{name: "no IPv6 on one interface", sysctls: map[string]string{"net.ipv6.conf.eth0.disable_ipv6": "1"}, file: "net/ipv6/conf/eth0/disable_ipv6", want: "1"},
 		{name: "no IPv6", sysctls: map[string]string{"net.ipv6.conf.all.disable_ipv6": "1"}, file: "net/ipv6/conf/eth0/disable_ipv6", want: "1"},
 		{name: "of the IPC namespace", sysctls: map[string]string{"kernel.shm_rmid_forced": "1"}, file: "kernel/shm_rmid_forced", want: "1"},
 		{name: "of the IPC namespace, on the node's users", sysctls: map[string]string{"kernel.msgmax": "9000"}, shape: harness.HostUsers(), file: "kernel/msgmax", want: "9000"},
 		{name: "the node's kernel", sysctls: map[string]string{"kernel.core_pattern": "|/x"}, refused: `sysctl "kernel.core_pattern" is not of a namespace`},
 		{name: "a way out", sysctls: map[string]string{"net/../kernel/core_pattern": "|/x"}, refused: "is not of a namespace"},
+		{name: "groups beyond the pod's", sysctls: map[string]string{"net.ipv4.ping_group_range": "0 2147483647"}, refused: "beyond the 65536 ids of its user namespace"},
 		{name: "the node's network", sysctls: map[string]string{"net.ipv4.ip_forward": "0"}, shape: harness.HostNetwork(), refused: "would change the node's"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -216,7 +220,7 @@ func TestSysctls(t *testing.T) {
 			pod := runPod(t, n, config)
 			c := startContainer(t, pod, "main")
 			require.Equal(t, tc.want, strings.TrimSpace(exec(t, c, "cat", "/proc/sys/"+tc.file)))
-			if tc.name == "no IPv6" {
+			if strings.HasPrefix(tc.name, "no IPv6") {
 				require.NotContains(t, exec(t, c, "ip", "addr", "show", "eth0"), "inet6")
 			}
 			after, _ := os.ReadFile(filepath.Join("/proc/sys", tc.file))
@@ -224,6 +228,20 @@ func TestSysctls(t *testing.T) {
 			require.NoError(t, pod.StopAndRemove(t.Context()))
 		})
 	}
+
+	// What a pod has set itself is no damage that a restart has to tell of.
+	t.Run("checked after a restart", func(t *testing.T) {
+		for name, sysctls := range map[string]map[string]string{
+			"against-a-plugin": {"net/ipv4/conf/eth0/rp_filter": "1"},
+			"no-ipv6":          {"net.ipv6.conf.all.disable_ipv6": "1"},
+		} {
+			startPod(t, n, harness.PodfsmHandler, n.PodConfig(name, func(c *runtime.PodSandboxConfig) { c.Linux.Sysctls = sysctls }))
+		}
+		require.NoError(t, n.Kill(t.Context()))
+		require.NoError(t, n.Start(t.Context()))
+		require.Eventually(t, func() bool { return strings.Contains(n.Log(), "podfsm: checked 2 adopted sandboxes") }, waitFor, tick)
+		require.NotContains(t, n.Log(), "is ready, but not as it should be")
+	})
 	require.NoError(t, n.SetChain(t.Context(), n.DefaultChain()...))
 	n.RequireClean(t, before)
 }

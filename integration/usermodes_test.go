@@ -414,6 +414,18 @@ func TestUnmappablePods(t *testing.T) {
 			harness.HostUsers()(c)
 			nsOptions(c).Pid = runtime.NamespaceMode_NODE
 		}, "node's pid"},
+		"user beyond the range": {func(c *runtime.PodSandboxConfig) {
+			harness.HostUsers()(c)
+			c.Linux.SecurityContext.RunAsUser = &runtime.Int64Value{Value: 70000}
+		}, "runs as user 70000, beyond the 65536 ids"},
+		"fsGroup beyond the range": {func(c *runtime.PodSandboxConfig) {
+			harness.HostUsers()(c)
+			c.Linux.SecurityContext.SupplementalGroups = []int64{1000660000}
+		}, "has the group 1000660000, beyond"},
+		"sysctl of the node's users": {func(c *runtime.PodSandboxConfig) {
+			harness.HostUsers()(c)
+			c.Linux.Sysctls = map[string]string{"net.ipv4.ping_group_range": "0 2147483647"}
+		}, "has the sysctl net.ipv4.ping_group_range"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := failRun(t, n, autoHandler, n.PodConfig("pod", pod.option))
@@ -425,8 +437,13 @@ func TestUnmappablePods(t *testing.T) {
 			t.Run("kept", func(t *testing.T) {
 				kept := startPod(t, n, keepHandler, n.PodConfig("pod", pod.option))
 				container := startContainer(t, kept, "main", func(c *runtime.ContainerConfig) {
-					c.Linux.SecurityContext.Privileged = kept.Config.GetLinux().GetSecurityContext().GetPrivileged()
+					security := kept.Config.GetLinux().GetSecurityContext()
+					c.Linux.SecurityContext.Privileged = security.GetPrivileged()
+					c.Linux.SecurityContext.RunAsUser, c.Linux.SecurityContext.SupplementalGroups = security.GetRunAsUser(), security.GetSupplementalGroups()
 				})
+				because := inspect(t, n, kept.ID).GetSteps()[0].GetDetail()["because"]
+				require.Contains(t, because, pod.says, "podfsm inspect")
+				require.Contains(t, because, "leaves such pods on the node's users")
 				pid, err := container.Pid(t.Context())
 				require.NoError(t, err)
 				require.Equal(t, inode(t, nsPath(os.Getpid(), "user")), inode(t, nsPath(pid, "user")))
@@ -436,13 +453,26 @@ func TestUnmappablePods(t *testing.T) {
 	}
 
 	t.Run("containers", func(t *testing.T) {
+		device := filepath.Join(n.Dir(), "closed-device")
+		require.NoError(t, unix.Mknod(device, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))))
+		defer os.Remove(device)
 		for _, handler := range []string{autoHandler, keepHandler} {
 			pod := startPod(t, n, handler, n.PodConfig("of-"+handler, harness.HostUsers()))
 			with, err := n.Census(t.Context())
 			require.NoError(t, err)
 			for says, option := range map[string]harness.ContainerOption{
 				"privileged": func(c *runtime.ContainerConfig) { c.Linux.SecurityContext.Privileged = true },
-				`"/mounts" is bidirectional`: func(c *runtime.ContainerConfig) {
+				"runs as user 70000, beyond the 65536 ids": func(c *runtime.ContainerConfig) {
+					c.Linux.SecurityContext.RunAsUser = &runtime.Int64Value{Value: 70000}
+				},
+				"runs as user 70000, which its image names": harness.Image(harness.UserImage),
+				"the capability SYS_TIME": func(c *runtime.ContainerConfig) {
+					c.Linux.SecurityContext.Capabilities = &runtime.Capability{AddCapabilities: []string{"SYS_TIME"}}
+				},
+				fmt.Sprintf("the device %q", device): func(c *runtime.ContainerConfig) {
+					c.Devices = []*runtime.Device{{HostPath: device, ContainerPath: "/dev/closed", Permissions: "r"}}
+				},
+				`"/mounts", which is bidirectional`: func(c *runtime.ContainerConfig) {
 					c.Mounts = []*runtime.Mount{{HostPath: n.Dir(), ContainerPath: "/mounts", Propagation: runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL}}
 				},
 			} {
@@ -452,7 +482,25 @@ func TestUnmappablePods(t *testing.T) {
 				require.ErrorContains(t, err, "on the node's users")
 				n.RequireClean(t, with)
 			}
+			require.Contains(t, inspect(t, n, pod.ID).GetSteps()[0].GetDetail()["because"], `maps every pod, mode "auto"`)
 		}
+	})
+
+	// A pod that asks for a user namespace has to have ids in it, whatever its handler does with others.
+	t.Run("mapped as it asks", func(t *testing.T) {
+		err := failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod", func(c *runtime.PodSandboxConfig) {
+			c.Linux.SecurityContext.SupplementalGroups = []int64{1000660000}
+		}))
+		require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, "has the group 1000660000, beyond the 65536 ids of its user namespace; run the pod with hostUsers: true")
+		pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
+		_, err = pod.StartContainer(t.Context(), "main", harness.Image(harness.UserImage))
+		require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, "it runs as user 70000, which its image names")
+		require.ErrorContains(t, err, "run the pod with hostUsers: true, or choose ids below 65536")
+		startContainer(t, pod, "main", harness.Image(harness.UserImage), func(c *runtime.ContainerConfig) {
+			c.Linux.SecurityContext.RunAsUser = &runtime.Int64Value{Value: 1000}
+		})
 	})
 	n.RequireClean(t, before)
 }

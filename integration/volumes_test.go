@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -27,6 +28,10 @@ func TestUnmappableVolumes(t *testing.T) {
 	overlay := filepath.Join(n.Dir(), "overlay")
 	require.NoError(t, os.Mkdir(overlay, 0o755))
 	require.NoError(t, unix.Mount("overlay", overlay, "overlay", 0, "lowerdir="+filepath.Join(n.Dir(), "bin")+":"+filepath.Join(n.Dir(), "cni")))
+	above := filepath.Join(n.Dir(), "above")
+	below := filepath.Join(above, "data/below")
+	require.NoError(t, os.MkdirAll(below, 0o755))
+	require.NoError(t, unix.Mount("tmpfs", below, "tmpfs", 0, ""))
 	before, err := n.Census(t.Context())
 	require.NoError(t, err)
 
@@ -61,7 +66,19 @@ func TestUnmappableVolumes(t *testing.T) {
 					require.NoFileExists(t, filepath.Join(ramfs, "a"))
 					n.RequireClean(t, with)
 				}
-				startContainer(t, pod, "main", harness.Volume(filepath.Join(n.Dir(), "bin"), "/data"))
+				for _, path := range []string{above, filepath.Dir(below)} {
+					container, err := pod.StartContainer(t.Context(), filepath.Base(path), harness.Volume(path, "/data"))
+					if mode.name == "kubelet" { // the pod has asked for it, and stock runs it
+						require.NoError(t, err)
+						require.Equal(t, "65534\n", exec(t, container, "stat", "-c", "%u", "/data"+strings.TrimPrefix(below, path)))
+						continue
+					}
+					require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+					require.ErrorContains(t, err, fmt.Sprintf(`from %q: %q, of the filesystem tmpfs, is mounted below it, and the runtime maps no ids there; `+
+						"give the container volumes that have no mount below them, or %s", path, below, remedy))
+					n.RequireClean(t, with)
+				}
+				startContainer(t, pod, "main", harness.Volume(filepath.Join(n.Dir(), "bin"), "/data"), harness.Volume(below, "/below"))
 			})
 			n.RequireClean(t, before)
 		})

@@ -368,17 +368,12 @@ func (r StartRequest) check() error {
 		return fmt.Errorf("pause has no mount namespace of its own: %w", errdefs.ErrInvalidArgument)
 	case r.Spec.Hostname != "" && !own[specs.UTSNamespace]:
 		return fmt.Errorf("the hostname %q would be the host's, pause has no UTS namespace of its own: %w", r.Spec.Hostname, errdefs.ErrInvalidArgument)
-	case len(r.Spec.Hostname) > maxHostname:
-		return fmt.Errorf("the hostname %q has more than %d bytes: %w", r.Spec.Hostname, maxHostname, errdefs.ErrInvalidArgument)
 	case r.NetNS != nil && !own[specs.NetworkNamespace]:
 		return fmt.Errorf("the specification names no network namespace to join: %w", errdefs.ErrInvalidArgument)
 	default:
 		return r.checkUser()
 	}
 }
-
-// maxHostname is the kernel's limit (sethostname(2), __NEW_UTS_LEN).
-const maxHostname = 64
 
 // checkUser refuses ids that pause's user namespace doesn't map.
 func (r StartRequest) checkUser() error {

@@ -514,10 +514,6 @@ func TestStartFails(t *testing.T) {
 			},
 		},
 		{
-			name: "long name", is: errdefs.IsInvalidArgument, text: "has more than 64 bytes",
-			before: func(_ *testing.T, _ *testbed, r *StartRequest) { r.Spec.Hostname = strings.Repeat("w", 65) },
-		},
-		{
 			name: "source of a mount is gone", text: "failed to copy the mount of",
 			before: func(t *testing.T, b *testbed, r *StartRequest) {
 				require.NoError(t, b.files.UnmountShm(r.Key))

@@ -197,6 +197,21 @@ func (p Pod) hasHostNetwork() bool {
 	return p.namespaceOptions().GetNetwork() == runtime.NamespaceMode_NODE
 }
 
+// maxHostname is the kernel's limit (sethostname(2), __NEW_UTS_LEN).
+const maxHostname = 64
+
+// CheckHostname refuses a hostname that a pod can't have, before anything is made: InvalidArgument.
+func CheckHostname(config *runtime.PodSandboxConfig) error {
+	switch name := config.GetHostname(); {
+	case name != "" && Pod{Config: config}.hasHostNetwork():
+		return fmt.Errorf("%q would be the node's, whose network the pod shares; leave it out: %w", name, errdefs.ErrInvalidArgument)
+	case len(name) > maxHostname:
+		return fmt.Errorf("%q has %d bytes; choose one of at most %d: %w", name, len(name), maxHostname, errdefs.ErrInvalidArgument)
+	default:
+		return nil
+	}
+}
+
 func processOpts(image imagespec.ImageConfig) []oci.SpecOpts {
 	opts := []oci.SpecOpts{
 		withoutRlimits,

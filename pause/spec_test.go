@@ -504,3 +504,28 @@ func TestSELinuxOptions(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, options)
 }
+
+func TestCheckHostname(t *testing.T) {
+	onNode := with(func(o *runtime.NamespaceOption) { o.Network = runtime.NamespaceMode_NODE })
+	for _, tc := range []struct {
+		name string
+		pod  Pod
+		text string
+	}{
+		{"", testPod(), ""},
+		{strings.Repeat("w", 64), testPod(), ""},
+		{strings.Repeat("w", 65), testPod(), "has 65 bytes; choose one of at most 64"},
+		{strings.Repeat("ü", 33), testPod(), "has 66 bytes; choose one of at most 64"},
+		{"", onNode, ""},
+		{"web", onNode, `"web" would be the node's, whose network the pod shares`},
+	} {
+		tc.pod.Config.Hostname = tc.name
+		err := CheckHostname(tc.pod.Config)
+		if tc.text == "" {
+			require.NoError(t, err, tc.name)
+			continue
+		}
+		require.Truef(t, errdefs.IsInvalidArgument(err), "%q: %v", tc.name, err)
+		require.ErrorContains(t, err, tc.text)
+	}
+}

@@ -39,6 +39,11 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 	if len(all) == 0 {
 		return nil
 	}
+	for i, s := range all {
+		if s.file == pingGroupRange {
+			all[i].value = hostGroups(s.value, spec.Linux.GIDMappings)
+		}
+	}
 	kinds := ownNamespaces(spec.Linux.Namespaces) &^ unix.CLONE_NEWIPC
 	return process.In(kinds, func() error {
 		root, err := os.OpenRoot("/proc/sys") // follows no link out of it; what it shows are the namespaces of this thread
@@ -55,6 +60,24 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 	})
 }
 
+// pingGroupRange is the sysctl of the groups that may open ICMP sockets without privileges.
+const pingGroupRange = "net/ipv4/ping_group_range"
+
+// hostGroups is a range of a pod's groups, "first last", as this process has to write it: the kernel takes the groups of the writer's user
+// namespace, and shows them as those of the reader's. What isn't a range of mapped groups stays as it is.
+func hostGroups(value string, gids []specs.LinuxIDMapping) string {
+	var first, last uint32
+	if n, _ := fmt.Sscan(value, &first, &last); n != 2 || len(strings.Fields(value)) != 2 || first > last { // such as "1 0", which is nobody
+		return value
+	}
+	for _, m := range gids {
+		if first >= m.ContainerID && last-m.ContainerID < m.Size {
+			return fmt.Sprint(first-m.ContainerID+m.HostID, " ", last-m.ContainerID+m.HostID)
+		}
+	}
+	return value
+}
+
 // CheckSysctls refuses sysctls of a pod that are not of a namespace which it has for itself, before anything is made: InvalidArgument.
 func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	kinds := unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
@@ -67,6 +90,17 @@ func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	}
 	_, err := parseSysctls(config.GetLinux().GetSysctls(), kinds)
 	return err
+}
+
+// SetsInterfaces says whether a pod has sysctls of network interfaces.
+func SetsInterfaces(config *runtime.PodSandboxConfig) bool {
+	for name := range config.GetLinux().GetSysctls() {
+		file, _, err := sysctlFile(name, unix.CLONE_NEWNET)
+		if err == nil && (strings.HasPrefix(file, "net/ipv4/conf/") || strings.HasPrefix(file, "net/ipv6/conf/")) {
+			return true
+		}
+	}
+	return false
 }
 
 // sysctl is one of a pod's.

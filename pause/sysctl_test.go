@@ -1,6 +1,7 @@
 package pause
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -104,6 +105,50 @@ func TestSetSysctls(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestSetsInterfaces(t *testing.T) {
+	for name, want := range map[string]bool{
+		"net.ipv4.conf.eth0.rp_filter": true, "net/ipv6/conf/all/disable_ipv6": true, "net.ipv4.conf.eth0/100.arp_ignore": true,
+		"net.ipv4.ip_forward": false, "kernel.msgmax": false, "net.ipv4.conf": false, "vm.swappiness": false,
+	} {
+		config := testPod().Config
+		config.Linux.Sysctls = map[string]string{"net.core.somaxconn": "1", name: "1"}
+		require.Equal(t, want, SetsInterfaces(config), name)
+	}
+	require.False(t, SetsInterfaces(nil))
+}
+
+// The kernel takes the groups of a sysctl as those of the user namespace of its writer, which is the host's.
+func TestPingGroups(t *testing.T) {
+	const file = "/proc/sys/net/ipv4/ping_group_range"
+	for _, tc := range []struct {
+		name, value string
+		change      func(Pod) Pod
+		host        string // what the host sees in the pod's network namespace
+	}{
+		{"host's users", "0 2147483647", func(p Pod) Pod { return p }, "0 2147483647"},
+		{"all of a user namespace", fmt.Sprint("0 ", podGIDs[0].Size-1), inUserNS, fmt.Sprint(podGIDs[0].HostID, " ", podGIDs[0].HostID+podGIDs[0].Size-1)},
+		{"one of a user namespace", "5\t5", inUserNS, fmt.Sprint(podGIDs[0].HostID+5, " ", podGIDs[0].HostID+5)},
+		{"nobody of a user namespace", "1 0", inUserNS, "1 0"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			before := read(t, file)
+			pod := tc.change(testPod())
+			pod.Config.Linux.Sysctls = map[string]string{"net.ipv4.ping_group_range": tc.value}
+			r, _ := b.start(t, pod)
+			process, err := b.Process(r.Key)
+			require.NoError(t, err)
+			require.NoError(t, SetSysctls(process, r.Spec))
+			require.NoError(t, process.In(unix.CLONE_NEWNET, func() error {
+				require.Equal(t, tc.host, strings.Join(strings.Fields(read(t, file)), " "))
+				return nil
+			}))
+			require.Equal(t, before, read(t, file), "the host's own")
+		})
+	}
+	require.Equal(t, "0 1 x", hostGroups("0 1 x", podGIDs), "which the kernel refuses")
 }
 
 func TestSetSysctlsFails(t *testing.T) {

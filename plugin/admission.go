@@ -122,8 +122,11 @@ func (c *Controller) specFor(handlerName string, config *runtime.PodSandboxConfi
 		if err := spec.Mapping.CheckLowest(c.lowest); err != nil {
 			return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", records.PodName(config), err)
 		}
+		if err := userns.CheckPod(config, *spec.Mapping); err != nil {
+			return nil, fmt.Errorf("pod %q can't be in its user namespace: %w", records.PodName(config), err)
+		}
 	}
-	if spec.Choose, err = c.policies.of(c.stock.handlerName(handlerName)).Choose(config); err != nil {
+	if spec.Choose, spec.Kept, err = c.policies.of(c.stock.handlerName(handlerName)).Choose(config); err != nil {
 		return nil, fmt.Errorf("pod %q can't have a user namespace: %w", records.PodName(config), err)
 	}
 	return spec, nil
@@ -181,6 +184,9 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 	}
 	if mode := namespaces.GetPid(); mode == runtime.NamespaceMode_TARGET {
 		return nil, fmt.Errorf("pod %q asks for the pid namespace mode %s; a sandbox has POD, CONTAINER or NODE: %w", records.PodName(config), mode, errdefs.ErrInvalidArgument)
+	}
+	if err := pause.CheckHostname(config); err != nil {
+		return nil, fmt.Errorf("pod %q has a hostname that can't be: %w", records.PodName(config), err)
 	}
 	if err := pause.CheckSysctls(config); err != nil {
 		return nil, fmt.Errorf("pod %q has a sysctl that can't be set: %w", records.PodName(config), err)

@@ -17,8 +17,9 @@ type UserNSConfig struct {
 	// Mode is "kubelet", the default: pods have the mapping that the kubelet asks for; "auto": a pod without one gets a private
 	// range of 64Ki ids from the pool; "node": all pods without one share the node-wide mapping.
 	Mode string `toml:"mode"`
-	// Unmappable is what becomes, in modes auto and node, of privileged pods and pods in the node's namespaces: "refuse", the default,
-	// or "host": they stay on the node's users. Containers with privileges or bidirectional mounts in other pods are always refused.
+	// Unmappable is what becomes, in modes auto and node, of privileged pods, pods in the node's namespaces, and pods with users, groups or
+	// sysctls beyond the range: "refuse", the default, or "host": they stay on the node's users. Containers that need the node's users in
+	// other pods are always refused.
 	Unmappable string `toml:"unmappable"`
 	// NodeWideUIDMapping and NodeWideGIDMapping are the mapping of mode node.
 	NodeWideUIDMapping *MappingConfig `toml:"node_wide_uid_mapping"`

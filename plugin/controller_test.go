@@ -429,7 +429,7 @@ func TestDegradedDoesNotPanic(t *testing.T) {
 	_, err = c.Platform(inCRI(t), "s1")
 	require.NoError(t, err)
 	require.NoError(t, c.Update(inCRI(t), "s1", sandbox.Sandbox{}))
-	require.Error(t, c.CheckVolume(t.Context(), "s1", "/"))
+	require.Error(t, c.AdmitContainer(t.Context(), "s1", nil))
 	_, err = c.StatusInfo()
 	require.NoError(t, err)
 	require.NoError(t, c.Close())

@@ -10,6 +10,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
@@ -170,8 +171,12 @@ func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) 
 	return s.driver.Del(ctx, attachment, func(context.Context, cni.Progress) error { return nil }) // there is no plan to keep notes for
 }
 
-// Check asks the plugins, where their specification has a command for it.
+// Check asks the plugins, where their specification has a command for it. They would take what the pod has set of its interfaces for
+// damage: an interface without IPv6 addresses, another value than theirs.
 func (s *attachNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
+	if pause.SetsInterfaces(r.Spec.(*Spec).Config) {
+		return nil
+	}
 	attachment, err := s.attachment(r)
 	if err != nil {
 		return err

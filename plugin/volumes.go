@@ -4,33 +4,90 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/singleflight"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// CheckVolume fails when the node's files at path can't be shown in the sandbox under its own ids. A sandbox that has ended gets no
-// answer: containerd's service will make nothing in it.
-func (c *Controller) CheckVolume(ctx context.Context, id, path string) error {
+// AdmitContainer refuses a container that can't be in the user namespace of its sandbox, before anything of it is made: InvalidArgument
+// for what it asks for, FailedPrecondition for a volume whose files can't be shown under the pod's ids. Of a sandbox that has ended
+// it says nothing: containerd's service will make nothing in it.
+func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runtime.ContainerConfig) error {
 	if c.engine == nil {
 		return c.well()
 	}
 	view, err := c.engine.Get(inFront(id))
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	started, ok := view.Step(StartPause).Result.(*Pause)
-	if !ok || view.Exit != nil || records.MappingsOf(view) == nil {
+	mapped, chosen := records.MappingsOf(view), chosenUserNS(view) != nil
+	if !ok || view.Exit != nil || mapped == nil {
 		return nil
 	}
-	err = c.looks.at(ctx, path, int(started.Pid))
-	if unmappable := new(userns.UnmappableError); errors.As(err, &unmappable) {
-		return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosenUserNS(view) != nil))
+	name := fmt.Sprintf("container %q of pod %q", config.GetMetadata().GetName(), records.PodName(view.Spec.(*Spec).Config))
+	user, err := c.node.imageUser(ctx, config)
+	if err != nil {
+		return fmt.Errorf("failed to find out who %s runs as: %w", name, err)
 	}
-	return err
+	container := userns.Container{Config: config, ImageUser: user, Length: mapped.UIDs.Length, Chosen: chosen}
+	if err := container.Check(); err != nil {
+		return fmt.Errorf("%s can't be in its pod's user namespace: %w", name, err)
+	}
+	for _, m := range config.GetMounts() {
+		// Images have no path on the host: the snapshotter maps them.
+		if (!chosen && len(m.GetUidMappings()) == 0) || !filepath.IsAbs(m.GetHostPath()) {
+			continue
+		}
+		if err := c.checkVolume(ctx, m.GetHostPath(), int(started.Pid), chosen); err != nil {
+			return fmt.Errorf("%s can't have its volume %q from %q: %w", name, m.GetContainerPath(), m.GetHostPath(), err)
+		}
+	}
+	return nil
+}
+
+// imageUser is the user that the image of a container names; "" where it names none, or the container one itself. It is left to
+// containerd's service to say that the image isn't there.
+func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (string, error) {
+	security := config.GetLinux().GetSecurityContext()
+	if security.GetRunAsUser() != nil || security.GetRunAsUsername() != "" {
+		return "", nil
+	}
+	image, err := n.client.GetImage(ctx, config.GetImage().GetImage())
+	if errdefs.IsNotFound(err) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	spec, err := image.Spec(ctx)
+	if errdefs.IsNotFound(err) {
+		return "", nil
+	}
+	return spec.Config.User, err
+}
+
+// checkVolume fails when the node's files at path can't be shown under the ids of a pod, whose pause is pid. What is mounted below path
+// is the pod's own business where it has asked for a user namespace.
+func (c *Controller) checkVolume(ctx context.Context, path string, pid int, chosen bool) error {
+	err := c.looks.at(ctx, path, pid)
+	unmappable := new(userns.UnmappableError)
+	switch {
+	case !errors.As(err, &unmappable):
+		return err
+	case unmappable.Below != "" && !chosen:
+		return nil
+	default:
+		return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosen))
+	}
 }
 
 // volumeRemedy is what to do about a volume that can't be mapped, in a pod whose ids the kubelet or podfsm has chosen.
@@ -39,10 +96,14 @@ func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
 	if chosen {
 		hostUsers = "run the pod by a runtime handler that leaves it on the node's users"
 	}
-	if unmappable.Filesystem == userns.Tmpfs && !unmappable.Mapped() {
+	switch {
+	case unmappable.Below != "":
+		return "give the container volumes that have no mount below them, or " + hostUsers
+	case unmappable.Filesystem == userns.Tmpfs && !unmappable.Mapped():
 		return "upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or " + hostUsers
+	default:
+		return "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or " + hostUsers
 	}
-	return "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or " + hostUsers
 }
 
 // looks are those at volumes that are under way.

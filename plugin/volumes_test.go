@@ -66,9 +66,14 @@ func TestVolumeRemedy(t *testing.T) {
 		{"ramfs", unix.EINVAL, false, "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or run the pod with hostUsers: true"},
 		{"tmpfs", unix.EINVAL, false, "upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or run the pod with hostUsers: true"},
 		{"tmpfs", unix.EINVAL, true, "upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or run the pod by a runtime handler that leaves it on the node's users"},
+		{"tmpfs", nil, false, "give the container volumes that have no mount below them, or run the pod with hostUsers: true"},
+		{"tmpfs", nil, true, "give the container volumes that have no mount below them, or run the pod by a runtime handler that leaves it on the node's users"},
 		{"tmpfs", unix.EPERM, true, "put the volume on a filesystem that can, such as ext4, xfs or btrfs, or run the pod by a runtime handler that leaves it on the node's users"},
 	} {
 		unmappable := &userns.UnmappableError{Filesystem: test.filesystem, Err: test.err}
+		if test.err == nil {
+			unmappable.Below = "/volume/below"
+		}
 		require.Equal(t, test.remedy, volumeRemedy(unmappable, test.chosen))
 		require.True(t, errdefs.IsFailedPrecondition(unmappable))
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -43,7 +44,11 @@ func List(views []lifecycle.View, ended ...*podfsmv1.InspectResponse) *podfsmv1.
 func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 	response := &podfsmv1.InspectResponse{Sandbox: Sandbox(view)}
 	for _, step := range view.Steps {
-		response.Steps = append(response.Steps, stepOf(step))
+		shown := stepOf(step)
+		if step.Name == allocateIDs && shown.Detail != nil {
+			shown.Detail["because"] = usersBecause(view.Spec.(*Spec))
+		}
+		response.Steps = append(response.Steps, shown)
 	}
 	for _, t := range view.Transitions {
 		response.Transitions = append(response.Transitions, transitionOf(t))
@@ -138,6 +143,23 @@ func stepOf(step lifecycle.StepView) *podfsmv1.Step {
 		s.Duration = durationpb.New(step.Duration.Round(time.Microsecond))
 	}
 	return s
+}
+
+// allocateIDs is the step that gives a pod its users.
+const allocateIDs states.Event = "allocate_ids"
+
+// usersBecause says why a pod has the users that it has.
+func usersBecause(spec *Spec) string {
+	switch {
+	case spec.Mapping != nil:
+		return "the request has the mapping"
+	case spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode:
+		return fmt.Sprintf("its runtime handler maps every pod, mode %q", spec.Choose)
+	case spec.Kept != "":
+		return fmt.Sprintf("%s, and its runtime handler leaves such pods on the node's users", spec.Kept)
+	default:
+		return "the request has no mapping"
+	}
 }
 
 // detail says in words what a step's result is.

@@ -26,6 +26,8 @@ type Spec struct {
 	Mapping *userns.Mappings
 	// Choose is who chooses the mapping: podfsm in modes auto and node, the request in any other.
 	Choose userns.Mode
+	// Kept is why podfsm has left the pod on the node's users where it would choose; "" where it hasn't.
+	Kept string `json:",omitempty"`
 	// NetNSPath is a network namespace that the caller made itself; "" when pause is to get a new one.
 	NetNSPath string
 

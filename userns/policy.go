@@ -36,44 +36,32 @@ type Policy struct {
 	NodeWide *Mappings
 }
 
-// Choose says who chooses a pod's mapping: ModeAuto or ModeNode where podfsm does, ModeKubelet where the request's own answer stands.
+// Choose says who chooses a pod's mapping: ModeAuto or ModeNode where podfsm does, ModeKubelet where the request's own answer stands. Of a
+// pod that podfsm leaves on the node's users, because it can't be mapped, kept says why.
+//
 // A pod that can't be mapped and may not stay on the node's users is an InvalidArgument error.
-func (p Policy) Choose(config *runtime.PodSandboxConfig) (Mode, error) {
-	security := config.GetLinux().GetSecurityContext()
-	asked := security.GetNamespaceOptions().GetUsernsOptions()
+func (p Policy) Choose(config *runtime.PodSandboxConfig) (mode Mode, kept string, err error) {
+	asked := config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
 	if p.Mode == ModeKubelet || asked != nil && asked.GetMode() == runtime.NamespaceMode_POD {
-		return ModeKubelet, nil
+		return ModeKubelet, "", nil
 	}
-	reasons := unmappable(security)
+	reasons := strings.Join(unmappable(config, p.length()), " and ")
 	switch {
-	case len(reasons) == 0:
-		return p.Mode, nil
+	case reasons == "":
+		return p.Mode, "", nil
 	case p.Unmappable == UnmappableHost:
-		return ModeKubelet, nil
+		return ModeKubelet, "it " + reasons, nil
 	default:
-		return "", invalid("it %s, which a pod in a user namespace can't, and its runtime handler maps every pod (mode %q): "+
+		return "", "", invalid("it %s, which a pod in a user namespace can't, and its runtime handler maps every pod (mode %q): "+
 			"give the pod a handler of mode %q, or set unmappable = %q for this one",
-			strings.Join(reasons, " and "), p.Mode, ModeKubelet, UnmappableHost)
+			reasons, p.Mode, ModeKubelet, UnmappableHost)
 	}
 }
 
-// unmappable are the reasons why a sandbox can't have a user namespace, as the rest of "the pod …".
-func unmappable(security *runtime.LinuxSandboxSecurityContext) (reasons []string) {
-	if security.GetPrivileged() {
-		reasons = append(reasons, "is privileged")
+// length is how many ids a pod gets.
+func (p Policy) length() uint32 {
+	if p.NodeWide != nil {
+		return p.NodeWide.UIDs.Length
 	}
-	options := security.GetNamespaceOptions()
-	for _, namespace := range []struct {
-		name string
-		mode runtime.NamespaceMode
-	}{
-		{"network", options.GetNetwork()},
-		{"pid", options.GetPid()},
-		{"ipc", options.GetIpc()},
-	} {
-		if namespace.mode == runtime.NamespaceMode_NODE {
-			reasons = append(reasons, "shares the node's "+namespace.name+" namespace")
-		}
-	}
-	return reasons
+	return RangeSize
 }

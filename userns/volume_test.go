@@ -1,10 +1,12 @@
 package userns
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -55,6 +57,67 @@ func TestCheckVolume(t *testing.T) {
 	after, err := mountinfo.GetMounts(ofTest)
 	require.NoError(t, err)
 	require.Equal(t, before, after, "nothing is mounted for a look")
+}
+
+// The runtime binds what is mounted below a volume, and maps only the volume itself.
+func TestCheckVolumeWithMountsBelow(t *testing.T) {
+	pid := inUserNS(t, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
+	volume := mounted(t, "tmpfs", "")
+	mountAt := func(path string) {
+		require.NoError(t, os.MkdirAll(path, 0o755))
+		require.NoError(t, unix.Mount("tmpfs", path, "tmpfs", 0, ""))
+		t.Cleanup(func() { require.NoError(t, unix.Unmount(path, 0)) })
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	require.NoError(t, os.Symlink(volume, link))
+	require.NoError(t, os.Mkdir(filepath.Join(volume, "sub"), 0o755))
+	mountAt(filepath.Join(volume, "sub mount"))
+	mountAt(filepath.Join(volume, "sub mount/deep/er"))
+
+	below := func(path string) string {
+		err := CheckVolume(path, pid)
+		unmappable := new(UnmappableError)
+		if !errors.As(err, &unmappable) {
+			require.NoError(t, err)
+			return ""
+		}
+		require.True(t, errdefs.IsFailedPrecondition(err))
+		require.ErrorContains(t, err, fmt.Sprintf("%q, of the filesystem tmpfs, is mounted below it", unmappable.Below))
+		return strings.TrimPrefix(unmappable.Below, volume)
+	}
+	for path, want := range map[string]string{
+		volume:                                  "/sub mount",
+		link:                                    "/sub mount",
+		filepath.Join(volume, "sub mount"):      "/sub mount/deep/er",
+		filepath.Join(volume, "sub mount/deep"): "/sub mount/deep/er",
+		filepath.Join(volume, "sub mount/deep/er"):  "",
+		filepath.Join(volume, "sub"):                "", // the name of a mount begins with its own
+		filepath.Join(volume, "sub mount/not/here"): "", // it is to be made
+	} {
+		require.Equal(t, want, below(path), path)
+	}
+
+	require.NoError(t, unix.Mount("tmpfs", volume, "tmpfs", 0, ""))
+	covered := below(volume)
+	require.NoError(t, unix.Unmount(volume, 0))
+	require.Empty(t, covered, "what another mount covers")
+}
+
+// An automount point is triggered, as a mount of it would, and what is mounted then is judged. debugfs has one, for tracefs.
+func TestCheckVolumeAutomounts(t *testing.T) {
+	pid := inUserNS(t, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
+	for _, below := range []string{"", "events", "not/there"} {
+		dir := t.TempDir()
+		require.NoError(t, unix.Mount("debugfs", dir, "debugfs", 0, ""))
+		t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+		tracing := filepath.Join(dir, "tracing")
+		if _, err := os.Lstat(tracing); err != nil {
+			t.Skip("this kernel has no CONFIG_TRACEFS_AUTOMOUNT_DEPRECATED")
+		}
+		err := CheckVolume(filepath.Join(tracing, below), pid)
+		require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+		require.ErrorContains(t, err, "the ids of its filesystem, tracefs", below)
+	}
 }
 
 // The kernel maps the ids of a mount once.

@@ -29,6 +29,9 @@ const (
 	// program suid, a and b that are one file, and many of other users. Nobody
 	// has unpacked it.
 	OwnersImage = "podfsm.test/owners:1"
+	// UserImage is the busybox image with a user and a group, 70000, that no
+	// range of 64Ki ids has.
+	UserImage = "podfsm.test/user:1"
 )
 
 // IndexPage is what a busybox container serves at / when it runs
@@ -72,11 +75,16 @@ func Images(ctx context.Context, p Programs) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failed to make image %q: %w", OwnersImage, err)
 	}
+	user, err := p.userImage(busybox)
+	if err != nil {
+		return nil, fmt.Errorf("failed to make image %q: %w", UserImage, err)
+	}
 	var archive bytes.Buffer
 	err = tarball.MultiWrite(map[name.Tag]v1.Image{
 		name.MustParseReference(PauseImage).(name.Tag):   pause,
 		name.MustParseReference(BusyboxImage).(name.Tag): busybox,
 		name.MustParseReference(OwnersImage).(name.Tag):  owners,
+		name.MustParseReference(UserImage).(name.Tag):    user,
 	}, &archive)
 	if err != nil {
 		return nil, fmt.Errorf("failed to write the images: %w", err)
@@ -127,6 +135,16 @@ func (p Programs) busyboxImage(ctx context.Context) (v1.Image, error) {
 		Cmd: []string{"/bin/sh"},
 		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 	}, l)
+}
+
+func (p Programs) userImage(busybox v1.Image) (v1.Image, error) {
+	file, err := busybox.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	config := *file.Config.DeepCopy()
+	config.User = "70000:70000"
+	return mutate.Config(busybox, config)
 }
 
 // OwnersFiles is how many files /owners/many has, each of another user.

@@ -1,0 +1,116 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"strings"
+
+	"github.com/podfsm/podfsm/userns"
+)
+
+const (
+	// fewKeys are so few keys for one user that the containers of a node's pods can use them up: runc makes one for each.
+	fewKeys = 1000
+	// fewInotify are so few inotify instances that the programs of a node's pods can use them up.
+	fewInotify = 1024
+
+	keysRemedy     = "sysctl -w kernel.keys.maxkeys=20000 kernel.keys.maxbytes=2000000, and put it into /etc/sysctl.d"
+	rootKeysRemedy = "sysctl -w kernel.keys.root_maxkeys=1000000 kernel.keys.root_maxbytes=25000000, and put it into /etc/sysctl.d"
+	inotifyRemedy  = "sysctl -w fs.inotify.max_user_instances=8192, and put it into /etc/sysctl.d"
+)
+
+// keys reads how many keys (keyrings(7)) each user of the host may have, and has. A container whose user has no more fails to start.
+func keys(_ context.Context, n Node) []Finding {
+	limit, err := n.number("sys/kernel/keys/maxkeys")
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Finding{ok("this kernel has no keys")}
+	}
+	if err != nil {
+		return []Finding{unknown(err.Error(), keysRemedy)}
+	}
+	rootLimit, err := n.number("sys/kernel/keys/root_maxkeys")
+	if err != nil {
+		return []Finding{unknown(err.Error(), rootKeysRemedy)}
+	}
+	users, err := n.read("key-users")
+	if err != nil {
+		return []Finding{unknown(err.Error(), "mount proc on /proc")}
+	}
+	evidence := fmt.Sprintf("kernel.keys.maxkeys = %d for each user, root_maxkeys = %d", limit, rootLimit)
+	if user, remedy := nearLimit(users); user != "" {
+		return []Finding{warn(evidence+", and "+user, remedy)}
+	}
+	switch shared := n.sharedUsers(); {
+	case rootLimit < fewKeys:
+		return []Finding{warn(evidence+", of which each container that runs as the node's root has one", rootKeysRemedy)}
+	case limit < fewKeys && len(shared) > 0:
+		return []Finding{warn(evidence+", of which each container has one; the pods of "+strings.Join(shared, ", ")+" share their users", keysRemedy)}
+	default:
+		return []Finding{ok(evidence)}
+	}
+}
+
+// nearLimit is the first user of /proc/key-users who has at least four fifths of the keys, or of their bytes, that it may have; "" for none.
+func nearLimit(users string) (user, remedy string) {
+	for line := range strings.Lines(users) {
+		var uid, usage, keys, instantiated, has, most, bytes, mostBytes int
+		if _, err := fmt.Sscanf(line, "%d: %d %d/%d %d/%d %d/%d", &uid, &usage, &keys, &instantiated, &has, &most, &bytes, &mostBytes); err != nil {
+			continue
+		}
+		if 5*has < 4*most && 5*bytes < 4*mostBytes {
+			continue
+		}
+		remedy = keysRemedy
+		if uid == 0 {
+			remedy = rootKeysRemedy
+		}
+		return fmt.Sprintf("user %d has %d keys of %d bytes", uid, has, bytes), remedy
+	}
+	return "", ""
+}
+
+// sharedUsers are the runtime handlers whose pods all have the same users.
+func (n Node) sharedUsers() (handlers []string) {
+	if n.Config == nil {
+		return nil
+	}
+	for _, h := range n.Config.Handlers {
+		if h.Mode == userns.ModeNode {
+			handlers = append(handlers, h.Name)
+		}
+	}
+	return handlers
+}
+
+// inotify reads how many inotify instances (inotify(7)) a user of the host may have. Those of a program in a user namespace count as the
+// node's root's, too, who has made the user namespace.
+func inotify(_ context.Context, n Node) []Finding {
+	limit, err := n.number("sys/fs/inotify/max_user_instances")
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Finding{ok("this kernel has no inotify")}
+	}
+	if err != nil {
+		return []Finding{unknown(err.Error(), inotifyRemedy)}
+	}
+	evidence := fmt.Sprintf("fs.inotify.max_user_instances = %d", limit)
+	if limit < fewInotify {
+		return []Finding{warn(evidence+", which the node's root and all pods with a user namespace share: programs in pods may fail with \"too many open files\"", inotifyRemedy)}
+	}
+	return []Finding{ok(evidence)}
+}
+
+// number is the number in a file below /proc.
+func (n Node) number(path string) (int, error) {
+	text, err := n.read(path)
+	if err != nil {
+		return 0, err
+	}
+	number, err := strconv.Atoi(text)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return number, nil
+}

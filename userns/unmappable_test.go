@@ -1,0 +1,123 @@
+package userns
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// A container of a pod that podfsm has mapped is refused whatever needs the node's users; one of a pod that has asked, only what can't be.
+func TestContainerCheck(t *testing.T) {
+	dir := t.TempDir()
+	device := func(name string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, unix.Mknod(path, unix.S_IFCHR, int(unix.Mkdev(1, 3))))
+		require.NoError(t, os.Chmod(path, mode))
+		return path
+	}
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "few"), 0o755))
+	closed, readable, one := device("closed", 0o660), device("readable", 0o664), device("few/one", 0o600)
+	link := filepath.Join(dir, "link")
+	require.NoError(t, os.Symlink(closed, link))
+	type security = runtime.LinuxContainerSecurityContext
+	id := func(n int64) *runtime.Int64Value { return &runtime.Int64Value{Value: n} }
+	add := func(names ...string) func(*runtime.ContainerConfig, *security) {
+		return func(_ *runtime.ContainerConfig, s *security) {
+			s.Capabilities = &runtime.Capability{AddCapabilities: names}
+		}
+	}
+	with := func(path, permissions string) func(*runtime.ContainerConfig, *security) {
+		return func(c *runtime.ContainerConfig, _ *security) {
+			c.Devices = []*runtime.Device{{HostPath: path, ContainerPath: "/dev/it", Permissions: permissions}}
+		}
+	}
+	mount := func(m *runtime.Mount) func(*runtime.ContainerConfig, *security) {
+		m.ContainerPath = "/mounts"
+		return func(c *runtime.ContainerConfig, _ *security) { c.Mounts = []*runtime.Mount{m} }
+	}
+	for name, tc := range map[string]struct {
+		change    func(*runtime.ContainerConfig, *security)
+		imageUser string
+		says      string // to a pod of either kind
+		saysOwn   string // to one that podfsm has mapped
+	}{
+		"nothing": {},
+		"last ids": {imageUser: "65535:65535", change: func(_ *runtime.ContainerConfig, s *security) {
+			s.RunAsUser, s.RunAsGroup, s.SupplementalGroups = id(65535), id(65535), []int64{65535}
+		}},
+		"user":          {says: "it runs as user 70000, beyond the 65536 ids of its user namespace; ", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser = id(70000) }},
+		"group":         {says: "it runs as group 70000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser, s.RunAsGroup = id(1), id(70000) }},
+		"fsGroup":       {says: "it has the group 1000660000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.SupplementalGroups = []int64{1000660000} }},
+		"image's user":  {imageUser: "70000", says: "it runs as user 70000, which its image names, beyond"},
+		"image's group": {imageUser: "app:70000", says: "it runs as group 70000, which its image names, beyond"},
+		"image's name":  {imageUser: "app:users"},
+		"privileged":    {saysOwn: "it is privileged; ", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged = true }},
+		"capability":    {saysOwn: "it has the capability sys_time, which only the node's users can use; ", change: add("NET_ADMIN", "sys_time")},
+		"capabilities":  {saysOwn: "it has the capability SYS_MODULE, which only the node's users can use and has the capability BPF", change: add("SYS_MODULE", "BPF")},
+		"namespaced":    {change: add("ALL", "SYS_ADMIN", "NET_ADMIN")},
+		"bidirectional": {saysOwn: `it has the mount "/mounts", which is bidirectional; `, change: mount(&runtime.Mount{Propagation: runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL})},
+		"mapped mount":  {saysOwn: `its mount "/mounts" comes with an id mapping`, change: mount(&runtime.Mount{GidMappings: extents(0, 1, 1)})},
+		"user namespace": {saysOwn: "it asks for a user namespace", change: func(_ *runtime.ContainerConfig, s *security) {
+			s.NamespaceOptions = &runtime.NamespaceOption{UsernsOptions: podMode(nil, nil)}
+		}},
+		"node's users": {change: func(_ *runtime.ContainerConfig, s *security) {
+			s.NamespaceOptions = &runtime.NamespaceOption{UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}}
+		}},
+		"closed device":             {saysOwn: `it has the device "` + closed + `", which only the node's users may open`, change: with(closed, "rwm")},
+		"link to it":                {saysOwn: `it has the device "` + closed + `"`, change: with(link, "r")},
+		"directory of devices":      {saysOwn: `it has the device "` + one + `"`, change: with(filepath.Dir(one), "r")},
+		"device that all may read":  {change: with(readable, "rm")},
+		"device that few may write": {saysOwn: `it has the device "` + readable + `"`, change: with(readable, "rw")},
+		"device that all may use":   {change: with("/dev/null", "rwm")},
+		"device that isn't there":   {change: with("/dev/nowhere", "rwm")},
+		"ids and more":              {saysOwn: "it is privileged and runs as user 70000", says: "runs as user 70000", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged, s.RunAsUser = true, id(70000) }},
+	} {
+		for _, chosen := range []bool{false, true} {
+			t.Run(name+map[bool]string{true: ", mapped by podfsm"}[chosen], func(t *testing.T) {
+				config := &runtime.ContainerConfig{Linux: &runtime.LinuxContainerConfig{SecurityContext: &security{}}}
+				if tc.change != nil {
+					tc.change(config, config.Linux.SecurityContext)
+				}
+				says, remedy := tc.says, "run the pod with hostUsers: true, or choose ids below 65536"
+				if chosen && (tc.saysOwn != "" || tc.says != "") {
+					remedy = "give the pod a runtime handler that leaves it on the node's users"
+					if tc.saysOwn != "" {
+						says = tc.saysOwn
+					}
+				}
+				err := Container{Config: config, ImageUser: tc.imageUser, Length: 65536, Chosen: chosen}.Check()
+				if says == "" {
+					require.NoError(t, err)
+					return
+				}
+				require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+				require.ErrorContains(t, err, says)
+				if name != "mapped mount" && name != "user namespace" { // which are the caller's mistakes
+					require.ErrorContains(t, err, remedy)
+				}
+			})
+		}
+	}
+	require.NoError(t, Container{Length: 65536, Chosen: true}.Check())
+}
+
+// The ids of a pod that has asked for a user namespace are in it.
+func TestCheckPod(t *testing.T) {
+	m := Mappings{UIDs: Mapping{HostID: 131072, Length: 1000}, GIDs: Mapping{HostID: 131072, Length: 1000}}
+	config := &runtime.PodSandboxConfig{Linux: &runtime.LinuxPodSandboxConfig{SecurityContext: &runtime.LinuxSandboxSecurityContext{
+		Privileged: true, SupplementalGroups: []int64{999},
+	}}}
+	require.NoError(t, CheckPod(nil, m))
+	require.NoError(t, CheckPod(config, m))
+	config.Linux.SecurityContext.SupplementalGroups = []int64{999, 1000}
+	config.Linux.Sysctls = map[string]string{"net.ipv4.ping_group_range": "0 1000"}
+	err := CheckPod(config, m)
+	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+	require.ErrorContains(t, err, `it has the group 1000, beyond the 1000 ids of its user namespace and has the sysctl net.ipv4.ping_group_range = "0 1000", beyond the 1000 ids of its user namespace; `+
+		"run the pod with hostUsers: true, or choose ids below 1000")
+}
