@@ -99,7 +99,6 @@ func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitCont
 			log.G(ic.Context).WithError(err).Warn("podfsm: its sandbox controller isn't loaded, so the CRI service has no front")
 			return stock(ic)
 		}
-		completeNRI(controller.completePod) // before containerd's service begins to talk to NRI plugins
 		instance, err := stock(controller.watching(ic))
 		if err != nil {
 			return instance, err
