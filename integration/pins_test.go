@@ -63,6 +63,20 @@ func TestPinsTakenAway(t *testing.T) {
 		})
 	}
 
+	t.Run("another namespace is in its place", func(t *testing.T) {
+		pod := runPod(t, n, n.PodConfig("pod"))
+		ips := podIPs(t, pod)
+		require.NoError(t, unix.Unmount(pinOf(n, pod), unix.MNT_DETACH))
+		require.NoError(t, unix.Mount("/proc/self/ns/net", pinOf(n, pod), "", unix.MS_BIND, ""))
+		err := pod.Stop(t.Context())
+		require.Equal(t, codes.AlreadyExists, status.Code(err), "%v", err)
+		require.ErrorContains(t, err, "umount "+pinOf(n, pod))
+		require.Equal(t, ips, reserved(t, n), "no plugin has looked into it")
+		require.NoError(t, unix.Unmount(pinOf(n, pod), unix.MNT_DETACH))
+		require.NoError(t, pod.StopAndRemove(t.Context()), "what the kubelet does next")
+		n.RequireClean(t, before)
+	})
+
 	dir := filepath.Join(n.Dir(), netNSDir)
 	for name, cover := range map[string]func() error{
 		"itself":                         func() error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") },

@@ -43,7 +43,7 @@ func (h *Handle) pinOn(path string) error {
 			return err
 		}
 		if id != h.id {
-			return fmt.Errorf("network namespace %d is pinned at %q, not %d: %w", id.ino, path, h.id.ino, errdefs.ErrAlreadyExists)
+			return fmt.Errorf("network namespace %d is pinned at %q, not %d; umount %s: %w", id.ino, path, h.id.ino, path, errdefs.ErrAlreadyExists)
 		}
 		return nil
 	}

@@ -148,6 +148,17 @@ func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
 	return nil
 }
 
+// keepPinForDel is keepPin before DEL. What stands in the place of the pin is not the pod's, and no plugin may look into it. But that a pin
+// can't be made, as on a full filesystem, keeps nothing from being undone.
+func (n *node) keepPinForDel(ctx context.Context, r *lifecycle.Run) error {
+	err := n.keepPin(ctx, r)
+	if err == nil || errdefs.IsAlreadyExists(err) || errdefs.IsFailedPrecondition(err) {
+		return err
+	}
+	log.G(ctx).WithError(err).Warn("sandbox: failed to pin its network namespace again, DEL goes without it")
+	return nil
+}
+
 // isPinned says whether the namespace on record is where it was pinned.
 func isPinned(captured *NetNS) bool {
 	info, err := netns.Inspect(captured.Path)

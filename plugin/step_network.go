@@ -148,7 +148,7 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err != nil {
 		return err
 	}
-	if err := s.keepPin(ctx, r); err != nil { // pause of a sandbox that is rolled back still runs
+	if err := s.keepPinForDel(ctx, r); err != nil { // pause of a sandbox that is rolled back still runs
 		return err
 	}
 	return s.driver.Del(ctx, attachment, recorder(r))

@@ -196,7 +196,7 @@ func (s *startPause) cgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
 // Stop kills pause, and all that is left in its cgroup. The container's record stays: the CRI shows it until the sandbox is removed. The
 // network namespace has to outlive pause: CNI plugins look into it at DEL.
 func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
-	if err := s.keepPin(ctx, r); err != nil {
+	if err := s.keepPinForDel(ctx, r); err != nil {
 		return lifecycle.Exit{}, err
 	}
 	exit, err := s.pauses.End(ctx, holderID(r.Key))
