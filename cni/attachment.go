@@ -126,6 +126,15 @@ func (a *Attachment) Apply(p Progress) error {
 	return nil
 }
 
+// LookIn adds directories to those in which plugins are looked for, behind those of ADD: an upgrade may have moved the plugins.
+func (a *Attachment) LookIn(binDirs []string) {
+	for _, dir := range binDirs {
+		if !slices.Contains(a.BinDirs, dir) {
+			a.BinDirs = append(a.BinDirs, dir)
+		}
+	}
+}
+
 // Settled reports whether there is nothing to delete: no ADD was started whose DEL has not succeeded.
 func (a *Attachment) Settled() bool {
 	return !slices.ContainsFunc(a.Plugins, PluginState.owed)

@@ -173,7 +173,7 @@ func (s *attachNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
 	if err != nil {
 		return err
 	}
-	return s.driver.Check(ctx, attachment)
+	return s.driver.Check(ctx, attachment, r.Spec.(*Spec).Config.GetLinux().GetSysctls())
 }
 
 func (s *attachNetwork) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {
@@ -197,7 +197,7 @@ func recorder(r *lifecycle.Run) cni.Record {
 	}
 }
 
-// attachment is the plan with everything that has been noted since, in an own copy.
+// attachment is the plan with everything that has been noted since, in an own copy. Its plugins are looked for in today's directories, too.
 func (s *attachNetwork) attachment(r *lifecycle.Run) (*cni.Attachment, error) {
 	text, err := json.Marshal(r.Plan())
 	if err != nil {
@@ -216,5 +216,6 @@ func (s *attachNetwork) attachment(r *lifecycle.Run) (*cni.Attachment, error) {
 			return nil, fmt.Errorf("the network record of sandbox %q doesn't fit its plan: %w", r.Key.ID, err)
 		}
 	}
+	attachment.LookIn(s.stock.CNI.BinDirs)
 	return attachment, nil
 }
