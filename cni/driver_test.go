@@ -565,6 +565,43 @@ func TestDelFindsMovedPlugin(t *testing.T) {
 	require.Contains(t, r.read("first.DEL.env"), "CNI_PATH=/nonexistent:"+p.dir+":"+today+"\n")
 }
 
+// The DEL of one plugin is given up: the others are made, and a second try does nothing more.
+func TestWriteOff(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	p.script("second", good("10.1.2.3"))
+	r := newRig(t, p, Config{}, network(t, "one", "1.0.0", `{"type":"first"}`, `{"type":"second"}`), network(t, "two", "1.0.0", `{"type":"second"}`))
+	_, err := r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
+	require.True(t, errdefs.IsNotFound(err), "nothing was added")
+	require.NoError(t, r.add(t.Context()))
+	r.calls()
+	require.NoError(t, os.Remove(filepath.Join(p.dir, "second")))
+	require.Error(t, r.del(t.Context()))
+	require.Equal(t, []string{"DEL first eth0"}, r.calls())
+
+	_, err = r.attachment.WriteOff(t.Context(), "first", "gone", r.record)
+	require.True(t, errdefs.IsNotFound(err))
+	require.ErrorContains(t, err, `only of ["one/second" "two/second"]`)
+	r.ledger.fail = func(Progress) error { return errors.New("disk full") }
+	_, err = r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
+	require.ErrorContains(t, err, "disk full")
+	r.ledger.fail = nil
+
+	written, err := r.attachment.WriteOff(t.Context(), "two/second", "gone", r.record)
+	require.NoError(t, err)
+	require.Equal(t, []string{"two/second"}, written)
+	require.False(t, r.attachment.Settled())
+	written, err = r.attachment.WriteOff(t.Context(), "second", "gone, too", r.record)
+	require.NoError(t, err)
+	require.Equal(t, []string{"one/second"}, written)
+	require.True(t, r.attachment.Settled())
+	require.NoError(t, r.del(t.Context()))
+	require.Empty(t, r.calls())
+	r.requireReplay(t)
+	last := r.facts[len(r.facts)-1]
+	require.Equal(t, Progress{Network: 0, Plugin: 1, Phase: Deleted, Command: WriteOff, Began: last.Began, Reason: "gone, too"}, last)
+}
+
 func TestDelWithoutNetNS(t *testing.T) {
 	for name, remove := range map[string]func(*testing.T, string){
 		"gone": func(t *testing.T, path string) {

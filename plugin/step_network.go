@@ -18,7 +18,10 @@ import (
 // attachNetwork runs the pod's CNI chains.
 type attachNetwork struct{ *node }
 
-var _ lifecycle.Checker = (*attachNetwork)(nil)
+var (
+	_ lifecycle.Checker = (*attachNetwork)(nil)
+	_ lifecycle.Parted  = (*attachNetwork)(nil)
+)
 
 // AttachNetwork is the step of attachNetwork.
 const AttachNetwork states.Event = "attach_network"
@@ -36,6 +39,7 @@ func (s *attachNetwork) Declaration() lifecycle.Declaration {
 		Holds:        []states.Event{CaptureNetNS},
 		AtStop:       true,
 		Lasting:      true,
+		Foreign:      true,
 		Deadline:     2 * s.limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
 		UndoDeadline: 2 * s.limits.cniDel,
 	}
@@ -148,6 +152,18 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 		return err
 	}
 	return s.driver.Del(ctx, attachment, recorder(r))
+}
+
+// WriteOff gives up the DEL of a CNI plugin.
+func (s *attachNetwork) WriteOff(ctx context.Context, r *lifecycle.Run, name, reason string) ([]string, error) {
+	if r.Plan() == nil {
+		return nil, fmt.Errorf("the plan of the network of sandbox %q is lost, write off the whole cleanup: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	attachment, err := s.attachment(r)
+	if err != nil {
+		return nil, err
+	}
+	return attachment.WriteOff(ctx, name, reason, func(ctx context.Context, p cni.Progress) error { return r.Announce(ctx, &p) })
 }
 
 // detachUnrecorded detaches a pod whose plan is lost from the networks as they are configured today: the best guess there is. Without

@@ -154,6 +154,7 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 	}
 	addMishaps(&b, mishaps(all), width)
 	addOwed(&b, t.GetSandbox().GetDebts(), width, now)
+	addWrittenOff(&b, t.GetActs(), width, now)
 	addSiblings(&b, t, now)
 	_, err := w.Write(b.Bytes())
 	return err
@@ -258,6 +259,23 @@ func addOwed(b *bytes.Buffer, debts []*podfsmv1.Debt, width int, now time.Time) 
 	b.WriteString("\nOwed\n")
 	for _, d := range debts {
 		addHanging(b, printable(fmt.Sprintf("undo of %s, %s: %s", d.GetStep(), when(d, now), d.GetError())), "  ", width)
+	}
+}
+
+// addWrittenOff has what was given up, and why.
+func addWrittenOff(b *bytes.Buffer, acts []*podfsmv1.Act, width int, now time.Time) {
+	title := "\nWritten off\n"
+	for _, act := range acts {
+		if act.GetKind() != writeOff {
+			continue
+		}
+		b.WriteString(title)
+		title = ""
+		what := "undo of " + act.GetStep()
+		if act.GetPlugin() != "" {
+			what = act.GetPlugin() + " DEL"
+		}
+		addHanging(b, printable(fmt.Sprintf("%s, %s ago: %s", what, age(act.GetStartedAt(), now), act.GetReason())), "  ", width)
 	}
 }
 

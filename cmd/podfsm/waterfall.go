@@ -31,6 +31,9 @@ const (
 // marks draw an ending in a terminal.
 var marks = map[ending]string{succeeded: "=", skipped: ".", failed: "x", undone: "-", undoFailed: "!", underWay: "~", unknownEnd: "?"}
 
+// writeOff is the kind of an act that gave an undo up. It takes no time.
+const writeOff = "write-off"
+
 // lane is a line of a waterfall: one try at something.
 type lane struct {
 	label  string
@@ -87,12 +90,12 @@ func families(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 	var all [][]lane
 	var acts []*podfsmv1.Act
 	for _, act := range r.GetActs() {
-		if act.GetPlugin() == "" && act.GetStartedAt() != nil {
+		if act.GetPlugin() == "" && act.GetStartedAt() != nil && act.GetKind() != writeOff {
 			all, acts = append(all, []lane{laneOf(r, act, now)}), append(acts, act)
 		}
 	}
 	for _, act := range r.GetActs() {
-		if act.GetPlugin() == "" {
+		if act.GetPlugin() == "" || act.GetKind() == writeOff {
 			continue
 		}
 		if i := parentOf(act, acts); i >= 0 {
