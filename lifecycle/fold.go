@@ -227,6 +227,7 @@ func (h *history) settle() {
 	for name := range h.steps {
 		h.settleStep(name)
 	}
+	h.lastErr = h.failure // as live
 }
 
 // enter takes the transition that a record of any kind stands for. Only a debt has a goal, and never none: its cleanup would lead nowhere.

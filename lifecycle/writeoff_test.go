@@ -175,6 +175,7 @@ func TestWriteOffLasts(t *testing.T) {
 					continue
 				}
 				require.Eventually(t, func() bool { return next.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
+				require.NoError(t, next.view(t).Err, "as without the restart")
 				require.NoError(t, next.Remove(t.Context(), testKey))
 				require.NotContains(t, next.acted(), "undo attach_network")
 				w.book.records = after
