@@ -95,7 +95,7 @@ func pending(err error) error {
 // retry is the timer's event.
 func (s *sandbox) retry() {
 	if s.state() == states.CleanupOwed {
-		_ = s.payAlone(s.hopeless()) // what fails is logged, and tried again
+		_ = s.payAlone(nil) // what fails is logged, and tried again
 	}
 }
 

@@ -74,7 +74,7 @@ type sandbox struct {
 	dossier  dossier     // of a restored one, set likewise
 	ended    bool        // the process was ended by us; of the queue's goroutine alone
 	alone    bool        // what is under way is for nobody who has asked for the sandbox's end; of the queue's goroutine alone
-	givingUp *givingUp   // what becomes of an undo that fails; nil: it is owed; of the queue's goroutine alone
+	givingUp *givingUp   // an operator's write-off that is under way, or nil; of the queue's goroutine alone
 	timer    *time.Timer // the next try at what is owed; behind mu
 
 	mu          sync.Mutex

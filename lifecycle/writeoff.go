@@ -32,7 +32,7 @@ const (
 	ByReboot   Author = "reboot" // nobody: the bound of the tries after a reboot
 )
 
-// givingUp says which undos are written off if they fail, by whom and why.
+// givingUp says which undos are written off if they fail, by whom and why; nil for none.
 type givingUp struct {
 	by     Author
 	reason string
@@ -130,10 +130,14 @@ func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 // giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
 // isn't on record: after a restart it would be tried again.
 func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
-	if !s.givingUp.covers(d) {
+	giving := s.givingUp
+	if giving == nil {
+		giving = s.hopeless()
+	}
+	if !giving.covers(d) {
 		return false
 	}
-	w := WriteOff{Step: d.Name, By: s.givingUp.by, Reason: s.givingUp.reason, Err: cause, At: time.Now()}
+	w := WriteOff{Step: d.Name, By: giving.by, Reason: giving.reason, Err: cause, At: time.Now()}
 	record := &journal.Record{Kind: journal.Undone, Step: string(d.Name), Durable: true, At: w.At, WrittenOff: w.Reason, Error: cause.Error()}
 	if err := s.append(ctx, record, nil); err != nil {
 		s.aside(func() { s.log(ctx).WithError(err).Error("sandbox: failed to write off a cleanup, will retry") })
@@ -166,7 +170,8 @@ const (
 	hopelessTries = 10
 )
 
-// hopeless says that the next try is the last one, after a reboot; nil if it isn't.
+// hopeless says that the try under way is the last one, after a reboot; nil if it isn't. Whoever makes it counts: the kubelet may try so
+// often that the timer never comes.
 func (s *sandbox) hopeless() *givingUp {
 	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessAfter {
 		return nil

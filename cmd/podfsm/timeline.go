@@ -154,7 +154,7 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 	}
 	addMishaps(&b, mishaps(all), width)
 	addOwed(&b, t.GetSandbox().GetDebts(), width, now)
-	addWrittenOff(&b, t.GetActs(), width, now)
+	addWrittenOff(&b, writtenOff(t.GetActs(), now), width)
 	addSiblings(&b, t, now)
 	_, err := w.Write(b.Bytes())
 	return err
@@ -263,19 +263,13 @@ func addOwed(b *bytes.Buffer, debts []*podfsmv1.Debt, width int, now time.Time) 
 }
 
 // addWrittenOff has what was given up, and why.
-func addWrittenOff(b *bytes.Buffer, acts []*podfsmv1.Act, width int, now time.Time) {
-	title := "\nWritten off\n"
-	for _, act := range acts {
-		if act.GetKind() != writeOff {
-			continue
-		}
-		b.WriteString(title)
-		title = ""
-		what := "undo of " + act.GetStep()
-		if act.GetPlugin() != "" {
-			what = act.GetPlugin() + " DEL"
-		}
-		addHanging(b, printable(fmt.Sprintf("%s, %s ago: %s", what, age(act.GetStartedAt(), now), act.GetReason())), "  ", width)
+func addWrittenOff(b *bytes.Buffer, all []mishap, width int) {
+	if len(all) == 0 {
+		return
+	}
+	b.WriteString("\nWritten off\n")
+	for _, m := range all {
+		addHanging(b, printable(m.what+": "+m.text), "  ", width)
 	}
 }
 

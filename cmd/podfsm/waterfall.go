@@ -256,6 +256,21 @@ func mishaps(all []stretch) []mishap {
 	return found
 }
 
+// writtenOff are the undos that were given up, and why.
+func writtenOff(acts []*podfsmv1.Act, now time.Time) (all []mishap) {
+	for _, act := range acts {
+		if act.GetKind() != writeOff {
+			continue
+		}
+		what := "undo of " + act.GetStep()
+		if act.GetPlugin() != "" {
+			what = act.GetPlugin() + " DEL"
+		}
+		all = append(all, mishap{what + ", " + age(act.GetStartedAt(), now) + " ago", act.GetReason()})
+	}
+	return all
+}
+
 // reason is why a sandbox is as it is, in its own words or those of the
 // transition that took it there.
 func reason(r *podfsmv1.InspectResponse) string {
