@@ -18,7 +18,7 @@ import (
 func (s *sandbox) settle(ctx context.Context, goal states.State, work func() error) error {
 	if err := Protect(work); err != nil {
 		s.owe(ctx, goal, err)
-		return pending(err)
+		return err
 	}
 	if s.attempts > 0 {
 		s.aside(func() { s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid") })
@@ -87,8 +87,11 @@ func (s *sandbox) setGoal(goal states.State) {
 	s.goal = goal
 }
 
-// pending adds the way out to what a caller is told of a failed cleanup.
-func pending(err error) error {
+// explained adds the way out to what a caller is told of a cleanup that has failed and is pending.
+func (s *sandbox) explained(err error) error {
+	if err == nil || !s.owes() {
+		return err
+	}
 	return fmt.Errorf("%w; `podfsm cleanups` on the node shows what is pending, retries it now or writes it off", err)
 }
 

@@ -320,7 +320,7 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 		return err
 	}
 	done := s.ask(func(reply func(error)) {
-		s.afterCreation(func() { reply(Protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
+		s.afterCreation(func() { reply(s.explained(Protect(func() error { return f(s, context.WithoutCancel(ctx)) }))) })
 	})
 	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
 }

@@ -72,10 +72,7 @@ func (s *sandbox) stop(ctx context.Context) error {
 		}
 	case states.Ready, states.NotReady:
 	case states.Quarantined:
-		if err := s.detach(ctx); err != nil { // it stays what it is, but the kubelet removes no sandbox that it can't stop
-			return pending(err)
-		}
-		return nil
+		return s.detach(ctx) // it stays what it is, but the kubelet removes no sandbox that it can't stop
 	default:
 		if s.rollsBack() {
 			return s.rollback(ctx, errEnded)
