@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -65,10 +66,15 @@ type Progress struct {
 	Error   string          `json:"error,omitempty"`
 	// Command is what the plugin was run for, "ADD" or "DEL", since Began. It took as long as Took, in nanoseconds; while that is zero, it
 	// runs. A DEL that has failed has no times.
+	// With the command WriteOff, nothing was run: somebody has given the DEL up, for Reason.
 	Command string        `json:"command,omitempty"`
 	Began   time.Time     `json:"began,omitzero"`
 	Took    time.Duration `json:"took,omitempty"`
+	Reason  string        `json:"reason,omitempty"`
 }
+
+// WriteOff is the command of a fact which says that a DEL was given up. It is none of the CNI specification.
+const WriteOff = "write-off"
 
 // Announces says that the fact is of an ADD that is about to start, and so has to be on record before; the others are of what has
 // happened.
@@ -124,6 +130,45 @@ func (a *Attachment) Apply(p Progress) error {
 		state.Result, state.Took = p.Result, p.Took
 	}
 	return nil
+}
+
+// LookIn adds directories to those in which plugins are looked for, behind those of ADD: an upgrade may have moved the plugins.
+func (a *Attachment) LookIn(binDirs []string) {
+	for _, dir := range binDirs {
+		if !slices.Contains(a.BinDirs, dir) {
+			a.BinDirs = append(a.BinDirs, dir)
+		}
+	}
+}
+
+// WriteOff gives up the DEL of each plugin that name fits, a plugin's type or "network/type", and returns which they are, as
+// "network/type". Facts are recorded and applied. No plugin is run.
+//
+// Errors: NotFound, naming those whose DEL is pending, when name fits none of them.
+func (a *Attachment) WriteOff(ctx context.Context, name, reason string, record Record) (written []string, _ error) {
+	var others []string
+	for _, state := range a.Plugins {
+		if !state.owed() {
+			continue
+		}
+		full := a.Networks[state.Network].Name + "/" + state.Type
+		if name != state.Type && name != full {
+			others = append(others, full)
+			continue
+		}
+		given := Progress{Network: state.Network, Plugin: state.Plugin, Phase: Deleted, Command: WriteOff, Began: time.Now().UTC(), Reason: reason}
+		if err := record(ctx, given); err != nil {
+			return written, fmt.Errorf("failed to record that the DEL of CNI plugin %q is written off: %w", full, err)
+		}
+		if err := a.Apply(given); err != nil {
+			return written, err
+		}
+		written = append(written, full)
+	}
+	if len(written) == 0 {
+		return nil, fmt.Errorf("no DEL of a CNI plugin %q is pending for sandbox %q, only of %q: %w", name, a.ContainerID, others, errdefs.ErrNotFound)
+	}
+	return written, nil
 }
 
 // Settled reports whether there is nothing to delete: no ADD was started whose DEL has not succeeded.

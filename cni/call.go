@@ -26,8 +26,10 @@ type call struct {
 	record     Record
 	network    int
 	plugin     int
+	sysctls    map[string]string // of CHECK: those of the pod
 	list       *libcni.NetworkConfigList
 	netns      string // CNI_NETNS
+	gone       bool   // the pod's namespace has gone, and netns is an empty one in its place
 }
 
 // add runs the plugin's ADD on the result of the plugin before it, and returns its own, in the version of the list.
@@ -68,10 +70,10 @@ func (c call) execAdd(ctx context.Context, exec *executor, path string, conf []b
 	defer cancel()
 	result, err := invoke.ExecPluginWithResult(ctx, path, conf, c.environment("ADD"), exec)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, exec.unread(err)
 	}
 	if result, err = result.GetAsVersion(c.list.CNIVersion); err != nil {
-		return nil, nil, err
+		return nil, nil, exec.unread(err)
 	}
 	raw, err := json.Marshal(result)
 	if err != nil {
@@ -87,6 +89,9 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 
 	began := time.Now()
 	err := c.execDel(ctx, prev)
+	if c.gone && wantsNetNS(err) {
+		err = c.delWithoutNetNS(ctx, prev, err)
+	}
 	ctx = context.WithoutCancel(ctx) // as in add
 	if err != nil {
 		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
@@ -101,6 +106,11 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 	if err != nil {
 		return err
 	}
+	left, err := c.driver.dels.enter(ctx, c.state().Type)
+	if err != nil {
+		return err
+	}
+	defer left()
 	ctx, cancel := withTimeout(ctx, c.driver.delTimeout)
 	defer cancel()
 	return c.executor("DEL").withoutResult(ctx, path, conf, c.environment("DEL"))
@@ -111,7 +121,7 @@ func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
 	ctx, end := c.begin(ctx, tracing.SpanCNICheck, "CHECK")
 	defer func() { end(retErr) }()
 
-	path, conf, err := c.prepare(prev)
+	path, conf, err := c.prepareCheck(prev)
 	if err != nil {
 		return c.failed("check", err)
 	}
@@ -125,8 +135,12 @@ func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
 
 // prepare finds the plugin and derives its request configuration. Nothing that fails here has touched the network.
 func (c call) prepare(prev types.Result) (path string, conf []byte, err error) {
+	return c.prepareWith(prev, map[string]any{})
+}
+
+// prepareWith has values in the request configuration, too.
+func (c call) prepareWith(prev types.Result, values map[string]any) (path string, conf []byte, err error) {
 	plugin := c.list.Plugins[c.plugin]
-	values := map[string]any{}
 	if prev != nil {
 		values["prevResult"] = prev
 	}

@@ -59,11 +59,11 @@ func TestChains(t *testing.T) {
 				for _, plugin := range r.attachment.Plugins {
 					require.Positive(t, plugin.Took, plugin.Type)
 				}
-				require.NoError(t, r.driver.Check(t.Context(), r.attachment))
+				require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil))
 				require.NoError(t, r.driver.Status(t.Context(), Config{BinDirs: r.attachment.BinDirs}, r.attachment.Networks))
 
 				giveBack := takeAddress(t, r.attachment.NetNSPath)
-				err = r.driver.Check(t.Context(), r.attachment)
+				err = r.driver.Check(t.Context(), r.attachment, nil)
 				if version == "0.3.1" {
 					require.NoError(t, err, "it has no CHECK")
 				} else {

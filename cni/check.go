@@ -18,17 +18,20 @@ const checkTimeout = 30 * time.Second
 // CNI 0.4.0, and those that say disableCheck, are left out. Nothing is changed or recorded. A plugin that says no keeps those behind
 // it in its chain from being asked, as the specification wants; the other networks are asked all the same.
 //
+// sysctls are those that the pod itself has asked for. They were set after ADD, and a plugin that had set another value isn't asked for
+// that one.
+//
 // Errors: FailedPrecondition when the pod isn't attached or a plugin is missing; DeadlineExceeded or Canceled when a plugin was ended;
 // otherwise the plugin's own, a *types.Error.
-func (d *Driver) Check(ctx context.Context, a *Attachment) error {
+func (d *Driver) Check(ctx context.Context, a *Attachment, sysctls map[string]string) error {
 	errs := make([]error, len(a.Networks))
 	for n := range a.Networks {
-		errs[n] = d.checkNetwork(ctx, a, n)
+		errs[n] = d.checkNetwork(ctx, a, n, sysctls)
 	}
 	return errors.Join(errs...)
 }
 
-func (d *Driver) checkNetwork(ctx context.Context, a *Attachment, network int) error {
+func (d *Driver) checkNetwork(ctx context.Context, a *Attachment, network int, sysctls map[string]string) error {
 	list, err := a.list(network)
 	if err != nil {
 		return err
@@ -44,7 +47,7 @@ func (d *Driver) checkNetwork(ctx context.Context, a *Attachment, network int) e
 		if state := a.state(network, p); state.Phase != Added {
 			return fmt.Errorf("sandbox %q is not attached to CNI network %q: plugin %q is %q: %w", a.ContainerID, list.Name, state.Type, state.Phase, errdefs.ErrFailedPrecondition)
 		}
-		c := call{driver: d, attachment: a, network: network, plugin: p, list: list, netns: a.NetNSPath}
+		c := call{driver: d, attachment: a, network: network, plugin: p, list: list, netns: a.NetNSPath, sysctls: sysctls}
 		if err := c.check(ctx, result); err != nil {
 			return err
 		}

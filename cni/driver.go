@@ -8,6 +8,9 @@
 //   - A DEL that fails has failed, whatever its text says; it is owed until it succeeds.
 //   - DEL gets the last result that ADD had, also when the chain has failed. libcni then gives none, and plugins such as firewall
 //     take that for nothing to do.
+//   - DEL gets an empty network namespace where the pod's has gone, as after a reboot. libcni then gives none: plugins such as
+//     host-device free no address, and others, such as sbr, fail.
+//   - At most 32 DELs of a plugin run at a time. When a node is drained, those of all its pods come at once.
 //   - A plugin runs in a cgroup of its own, under a deadline. When it fails, all processes that it has left are ended by that cgroup,
 //     after a restart, too, and before DEL; what it has left when it succeeds is a daemon, and stays.
 //   - No cache directory is written; the ledger has it all.
@@ -66,6 +69,7 @@ type Driver struct {
 	groups                              host.Groups
 	ran                                 func(Command)
 	answers                             answers // of STATUS
+	dels                                limits
 }
 
 // NewDriver returns a driver.
@@ -158,9 +162,16 @@ func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
 	if err != nil {
 		return err
 	}
+	if netns == "" {
+		return d.delGone(ctx, a, record)
+	}
+	return d.delNetworks(ctx, a, netns, false, record)
+}
+
+func (d *Driver) delNetworks(ctx context.Context, a *Attachment, netns string, gone bool, record Record) error {
 	var errs []error
 	for n := len(a.Networks) - 1; n >= 0; n-- {
-		errs = append(errs, d.delNetwork(ctx, a, n, netns, record))
+		errs = append(errs, d.delNetwork(ctx, a, n, netns, gone, record))
 	}
 	return errors.Join(errs...)
 }
@@ -171,7 +182,7 @@ func (a *Attachment) succeeded(r run) bool {
 	return r.command == "ADD" && state != nil && (state.Phase == Added || state.Phase == Deleted)
 }
 
-func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, netns string, record Record) error {
+func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, netns string, gone bool, record Record) error {
 	list, err := a.list(network)
 	if err != nil {
 		return err
@@ -185,14 +196,13 @@ func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, net
 		if !a.state(network, p).owed() {
 			continue
 		}
-		c := call{driver: d, attachment: a, record: record, network: network, plugin: p, list: list, netns: netns}
+		c := call{driver: d, attachment: a, record: record, network: network, plugin: p, list: list, netns: netns, gone: gone}
 		errs = append(errs, c.del(ctx, result))
 	}
 	return errors.Join(errs...)
 }
 
-// livingNetNS returns the path of the network namespace, or "" when it has gone: DEL then takes back what is outside of it (CNI
-// specification, section 2, CNI_NETNS is optional for DEL).
+// livingNetNS returns the path of the network namespace, or "" when it has gone.
 func (a *Attachment) livingNetNS() (string, error) {
 	var st unix.Statfs_t
 	err := unix.Statfs(a.NetNSPath, &st)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +20,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"go.opentelemetry.io/otel"
@@ -265,9 +267,10 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 		},
 		"stderr only": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho first; echo why >&2; exit 3",
-			text:   `netplugin failed but error parsing its diagnostic message "first\n": `,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
-			calls:  []string{"DEL second eth0", "DEL first eth0"},
+			text: `netplugin failed but error parsing its diagnostic message: invalid character 'i' in literal false (expecting 'a')` +
+				`; stdout: "first\n"; stderr: "why\n": exit status 3`,
+			facts: []string{"0.1 adding", "0.1 adding!"},
+			calls: []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"no word": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\nexit 3",
@@ -281,9 +284,39 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 			facts:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
+		"result and a failure": {
+			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho '{\"cniVersion\":\"1.0.0\"}'; echo why >&2; exit 3",
+			text:   `netplugin failed with no error message; stdout: "{\"cniVersion\":\"1.0.0\"}\n"; stderr: "why\n": exit status 3`,
+			facts:  []string{"0.1 adding", "0.1 adding!"},
+			calls:  []string{"DEL second eth0", "DEL first eth0"},
+		},
+		"null and a failure": {
+			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho null; exit 3",
+			text:   `netplugin failed with no error message; stdout: "null\n": exit status 3`,
+			facts:  []string{"0.1 adding", "0.1 adding!"},
+			calls:  []string{"DEL second eth0", "DEL first eth0"},
+		},
+		"log line before the error": {
+			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho 'W1129 leader lost'; echo '{\"code\":7,\"msg\":\"no more tunnels\"}'; exit 1",
+			text:   `; stdout: "W1129 leader lost\n{\"code\":7,\"msg\":\"no more tunnels\"}\n": exit status 1`,
+			facts:  []string{"0.1 adding", "0.1 adding!"},
+			calls:  []string{"DEL second eth0", "DEL first eth0"},
+		},
+		"log line before the result": {
+			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho 'W1129 leader lost'; echo why >&2; echo '{\"cniVersion\":\"1.0.0\"}'",
+			text:   `; stdout: "W1129 leader lost\n{\"cniVersion\":\"1.0.0\"}\n"; stderr: "why\n"`,
+			facts:  []string{"0.1 adding", "0.1 adding!"},
+			calls:  []string{"DEL second eth0", "DEL first eth0"},
+		},
+		"very much instead of a result": {
+			second: "[ $CNI_COMMAND = ADD ] || exit 0\nhead -c 100000 /dev/zero; head -c 100000 /dev/zero | tr '\\0' e >&2",
+			text:   `failed to unmarshal raw result`,
+			facts:  []string{"0.1 adding", "0.1 adding!"},
+			calls:  []string{"DEL second eth0", "DEL first eth0"},
+		},
 		"garbage for a result": {
 			second: "echo garbage",
-			text:   `failed to unmarshal raw result`,
+			text:   `; stdout: "garbage\n"`,
 			facts:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
@@ -333,7 +366,7 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 			if test.class != nil {
 				require.True(t, test.class(err), "%v", err)
 			}
-			require.Less(t, len(err.Error()), 8<<10)
+			require.Less(t, len(err.Error()), 24<<10)
 			require.NotContains(t, r.calls(), "ADD third eth0")
 			require.Equal(t, append([]string{"0.0 adding", "0.0 added"}, test.facts...), r.phases())
 			for _, fact := range r.announced() {
@@ -373,7 +406,7 @@ func TestHugeStderr(t *testing.T) {
 	err := r.add(t.Context())
 	require.ErrorContains(t, err, `reason\n": exit status 1`)
 	require.ErrorContains(t, err, `bytes)…xxx`)
-	require.Less(t, len(err.Error()), 8<<10)
+	require.Less(t, len(err.Error()), 24<<10)
 }
 
 // A plugin that the kernel refuses to execute has done nothing: its DEL, which would fail alike, is not owed.
@@ -540,6 +573,57 @@ func TestDelWithoutPlugin(t *testing.T) {
 	require.NoError(t, r.del(t.Context()))
 }
 
+// A plugin that has moved to today's directories is found there, with all that it runs itself.
+func TestDelFindsMovedPlugin(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
+	require.NoError(t, r.add(t.Context()))
+	today := t.TempDir()
+	require.NoError(t, os.Rename(filepath.Join(p.dir, "first"), filepath.Join(today, "first")))
+	require.ErrorContains(t, r.del(t.Context()), "failed to find plugin")
+	r.attachment.LookIn([]string{p.dir, today})
+	require.NoError(t, r.del(t.Context()))
+	require.Contains(t, r.read("first.DEL.env"), "CNI_PATH=/nonexistent:"+p.dir+":"+today+"\n")
+}
+
+// The DEL of one plugin is given up: the others are made, and a second try does nothing more.
+func TestWriteOff(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	p.script("second", good("10.1.2.3"))
+	r := newRig(t, p, Config{}, network(t, "one", "1.0.0", `{"type":"first"}`, `{"type":"second"}`), network(t, "two", "1.0.0", `{"type":"second"}`))
+	_, err := r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
+	require.True(t, errdefs.IsNotFound(err), "nothing was added")
+	require.NoError(t, r.add(t.Context()))
+	r.calls()
+	require.NoError(t, os.Remove(filepath.Join(p.dir, "second")))
+	require.Error(t, r.del(t.Context()))
+	require.Equal(t, []string{"DEL first eth0"}, r.calls())
+
+	_, err = r.attachment.WriteOff(t.Context(), "first", "gone", r.record)
+	require.True(t, errdefs.IsNotFound(err))
+	require.ErrorContains(t, err, `only of ["one/second" "two/second"]`)
+	r.ledger.fail = func(Progress) error { return errors.New("disk full") }
+	_, err = r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
+	require.ErrorContains(t, err, "disk full")
+	r.ledger.fail = nil
+
+	written, err := r.attachment.WriteOff(t.Context(), "two/second", "gone", r.record)
+	require.NoError(t, err)
+	require.Equal(t, []string{"two/second"}, written)
+	require.False(t, r.attachment.Settled())
+	written, err = r.attachment.WriteOff(t.Context(), "second", "gone, too", r.record)
+	require.NoError(t, err)
+	require.Equal(t, []string{"one/second"}, written)
+	require.True(t, r.attachment.Settled())
+	require.NoError(t, r.del(t.Context()))
+	require.Empty(t, r.calls())
+	r.requireReplay(t)
+	last := r.facts[len(r.facts)-1]
+	require.Equal(t, Progress{Network: 0, Plugin: 1, Phase: Deleted, Command: WriteOff, Began: last.Began, Reason: "gone, too"}, last)
+}
+
 func TestDelWithoutNetNS(t *testing.T) {
 	for name, remove := range map[string]func(*testing.T, string){
 		"gone": func(t *testing.T, path string) {
@@ -555,10 +639,118 @@ func TestDelWithoutNetNS(t *testing.T) {
 			require.NoError(t, r.add(t.Context()))
 			remove(t, r.attachment.NetNSPath)
 			require.NoError(t, r.del(t.Context()))
-			require.Contains(t, strings.Split(r.read("first.DEL.env"), "\n"), "CNI_NETNS=")
+			require.Contains(t, r.read("first.DEL.env"), fmt.Sprintf("CNI_NETNS=/proc/%d/fd/", os.Getpid()))
 			require.True(t, r.attachment.Settled())
 		})
 	}
+}
+
+// A plugin that fails for want of the namespace counts as done, and one that fails for any other reason doesn't.
+func TestDelWantsNetNS(t *testing.T) {
+	fail := func(text string) string { return fmt.Sprintf("echo '{\"code\":7,\"msg\":%q}'; exit 1\n", text) }
+	for name, test := range map[string]struct {
+		empty, none string // what DEL does with an empty namespace, and without any
+		runs        int
+		text        string // of the error; "" for none
+	}{
+		"knows an empty one":         {"ip link show lo >/dev/null || exit 1; exit 0", "exit 1", 1, ""},
+		"wants what was in there":    {fail("Link not found"), "exit 0", 2, ""},
+		"wants a namespace":          {fail("lstat /x: no such file or directory"), fail("failed to open netns: no such file or directory"), 2, ""},
+		"wants its agent":            {fail("dial unix /x.sock: connection refused"), "exit 0", 1, "connection refused"},
+		"wants its agent without it": {fail("Link not found"), fail("connection refused"), 2, "connection refused"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlugins(t)
+			p.script("first", good("10.1.2.3"))
+			r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
+			require.NoError(t, r.add(t.Context()))
+			require.NoError(t, unix.Unmount(r.attachment.NetNSPath, unix.MNT_DETACH))
+			r.calls()
+			p.script("first", "if [ -n \"$CNI_NETNS\" ]; then\n"+test.empty+"\nfi\n"+test.none)
+			err := r.del(t.Context())
+			require.Len(t, r.calls(), test.runs)
+			require.Equal(t, test.text == "", r.attachment.Settled())
+			r.requireReplay(t)
+			if test.text != "" {
+				require.ErrorContains(t, err, test.text)
+				return
+			}
+			require.NoError(t, err)
+		})
+	}
+}
+
+// A plugin that is not there may be another one's file: nothing of what was done is known to be gone.
+func TestDelWithoutPluginAndNetNS(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
+	require.NoError(t, r.add(t.Context()))
+	require.NoError(t, unix.Unmount(r.attachment.NetNSPath, unix.MNT_DETACH))
+	for _, spoil := range []func(file string) error{
+		os.Remove,
+		func(file string) error { return os.WriteFile(file, []byte("#!/no/such/interpreter\n"), 0o755) },
+	} {
+		require.NoError(t, spoil(filepath.Join(p.dir, "first")))
+		require.Error(t, r.del(t.Context()))
+		require.False(t, r.attachment.Settled())
+	}
+}
+
+// The DELs of all pods of a node come at once: some run at a time, and the pods take turns.
+func TestDelsAreBounded(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	rig := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`, `{"type":"first"}`))
+	pods := make([]*Attachment, 2*maxDels)
+	for i := range pods {
+		a, err := NewAttachment(Config{BinDirs: []string{p.dir}}, rig.attachment.Networks, fmt.Sprintf("pod%d", i), rig.attachment.NetNSPath, nil, nil)
+		require.NoError(t, err)
+		a.Suspect()
+		pods[i] = a
+	}
+	p.script("first", `mkdir $dir/running.$$; ls -d $dir/running.* | wc -l >> $dir/counts; sleep .2; rmdir $dir/running.$$; echo $CNI_CONTAINERID >> $dir/order`)
+	var all sync.WaitGroup
+	for _, a := range pods {
+		all.Go(func() { assert.NoError(t, rig.driver.Del(t.Context(), a, rig.record)) })
+	}
+	all.Wait()
+	most := 0
+	for _, count := range strings.Fields(p.read("counts")) {
+		n, err := strconv.Atoi(count)
+		require.NoError(t, err)
+		most = max(most, n)
+	}
+	require.LessOrEqual(t, most, maxDels)
+	require.Greater(t, most, 1, "they run in parallel")
+	first := map[string]bool{}
+	for _, id := range strings.Fields(p.read("order"))[:len(pods)] {
+		first[id] = true
+	}
+	require.Greater(t, len(first), len(pods)*3/4, "pods wait for the second DELs of others")
+}
+
+// A DEL that waits for others ends with its caller.
+func TestDelWaitsInVain(t *testing.T) {
+	p := newPlugins(t)
+	p.script("first", good("10.1.2.3"))
+	r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`))
+	require.NoError(t, r.add(t.Context()))
+	for range maxDels {
+		left, err := r.driver.dels.enter(t.Context(), "first")
+		require.NoError(t, err)
+		defer left()
+	}
+	other, err := r.driver.dels.enter(t.Context(), "second")
+	require.NoError(t, err, "another plugin has a limit of its own")
+	other()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	r.calls()
+	err = r.del(ctx)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorContains(t, err, "it waited for the DELs of other pods, at most 32 run at a time")
+	require.Empty(t, r.calls())
 }
 
 func TestDelCanceled(t *testing.T) {

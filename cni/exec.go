@@ -35,7 +35,10 @@ type executor struct {
 	version.PluginDecoder
 	driver *Driver
 	run    run
-	left   *host.Group // what the plugin has left running, if it has succeeded
+
+	// Of a plugin that has succeeded:
+	left           *host.Group // what it has left running
+	stdout, stderr *tail
 }
 
 var _ invoke.Exec = (*executor)(nil)
@@ -87,8 +90,25 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 		err := fmt.Errorf("its result has more than %d bytes: %w", maxStdout, errdefs.ErrResourceExhausted)
 		return nil, errors.Join(err, endGroup(ctx, group))
 	}
-	e.left = &group
+	e.left, e.stdout, e.stderr = &group, stdout, stderr
 	return stdout.kept, nil
+}
+
+// unread adds to an error what the plugin has printed, if the plugin itself has succeeded: the error is about that.
+func (e *executor) unread(err error) error {
+	if e.stdout == nil {
+		return err
+	}
+	return fmt.Errorf("it succeeded, but %w%s", err, printed(e.stdout, e.stderr))
+}
+
+// printed quotes what a plugin has printed, as the end of an error's text.
+func printed(stdout, stderr *tail) string {
+	text := fmt.Sprintf("; stdout: %q", clip(string(stdout.kept)))
+	if len(stderr.kept) > 0 {
+		text += fmt.Sprintf("; stderr: %q", stderr)
+	}
+	return text
 }
 
 // logStderr logs what a plugin has written to stderr, at a level that is shown by default: with containerd's own handlers it goes to the
@@ -179,7 +199,8 @@ func traceEnv(ctx context.Context) []string {
 	return environ
 }
 
-// pluginError makes the error of a plugin that has failed, with libcni's texts: from the JSON on its stdout if there is any.
+// pluginError makes the error of a plugin that has failed, with libcni's texts: from the JSON on its stdout if that is an error. Otherwise
+// the text quotes all that the plugin has printed.
 func pluginError(err error, stdout, stderr *tail) error {
 	failure := &types.Error{}
 	switch {
@@ -188,11 +209,14 @@ func pluginError(err error, stdout, stderr *tail) error {
 	case len(stdout.kept) == 0:
 		failure.Msg = fmt.Sprintf("netplugin failed: %q: %v", stderr, err)
 	default:
-		if parseErr := json.Unmarshal(stdout.kept, failure); parseErr != nil {
-			failure.Msg = fmt.Sprintf("netplugin failed but error parsing its diagnostic message %q: %v", clip(string(stdout.kept)), parseErr)
-			break
-		}
+		parseErr := json.Unmarshal(stdout.kept, failure)
 		failure.Msg, failure.Details = clip(failure.Msg), clip(failure.Details)
+		switch {
+		case parseErr != nil:
+			*failure = types.Error{Msg: fmt.Sprintf("netplugin failed but error parsing its diagnostic message: %v%s: %v", parseErr, printed(stdout, stderr), err)}
+		case failure.Msg == "" && failure.Details == "": // a result, for example
+			failure.Msg = fmt.Sprintf("netplugin failed with no error message%s: %v", printed(stdout, stderr), err)
+		}
 	}
 	return failure
 }

@@ -19,11 +19,11 @@ func TestCheckCallsPlugins(t *testing.T) {
 	p.script("second", good("10.1.2.4"))
 	r := newRig(t, p, Config{}, network(t, "net", "1.0.0",
 		`{"type":"first","capabilities":{"bandwidth":true}}`, `{"type":"second"}`))
-	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment)), "it isn't attached")
+	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment, nil)), "it isn't attached")
 	require.NoError(t, r.add(t.Context()))
 	r.calls()
 	before := r.phases()
-	require.NoError(t, r.driver.Check(t.Context(), r.attachment))
+	require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil))
 	require.Equal(t, []string{"CHECK first eth0", "CHECK second eth0"}, r.calls())
 	require.Equal(t, before, r.phases(), "it changes nothing")
 	request := r.stdin("first", "CHECK")
@@ -32,13 +32,13 @@ func TestCheckCallsPlugins(t *testing.T) {
 	require.Contains(t, r.read("first.CHECK.env"), "CNI_NETNS="+r.attachment.NetNSPath)
 
 	p.script("first", `echo '{"code":100,"msg":"the route is gone"}'; exit 1`)
-	err := r.driver.Check(t.Context(), r.attachment)
+	err := r.driver.Check(t.Context(), r.attachment, nil)
 	require.EqualError(t, err, `plugin type="first" name="net" failed (check): the route is gone`)
 	require.Equal(t, []string{"CHECK first eth0"}, r.calls())
 
 	p.script("first", good("10.1.2.3"))
 	require.NoError(t, r.del(t.Context()))
-	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment)))
+	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment, nil)))
 }
 
 func TestCheckLeavesOut(t *testing.T) {
@@ -54,7 +54,7 @@ func TestCheckLeavesOut(t *testing.T) {
 			r := newRig(t, p, Config{}, networks...)
 			require.NoError(t, r.add(t.Context()))
 			r.calls()
-			require.NoError(t, r.driver.Check(t.Context(), r.attachment))
+			require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil))
 			require.Empty(t, r.calls())
 		})
 	}

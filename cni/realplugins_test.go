@@ -34,6 +34,7 @@ func compilePlugins(flags ...string) error {
 		strings.TrimSpace(string(source)): {
 			"./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local",
 			"./plugins/meta/portmap", "./plugins/meta/bandwidth", "./plugins/meta/firewall", "./plugins/meta/tuning",
+			"./plugins/main/host-device", "./plugins/meta/sbr",
 		},
 		"..": {"./integration/delegate", "./integration/faults"}, // the second keeps a build without flags from leaving a file
 	} {

@@ -71,7 +71,7 @@ func (d *Driver) validate(ctx context.Context, plugin, version string, binDirs [
 	info, err := invoke.GetVersionInfo(ctx, path, exec)
 	exec.keep(ctx)
 	if err != nil {
-		return fmt.Errorf("%s can't be asked for its versions: %w", path, err)
+		return fmt.Errorf("%s can't be asked for its versions: %w", path, exec.unread(err))
 	}
 	if spoken := info.SupportedVersions(); version != "" && !slices.Contains(spoken, version) {
 		return fmt.Errorf("%s speaks CNI %s, not %s", path, strings.Join(spoken, ", "), version)

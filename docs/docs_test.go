@@ -153,7 +153,7 @@ func rows(t *testing.T, text, from, to string) (found []string) {
 // What is logged of a sandbox, but for level debug, stands in the table of messages.
 func TestLogMessages(t *testing.T) {
 	var told []string
-	for _, row := range rows(t, pages(t)["operators.md"], "## Logs", "## What is owed, and what has leaked") {
+	for _, row := range rows(t, pages(t)["operators.md"], "## Logs", "## Pending cleanups, and what has leaked") {
 		for _, m := range regexp.MustCompile("`(sandbox: [^`]+)`").FindAllStringSubmatch(strings.Split(row, " | ")[0], -1) {
 			told = append(told, strings.NewReplacer("…", ".*", "<event>", "%s").Replace(regexp.QuoteMeta(m[1])))
 		}

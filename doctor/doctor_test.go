@@ -223,7 +223,7 @@ func TestChecks(t *testing.T) {
 		{name: "ledger that can't be opened", look: ledger, change: ledgerWith(Ledger{}, errors.New("no luck")), verdict: Fail, evidence: "no luck", remedy: "damaged"},
 		{name: "ledger that is damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log", "bad sum"}}}, nil), verdict: Warn, evidence: "/x/ledger.log: bad sum", remedy: "start containerd"},
 		{name: "ledger that was damaged", look: ledger, change: ledgerWith(Ledger{Damaged: []Damaged{{"/x/ledger.log.damaged-3", ""}}}, nil), verdict: Warn, evidence: "damaged: /x/ledger.log.damaged-3", remedy: "rm /x/ledger.log.damaged-3"},
-		{name: "debts", look: debts, change: ledgerWith(Ledger{Owed: 3}, nil), verdict: Warn, evidence: "is owed: 3", remedy: "podfsm debts"},
+		{name: "debts", look: debts, change: ledgerWith(Ledger{Owed: 3}, nil), verdict: Warn, evidence: "is owed: 3", remedy: "podfsm cleanups"},
 		{name: "podfsm that is degraded", look: controller, change: func(_ *testing.T, n *Node) { n.Refusal = func() error { return errors.New("bad option") } }, verdict: Fail, evidence: "bad option", remedy: "restart containerd"},
 		{name: "podfsm that is being drained", look: controller, change: func(_ *testing.T, n *Node) {
 			n.Draining = func() (time.Time, bool) { return time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC), true }

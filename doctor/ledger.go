@@ -119,7 +119,7 @@ func debts(_ context.Context, n Node) []Finding {
 	case err != nil:
 		return []Finding{unknown(err.Error(), "see the check ledger")}
 	case l.Owed > 0:
-		return []Finding{warn(fmt.Sprintf("sandboxes whose cleanup is owed: %d", l.Owed), "podfsm debts names the causes; remove them")}
+		return []Finding{warn(fmt.Sprintf("sandboxes whose cleanup is owed: %d", l.Owed), "podfsm cleanups names the causes; remove them, or write the cleanups off")}
 	default:
 		return []Finding{ok("nothing is owed")}
 	}

@@ -221,7 +221,7 @@ var ailments = []ailment{
 				payNow(t, n, owed)
 			}
 		},
-		check: "debts", verdict: "warn", evidence: []string{"sandboxes whose cleanup is owed: 1"}, remedy: "podfsm debts",
+		check: "debts", verdict: "warn", evidence: []string{"sandboxes whose cleanup is owed: 1"}, remedy: "podfsm cleanups",
 	},
 }
 

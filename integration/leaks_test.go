@@ -334,7 +334,7 @@ func TestDaemonDown(t *testing.T) {
 	ready, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("ready"))
 	require.NoError(t, err)
 	owed := owe(t, n)
-	online, _, code := cli(t, n, "debts")
+	online, _, code := cli(t, n, "cleanups")
 	require.Zero(t, code)
 	require.NoError(t, n.Fault("capture_netns.do.after", "1*block"))
 	ctx, cancel := context.WithCancel(t.Context())
@@ -352,8 +352,8 @@ func TestDaemonDown(t *testing.T) {
 	<-ended
 	disk := filesOf(t, n.Dir())
 
-	t.Run("debts", func(t *testing.T) {
-		out, errOut, code := cli(t, n, "debts")
+	t.Run("cleanups", func(t *testing.T) {
+		out, errOut, code := cli(t, n, "cleanups")
 		require.Zero(t, code)
 		require.Contains(t, errOut, "nothing listens on "+n.Socket())
 		require.Regexp(t, `the daemon is down; this is its ledger, last written \S+ ago`, errOut)
@@ -388,7 +388,7 @@ func TestDaemonDown(t *testing.T) {
 	t.Run("a daemon that doesn't serve holds the ledger", func(t *testing.T) {
 		require.NoError(t, n.Start(t.Context()))
 		require.NoError(t, n.Faults.Release("capture_netns.do.after"))
-		out, errOut, code := cli(t, n, "--address", filepath.Join(n.Dir(), "another.sock"), "debts")
+		out, errOut, code := cli(t, n, "--address", filepath.Join(n.Dir(), "another.sock"), "cleanups")
 		require.Zero(t, code)
 		require.Contains(t, out, owed[:13])
 		require.Contains(t, errOut, "no socket at")

@@ -27,7 +27,7 @@ const (
 	Noted      Kind = "noted"       // progress inside a step; Data is the step's own record
 	Done       Kind = "done"        // a step acted; Data is its result
 	UndoIntent Kind = "undo-intent" // a step is about to be undone
-	Undone     Kind = "undone"      // a step was undone
+	Undone     Kind = "undone"      // a step was undone, or is never going to be: WrittenOff says why
 	Moved      Kind = "moved"       // the state changed though no step was done; Goal is what a stop is for
 	Exited     Kind = "exited"      // pause exited; Data is the exit status
 	Claimed    Kind = "claimed"     // somebody has seen the sandbox, or has it, or it is discarded: Claim says which
@@ -64,6 +64,10 @@ type Record struct {
 	// release that doesn't know the step goes by them.
 	Holds  []string `json:"holds,omitempty"`
 	AtStop bool     `json:"at_stop,omitempty"`
+
+	// WrittenOff is of an Undone whose undo was given up: the reason. Error is then that of the last try. A release that doesn't know the
+	// field doesn't try again either.
+	WrittenOff string `json:"written_off,omitempty"`
 
 	// Release is the release of podfsm that wrote the record.
 	Release string `json:"release,omitempty"`

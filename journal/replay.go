@@ -136,6 +136,7 @@ type saying struct {
 	holds              string
 	atStop             bool
 	typeURL, value     string
+	writtenOff         string
 	durable            bool
 }
 
@@ -150,7 +151,7 @@ func newStored(r *Record, frame []byte) stored {
 			from: r.From, event: r.Event, state: r.State,
 			holds: strings.Join(r.Holds, " "), atStop: r.AtStop,
 			typeURL: r.Data.GetTypeUrl(), value: string(r.Data.GetValue()),
-			durable: r.Durable,
+			writtenOff: r.WrittenOff, durable: r.Durable,
 		}),
 		frame:   frame,
 		sum:     frameSum(frame),

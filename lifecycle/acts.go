@@ -44,6 +44,13 @@ func (a acts) end(step states.Event, kind ActKind, started, ended time.Time, err
 	}
 }
 
+// writeOff notes that the undo of a step was given up, and why.
+func (a *acts) writeOff(step states.Event, at time.Time, err error, reason string) {
+	a.begin(step, ActWriteOff, at)
+	act := &(*a)[len(*a)-1]
+	act.Ended, act.Err, act.Reason = at, err, reason
+}
+
 // endAll notes that all that is under way of a kind has ended because of an error.
 func (a acts) endAll(kind ActKind, at time.Time, err error) {
 	for i := range a {

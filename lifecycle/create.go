@@ -273,7 +273,7 @@ func (s *sandbox) finishCreation() {
 	}
 	err := c.err
 	if owed := Protect(func() error { return s.rollback(context.WithoutCancel(c.ctx), c.err) }); owed != nil {
-		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", owed))
+		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", s.explained(owed)))
 	}
 	c.reply(err)
 	for _, request := range c.then {

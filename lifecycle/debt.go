@@ -25,7 +25,7 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.goal, s.attempts, s.nextTry, s.lastErr = "", 0, time.Time{}, s.failure
+	s.goal, s.attempts, s.failing, s.nextTry, s.lastErr = "", 0, time.Time{}, time.Time{}, s.failure
 	s.stopTimerLocked()
 	return nil
 }
@@ -49,6 +49,9 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	s.goal = goal
 	s.oweRest(goal, record.At)
 	s.attempts++
+	if s.failing.IsZero() {
+		s.failing = time.Now()
+	}
 	s.nextTry = time.Now().Add(wait)
 	s.stopTimerLocked()
 	s.timer = time.AfterFunc(wait, func() { s.inTurn(s.retry) })
@@ -84,19 +87,36 @@ func (s *sandbox) setGoal(goal states.State) {
 	s.goal = goal
 }
 
-// retry is the timer's event: one more try at what is owed, in a trace of its own that is linked to the sandbox's.
-func (s *sandbox) retry() {
-	if s.state() != states.CleanupOwed {
-		return
+// explained adds the way out to what a caller is told of a cleanup that has failed and is pending.
+func (s *sandbox) explained(err error) error {
+	if err == nil || !s.owes() {
+		return err
 	}
-	s.alone = true
-	defer func() { s.alone = false }()
+	return fmt.Errorf("%w; `podfsm cleanups` on the node shows what is pending, retries it now or writes it off", err)
+}
+
+// retry is the timer's event.
+func (s *sandbox) retry() {
+	if s.state() == states.CleanupOwed {
+		_ = s.payAlone(nil) // what fails is logged, and tried again
+	}
+}
+
+// payAlone makes one more try at what is owed, in a trace of its own that is linked to the sandbox's.
+func (s *sandbox) payAlone(givingUp *givingUp) error {
+	s.alone, s.givingUp = true, givingUp
+	defer func() { s.alone, s.givingUp = false, nil }()
 	ctx, span := tracing.StartLinked(s.background(), tracing.SpanCleanup, s.traceParent, s.req.Attributes...)
-	tracing.End(span, s.pay(ctx))
+	err := s.pay(ctx)
+	tracing.End(span, err)
+	return err
 }
 
 // pay goes on towards the goal that the cleanup is owed for.
 func (s *sandbox) pay(ctx context.Context) error {
+	if s.state() == states.Quarantined {
+		return s.detach(ctx) // as a stop does
+	}
 	switch s.goal {
 	case states.RolledBack:
 		return s.rollback(ctx, nil)

@@ -49,6 +49,7 @@ type Engine struct {
 	journal Journal
 	backoff Backoff
 	observe Observer // nil for none
+	gaveUp  func(View, WriteOff)
 	release string
 
 	// paid is told of a removal; see [Engine.WhenPaid].
@@ -79,15 +80,20 @@ type Config struct {
 	Backoff Backoff
 	// Release is the release of podfsm that runs. It is on every record.
 	Release string
-	// Observe and Meter may be nil.
+	// Observe, WrittenOff and Meter may be nil.
 	Observe Observer
-	Meter   Meter
+	// WrittenOff is told of each cleanup that is written off, after that is on record. It must return soon.
+	WrittenOff func(View, WriteOff)
+	Meter      Meter
 }
 
 // New makes an engine. It fails with InvalidArgument for steps that don't fit together.
 func New(c Config) (*Engine, error) {
 	if c.Meter == nil {
 		c.Meter = unmetered{}
+	}
+	if c.WrittenOff == nil {
+		c.WrittenOff = func(View, WriteOff) {}
 	}
 	declared, err := declarations(c.Steps)
 	if err != nil {
@@ -98,7 +104,7 @@ func New(c Config) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, release: c.Release,
+		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, gaveUp: c.WrittenOff, release: c.Release,
 		paid:      func(context.Context, journal.Key) {},
 		turns:     turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
@@ -315,7 +321,7 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 		return err
 	}
 	done := s.ask(func(reply func(error)) {
-		s.afterCreation(func() { reply(Protect(func() error { return f(s, context.WithoutCancel(ctx)) })) })
+		s.afterCreation(func() { reply(s.explained(Protect(func() error { return f(s, context.WithoutCancel(ctx)) }))) })
 	})
 	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
 }

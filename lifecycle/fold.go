@@ -94,6 +94,7 @@ func (h *history) foldStep(record *journal.Record, data any) {
 	switch record.Kind {
 	case journal.Intent:
 		h.begin(name)
+		rec.interrupted = false
 		rec.plan, rec.touched, rec.status, rec.started, rec.ended, rec.err = data, true, StepRunning, record.At, time.Time{}, nil
 		rec.release, rec.atStop, rec.unknown = record.Release, record.AtStop, ""
 		rec.holds = nil
@@ -118,15 +119,26 @@ func (h *history) foldStep(record *journal.Record, data any) {
 			rec.ended, rec.err = record.At, errors.New(record.Error)
 			h.acts.end(name, ActDo, rec.started, record.At, rec.err)
 		}
+		rec.interrupted = rec.interrupted || rec.status == StepUndoing
 		rec.status, rec.undoing = StepUndoing, record.At
 		h.acts.begin(name, ActUndo, record.At)
 	case journal.Undone:
-		rec.status = StepUndone
-		h.acts.end(name, ActUndo, rec.undoing, record.At, nil)
+		h.foldUndone(name, record)
 	}
 	if unknown, ok := data.(*Unknown); ok {
 		rec.unknown, rec.release = unknown.Type, record.Release
 	}
+}
+
+func (h *history) foldUndone(name states.Event, record *journal.Record) {
+	rec := h.steps[name]
+	rec.status = StepUndone
+	if record.WrittenOff == "" {
+		h.acts.end(name, ActUndo, rec.undoing, record.At, nil)
+		return
+	}
+	h.acts.end(name, ActUndo, rec.undoing, record.At, errors.New(record.Error))
+	h.acts.writeOff(name, record.At, errors.New(record.Error), record.WrittenOff)
 }
 
 func (h *history) foldMove(record *journal.Record) error {
@@ -215,6 +227,7 @@ func (h *history) settle() {
 	for name := range h.steps {
 		h.settleStep(name)
 	}
+	h.lastErr = h.failure // as live
 }
 
 // enter takes the transition that a record of any kind stands for. Only a debt has a goal, and never none: its cleanup would lead nowhere.

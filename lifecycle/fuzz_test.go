@@ -45,6 +45,7 @@ func FuzzRestore(f *testing.F) {
 			r.Step, r.Data = string(events[at%len(events)]), data[how%len(data)]
 			r.State, r.Goal, r.Claim = string(all[at%len(all)]), string(all[(at+how)%len(all)]), claims[at%len(claims)]
 			r.From, r.Event = string(all[how%len(all)]), string(events[how%len(events)])
+			r.WrittenOff = []string{"", "gone"}[how%2]
 			saved.Records = append(saved.Records, r)
 		}
 		describe := func(_ journal.Key, spec any) Request { return Request{Pod: "ns/web", Spec: spec} }

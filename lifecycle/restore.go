@@ -197,6 +197,7 @@ func restored(e *Engine, saved journal.Sandbox, describe Describe) (*sandbox, er
 			}
 		}
 	}
+	s.markInterrupted()
 	s.failInterrupted()
 	if reason := errors.Join(unreadable...); reason != nil {
 		return s, s.quarantine(fmt.Errorf("the records of sandbox %q can't all be read: %w: %w", saved.Key.ID, reason, errdefs.ErrDataLoss))
@@ -234,6 +235,13 @@ func (s *sandbox) quarantine(reason error) error {
 		return nil
 	}
 	return s.move(s.background(), states.Quarantine, reason)
+}
+
+// markInterrupted notes which undos the daemon before was making: each may have succeeded without a record of that.
+func (s *sandbox) markInterrupted() {
+	for _, rec := range s.steps {
+		rec.interrupted = rec.interrupted || rec.status == StepUndoing
+	}
 }
 
 // failInterrupted ends the steps on demand that the daemon before was doing or undoing: after the creation, it did no others. The stop of

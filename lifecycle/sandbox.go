@@ -44,6 +44,7 @@ type stepRecord struct {
 	checkErr       error // of the last check, of what is done
 	attempts       int   // failed undos
 	owedSince      time.Time
+	interrupted    bool // an earlier daemon's undo has no end on record
 }
 
 // took is how long the step's Do has taken; 0 where that isn't known, and where the wall clock was set back between two records.
@@ -72,7 +73,8 @@ type sandbox struct {
 	restored bool        // it is an earlier daemon's; set before the sandbox is known to anyone
 	dossier  dossier     // of a restored one, set likewise
 	ended    bool        // the process was ended by us; of the queue's goroutine alone
-	alone    bool        // a timer began what is under way, for nobody; of the queue's goroutine alone
+	alone    bool        // what is under way is for nobody who has asked for the sandbox's end; of the queue's goroutine alone
+	givingUp *givingUp   // an operator's write-off that is under way, or nil; of the queue's goroutine alone
 	timer    *time.Timer // the next try at what is owed; behind mu
 
 	mu          sync.Mutex
@@ -87,6 +89,7 @@ type sandbox struct {
 	acts        acts
 	goal        states.State // what is being stopped for, or what the pending cleanup leads to; "" for neither
 	attempts    int
+	failing     time.Time // since when, by this process
 	nextTry     time.Time
 	lastErr     error
 	failure     error // why it was rolled back

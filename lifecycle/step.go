@@ -29,6 +29,9 @@ type Declaration struct {
 	// Lasting says that the step leaves something that outlives a reboot, so its records have to, too, where it has a plan. The plan
 	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).
 	Lasting bool
+	// Foreign says that the undo depends on programs that are not podfsm's. After a reboot, when nothing is left of the sandbox in the
+	// kernel, an undo that keeps failing is written off: the program may never be there again.
+	Foreign bool
 	// Deadline bounds Reserve and Do, UndoDeadline bounds Undo and Stop.
 	Deadline, UndoDeadline time.Duration
 }
@@ -64,6 +67,14 @@ type Checker interface {
 	// Check looks, and makes nothing but what is missing of the step's own. It must return soon after ctx has ended: requests for the sandbox
 	// wait for it.
 	Check(ctx context.Context, r *Run) error
+}
+
+// Parted is a step of several parts, each of which can be written off for itself.
+type Parted interface {
+	Step
+	// WriteOff notes that a part is never undone, and returns which parts those are: name may fit several. It changes nothing else. It
+	// fails with NotFound, naming those that there are, if none is pending that name fits.
+	WriteOff(ctx context.Context, r *Run, name, reason string) (parts []string, err error)
 }
 
 // Skipped is the result of a step that had nothing to do.

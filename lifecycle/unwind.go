@@ -193,7 +193,7 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Declaration) bool) err
 		holder, waits := held[f.Name]
 		if waits {
 			s.setOwed(f.Name, fmt.Errorf("waits for the undo of %s", holder))
-		} else if err := s.undo(ctx, step); err != nil {
+		} else if err := s.undo(ctx, step); err != nil && !s.giveUp(ctx, f, err) {
 			s.setOwed(f.Name, err)
 			failed, holder = append(failed, err), f.Name
 		} else {
@@ -233,6 +233,9 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 	}
 	return func(ctx context.Context, r *Run) error {
 		if err := step.Undo(ctx, r); err != nil {
+			if s.steps[step.Declaration().Name].interrupted {
+				err = fmt.Errorf("%w; an earlier try was interrupted by a restart of containerd, and may have succeeded", err)
+			}
 			return err
 		}
 		there, err := step.Probe(ctx, r)

@@ -61,6 +61,8 @@ const (
 	ActStop ActKind = "stop" // of the sandbox's process
 
 	ActCheck ActKind = "check" // of what is done; the acts of a view don't hold it
+
+	ActWriteOff ActKind = "write-off" // the undo was given up
 )
 
 // Act is one try at doing or undoing a step. Of the tries at one thing the first and the last are kept.
@@ -68,7 +70,8 @@ type Act struct {
 	Step           states.Event
 	Kind           ActKind
 	Started, Ended time.Time // Ended is zero while it is under way, and where nobody knows: the daemon was killed meanwhile
-	Err            error
+	Err            error     // of a write-off, that of the last undo
+	Reason         string    // of a write-off
 }
 
 // View is a sandbox at one moment. It shares nothing that changes with the engine.

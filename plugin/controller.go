@@ -19,7 +19,6 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/prometheus/client_golang/prometheus"
 
-	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/history"
@@ -43,7 +42,7 @@ type Controller struct {
 	ended      *ended
 	meters     *meters
 	remapper   remapper // podfsm's own snapshotter; nil where it is disabled
-	publishing *relay[*podfsmv1.SandboxTransition]
+	publishing *relay[sandboxEvent]
 	exchange   eventExchange // containerd's events
 	tasks      podTasks
 	doctor     *doctor.Doctor // of the node
@@ -214,7 +213,7 @@ func (c *Controller) openNode(ic *plugin.InitContext, config *Config, client *co
 func (c *Controller) openEngine() error {
 	engine, err := lifecycle.New(lifecycle.Config{
 		Steps: change(c.node.list()), Process: StartPause, Journal: timedLedger{c.ledger, c.meters}, Backoff: lifecycle.DefaultBackoff,
-		Release: thisRelease(), Observe: c.observe, Meter: c.meters,
+		Release: thisRelease(), Observe: c.observe, WrittenOff: c.wroteOff, Meter: c.meters,
 	})
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)

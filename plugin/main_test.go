@@ -338,6 +338,7 @@ type press struct {
 	mu     sync.Mutex
 	before func() // is called first, unless nil
 	events []*podfsmv1.SandboxTransition
+	given  []*podfsmv1.SandboxWriteOff
 }
 
 func (p *press) Publish(_ context.Context, topic string, event events.Event) error {
@@ -346,11 +347,21 @@ func (p *press) Publish(_ context.Context, topic string, event events.Event) err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if topic != transitionTopic {
+	switch topic {
+	case transitionTopic:
+		p.events = append(p.events, event.(*podfsmv1.SandboxTransition))
+	case writeOffTopic:
+		p.given = append(p.given, event.(*podfsmv1.SandboxWriteOff))
+	default:
 		return fmt.Errorf("topic %q: %w", topic, errdefs.ErrInvalidArgument)
 	}
-	p.events = append(p.events, event.(*podfsmv1.SandboxTransition))
 	return nil
+}
+
+func (p *press) writeOffs() []*podfsmv1.SandboxWriteOff {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.given)
 }
 
 func (p *press) all() []*podfsmv1.SandboxTransition {
@@ -415,7 +426,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	w.publishing = newPublishing(&w.published)
 	engine, err := lifecycle.New(lifecycle.Config{
 		Steps: steps, Process: StartPause, Journal: timedLedger{ledger, w.meters}, Backoff: func(int) time.Duration { return w.wait },
-		Observe: w.observe, Meter: w.meters,
+		Observe: w.observe, WrittenOff: w.wroteOff, Meter: w.meters,
 	})
 	require.NoError(t, err)
 	w.engine = engine

@@ -34,6 +34,7 @@ type meters struct {
 	recoveries *prometheus.HistogramVec
 	remaps     *prometheus.CounterVec
 	writes     *prometheus.HistogramVec
+	writeOffs  *prometheus.CounterVec
 
 	pluginNames pluginNames
 }
@@ -80,6 +81,7 @@ func newMeters(c *Controller) *meters {
 		recoveries: seconds("recovery_duration_seconds", "Time to take up a sandbox after a restart of containerd, by what became of it.", secondsOfSteps, "outcome"),
 		remaps:     count("remaps_total", "Root file systems of sandboxes, by how their ids were mapped.", "strategy"),
 		writes:     seconds("ledger_write_duration_seconds", "Time of each write to the ledger, by file and by outcome.", secondsOfWrites, "file", "outcome"),
+		writeOffs:  count("cleanups_written_off_total", "Undos, or parts of them, that were given up, by step and by who did it: the operator, or the bound of the tries after a reboot.", "step", "by"),
 	}
 	// What hasn't happened yet is 0, so that its first time is an increase.
 	for _, outcome := range []string{outcomeOK, outcomeError} {
@@ -95,7 +97,9 @@ func newMeters(c *Controller) *meters {
 	for _, outcome := range lifecycle.Recoveries() {
 		m.recoveries.WithLabelValues(string(outcome))
 	}
+	m.writeOffs.WithLabelValues(string(AttachNetwork), string(lifecycle.ByReboot))
 	for _, step := range Steps() {
+		m.writeOffs.WithLabelValues(string(step.Name), string(lifecycle.ByOperator))
 		m.steps.WithLabelValues(string(step.Name), string(lifecycle.ActDo), string(lifecycle.OutcomeError))
 		m.steps.WithLabelValues(string(step.Name), string(lifecycle.ActUndo), string(lifecycle.OutcomeError))
 	}
@@ -112,7 +116,7 @@ func count(name, help string, labels ...string) *prometheus.CounterVec {
 
 // vectors are the metrics that are kept.
 func (m *meters) vectors() []prometheus.Collector {
-	return []prometheus.Collector{m.steps, m.stepErrors, m.plugins, m.creations, m.retries, m.unclaimed, m.recoveries, m.remaps, m.writes}
+	return []prometheus.Collector{m.steps, m.stepErrors, m.plugins, m.creations, m.retries, m.unclaimed, m.recoveries, m.remaps, m.writes, m.writeOffs}
 }
 
 // Describe implements prometheus.Collector.
@@ -227,6 +231,11 @@ func (m *meters) Acted(act lifecycle.Act, outcome lifecycle.Outcome) {
 // Recovered implements lifecycle.Meter.
 func (m *meters) Recovered(recovery lifecycle.Recovery, took time.Duration) {
 	m.recoveries.WithLabelValues(string(recovery)).Observe(took.Seconds())
+}
+
+// wroteOff counts a cleanup that was written off.
+func (m *meters) wroteOff(w lifecycle.WriteOff) {
+	m.writeOffs.WithLabelValues(string(w.Step), string(w.By)).Inc()
 }
 
 // moved counts what only the result of a step tells.

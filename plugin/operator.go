@@ -3,6 +3,7 @@ package plugin
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
 )
@@ -147,6 +149,39 @@ func (a *api) Drain(ctx context.Context, r *podfsmv1.DrainRequest) (*podfsmv1.Dr
 	}
 	log.G(ctx).WithField("draining", !r.GetCancel()).Info("podfsm: somebody has asked for a drain, or for its end")
 	return &podfsmv1.DrainResponse{}, nil
+}
+
+// RetryCleanup tries a pending cleanup now.
+func (a *api) RetryCleanup(ctx context.Context, r *podfsmv1.RetryCleanupRequest) (*podfsmv1.CleanupResponse, error) {
+	return a.cleanup(r.GetRef(), func(engine *lifecycle.Engine, key journal.Key) error { return engine.Retry(ctx, key) })
+}
+
+// WriteOffCleanup gives up a pending cleanup, or the DEL of one CNI plugin.
+func (a *api) WriteOffCleanup(ctx context.Context, r *podfsmv1.WriteOffCleanupRequest) (*podfsmv1.CleanupResponse, error) {
+	return a.cleanup(r.GetRef(), func(engine *lifecycle.Engine, key journal.Key) error {
+		return engine.WriteOff(ctx, key, r.GetPlugin(), r.GetReason())
+	})
+}
+
+// cleanup does something about the one sandbox with a pending cleanup that a reference names.
+func (a *api) cleanup(ref string, do func(*lifecycle.Engine, journal.Key) error) (*podfsmv1.CleanupResponse, error) {
+	engine, err := a.engine()
+	if err != nil {
+		return nil, err
+	}
+	owing, err := records.FindOwing(ref, engine.List())
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	err = do(engine, owing.Key)
+	if err != nil && !errors.As(err, new(*lifecycle.StepError)) {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	after, ok := a.controller.find(owing.Key)
+	if !ok {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("sandbox %q has ended: %w", owing.Key.ID, errdefs.ErrNotFound))
+	}
+	return &podfsmv1.CleanupResponse{Sandbox: records.Sandbox(after), Error: records.Text(err)}, nil
 }
 
 func (a *api) leaks(ctx context.Context, fix bool) (*podfsmv1.LeaksResponse, error) {

@@ -19,7 +19,10 @@ import (
 // attachNetwork runs the pod's CNI chains.
 type attachNetwork struct{ *node }
 
-var _ lifecycle.Checker = (*attachNetwork)(nil)
+var (
+	_ lifecycle.Checker = (*attachNetwork)(nil)
+	_ lifecycle.Parted  = (*attachNetwork)(nil)
+)
 
 // AttachNetwork is the step of attachNetwork.
 const AttachNetwork states.Event = "attach_network"
@@ -37,6 +40,7 @@ func (s *attachNetwork) Declaration() lifecycle.Declaration {
 		Holds:        []states.Event{CaptureNetNS},
 		AtStop:       true,
 		Lasting:      true,
+		Foreign:      true,
 		Deadline:     2 * s.limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
 		UndoDeadline: 2 * s.limits.cniDel,
 	}
@@ -154,6 +158,18 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	return s.driver.Del(ctx, attachment, recorder(r))
 }
 
+// WriteOff gives up the DEL of a CNI plugin.
+func (s *attachNetwork) WriteOff(ctx context.Context, r *lifecycle.Run, name, reason string) ([]string, error) {
+	if r.Plan() == nil {
+		return nil, fmt.Errorf("the plan of the network of sandbox %q is lost, write off the whole cleanup: %w", r.Key.ID, errdefs.ErrNotFound)
+	}
+	attachment, err := s.attachment(r)
+	if err != nil {
+		return nil, err
+	}
+	return attachment.WriteOff(ctx, name, reason, func(ctx context.Context, p cni.Progress) error { return r.Announce(ctx, &p) })
+}
+
 // detachUnrecorded detaches a pod whose plan is lost from the networks as they are configured today: the best guess there is. Without
 // any configuration nothing more can be done for it, and what it has is left to the next GC.
 func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) error {
@@ -181,7 +197,7 @@ func (s *attachNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
 	if err != nil {
 		return err
 	}
-	return s.driver.Check(ctx, attachment)
+	return s.driver.Check(ctx, attachment, r.Spec.(*Spec).Config.GetLinux().GetSysctls())
 }
 
 func (s *attachNetwork) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {
@@ -205,7 +221,7 @@ func recorder(r *lifecycle.Run) cni.Record {
 	}
 }
 
-// attachment is the plan with everything that has been noted since, in an own copy.
+// attachment is the plan with everything that has been noted since, in an own copy. Its plugins are looked for in today's directories, too.
 func (s *attachNetwork) attachment(r *lifecycle.Run) (*cni.Attachment, error) {
 	text, err := json.Marshal(r.Plan())
 	if err != nil {
@@ -224,5 +240,6 @@ func (s *attachNetwork) attachment(r *lifecycle.Run) (*cni.Attachment, error) {
 			return nil, fmt.Errorf("the network record of sandbox %q doesn't fit its plan: %w", r.Key.ID, err)
 		}
 	}
+	attachment.LookIn(s.stock.CNI.BinDirs)
 	return attachment, nil
 }

@@ -32,6 +32,25 @@ func Find(ref string, views []lifecycle.View) (lifecycle.View, error) {
 	return find(ref, views, func(v lifecycle.View) named { return named{v.Key.ID, v.Pod, v.Created} })
 }
 
+// FindOwing looks a reference up, as [Find] does, among the sandboxes with a pending cleanup. It fails with InvalidArgument also for
+// several sandboxes of one pod: what is done about one of them isn't meant for another.
+func FindOwing(ref string, views []lifecycle.View) (none lifecycle.View, _ error) {
+	name := func(v lifecycle.View) named { return named{v.Key.ID, v.Pod, v.Created} }
+	owing := slices.DeleteFunc(slices.Clone(views), func(v lifecycle.View) bool {
+		return !slices.ContainsFunc(v.Steps, func(s lifecycle.StepView) bool { return s.Status == lifecycle.StepOwed })
+	})
+	found, err := match(ref, owing, name)
+	switch {
+	case errdefs.IsNotFound(err):
+		return none, fmt.Errorf("no sandbox with a pending cleanup matches %q: %w", ref, errdefs.ErrNotFound)
+	case err != nil:
+		return none, err
+	case len(found) > 1:
+		return none, ambiguous(ref, found, name)
+	}
+	return found[0], nil
+}
+
 // Inspect is all there is to know of the sandbox that a reference names, for which it looks among those that have ended if there is no
 // other. For its errors see [Find].
 func Inspect(ref string, views []lifecycle.View, readEnded func() ([]*podfsmv1.InspectResponse, error)) (*podfsmv1.InspectResponse, error) {

@@ -29,6 +29,25 @@ func Transition(view lifecycle.View) *podfsmv1.SandboxTransition {
 	}
 }
 
+// WriteOff is a write-off as containerd's event tells of it.
+func WriteOff(view lifecycle.View, w lifecycle.WriteOff) *podfsmv1.SandboxWriteOff {
+	metadata := view.Spec.(*Spec).Config.GetMetadata()
+	return &podfsmv1.SandboxWriteOff{
+		SandboxId:           view.Key.ID,
+		ContainerdNamespace: view.Key.Namespace,
+		PodName:             metadata.GetName(),
+		PodNamespace:        metadata.GetNamespace(),
+		PodUid:              metadata.GetUid(),
+		Attempt:             metadata.GetAttempt(),
+		Step:                string(w.Step),
+		Plugin:              strings.ToValidUTF8(w.Part, "\uFFFD"),
+		By:                  string(w.By),
+		Reason:              strings.ToValidUTF8(w.Reason, "\uFFFD"),
+		Error:               Text(w.Err),
+		At:                  timestamppb.New(w.At),
+	}
+}
+
 func transitionOf(t lifecycle.Transition) *podfsmv1.Transition {
 	return &podfsmv1.Transition{
 		Seq: t.Seq, At: timestamppb.New(t.At), Event: string(t.Event), From: string(t.From), To: string(t.To), Step: string(t.Step),
@@ -51,7 +70,7 @@ func actsOf(view lifecycle.View) []*podfsmv1.Act {
 	var acts []*podfsmv1.Act
 	for _, act := range view.Acts {
 		acts = append(acts, &podfsmv1.Act{
-			Step: string(act.Step), Kind: string(act.Kind), Error: Text(act.Err),
+			Step: string(act.Step), Kind: string(act.Kind), Error: Text(act.Err), Reason: strings.ToValidUTF8(act.Reason, "\uFFFD"),
 			StartedAt: timestamp(act.Started), Duration: lasted(act.Started, act.Ended),
 		})
 	}
@@ -116,6 +135,7 @@ func pluginActs(step lifecycle.StepView) []*podfsmv1.Act {
 		act.Step, act.Kind = string(step.Name), progress.Command
 		act.Plugin = strings.ToValidUTF8(fmt.Sprintf("%s/%s", plan.Networks[progress.Network].Name, plan.Plugins[plugin].Type), "\uFFFD")
 		act.StartedAt, act.Duration, act.Error = timestamp(progress.Began), nil, strings.ToValidUTF8(progress.Error, "\uFFFD")
+		act.Reason = strings.ToValidUTF8(progress.Reason, "\uFFFD")
 		if progress.Took > 0 {
 			act.Duration = durationpb.New(progress.Took.Round(time.Microsecond))
 		}

@@ -21,6 +21,8 @@ const (
 	LogGoal      = "goal"       // the state that an owed cleanup leads to
 	LogAttempts  = "attempts"   // failed tries at it
 	LogRetryIn   = "retry_in"   // seconds until the next one
+	LogReason    = "reason"     // why a cleanup was written off
+	LogPlugin    = "plugin"     // a CNI plugin, as "network/type"
 	LogTraceID   = "trace_id"   // in hexadecimal; there is none outside of a trace
 )
 

@@ -27,7 +27,11 @@ func TestFlagsInTheDocs(t *testing.T) {
 			text, err := os.ReadFile(file)
 			require.NoError(t, err)
 			for _, m := range command.FindAllStringSubmatch(string(text), -1) {
-				help, err := podfsm(t, m[1], "--help")
+				command := []string{m[1]}
+				if below := regexp.MustCompile(`^ (list|retry|write-off)\b`).FindStringSubmatch(m[2]); below != nil {
+					command = append(command, below[1])
+				}
+				help, err := podfsm(t, append(command, "--help")...)
 				require.NoError(t, err)
 				for _, named := range flag.FindAllStringSubmatch(m[2], -1) {
 					count++

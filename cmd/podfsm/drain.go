@@ -183,8 +183,22 @@ func stillThere(w io.Writer, left []*podfsmv1.Sandbox) error {
 	if err := writeList(w, left, false, true, time.Now()); err != nil {
 		return err
 	}
-	return undrainedError{fmt.Errorf("%s left, and new pods are still refused; let the kubelet end them (kubectl drain) or use --force, "+
-		"and see podfsm debts for what is owed", count(left))}
+	return undrainedError{fmt.Errorf("%s left, and new pods are still refused; let the kubelet end them (kubectl drain) or use --force%s", count(left), wayOut(left))}
+}
+
+// wayOut is how those of the sandboxes come to an end that have a pending
+// cleanup, as the end of an error's text.
+func wayOut(sandboxes []*podfsmv1.Sandbox) string {
+	pending := 0
+	for _, s := range sandboxes {
+		if len(s.GetDebts()) > 0 {
+			pending++
+		}
+	}
+	if pending == 0 {
+		return ""
+	}
+	return fmt.Sprintf("; %d have a pending cleanup: remove its cause and run `podfsm cleanups retry`, or give it up by `podfsm cleanups write-off`", pending)
 }
 
 func count(sandboxes []*podfsmv1.Sandbox) string {
@@ -265,7 +279,7 @@ func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) 
 		}
 		fmt.Fprint(w, table.String())
 		return undrainedError{fmt.Errorf("podfsm has %s, which a containerd without podfsm can't stop; "+
-			"have them ended while containerd-podfsm runs: podfsm drain, or podfsm drain --force", count(left))}
+			"have them ended while containerd-podfsm runs: podfsm drain, or podfsm drain --force%s", count(left), wayOut(left))}
 	}
 	if takesPods {
 		return undrainedError{errors.New("podfsm has no sandboxes, but takes new pods; end that first: podfsm drain")}

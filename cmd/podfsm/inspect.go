@@ -20,6 +20,7 @@ func writeInspection(w io.Writer, r *podfsmv1.InspectResponse, now time.Time) er
 	var b bytes.Buffer
 	addIdentity(&b, r.GetSandbox(), now)
 	addDebts(&b, r.GetSandbox().GetDebts(), now)
+	addWrittenOff(&b, writtenOff(r.GetActs(), now), widest)
 	addSteps(&b, r.GetSteps(), now)
 	addTransitions(&b, r, now)
 	addCNIResult(&b, r.GetCniResult())

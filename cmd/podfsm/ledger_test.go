@@ -78,7 +78,7 @@ func TestDaemonDown(t *testing.T) {
 	l := d.openLedger(t)
 	fill(t, l)
 
-	out, errOut, err := d.podfsm(t, "debts")
+	out, errOut, err := d.podfsm(t, "cleanups")
 	require.NoError(t, err)
 	require.Contains(t, errOut, "no socket at "+d.socket)
 	require.Contains(t, errOut, "a daemon has the ledger in "+d.root+" open: it starts, hangs, or listens elsewhere; this is its ledger")
@@ -87,7 +87,7 @@ func TestDaemonDown(t *testing.T) {
 	require.ErrorContains(t, err, "but a daemon has the ledger in "+d.root+" open")
 	require.NoError(t, l.Close())
 
-	out, errOut, err = d.podfsm(t, "debts")
+	out, errOut, err = d.podfsm(t, "cleanups")
 	require.NoError(t, err)
 	require.Regexp(t, `^podfsm: no socket at .*\npodfsm: the daemon is down; this is its ledger, last written \S+ ago\n$`, errOut)
 	require.Regexp(t, `(?m)^0011223344556 +default/owed +CleanupOwed->RolledBack +remap_snapshot +\S+ +- +- +no\\nluck$`, out)
@@ -174,7 +174,7 @@ func TestLeaksWhileTheDaemonIsDown(t *testing.T) {
 
 func TestNoLedger(t *testing.T) {
 	d := newDaemonDirs(t)
-	for _, command := range []string{"ps", "debts", "leaks"} {
+	for _, command := range []string{"ps", "cleanups", "leaks"} {
 		_, errOut, err := d.podfsm(t, command)
 		require.ErrorContains(t, err, "there is no ledger in "+d.root+" and "+d.state+" either")
 		require.Empty(t, errOut)

@@ -30,10 +30,10 @@ func main() {
 	}
 }
 
-// exitStatus is 2 for leaks, for checks that fail and for a drain that isn't
-// done, and 1 for whatever could not be done.
+// exitStatus is 2 for leaks, for checks that fail, for a drain that isn't done
+// and for a cleanup that is still pending, and 1 for whatever could not be done.
 func exitStatus(err error) int {
-	if errors.As(err, new(leftError)) || errors.As(err, new(failedError)) || errors.As(err, new(undrainedError)) {
+	if errors.As(err, new(leftError)) || errors.As(err, new(failedError)) || errors.As(err, new(undrainedError)) || errors.As(err, new(pendingError)) {
 		return 2
 	}
 	return 1
@@ -70,7 +70,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Local: true,
 			},
 		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), debtsCommand(), idsCommand(), leaksCommand(), doctorCommand(), handlerCommand(), drainCommand()},
+		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), cleanupsCommand(), idsCommand(), leaksCommand(), doctorCommand(), handlerCommand(), drainCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())
@@ -82,10 +82,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return cli.ShowRootCommandHelp(cmd)
 		},
 	}
-	for _, cmd := range append(root.Commands, root) {
-		cmd.OnUsageError = func(_ context.Context, _ *cli.Command, err error, _ bool) error { return err }
-	}
+	returnUsageErrors(root)
 	return root.Run(ctx, args)
+}
+
+// returnUsageErrors keeps a command and those below it from printing its help
+// for a mistake.
+func returnUsageErrors(cmd *cli.Command) {
+	cmd.OnUsageError = func(_ context.Context, _ *cli.Command, err error, _ bool) error { return err }
+	for _, below := range cmd.Commands {
+		returnUsageErrors(below)
+	}
 }
 
 func psCommand() *cli.Command {
@@ -131,7 +138,7 @@ pod the newest counts. Sandboxes that have ended are found, too: the last 200, f
 func inspectCommand() *cli.Command {
 	return &cli.Command{
 		Name:        "inspect",
-		Usage:       "show the steps, transitions and debts of one sandbox",
+		Usage:       "show the steps, transitions and pending cleanups of one sandbox",
 		ArgsUsage:   "REF",
 		Description: refDescription,
 		// Otherwise a pod named "help" could not be inspected.

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
@@ -42,6 +43,15 @@ type fakeSandboxes struct {
 	leaks   func(fix bool) *podfsmv1.LeaksResponse
 	ended   []*podfsmv1.Sandbox
 	watch   func(grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error
+	cleanup func(request proto.Message) (*podfsmv1.CleanupResponse, error)
+}
+
+func (f fakeSandboxes) RetryCleanup(_ context.Context, r *podfsmv1.RetryCleanupRequest) (*podfsmv1.CleanupResponse, error) {
+	return f.cleanup(r)
+}
+
+func (f fakeSandboxes) WriteOffCleanup(_ context.Context, r *podfsmv1.WriteOffCleanupRequest) (*podfsmv1.CleanupResponse, error) {
+	return f.cleanup(r)
 }
 
 func (f fakeSandboxes) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
@@ -116,14 +126,60 @@ func TestPs(t *testing.T) {
 
 func TestDebtsAreOnlyThoseThatOwe(t *testing.T) {
 	address := serve(t, fakeSandboxes{})
-	out, err := podfsm(t, "--address", address, "debts")
+	out, err := podfsm(t, "--address", address, "cleanups")
 	require.NoError(t, err)
 	require.Contains(t, out, "attach_network")
 	require.NotContains(t, out, "default/web")
 
-	out, err = podfsm(t, "--address", address, "debts", "-o", "json")
+	out, err = podfsm(t, "--address", address, "cleanups", "-o", "json")
 	require.NoError(t, err)
 	require.NotContains(t, out, ready.GetId())
+}
+
+func TestCleanups(t *testing.T) {
+	var asked proto.Message
+	var response *podfsmv1.CleanupResponse
+	var failure error
+	address := serve(t, fakeSandboxes{cleanup: func(request proto.Message) (*podfsmv1.CleanupResponse, error) {
+		asked = request
+		return response, failure
+	}})
+	out, err := podfsm(t, "--address", address, "cleanups", "list")
+	require.NoError(t, err)
+	require.Contains(t, out, "attach_network")
+
+	response = &podfsmv1.CleanupResponse{Sandbox: ready}
+	out, err = podfsm(t, "--address", address, "cleanups", "retry", "default/web")
+	require.NoError(t, err)
+	require.Equal(t, "3b1f0c9a7e5d4 default/web: the cleanup is completed\n", out)
+	require.True(t, proto.Equal(&podfsmv1.RetryCleanupRequest{Ref: "default/web"}, asked))
+
+	response = &podfsmv1.CleanupResponse{Sandbox: owing, Error: "no luck"}
+	for _, args := range [][]string{
+		{"write-off", "db", "--plugin", "sbr", "--reason", "gone for good"},
+		{"write-off", "--reason=gone for good", "--plugin=sbr", "db"},
+	} {
+		out, err = podfsm(t, append([]string{"--address", address, "cleanups"}, args...)...)
+		require.ErrorContains(t, err, "is still pending")
+		require.Equal(t, 2, exitStatus(err))
+		require.Contains(t, out, "attach_network")
+		require.True(t, proto.Equal(&podfsmv1.WriteOffCleanupRequest{Ref: "db", Plugin: "sbr", Reason: "gone for good"}, asked))
+	}
+
+	response, failure = nil, status.Error(codes.FailedPrecondition, "sandbox has no pending cleanup")
+	_, err = podfsm(t, "--address", address, "cleanups", "retry", "default/web")
+	require.EqualError(t, err, "sandbox has no pending cleanup")
+	require.Equal(t, 1, exitStatus(err))
+	asked = nil
+	_, err = podfsm(t, "--address", address, "cleanups", "write-off", "default/web")
+	require.ErrorContains(t, err, "reason")
+	_, err = podfsm(t, "--address", address, "cleanups", "retry")
+	require.ErrorContains(t, err, "retry takes one argument")
+	_, err = podfsm(t, "--address", address, "cleanups", "forget")
+	require.ErrorContains(t, err, "cleanups takes no arguments")
+	require.Nil(t, asked)
+	_, err = podfsm(t, "--address", filepath.Join(t.TempDir(), "none"), "cleanups", "retry", "default/web")
+	require.ErrorContains(t, err, "only the daemon can do that")
 }
 
 func TestInspect(t *testing.T) {
@@ -227,7 +283,7 @@ func TestUsageErrors(t *testing.T) {
 	}{
 		{[]string{"sp"}, `unknown command "sp"`},
 		{[]string{"ps", "x"}, "ps takes no arguments"},
-		{[]string{"debts", "x"}, "debts takes no arguments"},
+		{[]string{"cleanups", "x"}, "cleanups takes no arguments"},
 		{[]string{"leaks", "x"}, "leaks takes no arguments"},
 		{[]string{"timeline"}, "timeline takes one argument"},
 		{[]string{"timeline", "a", "b"}, "timeline takes one argument"},

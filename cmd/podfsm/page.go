@@ -102,6 +102,7 @@ type page struct {
 	Stretches   []pageStretch
 	Mishaps     []pageNote
 	Debts       []pageNote
+	WrittenOff  []pageNote
 	Graph       drawing
 	Transitions []pageTransition
 	Siblings    []pageSibling
@@ -175,6 +176,9 @@ func newPage(t *timeline, now time.Time) page {
 	}
 	for _, d := range s.GetDebts() {
 		p.Debts = append(p.Debts, pageNote{text("undo of " + d.GetStep() + ", " + when(d, now)), text(d.GetError())})
+	}
+	for _, m := range writtenOff(t.GetActs(), now) {
+		p.WrittenOff = append(p.WrittenOff, pageNote{text(m.what), text(m.text)})
 	}
 	for _, tr := range t.GetTransitions() {
 		p.Transitions = append(p.Transitions, pageTransition{

@@ -154,6 +154,7 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 	}
 	addMishaps(&b, mishaps(all), width)
 	addOwed(&b, t.GetSandbox().GetDebts(), width, now)
+	addWrittenOff(&b, writtenOff(t.GetActs(), now), width)
 	addSiblings(&b, t, now)
 	_, err := w.Write(b.Bytes())
 	return err
@@ -258,6 +259,17 @@ func addOwed(b *bytes.Buffer, debts []*podfsmv1.Debt, width int, now time.Time) 
 	b.WriteString("\nOwed\n")
 	for _, d := range debts {
 		addHanging(b, printable(fmt.Sprintf("undo of %s, %s: %s", d.GetStep(), when(d, now), d.GetError())), "  ", width)
+	}
+}
+
+// addWrittenOff has what was given up, and why.
+func addWrittenOff(b *bytes.Buffer, all []mishap, width int) {
+	if len(all) == 0 {
+		return
+	}
+	b.WriteString("\nWritten off\n")
+	for _, m := range all {
+		addHanging(b, printable(m.what+": "+m.text), "  ", width)
 	}
 }
 

@@ -442,3 +442,24 @@ func FuzzTimeline(f *testing.F) {
 		requireInert(t, root)
 	})
 }
+
+// What was given up is told with its reason, and is no stretch of a waterfall.
+func TestWrittenOffIsShown(t *testing.T) {
+	r := proto.CloneOf(readyInspection)
+	stretches := len(waterfall(r, now))
+	r.Acts = append(r.Acts,
+		&podfsmv1.Act{Step: "attach_network", Kind: "write-off", Plugin: "net/sbr", StartedAt: at(time.Minute), Reason: "it is gone\x1b for good"},
+		&podfsmv1.Act{Step: "capture_netns", Kind: "write-off", StartedAt: at(2 * time.Minute), Duration: took(0), Error: "busy", Reason: "the node is wiped"})
+	require.Len(t, waterfall(r, now), stretches)
+	const text = "\nWritten off\nnet/sbr DEL, 4m12s ago: it is gone\\x1b for good\nundo of capture_netns, 3m12s ago: the node is wiped\n"
+	drawn := &timeline{r, nil}
+	var b bytes.Buffer
+	require.NoError(t, writeTimeline(&b, drawn, 80, now))
+	require.Contains(t, b.String(), text)
+	b.Reset()
+	require.NoError(t, writeInspection(&b, r, now))
+	require.Contains(t, b.String(), text)
+	b.Reset()
+	require.NoError(t, pageTemplate.Execute(&b, newPage(drawn, now)))
+	require.Contains(t, b.String(), "<h2>Written off</h2>\n<div class=\"boxed\"><p>net/sbr DEL, 4m12s ago</p>")
+}

@@ -31,6 +31,9 @@ const (
 // marks draw an ending in a terminal.
 var marks = map[ending]string{succeeded: "=", skipped: ".", failed: "x", undone: "-", undoFailed: "!", underWay: "~", unknownEnd: "?"}
 
+// writeOff is the kind of an act that gave an undo up. It takes no time.
+const writeOff = "write-off"
+
 // lane is a line of a waterfall: one try at something.
 type lane struct {
 	label  string
@@ -87,12 +90,12 @@ func families(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 	var all [][]lane
 	var acts []*podfsmv1.Act
 	for _, act := range r.GetActs() {
-		if act.GetPlugin() == "" && act.GetStartedAt() != nil {
+		if act.GetPlugin() == "" && act.GetStartedAt() != nil && act.GetKind() != writeOff {
 			all, acts = append(all, []lane{laneOf(r, act, now)}), append(acts, act)
 		}
 	}
 	for _, act := range r.GetActs() {
-		if act.GetPlugin() == "" {
+		if act.GetPlugin() == "" || act.GetKind() == writeOff {
 			continue
 		}
 		if i := parentOf(act, acts); i >= 0 {
@@ -251,6 +254,21 @@ func mishaps(all []stretch) []mishap {
 		}
 	}
 	return found
+}
+
+// writtenOff are the undos that were given up, and why.
+func writtenOff(acts []*podfsmv1.Act, now time.Time) (all []mishap) {
+	for _, act := range acts {
+		if act.GetKind() != writeOff {
+			continue
+		}
+		what := "undo of " + act.GetStep()
+		if act.GetPlugin() != "" {
+			what = act.GetPlugin() + " DEL"
+		}
+		all = append(all, mishap{what + ", " + age(act.GetStartedAt(), now) + " ago", act.GetReason()})
+	}
+	return all
 }
 
 // reason is why a sandbox is as it is, in its own words or those of the

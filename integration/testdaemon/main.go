@@ -128,3 +128,8 @@ type faultyChecker struct {
 func (s *faultyChecker) Check(ctx context.Context, r *lifecycle.Run) error {
 	return s.checker.Check(ctx, r)
 }
+
+// WriteOff is the step's own: the network's, which is the one that can be checked.
+func (s *faultyChecker) WriteOff(ctx context.Context, r *lifecycle.Run, name, reason string) ([]string, error) {
+	return s.checker.(lifecycle.Parted).WriteOff(ctx, r, name, reason)
+}

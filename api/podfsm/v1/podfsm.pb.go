@@ -6,11 +6,12 @@
 
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
 // served on containerd's own socket, and needs no containerd namespace: it
-// answers for all of them. Only Drain, and Leaks when asked to, change
-// anything.
+// answers for all of them. Only Drain, RetryCleanup and WriteOffCleanup, and
+// Leaks when asked to, change anything.
 //
 // The message SandboxTransition is also what containerd's events of the topic
-// "/podfsm/sandbox/transition" hold.
+// "/podfsm/sandbox/transition" hold, and SandboxWriteOff what those of
+// "/podfsm/sandbox/write-off" hold.
 
 package podfsmv1
 
@@ -31,6 +32,307 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type RetryCleanupRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in InspectRequest, among the sandboxes with a pending cleanup.
+	Ref           string `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetryCleanupRequest) Reset() {
+	*x = RetryCleanupRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetryCleanupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetryCleanupRequest) ProtoMessage() {}
+
+func (x *RetryCleanupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetryCleanupRequest.ProtoReflect.Descriptor instead.
+func (*RetryCleanupRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *RetryCleanupRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+type WriteOffCleanupRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in RetryCleanupRequest.
+	Ref string `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	// The type of a CNI plugin, or "network/type". Empty for all that fails.
+	Plugin string `protobuf:"bytes,2,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	// Goes to the log, the timeline and the event.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteOffCleanupRequest) Reset() {
+	*x = WriteOffCleanupRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteOffCleanupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteOffCleanupRequest) ProtoMessage() {}
+
+func (x *WriteOffCleanupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteOffCleanupRequest.ProtoReflect.Descriptor instead.
+func (*WriteOffCleanupRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *WriteOffCleanupRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *WriteOffCleanupRequest) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *WriteOffCleanupRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type CleanupResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox after that, which may have ended. Its debts are what is still
+	// pending.
+	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// Why something is still pending. Empty when nothing is.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CleanupResponse) Reset() {
+	*x = CleanupResponse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CleanupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CleanupResponse) ProtoMessage() {}
+
+func (x *CleanupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CleanupResponse.ProtoReflect.Descriptor instead.
+func (*CleanupResponse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CleanupResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+func (x *CleanupResponse) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// SandboxWriteOff tells that a pending cleanup was given up, which is on record.
+type SandboxWriteOff struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId           string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	// The pod's identity, as in Sandbox.
+	PodName      string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	PodNamespace string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	PodUid       string `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	Attempt      uint32 `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The step whose undo it is.
+	Step string `protobuf:"bytes,7,opt,name=step,proto3" json:"step,omitempty"`
+	// The CNI plugin, as "network/type". Empty for all of the step.
+	Plugin string `protobuf:"bytes,8,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	// "operator", or "reboot" for the bound of the tries after a reboot.
+	By     string `protobuf:"bytes,9,opt,name=by,proto3" json:"by,omitempty"`
+	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The error of the last try.
+	Error         string                 `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SandboxWriteOff) Reset() {
+	*x = SandboxWriteOff{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SandboxWriteOff) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SandboxWriteOff) ProtoMessage() {}
+
+func (x *SandboxWriteOff) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SandboxWriteOff.ProtoReflect.Descriptor instead.
+func (*SandboxWriteOff) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *SandboxWriteOff) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetContainerdNamespace() string {
+	if x != nil {
+		return x.ContainerdNamespace
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetPodNamespace() string {
+	if x != nil {
+		return x.PodNamespace
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *SandboxWriteOff) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *SandboxWriteOff) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 type DoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -39,7 +341,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -51,7 +353,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -64,7 +366,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
 }
 
 type DoctorResponse struct {
@@ -77,7 +379,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -89,7 +391,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -102,7 +404,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -137,7 +439,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -149,7 +451,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -162,7 +464,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Finding) GetCheck() string {
@@ -217,7 +519,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -229,7 +531,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -242,7 +544,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *DrainRequest) GetCancel() bool {
@@ -260,7 +562,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -272,7 +574,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -285,7 +587,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
 }
 
 type LeaksRequest struct {
@@ -298,7 +600,7 @@ type LeaksRequest struct {
 
 func (x *LeaksRequest) Reset() {
 	*x = LeaksRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -310,7 +612,7 @@ func (x *LeaksRequest) String() string {
 func (*LeaksRequest) ProtoMessage() {}
 
 func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -323,7 +625,7 @@ func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksRequest.ProtoReflect.Descriptor instead.
 func (*LeaksRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LeaksRequest) GetFix() bool {
@@ -346,7 +648,7 @@ type LeaksResponse struct {
 
 func (x *LeaksResponse) Reset() {
 	*x = LeaksResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -358,7 +660,7 @@ func (x *LeaksResponse) String() string {
 func (*LeaksResponse) ProtoMessage() {}
 
 func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -371,7 +673,7 @@ func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksResponse.ProtoReflect.Descriptor instead.
 func (*LeaksResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LeaksResponse) GetLeaks() []*Leak {
@@ -407,7 +709,7 @@ type Leak struct {
 
 func (x *Leak) Reset() {
 	*x = Leak{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +721,7 @@ func (x *Leak) String() string {
 func (*Leak) ProtoMessage() {}
 
 func (x *Leak) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +734,7 @@ func (x *Leak) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Leak.ProtoReflect.Descriptor instead.
 func (*Leak) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Leak) GetSandboxId() string {
@@ -480,7 +782,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -492,7 +794,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -505,7 +807,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListRequest) GetEnded() bool {
@@ -527,7 +829,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +841,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +854,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
@@ -580,7 +882,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -592,7 +894,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -605,7 +907,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *InspectRequest) GetRef() string {
@@ -635,7 +937,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -647,7 +949,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -660,7 +962,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *InspectResponse) GetSandbox() *Sandbox {
@@ -703,7 +1005,8 @@ type Act struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Step  string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
 	// "do", "undo", "stop" for the end of the sandbox's process; "ADD" or "DEL" for
-	// a CNI plugin that was run meanwhile.
+	// a CNI plugin that was run meanwhile; "write-off" for an undo, or a plugin's
+	// DEL, that was given up.
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// The CNI plugin, as "network/type". Empty for an act of podfsm's own.
 	Plugin string `protobuf:"bytes,3,opt,name=plugin,proto3" json:"plugin,omitempty"`
@@ -711,15 +1014,18 @@ type Act struct {
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
 	// Absent while it is under way, and where nobody knows, because the daemon
 	// was killed meanwhile.
-	Duration      *durationpb.Duration `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
-	Error         string               `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	Duration *durationpb.Duration `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
+	// Of a write-off, that of the last try.
+	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	// Of a write-off.
+	Reason        string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Act) Reset() {
 	*x = Act{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -731,7 +1037,7 @@ func (x *Act) String() string {
 func (*Act) ProtoMessage() {}
 
 func (x *Act) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -744,7 +1050,7 @@ func (x *Act) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Act.ProtoReflect.Descriptor instead.
 func (*Act) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Act) GetStep() string {
@@ -789,6 +1095,13 @@ func (x *Act) GetError() string {
 	return ""
 }
 
+func (x *Act) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -797,7 +1110,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +1122,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +1135,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
 }
 
 // SandboxTransition is a change of a sandbox's state, which is on record.
@@ -842,7 +1155,7 @@ type SandboxTransition struct {
 
 func (x *SandboxTransition) Reset() {
 	*x = SandboxTransition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -854,7 +1167,7 @@ func (x *SandboxTransition) String() string {
 func (*SandboxTransition) ProtoMessage() {}
 
 func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -867,7 +1180,7 @@ func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxTransition.ProtoReflect.Descriptor instead.
 func (*SandboxTransition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SandboxTransition) GetSandboxId() string {
@@ -968,7 +1281,7 @@ type Sandbox struct {
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1293,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1306,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Sandbox) GetId() string {
@@ -1161,7 +1474,7 @@ type UserNamespace struct {
 
 func (x *UserNamespace) Reset() {
 	*x = UserNamespace{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1173,7 +1486,7 @@ func (x *UserNamespace) String() string {
 func (*UserNamespace) ProtoMessage() {}
 
 func (x *UserNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1186,7 +1499,7 @@ func (x *UserNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
 func (*UserNamespace) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *UserNamespace) GetUids() []*IDMapping {
@@ -1214,7 +1527,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1539,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1552,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -1280,7 +1593,7 @@ type Debt struct {
 
 func (x *Debt) Reset() {
 	*x = Debt{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1292,7 +1605,7 @@ func (x *Debt) String() string {
 func (*Debt) ProtoMessage() {}
 
 func (x *Debt) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1305,7 +1618,7 @@ func (x *Debt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Debt.ProtoReflect.Descriptor instead.
 func (*Debt) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Debt) GetStep() string {
@@ -1363,7 +1676,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1375,7 +1688,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1388,7 +1701,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Step) GetName() string {
@@ -1461,7 +1774,7 @@ type Transition struct {
 
 func (x *Transition) Reset() {
 	*x = Transition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1786,7 @@ func (x *Transition) String() string {
 func (*Transition) ProtoMessage() {}
 
 func (x *Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1799,7 @@ func (x *Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transition.ProtoReflect.Descriptor instead.
 func (*Transition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Transition) GetSeq() uint64 {
@@ -1567,7 +1880,7 @@ type IDsRequest struct {
 
 func (x *IDsRequest) Reset() {
 	*x = IDsRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1579,7 +1892,7 @@ func (x *IDsRequest) String() string {
 func (*IDsRequest) ProtoMessage() {}
 
 func (x *IDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1592,7 +1905,7 @@ func (x *IDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsRequest.ProtoReflect.Descriptor instead.
 func (*IDsRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{25}
 }
 
 type IDsResponse struct {
@@ -1611,7 +1924,7 @@ type IDsResponse struct {
 
 func (x *IDsResponse) Reset() {
 	*x = IDsResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1936,7 @@ func (x *IDsResponse) String() string {
 func (*IDsResponse) ProtoMessage() {}
 
 func (x *IDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1949,7 @@ func (x *IDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsResponse.ProtoReflect.Descriptor instead.
 func (*IDsResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IDsResponse) GetPool() *IDPool {
@@ -1683,7 +1996,7 @@ type IDPool struct {
 
 func (x *IDPool) Reset() {
 	*x = IDPool{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1695,7 +2008,7 @@ func (x *IDPool) String() string {
 func (*IDPool) ProtoMessage() {}
 
 func (x *IDPool) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1708,7 +2021,7 @@ func (x *IDPool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDPool.ProtoReflect.Descriptor instead.
 func (*IDPool) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *IDPool) GetSource() string {
@@ -1758,7 +2071,7 @@ type QuarantinedIDs struct {
 
 func (x *QuarantinedIDs) Reset() {
 	*x = QuarantinedIDs{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +2083,7 @@ func (x *QuarantinedIDs) String() string {
 func (*QuarantinedIDs) ProtoMessage() {}
 
 func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +2096,7 @@ func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedIDs.ProtoReflect.Descriptor instead.
 func (*QuarantinedIDs) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *QuarantinedIDs) GetUserns() *UserNamespace {
@@ -1818,7 +2131,7 @@ type IDHolder struct {
 
 func (x *IDHolder) Reset() {
 	*x = IDHolder{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1830,7 +2143,7 @@ func (x *IDHolder) String() string {
 func (*IDHolder) ProtoMessage() {}
 
 func (x *IDHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1843,7 +2156,7 @@ func (x *IDHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDHolder.ProtoReflect.Descriptor instead.
 func (*IDHolder) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{25}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *IDHolder) GetSandboxId() string {
@@ -1911,7 +2224,7 @@ type IDRefusal struct {
 
 func (x *IDRefusal) Reset() {
 	*x = IDRefusal{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2236,7 @@ func (x *IDRefusal) String() string {
 func (*IDRefusal) ProtoMessage() {}
 
 func (x *IDRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2249,7 @@ func (x *IDRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDRefusal.ProtoReflect.Descriptor instead.
 func (*IDRefusal) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{26}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *IDRefusal) GetPodName() string {
@@ -1978,7 +2291,31 @@ var File_podfsm_v1_podfsm_proto protoreflect.FileDescriptor
 
 const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\n" +
-	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
+	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"'\n" +
+	"\x13RetryCleanupRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"Z\n" +
+	"\x16WriteOffCleanupRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x16\n" +
+	"\x06plugin\x18\x02 \x01(\tR\x06plugin\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"U\n" +
+	"\x0fCleanupResponse\x12,\n" +
+	"\asandbox\x18\x01 \x01(\v2\x12.podfsm.v1.SandboxR\asandbox\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"\xec\x02\n" +
+	"\x0fSandboxWriteOff\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x121\n" +
+	"\x14containerd_namespace\x18\x02 \x01(\tR\x13containerdNamespace\x12\x19\n" +
+	"\bpod_name\x18\x03 \x01(\tR\apodName\x12#\n" +
+	"\rpod_namespace\x18\x04 \x01(\tR\fpodNamespace\x12\x17\n" +
+	"\apod_uid\x18\x05 \x01(\tR\x06podUid\x12\x18\n" +
+	"\aattempt\x18\x06 \x01(\rR\aattempt\x12\x12\n" +
+	"\x04step\x18\a \x01(\tR\x04step\x12\x16\n" +
+	"\x06plugin\x18\b \x01(\tR\x06plugin\x12\x0e\n" +
+	"\x02by\x18\t \x01(\tR\x02by\x12\x16\n" +
+	"\x06reason\x18\n" +
+	" \x01(\tR\x06reason\x12\x14\n" +
+	"\x05error\x18\v \x01(\tR\x05error\x12*\n" +
+	"\x02at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x0f\n" +
 	"\rDoctorRequest\"@\n" +
 	"\x0eDoctorResponse\x12.\n" +
 	"\bfindings\x18\x01 \x03(\v2\x12.podfsm.v1.FindingR\bfindings\"\xaa\x01\n" +
@@ -2017,7 +2354,7 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\vtransitions\x18\x03 \x03(\v2\x15.podfsm.v1.TransitionR\vtransitions\x12\x1d\n" +
 	"\n" +
 	"cni_result\x18\x04 \x01(\tR\tcniResult\x12\"\n" +
-	"\x04acts\x18\x05 \x03(\v2\x0e.podfsm.v1.ActR\x04acts\"\xcd\x01\n" +
+	"\x04acts\x18\x05 \x03(\v2\x0e.podfsm.v1.ActR\x04acts\"\xe5\x01\n" +
 	"\x03Act\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x16\n" +
@@ -2025,7 +2362,8 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
 	"\bduration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error\"\x0e\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\"\x0e\n" +
 	"\fWatchRequest\"\x8f\x02\n" +
 	"\x11SandboxTransition\x12\x1d\n" +
 	"\n" +
@@ -2136,7 +2474,7 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
 	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
-	"\x05count\x18\x05 \x01(\rR\x05count2\xb5\x03\n" +
+	"\x05count\x18\x05 \x01(\rR\x05count2\xd3\x04\n" +
 	"\tSandboxes\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
 	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x12@\n" +
@@ -2144,7 +2482,9 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x03IDs\x12\x15.podfsm.v1.IDsRequest\x1a\x16.podfsm.v1.IDsResponse\x12:\n" +
 	"\x05Leaks\x12\x17.podfsm.v1.LeaksRequest\x1a\x18.podfsm.v1.LeaksResponse\x12=\n" +
 	"\x06Doctor\x12\x18.podfsm.v1.DoctorRequest\x1a\x19.podfsm.v1.DoctorResponse\x12:\n" +
-	"\x05Drain\x12\x17.podfsm.v1.DrainRequest\x1a\x18.podfsm.v1.DrainResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
+	"\x05Drain\x12\x17.podfsm.v1.DrainRequest\x1a\x18.podfsm.v1.DrainResponse\x12J\n" +
+	"\fRetryCleanup\x12\x1e.podfsm.v1.RetryCleanupRequest\x1a\x1a.podfsm.v1.CleanupResponse\x12P\n" +
+	"\x0fWriteOffCleanup\x12!.podfsm.v1.WriteOffCleanupRequest\x1a\x1a.podfsm.v1.CleanupResponseB1Z/github.com/podfsm/podfsm/api/podfsm/v1;podfsmv1b\x06proto3"
 
 var (
 	file_podfsm_v1_podfsm_proto_rawDescOnce sync.Once
@@ -2158,91 +2498,101 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
-	(*DoctorRequest)(nil),         // 0: podfsm.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 1: podfsm.v1.DoctorResponse
-	(*Finding)(nil),               // 2: podfsm.v1.Finding
-	(*DrainRequest)(nil),          // 3: podfsm.v1.DrainRequest
-	(*DrainResponse)(nil),         // 4: podfsm.v1.DrainResponse
-	(*LeaksRequest)(nil),          // 5: podfsm.v1.LeaksRequest
-	(*LeaksResponse)(nil),         // 6: podfsm.v1.LeaksResponse
-	(*Leak)(nil),                  // 7: podfsm.v1.Leak
-	(*ListRequest)(nil),           // 8: podfsm.v1.ListRequest
-	(*ListResponse)(nil),          // 9: podfsm.v1.ListResponse
-	(*InspectRequest)(nil),        // 10: podfsm.v1.InspectRequest
-	(*InspectResponse)(nil),       // 11: podfsm.v1.InspectResponse
-	(*Act)(nil),                   // 12: podfsm.v1.Act
-	(*WatchRequest)(nil),          // 13: podfsm.v1.WatchRequest
-	(*SandboxTransition)(nil),     // 14: podfsm.v1.SandboxTransition
-	(*Sandbox)(nil),               // 15: podfsm.v1.Sandbox
-	(*UserNamespace)(nil),         // 16: podfsm.v1.UserNamespace
-	(*IDMapping)(nil),             // 17: podfsm.v1.IDMapping
-	(*Debt)(nil),                  // 18: podfsm.v1.Debt
-	(*Step)(nil),                  // 19: podfsm.v1.Step
-	(*Transition)(nil),            // 20: podfsm.v1.Transition
-	(*IDsRequest)(nil),            // 21: podfsm.v1.IDsRequest
-	(*IDsResponse)(nil),           // 22: podfsm.v1.IDsResponse
-	(*IDPool)(nil),                // 23: podfsm.v1.IDPool
-	(*QuarantinedIDs)(nil),        // 24: podfsm.v1.QuarantinedIDs
-	(*IDHolder)(nil),              // 25: podfsm.v1.IDHolder
-	(*IDRefusal)(nil),             // 26: podfsm.v1.IDRefusal
-	nil,                           // 27: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*RetryCleanupRequest)(nil),    // 0: podfsm.v1.RetryCleanupRequest
+	(*WriteOffCleanupRequest)(nil), // 1: podfsm.v1.WriteOffCleanupRequest
+	(*CleanupResponse)(nil),        // 2: podfsm.v1.CleanupResponse
+	(*SandboxWriteOff)(nil),        // 3: podfsm.v1.SandboxWriteOff
+	(*DoctorRequest)(nil),          // 4: podfsm.v1.DoctorRequest
+	(*DoctorResponse)(nil),         // 5: podfsm.v1.DoctorResponse
+	(*Finding)(nil),                // 6: podfsm.v1.Finding
+	(*DrainRequest)(nil),           // 7: podfsm.v1.DrainRequest
+	(*DrainResponse)(nil),          // 8: podfsm.v1.DrainResponse
+	(*LeaksRequest)(nil),           // 9: podfsm.v1.LeaksRequest
+	(*LeaksResponse)(nil),          // 10: podfsm.v1.LeaksResponse
+	(*Leak)(nil),                   // 11: podfsm.v1.Leak
+	(*ListRequest)(nil),            // 12: podfsm.v1.ListRequest
+	(*ListResponse)(nil),           // 13: podfsm.v1.ListResponse
+	(*InspectRequest)(nil),         // 14: podfsm.v1.InspectRequest
+	(*InspectResponse)(nil),        // 15: podfsm.v1.InspectResponse
+	(*Act)(nil),                    // 16: podfsm.v1.Act
+	(*WatchRequest)(nil),           // 17: podfsm.v1.WatchRequest
+	(*SandboxTransition)(nil),      // 18: podfsm.v1.SandboxTransition
+	(*Sandbox)(nil),                // 19: podfsm.v1.Sandbox
+	(*UserNamespace)(nil),          // 20: podfsm.v1.UserNamespace
+	(*IDMapping)(nil),              // 21: podfsm.v1.IDMapping
+	(*Debt)(nil),                   // 22: podfsm.v1.Debt
+	(*Step)(nil),                   // 23: podfsm.v1.Step
+	(*Transition)(nil),             // 24: podfsm.v1.Transition
+	(*IDsRequest)(nil),             // 25: podfsm.v1.IDsRequest
+	(*IDsResponse)(nil),            // 26: podfsm.v1.IDsResponse
+	(*IDPool)(nil),                 // 27: podfsm.v1.IDPool
+	(*QuarantinedIDs)(nil),         // 28: podfsm.v1.QuarantinedIDs
+	(*IDHolder)(nil),               // 29: podfsm.v1.IDHolder
+	(*IDRefusal)(nil),              // 30: podfsm.v1.IDRefusal
+	nil,                            // 31: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil),  // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 33: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
-	2,  // 0: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
-	7,  // 1: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
-	15, // 2: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
-	28, // 3: podfsm.v1.ListResponse.draining_since:type_name -> google.protobuf.Timestamp
-	15, // 4: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	19, // 5: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
-	20, // 6: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	12, // 7: podfsm.v1.InspectResponse.acts:type_name -> podfsm.v1.Act
-	28, // 8: podfsm.v1.Act.started_at:type_name -> google.protobuf.Timestamp
-	29, // 9: podfsm.v1.Act.duration:type_name -> google.protobuf.Duration
-	20, // 10: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
-	28, // 11: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	28, // 12: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
-	16, // 13: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
-	18, // 14: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
-	17, // 15: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
-	17, // 16: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	28, // 17: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	28, // 18: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	28, // 19: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	29, // 20: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	27, // 21: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	28, // 22: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	29, // 23: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
-	23, // 24: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
-	25, // 25: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
-	26, // 26: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
-	24, // 27: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
-	16, // 28: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
-	16, // 29: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
-	28, // 30: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
-	28, // 31: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
-	8,  // 32: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	10, // 33: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	13, // 34: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
-	21, // 35: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
-	5,  // 36: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
-	0,  // 37: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
-	3,  // 38: podfsm.v1.Sandboxes.Drain:input_type -> podfsm.v1.DrainRequest
-	9,  // 39: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	11, // 40: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	14, // 41: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
-	22, // 42: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
-	6,  // 43: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
-	1,  // 44: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
-	4,  // 45: podfsm.v1.Sandboxes.Drain:output_type -> podfsm.v1.DrainResponse
-	39, // [39:46] is the sub-list for method output_type
-	32, // [32:39] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	19, // 0: podfsm.v1.CleanupResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	32, // 1: podfsm.v1.SandboxWriteOff.at:type_name -> google.protobuf.Timestamp
+	6,  // 2: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
+	11, // 3: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
+	19, // 4: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
+	32, // 5: podfsm.v1.ListResponse.draining_since:type_name -> google.protobuf.Timestamp
+	19, // 6: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	23, // 7: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
+	24, // 8: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
+	16, // 9: podfsm.v1.InspectResponse.acts:type_name -> podfsm.v1.Act
+	32, // 10: podfsm.v1.Act.started_at:type_name -> google.protobuf.Timestamp
+	33, // 11: podfsm.v1.Act.duration:type_name -> google.protobuf.Duration
+	24, // 12: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
+	32, // 13: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	32, // 14: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	20, // 15: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
+	22, // 16: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
+	21, // 17: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
+	21, // 18: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
+	32, // 19: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
+	32, // 20: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
+	32, // 21: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	33, // 22: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	31, // 23: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	32, // 24: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	33, // 25: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
+	27, // 26: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
+	29, // 27: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
+	30, // 28: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
+	28, // 29: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
+	20, // 30: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
+	20, // 31: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
+	32, // 32: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
+	32, // 33: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
+	12, // 34: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	14, // 35: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	17, // 36: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
+	25, // 37: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
+	9,  // 38: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	4,  // 39: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
+	7,  // 40: podfsm.v1.Sandboxes.Drain:input_type -> podfsm.v1.DrainRequest
+	0,  // 41: podfsm.v1.Sandboxes.RetryCleanup:input_type -> podfsm.v1.RetryCleanupRequest
+	1,  // 42: podfsm.v1.Sandboxes.WriteOffCleanup:input_type -> podfsm.v1.WriteOffCleanupRequest
+	13, // 43: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	15, // 44: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	18, // 45: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
+	26, // 46: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
+	10, // 47: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	5,  // 48: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
+	8,  // 49: podfsm.v1.Sandboxes.Drain:output_type -> podfsm.v1.DrainResponse
+	2,  // 50: podfsm.v1.Sandboxes.RetryCleanup:output_type -> podfsm.v1.CleanupResponse
+	2,  // 51: podfsm.v1.Sandboxes.WriteOffCleanup:output_type -> podfsm.v1.CleanupResponse
+	43, // [43:52] is the sub-list for method output_type
+	34, // [34:43] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -2256,7 +2606,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

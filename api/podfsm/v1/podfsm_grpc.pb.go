@@ -6,11 +6,12 @@
 
 // Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
 // served on containerd's own socket, and needs no containerd namespace: it
-// answers for all of them. Only Drain, and Leaks when asked to, change
-// anything.
+// answers for all of them. Only Drain, RetryCleanup and WriteOffCleanup, and
+// Leaks when asked to, change anything.
 //
 // The message SandboxTransition is also what containerd's events of the topic
-// "/podfsm/sandbox/transition" hold.
+// "/podfsm/sandbox/transition" hold, and SandboxWriteOff what those of
+// "/podfsm/sandbox/write-off" hold.
 
 package podfsmv1
 
@@ -27,13 +28,15 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Sandboxes_List_FullMethodName    = "/podfsm.v1.Sandboxes/List"
-	Sandboxes_Inspect_FullMethodName = "/podfsm.v1.Sandboxes/Inspect"
-	Sandboxes_Watch_FullMethodName   = "/podfsm.v1.Sandboxes/Watch"
-	Sandboxes_IDs_FullMethodName     = "/podfsm.v1.Sandboxes/IDs"
-	Sandboxes_Leaks_FullMethodName   = "/podfsm.v1.Sandboxes/Leaks"
-	Sandboxes_Doctor_FullMethodName  = "/podfsm.v1.Sandboxes/Doctor"
-	Sandboxes_Drain_FullMethodName   = "/podfsm.v1.Sandboxes/Drain"
+	Sandboxes_List_FullMethodName            = "/podfsm.v1.Sandboxes/List"
+	Sandboxes_Inspect_FullMethodName         = "/podfsm.v1.Sandboxes/Inspect"
+	Sandboxes_Watch_FullMethodName           = "/podfsm.v1.Sandboxes/Watch"
+	Sandboxes_IDs_FullMethodName             = "/podfsm.v1.Sandboxes/IDs"
+	Sandboxes_Leaks_FullMethodName           = "/podfsm.v1.Sandboxes/Leaks"
+	Sandboxes_Doctor_FullMethodName          = "/podfsm.v1.Sandboxes/Doctor"
+	Sandboxes_Drain_FullMethodName           = "/podfsm.v1.Sandboxes/Drain"
+	Sandboxes_RetryCleanup_FullMethodName    = "/podfsm.v1.Sandboxes/RetryCleanup"
+	Sandboxes_WriteOffCleanup_FullMethodName = "/podfsm.v1.Sandboxes/WriteOffCleanup"
 )
 
 // SandboxesClient is the client API for Sandboxes service.
@@ -73,6 +76,18 @@ type SandboxesClient interface {
 	// when it has answered, every one that there can be is listed. It fails, and
 	// changes nothing, when that can't be written to disk.
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
+	// RetryCleanup tries the pending cleanup of a sandbox now. It fails with
+	// NOT_FOUND when no sandbox with a pending cleanup matches the reference, and
+	// with INVALID_ARGUMENT when several do. An undo that fails again is no error:
+	// the response has it.
+	RetryCleanup(ctx context.Context, in *RetryCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error)
+	// WriteOffCleanup gives up a pending cleanup, for a reason: what it would have
+	// taken back stays. With a plugin, the DEL of that CNI plugin alone is given
+	// up, and all else is tried again. Without one, all is tried again, and what
+	// fails is given up, except the end of a process. It fails as RetryCleanup
+	// does, with NOT_FOUND, naming the others, for a plugin without a pending DEL,
+	// and with INVALID_ARGUMENT without a reason.
+	WriteOffCleanup(ctx context.Context, in *WriteOffCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error)
 }
 
 type sandboxesClient struct {
@@ -162,6 +177,26 @@ func (c *sandboxesClient) Drain(ctx context.Context, in *DrainRequest, opts ...g
 	return out, nil
 }
 
+func (c *sandboxesClient) RetryCleanup(ctx context.Context, in *RetryCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CleanupResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_RetryCleanup_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxesClient) WriteOffCleanup(ctx context.Context, in *WriteOffCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CleanupResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_WriteOffCleanup_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxesServer is the server API for Sandboxes service.
 // All implementations must embed UnimplementedSandboxesServer
 // for forward compatibility.
@@ -199,6 +234,18 @@ type SandboxesServer interface {
 	// when it has answered, every one that there can be is listed. It fails, and
 	// changes nothing, when that can't be written to disk.
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
+	// RetryCleanup tries the pending cleanup of a sandbox now. It fails with
+	// NOT_FOUND when no sandbox with a pending cleanup matches the reference, and
+	// with INVALID_ARGUMENT when several do. An undo that fails again is no error:
+	// the response has it.
+	RetryCleanup(context.Context, *RetryCleanupRequest) (*CleanupResponse, error)
+	// WriteOffCleanup gives up a pending cleanup, for a reason: what it would have
+	// taken back stays. With a plugin, the DEL of that CNI plugin alone is given
+	// up, and all else is tried again. Without one, all is tried again, and what
+	// fails is given up, except the end of a process. It fails as RetryCleanup
+	// does, with NOT_FOUND, naming the others, for a plugin without a pending DEL,
+	// and with INVALID_ARGUMENT without a reason.
+	WriteOffCleanup(context.Context, *WriteOffCleanupRequest) (*CleanupResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
 
@@ -229,6 +276,12 @@ func (UnimplementedSandboxesServer) Doctor(context.Context, *DoctorRequest) (*Do
 }
 func (UnimplementedSandboxesServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
+}
+func (UnimplementedSandboxesServer) RetryCleanup(context.Context, *RetryCleanupRequest) (*CleanupResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RetryCleanup not implemented")
+}
+func (UnimplementedSandboxesServer) WriteOffCleanup(context.Context, *WriteOffCleanupRequest) (*CleanupResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WriteOffCleanup not implemented")
 }
 func (UnimplementedSandboxesServer) mustEmbedUnimplementedSandboxesServer() {}
 func (UnimplementedSandboxesServer) testEmbeddedByValue()                   {}
@@ -370,6 +423,42 @@ func _Sandboxes_Drain_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Sandboxes_RetryCleanup_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RetryCleanupRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).RetryCleanup(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_RetryCleanup_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).RetryCleanup(ctx, req.(*RetryCleanupRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Sandboxes_WriteOffCleanup_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WriteOffCleanupRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).WriteOffCleanup(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_WriteOffCleanup_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).WriteOffCleanup(ctx, req.(*WriteOffCleanupRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Sandboxes_ServiceDesc is the grpc.ServiceDesc for Sandboxes service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -400,6 +489,14 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Drain",
 			Handler:    _Sandboxes_Drain_Handler,
+		},
+		{
+			MethodName: "RetryCleanup",
+			Handler:    _Sandboxes_RetryCleanup_Handler,
+		},
+		{
+			MethodName: "WriteOffCleanup",
+			Handler:    _Sandboxes_WriteOffCleanup_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -235,7 +235,7 @@ func TestNoneReady(t *testing.T) {
 	t.Logf("%d pods are listed, containerd was up after %v", len(list.GetItems()), took)
 	require.Less(t, took, harness.Patience(5*time.Second))
 
-	for _, command := range []string{"ps --all", "debts", "ids", "doctor"} { // the history, the ledger and the node
+	for _, command := range []string{"ps --all", "cleanups", "ids", "doctor"} { // the history, the ledger and the node
 		out, err := exec.CommandContext(t.Context(), "podfsm", strings.Fields(command)...).CombinedOutput()
 		require.NoError(t, err, "podfsm %s: %s", command, out)
 		require.NotContains(t, string(out), "damaged")

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/urfave/cli/v3"
+
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+)
+
+func cleanupsCommand() *cli.Command {
+	return &cli.Command{
+		Name:    "cleanups",
+		Aliases: []string{"debts"},
+		Usage:   "list, retry or write off pending cleanups: undos that have failed and will be tried again",
+		Description: "A pending cleanup is tried again every few minutes until it succeeds. If its cause is gone, retry doesn't wait for that.\n" +
+			"If its cause can't be removed, write-off gives it up.",
+		HideHelpCommand: true,
+		Flags:           []cli.Flag{outputFlag("json")},
+		Commands:        []*cli.Command{listCleanupsCommand(), retryCommand(), writeOffCommand()},
+		Action:          listCleanups,
+	}
+}
+
+func listCleanupsCommand() *cli.Command {
+	return &cli.Command{
+		Name:            "list",
+		Usage:           "list them, as without any of the three",
+		HideHelpCommand: true,
+		Flags:           []cli.Flag{outputFlag("json")},
+		Action:          listCleanups,
+	}
+}
+
+func listCleanups(ctx context.Context, cmd *cli.Command) error {
+	if err := noArguments(cmd); err != nil {
+		return err
+	}
+	response, err := list(ctx, cmd, false)
+	if err != nil {
+		return err
+	}
+	response.Sandboxes = slices.DeleteFunc(response.Sandboxes, func(s *podfsmv1.Sandbox) bool { return len(s.GetDebts()) == 0 })
+	if cmd.String("output") == "json" {
+		return writeJSON(cmd.Root().Writer, response)
+	}
+	return writeDebts(cmd.Root().Writer, response.GetSandboxes(), time.Now())
+}
+
+// cleanupDescription says what retry and write-off have in common.
+const cleanupDescription = `REF is a pod's namespace/name or name, a sandbox id or its beginning, and has to fit one sandbox with a
+pending cleanup. The exit status is 0 when nothing of it is pending any more, 2 when something is, and 1 when the
+daemon did nothing. It waits for 5 minutes unless --timeout says otherwise; the daemon goes on after that.`
+
+func retryCommand() *cli.Command {
+	return &cli.Command{
+		Name:            "retry",
+		Usage:           "try a pending cleanup now",
+		ArgsUsage:       "REF",
+		Description:     cleanupDescription,
+		HideHelpCommand: true,
+		Action: func(ctx context.Context, cmd *cli.Command) error {
+			ref, err := oneRef(cmd)
+			if err != nil {
+				return err
+			}
+			return changeCleanup(ctx, cmd, podfsmv1.SandboxesClient.RetryCleanup, &podfsmv1.RetryCleanupRequest{Ref: ref})
+		},
+	}
+}
+
+func writeOffCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "write-off",
+		Usage:     "give up a pending cleanup, or the DEL of one CNI plugin",
+		ArgsUsage: "REF",
+		Description: "The cleanup is tried once more, and each undo that fails is given up: what it would have taken back stays on\n" +
+			"the node, as an address of an IPAM plugin or a rule of iptables. podfsm leaks shows what podfsm can find of that.\n" +
+			"With --plugin, the DEL of that plugin alone is given up, without another try. The rest of the cleanup is tried again.\n" +
+			"A process that can't be ended is never given up: it uses what would be freed. Only a reboot ends it.\n\n" + cleanupDescription,
+		HideHelpCommand: true,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "plugin", Usage: "the `TYPE` of a CNI plugin, or NETWORK/TYPE"},
+			&cli.StringFlag{Name: "reason", Usage: "why, for the log, the timeline and the event", Required: true},
+		},
+		Action: func(ctx context.Context, cmd *cli.Command) error {
+			ref, err := oneRef(cmd)
+			if err != nil {
+				return err
+			}
+			return changeCleanup(ctx, cmd, podfsmv1.SandboxesClient.WriteOffCleanup,
+				&podfsmv1.WriteOffCleanupRequest{Ref: ref, Plugin: cmd.String("plugin"), Reason: cmd.String("reason")})
+		},
+	}
+}
+
+// pendingError says that a cleanup is still pending.
+type pendingError struct{ error }
+
+// changeCleanup has the daemon do something about a pending cleanup, and says
+// what is left of that.
+func changeCleanup[Request any](ctx context.Context, cmd *cli.Command, m method[Request, *podfsmv1.CleanupResponse], request Request) error {
+	if !cmd.IsSet("timeout") {
+		if err := cmd.Set("timeout", endTimeout.String()); err != nil {
+			return err
+		}
+	}
+	response, err := call(ctx, cmd, m, request)
+	if errors.As(err, new(downError)) {
+		return fmt.Errorf("%w\nonly the daemon can do that: start containerd-podfsm and try again", err)
+	}
+	if err != nil {
+		return err
+	}
+	s, w := response.GetSandbox(), cmd.Root().Writer
+	if response.GetError() == "" {
+		_, err := fmt.Fprintf(w, "%s: the cleanup is completed\n", nameOf(s))
+		return err
+	}
+	if err := writeDebts(w, []*podfsmv1.Sandbox{s}, time.Now()); err != nil {
+		return err
+	}
+	return pendingError{fmt.Errorf("the cleanup of %s is still pending", nameOf(s))}
+}
+
+// writeDebts has a line for each step that is owed.
+func writeDebts(w io.Writer, sandboxes []*podfsmv1.Sandbox, now time.Time) error {
+	var b bytes.Buffer
+	t := newTable(&b, "SANDBOX", "POD", "STATE", "STEP", "SINCE", "TRIES", "NEXT TRY", "ERROR")
+	for _, s := range sandboxes {
+		for _, d := range s.GetDebts() {
+			t.row(shorten(s.GetId()), podOf(s), stateOf(s), d.GetStep(), age(d.GetSince(), now),
+				tries(d), nextTry(d, now), d.GetError())
+		}
+	}
+	t.flush()
+	_, err := w.Write(b.Bytes())
+	return err
+}

@@ -1,0 +1,61 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// delGone runs DEL for a pod whose network namespace has gone, with an empty one in its place: what is outside of the namespace is
+// taken back.
+func (d *Driver) delGone(ctx context.Context, a *Attachment, record Record) error {
+	empty, err := emptyNetNS()
+	if err != nil {
+		return fmt.Errorf("failed to make an empty network namespace in the place of %q: %w", a.NetNSPath, err)
+	}
+	defer empty.Close()
+	return d.delNetworks(ctx, a, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), empty.Fd()), true, record)
+}
+
+// emptyNetNS returns a new network namespace, which lives as long as the file is open: a kill leaves nothing of it.
+func emptyNetNS() (*os.File, error) {
+	var netns *os.File
+	made := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			netns, err = os.Open("/proc/thread-self/ns/net")
+		}
+		made <- err
+	}()
+	return netns, <-made
+}
+
+// delWithoutNetNS runs DEL once more, without any namespace, for a plugin that has failed with an empty one. A plugin that doesn't find
+// what was in the namespace then either has nothing left to take back.
+func (c call) delWithoutNetNS(ctx context.Context, prev types.Result, before error) error {
+	c.netns = "" // optional for DEL (CNI specification, section 2)
+	err := c.execDel(ctx, prev)
+	if !wantsNetNS(err) {
+		return err
+	}
+	tracing.Log(ctx).WithError(errors.Join(before, err)).Warnf("DEL of CNI plugin %q counts as done: the pod's network namespace has gone, and the plugin fails for want of it", c.state().Type)
+	return nil
+}
+
+// wantsNetNS says that a plugin itself has failed for want of something that may have been in the pod's network namespace, by the texts
+// that containerd goes by.
+func wantsNetNS(err error) bool {
+	var failure *types.Error
+	return errors.As(err, &failure) &&
+		(strings.Contains(failure.Error(), "no such file or directory") || strings.Contains(failure.Error(), "not found"))
+}

@@ -1,0 +1,180 @@
+package lifecycle
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+	"github.com/podfsm/podfsm/tracing"
+)
+
+// WriteOff is an undo that was given up: whatever it would have taken back stays, and no other step waits for it any more.
+type WriteOff struct {
+	Step   states.Event
+	Part   string // of the step; "" for all of it
+	By     Author
+	Reason string
+	Err    error // of the last try
+	At     time.Time
+}
+
+// Author says who has written a cleanup off.
+type Author string
+
+const (
+	ByOperator Author = "operator"
+	ByReboot   Author = "reboot" // nobody: the bound of the tries after a reboot
+)
+
+// givingUp says which undos are written off if they fail, by whom and why; nil for none.
+type givingUp struct {
+	by     Author
+	reason string
+}
+
+// covers says whether a failed undo of a step is written off. After a reboot, podfsm gives up only what isn't its own to take back.
+func (g *givingUp) covers(d Declaration) bool {
+	return g != nil && (g.by == ByOperator || d.Foreign)
+}
+
+// Retry tries a pending cleanup now, and returns what is still pending afterwards.
+//
+// Errors: NotFound for an unknown sandbox, FailedPrecondition for one without a pending cleanup, a *StepError. When ctx ends first, the
+// try continues.
+func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
+	return e.owing(ctx, key, func(s *sandbox) error { return s.payAlone(nil) })
+}
+
+// WriteOff gives up a pending cleanup, and goes on towards its goal. With a part, that part alone is written off, without another try.
+// Without one, the cleanup is tried once more, and each undo that fails is written off. What is written off stays so after a kill and
+// after a reboot. A process that can't be ended is never written off: it uses what would be freed.
+//
+// Errors: those of [Engine.Retry]; InvalidArgument without a reason; NotFound, naming those that there are, for a part that isn't pending.
+func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason string) error {
+	if reason == "" {
+		return fmt.Errorf("a cleanup is written off for a reason: %w", errdefs.ErrInvalidArgument)
+	}
+	return e.owing(ctx, key, func(s *sandbox) error {
+		if part == "" {
+			return s.payAlone(&givingUp{ByOperator, reason})
+		}
+		if err := s.writeOffPart(s.background(), part, reason); err != nil {
+			return err
+		}
+		return s.payAlone(nil)
+	})
+}
+
+// owing handles a request for a sandbox that has a pending cleanup. Unlike a stop, it doesn't end a creation that is under way.
+func (e *Engine) owing(ctx context.Context, key journal.Key, f func(*sandbox) error) error {
+	s, err := e.lookup(key)
+	if err != nil {
+		return err
+	}
+	done := s.ask(func(reply func(error)) {
+		if !s.owes() {
+			reply(fmt.Errorf("sandbox %q is %s and has no pending cleanup: %w", key.ID, s.state(), errdefs.ErrFailedPrecondition))
+			return
+		}
+		reply(f(s))
+	})
+	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
+}
+
+// owes says whether the sandbox has a pending cleanup. One in quarantine stays there when its stop fails.
+func (s *sandbox) owes() bool {
+	switch s.state() {
+	case states.CleanupOwed:
+		return true
+	case states.Quarantined:
+		return len(s.owed()) > 0
+	default:
+		return false
+	}
+}
+
+// owed are the steps whose undo is owed, in the order in which they are undone.
+func (s *sandbox) owed() []states.Event {
+	order := slices.DeleteFunc(s.order(), func(name states.Event) bool { return s.steps[name].status != StepOwed })
+	slices.Reverse(order)
+	return order
+}
+
+// writeOffPart has the step that has such a part note that the part is written off.
+func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
+	for _, name := range s.owed() {
+		step, ok := s.stepNamed(name).(Parted)
+		if !ok {
+			continue
+		}
+		r := s.run(step)
+		parts, err := step.WriteOff(ctx, r, part, reason)
+		s.mu.Lock()
+		s.steps[name].notes = r.Notes()
+		cause := s.steps[name].undoErr
+		s.mu.Unlock()
+		for _, written := range parts {
+			s.wroteOff(ctx, WriteOff{Step: name, Part: written, By: ByOperator, Reason: reason, Err: cause, At: time.Now()})
+		}
+		return err
+	}
+	return fmt.Errorf("no step of sandbox %q is pending that has a part %q: %w", s.key.ID, part, errdefs.ErrNotFound)
+}
+
+// giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
+// isn't on record: after a restart it would be tried again.
+func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
+	giving := s.givingUp
+	if giving == nil {
+		giving = s.hopeless()
+	}
+	if !giving.covers(d) {
+		return false
+	}
+	w := WriteOff{Step: d.Name, By: giving.by, Reason: giving.reason, Err: cause, At: time.Now()}
+	record := &journal.Record{Kind: journal.Undone, Step: string(d.Name), Durable: true, At: w.At, WrittenOff: w.Reason, Error: cause.Error()}
+	if err := s.append(ctx, record, nil); err != nil {
+		s.aside(func() { s.log(ctx).WithError(err).Error("sandbox: failed to write off a cleanup, will retry") })
+		return false
+	}
+	s.mu.Lock()
+	s.steps[d.Name].status = StepUndone
+	s.acts.writeOff(d.Name, w.At, cause, w.Reason)
+	s.mu.Unlock()
+	s.wroteOff(ctx, w)
+	return true
+}
+
+// wroteOff tells of a write-off that is on record.
+func (s *sandbox) wroteOff(ctx context.Context, w WriteOff) {
+	s.aside(func() {
+		entry := s.log(ctx).WithError(w.Err).WithFields(log.Fields{tracing.LogStep: w.Step, tracing.LogReason: w.Reason})
+		if w.Part != "" {
+			entry = entry.WithField(tracing.LogPlugin, w.Part)
+		}
+		entry.Warn("sandbox: cleanup written off")
+	})
+	s.aside(func() { s.engine.gaveUp(s.view(), w) })
+}
+
+const (
+	// hopelessAfter and hopelessTries bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod itself, needs
+	// some minutes to be there again.
+	hopelessAfter = time.Hour
+	hopelessTries = 10
+)
+
+// hopeless says that the try under way is the last one, after a reboot; nil if it isn't. Whoever makes it counts: the kubelet may try so
+// often that the timer never comes.
+func (s *sandbox) hopeless() *givingUp {
+	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessAfter {
+		return nil
+	}
+	return &givingUp{ByReboot, fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
+}

@@ -1,0 +1,396 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/typeurl/v2"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/states"
+)
+
+var errNever = errors.New("the plugin was uninstalled")
+
+func never() error { return errNever }
+
+// partedStep is a step with two parts, each of which keeps it from being undone until it is written off.
+type partedStep struct{ fakeStep }
+
+type partNote struct{ Name, Reason string }
+
+func init() { typeurl.Register(&partNote{}, "podfsm.test", "partNote") }
+
+func (s *partedStep) Undo(ctx context.Context, r *Run) error {
+	var failed []error
+	for _, part := range s.pending(r) {
+		failed = append(failed, fmt.Errorf("%s: %w", part, errNever))
+	}
+	if err := errors.Join(failed...); err != nil {
+		return err
+	}
+	return s.fakeStep.Undo(ctx, r)
+}
+
+func (s *partedStep) pending(r *Run) []string {
+	return slices.DeleteFunc([]string{"net/bridge", "net/sbr"}, func(part string) bool {
+		return slices.ContainsFunc(r.Notes(), func(note any) bool { return note.(*partNote).Name == part })
+	})
+}
+
+func (s *partedStep) WriteOff(ctx context.Context, r *Run, name, reason string) ([]string, error) {
+	if !slices.Contains(s.pending(r), name) {
+		return nil, fmt.Errorf("only %q: %w", s.pending(r), errdefs.ErrNotFound)
+	}
+	if err := r.Announce(ctx, &partNote{name, reason}); err != nil {
+		return nil, err
+	}
+	return []string{name}, nil
+}
+
+// owing is a world whose sandbox has a pending cleanup that leads to a goal, since the undo of a step never succeeds. Nothing is retried
+// by itself, and what is written off is told.
+func owing(t *testing.T, step states.Event, goal states.State, change ...func(*world)) (w *world, told *writeOffs) {
+	w = newWorld(t)
+	w.undo[step] = never
+	told = w.calm()
+	for _, c := range change {
+		c(w)
+	}
+	var err error
+	switch goal {
+	case states.RolledBack:
+		w.do[declareReady] = func(context.Context) error { return errors.New("no luck") }
+		err = w.run(t)
+	case states.Stopped:
+		require.NoError(t, w.run(t))
+		err = w.Stop(t.Context(), testKey)
+	case states.Removed:
+		require.NoError(t, w.run(t))
+		err = w.Remove(t.Context(), testKey)
+	}
+	require.ErrorContains(t, err, "; `podfsm cleanups` on the node shows what is pending, retries it now or writes it off")
+	view := w.view(t)
+	require.Equal(t, states.CleanupOwed, view.State)
+	require.Equal(t, goal, view.Goal)
+	return w, told
+}
+
+// writeOffs are those that an engine has told of.
+type writeOffs struct {
+	mu  sync.Mutex
+	all []WriteOff
+}
+
+func (o *writeOffs) add(_ View, off WriteOff) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.all = append(o.all, off)
+}
+
+func (o *writeOffs) read() []WriteOff {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Clone(o.all)
+}
+
+// calm keeps the engine from retries of its own, and keeps what it tells of write-offs.
+func (w *world) calm() *writeOffs {
+	told := &writeOffs{}
+	w.Engine.backoff = func(int) time.Duration { return time.Hour }
+	w.Engine.gaveUp = told.add
+	return told
+}
+
+// ends requires that a sandbox is where its cleanup leads to, and that nothing is left but what was written off.
+func (w *world) ends(t *testing.T, goal states.State, left ...states.Event) {
+	t.Helper()
+	require.Equal(t, goal, w.state(t))
+	if goal == states.Stopped {
+		w.undo[remapSnapshot] = nil
+		require.NoError(t, w.Remove(t.Context(), testKey))
+	}
+	require.True(t, w.gone())
+	require.ElementsMatch(t, left, w.left())
+}
+
+func TestRetry(t *testing.T) {
+	for _, goal := range []states.State{states.RolledBack, states.Stopped, states.Removed} {
+		t.Run(string(goal), func(t *testing.T) {
+			w, told := owing(t, attachNetwork, goal)
+			err := w.Retry(t.Context(), testKey)
+			require.ErrorIs(t, err, errNever)
+			require.Equal(t, 2, w.view(t).Step(attachNetwork).Attempts)
+
+			paid := 0
+			w.WhenPaid(func(context.Context, journal.Key) { paid++ })
+			w.undo[attachNetwork] = nil
+			require.NoError(t, w.Retry(t.Context(), testKey))
+			require.Equal(t, goal == states.Removed, paid == 1, "whoever was told that the removal had failed is told that it is done")
+			w.ends(t, goal)
+			require.Empty(t, told.read())
+		})
+	}
+}
+
+func TestWriteOff(t *testing.T) {
+	for _, goal := range []states.State{states.RolledBack, states.Stopped, states.Removed} {
+		for _, step := range []states.Event{attachNetwork, captureNetNS} {
+			t.Run(fmt.Sprintf("%s %s", goal, step), func(t *testing.T) {
+				w, told := owing(t, step, goal)
+				require.NoError(t, w.WriteOff(t.Context(), testKey, "", "the plugin is gone for good"))
+				require.Len(t, told.read(), 1)
+				off := told.read()[0]
+				require.ErrorIs(t, off.Err, errNever)
+				require.NotZero(t, off.At)
+				require.Equal(t, WriteOff{Step: step, By: ByOperator, Reason: "the plugin is gone for good", Err: off.Err, At: off.At}, off)
+
+				view, ok := w.Find(testKey)
+				require.True(t, ok)
+				require.Equal(t, StepUndone, view.Step(step).Status)
+				act := view.Acts[slices.IndexFunc(view.Acts, func(a Act) bool { return a.Kind == ActWriteOff })]
+				require.Equal(t, step, act.Step)
+				require.Equal(t, "the plugin is gone for good", act.Reason)
+				require.ErrorIs(t, act.Err, errNever)
+				w.ends(t, goal, step)
+			})
+		}
+	}
+}
+
+// What is written off stays so after a kill at any moment, and for an older release, which doesn't know the field.
+func TestWriteOffLasts(t *testing.T) {
+	for name, forget := range map[string]func(*journal.Record){
+		"this release":     func(*journal.Record) {},
+		"an older release": func(r *journal.Record) { r.WrittenOff = "" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, _ := owing(t, attachNetwork, states.Stopped)
+			before := w.book.saved()
+			require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
+			after := w.book.saved()[0].Records
+			at := slices.IndexFunc(after, func(r journal.Record) bool { return r.WrittenOff != "" })
+			require.Equal(t, journal.Undone, after[at].Kind)
+			require.True(t, after[at].Durable)
+			require.Equal(t, "undo of step attach_network of pod \"ns/pod\" failed: the plugin was uninstalled", after[at].Error)
+			for n := len(before[0].Records); n <= len(after); n++ {
+				w.book.records = slices.Clone(after[:n])
+				for i := range w.book.records {
+					forget(&w.book.records[i])
+				}
+				next := w.restart(t, rebooted)
+				next.calm()
+				next.undo[attachNetwork] = never
+				require.NoError(t, next.Resume(t.Context(), testKey))
+				if n <= at {
+					require.Eventually(t, func() bool { return next.view(t).Step(attachNetwork).Status == StepOwed }, 10*time.Second, time.Millisecond)
+					continue
+				}
+				require.Eventually(t, func() bool { return next.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
+				require.Eventually(t, func() bool { return next.view(t).Err == nil }, 10*time.Second, time.Millisecond, "as without the restart")
+				require.NoError(t, next.Remove(t.Context(), testKey))
+				require.NotContains(t, next.acted(), "undo attach_network")
+				w.book.records = after
+			}
+		})
+	}
+}
+
+func TestWriteOffOfAPart(t *testing.T) {
+	parted := func(w *world) {
+		at := slices.IndexFunc(w.steps, func(s Step) bool { return s.Declaration().Name == attachNetwork })
+		w.steps[at] = &partedStep{*w.steps[at].(*fakeStep)}
+	}
+	w, told := owing(t, attachNetwork, states.Stopped, parted, func(w *world) { w.undo[attachNetwork] = nil })
+	err := w.WriteOff(t.Context(), testKey, "net/vrf", "gone")
+	require.True(t, errdefs.IsNotFound(err))
+	require.ErrorContains(t, err, `["net/bridge" "net/sbr"]`)
+
+	w.book.refuse = func(r *journal.Record) error {
+		if r.Kind == journal.Noted {
+			return errors.New("disk full")
+		}
+		return nil
+	}
+	require.ErrorContains(t, w.WriteOff(t.Context(), testKey, "net/sbr", "gone"), "disk full")
+	require.Empty(t, told.read())
+	w.book.refuse = nil
+
+	err = w.WriteOff(t.Context(), testKey, "net/sbr", "gone")
+	require.ErrorContains(t, err, "net/bridge: the plugin was uninstalled", "the others are tried again, and owed")
+	require.NotContains(t, err.Error(), "net/sbr")
+	require.NoError(t, w.WriteOff(t.Context(), testKey, "net/bridge", "gone, too"))
+	require.Equal(t, states.Stopped, w.state(t))
+	for i, part := range []string{"net/sbr", "net/bridge"} {
+		require.Equal(t, part, told.read()[i].Part)
+		require.Equal(t, attachNetwork, told.read()[i].Step)
+		require.ErrorIs(t, told.read()[i].Err, errNever)
+	}
+	notes := slices.DeleteFunc(w.book.saved()[0].Records, func(r journal.Record) bool { return r.Kind != journal.Noted })
+	require.Len(t, notes, 2)
+	for _, note := range notes {
+		require.True(t, note.Durable && !note.CanWait)
+	}
+}
+
+func TestWriteOffIsRefused(t *testing.T) {
+	t.Run("nothing is pending", func(t *testing.T) {
+		w := newWorld(t)
+		require.True(t, errdefs.IsNotFound(w.Retry(t.Context(), testKey)))
+		require.True(t, errdefs.IsNotFound(w.WriteOff(t.Context(), testKey, "", "gone")))
+		running, end := make(chan struct{}), make(chan struct{})
+		w.do[startPause] = func(context.Context) error { close(running); <-end; return nil }
+		w.create(t)
+		done := make(chan error)
+		go func() { done <- w.Start(context.Background(), testKey) }()
+		<-running
+		require.True(t, errdefs.IsFailedPrecondition(w.WriteOff(t.Context(), testKey, "", "gone")))
+		close(end)
+		require.NoError(t, <-done, "a creation goes on")
+		require.True(t, errdefs.IsFailedPrecondition(w.Retry(t.Context(), testKey)))
+		require.Equal(t, states.Ready, w.state(t))
+	})
+	t.Run("no reason", func(t *testing.T) {
+		w, _ := owing(t, attachNetwork, states.Stopped)
+		require.True(t, errdefs.IsInvalidArgument(w.WriteOff(t.Context(), testKey, "", "")))
+	})
+	t.Run("a step without parts", func(t *testing.T) {
+		w, _ := owing(t, attachNetwork, states.Stopped)
+		require.True(t, errdefs.IsNotFound(w.WriteOff(t.Context(), testKey, "net/sbr", "gone")))
+	})
+	t.Run("the ledger takes no record of it", func(t *testing.T) {
+		w, told := owing(t, attachNetwork, states.Stopped)
+		w.book.refuse = func(r *journal.Record) error {
+			if r.WrittenOff != "" {
+				return errors.New("disk full")
+			}
+			return nil
+		}
+		require.ErrorIs(t, w.WriteOff(t.Context(), testKey, "", "gone"), errNever)
+		require.Equal(t, StepOwed, w.view(t).Step(attachNetwork).Status)
+		require.Empty(t, told.read())
+		w.book.refuse = nil
+		require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
+	})
+	t.Run("a process that can't be ended", func(t *testing.T) {
+		w := newWorld(t)
+		told := w.calm()
+		require.NoError(t, w.run(t))
+		w.stop = errors.New("it hangs in the kernel")
+		require.Error(t, w.Remove(t.Context(), testKey))
+		require.ErrorContains(t, w.WriteOff(t.Context(), testKey, "", "gone"), "it hangs in the kernel")
+		require.Empty(t, told.read())
+		require.Equal(t, creationPath(), w.left(), "nothing that it may use is freed")
+	})
+}
+
+// A sandbox in quarantine whose stop fails can't be removed by the kubelet.
+func TestWriteOffInQuarantine(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
+	w = w.restart(t, kept)
+	told := w.calm()
+	require.Equal(t, states.Quarantined, w.state(t))
+	require.True(t, errdefs.IsFailedPrecondition(w.Retry(t.Context(), testKey)))
+	w.undo[attachNetwork] = never
+	require.ErrorContains(t, w.Stop(t.Context(), testKey), "`podfsm cleanups`")
+	require.ErrorIs(t, w.Retry(t.Context(), testKey), errNever)
+	require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
+	require.Len(t, told.read(), 1)
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Equal(t, []states.Event{attachNetwork}, w.left())
+}
+
+// After a reboot, what depends on a program that may never come back is tried for an hour. What is podfsm's own is tried for ever, as is
+// all of a sandbox of this boot.
+func TestTriesAfterAReboot(t *testing.T) {
+	for name, test := range map[string]struct {
+		known Outside
+		step  states.Event
+		asked bool // the kubelet tries, too, more often than the timer
+		ends  bool
+	}{
+		"a plugin's":            {rebooted, attachNetwork, false, true},
+		"a plugin's, asked for": {rebooted, attachNetwork, true, true},
+		"podfsm's own":          {rebooted, captureNetNS, true, false},
+		"a plugin's, no reboot": {kept, attachNetwork, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				foreign := func(d *Declaration) { d.Foreign = d.Name == attachNetwork }
+				w := newWorld(t, foreign)
+				w.undo[test.step] = never
+				w.calm()
+				require.NoError(t, w.run(t))
+				require.Error(t, w.Stop(t.Context(), testKey))
+				w.Close(context.Background())
+
+				next := newWorldOn(t, w.book, newNode(), foreign)
+				next.book, next.node.exists, next.undo[test.step] = w.book, w.left(), never
+				told := next.calm()
+				next.Engine.backoff = DefaultBackoff
+				next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(test.known))
+				require.NoError(t, next.Resume(t.Context(), testKey))
+				try := func(times int) {
+					for range times {
+						time.Sleep(time.Minute)
+						synctest.Wait()
+						if test.asked {
+							_ = next.Stop(t.Context(), testKey)
+						}
+					}
+				}
+				try(50)
+				require.Equal(t, states.CleanupOwed, next.state(t))
+				require.Empty(t, told.read())
+				try(20)
+				if !test.ends {
+					require.Equal(t, states.CleanupOwed, next.state(t))
+					require.Empty(t, told.read())
+					next.Close(context.Background())
+					return
+				}
+				require.Equal(t, states.Stopped, next.state(t))
+				require.Len(t, told.read(), 1)
+				require.Equal(t, ByReboot, told.read()[0].By)
+				require.Equal(t, "the node was rebooted, and the cleanup failed for more than 1h0m0s", told.read()[0].Reason)
+				next.Close(context.Background())
+			})
+		})
+	}
+}
+
+// A kill between an undo and its record leaves it open whether that has succeeded. If it fails from then on, the error says so.
+func TestUndoThatWasInterrupted(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	undone := slices.IndexFunc(w.book.records, func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(attachNetwork) })
+	w.book.records = w.book.records[:undone]
+	const text = "an earlier try was interrupted by a restart of containerd, and may have succeeded"
+	for range 2 { // a later restart doesn't forget it
+		before := w.book.saved()[0].Records
+		w = w.restart(t, kept)
+		w.calm()
+		w.undo[attachNetwork] = never
+		err := w.Stop(t.Context(), testKey)
+		require.ErrorIs(t, err, errNever)
+		require.ErrorContains(t, err, text)
+		require.ErrorContains(t, w.view(t).Step(attachNetwork).Err, text)
+		w.undo[attachNetwork] = nil
+		last := len(w.book.records) - 1
+		require.Equal(t, journal.Owed, w.book.records[last].Kind)
+		w.book.records = append(before, w.book.records[:last]...)
+	}
+	require.NoError(t, w.Stop(t.Context(), testKey))
+}
