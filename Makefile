@@ -12,6 +12,7 @@ packages := \
 	libseccomp-dev:/usr/include/seccomp.h \
 	pkg-config:pkg-config \
 	iptables:iptables-nft-save \
+	nftables:nft \
 	iproute2:ip \
 	util-linux:nsenter \
 	e2fsprogs:mkfs.ext4 \
