@@ -78,7 +78,7 @@ integration: deps history ## Run the tests on real containerd, runc and CNI plug
 	$(gotest) -p 1 -parallel 5 -timeout 45m $(TESTFLAGS) $(skip_first_release) ./integration ./integration/harness $(PROGRESS)
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease|TestUpgradeOfSteps
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease|TestUpgradeOfSteps|TestOtherPlugins
 
 .PHONY: long
 long: deps history ## Run the long matrices, which make test runs a part of

@@ -81,6 +81,14 @@ var cluster = []install{
 	},
 }
 
+// otherPlugins are CNI plugins of other projects, which few tests need.
+var otherPlugins = map[string]install{
+	"flannel": {module: "integration/tools/flannel", bin: ".build/bin", args: []string{"tool"}, produces: "flannel's CNI plugin"},
+	"multus":  {module: "integration/tools/multus", bin: ".build/bin", args: []string{"tool"}, produces: "Multus (minutes the first time)"},
+	// Its program has the name of the folder that its source is in.
+	"whereabouts": {module: "integration/tools/whereabouts", bin: ".build/whereabouts", args: []string{"tool"}, produces: "whereabouts (minutes the first time)"},
+}
+
 // promql reads PromQL as Prometheus does.
 var promql = install{module: "integration/tools/promql", bin: ".build/bin", args: []string{"."}, produces: "promql"}
 
@@ -173,6 +181,15 @@ func BuildCluster(ctx context.Context) (dir string, err error) {
 		}
 	}
 	return dir, nil
+}
+
+// BuildPlugin brings a CNI plugin of another project up to date and returns its path. Progress goes to stderr.
+func BuildPlugin(ctx context.Context, name string) (string, error) {
+	program := name
+	if name == "whereabouts" {
+		program = "cmd"
+	}
+	return builds.tool(ctx, otherPlugins[name], program)
 }
 
 // BuildPromQL brings the reader of PromQL up to date and returns its path.
