@@ -100,14 +100,14 @@ fuzz: deps ## Fuzz each parser of foreign input for FUZZTIME
 		done; \
 	done
 
-# containerd's long-term release, and the version of its API that it is built with.
-lts := github.com/containerd/containerd/v2@v2.3.7 github.com/containerd/containerd/api@v1.11.1
+# containerd's long-term release, and the versions that it is built with.
+lts := $(shell sed -n 's/^\t.* => \([^ ]*\) \(v[^ ]*\)$$/\1@\2/p' examples/own-containerd-2.3/go.mod)
 
 .PHONY: compat
-compat: deps ## Run the tests of the library packages with containerd's long-term release, 2.3
+compat: deps ## Run the unit tests with containerd's long-term release, 2.3
 	@mkdir -p .build; cp go.mod .build/compat.mod; cp go.sum .build/compat.sum
 	go get -modfile=.build/compat.mod $(lts)
-	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/plugin\b\|/cmd/containerd-podfsm$$')
+	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/cmd/containerd-podfsm$$')
 
 .PHONY: lint
 lint: ## Look for mistakes with go vet and staticcheck
@@ -173,7 +173,7 @@ dist: ## Build dist/: tarballs and Debian packages for amd64 and arm64, the same
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram, the reference of options, the example's module
 	go generate ./...
-	cd examples/own-containerd && go mod tidy
+	for example in examples/*; do (cd "$$example" && go mod tidy); done
 
 .PHONY: clean
 clean: ## Remove what was built

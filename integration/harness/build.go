@@ -22,10 +22,11 @@ import (
 type Daemon string
 
 const (
-	Podfsm     Daemon = "containerd-podfsm" // the product
-	PodfsmRace Daemon = "race"              // the product with the race detector
-	Stock      Daemon = "containerd"        // containerd without the plugin
-	Own        Daemon = "own-containerd"    // examples/own-containerd, a module of its own with the product in it
+	Podfsm     Daemon = "containerd-podfsm"  // the product
+	PodfsmRace Daemon = "race"               // the product with the race detector
+	Stock      Daemon = "containerd"         // containerd without the plugin
+	Own        Daemon = "own-containerd"     // examples/own-containerd, a module of its own with the product in it
+	OwnLTS     Daemon = "own-containerd-2.3" // examples/own-containerd-2.3, the same with containerd's long-term release
 	// TestDaemon is the product with fault points, from integration/testdaemon.
 	TestDaemon Daemon = "testdaemon"
 )
@@ -50,6 +51,7 @@ var daemons = map[Daemon]install{
 	PodfsmRace: {module: ".", bin: ".build/race", args: []string{"-race", "./cmd/containerd-podfsm"}, produces: "containerd-podfsm with the race detector"},
 	Stock:      {module: ".", bin: ".build/bin", args: []string{"github.com/containerd/containerd/v2/cmd/containerd"}, produces: "containerd"},
 	Own:        {module: "examples/own-containerd", bin: ".build/bin", args: []string{"."}, produces: "own-containerd"},
+	OwnLTS:     {module: "examples/own-containerd-2.3", bin: ".build/bin", args: []string{"."}, produces: "own-containerd-2.3"},
 	TestDaemon: {module: ".", bin: ".build/bin", args: []string{"./integration/testdaemon", "./cmd/podfsm"}, produces: "testdaemon, podfsm"},
 	CRIO:       crio,
 }
