@@ -12,6 +12,7 @@ packages := \
 	libseccomp-dev:/usr/include/seccomp.h \
 	pkg-config:pkg-config \
 	iptables:iptables-nft-save \
+	nftables:nft \
 	iproute2:ip \
 	util-linux:nsenter \
 	e2fsprogs:mkfs.ext4 \
@@ -77,7 +78,7 @@ integration: deps history ## Run the tests on real containerd, runc and CNI plug
 	$(gotest) -p 1 -parallel 5 -timeout 45m $(TESTFLAGS) $(skip_first_release) ./integration ./integration/harness $(PROGRESS)
 
 # Tests that have more cells, kills or rounds with PODFSM_FULL=1.
-long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease|TestUpgradeOfSteps
+long_tests := TestRandomSequences|TestKillMatrix|TestReboot|TestSoak|TestNetworkCycles|TestMemory|TestLedgerDamage|TestThousandSandboxes|TestRemapKilled|TestPackagesAreReproducible|TestInstall|TestUpgradeFromFirstRelease|TestUpgradeOfSteps|TestOtherPlugins
 
 .PHONY: long
 long: deps history ## Run the long matrices, which make test runs a part of
@@ -99,14 +100,14 @@ fuzz: deps ## Fuzz each parser of foreign input for FUZZTIME
 		done; \
 	done
 
-# containerd's long-term release, and the version of its API that it is built with.
-lts := github.com/containerd/containerd/v2@v2.3.7 github.com/containerd/containerd/api@v1.11.1
+# containerd's long-term release, and the versions that it is built with.
+lts := $(shell sed -n 's/^\t.* => \([^ ]*\) \(v[^ ]*\)$$/\1@\2/p' examples/own-containerd-2.3/go.mod)
 
 .PHONY: compat
-compat: deps ## Run the tests of the library packages with containerd's long-term release, 2.3
+compat: deps ## Run the unit tests with containerd's long-term release, 2.3
 	@mkdir -p .build; cp go.mod .build/compat.mod; cp go.sum .build/compat.sum
 	go get -modfile=.build/compat.mod $(lts)
-	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/plugin\b\|/cmd/containerd-podfsm$$')
+	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/cmd/containerd-podfsm$$')
 
 .PHONY: lint
 lint: ## Look for mistakes with go vet and staticcheck
@@ -172,7 +173,7 @@ dist: ## Build dist/: tarballs and Debian packages for amd64 and arm64, the same
 .PHONY: generate
 generate: ## Write what is generated: the API, the state diagram, the reference of options, the example's module
 	go generate ./...
-	cd examples/own-containerd && go mod tidy
+	for example in examples/*; do (cd "$$example" && go mod tidy); done
 
 .PHONY: clean
 clean: ## Remove what was built

@@ -92,6 +92,9 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	if c.gone && wantsNetNS(err) {
 		err = c.delWithoutNetNS(ctx, prev, err)
 	}
+	if c.state().Phase == Adding && speaksAnotherVersion(err) {
+		err = nil // it has refused ADD for the same reason, before it did anything
+	}
 	ctx = context.WithoutCancel(ctx) // as in add
 	if err != nil {
 		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
@@ -99,6 +102,12 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 		return errors.Join(c.failed("delete", err), c.advance(ctx, outcome))
 	}
 	return c.advance(ctx, Progress{Phase: Deleted, Command: "DEL", Began: began, Took: time.Since(began)})
+}
+
+// speaksAnotherVersion tells whether a plugin, or one that it runs, doesn't know the version of CNI that its network has.
+func speaksAnotherVersion(err error) bool {
+	var refused *types.Error
+	return errors.As(err, &refused) && refused.Code == types.ErrIncompatibleCNIVersion
 }
 
 func (c call) execDel(ctx context.Context, prev types.Result) error {

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 )
 
@@ -16,7 +18,8 @@ const checkTimeout = 30 * time.Second
 
 // Check asks the plugins whether the pod is attached to its networks as ADD has left it (CNI specification, CHECK). Networks below
 // CNI 0.4.0, and those that say disableCheck, are left out. Nothing is changed or recorded. A plugin that says no keeps those behind
-// it in its chain from being asked, as the specification wants; the other networks are asked all the same.
+// it in its chain from being asked, as the specification wants; the other networks are asked all the same. A plugin that has no CHECK is
+// passed over.
 //
 // sysctls are those that the pod itself has asked for. They were set after ADD, and a plugin that had set another value isn't asked for
 // that one.
@@ -48,11 +51,18 @@ func (d *Driver) checkNetwork(ctx context.Context, a *Attachment, network int, s
 			return fmt.Errorf("sandbox %q is not attached to CNI network %q: plugin %q is %q: %w", a.ContainerID, list.Name, state.Type, state.Phase, errdefs.ErrFailedPrecondition)
 		}
 		c := call{driver: d, attachment: a, network: network, plugin: p, list: list, netns: a.NetNSPath, sysctls: sysctls}
-		if err := c.check(ctx, result); err != nil {
+		if err := c.check(ctx, result); err != nil && !lacksCheck(err) {
 			return err
 		}
 	}
 	return nil
+}
+
+// lacksCheck tells whether a plugin has no CHECK, although it speaks a version of CNI that has one, as whereabouts: that says nothing of
+// the pod.
+func lacksCheck(err error) bool {
+	var refused *types.Error
+	return errors.As(err, &refused) && strings.Contains(refused.Msg, "not implemented")
 }
 
 // since says whether a list is of a version of the CNI specification or of a later one.

@@ -624,6 +624,25 @@ func TestWriteOff(t *testing.T) {
 	require.Equal(t, Progress{Network: 0, Plugin: 1, Phase: Deleted, Command: WriteOff, Began: last.Began, Reason: "gone, too"}, last)
 }
 
+// A plugin that doesn't know the network's version of CNI refuses ADD before it does anything, and DEL alike: no DEL is pending forever.
+func TestPluginSpeaksAnotherVersion(t *testing.T) {
+	p := newPlugins(t)
+	const refusal = `echo '{"cniVersion":"0.4.0","code":1,"msg":"incompatible CNI versions"}'; exit 1`
+	p.script("first", good("10.1.2.3"))
+	p.script("second", refusal)
+	r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`, `{"type":"second"}`))
+	require.ErrorContains(t, r.add(t.Context()), `plugin type="second" name="net" failed (add): incompatible CNI versions`)
+	require.NoError(t, r.del(t.Context()))
+	require.True(t, r.attachment.Settled())
+	require.Equal(t, []string{"ADD first eth0", "ADD second eth0", "DEL second eth0", "DEL first eth0"}, r.calls())
+
+	p.script("second", "[ $CNI_COMMAND = ADD ] && echo '{\"cniVersion\":\"1.0.0\"}' && exit; "+refusal)
+	r = newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`, `{"type":"second"}`))
+	_ = r.add(t.Context())
+	require.ErrorContains(t, r.del(t.Context()), "incompatible CNI versions", "it has done something")
+	require.False(t, r.attachment.Settled())
+}
+
 func TestDelWithoutNetNS(t *testing.T) {
 	for name, remove := range map[string]func(*testing.T, string){
 		"gone": func(t *testing.T, path string) {

@@ -36,6 +36,10 @@ func TestCheckCallsPlugins(t *testing.T) {
 	require.EqualError(t, err, `plugin type="first" name="net" failed (check): the route is gone`)
 	require.Equal(t, []string{"CHECK first eth0"}, r.calls())
 
+	p.script("first", `echo '{"code":999,"msg":"CNI CHECK method is not implemented"}'; exit 1`)
+	require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil), "which says nothing of the pod")
+	require.Equal(t, []string{"CHECK first eth0", "CHECK second eth0"}, r.calls())
+
 	p.script("first", good("10.1.2.3"))
 	require.NoError(t, r.del(t.Context()))
 	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment, nil)))

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -21,25 +22,16 @@ import (
 // buildPlugins links the reference plugins, once.
 var buildPlugins = sync.OnceValue(func() error { return compilePlugins("-o", os.Getenv(pluginsEnv)+"/") })
 
-// compilePlugins builds the reference plugins from the module that go.mod names. They are built in that module, because the versions
-// of their dependencies are its own. So is the plugin that delegates, from this module. Without flags nothing is linked or kept, but in
-// Go's caches.
+// compilePlugins builds the reference plugins of the module that has their versions, and the plugin that delegates, from this module.
+// Without flags nothing is linked or kept, but in Go's caches.
 func compilePlugins(flags ...string) error {
-	const module = "github.com/containernetworking/plugins"
-	source, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
-	if err != nil {
-		return fmt.Errorf("failed to find %s: %w", module, err)
-	}
 	for dir, packages := range map[string][]string{
-		strings.TrimSpace(string(source)): {
-			"./plugins/main/bridge", "./plugins/main/ptp", "./plugins/ipam/host-local",
-			"./plugins/meta/portmap", "./plugins/meta/bandwidth", "./plugins/meta/firewall", "./plugins/meta/tuning",
-			"./plugins/main/host-device", "./plugins/meta/sbr",
-		},
-		"..": {"./integration/delegate", "./integration/faults"}, // the second keeps a build without flags from leaving a file
+		"../integration/tools/cni": {"tool"},
+		"..":                       {"./integration/delegate", "./integration/faults"}, // the second keeps a build without flags from leaving a file
 	} {
 		build := exec.Command("go", slices.Concat([]string{"build"}, flags, packages)...)
 		build.Dir = dir
+		build.Env = append(os.Environ(), "GOWORK=off")
 		if out, err := build.CombinedOutput(); err != nil {
 			return fmt.Errorf("failed to build CNI plugins: %w: %s", err, out)
 		}
@@ -174,27 +166,34 @@ func natRules(t *testing.T) string {
 	return string(out)
 }
 
-// talk sends a word from a server in the pod to the host.
-func talk(t *testing.T, netns, ip string) string {
+// talk sends a word from a server in the pod to the host, which may wait for duplicate address detection before it can send.
+func talk(t *testing.T, netns, ip string) (word string) {
 	t.Helper()
 	var listener net.Listener
 	inNetNS(t, netns, func() (err error) {
 		listener, err = net.Listen("tcp", net.JoinHostPort(ip, "8000"))
 		return err
 	})
-	defer listener.Close()
 	var server sync.WaitGroup
 	defer server.Wait()
+	defer listener.Close()
 	server.Go(func() {
-		if conn, err := listener.Accept(); err == nil {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
 			io.WriteString(conn, "hello")
 			conn.Close()
 		}
 	})
-	client, err := net.DialTimeout("tcp", listener.Addr().String(), 10*time.Second)
-	require.NoError(t, err)
-	defer client.Close()
-	word, err := io.ReadAll(client)
-	require.NoError(t, err)
-	return string(word)
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		client, err := net.DialTimeout("tcp", listener.Addr().String(), 500*time.Millisecond)
+		require.NoError(c, err)
+		defer client.Close()
+		heard, err := io.ReadAll(client)
+		require.NoError(c, err)
+		word = string(heard)
+	}, 10*time.Second, 10*time.Millisecond)
+	return word
 }

@@ -12,17 +12,33 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// A containerd that somebody else builds, in a module of its own, has podfsm by one import.
+// A containerd that somebody else builds, in a module of its own, has podfsm by one import: today's release and the long-term one.
 func TestOwnContainerd(t *testing.T) {
-	n := harness.StartNode(t, harness.Config{Daemon: harness.Own})
-	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
-	require.NoError(t, err)
-	t.Run("pods", func(t *testing.T) {
-		pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("web"))
-		require.Equal(t, "0\n", exec(t, startContainer(t, pod, "main"), "id", "-u"))
-		require.Equal(t, "Ready", inspect(t, n, pod.ID).GetSandbox().GetState())
-	})
-	n.RequireClean(t, before)
+	for _, daemon := range []harness.Daemon{harness.Own, harness.OwnLTS} {
+		t.Run(string(daemon), func(t *testing.T) {
+			n := harness.StartNode(t, harness.Config{Daemon: daemon})
+			before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
+			require.NoError(t, err)
+			t.Run("pods", func(t *testing.T) {
+				ours := startPod(t, n, harness.PodfsmHandler, n.PodConfig("ours"))
+				stock := startPod(t, n, harness.StockHandler, n.PodConfig("stock"))
+				inOurs, inStock := startContainer(t, ours, "main"), startContainer(t, stock, "main")
+				require.NoError(t, n.Restart(t.Context()))
+				for _, c := range []*harness.Container{inOurs, inStock} {
+					require.Equal(t, "0\n", exec(t, c, "id", "-u"))
+				}
+				require.Equal(t, "Ready", inspect(t, n, ours.ID).GetSandbox().GetState())
+				require.NotEmpty(t, podIPs(t, ours)[0])
+			})
+			n.RequireClean(t, before)
+			t.Run("rollback", func(t *testing.T) {
+				require.NoError(t, n.Fault("bridge.ADD.after", "error(no address)"))
+				require.ErrorContains(t, failRun(t, n, harness.PodfsmHandler, n.PodConfig("fails")), "no address")
+				require.NoError(t, n.Heal())
+				n.RequireClean(t, before)
+			})
+		})
+	}
 }
 
 // A node goes from an unmodified containerd to podfsm, back, and to podfsm again, with pods running all the time. Pods of the stock handler

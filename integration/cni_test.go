@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +36,7 @@ func TestChains(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
+	removeWires := addWires(t, n, "10.95.1.1/24", "10.95.2.1/24")
 	pods := map[string]*harness.Pod{}
 	subnet := 0
 	for _, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
@@ -49,11 +52,15 @@ func TestChains(t *testing.T) {
 		if version != "0.3.1" { // which firewall doesn't know
 			meta = append(meta, harness.Plugin{"type": "firewall", "backend": "iptables"})
 		}
-		for name, chain := range map[string][]harness.Plugin{
+		chains := map[string][]harness.Plugin{
 			"bridge":   append([]harness.Plugin{{"type": "bridge", "bridge": fmt.Sprintf("br%d", subnet+1), "isGateway": true, "ipMasq": true, "ipam": ipam()}}, meta...),
 			"ptp":      append([]harness.Plugin{{"type": "ptp", "ipMasq": true, "ipam": ipam()}}, meta[0]),
 			"delegate": {delegated(n)},
-		} {
+		}
+		if version == "1.1.0" {
+			maps.Copy(chains, rareChains(n))
+		}
+		for name, chain := range chains {
 			require.NoError(t, n.SetChainOf(t.Context(), version, chain...))
 			name = strings.ReplaceAll(name+"-"+version, ".", "-")
 			pod, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig(name, func(c *runtime.PodSandboxConfig) {
@@ -71,13 +78,14 @@ func TestChains(t *testing.T) {
 			view := inspect(t, n, pod.ID)
 			require.Equal(t, "Ready", view.GetSandbox().GetState())
 			require.Empty(t, view.GetSandbox().GetError())
-			startContainer(t, pod, "server", harness.Run("httpd", "-f", "-p", "80", "-h", "/www"))
-			requirePage(t, n, view.GetSandbox().GetIp()+":80")
+			startContainer(t, pod, "server", harness.Run("httpd", "-f", "-p", "[::]:80", "-h", "/www"))
+			requirePage(t, n, net.JoinHostPort(view.GetSandbox().GetIp(), "80"))
 			require.NoError(t, pod.StopAndRemove(t.Context()))
 		})
 	}
 	require.Empty(t, reserved(t, n))
 	require.Empty(t, limits(t, n))
+	removeWires()
 	after, err := n.Census(t.Context())
 	require.NoError(t, err)
 	for _, category := range []string{harness.NetNSMounts, harness.Mounts, harness.Ledger, harness.Processes, harness.Shims, harness.CNICache} {
@@ -90,6 +98,43 @@ func TestChains(t *testing.T) {
 	for _, rule := range after[harness.IPTables] {
 		for _, pod := range pods {
 			require.NotContains(t, rule, pod.ID)
+		}
+	}
+}
+
+// rareChains are those whose first plugin is none of the usual, or that use nftables, or IPv6.
+func rareChains(n *harness.Node) map[string][]harness.Plugin {
+	ipamOf := func(subnet string) any { return bridge(n, "", subnet)["ipam"] }
+	onNFTables := bridge(n, "brn", "10.95.3.0/24")
+	onNFTables["ipMasq"], onNFTables["ipMasqBackend"] = true, "nftables"
+	return map[string][]harness.Plugin{
+		"macvlan":     {{"type": "macvlan", "master": "wire0", "mode": "bridge", "ipam": ipamOf("10.95.1.0/24")}},
+		"host-device": {{"type": "host-device", "device": "wire1", "ipam": ipamOf("10.95.2.0/24")}},
+		"nftables":    {onNFTables, {"type": "portmap", "backend": "nftables", "capabilities": map[string]bool{"portMappings": true}}},
+		"ipv6":        {bridge(n, "br6", "fd00:95::/64"), {"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
+		"dual-stack":  {bridge(n, "br46", "10.95.4.0/24", "fd00:95:4::/64"), {"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
+	}
+}
+
+// addWires gives the node links that plugins can take for network cards. At their other ends is the node itself, with these addresses.
+func addWires(t *testing.T, n *harness.Node, addresses ...string) (remove func()) {
+	t.Helper()
+	for i, address := range addresses {
+		name := fmt.Sprintf("wire%d", i)
+		for _, args := range [][]string{
+			{"link", "add", name, "type", "veth", "peer", "name", name + "-host"},
+			{"link", "set", name, "up"}, {"link", "set", name + "-host", "up"},
+			{"address", "add", address, "dev", name + "-host"},
+		} {
+			_, err := n.Command(t.Context(), "ip", args...)
+			require.NoError(t, err)
+		}
+	}
+	return func() {
+		t.Helper()
+		for i := range addresses {
+			_, err := n.Command(t.Context(), "ip", "link", "delete", fmt.Sprintf("wire%d", i))
+			require.NoError(t, err)
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/metadata"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -41,6 +40,9 @@ func (c *SnapshotterConfig) check() error {
 
 func defaultSnapshotterConfig() *SnapshotterConfig { return &SnapshotterConfig{Strategy: "auto"} }
 
+// capabilityRebase is snapshots.RebaseCap, which containerd 2.3 doesn't have, and doesn't ask for.
+const capabilityRebase = "rebase"
+
 // initSnapshotter touches nothing: most nodes don't use the snapshotter. It always says that it can take id maps, so that containerd's
 // client leaves that to it. Nor does it fail, which would take the CRI of a node down whose handlers name it: with a configuration that
 // can't be used it has the defaults, and the controller refuses pods.
@@ -56,7 +58,7 @@ func initSnapshotter(ic *plugin.InitContext) (any, error) {
 	ic.Meta.Platforms = append(ic.Meta.Platforms, platforms.DefaultSpec())
 	ic.Meta.Capabilities = append(ic.Meta.Capabilities, snapshot.CapabilityRemapIDs)
 	if !userns.RunningInUserNS() { // as containerd's overlayfs does
-		ic.Meta.Capabilities = append(ic.Meta.Capabilities, snapshots.RebaseCap)
+		ic.Meta.Capabilities = append(ic.Meta.Capabilities, capabilityRebase)
 	}
 	ic.Meta.Exports[plugins.SnapshotterRootDir] = root
 	return remapping.New(remapping.Config{Root: root, Strategy: remapping.Strategy(config.Strategy), MountOptions: config.MountOptions}), nil

@@ -22,10 +22,11 @@ import (
 type Daemon string
 
 const (
-	Podfsm     Daemon = "containerd-podfsm" // the product
-	PodfsmRace Daemon = "race"              // the product with the race detector
-	Stock      Daemon = "containerd"        // containerd without the plugin
-	Own        Daemon = "own-containerd"    // examples/own-containerd, a module of its own with the product in it
+	Podfsm     Daemon = "containerd-podfsm"  // the product
+	PodfsmRace Daemon = "race"               // the product with the race detector
+	Stock      Daemon = "containerd"         // containerd without the plugin
+	Own        Daemon = "own-containerd"     // examples/own-containerd, a module of its own with the product in it
+	OwnLTS     Daemon = "own-containerd-2.3" // examples/own-containerd-2.3, the same with containerd's long-term release
 	// TestDaemon is the product with fault points, from integration/testdaemon.
 	TestDaemon Daemon = "testdaemon"
 )
@@ -50,6 +51,7 @@ var daemons = map[Daemon]install{
 	PodfsmRace: {module: ".", bin: ".build/race", args: []string{"-race", "./cmd/containerd-podfsm"}, produces: "containerd-podfsm with the race detector"},
 	Stock:      {module: ".", bin: ".build/bin", args: []string{"github.com/containerd/containerd/v2/cmd/containerd"}, produces: "containerd"},
 	Own:        {module: "examples/own-containerd", bin: ".build/bin", args: []string{"."}, produces: "own-containerd"},
+	OwnLTS:     {module: "examples/own-containerd-2.3", bin: ".build/bin", args: []string{"."}, produces: "own-containerd-2.3"},
 	TestDaemon: {module: ".", bin: ".build/bin", args: []string{"./integration/testdaemon", "./cmd/podfsm"}, produces: "testdaemon, podfsm"},
 	CRIO:       crio,
 }
@@ -79,6 +81,14 @@ var cluster = []install{
 		module: "integration/tools/kubernetes", bin: ".build/kubernetes", args: []string{"tool"},
 		produces: "Kubernetes (many minutes the first time)", kubernetes: true,
 	},
+}
+
+// otherPlugins are CNI plugins of other projects, which few tests need.
+var otherPlugins = map[string]install{
+	"flannel": {module: "integration/tools/flannel", bin: ".build/bin", args: []string{"tool"}, produces: "flannel's CNI plugin"},
+	"multus":  {module: "integration/tools/multus", bin: ".build/bin", args: []string{"tool"}, produces: "Multus (minutes the first time)"},
+	// Its program has the name of the folder that its source is in.
+	"whereabouts": {module: "integration/tools/whereabouts", bin: ".build/whereabouts", args: []string{"tool"}, produces: "whereabouts (minutes the first time)"},
 }
 
 // promql reads PromQL as Prometheus does.
@@ -173,6 +183,15 @@ func BuildCluster(ctx context.Context) (dir string, err error) {
 		}
 	}
 	return dir, nil
+}
+
+// BuildPlugin brings a CNI plugin of another project up to date and returns its path. Progress goes to stderr.
+func BuildPlugin(ctx context.Context, name string) (string, error) {
+	program := name
+	if name == "whereabouts" {
+		program = "cmd"
+	}
+	return builds.tool(ctx, otherPlugins[name], program)
 }
 
 // BuildPromQL brings the reader of PromQL up to date and returns its path.

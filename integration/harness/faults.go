@@ -10,16 +10,18 @@ import (
 // wrappable are the programs that can be wrapped, with the folder of the node
 // that has them.
 var wrappable = map[string]string{
-	"runc":       "bin",
-	"bandwidth":  "cni/bin",
-	"bridge":     "cni/bin",
-	"delegate":   "cni/bin",
-	"firewall":   "cni/bin",
-	"host-local": "cni/bin",
-	"loopback":   "cni/bin",
-	"portmap":    "cni/bin",
-	"ptp":        "cni/bin",
-	"tuning":     "cni/bin",
+	"runc":        "bin",
+	"bandwidth":   "cni/bin",
+	"bridge":      "cni/bin",
+	"delegate":    "cni/bin",
+	"firewall":    "cni/bin",
+	"host-device": "cni/bin",
+	"host-local":  "cni/bin",
+	"loopback":    "cni/bin",
+	"macvlan":     "cni/bin",
+	"portmap":     "cni/bin",
+	"ptp":         "cni/bin",
+	"tuning":      "cni/bin",
 }
 
 // Fault gives a point its program: a point of the test daemon, or a command of
