@@ -61,12 +61,13 @@ var daemons = map[Daemon]install{
 var parts = []install{
 	{module: ".", bin: ".build/bin", args: []string{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
+		"github.com/containerd/containerd/v2/integration/failpoint/cmd/containerd-shim-runc-fp-v1",
 		"github.com/containerd/containerd/v2/cmd/ctr",
 		"./cmd/podfsm-init",
 		"./integration/attack",
 		"./integration/faultwrap",
 		"./integration/delegate",
-	}, produces: "containerd-shim-runc-v2, ctr, podfsm-init, attack, faultwrap, delegate"},
+	}, produces: "containerd-shim-runc-v2 and -fp-v1, ctr, podfsm-init, attack, faultwrap, delegate"},
 	{module: "integration/tools/runc", bin: ".build/bin", args: []string{"-tags=seccomp", "tool"}, produces: "runc"},
 	{module: "integration/tools/cni", bin: ".build/bin", args: []string{"tool"}, produces: "CNI plugins"},
 }
