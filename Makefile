@@ -109,6 +109,10 @@ compat: deps ## Run the unit tests with containerd's long-term release, 2.3
 	go get -modfile=.build/compat.mod $(lts)
 	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/cmd/containerd-podfsm$$')
 
+.PHONY: next
+next: deps ## Build and test podfsm with the newest releases of containerd, runc, CNI and the CRI; PRERELEASES=1 for release candidates, too
+	@.ci/next
+
 .PHONY: lint
 lint: ## Look for mistakes with go vet and staticcheck
 	go vet ./...

@@ -111,6 +111,26 @@ func TestRealNetworks(t *testing.T) {
 	require.NoError(t, r.del(t.Context()))
 }
 
+// A network without addresses is none for eth0, as with containerd, and one like others for eth1.
+func TestRealNetworkWithoutAddresses(t *testing.T) {
+	const bare = `{"name":"bare","cniVersion":"1.0.0","plugins":[{"type":"bridge","bridge":"cni-test1"}]}`
+	alone := newRealRig(t, "alone", bare)
+	t.Cleanup(func() { removeLink(t, "cni-test1") })
+	require.ErrorContains(t, alone.add(t.Context()), "gave eth0 no address")
+	require.NoError(t, alone.del(t.Context()))
+	require.Equal(t, []string{"lo"}, links(t, alone.attachment.NetNSPath))
+
+	beside := newRealRig(t, "beside", ptpNet, bare)
+	require.NoError(t, beside.add(t.Context()))
+	ip, _, err := beside.attachment.IPs("")
+	require.NoError(t, err)
+	require.Equal(t, []string{ip}, beside.addresses(t))
+	require.NoError(t, beside.driver.Check(t.Context(), beside.attachment, nil))
+	require.Equal(t, []string{"eth0", "eth1", "lo"}, links(t, beside.attachment.NetNSPath))
+	require.NoError(t, beside.del(t.Context()))
+	require.Equal(t, []string{"lo"}, links(t, beside.attachment.NetNSPath))
+}
+
 // The same pod tried again and again on a chain that is broken at its end: no address stays, with DEL failing nowhere.
 func TestRealChainFails(t *testing.T) {
 	r := newRealRig(t, "real2", brokenNet)

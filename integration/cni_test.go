@@ -36,7 +36,7 @@ func TestChains(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
-	removeWires := addWires(t, n, "10.95.1.1/24", "10.95.2.1/24")
+	removeWires := addWires(t, n, "10.95.1.1/24", "10.95.2.1/24", "10.95.5.1/24")
 	pods := map[string]*harness.Pod{}
 	subnet := 0
 	for _, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
@@ -58,7 +58,7 @@ func TestChains(t *testing.T) {
 			"delegate": {delegated(n)},
 		}
 		if version == "1.1.0" {
-			maps.Copy(chains, rareChains(n))
+			maps.Copy(chains, rareChains(t, n))
 		}
 		for name, chain := range chains {
 			require.NoError(t, n.SetChainOf(t.Context(), version, chain...))
@@ -102,18 +102,25 @@ func TestChains(t *testing.T) {
 	}
 }
 
-// rareChains are those whose first plugin is none of the usual, or that use nftables, or IPv6.
-func rareChains(n *harness.Node) map[string][]harness.Plugin {
+// rareChains are those whose first plugin is none of the usual, or that use nftables, or IPv6. Not every kernel has ipvlan.
+func rareChains(t *testing.T, n *harness.Node) map[string][]harness.Plugin {
+	t.Helper()
 	ipamOf := func(subnet string) any { return bridge(n, "", subnet)["ipam"] }
 	onNFTables := bridge(n, "brn", "10.95.3.0/24")
 	onNFTables["ipMasq"], onNFTables["ipMasqBackend"] = true, "nftables"
-	return map[string][]harness.Plugin{
+	chains := map[string][]harness.Plugin{
 		"macvlan":     {{"type": "macvlan", "master": "wire0", "mode": "bridge", "ipam": ipamOf("10.95.1.0/24")}},
 		"host-device": {{"type": "host-device", "device": "wire1", "ipam": ipamOf("10.95.2.0/24")}},
 		"nftables":    {onNFTables, {"type": "portmap", "backend": "nftables", "capabilities": map[string]bool{"portMappings": true}}},
 		"ipv6":        {bridge(n, "br6", "fd00:95::/64"), {"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
 		"dual-stack":  {bridge(n, "br46", "10.95.4.0/24", "fd00:95:4::/64"), {"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
 	}
+	if _, err := n.Command(t.Context(), "ip", "link", "add", "probe", "link", "wire2", "type", "ipvlan", "mode", "l2"); err == nil {
+		_, err := n.Command(t.Context(), "ip", "link", "delete", "probe")
+		require.NoError(t, err)
+		chains["ipvlan"] = []harness.Plugin{{"type": "ipvlan", "master": "wire2", "mode": "l2", "ipam": ipamOf("10.95.5.0/24")}}
+	}
+	return chains
 }
 
 // addWires gives the node links that plugins can take for network cards. At their other ends is the node itself, with these addresses.
@@ -142,7 +149,7 @@ func addWires(t *testing.T, n *harness.Node, addresses ...string) (remove func()
 // waitForChecks waits until a daemon has checked the pods that it has adopted, the times-th of this node that does.
 func waitForChecks(t *testing.T, n *harness.Node, times int) {
 	t.Helper()
-	require.Eventually(t, func() bool { return strings.Count(n.Log(), "podfsm: checked ") == times }, waitFor, tick)
+	require.Eventually(t, func() bool { return strings.Count(n.Log(), "podfsm: checked ") == times }, 3*waitFor, tick) // it is slow on purpose
 }
 
 // A pod whose network was damaged while containerd was down goes on as it is, and is pointed out.

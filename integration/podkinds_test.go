@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	osexec "os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -220,6 +221,7 @@ func shown(t *testing.T, n *harness.Node, pod *harness.Pod, container *harness.C
 // Handlers of podfsm with another runtime, and with another snapshotter.
 const (
 	crunHandler   = "podfsm-crun"
+	newCrun       = "podfsm-new-crun"
 	nativeHandler = "podfsm-native"
 )
 
@@ -245,8 +247,12 @@ func TestOtherHandlers(t *testing.T) {
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]
   runtime_type = "io.containerd.runc.v2"
   sandboxer = "podfsm"
+  options = {BinaryName = "crun", Root = %q}
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]
+  runtime_type = "io.containerd.runc.v2"
+  sandboxer = "podfsm"
   snapshotter = "native"
-`, crunHandler, filepath.Join(dir, "crun"), crunRoot, nativeHandler)})
+`, crunHandler, filepath.Join(dir, "crun"), crunRoot, newCrun, crunRoot, nativeHandler)})
 
 	// The native snapshotter keeps the layers that the first pod has it unpack.
 	first, err := n.RunPod(t.Context(), nativeHandler, n.PodConfig("first", harness.HostUsers()))
@@ -284,6 +290,24 @@ func TestOtherHandlers(t *testing.T) {
 		require.NoDirExists(t, filepath.Join(crunRoot, "k8s.io", pod.ID))
 		n.RequireClean(t, before)
 	})
+
+	// Debian 13's lists its features.
+	if osexec.CommandContext(t.Context(), "crun", "features").Run() == nil {
+		t.Run("crun of today with a user namespace", func(t *testing.T) {
+			pod, err := n.RunPod(t.Context(), newCrun, n.PodConfig("pod"))
+			require.NoError(t, err)
+			container := startContainer(t, pod, "main")
+			require.FileExists(t, filepath.Join(crunRoot, "k8s.io", container.ID, "status"), "crun's record of it")
+			require.Equal(t, "0\n", exec(t, container, "id", "-u"))
+			pid, err := container.Pid(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, inode(t, nsPath(pid, "user")), ownerOf(t, nsPath(pid, "net")))
+			require.NoError(t, n.Restart(t.Context()))
+			require.Equal(t, "0\n", exec(t, container, "id", "-u"))
+			require.NoError(t, pod.StopAndRemove(t.Context()))
+			n.RequireClean(t, before)
+		})
+	}
 
 	t.Run("native snapshotter", func(t *testing.T) {
 		pod, err := n.RunPod(t.Context(), nativeHandler, n.PodConfig("pod", harness.HostUsers()))

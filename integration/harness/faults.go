@@ -17,6 +17,7 @@ var wrappable = map[string]string{
 	"firewall":    "cni/bin",
 	"host-device": "cni/bin",
 	"host-local":  "cni/bin",
+	"ipvlan":      "cni/bin",
 	"loopback":    "cni/bin",
 	"macvlan":     "cni/bin",
 	"portmap":     "cni/bin",

@@ -29,6 +29,8 @@ func scenarios(o options) []scenario {
 			pods("slices", "TestStillRun|TestRemoveAll"))},
 		{name: "tests-systemd", on: debian13, do: integrationTests(tests, "systemd")},
 		{name: "tests-cgroupfs", on: debian13, do: integrationTests(tests, "cgroupfs")},
+		// Plugins that need more of a kernel, and Debian's crun, which is today's.
+		{name: "plugins", on: debian13, do: integrationTests("TestChains|TestOtherHandlers", "cgroupfs")},
 		{name: "conformance", on: debian13, critest: true, do: conformance},
 		{name: "cluster", on: debian13, cluster: true, do: clusterTests("systemd")},
 		{name: "reboot", on: debian13, do: again(reboot)},

@@ -27,7 +27,7 @@ func (p platform) String() string { return p.release + "-" + p.arch }
 func (p platform) packages() []string {
 	return []string{
 		"systemd", "systemd-sysv", "dbus", "udev", "kmod", "linux-image-cloud-" + p.arch, // boots
-		"apparmor", "iptables", "iproute2", "libseccomp2", "procps", "e2fsprogs", // a node for Kubernetes
+		"apparmor", "iptables", "nftables", "iproute2", "libseccomp2", "procps", "e2fsprogs", // a node for Kubernetes
 		"busybox-static", "crun", "strace", "util-linux", "attr", "libseccomp-dev", // for the integration tests and other builds
 	}
 }
