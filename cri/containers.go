@@ -57,7 +57,10 @@ func (s *service) ContainerStatus(ctx context.Context, r *runtime.ContainerStatu
 	if !showsMapping(resp) {
 		return resp, nil
 	}
-	pod, ok := s.sandboxes.PodOfContainer(ctx, resp.GetStatus().GetId())
+	pod, ok, err := s.sandboxes.PodOfContainer(ctx, resp.GetStatus().GetId())
+	if err != nil {
+		return nil, err
+	}
 	if !ok || pod.UserNS == nil {
 		return resp, nil
 	}

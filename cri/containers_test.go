@@ -214,6 +214,13 @@ func TestContainerStatusIsRestored(t *testing.T) {
 		require.NoError(t, err)
 	})
 
+	t.Run("whose pod can't be found", func(t *testing.T) {
+		s.containerStatus = &runtime.ContainerStatusResponse{Status: status()}
+		lost := &controller{lookErr: errdefs.ErrUnavailable}
+		_, err := newFront(t, s, lost).ContainerStatus(t.Context(), &runtime.ContainerStatusRequest{ContainerId: "c1"})
+		require.ErrorIs(t, err, errdefs.ErrUnavailable)
+	})
+
 	t.Run("in events", func(t *testing.T) {
 		event := &runtime.ContainerEventResponse{PodSandboxStatus: &runtime.PodSandboxStatus{Id: "s1"}, ContainersStatuses: []*runtime.ContainerStatus{status(), nil}}
 		s.events = func(_ *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {

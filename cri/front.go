@@ -40,7 +40,7 @@ type Sandboxes interface {
 	// Pod is a sandbox of ours by its full id, also for a while after it has gone.
 	Pod(id string) (Pod, bool)
 	// PodOfContainer is the sandbox of ours that a container, by its full id, is in. It costs the same however many containers there are.
-	PodOfContainer(ctx context.Context, id string) (Pod, bool)
+	PodOfContainer(ctx context.Context, id string) (Pod, bool, error)
 	// CreatedAt is when a sandbox of ours was begun; the zero time for any other. Lists ask it for every sandbox there is.
 	CreatedAt(id string) time.Time
 	// StopPod takes the sandbox off its network. It is idempotent; an unknown id is success.
@@ -154,6 +154,7 @@ type service struct {
 	creations *creations
 	streams   *streams // port forwards
 	turns     turns
+	unread    unreadStats
 }
 
 // RunPodSandbox runs a pod of ours through containerd's service, detached from its callers: see [service.join]. When it returns an
@@ -233,11 +234,14 @@ func ensure[T any](p **T) *T {
 	return *p
 }
 
-// stopAgain is the wait before a stop that has failed is tried again.
-const stopAgain = 500 * time.Millisecond
+// stopAgain is the wait before a stop that has failed is tried again; it doubles up to mostStopAgain.
+const (
+	stopAgain     = 500 * time.Millisecond
+	mostStopAgain = 10 * time.Second
+)
 
 // StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network. A runtime, a
-// shim or a plugin that gives a wrong answer once is asked again while the caller waits.
+// shim or a plugin that gives a wrong answer is asked again while the caller waits.
 func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (_ *runtime.StopPodSandboxResponse, err error) {
 	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
 	if !ok {
@@ -251,19 +255,38 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
-	begun := time.Now()
-	resp, err := s.stop(ctx, id, r)
-	if !mayPass(ctx, err, time.Since(begun)) {
-		return resp, err
+	for wait := stopAgain; ; wait = min(2*wait, mostStopAgain) {
+		begun := time.Now()
+		resp, err := s.stop(ctx, id, r)
+		if err == nil || lasts(err) || !mayWait(ctx, wait, time.Since(begun)) {
+			return resp, err
+		}
+		tracing.Log(ctx).WithField(tracing.LogPod, records.PodName(pod.Config)).WithField(tracing.LogSandbox, id).
+			WithField(tracing.LogRetryIn, wait.Seconds()).WithError(err).Warn("stop failed, retrying")
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil, err
+		}
 	}
-	tracing.Log(ctx).WithField(tracing.LogPod, records.PodName(pod.Config)).WithField(tracing.LogSandbox, id).WithError(err).
-		Warn("podfsm: failed to stop a sandbox, trying again")
-	select {
-	case <-time.After(stopAgain):
-		return s.stop(ctx, id, r)
-	case <-ctx.Done():
-		return nil, err
+}
+
+// lasts says that an error stays until somebody mends the node or the request: that is what its class means.
+func lasts(err error) bool {
+	return errdefs.IsFailedPrecondition(err) || errdefs.IsInvalidArgument(err) || errdefs.IsAlreadyExists(err)
+}
+
+// mayWait says whether a caller has the time for a wait, and for another try that takes as long as the one before. A caller without a deadline
+// is a person rather than the kubelet: one more try, and then the error.
+func mayWait(ctx context.Context, wait, took time.Duration) bool {
+	if ctx.Err() != nil {
+		return false
 	}
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return wait == stopAgain
+	}
+	return time.Until(deadline) >= wait+took
 }
 
 func (s *service) stop(ctx context.Context, id string, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
@@ -278,16 +301,6 @@ func (s *service) stop(ctx context.Context, id string, r *runtime.StopPodSandbox
 	}
 	sayTornDown()
 	return resp, nil
-}
-
-// mayPass says whether a second try may do what one that took so long has failed to: the error is not one that stays until somebody
-// mends the node, and the caller has the time.
-func mayPass(ctx context.Context, err error, took time.Duration) bool {
-	if err == nil || ctx.Err() != nil || errdefs.IsFailedPrecondition(err) || errdefs.IsInvalidArgument(err) {
-		return false
-	}
-	deadline, ok := ctx.Deadline()
-	return !ok || time.Until(deadline) > took+stopAgain
 }
 
 // RemovePodSandbox lets containerd's service remove the containers and shut the sandbox down, which undoes all of ours.

@@ -40,7 +40,7 @@ func (s *service) StartContainer(ctx context.Context, r *runtime.StartContainerR
 	if hinted == err {
 		return nil, err
 	}
-	if _, ours := s.sandboxes.PodOfContainer(ctx, r.GetContainerId()); !ours {
+	if _, ours, findErr := s.sandboxes.PodOfContainer(ctx, r.GetContainerId()); findErr != nil || !ours {
 		return nil, err
 	}
 	return nil, hinted

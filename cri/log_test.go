@@ -22,6 +22,25 @@ func logged(ctx context.Context) (context.Context, *bytes.Buffer) {
 	return log.WithLogger(ctx, logrus.NewEntry(logger).WithField("caller", "kubelet")), &out
 }
 
+// hookedLines keeps what a hook is told.
+type hookedLines struct{ lines []string }
+
+func (*hookedLines) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (h *hookedLines) Fire(entry *logrus.Entry) error {
+	h.lines = append(h.lines, entry.Message)
+	return nil
+}
+
+func (h *hookedLines) count(line string) (n int) {
+	for _, one := range h.lines {
+		if one == line {
+			n++
+		}
+	}
+	return n
+}
+
 // containerd's service says that the network is gone before podfsm has taken it down. The log has that line when it is true.
 func TestTornDownIsSaidAfterDEL(t *testing.T) {
 	stop := func(s *service, ctx context.Context, id string) error {
@@ -50,6 +69,8 @@ func TestTornDownIsSaidAfterDEL(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, out := logged(t.Context())
+			fired := &hookedLines{}
+			log.G(ctx).Logger.AddHook(fired)
 			line := `level=info msg="TearDown network for sandbox \"` + tc.id + `\" successfully" caller=kubelet`
 			says := func(ctx context.Context, id string) {
 				if id != "gone" {
@@ -74,6 +95,8 @@ func TestTornDownIsSaidAfterDEL(t *testing.T) {
 			c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}, "gone": {Config: podConfig()}}, stop: del, remove: del}
 			require.ErrorIs(t, tc.call(newFront(t, s, c), ctx, tc.id), tc.del)
 			require.Equal(t, tc.want, strings.Count(out.String(), line), out.String())
+			require.Equal(t, tc.want, fired.count(`TearDown network for sandbox "`+tc.id+`" successfully`))
+			require.NotZero(t, fired.count("all else is said"))
 			require.Contains(t, out.String(), `level=debug msg="all else is said" caller=kubelet of="another matter"`)
 		})
 	}

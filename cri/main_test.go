@@ -159,6 +159,7 @@ func (s *stock) IsInitialized() bool { return !s.uninitialized }
 type controller struct {
 	pods       map[string]Pod
 	containers map[string]string // the sandbox's id by the container's
+	lookErr    error             // of a look for the pod of a container
 	admitErr   error
 	stop       func(ctx context.Context, id string) error
 	remove     func(ctx context.Context, id string) error
@@ -249,9 +250,10 @@ func (c *controller) Pod(id string) (Pod, bool) {
 	return pod, ok
 }
 
-func (c *controller) PodOfContainer(_ context.Context, id string) (Pod, bool) {
+func (c *controller) PodOfContainer(_ context.Context, id string) (Pod, bool, error) {
 	c.note("pod of container " + id)
-	return c.Pod(c.containers[id])
+	pod, ok := c.Pod(c.containers[id])
+	return pod, ok, c.lookErr
 }
 
 // note keeps what was called.

@@ -30,6 +30,7 @@ const (
 var (
 	errClientGone = errors.New("the client has gone")
 	errPodStopped = errors.New("the pod was stopped")
+	errCut        = errors.New("the client acknowledges nothing any more")
 )
 
 // PortForward answers for pods of ours that have a network of their own: containerd's service takes them for pods on the node's
@@ -62,6 +63,7 @@ type session struct {
 	streams *streams
 	pod     string
 	ports   []int32
+	conn    net.Conn
 	// duplex says that the client can close its side of a stream alone, as SPDY has it: the end of what it sends isn't the end of
 	// what it wants to read. A WebSocket's channels end with their connection only.
 	duplex bool
@@ -75,8 +77,8 @@ func newSession(s *streams, r *http.Request, t ticket) *session {
 	one := &session{streams: s, pod: t.pod, ports: t.ports, duplex: !wsstream.IsWebSocketRequest(r)}
 	one.ctx, one.cancel = context.WithCancelCause(s.ctx)
 	// The end of the session ends all that blocks on the client's connection; who then has the error closes it.
-	conn := r.Context().Value(connKey{}).(net.Conn)
-	one.unwatch = context.AfterFunc(one.ctx, func() { _ = conn.SetDeadline(time.Now()) })
+	one.conn = r.Context().Value(connKey{}).(net.Conn)
+	one.unwatch = context.AfterFunc(one.ctx, func() { _ = one.conn.SetDeadline(time.Now()) })
 	return one
 }
 

@@ -419,6 +419,51 @@ func TestForwardsWhoseNetworkIsCut(t *testing.T) {
 	}
 }
 
+// A client may read nothing for longer than a network may be cut: its kernel acknowledges the probes of its closed window. It then gets
+// everything.
+func TestForwardToAPausedClient(t *testing.T) {
+	for name, config := range map[string]Streaming{"plain": {}, "TLS": {TLS: true}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const size = 32 << 20
+			s, netNS := forwarding(t, config)
+			s.cut = time.Second
+			sent := make(chan struct{})
+			c, data, ended := forwardTo(t, s, listenIn(t, netNS, "127.0.0.1:0", func(conn *net.TCPConn) {
+				_, _ = io.Copy(conn, io.LimitReader(zeros{}, size))
+				close(sent)
+			}))
+			select {
+			case <-sent:
+				t.Fatal("the buffers hold everything: nothing waits for the client")
+			case <-time.After(4 * s.cut):
+			}
+			got, err := io.Copy(io.Discard, data)
+			require.NoError(t, err)
+			require.EqualValues(t, size, got)
+			require.Empty(t, c.end(ended))
+		})
+	}
+}
+
+// The kernel's figures say a cut only while something that was sent waits for its acknowledgement.
+func TestUnansweredFor(t *testing.T) {
+	for name, tc := range map[string]struct {
+		info unix.TCPInfo
+		want time.Duration
+	}{
+		"quiet":                        {unix.TCPInfo{Last_ack_recv: 90_000, Last_data_sent: 90_000}, 0},
+		"a first probe":                {unix.TCPInfo{Probes: 1, Last_ack_recv: 90_000}, 4 * time.Second},
+		"probes, lately answered":      {unix.TCPInfo{Probes: 1, Last_ack_recv: 300}, 300 * time.Millisecond},
+		"data on its way":              {unix.TCPInfo{Unacked: 3, Last_data_sent: 100, Last_ack_recv: 2000}, 2 * time.Second},
+		"data in a full buffer's wait": {unix.TCPInfo{Unacked: 3, Last_data_sent: 60_000, Last_ack_recv: 60_000}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			require.Equal(t, tc.want, unansweredFor(&tc.info, 4*time.Second))
+		})
+	}
+}
+
 // A client that doesn't read must not hold up what ends the forward.
 func TestForwardToADeafClientIsCancelled(t *testing.T) {
 	s, netNS := forwarding(t, Streaming{})

@@ -26,7 +26,7 @@ func Install(instance any, sandboxes Sandboxes, unclaimed time.Duration, streami
 	initializer, ok := instance.(interface{ IsInitialized() bool })
 	pods, images, closer := part[runtime.RuntimeServiceServer](instance), part[runtime.ImageServiceServer](instance), part[io.Closer](instance)
 	if !ok || pods == nil || images == nil || closer == nil {
-		return fmt.Errorf("this containerd's CRI plugin is a %T, which podfsm doesn't know how to stand in front of: %w", instance, errdefs.ErrNotImplemented)
+		return fmt.Errorf("unsupported CRI plugin %T; use the podfsm package that fits this containerd: %w", instance, errdefs.ErrNotImplemented)
 	}
 	front := newService(inner{*pods, *images, initializer.IsInitialized}, sandboxes, unclaimed, streaming)
 	for _, id := range sandboxes.Unclaimed() {

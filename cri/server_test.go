@@ -51,7 +51,7 @@ func TestInstallRefusesWhatItDoesNotKnow(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			err := Install(instance, &controller{}, time.Hour, Streaming{})
 			require.True(t, errdefs.IsNotImplemented(err), "%v", err)
-			require.ErrorContains(t, err, "podfsm doesn't know how to stand in front of")
+			require.ErrorContains(t, err, "unsupported CRI plugin")
 		})
 	}
 }

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/log"
@@ -13,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -43,11 +47,55 @@ func (s *service) ListPodSandboxStats(ctx context.Context, r *runtime.ListPodSan
 	if err != nil && (ctx.Err() != nil || len(resp.GetStats()) == 0) {
 		return nil, err
 	}
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("podfsm: failed to read the stats of some pods, which are left out of the list")
-	}
+	s.logUnread(ctx, err, r.GetFilter() == nil)
 	resp.Stats = s.presentableStats(ctx, resp.GetStats())
 	return resp, nil
+}
+
+// unreadStats are the errors of the last list, by their texts: the kubelet asks again every ten seconds, and each is a warning once.
+type unreadStats struct {
+	mu   sync.Mutex
+	said map[string]bool
+}
+
+// unreadOf finds the sandbox in an error of containerd's service.
+var unreadOf = regexp.MustCompile(`for sandbox "([^"]+)"`)
+
+// logUnread logs each pod that a list leaves out because of err, which has a line for each. A list of all pods shows which ones can be read
+// again.
+func (s *service) logUnread(ctx context.Context, err error, all bool) {
+	s.unread.mu.Lock()
+	defer s.unread.mu.Unlock()
+	now := map[string]bool{}
+	if !all {
+		maps.Copy(now, s.unread.said)
+	}
+	if err != nil {
+		for line := range strings.Lines(err.Error()) {
+			line = strings.TrimSuffix(line, "\n")
+			level := log.WarnLevel
+			if s.unread.said[line] {
+				level = log.DebugLevel
+			}
+			s.logOfUnread(ctx, line).Log(level, "failed to read pod stats, pod left out of the list")
+			now[line] = true
+		}
+	}
+	s.unread.said = now
+}
+
+// logOfUnread is a logger with the pod that a line is about.
+func (s *service) logOfUnread(ctx context.Context, line string) *log.Entry {
+	entry := log.G(ctx).WithError(errors.New(line))
+	id := unreadOf.FindStringSubmatch(line)
+	if id == nil {
+		return entry
+	}
+	entry = entry.WithField(tracing.LogSandbox, id[1])
+	if pod, ok := s.sandboxes.Pod(id[1]); ok {
+		entry = entry.WithField(tracing.LogPod, records.PodName(pod.Config))
+	}
+	return entry
 }
 
 // statsPerMessage is how many pods' stats one message of a stream has, as of containerd's service.

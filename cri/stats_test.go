@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
+	"strings"
 	"testing"
 	"unicode/utf8"
 
@@ -138,6 +140,36 @@ func TestStatsLeaveOutWhatCantBeRead(t *testing.T) {
 	}
 	_, err := newFront(t, &stock{stats: some, statErr: cgroupGone}, &controller{}).PodSandboxStats(t.Context(), nil)
 	require.ErrorIs(t, err, cgroupGone)
+}
+
+// The kubelet asks every few seconds. What can't be read is a warning when it begins, with the pod, and no more until it has passed.
+func TestStatsLeftOutAreAWarningOnce(t *testing.T) {
+	s := &stock{stats: []*runtime.PodSandboxStats{statsOf("s1")}}
+	front := newFront(t, s, &controller{pods: map[string]Pod{"s2": {Config: podConfig()}}})
+	gone := func(id string) error {
+		return fmt.Errorf("failed to decode sandbox container metrics for sandbox %q: the cgroup is gone", id)
+	}
+	warnings := func(filter *runtime.PodSandboxStatsFilter, errs ...error) []string {
+		s.statErr = errors.Join(errs...)
+		ctx, out := logged(t.Context())
+		_, err := front.ListPodSandboxStats(ctx, &runtime.ListPodSandboxStatsRequest{Filter: filter})
+		require.NoError(t, err)
+		require.Equal(t, len(errs), strings.Count(out.String(), "failed to read pod stats, pod left out of the list"))
+		var of []string
+		for line := range strings.Lines(out.String()) {
+			if strings.Contains(line, "level=warning") {
+				of = append(of, regexp.MustCompile(`(pod=\S+ )?sandbox=\S+`).FindString(line))
+			}
+		}
+		return of
+	}
+	require.Equal(t, []string{"pod=default/web sandbox=s2"}, warnings(nil, gone("s2")))
+	require.Empty(t, warnings(nil, gone("s2")))
+	require.Equal(t, []string{"sandbox=s3"}, warnings(nil, gone("s2"), gone("s3")), "another pod")
+	require.Empty(t, warnings(&runtime.PodSandboxStatsFilter{Id: "s1"}))
+	require.Empty(t, warnings(nil, gone("s2"), gone("s3")), "a list of others says nothing of these")
+	require.Empty(t, warnings(nil))
+	require.Equal(t, []string{"pod=default/web sandbox=s2"}, warnings(nil, gone("s2")), "it had passed")
 }
 
 func TestPodMetricsHaveTheNetwork(t *testing.T) {

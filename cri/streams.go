@@ -12,12 +12,10 @@ import (
 	"net/url"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 	netutil "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/util/cert"
 	"k8s.io/cri-streaming/pkg/streaming"
@@ -44,8 +42,8 @@ const (
 	maxTickets = 1000
 )
 
-// cutTimeout is how long a client's kernel may acknowledge nothing: its network is cut then, and nobody ends the connection but we. The
-// kernel's own limits are minutes for a quiet connection and a quarter of an hour for one with data on its way.
+// cutTimeout is how long a client's kernel may acknowledge nothing of what it was sent. Its network is cut then, and no other end of the
+// connection is in sight: the kernel's own limits are minutes for a quiet connection and a quarter of an hour for one with data on its way.
 const cutTimeout = 30 * time.Second
 
 // streams serves port forwards into pods that have a network of their own, beside containerd's streaming server, which would
@@ -118,8 +116,9 @@ func (s *streams) listen() error {
 		}
 		address = ip.String()
 	}
-	keepAlive := net.KeepAliveConfig{Enable: true, Idle: s.cut / 2, Interval: s.cut / 2}
-	listening := net.ListenConfig{KeepAliveConfig: keepAlive, Control: s.endCut}
+	// A quiet connection carries nothing but these probes that could be acknowledged.
+	keepAlive := net.KeepAliveConfig{Enable: true, Idle: s.cut / 2, Interval: s.cut / 4, Count: 2}
+	listening := net.ListenConfig{KeepAliveConfig: keepAlive}
 	listener, err := listening.Listen(s.ctx, "tcp", net.JoinHostPort(address, "0"))
 	if err != nil {
 		return err
@@ -145,16 +144,6 @@ func (s *streams) listen() error {
 		}
 	})
 	return nil
-}
-
-// endCut has the kernel end the connections of a listening socket whose network is cut (tcp(7), TCP_USER_TIMEOUT). It is a Control of
-// [net.ListenConfig].
-func (s *streams) endCut(_, _ string, socket syscall.RawConn) error {
-	var err error
-	controlErr := socket.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(s.cut.Milliseconds()))
-	})
-	return errors.Join(controlErr, err)
 }
 
 // connKey finds a request's connection in its context.
@@ -215,6 +204,7 @@ func (s *streams) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.end(session)
+	s.running.Go(session.watch)
 	portforward.ServePortForward(w, r, session, session.pod, "", &portforward.V4Options{Ports: session.ports},
 		s.idle, streaming.DefaultConfig.StreamCreationTimeout, portforward.SupportedProtocols)
 }

@@ -403,3 +403,41 @@ func TestKubeletDriver(t *testing.T) {
 		require.Equal(t, want, driver, dir)
 	}
 }
+
+// A mount over pins of pods is named with a remedy that takes nothing of others away. Other namespaces may be covered on purpose.
+func TestCoveredPins(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	mount := func(t *testing.T, source, target, kind string, flags uintptr) {
+		require.NoError(t, unix.Mount(source, target, kind, flags, ""))
+		t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) })
+	}
+	for name, tc := range map[string]struct {
+		pin, evidence, remedy string
+	}{
+		"of a pod":            {"podfsm-s1", "covers pins of pods (1), such as podfsm-s1", "umount "},
+		"of a stock pod":      {pin: "cni-1b0f3c52-7a39-4cf5-8d9e-0a4f2a4b7f11"},
+		"of \"ip netns add\"": {pin: "blue"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := wellNode(t)
+			require.NoError(t, os.Mkdir(n.Config.NetNSDir, 0o755))
+			mount(t, "pins", n.Config.NetNSDir, "tmpfs", 0)
+			require.NoError(t, unix.Mount("", n.Config.NetNSDir, "", unix.MS_PRIVATE, ""))
+			pin := filepath.Join(n.Config.NetNSDir, tc.pin)
+			write(t, pin, "")
+			mount(t, "/proc/self/ns/net", pin, "", unix.MS_BIND)
+			mount(t, "cover", n.Config.NetNSDir, "tmpfs", 0)
+			found := netNSDirectory(t.Context(), n)
+			require.Len(t, found, 1)
+			if tc.evidence == "" {
+				require.NotContains(t, found[0].Evidence, "covers")
+				return
+			}
+			require.Equal(t, Warn, found[0].Verdict)
+			require.Contains(t, found[0].Evidence, tc.evidence)
+			require.Equal(t, tc.remedy+n.Config.NetNSDir, found[0].Remedy)
+		})
+	}
+}

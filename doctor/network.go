@@ -16,6 +16,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
@@ -82,12 +83,12 @@ func netNSDirectory(_ context.Context, n Node) []Finding {
 	if err := tryDirectory(dir); err != nil {
 		return []Finding{fail(NetworkPods, err.Error(), fmt.Sprintf("make %s a directory on a filesystem that can be written", dir))}
 	}
-	pins, over, err := netns.Covered(n.Config.NetNSDir)
+	cover, err := netns.Covered(n.Config.NetNSDir)
 	if err != nil {
 		return []Finding{unknown(err.Error(), "findmnt -t nsfs")}
 	}
-	if len(pins) > 0 {
-		return []Finding{warn(fmt.Sprintf("a mount on %s lies over %d pinned network namespaces, such as %s: their pods can't be stopped", over, len(pins), pins[0]), "umount -R "+over)}
+	if pins := ofSandboxes(cover.Pins); len(pins) > 0 {
+		return []Finding{warn(fmt.Sprintf("a mount on %s covers pins of pods (%d), such as %s: these pods can't be stopped", cover.Over, len(pins), pins[0]), cover.Remedy())}
 	}
 	shared, mount, err := isShared(dir)
 	switch {
@@ -99,6 +100,14 @@ func netNSDirectory(_ context.Context, n Node) []Finding {
 	default:
 		return []Finding{ok(dir + " can be written, and is on a shared mount")}
 	}
+}
+
+// ofSandboxes are the pins that have the names of podfsm's. Others' may be covered on purpose.
+func ofSandboxes(pins []string) []string {
+	return slices.DeleteFunc(pins, func(name string) bool {
+		_, ours := leaks.Pinned(name)
+		return !ours
+	})
 }
 
 // tryDirectory makes a file in dir that has no name, so that nothing of it stays, and then, in a mount namespace of its own, a shared mount

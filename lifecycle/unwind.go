@@ -240,7 +240,7 @@ func (s *sandbox) undoOf(step Step) func(context.Context, *Run) error {
 		}
 		there, err := step.Probe(ctx, r)
 		if err == nil && there {
-			err = fmt.Errorf("something of it is still there: %w", errdefs.ErrFailedPrecondition)
+			err = fmt.Errorf("something of it is still there: %w", errdefs.ErrUnavailable) // it may go yet
 		}
 		return err
 	}

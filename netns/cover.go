@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -12,36 +13,65 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Covered are the names of the pins in dir that dir leads to no more: something was mounted over dir, or over a directory above dir, when
-// they were there already, as "ip netns add" does on a private mount. over is where; "" without such pins.
-func Covered(dir string) (names []string, over string, err error) {
+// Cover is a mount that hides pins: it was made over their directory, or over a directory above that, when they were there already, as
+// "ip netns add" does on a private mount.
+type Cover struct {
+	// Pins are the names of the hidden pins; none without a cover.
+	Pins []string
+	// Over is where the cover is mounted.
+	Over string
+
+	itself  bool // it is mounted on the directory itself
+	holds   int  // mounts
+	movable bool
+}
+
+// Covered finds what covers pins in dir.
+func Covered(dir string) (Cover, error) {
 	real, top, err := lookUp(dir)
 	if err != nil {
-		return nil, "", err
+		return Cover{}, err
 	}
 	all, err := mountinfo.GetMounts(nil)
 	if err != nil {
-		return nil, "", fmt.Errorf("failed to list the mounts: %w", err)
+		return Cover{}, fmt.Errorf("failed to list the mounts: %w", err)
 	}
-	mounts, visible := map[int]*mountinfo.Info{}, map[string]bool{}
+	mounts, visible, holds := map[int]*mountinfo.Info{}, map[string]bool{}, 0
 	var pins []*mountinfo.Info
 	for _, m := range all {
 		mounts[m.ID] = m
+		if m.Parent == top {
+			holds++
+		}
 		if m.FSType == "nsfs" && filepath.Dir(m.Mountpoint) == real {
 			pins = append(pins, m)
 			visible[m.Mountpoint] = visible[m.Mountpoint] || m.Parent == top
 		}
 	}
+	cover := mounts[top]
+	if cover == nil {
+		return Cover{}, nil
+	}
+	found := Cover{Over: cover.Mountpoint, itself: cover.Mountpoint == real, holds: holds, movable: groupOf(mounts[cover.Parent]) == ""}
 	for _, m := range pins {
 		// What is unmounted in one of two peers goes from the other, too.
-		if m.Parent != top && !(visible[m.Mountpoint] && peers(mounts[m.Parent], mounts[top])) {
-			names = append(names, filepath.Base(m.Mountpoint))
+		if m.Parent != top && !(visible[m.Mountpoint] && peers(mounts[m.Parent], cover)) {
+			found.Pins = append(found.Pins, filepath.Base(m.Mountpoint))
 		}
 	}
-	if len(names) == 0 || mounts[top] == nil {
-		return nil, "", nil
+	return found, nil
+}
+
+// Remedy says how to reach the pins again. What is on the cover may be others', so nothing that it says takes that away.
+func (c Cover) Remedy() string {
+	switch {
+	case c.itself && c.holds == 0:
+		return "umount " + c.Over
+	case c.itself && c.movable:
+		return fmt.Sprintf("mount --move %s to a directory aside, umount the pins that it covered, and mount --move it back", c.Over)
+	default:
+		return fmt.Sprintf("see by findmnt -R %s whose it is: the pins can be reached once it is gone", c.Over)
 	}
-	return names, mounts[top].Mountpoint, nil
 }
 
 // lookUp is the path of a directory without symlinks, and the id of the mount that it is on. Of a directory that isn't there it is the one
@@ -67,37 +97,43 @@ func mountOf(path string) (st unix.Statx_t, err error) {
 }
 
 // peers says whether two mounts propagate to each other.
-func peers(a, b *mountinfo.Info) bool {
-	group := func(m *mountinfo.Info) string {
-		if m == nil {
-			return ""
-		}
-		for _, field := range strings.Fields(m.Optional) {
-			if strings.HasPrefix(field, "shared:") {
-				return field
-			}
-		}
+func peers(a, b *mountinfo.Info) bool { return groupOf(a) != "" && groupOf(a) == groupOf(b) }
+
+// groupOf is the peer group of a mount, "" where it has none.
+func groupOf(m *mountinfo.Info) string {
+	if m == nil {
 		return ""
 	}
-	return group(a) != "" && group(a) == group(b)
+	for _, field := range strings.Fields(m.Optional) {
+		if strings.HasPrefix(field, "shared:") {
+			return field
+		}
+	}
+	return ""
 }
 
 // uncovered fails with FailedPrecondition if a pin is covered.
 func uncovered(path string) error {
-	names, over, err := Covered(filepath.Dir(path))
+	cover, err := Covered(filepath.Dir(path))
 	if err != nil {
 		return fmt.Errorf("failed to unpin network namespace %q: %w", path, err)
 	}
-	for _, name := range names {
-		if name == filepath.Base(path) {
-			return fmt.Errorf("failed to unpin network namespace %q: something was mounted over it on %q; umount -R %s: %w", path, over, over, errdefs.ErrFailedPrecondition)
-		}
+	if slices.Contains(cover.Pins, filepath.Base(path)) {
+		return fmt.Errorf("failed to unpin network namespace: a mount on %q covers pin %q; %s: %w", cover.Over, path, cover.Remedy(), errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
 
-// mayBeCovered says whether something is mounted on the directory of a path itself. To list all mounts costs more on a full node.
+// mayBeCovered says whether another filesystem is mounted on the directory of a path. A mount of the directory on itself is no such one: its
+// files are those that it covers, and none that is a mount point, somewhere, can be removed. To list all mounts costs more on a full node.
 func mayBeCovered(path string) bool {
-	st, err := mountOf(filepath.Dir(path))
-	return err != nil || st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
+	dir, err := mountOf(filepath.Dir(path))
+	if err != nil {
+		return true
+	}
+	if dir.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return false
+	}
+	above, err := mountOf(filepath.Join(filepath.Dir(path), ".."))
+	return err != nil || dir.Dev_major != above.Dev_major || dir.Dev_minor != above.Dev_minor
 }

@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -68,23 +69,28 @@ func TestUnpinCovered(t *testing.T) {
 			dir := onMount(t, unix.MS_PRIVATE)
 			path, over := filepath.Join(dir, "pin"), cover.over(dir)
 			require.NoError(t, h.Pin(path))
-			pins, _, err := Covered(dir)
+			found, err := Covered(dir)
 			require.NoError(t, err)
-			require.Empty(t, pins)
+			require.Empty(t, found.Pins)
 
 			mount(t, cover.source(dir), over, cover.kind, cover.flags)
 			info, err := Inspect(path)
 			require.NoError(t, err)
 			require.Equal(t, cover.visible, info.Pinned)
-			pins, at, err := Covered(dir)
+			found, err = Covered(dir)
 			require.NoError(t, err)
-			require.Equal(t, []string{"pin"}, pins)
-			require.Equal(t, over, at)
+			require.Equal(t, []string{"pin"}, found.Pins)
+			require.Equal(t, over, found.Over)
 
+			remedy := "umount " + over
+			if over != dir {
+				remedy = "findmnt -R " + over // there may be anything else on it
+			}
 			for range 2 {
 				err = Unpin(t.Context(), path)
 				require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
-				require.ErrorContains(t, err, "umount -R "+over)
+				require.ErrorContains(t, err, fmt.Sprintf("a mount on %q covers pin %q; ", over, path))
+				require.ErrorContains(t, err, remedy)
 			}
 			require.NoError(t, unix.Unmount(over, 0))
 			require.NoError(t, Unpin(t.Context(), path))
@@ -130,16 +136,85 @@ func TestPinsOfPeersAreNotCovered(t *testing.T) {
 	path := filepath.Join(dir, "pin")
 	require.NoError(t, h.Pin(path))
 	require.Equal(t, 2, mountsAt(t, path))
-	pins, _, err := Covered(dir)
+	found, err := Covered(dir)
 	require.NoError(t, err)
-	require.Empty(t, pins)
+	require.Empty(t, found.Pins)
 	require.NoError(t, Unpin(t.Context(), path))
 	require.Zero(t, mountsAt(t, path))
 }
 
-func TestCoveredWithoutADirectory(t *testing.T) {
-	pins, over, err := Covered(filepath.Join(t.TempDir(), "none", "netns"))
+// Others have pinned namespaces on what covers a pin, as "ip netns add" does. The remedy leaves theirs alone.
+func TestRemedyKeepsWhatIsOnACover(t *testing.T) {
+	requireRoot(t)
+	for name, cover := range covers {
+		if name == "a tmpfs above" {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			h, _ := capturePod(t)
+			dir := onMount(t, unix.MS_PRIVATE)
+			path, others, aside := filepath.Join(dir, "pin"), filepath.Join(dir, "others"), filepath.Join(filepath.Dir(dir), "aside")
+			require.NoError(t, h.Pin(path))
+			mount(t, cover.source(dir), dir, cover.kind, cover.flags)
+			require.NoError(t, h.Pin(others))
+
+			err := Unpin(t.Context(), path)
+			require.ErrorContains(t, err, "mount --move "+dir)
+			require.NotContains(t, err.Error(), "-R")
+			require.NoError(t, os.Mkdir(aside, 0o755))
+			require.NoError(t, unix.Mount(dir, aside, "", unix.MS_MOVE, ""))
+			require.NoError(t, unix.Unmount(path, 0))
+			require.NoError(t, unix.Mount(aside, dir, "", unix.MS_MOVE, ""))
+
+			require.NoError(t, Unpin(t.Context(), path), "the stop goes on")
+			require.Zero(t, mountsAt(t, path))
+			info, err := Inspect(others)
+			require.NoError(t, err)
+			require.Equal(t, h.Inode(), info.Inode)
+			require.NoError(t, Unpin(t.Context(), others))
+		})
+	}
+}
+
+// A cover can't be moved where its parent is shared: the kernel refuses that.
+func TestRemedyOnASharedMount(t *testing.T) {
+	requireRoot(t)
+	h, _ := capturePod(t)
+	dir := onMount(t, unix.MS_SHARED)
+	require.NoError(t, h.Pin(filepath.Join(dir, "pin")))
+	mount(t, "cover", dir, "tmpfs", 0)
+	require.NoError(t, h.Pin(filepath.Join(dir, "others")))
+	found, err := Covered(dir)
 	require.NoError(t, err)
-	require.Empty(t, pins)
-	require.Empty(t, over)
+	require.Equal(t, []string{"pin"}, found.Pins)
+	require.Contains(t, found.Remedy(), "findmnt -R "+dir)
+	require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH))
+	require.NoError(t, Unpin(t.Context(), filepath.Join(dir, "pin")))
+}
+
+// All mounts of the node are listed only where another filesystem is mounted on the directory.
+func TestMayBeCovered(t *testing.T) {
+	requireRoot(t)
+	for name, tc := range map[string]struct {
+		kind  string
+		flags uintptr
+		may   bool
+	}{
+		"the directory on itself": {flags: unix.MS_BIND},
+		"another filesystem":      {kind: "tmpfs", may: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := onMount(t, unix.MS_PRIVATE)
+			require.False(t, mayBeCovered(filepath.Join(dir, "pin")))
+			mount(t, dir, dir, tc.kind, tc.flags)
+			require.Equal(t, tc.may, mayBeCovered(filepath.Join(dir, "pin")))
+		})
+	}
+	require.True(t, mayBeCovered(filepath.Join(t.TempDir(), "none", "pin")))
+}
+
+func TestCoveredWithoutADirectory(t *testing.T) {
+	found, err := Covered(filepath.Join(t.TempDir(), "none", "netns"))
+	require.NoError(t, err)
+	require.Empty(t, found.Pins)
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -58,30 +59,49 @@ func (c *Controller) check(ctx context.Context, view lifecycle.View) {
 func (c *Controller) watchPins(ctx context.Context) {
 	ticker := time.NewTicker(pinInterval)
 	defer ticker.Stop()
+	var failed map[journal.Key]pinTries
 	for {
 		select {
 		case <-ticker.C:
-			c.pinAgain(ctx)
+			failed = c.pinAgain(ctx, failed)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// pinAgain makes the missing pins of ready sandboxes again. A sandbox that is busy for longer is left to the next look.
-func (c *Controller) pinAgain(ctx context.Context) {
-	for _, view := range c.engine.List() {
-		if unpinned(view) {
-			bounded, cancel := context.WithTimeout(ctx, probeTimeout)
-			_ = c.engine.Check(bounded, view.Key, CaptureNetNS)
-			cancel()
-		}
-	}
+// pinTries are the tries to pin one namespace again that have failed, and when the next one is due.
+type pinTries struct {
+	failed int
+	next   time.Time
 }
 
-// unpinned says whether the pin of a ready sandbox has to be made again. What a look before has failed to do is left to the stop.
+// pinAgain makes the missing pins of ready sandboxes again. A sandbox that is busy for longer is left to a later look. It returns what has
+// failed, by sandbox: each is tried again, less and less often.
+func (c *Controller) pinAgain(ctx context.Context, before map[journal.Key]pinTries) map[journal.Key]pinTries {
+	failed := map[journal.Key]pinTries{}
+	for _, view := range c.engine.List() {
+		if !unpinned(view) {
+			continue
+		}
+		tries := before[view.Key]
+		if !time.Now().Before(tries.next) {
+			bounded, cancel := context.WithTimeout(ctx, probeTimeout)
+			err := c.engine.Check(bounded, view.Key, CaptureNetNS)
+			cancel()
+			if err == nil {
+				continue
+			}
+			tries.failed++
+			tries.next = time.Now().Add(lifecycle.DefaultBackoff(tries.failed))
+		}
+		failed[view.Key] = tries
+	}
+	return failed
+}
+
+// unpinned says whether the pin of a ready sandbox has to be made again.
 func unpinned(view lifecycle.View) bool {
-	captured := view.Step(CaptureNetNS)
-	pinned, ok := captured.Result.(*NetNS)
-	return ok && view.State == states.Ready && captured.Err == nil && view.Spec.(*Spec).NetNSPath == "" && !isPinned(pinned)
+	pinned, ok := view.Step(CaptureNetNS).Result.(*NetNS)
+	return ok && view.State == states.Ready && view.Spec.(*Spec).NetNSPath == "" && !isPinned(pinned)
 }

@@ -54,7 +54,7 @@ type Config struct {
 }
 
 func defaultConfig() *Config {
-	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto", NetNSPrefix: leaks.PinPrefix, MinHostID: 1000}
+	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto", NetNSPrefix: "podfsm-", MinHostID: 1000}
 }
 
 // timeouts are the parsed durations of a Config, all positive.
@@ -89,7 +89,7 @@ func (c *Config) gc() (bool, error) {
 	}
 }
 
-// checkPrefix refuses prefixes under which nobody would find the namespaces again.
+// checkPrefix refuses prefixes that the search for leaks does not know.
 func (c *Config) checkPrefix() error {
 	if c.NetNSPrefix != leaks.PinPrefix && c.NetNSPrefix != leaks.StockPinPrefix {
 		return fmt.Errorf("netns_prefix = %q is neither %q nor %q: %w", c.NetNSPrefix, leaks.PinPrefix, leaks.StockPinPrefix, errdefs.ErrInvalidArgument)

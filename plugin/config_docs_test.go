@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"bytes"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -119,4 +120,18 @@ func scalarsOf(s section) map[string]any {
 		}
 	}
 	return found
+}
+
+// The reference has the default of each option that has one.
+func TestDefaultsInTheReference(t *testing.T) {
+	text, err := os.ReadFile("../docs/configuration.md")
+	require.NoError(t, err)
+	defaults := reflect.ValueOf(defaultConfig()).Elem()
+	for field, value := range defaults.Fields() {
+		if value.IsZero() {
+			continue
+		}
+		row := fmt.Sprintf("| `%s` | %s | `%#v` |", field.Tag.Get("toml"), map[reflect.Kind]string{reflect.String: "string", reflect.Int64: "integer"}[value.Kind()], value.Interface())
+		require.Contains(t, string(text), row)
+	}
 }

@@ -29,6 +29,7 @@ func TestNetNSPrefix(t *testing.T) {
 	for _, prefix := range []string{"podfsm-", "cni-"} {
 		require.NoError(t, (&Config{NetNSPrefix: prefix}).checkPrefix())
 	}
+	require.NoError(t, defaultConfig().checkPrefix())
 	for _, prefix := range []string{"", "cni", "../", "other-"} {
 		err := (&Config{NetNSPrefix: prefix}).checkPrefix()
 		require.True(t, errdefs.IsInvalidArgument(err))

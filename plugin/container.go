@@ -87,10 +87,10 @@ func (c *Controller) startShim(ctx context.Context, key journal.Key) error {
 }
 
 // sandboxOf is the sandbox that a container is in, by containerd's record of the container; "" where that says none, or isn't there.
-func (n *node) sandboxOf(ctx context.Context, container string) string {
+func (n *node) sandboxOf(ctx context.Context, container string) (string, error) {
 	record, err := n.client.ContainerService().Get(ctx, container)
-	if err != nil {
-		return ""
+	if err != nil && !errdefs.IsNotFound(err) {
+		return "", fmt.Errorf("failed to find the pod of container %q: %w", container, err)
 	}
-	return record.SandboxID
+	return record.SandboxID, nil
 }

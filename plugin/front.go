@@ -32,11 +32,16 @@ func (c *Controller) Pod(id string) (cri.Pod, bool) {
 }
 
 // PodOfContainer is the sandbox of ours that a container is in, by containerd's record of the container, for the front.
-func (c *Controller) PodOfContainer(ctx context.Context, id string) (cri.Pod, bool) {
+func (c *Controller) PodOfContainer(ctx context.Context, id string) (cri.Pod, bool, error) {
 	if c.engine == nil {
-		return cri.Pod{}, false
+		return cri.Pod{}, false, nil
 	}
-	return c.Pod(c.node.sandboxOf(ctx, id))
+	sandbox, err := c.node.sandboxOf(ctx, id)
+	if err != nil {
+		return cri.Pod{}, false, err
+	}
+	pod, ok := c.Pod(sandbox)
+	return pod, ok, nil
 }
 
 // CreatedAt is when a sandbox was begun, for the front.

@@ -294,13 +294,16 @@ func (s *fakeNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
 // containerRecords are those that containerd has.
 type containerRecords struct {
 	containers.Store
-	mu  sync.Mutex
-	err error
+	mu        sync.Mutex
+	err       error
+	sandboxes map[string]string // by the containers that are in them
+	gets      int
 }
 
 func (s *containerRecords) Get(_ context.Context, id string) (containers.Container, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.gets++
 	if s.err != nil {
 		return containers.Container{}, s.err
 	}
@@ -308,7 +311,7 @@ func (s *containerRecords) Get(_ context.Context, id string) (containers.Contain
 		Version: specs.Version,
 		Linux:   &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.NetworkNamespace}, {Type: specs.UserNamespace}}},
 	})
-	return containers.Container{ID: id, Image: "pause", Spec: spec}, err
+	return containers.Container{ID: id, Image: "pause", Spec: spec, SandboxID: s.sandboxes[id]}, err
 }
 
 // List has none, for the processes of the machine are of no container of a test.

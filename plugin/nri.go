@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/runtime/protoiface"
 
+	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -23,9 +24,16 @@ var (
 	nriPods   atomic.Pointer[func(*nri.PodSandbox)] // completes a pod
 )
 
-// completeNRI has complete called for each pod in each request to an NRI plugin, before the request is encoded.
+// completeNRI has complete called for each pod in each request to an NRI plugin, before the request is encoded. A panic of it leaves the pod
+// as containerd's service has it.
 func completeNRI(complete func(*nri.PodSandbox)) {
-	nriPods.Store(&complete)
+	protected := func(pod *nri.PodSandbox) {
+		_ = lifecycle.Protect(func() error {
+			complete(pod)
+			return nil
+		})
+	}
+	nriPods.Store(&protected)
 	nriTables.Do(func() {
 		messages := nri.File_pkg_api_api_proto.Messages()
 		for i := range messages.Len() {

@@ -54,6 +54,10 @@ func TestNRIPluginsAreToldAddresses(t *testing.T) {
 	require.Equal(t, []string{"10.0.0.2", "fd00::2"}, got2.GetIps(), "which it has had")
 	require.Zero(t, got2.GetPid(), "it has ended")
 
+	completeNRI(func(*nri.PodSandbox) { panic("a bug of the completion") })
+	stopped := encoded(t, &nri.StopPodSandboxRequest{Pod: ours()}).(*nri.StopPodSandboxRequest).GetPod()
+	require.True(t, proto.Equal(ours(), stopped), "%v", stopped)
+
 	completeNRI((&Controller{}).completePod)
 	require.Empty(t, encoded(t, &nri.RunPodSandboxRequest{Pod: ours()}).(*nri.RunPodSandboxRequest).GetPod().GetIps())
 }

@@ -2,12 +2,15 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/states"
@@ -119,8 +122,8 @@ func (s *captureNetNS) Check(ctx context.Context, r *lifecycle.Run) error { retu
 // keepPin pins a sandbox's network namespace again if the pin is gone, and pause still runs in the namespace: "ip netns delete" takes pins
 // away, and mounts over their directory hide them. Without a pin, the end of pause would be the end of the namespace, before DEL has seen it.
 func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
-	captured, ok := r.Result(CaptureNetNS).(*NetNS)
-	if !ok || r.Spec.(*Spec).NetNSPath != "" || isPinned(captured) {
+	captured, ok := n.pinOf(r)
+	if !ok || isPinned(captured) {
 		return nil
 	}
 	process, err := n.pauses.Process(holderID(r.Key))
@@ -139,12 +142,12 @@ func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
 	}
 	defer handle.Close()
 	if handle.Inode() != captured.Inode {
-		return fmt.Errorf("pause of sandbox %q is in network namespace %d, not in %d: %w", r.Key.ID, handle.Inode(), captured.Inode, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("pause of sandbox %q is in network namespace %d, not in %d: %w", r.Key.ID, handle.Inode(), captured.Inode, errdefs.ErrInternal) // nobody can mend that
 	}
 	if err := handle.Pin(captured.Path); err != nil {
 		return fmt.Errorf("failed to pin the network namespace of sandbox %q again: %w", r.Key.ID, err)
 	}
-	log.G(ctx).WithField("path", captured.Path).Warn("sandbox: the pin of its network namespace was gone, pinned again")
+	log.G(ctx).WithField("path", captured.Path).Warn("network namespace pin was missing, pinned again")
 	return nil
 }
 
@@ -155,8 +158,14 @@ func (n *node) keepPinForDel(ctx context.Context, r *lifecycle.Run) error {
 	if err == nil || errdefs.IsAlreadyExists(err) || errdefs.IsFailedPrecondition(err) {
 		return err
 	}
-	log.G(ctx).WithError(err).Warn("sandbox: failed to pin its network namespace again, DEL goes without it")
+	log.G(ctx).WithError(err).Warn("failed to pin network namespace again, CNI DEL runs without it")
 	return nil
+}
+
+// pinOf is the pin on record that podfsm has made for a sandbox.
+func (n *node) pinOf(r *lifecycle.Run) (*NetNS, bool) {
+	captured, ok := r.Result(CaptureNetNS).(*NetNS)
+	return captured, ok && r.Spec.(*Spec).NetNSPath == ""
 }
 
 // isPinned says whether the namespace on record is where it was pinned.
@@ -166,10 +175,30 @@ func isPinned(captured *NetNS) bool {
 }
 
 func (s *captureNetNS) Undo(ctx context.Context, r *lifecycle.Run) error {
-	return netns.Unpin(ctx, s.netNSPath(r.Key.ID))
+	var errs []error
+	for _, path := range s.pinPaths(r) {
+		errs = append(errs, netns.Unpin(ctx, path))
+	}
+	return errors.Join(errs...)
 }
 
 func (s *captureNetNS) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {
-	info, err := netns.Inspect(s.netNSPath(r.Key.ID))
-	return info.Pinned, err
+	for _, path := range s.pinPaths(r) {
+		if info, err := netns.Inspect(path); err != nil || info.Pinned {
+			return info.Pinned, err
+		}
+	}
+	return false, nil
+}
+
+// pinPaths are where the namespace of a sandbox may be pinned: where the record says, else under every name that podfsm may have given it. A
+// pin that a mount covers can't be found by looking.
+func (s *captureNetNS) pinPaths(r *lifecycle.Run) (paths []string) {
+	if captured, ok := s.pinOf(r); ok {
+		return []string{captured.Path}
+	}
+	for _, name := range leaks.Pins(r.Key.ID) {
+		paths = append(paths, filepath.Join(s.stock.netNSDir(), name))
+	}
+	return paths
 }

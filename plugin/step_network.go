@@ -155,7 +155,17 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err := s.keepPinForDel(ctx, r); err != nil { // pause of a sandbox that is rolled back still runs
 		return err
 	}
+	attachment.NetNSPath = s.netNSAtDel(r, attachment.NetNSPath)
 	return s.driver.Del(ctx, attachment, recorder(r))
+}
+
+// netNSAtDel is where DEL finds the pod's namespace, which was pinned at path; "" if it isn't there. DEL must not look into another one that
+// is, after pause has ended.
+func (n *node) netNSAtDel(r *lifecycle.Run, path string) string {
+	if captured, ok := n.pinOf(r); ok && !isPinned(captured) {
+		return ""
+	}
+	return path
 }
 
 // WriteOff gives up the DEL of a CNI plugin.

@@ -95,7 +95,10 @@ func (t *taskService) Create(ctx context.Context, r *tasksapi.CreateTaskRequest,
 	if p, ok := t.find(ctx, r.GetContainerID()); ok {
 		return nil, p.refuse("create")
 	}
-	key, ok := t.podOf(ctx, r.GetContainerID())
+	key, ok, err := t.podOf(ctx, r.GetContainerID())
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
 	if !ok {
 		return t.TasksClient.Create(ctx, r, opts...)
 	}
@@ -117,13 +120,15 @@ func (t *taskService) Create(ctx context.Context, r *tasksapi.CreateTaskRequest,
 }
 
 // podOf is the pod of podfsm's that a container is in. That of a container which isn't there is for the service to say.
-func (t *taskService) podOf(ctx context.Context, container string) (journal.Key, bool) {
+func (t *taskService) podOf(ctx context.Context, container string) (key journal.Key, ok bool, err error) {
 	controller := t.of.Load()
-	if controller == nil || controller.engine == nil {
-		return journal.Key{}, false
+	namespace, inNamespace := namespaces.Namespace(ctx)
+	if controller == nil || controller.engine == nil || !inNamespace {
+		return journal.Key{}, false, nil
 	}
-	key, err := keyOf(ctx, controller.node.sandboxOf(ctx, container))
-	return key, err == nil && !controller.engine.Created(key).IsZero()
+	sandbox, err := controller.node.sandboxOf(ctx, container)
+	key = journal.Key{Namespace: namespace, ID: sandbox}
+	return key, err == nil && !controller.engine.Created(key).IsZero(), err
 }
 
 func (t *taskService) Get(ctx context.Context, r *tasksapi.GetRequest, opts ...grpc.CallOption) (*tasksapi.GetResponse, error) {
@@ -285,7 +290,10 @@ func (t *taskService) Delete(ctx context.Context, r *tasksapi.DeleteTaskRequest,
 	if p, ok := t.find(ctx, r.GetContainerID()); ok {
 		return nil, p.refuse("delete")
 	}
-	key, ok := t.podOf(ctx, r.GetContainerID())
+	key, ok, err := t.podOf(ctx, r.GetContainerID())
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
 	if !ok {
 		return t.TasksClient.Delete(ctx, r, opts...)
 	}
