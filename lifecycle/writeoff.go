@@ -1,7 +1,9 @@
 package lifecycle
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -36,11 +38,24 @@ const (
 type givingUp struct {
 	by     Author
 	reason string
+	kept   []states.Event // those that failed, and were not written off
 }
 
-// covers says whether a failed undo of a step is written off. After a reboot, podfsm gives up only what isn't its own to take back.
-func (g *givingUp) covers(d Declaration) bool {
-	return g != nil && (g.by == ByOperator || d.Foreign)
+// covers says whether an undo of a step that failed with cause is written off. After a reboot, podfsm gives up only what isn't its own to
+// take back. A step that holds others keeps its processes, mounts and snapshots from losing what they use, so nobody gives that up.
+func (g *givingUp) covers(d Declaration, cause error) bool {
+	if errors.As(cause, new(InUse)) {
+		return false
+	}
+	return d.Foreign || g.by == ByOperator && len(d.Holds) == 0
+}
+
+// explained adds to err which undos the write-off left pending.
+func (g *givingUp) explained(err error) error {
+	if err == nil || len(g.kept) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w; the undo of %q can't be written off, because processes may still use what it would free", err, g.kept)
 }
 
 // Retry tries a pending cleanup now, and returns what is still pending afterwards.
@@ -53,7 +68,8 @@ func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
 
 // WriteOff gives up a pending cleanup, and goes on towards its goal. With a part, that part alone is written off, without another try.
 // Without one, the cleanup is tried once more, and each undo that fails is written off. What is written off stays so after a kill and
-// after a reboot. A process that can't be ended is never written off: it uses what would be freed.
+// after a reboot. What a process, a mount or a snapshot may use is never freed: the end of a process is never written off, nor is the undo
+// of a step that holds others, unless it is [Declaration.Foreign], nor one that fails with [InUse].
 //
 // Errors: those of [Engine.Retry]; InvalidArgument without a reason; NotFound, naming those that there are, for a part that isn't pending.
 func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason string) error {
@@ -62,7 +78,8 @@ func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason str
 	}
 	return e.owing(ctx, key, func(s *sandbox) error {
 		if part == "" {
-			return s.payAlone(&givingUp{ByOperator, reason})
+			giving := &givingUp{by: ByOperator, reason: reason}
+			return giving.explained(s.payAlone(giving))
 		}
 		if err := s.writeOffPart(s.background(), part, reason); err != nil {
 			return err
@@ -130,11 +147,12 @@ func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 // giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
 // isn't on record: after a restart it would be tried again.
 func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
-	giving := s.givingUp
+	giving := cmp.Or(s.givingUp, s.hopeless())
 	if giving == nil {
-		giving = s.hopeless()
+		return false
 	}
-	if !giving.covers(d) {
+	if !giving.covers(d, cause) {
+		giving.kept = append(giving.kept, d.Name)
 		return false
 	}
 	w := WriteOff{Step: d.Name, By: giving.by, Reason: giving.reason, Err: cause, At: time.Now()}
@@ -176,5 +194,5 @@ func (s *sandbox) hopeless() *givingUp {
 	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessAfter {
 		return nil
 	}
-	return &givingUp{ByReboot, fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
+	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
 }

@@ -292,6 +292,31 @@ func TestWriteOffIsRefused(t *testing.T) {
 	})
 }
 
+// Ids are never freed while a process, a mount or a snapshot may use them.
+func TestWriteOffFreesNothingInUse(t *testing.T) {
+	for step, undo := range map[states.Event]func() error{
+		startShim:     never,
+		startPause:    never,
+		remapSnapshot: never,
+		attachNetwork: func() error { return StillInUse(errNever) },
+	} {
+		t.Run(string(step), func(t *testing.T) {
+			w := newWorld(t)
+			told := w.calm()
+			require.NoError(t, w.run(t))
+			require.NoError(t, w.Demand(t.Context(), testKey, startShim))
+			w.undo[step] = undo
+			require.ErrorIs(t, w.Remove(t.Context(), testKey), errNever)
+			err := w.WriteOff(t.Context(), testKey, "", "gone")
+			require.ErrorIs(t, err, errNever)
+			require.ErrorContains(t, err, fmt.Sprintf("the undo of [%q] can't be written off", step))
+			require.Empty(t, told.read())
+			declared, _ := w.step(step)
+			require.Subset(t, w.left(), declared.Declaration().Holds)
+		})
+	}
+}
+
 // A sandbox in quarantine whose stop fails can't be removed by the kubelet.
 func TestWriteOffInQuarantine(t *testing.T) {
 	w := newWorld(t)

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -155,7 +156,11 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err := s.keepPinForDel(ctx, r); err != nil { // pause of a sandbox that is rolled back still runs
 		return err
 	}
-	return s.driver.Del(ctx, attachment, recorder(r))
+	err = s.driver.Del(ctx, attachment, recorder(r))
+	if errors.As(err, new(*cni.RunningError)) {
+		return lifecycle.StillInUse(err)
+	}
+	return err
 }
 
 // WriteOff gives up the DEL of a CNI plugin.

@@ -83,7 +83,8 @@ func writeOffCommand() *cli.Command {
 		Description: "The cleanup is tried once more, and each undo that fails is given up: what it would have taken back stays on\n" +
 			"the node, as an address of an IPAM plugin or a rule of iptables. podfsm leaks shows what podfsm can find of that.\n" +
 			"With --plugin, the DEL of that plugin alone is given up, without another try. The rest of the cleanup is tried again.\n" +
-			"A process that can't be ended is never given up: it uses what would be freed. Only a reboot ends it.\n\n" + cleanupDescription,
+			"What a process or a mount may still use is never freed: pause, the shim, a CNI plugin that still runs and the\n" +
+			"snapshot are never given up. A reboot ends what uses them.\n\n" + cleanupDescription,
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "plugin", Usage: "the `TYPE` of a CNI plugin, or NETWORK/TYPE"},
