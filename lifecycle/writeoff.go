@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -63,7 +65,7 @@ func (g *givingUp) explained(err error) error {
 // Errors: NotFound for an unknown sandbox, FailedPrecondition for one without a pending cleanup, a *StepError. When ctx ends first, the
 // try continues.
 func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
-	return e.owing(ctx, key, func(s *sandbox) error { return s.payAlone(nil) })
+	return e.withPending(ctx, key, func(s *sandbox) error { return s.payAlone(nil) })
 }
 
 // WriteOff gives up a pending cleanup, and goes on towards its goal. With a part, that part alone is written off, without another try.
@@ -73,10 +75,10 @@ func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
 //
 // Errors: those of [Engine.Retry]; InvalidArgument without a reason; NotFound, naming those that there are, for a part that isn't pending.
 func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason string) error {
-	if reason == "" {
+	if strings.TrimSpace(reason) == "" {
 		return fmt.Errorf("a cleanup is written off for a reason: %w", errdefs.ErrInvalidArgument)
 	}
-	return e.owing(ctx, key, func(s *sandbox) error {
+	return e.withPending(ctx, key, func(s *sandbox) error {
 		if part == "" {
 			giving := &givingUp{by: ByOperator, reason: reason}
 			return giving.explained(s.payAlone(giving))
@@ -88,33 +90,37 @@ func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason str
 	})
 }
 
-// owing handles a request for a sandbox that has a pending cleanup. Unlike a stop, it doesn't end a creation that is under way.
-func (e *Engine) owing(ctx context.Context, key journal.Key, f func(*sandbox) error) error {
+// withPending handles a request for a sandbox that has a pending cleanup. Unlike a stop, it doesn't end a creation that is under way, and
+// isn't begun once its caller has gone.
+func (e *Engine) withPending(ctx context.Context, key journal.Key, f func(*sandbox) error) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
 	}
+	var taken atomic.Bool // by the queue, or by a caller that gives up
 	done := s.ask(func(reply func(error)) {
-		if !s.owes() {
+		if taken.Swap(true) {
+			return
+		}
+		if !s.pending() {
 			reply(fmt.Errorf("sandbox %q is %s and has no pending cleanup: %w", key.ID, s.state(), errdefs.ErrFailedPrecondition))
 			return
 		}
 		reply(f(s))
 	})
-	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
-}
-
-// owes says whether the sandbox has a pending cleanup. One in quarantine stays there when its stop fails.
-func (s *sandbox) owes() bool {
-	switch s.state() {
-	case states.CleanupOwed:
-		return true
-	case states.Quarantined:
-		return len(s.owed()) > 0
-	default:
-		return false
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		if taken.Swap(true) {
+			return fmt.Errorf("request for sandbox %q continues after its caller's deadline: %w", key.ID, context.Cause(ctx))
+		}
+		return fmt.Errorf("sandbox %q is busy, the request was not begun: %w", key.ID, context.Cause(ctx))
 	}
 }
+
+// pending is as [View.Pending].
+func (s *sandbox) pending() bool { return s.state() == states.CleanupOwed || len(s.owed()) > 0 }
 
 // owed are the steps whose undo is owed, in the order in which they are undone.
 func (s *sandbox) owed() []states.Event {
