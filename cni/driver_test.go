@@ -596,6 +596,8 @@ func TestWriteOff(t *testing.T) {
 	_, err := r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
 	require.True(t, errdefs.IsNotFound(err), "nothing was added")
 	require.NoError(t, r.add(t.Context()))
+	_, err = r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
+	require.True(t, errdefs.IsNotFound(err), "no DEL was tried")
 	r.calls()
 	require.NoError(t, os.Remove(filepath.Join(p.dir, "second")))
 	require.Error(t, r.del(t.Context()))
