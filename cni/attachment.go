@@ -38,6 +38,8 @@ type PluginState struct {
 	Result  json.RawMessage `json:"result,omitempty"` // of ADD, in the CNI version of the list
 	Error   string          `json:"error,omitempty"`  // of the last command, if it failed
 	Took    time.Duration   `json:"took,omitempty"`   // of ADD, in nanoseconds, when it has succeeded
+	// DelFailed says that the last command was a DEL, which failed: no ADD runs any more, for a DEL ends it.
+	DelFailed bool `json:"delFailed,omitempty"`
 }
 
 // Phase is what has happened to a plugin.
@@ -125,7 +127,7 @@ func (a *Attachment) Apply(p Progress) error {
 		return fmt.Errorf("CNI plugin %q of sandbox %q can't become %q from %q: %w", state.Type, a.ContainerID, p.Phase, state.Phase, errdefs.ErrDataLoss)
 	}
 	state.Phase = p.Phase
-	state.Error = p.Error
+	state.Error, state.DelFailed = p.Error, p.Command == "DEL" && p.Error != ""
 	if p.Result != nil {
 		state.Result, state.Took = p.Result, p.Took
 	}
@@ -141,14 +143,14 @@ func (a *Attachment) LookIn(binDirs []string) {
 	}
 }
 
-// WriteOff gives up the DEL of each plugin that name fits, a plugin's type or "network/type", and returns which they are, as
+// WriteOff gives up the failed DEL of each plugin that name fits, a plugin's type or "network/type", and returns which they are, as
 // "network/type". Facts are recorded and applied. No plugin is run.
 //
-// Errors: NotFound, naming those whose DEL is pending, when name fits none of them.
+// Errors: NotFound, naming those whose last DEL has failed, when name fits none of them.
 func (a *Attachment) WriteOff(ctx context.Context, name, reason string, record Record) (written []string, _ error) {
 	var others []string
 	for _, state := range a.Plugins {
-		if !state.owed() {
+		if !state.owed() || !state.DelFailed {
 			continue
 		}
 		full := a.Networks[state.Network].Name + "/" + state.Type
@@ -166,7 +168,7 @@ func (a *Attachment) WriteOff(ctx context.Context, name, reason string, record R
 		written = append(written, full)
 	}
 	if len(written) == 0 {
-		return nil, fmt.Errorf("no DEL of a CNI plugin %q is pending for sandbox %q, only of %q: %w", name, a.ContainerID, others, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no DEL of a CNI plugin %q has failed for sandbox %q, only of %q: %w", name, a.ContainerID, others, errdefs.ErrNotFound)
 	}
 	return written, nil
 }

@@ -151,12 +151,12 @@ func (d *Driver) addNetwork(ctx context.Context, a *Attachment, network int, rec
 //
 // Errors: those of all plugins joined, as for Add.
 func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
-	if a.Settled() {
-		return nil
-	}
-	// A DEL beside an ADD that still runs may free what the ADD then takes.
+	// A DEL beside an ADD that still runs may free what the ADD then takes. What was written off may still run, too.
 	if err := end(ctx, d.groups, a.ContainerID, d.delTimeout, a.succeeded); err != nil {
 		return err
+	}
+	if a.Settled() {
+		return nil
 	}
 	netns, err := a.livingNetNS()
 	if err != nil {

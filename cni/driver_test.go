@@ -596,6 +596,8 @@ func TestWriteOff(t *testing.T) {
 	_, err := r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
 	require.True(t, errdefs.IsNotFound(err), "nothing was added")
 	require.NoError(t, r.add(t.Context()))
+	_, err = r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
+	require.True(t, errdefs.IsNotFound(err), "no DEL was tried")
 	r.calls()
 	require.NoError(t, os.Remove(filepath.Join(p.dir, "second")))
 	require.Error(t, r.del(t.Context()))
@@ -674,9 +676,15 @@ func TestDelWantsNetNS(t *testing.T) {
 	}{
 		"knows an empty one":         {"ip link show lo >/dev/null || exit 1; exit 0", "exit 1", 1, ""},
 		"wants what was in there":    {fail("Link not found"), "exit 0", 2, ""},
-		"wants a namespace":          {fail("lstat /x: no such file or directory"), fail("failed to open netns: no such file or directory"), 2, ""},
+		"wants a namespace":          {fail("lstat /run/netns/x: no such file or directory"), fail("failed to open netns: no such file or directory"), 2, ""},
 		"wants its agent":            {fail("dial unix /x.sock: connection refused"), "exit 0", 1, "connection refused"},
 		"wants its agent without it": {fail("Link not found"), fail("connection refused"), 2, "connection refused"},
+		"its agent has no socket yet": {
+			fail("Multus: failed to dial unix /run/multus/multus.sock: connect: no such file or directory"), "exit 0", 1, "multus.sock",
+		},
+		"its agent has written no file yet": {fail("stat /var/lib/calico/nodename: no such file or directory"), "exit 0", 1, "nodename"},
+		"its file is missing, quoted":       {fail(`failed to open "/run/agent.json": no such file or directory`), "exit 0", 1, "agent.json"},
+		"wants a sysctl of the namespace":   {fail("open /proc/sys/net/ipv4/conf/eth0/forwarding: no such file or directory"), "exit 0", 2, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPlugins(t)

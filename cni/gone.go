@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -53,9 +55,28 @@ func (c call) delWithoutNetNS(ctx context.Context, prev types.Result, before err
 }
 
 // wantsNetNS says that a plugin itself has failed for want of something that may have been in the pod's network namespace, by the texts
-// that containerd goes by.
+// that containerd goes by. A socket or a file that is missing elsewhere is that of an agent that isn't up yet.
 func wantsNetNS(err error) bool {
 	var failure *types.Error
-	return errors.As(err, &failure) &&
-		(strings.Contains(failure.Error(), "no such file or directory") || strings.Contains(failure.Error(), "not found"))
+	if !errors.As(err, &failure) {
+		return false
+	}
+	text := failure.Error()
+	if strings.Contains(text, "dial ") || strings.Contains(text, "connect:") {
+		return false
+	}
+	if strings.Contains(text, noFile) {
+		return !slices.ContainsFunc(missingFile.FindAllStringSubmatch(text, -1), func(m []string) bool { return !ofNetNS(m[1]) })
+	}
+	return strings.Contains(text, "not found")
+}
+
+const noFile = "no such file or directory"
+
+// missingFile finds the paths of the texts "open /a: no such file or directory" and "open \"/a\": no such file or directory".
+var missingFile = regexp.MustCompile(`(/[^\s"':]*)["']?: ` + noFile)
+
+// ofNetNS says whether a path is that of a network namespace, or of something in one.
+func ofNetNS(path string) bool {
+	return strings.Contains(path, "netns") || strings.HasPrefix(path, "/proc/") || strings.HasPrefix(path, "/sys/class/net/")
 }

@@ -134,11 +134,24 @@ func end(ctx context.Context, groups host.Groups, id string, patience time.Durat
 			err = endRun(ctx, group, r, patience)
 		}
 		if err != nil {
-			return fmt.Errorf("failed to end the %s of a CNI plugin of sandbox %q: %w", r.command, id, err)
+			return &RunningError{Command: r.command, ContainerID: id, Err: err}
 		}
 		return nil
 	})
 }
+
+// RunningError says that what an earlier run of a plugin has started could not be ended, and may still run.
+type RunningError struct {
+	Command     string // of the run
+	ContainerID string
+	Err         error
+}
+
+func (e *RunningError) Error() string {
+	return fmt.Sprintf("failed to end the %s of a CNI plugin of sandbox %q: %v", e.Command, e.ContainerID, e.Err)
+}
+
+func (e *RunningError) Unwrap() error { return e.Err }
 
 // eachRun calls f for the group of each run, until it fails. isKept says that the run has left something on purpose.
 func eachRun(groups host.Groups, f func(r run, group host.Group, isKept bool) error) error {

@@ -89,7 +89,7 @@ func (s *sandbox) setGoal(goal states.State) {
 
 // explained adds the way out to what a caller is told of a cleanup that has failed and is pending.
 func (s *sandbox) explained(err error) error {
-	if err == nil || !s.owes() {
+	if err == nil || !s.pending() {
 		return err
 	}
 	return fmt.Errorf("%w; `podfsm cleanups` on the node shows what is pending, retries it now or writes it off", err)

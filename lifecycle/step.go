@@ -30,7 +30,7 @@ type Declaration struct {
 	// does so from what Do announces on, or from its end: Do has to announce what will last before it makes it ([Run.Announce]).
 	Lasting bool
 	// Foreign says that the undo depends on programs that are not podfsm's. After a reboot, when nothing is left of the sandbox in the
-	// kernel, an undo that keeps failing is written off: the program may never be there again.
+	// kernel, an undo that keeps failing is written off: the program may never be there again. An operator may write it off at any time.
 	Foreign bool
 	// Deadline bounds Reserve and Do, UndoDeadline bounds Undo and Stop.
 	Deadline, UndoDeadline time.Duration
@@ -51,6 +51,20 @@ type Step interface {
 	// Probe says whether anything of the step exists on this host. It is asked after the undo of what an earlier daemon made.
 	Probe(ctx context.Context, r *Run) (bool, error)
 }
+
+// InUse marks an error of an Undo: a process may still use what the step has made, so the undo is never written off.
+type InUse struct{ error }
+
+// StillInUse marks err as an [InUse] error; nil stays nil.
+func StillInUse(err error) error {
+	if err == nil {
+		return nil
+	}
+	return InUse{err}
+}
+
+// Unwrap returns the error that is marked.
+func (e InUse) Unwrap() error { return e.error }
 
 // Ender is the step whose process is the sandbox's life: pause.
 type Ender interface {

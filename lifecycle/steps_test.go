@@ -31,7 +31,7 @@ func testSteps() []Declaration {
 		declare(remapSnapshot, snapshotRemapped, Declaration{Holds: []states.Event{allocateIDs}}),
 		declare(startPause, pauseStarted, Declaration{Holds: []states.Event{allocateIDs, remapSnapshot}}),
 		declare(captureNetNS, netNSCaptured, Declaration{AtStop: true}),
-		declare(attachNetwork, networkReady, Declaration{Holds: []states.Event{captureNetNS}, AtStop: true, Lasting: true}),
+		declare(attachNetwork, networkReady, Declaration{Holds: []states.Event{captureNetNS}, AtStop: true, Lasting: true, Foreign: true}),
 		declare(declareReady, states.Ready, Declaration{}),
 		declare(startShim, "", Declaration{Holds: []states.Event{allocateIDs, startPause, captureNetNS}, AtStop: true}),
 	}

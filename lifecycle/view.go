@@ -96,6 +96,11 @@ type View struct {
 	Exit        *Exit
 }
 
+// Pending says whether the sandbox has a pending cleanup. One in quarantine stays there when its stop fails.
+func (v View) Pending() bool {
+	return v.State == states.CleanupOwed || slices.ContainsFunc(v.Steps, func(s StepView) bool { return s.Status == StepOwed })
+}
+
 // Step is one step of the view.
 func (v View) Step(name states.Event) StepView {
 	for _, step := range v.Steps {

@@ -1,9 +1,13 @@
 package lifecycle
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -36,11 +40,24 @@ const (
 type givingUp struct {
 	by     Author
 	reason string
+	kept   []states.Event // those that failed, and were not written off
 }
 
-// covers says whether a failed undo of a step is written off. After a reboot, podfsm gives up only what isn't its own to take back.
-func (g *givingUp) covers(d Declaration) bool {
-	return g != nil && (g.by == ByOperator || d.Foreign)
+// covers says whether an undo of a step that failed with cause is written off. After a reboot, podfsm gives up only what isn't its own to
+// take back. A step that holds others keeps its processes, mounts and snapshots from losing what they use, so nobody gives that up.
+func (g *givingUp) covers(d Declaration, cause error) bool {
+	if errors.As(cause, new(InUse)) {
+		return false
+	}
+	return d.Foreign || g.by == ByOperator && len(d.Holds) == 0
+}
+
+// explained adds to err which undos the write-off left pending.
+func (g *givingUp) explained(err error) error {
+	if err == nil || len(g.kept) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w; the undo of %q can't be written off, because processes may still use what it would free", err, g.kept)
 }
 
 // Retry tries a pending cleanup now, and returns what is still pending afterwards.
@@ -48,21 +65,23 @@ func (g *givingUp) covers(d Declaration) bool {
 // Errors: NotFound for an unknown sandbox, FailedPrecondition for one without a pending cleanup, a *StepError. When ctx ends first, the
 // try continues.
 func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
-	return e.owing(ctx, key, func(s *sandbox) error { return s.payAlone(nil) })
+	return e.withPending(ctx, key, func(s *sandbox) error { return s.payAlone(nil) })
 }
 
 // WriteOff gives up a pending cleanup, and goes on towards its goal. With a part, that part alone is written off, without another try.
 // Without one, the cleanup is tried once more, and each undo that fails is written off. What is written off stays so after a kill and
-// after a reboot. A process that can't be ended is never written off: it uses what would be freed.
+// after a reboot. What a process, a mount or a snapshot may use is never freed: the end of a process is never written off, nor is the undo
+// of a step that holds others, unless it is [Declaration.Foreign], nor one that fails with [InUse].
 //
 // Errors: those of [Engine.Retry]; InvalidArgument without a reason; NotFound, naming those that there are, for a part that isn't pending.
 func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason string) error {
-	if reason == "" {
+	if strings.TrimSpace(reason) == "" {
 		return fmt.Errorf("a cleanup is written off for a reason: %w", errdefs.ErrInvalidArgument)
 	}
-	return e.owing(ctx, key, func(s *sandbox) error {
+	return e.withPending(ctx, key, func(s *sandbox) error {
 		if part == "" {
-			return s.payAlone(&givingUp{ByOperator, reason})
+			giving := &givingUp{by: ByOperator, reason: reason}
+			return giving.explained(s.payAlone(giving))
 		}
 		if err := s.writeOffPart(s.background(), part, reason); err != nil {
 			return err
@@ -71,33 +90,37 @@ func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason str
 	})
 }
 
-// owing handles a request for a sandbox that has a pending cleanup. Unlike a stop, it doesn't end a creation that is under way.
-func (e *Engine) owing(ctx context.Context, key journal.Key, f func(*sandbox) error) error {
+// withPending handles a request for a sandbox that has a pending cleanup. Unlike a stop, it doesn't end a creation that is under way, and
+// isn't begun once its caller has gone.
+func (e *Engine) withPending(ctx context.Context, key journal.Key, f func(*sandbox) error) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
 	}
+	var taken atomic.Bool // by the queue, or by a caller that gives up
 	done := s.ask(func(reply func(error)) {
-		if !s.owes() {
+		if taken.Swap(true) {
+			return
+		}
+		if !s.pending() {
 			reply(fmt.Errorf("sandbox %q is %s and has no pending cleanup: %w", key.ID, s.state(), errdefs.ErrFailedPrecondition))
 			return
 		}
 		reply(f(s))
 	})
-	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
-}
-
-// owes says whether the sandbox has a pending cleanup. One in quarantine stays there when its stop fails.
-func (s *sandbox) owes() bool {
-	switch s.state() {
-	case states.CleanupOwed:
-		return true
-	case states.Quarantined:
-		return len(s.owed()) > 0
-	default:
-		return false
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		if taken.Swap(true) {
+			return fmt.Errorf("request for sandbox %q continues after its caller's deadline: %w", key.ID, context.Cause(ctx))
+		}
+		return fmt.Errorf("sandbox %q is busy, the request was not begun: %w", key.ID, context.Cause(ctx))
 	}
 }
+
+// pending is as [View.Pending].
+func (s *sandbox) pending() bool { return s.state() == states.CleanupOwed || len(s.owed()) > 0 }
 
 // owed are the steps whose undo is owed, in the order in which they are undone.
 func (s *sandbox) owed() []states.Event {
@@ -130,11 +153,12 @@ func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 // giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
 // isn't on record: after a restart it would be tried again.
 func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
-	giving := s.givingUp
+	giving := cmp.Or(s.givingUp, s.hopeless())
 	if giving == nil {
-		giving = s.hopeless()
+		return false
 	}
-	if !giving.covers(d) {
+	if !giving.covers(d, cause) {
+		giving.kept = append(giving.kept, d.Name)
 		return false
 	}
 	w := WriteOff{Step: d.Name, By: giving.by, Reason: giving.reason, Err: cause, At: time.Now()}
@@ -176,5 +200,5 @@ func (s *sandbox) hopeless() *givingUp {
 	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessAfter {
 		return nil
 	}
-	return &givingUp{ByReboot, fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
+	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
 }

@@ -292,6 +292,77 @@ func TestWriteOffIsRefused(t *testing.T) {
 	})
 }
 
+// Ids are never freed while a process, a mount or a snapshot may use them.
+func TestWriteOffFreesNothingInUse(t *testing.T) {
+	for step, undo := range map[states.Event]func() error{
+		startShim:     never,
+		startPause:    never,
+		remapSnapshot: never,
+		attachNetwork: func() error { return StillInUse(errNever) },
+	} {
+		t.Run(string(step), func(t *testing.T) {
+			w := newWorld(t)
+			told := w.calm()
+			require.NoError(t, w.run(t))
+			require.NoError(t, w.Demand(t.Context(), testKey, startShim))
+			w.undo[step] = undo
+			require.ErrorIs(t, w.Remove(t.Context(), testKey), errNever)
+			err := w.WriteOff(t.Context(), testKey, "", "gone")
+			require.ErrorIs(t, err, errNever)
+			require.ErrorContains(t, err, fmt.Sprintf("the undo of [%q] can't be written off", step))
+			require.Empty(t, told.read())
+			declared, _ := w.step(step)
+			require.Subset(t, w.left(), declared.Declaration().Holds)
+		})
+	}
+}
+
+// A removal is pending as well when all is undone, and only the ledger doesn't forget the sandbox.
+func TestRetryOfTheEnd(t *testing.T) {
+	w := newWorld(t)
+	w.calm()
+	require.NoError(t, w.run(t))
+	w.book.forgets = func() error { return errors.New("disk full") }
+	require.ErrorContains(t, w.Remove(t.Context(), testKey), "disk full")
+	view := w.view(t)
+	require.Empty(t, w.left())
+	require.True(t, view.Pending())
+	require.ErrorContains(t, view.Err, "disk full")
+	w.book.forgets = nil
+	require.NoError(t, w.Retry(t.Context(), testKey))
+	require.True(t, w.gone())
+}
+
+// A write-off that waits for another request is not begun once its caller has gone.
+func TestWriteOffWithoutItsCaller(t *testing.T) {
+	w, told := owing(t, attachNetwork, states.Stopped)
+	running, end := make(chan struct{}), make(chan struct{})
+	w.undo[attachNetwork] = func() error { running <- struct{}{}; <-end; return errNever }
+	done := make(chan error, 1)
+	go func() { done <- w.Stop(context.Background(), testKey) }()
+	<-running
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	err := w.WriteOff(ctx, testKey, "", "gone")
+	require.ErrorIs(t, err, context.Canceled)
+	require.ErrorContains(t, err, "the request was not begun")
+	close(end)
+	require.ErrorIs(t, <-done, errNever)
+	require.NoError(t, w.Settle(t.Context(), testKey))
+	require.Equal(t, states.CleanupOwed, w.state(t))
+	require.Empty(t, told.read())
+
+	ctx, cancel = context.WithCancel(t.Context())
+	w.undo[attachNetwork] = func() error { cancel(); return errNever }
+	err = w.WriteOff(ctx, testKey, "", "gone")
+	if err != nil { // both may come first
+		require.ErrorContains(t, err, "continues after its caller's deadline")
+	}
+	require.NoError(t, w.Settle(t.Context(), testKey))
+	require.Equal(t, states.Stopped, w.state(t))
+	require.Len(t, told.read(), 1)
+}
+
 // A sandbox in quarantine whose stop fails can't be removed by the kubelet.
 func TestWriteOffInQuarantine(t *testing.T) {
 	w := newWorld(t)

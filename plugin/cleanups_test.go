@@ -65,13 +65,21 @@ func TestWriteOffIsTold(t *testing.T) {
 	w.host.fail(AttachNetwork, errNoLuck)
 	require.Error(t, w.Shutdown(inCRI(t), "s1"))
 	service := &api{controller: w.Controller}
-	request := &podfsmv1.WriteOffCleanupRequest{Ref: "web"}
+	for name, invalid := range map[string]*podfsmv1.WriteOffCleanupRequest{
+		"no reason":                {Ref: "default/web", All: true},
+		"a blank reason":           {Ref: "default/web", All: true, Reason: " \t"},
+		"neither a plugin nor all": {Ref: "default/web", Reason: "gone"},
+		"both":                     {Ref: "default/web", Plugin: "sbr", All: true, Reason: "gone"},
+		"a name without namespace": {Ref: "web", All: true, Reason: "gone"},
+		"a part of the id":         {Ref: "s", All: true, Reason: "gone"},
+	} {
+		_, err := service.WriteOffCleanup(t.Context(), invalid)
+		require.Equal(t, codes.InvalidArgument, grpcstatus.Code(err), "%s: %v", name, err)
+	}
+	request := &podfsmv1.WriteOffCleanupRequest{Ref: "default/web", Plugin: "sbr", Reason: "the agent is gone"}
 	_, err := service.WriteOffCleanup(t.Context(), request)
-	require.Equal(t, codes.InvalidArgument, grpcstatus.Code(err), "it has no reason")
-	request.Reason, request.Plugin = "the agent is gone", "sbr"
-	_, err = service.WriteOffCleanup(t.Context(), request)
 	require.Equal(t, codes.NotFound, grpcstatus.Code(err))
-	request.Plugin = ""
+	request.Plugin, request.All = "", true
 	response, err := service.WriteOffCleanup(t.Context(), request)
 	require.NoError(t, err)
 	require.Empty(t, response.GetError())

@@ -151,35 +151,41 @@ func (a *api) Drain(ctx context.Context, r *podfsmv1.DrainRequest) (*podfsmv1.Dr
 	return &podfsmv1.DrainResponse{}, nil
 }
 
+// finder looks a reference up among sandboxes.
+type finder func(ref string, views []lifecycle.View) (lifecycle.View, error)
+
 // RetryCleanup tries a pending cleanup now.
 func (a *api) RetryCleanup(ctx context.Context, r *podfsmv1.RetryCleanupRequest) (*podfsmv1.CleanupResponse, error) {
-	return a.cleanup(r.GetRef(), func(engine *lifecycle.Engine, key journal.Key) error { return engine.Retry(ctx, key) })
+	return a.cleanup(r.GetRef(), records.FindPending, func(engine *lifecycle.Engine, key journal.Key) error { return engine.Retry(ctx, key) })
 }
 
 // WriteOffCleanup gives up a pending cleanup, or the DEL of one CNI plugin.
 func (a *api) WriteOffCleanup(ctx context.Context, r *podfsmv1.WriteOffCleanupRequest) (*podfsmv1.CleanupResponse, error) {
-	return a.cleanup(r.GetRef(), func(engine *lifecycle.Engine, key journal.Key) error {
+	if r.GetAll() == (r.GetPlugin() != "") {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("name the CNI plugin whose DEL is written off, or write off all that fails: %w", errdefs.ErrInvalidArgument))
+	}
+	return a.cleanup(r.GetRef(), records.FindPendingExactly, func(engine *lifecycle.Engine, key journal.Key) error {
 		return engine.WriteOff(ctx, key, r.GetPlugin(), r.GetReason())
 	})
 }
 
-// cleanup does something about the one sandbox with a pending cleanup that a reference names.
-func (a *api) cleanup(ref string, do func(*lifecycle.Engine, journal.Key) error) (*podfsmv1.CleanupResponse, error) {
+// cleanup does something about the one sandbox with a pending cleanup that find finds by a reference.
+func (a *api) cleanup(ref string, find finder, do func(*lifecycle.Engine, journal.Key) error) (*podfsmv1.CleanupResponse, error) {
 	engine, err := a.engine()
 	if err != nil {
 		return nil, err
 	}
-	owing, err := records.FindOwing(ref, engine.List())
+	pending, err := find(ref, engine.List())
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	err = do(engine, owing.Key)
+	err = do(engine, pending.Key)
 	if err != nil && !errors.As(err, new(*lifecycle.StepError)) {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	after, ok := a.controller.find(owing.Key)
+	after, ok := a.controller.find(pending.Key)
 	if !ok {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("sandbox %q has ended: %w", owing.Key.ID, errdefs.ErrNotFound))
+		return nil, errgrpc.ToGRPC(fmt.Errorf("sandbox %q has ended: %w", pending.Key.ID, errdefs.ErrNotFound))
 	}
 	return &podfsmv1.CleanupResponse{Sandbox: records.Sandbox(after), Error: records.Text(err)}, nil
 }

@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -156,7 +157,11 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 		return err
 	}
 	attachment.NetNSPath = s.netNSAtDel(r, attachment.NetNSPath)
-	return s.driver.Del(ctx, attachment, recorder(r))
+	err = s.driver.Del(ctx, attachment, recorder(r))
+	if errors.As(err, new(*cni.RunningError)) {
+		return lifecycle.StillInUse(err)
+	}
+	return err
 }
 
 // netNSAtDel is where DEL finds the pod's namespace, which was pinned at path; "" if it isn't there. DEL must not look into another one that

@@ -105,6 +105,9 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 			})
 		}
 	}
+	if len(s.Debts) == 0 && view.Pending() { // no undo has failed, but the record of the end
+		s.Debts = []*podfsmv1.Debt{{Error: Text(view.Err), NextTry: timestamp(view.NextTry), Since: timestamp(view.Since)}}
+	}
 	return s
 }
 

@@ -32,14 +32,12 @@ func Find(ref string, views []lifecycle.View) (lifecycle.View, error) {
 	return find(ref, views, func(v lifecycle.View) named { return named{v.Key.ID, v.Pod, v.Created} })
 }
 
-// FindOwing looks a reference up, as [Find] does, among the sandboxes with a pending cleanup. It fails with InvalidArgument also for
+// FindPending looks a reference up, as [Find] does, among the sandboxes with a pending cleanup. It fails with InvalidArgument also for
 // several sandboxes of one pod: what is done about one of them isn't meant for another.
-func FindOwing(ref string, views []lifecycle.View) (none lifecycle.View, _ error) {
+func FindPending(ref string, views []lifecycle.View) (none lifecycle.View, _ error) {
 	name := func(v lifecycle.View) named { return named{v.Key.ID, v.Pod, v.Created} }
-	owing := slices.DeleteFunc(slices.Clone(views), func(v lifecycle.View) bool {
-		return !slices.ContainsFunc(v.Steps, func(s lifecycle.StepView) bool { return s.Status == lifecycle.StepOwed })
-	})
-	found, err := match(ref, owing, name)
+	pending := slices.DeleteFunc(slices.Clone(views), func(v lifecycle.View) bool { return !v.Pending() })
+	found, err := match(ref, pending, name)
 	switch {
 	case errdefs.IsNotFound(err):
 		return none, fmt.Errorf("no sandbox with a pending cleanup matches %q: %w", ref, errdefs.ErrNotFound)
@@ -49,6 +47,22 @@ func FindOwing(ref string, views []lifecycle.View) (none lifecycle.View, _ error
 		return none, ambiguous(ref, found, name)
 	}
 	return found[0], nil
+}
+
+// ShortID is how many characters of an id are shown in tables.
+const ShortID = 13
+
+// FindPendingExactly looks a reference up as [FindPending] does, for what can't be taken back. It fails with InvalidArgument for a
+// reference that may fit by accident: a pod's name without its namespace, fewer than [ShortID] characters of an id.
+func FindPendingExactly(ref string, views []lifecycle.View) (none lifecycle.View, _ error) {
+	view, err := FindPending(ref, views)
+	if err != nil {
+		return none, err
+	}
+	if ref != view.Pod && ref != view.Key.ID && (len(ref) < ShortID || !strings.HasPrefix(view.Key.ID, ref)) {
+		return none, fmt.Errorf("%q is too short, name sandbox %q by its id or as %q: %w", ref, view.Key.ID, view.Pod, errdefs.ErrInvalidArgument)
+	}
+	return view, nil
 }
 
 // Inspect is all there is to know of the sandbox that a reference names, for which it looks among those that have ended if there is no

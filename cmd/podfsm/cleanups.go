@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v3"
@@ -54,16 +55,16 @@ func listCleanups(ctx context.Context, cmd *cli.Command) error {
 }
 
 // cleanupDescription says what retry and write-off have in common.
-const cleanupDescription = `REF is a pod's namespace/name or name, a sandbox id or its beginning, and has to fit one sandbox with a
-pending cleanup. The exit status is 0 when nothing of it is pending any more, 2 when something is, and 1 when the
-daemon did nothing. It waits for 5 minutes unless --timeout says otherwise; the daemon goes on after that.`
+const cleanupDescription = `REF has to fit one sandbox with a pending cleanup. The exit status is 0 when nothing of it is pending any more,
+2 when something is or may be, and 1 when the daemon did nothing. The command waits for 5 minutes unless --timeout
+says otherwise. After that, the daemon goes on with what it has begun, and the exit status is 2.`
 
 func retryCommand() *cli.Command {
 	return &cli.Command{
 		Name:            "retry",
 		Usage:           "try a pending cleanup now",
 		ArgsUsage:       "REF",
-		Description:     cleanupDescription,
+		Description:     "REF is a pod's namespace/name or name, a sandbox id or its beginning.\n\n" + cleanupDescription,
 		HideHelpCommand: true,
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			ref, err := oneRef(cmd)
@@ -80,13 +81,17 @@ func writeOffCommand() *cli.Command {
 		Name:      "write-off",
 		Usage:     "give up a pending cleanup, or the DEL of one CNI plugin",
 		ArgsUsage: "REF",
-		Description: "The cleanup is tried once more, and each undo that fails is given up: what it would have taken back stays on\n" +
-			"the node, as an address of an IPAM plugin or a rule of iptables. podfsm leaks shows what podfsm can find of that.\n" +
-			"With --plugin, the DEL of that plugin alone is given up, without another try. The rest of the cleanup is tried again.\n" +
-			"A process that can't be ended is never given up: it uses what would be freed. Only a reboot ends it.\n\n" + cleanupDescription,
+		Description: "REF is a pod's namespace/name, a sandbox id or at least its first 13 characters.\n" +
+			"With --plugin, the DEL of that plugin alone is given up, without another try, if the last one failed. The rest of the\n" +
+			"cleanup is tried again. With --all, the cleanup is tried once more, and each undo that had failed before and fails\n" +
+			"again is given up. What it would have taken back stays on the node, as an address of an IPAM plugin or a rule of\n" +
+			"iptables. podfsm leaks shows what podfsm can find of that.\n" +
+			"What a process or a mount may still use is never freed: pause, the shim, a CNI plugin that still runs and the\n" +
+			"snapshot are never given up. A reboot ends what uses them.\n\n" + cleanupDescription,
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "plugin", Usage: "the `TYPE` of a CNI plugin, or NETWORK/TYPE"},
+			&cli.StringFlag{Name: "plugin", Usage: "give up the DEL of the CNI plugin of this `TYPE`, or NETWORK/TYPE"},
+			&cli.BoolFlag{Name: "all", Usage: "give up all that fails"},
 			&cli.StringFlag{Name: "reason", Usage: "why, for the log, the timeline and the event", Required: true},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
@@ -94,13 +99,19 @@ func writeOffCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			if cmd.Bool("all") == (cmd.String("plugin") != "") || cmd.Bool("all") && cmd.IsSet("plugin") {
+				return errors.New("write-off takes either --plugin, with the plugin's type, or --all")
+			}
+			if strings.TrimSpace(cmd.String("reason")) == "" {
+				return errors.New("write-off takes a reason: --reason says why the cleanup can't succeed")
+			}
 			return changeCleanup(ctx, cmd, podfsmv1.SandboxesClient.WriteOffCleanup,
-				&podfsmv1.WriteOffCleanupRequest{Ref: ref, Plugin: cmd.String("plugin"), Reason: cmd.String("reason")})
+				&podfsmv1.WriteOffCleanupRequest{Ref: ref, Plugin: cmd.String("plugin"), All: cmd.Bool("all"), Reason: cmd.String("reason")})
 		},
 	}
 }
 
-// pendingError says that a cleanup is still pending.
+// pendingError says that a cleanup is still pending, or may be.
 type pendingError struct{ error }
 
 // changeCleanup has the daemon do something about a pending cleanup, and says
@@ -114,6 +125,9 @@ func changeCleanup[Request any](ctx context.Context, cmd *cli.Command, m method[
 	response, err := call(ctx, cmd, m, request)
 	if errors.As(err, new(downError)) {
 		return fmt.Errorf("%w\nonly the daemon can do that: start containerd-podfsm and try again", err)
+	}
+	if errors.As(err, new(timeoutError)) {
+		return pendingError{fmt.Errorf("%w\nit may still be trying: podfsm cleanups shows what is pending", err)}
 	}
 	if err != nil {
 		return err

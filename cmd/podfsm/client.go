@@ -71,6 +71,9 @@ func (d *daemon) explain(err error) error {
 // stockError says that a containerd without podfsm has answered.
 type stockError struct{ error }
 
+// timeoutError says that the daemon has not answered in time.
+type timeoutError struct{ error }
+
 // unavailableError says that a daemon with podfsm can't answer: it is degraded,
 // or about to end.
 type unavailableError struct{ error }
@@ -109,7 +112,7 @@ func explainCall(address string, timeout time.Duration, err error) error {
 	case codes.Unimplemented:
 		return stockError{fmt.Errorf("the daemon at %s is a containerd without podfsm, or its podfsm plugin did not load: %s", address, message)}
 	case codes.DeadlineExceeded:
-		return fmt.Errorf("no answer from the daemon at %s within %s", address, timeout)
+		return timeoutError{fmt.Errorf("no answer from the daemon at %s within %s", address, timeout)}
 	case codes.Unavailable:
 		return unavailableError{fmt.Errorf("the daemon at %s is unavailable: %s", address, message)}
 	case codes.Internal, codes.Unknown:

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -158,21 +159,36 @@ func TestCleanups(t *testing.T) {
 	for _, args := range [][]string{
 		{"write-off", "db", "--plugin", "sbr", "--reason", "gone for good"},
 		{"write-off", "--reason=gone for good", "--plugin=sbr", "db"},
+		{"write-off", "db", "--all", "--reason=gone for good"},
 	} {
 		out, err = podfsm(t, append([]string{"--address", address, "cleanups"}, args...)...)
 		require.ErrorContains(t, err, "is still pending")
 		require.Equal(t, 2, exitStatus(err))
 		require.Contains(t, out, "attach_network")
-		require.True(t, proto.Equal(&podfsmv1.WriteOffCleanupRequest{Ref: "db", Plugin: "sbr", Reason: "gone for good"}, asked))
+		want := &podfsmv1.WriteOffCleanupRequest{Ref: "db", Plugin: "sbr", Reason: "gone for good"}
+		if slices.Contains(args, "--all") {
+			want.Plugin, want.All = "", true
+		}
+		require.True(t, proto.Equal(want, asked))
 	}
 
 	response, failure = nil, status.Error(codes.FailedPrecondition, "sandbox has no pending cleanup")
 	_, err = podfsm(t, "--address", address, "cleanups", "retry", "default/web")
 	require.EqualError(t, err, "sandbox has no pending cleanup")
 	require.Equal(t, 1, exitStatus(err))
+	failure = status.Error(codes.DeadlineExceeded, "late")
+	_, err = podfsm(t, "--address", address, "cleanups", "retry", "default/web")
+	require.ErrorContains(t, err, "it may still be trying: podfsm cleanups shows what is pending")
+	require.Equal(t, 2, exitStatus(err))
 	asked = nil
-	_, err = podfsm(t, "--address", address, "cleanups", "write-off", "default/web")
+	_, err = podfsm(t, "--address", address, "cleanups", "write-off", "default/web", "--all")
 	require.ErrorContains(t, err, "reason")
+	_, err = podfsm(t, "--address", address, "cleanups", "write-off", "default/web", "--all", "--reason", " ")
+	require.ErrorContains(t, err, "write-off takes a reason")
+	for _, what := range [][]string{{}, {"--plugin="}, {"--plugin=", "--all"}, {"--plugin=sbr", "--all"}} {
+		_, err = podfsm(t, append([]string{"--address", address, "cleanups", "write-off", "default/web", "--reason=gone"}, what...)...)
+		require.ErrorContains(t, err, "write-off takes either --plugin, with the plugin's type, or --all")
+	}
 	_, err = podfsm(t, "--address", address, "cleanups", "retry")
 	require.ErrorContains(t, err, "retry takes one argument")
 	_, err = podfsm(t, "--address", address, "cleanups", "forget")

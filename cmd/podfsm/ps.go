@@ -9,11 +9,12 @@ import (
 	"time"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/records"
 )
 
 // shortID is how many characters of a sandbox id a table shows: as many as
 // crictl, enough to be unique on a node.
-const shortID = 13
+const shortID = records.ShortID
 
 func writeList(w io.Writer, sandboxes []*podfsmv1.Sandbox, all, wide bool, now time.Time) error {
 	header := []string{"SANDBOX", "POD", "STATE", "SINCE", "STEP", "IP"}

@@ -79,12 +79,14 @@ func (x *RetryCleanupRequest) GetRef() string {
 
 type WriteOffCleanupRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// As in RetryCleanupRequest.
+	// A whole id or its first 13 characters or more, or a pod's "namespace/name".
 	Ref string `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
-	// The type of a CNI plugin, or "network/type". Empty for all that fails.
+	// The type of a CNI plugin, or "network/type".
 	Plugin string `protobuf:"bytes,2,opt,name=plugin,proto3" json:"plugin,omitempty"`
-	// Goes to the log, the timeline and the event.
-	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Goes to the log, the timeline and the event. Not blank.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// All that fails, instead of one plugin's DEL.
+	All           bool `protobuf:"varint,4,opt,name=all,proto3" json:"all,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -138,6 +140,13 @@ func (x *WriteOffCleanupRequest) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *WriteOffCleanupRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
 }
 
 type CleanupResponse struct {
@@ -2293,11 +2302,12 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\n" +
 	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"'\n" +
 	"\x13RetryCleanupRequest\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\"Z\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"l\n" +
 	"\x16WriteOffCleanupRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x16\n" +
 	"\x06plugin\x18\x02 \x01(\tR\x06plugin\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"U\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x10\n" +
+	"\x03all\x18\x04 \x01(\bR\x03all\"U\n" +
 	"\x0fCleanupResponse\x12,\n" +
 	"\asandbox\x18\x01 \x01(\v2\x12.podfsm.v1.SandboxR\asandbox\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\"\xec\x02\n" +

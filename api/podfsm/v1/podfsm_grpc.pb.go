@@ -82,11 +82,12 @@ type SandboxesClient interface {
 	// the response has it.
 	RetryCleanup(ctx context.Context, in *RetryCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error)
 	// WriteOffCleanup gives up a pending cleanup, for a reason: what it would have
-	// taken back stays. With a plugin, the DEL of that CNI plugin alone is given
-	// up, and all else is tried again. Without one, all is tried again, and what
-	// fails is given up, except the end of a process. It fails as RetryCleanup
-	// does, with NOT_FOUND, naming the others, for a plugin without a pending DEL,
-	// and with INVALID_ARGUMENT without a reason.
+	// taken back stays. With a plugin, the failed DEL of that CNI plugin alone is
+	// given up, and all else is tried again. With all, all is tried again, and
+	// what had failed before and fails again is given up, except what a process,
+	// a mount or a snapshot may still use. It fails as RetryCleanup does; with
+	// NOT_FOUND, naming the others, for a plugin without a failed DEL; and with
+	// INVALID_ARGUMENT without a reason, and unless it has either a plugin or all.
 	WriteOffCleanup(ctx context.Context, in *WriteOffCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error)
 }
 
@@ -240,11 +241,12 @@ type SandboxesServer interface {
 	// the response has it.
 	RetryCleanup(context.Context, *RetryCleanupRequest) (*CleanupResponse, error)
 	// WriteOffCleanup gives up a pending cleanup, for a reason: what it would have
-	// taken back stays. With a plugin, the DEL of that CNI plugin alone is given
-	// up, and all else is tried again. Without one, all is tried again, and what
-	// fails is given up, except the end of a process. It fails as RetryCleanup
-	// does, with NOT_FOUND, naming the others, for a plugin without a pending DEL,
-	// and with INVALID_ARGUMENT without a reason.
+	// taken back stays. With a plugin, the failed DEL of that CNI plugin alone is
+	// given up, and all else is tried again. With all, all is tried again, and
+	// what had failed before and fails again is given up, except what a process,
+	// a mount or a snapshot may still use. It fails as RetryCleanup does; with
+	// NOT_FOUND, naming the others, for a plugin without a failed DEL; and with
+	// INVALID_ARGUMENT without a reason, and unless it has either a plugin or all.
 	WriteOffCleanup(context.Context, *WriteOffCleanupRequest) (*CleanupResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
