@@ -435,7 +435,7 @@ func TestForwardToAPausedClient(t *testing.T) {
 			}))
 			select {
 			case <-sent:
-				t.Fatal("the buffers hold everything: nothing waits for the client")
+				t.Fatal("the forward has ended, or the buffers hold everything")
 			case <-time.After(4 * s.cut):
 			}
 			got, err := io.Copy(io.Discard, data)

@@ -68,3 +68,40 @@ func TestCheckAdoptedEnds(t *testing.T) {
 	require.NoError(t, w.Close())
 	require.Empty(t, reached)
 }
+
+// Pins are looked at every ten seconds until containerd stops. Where one can't be made again, the tries come less and less often.
+func TestWatchPins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t) // whose pods have no pins
+		w.run(t, "well", named("well"))
+		w.run(t, "sick", named("sick"))
+		w.run(t, "stopped", named("stopped"))
+		require.NoError(t, w.Controller.Stop(inCRI(t), "stopped"))
+		tries := map[string][]time.Time{}
+		w.host.pin = func(id string) error {
+			tries[id] = append(tries[id], time.Now())
+			if id == "sick" {
+				return errNoLuck
+			}
+			return nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		begun := time.Now()
+		go func() {
+			defer close(ended)
+			w.watchPins(ctx)
+		}()
+		time.Sleep(20*time.Minute + time.Second)
+		cancel()
+		<-ended
+		require.Len(t, tries["well"], 120)
+		require.Equal(t, pinInterval, tries["well"][0].Sub(begun))
+		require.Empty(t, tries["stopped"])
+		sick := tries["sick"]
+		require.Greater(t, len(sick), 8)
+		require.Less(t, len(sick), 16)
+		require.GreaterOrEqual(t, sick[len(sick)-1].Sub(sick[len(sick)-2]), 4*time.Minute)
+		require.NoError(t, w.Close())
+	})
+}

@@ -153,6 +153,7 @@ type fakeHost struct {
 	do     map[states.Event]func(ctx context.Context, id string) error
 	undo   map[states.Event]func(id string) error
 	check  func(ctx context.Context, id string) error // of the network; nil finds nothing wrong
+	pin    func(id string) error                      // makes a pin again; nil does nothing
 	ended  func(id string)                            // is told of each pause that is stopped, unless nil
 }
 
@@ -285,10 +286,14 @@ func (s *fakePause) Exited(context.Context, *lifecycle.Run) (*lifecycle.Exit, er
 type fakeNetwork struct{ fakeStep }
 
 func (s *fakeNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
-	if s.host.check == nil || s.declared.Name != AttachNetwork {
+	switch {
+	case s.declared.Name == CaptureNetNS && s.host.pin != nil:
+		return s.host.pin(r.Key.ID)
+	case s.declared.Name == AttachNetwork && s.host.check != nil:
+		return s.host.check(ctx, r.Key.ID)
+	default:
 		return nil
 	}
-	return s.host.check(ctx, r.Key.ID)
 }
 
 // containerRecords are those that containerd has.

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -234,25 +235,45 @@ func TestDetachWithAnotherPinInItsPlace(t *testing.T) {
 	require.True(t, errdefs.IsAlreadyExists(err), "%v", err)
 	require.True(t, process.Alive())
 
-	require.NoError(t, process.Kill())
-	require.Eventually(t, func() bool { return !process.Alive() }, 10*time.Second, time.Millisecond)
+	w.killPause(t)
 	require.NoError(t, w.Controller.Stop(inCRI(t), pinnedID))
 	require.NotNil(t, w.network.delIn)
 	require.Empty(t, *w.network.delIn)
 }
 
+// cover mounts something over the directory of the pins.
+func (w *pinWorld) cover(t *testing.T) (uncover func()) {
+	t.Helper()
+	require.NoError(t, unix.Mount("cover", w.dir, "tmpfs", 0, ""))
+	uncover = sync.OnceFunc(func() { require.NoError(t, unix.Unmount(w.dir, unix.MNT_DETACH)) })
+	t.Cleanup(uncover)
+	return uncover
+}
+
+func (w *pinWorld) killPause(t *testing.T) {
+	t.Helper()
+	process := w.process(t)
+	require.NoError(t, process.Kill())
+	require.Eventually(t, func() bool { return !process.Alive() }, 10*time.Second, time.Millisecond)
+}
+
+// DEL of a pod whose pin is covered has the namespace, by a pin in what covers the first one.
+func TestStopWithACoveredPin(t *testing.T) {
+	w := newPinWorld(t)
+	uncover := w.cover(t)
+	err := w.Controller.Stop(inCRI(t), pinnedID)
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+	require.Equal(t, "the pin", *w.network.delIn)
+	uncover()
+	require.NoError(t, w.Controller.Stop(inCRI(t), pinnedID))
+	require.NoFileExists(t, w.pin)
+}
+
 // A pin is found where the record says, whatever the prefix of new ones is by then: a mount may cover it, so that nobody sees its name.
 func TestUnpinAfterAChangeOfThePrefix(t *testing.T) {
 	w := newPinWorld(t)
-	require.NoError(t, unix.Mount("cover", w.dir, "tmpfs", 0, ""))
-	covered := true
-	uncover := func() {
-		if covered {
-			require.NoError(t, unix.Unmount(w.dir, unix.MNT_DETACH))
-		}
-		covered = false
-	}
-	t.Cleanup(uncover)
+	w.killPause(t)
+	uncover := w.cover(t)
 	w.node.pinPrefix = leaks.StockPinPrefix
 
 	err := w.Controller.Stop(inCRI(t), pinnedID)
@@ -260,29 +281,37 @@ func TestUnpinAfterAChangeOfThePrefix(t *testing.T) {
 	require.ErrorContains(t, err, w.pin)
 	uncover()
 	require.True(t, w.isPinned())
-	require.Equal(t, "the pin", *w.network.delIn, "DEL had the namespace, by a pin in what covers the first one")
 	require.NoError(t, w.Controller.Stop(inCRI(t), pinnedID))
 	require.False(t, w.isPinned())
 	require.NoFileExists(t, w.pin)
 }
 
-// Without a record, the pin has one of the names that podfsm gives.
+// Without a record, the pin has one of the names that podfsm gives, also where a mount covers it.
 func TestUnpinWithoutARecord(t *testing.T) {
-	w := newPinWorld(t)
-	step := &captureNetNS{w.node}
+	id := strings.Repeat("6", 64)
 	for _, prefix := range []string{leaks.PinPrefix, leaks.StockPinPrefix} {
-		path := filepath.Join(w.dir, prefix+strings.Repeat("6", 64))
-		handle, err := netns.Capture(w.process(t))
-		require.NoError(t, err)
-		require.NoError(t, handle.Pin(path))
-		handle.Close()
-		r := &lifecycle.Run{Key: inFront(strings.Repeat("6", 64)), Spec: &Spec{}}
-		there, err := step.Probe(t.Context(), r)
-		require.NoError(t, err)
-		require.True(t, there)
-		require.NoError(t, step.Undo(t.Context(), r))
-		there, err = step.Probe(t.Context(), r)
-		require.NoError(t, err)
-		require.False(t, there)
+		t.Run(prefix, func(t *testing.T) {
+			w := newPinWorld(t)
+			step, r := &captureNetNS{w.node}, &lifecycle.Run{Key: inFront(id), Spec: &Spec{}}
+			path := filepath.Join(w.dir, prefix+id)
+			handle, err := netns.Capture(w.process(t))
+			require.NoError(t, err)
+			defer handle.Close()
+			require.NoError(t, handle.Pin(path))
+			t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
+
+			uncover := w.cover(t)
+			err = step.Undo(t.Context(), r)
+			require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+			require.ErrorContains(t, err, path)
+			uncover()
+			there, err := step.Probe(t.Context(), r)
+			require.NoError(t, err)
+			require.True(t, there)
+			require.NoError(t, step.Undo(t.Context(), r))
+			there, err = step.Probe(t.Context(), r)
+			require.NoError(t, err)
+			require.False(t, there)
+		})
 	}
 }
