@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -87,14 +88,17 @@ func (s *service) join(ctx context.Context, r *runtime.RunPodSandboxRequest) (st
 		if err != nil {
 			return "", err
 		}
-		if !joined || sameShape(c.request, r) {
+		same := sameShape(c.request, r)
+		if !joined || same && !c.superseded() {
 			if id, err := s.wait(ctx, c, joined); id != "" || err != nil {
 				return id, err
 			}
 			continue
 		}
-		s.sandboxes.Happened(RetrySuperseded)
-		c.cancel(errSuperseded)
+		if !same {
+			s.sandboxes.Happened(RetrySuperseded)
+			c.cancel(errSuperseded)
+		}
 		select {
 		case <-c.ended:
 		case <-ctx.Done():
@@ -102,6 +106,9 @@ func (s *service) join(ctx context.Context, r *runtime.RunPodSandboxRequest) (st
 		}
 	}
 }
+
+// superseded says whether a creation ends for a newer request with another configuration.
+func (c *creation) superseded() bool { return errors.Is(context.Cause(c.ctx), errSuperseded) }
 
 // sameShape says whether two requests for one attempt of a pod ask for the same sandbox. Labels and annotations are what the kubelet
 // may change of a pod at any time; whatever else it sends is a part of what is made.

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -389,6 +390,37 @@ func TestCreationThatPanics(t *testing.T) {
 	}}, &controller{})
 	got := <-runPod(front, t.Context(), asks())
 	require.True(t, errdefs.IsInternal(got.err), "%v", got.err)
+}
+
+// A creation that ends for another configuration isn't joined, also when the caller with that configuration has gone and the first one
+// comes back.
+func TestNobodyJoinsASupersededCreation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var calls atomic.Int32
+		release := make(chan struct{})
+		front := newFront(t, &stock{run: func(ctx context.Context, _ *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+			if calls.Add(1) > 1 {
+				return &runtime.RunPodSandboxResponse{PodSandboxId: "s2"}, nil
+			}
+			<-FromContext(ctx).Caller.Done()
+			<-release
+			return nil, context.Cause(FromContext(ctx).Caller)
+		}}, &controller{})
+		first := runPod(front, t.Context(), asks())
+		synctest.Wait()
+		impatient, leave := context.WithCancel(t.Context())
+		second := runPod(front, impatient, asks(renamed))
+		synctest.Wait()
+		leave()
+		require.Error(t, (<-second).err)
+		third := runPod(front, t.Context(), asks())
+		synctest.Wait()
+		close(release)
+		require.ErrorContains(t, (<-first).err, "superseded")
+		got := <-third
+		require.NoError(t, got.err)
+		require.Equal(t, "s2", got.id)
+	})
 }
 
 // Many callers come, go and change their minds; there is never more than one creation of one attempt.
