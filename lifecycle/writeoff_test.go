@@ -363,18 +363,54 @@ func TestWriteOffWithoutItsCaller(t *testing.T) {
 	require.Len(t, told.read(), 1)
 }
 
+// What fails for the first time while a cleanup is written off stays pending: nobody has decided about it.
+func TestWriteOffOfWhatHadFailed(t *testing.T) {
+	w, told := owing(t, attachNetwork, states.Removed)
+	w.undo[captureNetNS] = never
+	err := w.WriteOff(t.Context(), testKey, "", "gone")
+	require.ErrorIs(t, err, errNever)
+	require.Len(t, told.read(), 1)
+	require.Equal(t, attachNetwork, told.read()[0].Step)
+	require.Equal(t, StepOwed, w.view(t).Step(captureNetNS).Status)
+
+	next := w.restart(t, kept)
+	told = next.calm()
+	next.undo[captureNetNS] = never
+	require.NoError(t, next.WriteOff(t.Context(), testKey, "", "gone, too"), "that it has failed is on record")
+	require.Len(t, told.read(), 1)
+	require.Equal(t, captureNetNS, told.read()[0].Step)
+}
+
+// The removal of a sandbox that is in quarantine by now is retried as one, and never said to be completed while anything of it is pending.
+func TestRetryOfARemovalInQuarantine(t *testing.T) {
+	w, _ := owing(t, remapSnapshot, states.Removed)
+	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
+	next := w.restart(t, kept)
+	next.calm()
+	next.undo[remapSnapshot] = never
+	require.Equal(t, states.Quarantined, next.state(t))
+	require.ErrorIs(t, next.WriteOff(t.Context(), testKey, "", "gone"), errNever)
+	require.Equal(t, StepOwed, next.view(t).Step(remapSnapshot).Status)
+	next.undo[remapSnapshot] = nil
+	require.NoError(t, next.Retry(t.Context(), testKey))
+	require.True(t, next.gone())
+}
+
 // A sandbox in quarantine whose stop fails can't be removed by the kubelet.
 func TestWriteOffInQuarantine(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
-	w = w.restart(t, kept)
-	told := w.calm()
+	w, _ = w.restartOn(t, kept)
 	require.Equal(t, states.Quarantined, w.state(t))
 	require.True(t, errdefs.IsFailedPrecondition(w.Retry(t.Context(), testKey)))
 	w.undo[attachNetwork] = never
 	require.ErrorContains(t, w.Stop(t.Context(), testKey), "`podfsm cleanups`")
 	require.ErrorIs(t, w.Retry(t.Context(), testKey), errNever)
+
+	w, told := w.restartOn(t, kept)
+	w.undo[attachNetwork] = never
+	require.True(t, w.view(t).Pending(), "it is on record")
 	require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
 	require.Len(t, told.read(), 1)
 	require.NoError(t, w.Stop(t.Context(), testKey))
@@ -464,4 +500,51 @@ func TestUndoThatWasInterrupted(t *testing.T) {
 		w.book.records = append(before, w.book.records[:last]...)
 	}
 	require.NoError(t, w.Stop(t.Context(), testKey))
+}
+
+// An undo that has failed was not interrupted, whether its sandbox was ready, stopped or in quarantine.
+func TestUndoThatFailedWasNotInterrupted(t *testing.T) {
+	w := newWorld(t)
+	w.calm()
+	require.NoError(t, w.run(t))
+	w.do[startShim] = func(context.Context) error { return errors.New("no luck") }
+	w.undo[startShim] = never
+	require.Error(t, w.Demand(t.Context(), testKey, startShim))
+	for range 3 {
+		require.ErrorIs(t, w.Stop(t.Context(), testKey), errNever)
+		w, _ = w.restartOn(t, kept)
+		w.undo[startShim] = never
+		err := w.Stop(t.Context(), testKey)
+		require.ErrorIs(t, err, errNever)
+		require.NotContains(t, err.Error(), "interrupted")
+	}
+}
+
+// The ledger keeps the first and the last of the records that say the same, and with them that an undo was interrupted.
+func TestUndoThatWasInterruptedStaysOnRecord(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	undone := slices.IndexFunc(w.book.records, func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(attachNetwork) })
+	root, state := t.TempDir(), t.TempDir()
+	ledger, err := journal.Open(root, state)
+	require.NoError(t, err)
+	for _, record := range w.book.records[:undone] {
+		record.Seq = 0
+		require.NoError(t, ledger.Append(t.Context(), &record))
+	}
+	for range 3 {
+		next := newWorldOn(t, ledger, newNode())
+		next.calm()
+		next.node.exists, next.undo[attachNetwork] = w.left(), never
+		next.Restore(t.Context(), ledger.Sandboxes(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(kept))
+		for range 3 {
+			require.ErrorContains(t, next.Stop(t.Context(), testKey), "an earlier try was interrupted by a restart of containerd")
+		}
+		next.Close(context.Background())
+		require.NoError(t, ledger.Close())
+		ledger, err = journal.Open(root, state)
+		require.NoError(t, err)
+	}
+	require.NoError(t, ledger.Close())
 }
