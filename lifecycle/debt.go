@@ -43,16 +43,21 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	if goal != states.Stopped {
 		s.engine.unname(s) // nobody may use it any more, and whoever was told that its creation failed tries again under the same name
 	}
-	wait := s.engine.backoff(s.attempts + 1)
+	now := time.Now()
+	next := now.Add(s.engine.backoff(s.attempts + 1))
 	s.mu.Lock()
+	if s.nextTry.After(now) && s.nextTry.Before(next) {
+		next = s.nextTry // a request doesn't put the timer's try off
+	}
 	s.goal = goal
 	s.oweRest(goal, record.At)
 	s.attempts++
 	if s.failing.IsZero() {
-		s.failing = time.Now()
+		s.failing = now
 	}
-	s.nextTry = time.Now().Add(wait)
+	s.nextTry = next
 	s.stopTimerLocked()
+	wait := next.Sub(now)
 	s.timer = time.AfterFunc(wait, func() { s.inTurn(s.retry) })
 	s.mu.Unlock()
 

@@ -41,16 +41,18 @@ type givingUp struct {
 	by     Author
 	reason string
 	steps  []states.Event // that an operator gives up: those whose undo had failed by then
+	gone   states.Event   // the step of a process that a reboot has ended; "" for none
 	kept   []states.Event // those that may still be in use
 }
 
 // covers says whether an undo of a step that failed with cause is written off. After a reboot, podfsm gives up only what isn't its own to
-// take back. A step that holds others keeps its processes, mounts and snapshots from losing what they use, so nobody gives that up.
+// take back. A step that holds others keeps its processes, mounts and snapshots from losing what they use, so nobody gives that up. A process
+// is gone after a reboot.
 func (g *givingUp) covers(d Declaration, cause error) bool {
 	if errors.As(cause, new(InUse)) {
 		return false
 	}
-	return d.Foreign || g.by == ByOperator && len(d.Holds) == 0
+	return d.Foreign || g.by == ByOperator && (len(d.Holds) == 0 || d.Name == g.gone)
 }
 
 // meant says whether a step is among those that are given up. What fails for the first time is pending, and nobody has decided about it.
@@ -87,6 +89,9 @@ func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason str
 	return e.withPending(ctx, key, func(s *sandbox) error {
 		if part == "" {
 			giving := &givingUp{by: ByOperator, reason: reason, steps: s.failedUndos()}
+			if s.dossier.outside.Rebooted {
+				giving.gone = e.process.Declaration().Name
+			}
 			return s.tryPending(giving)
 		}
 		if err := s.writeOffPart(s.background(), part, reason); err != nil {

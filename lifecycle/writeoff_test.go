@@ -548,3 +548,47 @@ func TestUndoThatWasInterruptedStaysOnRecord(t *testing.T) {
 	}
 	require.NoError(t, ledger.Close())
 }
+
+// A reboot ends a process, also one whose data this release can't read. What else the step has left can be written off then.
+func TestRebootEndsAnUnknownProcess(t *testing.T) {
+	for known, ends := range map[Outside]bool{rebooted: true, kept: false} {
+		w := newWorld(t)
+		require.NoError(t, w.run(t))
+		for i, record := range w.book.records {
+			if record.Kind == journal.Done && record.Step == string(startPause) {
+				w.book.records[i].Data = &journal.Data{TypeURL: "nobody's", Value: []byte("{}")}
+			}
+		}
+		next := w.restart(t, known)
+		told := next.calm()
+		err := next.Stop(t.Context(), testKey)
+		if !ends {
+			require.ErrorContains(t, err, "can't read its data of type \"nobody's\"")
+			continue
+		}
+		require.NoError(t, err)
+		require.ErrorContains(t, next.Remove(t.Context(), testKey), "can't read its data of type")
+		require.NoError(t, next.WriteOff(t.Context(), testKey, "", "rebooted"))
+		require.Equal(t, startPause, told.read()[0].Step)
+		require.True(t, next.gone())
+	}
+}
+
+// Requests that fail more often than the timer comes don't put its try off.
+func TestRequestsDontPutRetriesOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := owing(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return 4 * time.Minute } })
+		due := w.view(t).NextTry
+		for range 3 {
+			time.Sleep(time.Minute)
+			require.Error(t, w.Stop(t.Context(), testKey))
+			require.Equal(t, due, w.view(t).NextTry)
+		}
+		tries := w.view(t).Step(attachNetwork).Attempts
+		time.Sleep(time.Minute + time.Second)
+		synctest.Wait()
+		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).Attempts)
+		require.True(t, w.view(t).NextTry.After(due))
+		w.Close(context.Background())
+	})
+}
