@@ -50,6 +50,7 @@ type Engine struct {
 	backoff Backoff
 	observe Observer // nil for none
 	gaveUp  func(View, WriteOff)
+	uptime  func() time.Duration // of the kernel
 	release string
 
 	// paid is told of a removal; see [Engine.WhenPaid].
@@ -104,7 +105,7 @@ func New(c Config) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, gaveUp: c.WrittenOff, release: c.Release,
+		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, gaveUp: c.WrittenOff, uptime: uptime, release: c.Release,
 		paid:      func(context.Context, journal.Key) {},
 		turns:     turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},

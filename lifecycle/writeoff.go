@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -188,7 +189,7 @@ func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 // giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
 // isn't on record: after a restart it would be tried again.
 func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
-	giving := cmp.Or(s.givingUp, s.hopeless())
+	giving := cmp.Or(s.givingUp, s.hopeless(s.steps[d.Name]))
 	if giving == nil || !giving.meant(d) {
 		return false
 	}
@@ -223,17 +224,30 @@ func (s *sandbox) wroteOff(ctx context.Context, w WriteOff) {
 }
 
 const (
-	// hopelessAfter and hopelessTries bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod itself, needs
-	// some minutes to be there again.
+	// hopelessAfter, hopelessTries and hopelessHere bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod
+	// itself, needs some minutes to be there again. The tries and hopelessHere are of this process: a restart may have kept it away, too.
 	hopelessAfter = time.Hour
 	hopelessTries = 10
+	hopelessHere  = 10 * time.Minute
 )
 
-// hopeless says that the try under way is the last one, after a reboot; nil if it isn't. Whoever makes it counts: the kubelet may try so
-// often that the timer never comes.
-func (s *sandbox) hopeless() *givingUp {
-	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessAfter {
+// hopeless says that the try under way is the last one at the undo of a step, after a reboot; nil if it isn't. Whoever makes it counts: the
+// kubelet may try so often that the timer never comes. Restarts don't put it off.
+func (s *sandbox) hopeless(rec *stepRecord) *givingUp {
+	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessHere {
+		return nil
+	}
+	if rec.owedSince.IsZero() || min(time.Since(rec.owedSince), s.engine.uptime()) < hopelessAfter {
 		return nil
 	}
 	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
+}
+
+// uptime is how long ago the kernel was booted, suspended time included; 0 if that is unknown.
+func uptime() time.Duration {
+	var since unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+		return 0
+	}
+	return time.Duration(since.Nano())
 }

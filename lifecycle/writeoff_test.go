@@ -418,60 +418,61 @@ func TestWriteOffInQuarantine(t *testing.T) {
 	require.Equal(t, []states.Event{attachNetwork}, w.left())
 }
 
-// After a reboot, what depends on a program that may never come back is tried for an hour. What is podfsm's own is tried for ever, as is
-// all of a sandbox of this boot.
+// After a reboot, what depends on a program that may never come back is tried for an hour, whoever tries, and however often the daemon is
+// restarted. What is podfsm's own is tried forever, as is all of a sandbox of this boot.
 func TestTriesAfterAReboot(t *testing.T) {
 	for name, test := range map[string]struct {
-		known Outside
-		step  states.Event
-		asked bool // the kubelet tries, too, more often than the timer
-		ends  bool
+		known    Outside
+		step     states.Event
+		asked    bool // the kubelet tries, too, more often than the timer
+		restarts bool // every 20 minutes
+		ends     bool
 	}{
-		"a plugin's":            {rebooted, attachNetwork, false, true},
-		"a plugin's, asked for": {rebooted, attachNetwork, true, true},
-		"podfsm's own":          {rebooted, captureNetNS, true, false},
-		"a plugin's, no reboot": {kept, attachNetwork, true, false},
+		"a plugin's":                {rebooted, attachNetwork, false, false, true},
+		"a plugin's, asked for":     {rebooted, attachNetwork, true, false, true},
+		"a plugin's, with restarts": {rebooted, attachNetwork, true, true, true},
+		"podfsm's own":              {rebooted, captureNetNS, true, false, false},
+		"a plugin's, no reboot":     {kept, attachNetwork, true, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				foreign := func(d *Declaration) { d.Foreign = d.Name == attachNetwork }
-				w := newWorld(t, foreign)
-				w.undo[test.step] = never
-				w.calm()
-				require.NoError(t, w.run(t))
-				require.Error(t, w.Stop(t.Context(), testKey))
-				w.Close(context.Background())
-
-				next := newWorldOn(t, w.book, newNode(), foreign)
-				next.book, next.node.exists, next.undo[test.step] = w.book, w.left(), never
-				told := next.calm()
-				next.Engine.backoff = DefaultBackoff
-				next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(test.known))
-				require.NoError(t, next.Resume(t.Context(), testKey))
-				try := func(times int) {
-					for range times {
+				w, _ := owing(t, test.step, states.Stopped)
+				time.Sleep(24 * time.Hour)
+				booted := time.Now()
+				var told *writeOffs
+				start := func() {
+					w, told = w.restartOn(t, test.known)
+					w.undo[test.step] = never
+					w.Engine.backoff, w.Engine.uptime = DefaultBackoff, func() time.Duration { return time.Since(booted) }
+					require.NoError(t, w.Resume(t.Context(), testKey))
+				}
+				start()
+				try := func(from, to int) {
+					for minute := from; minute < to; minute++ {
 						time.Sleep(time.Minute)
 						synctest.Wait()
+						if test.restarts && minute%20 == 19 {
+							start()
+						}
 						if test.asked {
-							_ = next.Stop(t.Context(), testKey)
+							_ = w.Stop(t.Context(), testKey)
 						}
 					}
 				}
-				try(50)
-				require.Equal(t, states.CleanupOwed, next.state(t))
+				try(0, 50)
+				require.Equal(t, states.CleanupOwed, w.state(t))
 				require.Empty(t, told.read())
-				try(20)
+				try(50, 75)
+				defer w.Close(context.Background())
 				if !test.ends {
-					require.Equal(t, states.CleanupOwed, next.state(t))
+					require.Equal(t, states.CleanupOwed, w.state(t))
 					require.Empty(t, told.read())
-					next.Close(context.Background())
 					return
 				}
-				require.Equal(t, states.Stopped, next.state(t))
+				require.Equal(t, states.Stopped, w.state(t))
 				require.Len(t, told.read(), 1)
 				require.Equal(t, ByReboot, told.read()[0].By)
 				require.Equal(t, "the node was rebooted, and the cleanup failed for more than 1h0m0s", told.read()[0].Reason)
-				next.Close(context.Background())
 			})
 		})
 	}
