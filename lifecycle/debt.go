@@ -20,7 +20,9 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 		return err
 	}
 	if s.attempts > 0 {
-		s.aside(func() { s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid") })
+		s.aside(func() {
+			s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: pending cleanup completed")
+		})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

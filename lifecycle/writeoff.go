@@ -189,7 +189,7 @@ func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 // giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
 // isn't on record: after a restart it would be tried again.
 func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
-	giving := cmp.Or(s.givingUp, s.hopeless(s.steps[d.Name]))
+	giving := cmp.Or(s.givingUp, s.lastTry(s.steps[d.Name]))
 	if giving == nil || !giving.meant(d) {
 		return false
 	}
@@ -220,27 +220,27 @@ func (s *sandbox) wroteOff(ctx context.Context, w WriteOff) {
 		}
 		entry.Warn("sandbox: cleanup written off")
 	})
-	s.aside(func() { s.engine.gaveUp(s.view(), w) })
+	s.aside(func() { s.engine.writtenOff(s.view(), w) })
 }
 
 const (
-	// hopelessAfter, hopelessTries and hopelessHere bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod
-	// itself, needs some minutes to be there again. The tries and hopelessHere are of this process: a restart may have kept it away, too.
-	hopelessAfter = time.Hour
-	hopelessTries = 10
-	hopelessHere  = 10 * time.Minute
+	// retriedFor, retriedTimes and retriedHere bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod
+	// itself, needs some minutes to be there again. The tries and retriedHere are of this process: a restart may have kept it away, too.
+	retriedFor   = time.Hour
+	retriedTimes = 10
+	retriedHere  = 10 * time.Minute
 )
 
-// hopeless says that the try under way is the last one at the undo of a step, after a reboot; nil if it isn't. Whoever makes it counts: the
+// lastTry says that the try under way is the last one at the undo of a step, after a reboot; nil if it isn't. Whoever makes it counts: the
 // kubelet may try so often that the timer never comes. Restarts don't put it off.
-func (s *sandbox) hopeless(rec *stepRecord) *givingUp {
-	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessHere {
+func (s *sandbox) lastTry(rec *stepRecord) *givingUp {
+	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < retriedTimes || time.Since(s.failing) < retriedHere {
 		return nil
 	}
-	if rec.owedSince.IsZero() || min(time.Since(rec.owedSince), s.engine.uptime()) < hopelessAfter {
+	if rec.owedSince.IsZero() || min(time.Since(rec.owedSince), s.engine.uptime()) < retriedFor {
 		return nil
 	}
-	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
+	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", retriedFor)}
 }
 
 // uptime is how long ago the kernel was booted, suspended time included; 0 if that is unknown.

@@ -56,9 +56,9 @@ func (s *partedStep) WriteOff(ctx context.Context, r *Run, name, reason string) 
 	return []string{name}, nil
 }
 
-// owing is a world whose sandbox has a pending cleanup that leads to a goal, since the undo of a step never succeeds. Nothing is retried
+// withPendingCleanup is a world whose sandbox has a pending cleanup that leads to a goal, since the undo of a step never succeeds. Nothing is retried
 // by itself, and what is written off is told.
-func owing(t *testing.T, step states.Event, goal states.State, change ...func(*world)) (w *world, told *writeOffs) {
+func withPendingCleanup(t *testing.T, step states.Event, goal states.State, change ...func(*world)) (w *world, told *writeOffs) {
 	w = newWorld(t)
 	w.undo[step] = never
 	told = w.calm()
@@ -106,7 +106,7 @@ func (o *writeOffs) read() []WriteOff {
 func (w *world) calm() *writeOffs {
 	told := &writeOffs{}
 	w.Engine.backoff = func(int) time.Duration { return time.Hour }
-	w.Engine.gaveUp = told.add
+	w.Engine.writtenOff = told.add
 	return told
 }
 
@@ -125,7 +125,7 @@ func (w *world) ends(t *testing.T, goal states.State, left ...states.Event) {
 func TestRetry(t *testing.T) {
 	for _, goal := range []states.State{states.RolledBack, states.Stopped, states.Removed} {
 		t.Run(string(goal), func(t *testing.T) {
-			w, told := owing(t, attachNetwork, goal)
+			w, told := withPendingCleanup(t, attachNetwork, goal)
 			err := w.Retry(t.Context(), testKey)
 			require.ErrorIs(t, err, errNever)
 			require.Equal(t, 2, w.view(t).Step(attachNetwork).Attempts)
@@ -145,7 +145,7 @@ func TestWriteOff(t *testing.T) {
 	for _, goal := range []states.State{states.RolledBack, states.Stopped, states.Removed} {
 		for _, step := range []states.Event{attachNetwork, captureNetNS} {
 			t.Run(fmt.Sprintf("%s %s", goal, step), func(t *testing.T) {
-				w, told := owing(t, step, goal)
+				w, told := withPendingCleanup(t, step, goal)
 				require.NoError(t, w.WriteOff(t.Context(), testKey, "", "the plugin is gone for good"))
 				require.Len(t, told.read(), 1)
 				off := told.read()[0]
@@ -173,7 +173,7 @@ func TestWriteOffLasts(t *testing.T) {
 		"an older release": func(r *journal.Record) { r.WrittenOff = "" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w, _ := owing(t, attachNetwork, states.Stopped)
+			w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 			before := w.book.saved()
 			require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
 			after := w.book.saved()[0].Records
@@ -209,7 +209,7 @@ func TestWriteOffOfAPart(t *testing.T) {
 		at := slices.IndexFunc(w.steps, func(s Step) bool { return s.Declaration().Name == attachNetwork })
 		w.steps[at] = &partedStep{*w.steps[at].(*fakeStep)}
 	}
-	w, told := owing(t, attachNetwork, states.Stopped, parted, func(w *world) { w.undo[attachNetwork] = nil })
+	w, told := withPendingCleanup(t, attachNetwork, states.Stopped, parted, func(w *world) { w.undo[attachNetwork] = nil })
 	err := w.WriteOff(t.Context(), testKey, "net/vrf", "gone")
 	require.True(t, errdefs.IsNotFound(err))
 	require.ErrorContains(t, err, `["net/bridge" "net/sbr"]`)
@@ -259,15 +259,15 @@ func TestWriteOffIsRefused(t *testing.T) {
 		require.Equal(t, states.Ready, w.state(t))
 	})
 	t.Run("no reason", func(t *testing.T) {
-		w, _ := owing(t, attachNetwork, states.Stopped)
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 		require.True(t, errdefs.IsInvalidArgument(w.WriteOff(t.Context(), testKey, "", "")))
 	})
 	t.Run("a step without parts", func(t *testing.T) {
-		w, _ := owing(t, attachNetwork, states.Stopped)
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 		require.True(t, errdefs.IsNotFound(w.WriteOff(t.Context(), testKey, "net/sbr", "gone")))
 	})
 	t.Run("the ledger takes no record of it", func(t *testing.T) {
-		w, told := owing(t, attachNetwork, states.Stopped)
+		w, told := withPendingCleanup(t, attachNetwork, states.Stopped)
 		w.book.refuse = func(r *journal.Record) error {
 			if r.WrittenOff != "" {
 				return errors.New("disk full")
@@ -335,7 +335,7 @@ func TestRetryOfTheEnd(t *testing.T) {
 
 // A write-off that waits for another request is not begun once its caller has gone.
 func TestWriteOffWithoutItsCaller(t *testing.T) {
-	w, told := owing(t, attachNetwork, states.Stopped)
+	w, told := withPendingCleanup(t, attachNetwork, states.Stopped)
 	running, end := make(chan struct{}), make(chan struct{})
 	w.undo[attachNetwork] = func() error { running <- struct{}{}; <-end; return errNever }
 	done := make(chan error, 1)
@@ -365,7 +365,7 @@ func TestWriteOffWithoutItsCaller(t *testing.T) {
 
 // What fails for the first time while a cleanup is written off stays pending: nobody has decided about it.
 func TestWriteOffOfWhatHadFailed(t *testing.T) {
-	w, told := owing(t, attachNetwork, states.Removed)
+	w, told := withPendingCleanup(t, attachNetwork, states.Removed)
 	w.undo[captureNetNS] = never
 	err := w.WriteOff(t.Context(), testKey, "", "gone")
 	require.ErrorIs(t, err, errNever)
@@ -383,7 +383,7 @@ func TestWriteOffOfWhatHadFailed(t *testing.T) {
 
 // The removal of a sandbox that is in quarantine by now is retried as one, and never said to be completed while anything of it is pending.
 func TestRetryOfARemovalInQuarantine(t *testing.T) {
-	w, _ := owing(t, remapSnapshot, states.Removed)
+	w, _ := withPendingCleanup(t, remapSnapshot, states.Removed)
 	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
 	next := w.restart(t, kept)
 	next.calm()
@@ -436,7 +436,7 @@ func TestTriesAfterAReboot(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w, _ := owing(t, test.step, states.Stopped)
+				w, _ := withPendingCleanup(t, test.step, states.Stopped)
 				time.Sleep(24 * time.Hour)
 				booted := time.Now()
 				var told *writeOffs
@@ -578,7 +578,7 @@ func TestRebootEndsAnUnknownProcess(t *testing.T) {
 // Requests that fail more often than the timer comes don't put its try off.
 func TestRequestsDontPutRetriesOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w, _ := owing(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return 4 * time.Minute } })
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return 4 * time.Minute } })
 		due := w.view(t).NextTry
 		for range 3 {
 			time.Sleep(time.Minute)
