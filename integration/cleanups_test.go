@@ -24,7 +24,7 @@ fi
 // noAgent is what it does when its agent is gone.
 const noAgent = `echo '{"cniVersion": "1.0.0", "code": 11, "msg": "dial unix /run/agent.sock: connection refused"}'; exit 1`
 
-// An operator can end what keeps a pod from being stopped for ever, and a drain then comes to its end.
+// An operator can write off what would keep a pod from being stopped forever. A drain can complete then.
 func TestPendingCleanups(t *testing.T) {
 	t.Parallel()
 	n, before := warmNode(t)

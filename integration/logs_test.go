@@ -99,7 +99,7 @@ func TestLogs(t *testing.T) {
 		_, err := n.RunPod(t.Context(), harness.PodfsmHandler, n.PodConfig("pod"))
 		require.ErrorContains(t, err, "the cleanup is owed")
 		n.RequireClean(t, before) // the third try pays
-		require.Eventually(t, func() bool { return strings.Contains(n.Log()[from:], "what was owed is paid") }, waitFor, tick)
+		require.Eventually(t, func() bool { return strings.Contains(n.Log()[from:], "pending cleanup completed") }, waitFor, tick)
 		require.NoError(t, n.Heal())
 		lines := loud(logged(t, n, from))
 		require.Equal(t, []string{
@@ -107,7 +107,7 @@ func TestLogs(t *testing.T) {
 			"warning sandbox: a step failed", // the undo
 			"warning sandbox: cleanup failed, retrying",
 			"warning sandbox: a step failed", // the second try
-			"info sandbox: what was owed is paid",
+			"info sandbox: pending cleanup completed",
 		}, messages(lines))
 		require.Equal(t, "undo", lines[1]["act"])
 		require.Equal(t, "capture_netns", lines[1]["step"])

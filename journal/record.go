@@ -27,6 +27,7 @@ const (
 	Noted      Kind = "noted"       // progress inside a step; Data is the step's own record
 	Done       Kind = "done"        // a step acted; Data is its result
 	UndoIntent Kind = "undo-intent" // a step is about to be undone
+	UndoFailed Kind = "undo-failed" // an undo, or the end of pause, has failed: Error says why
 	Undone     Kind = "undone"      // a step was undone, or is never going to be: WrittenOff says why
 	Moved      Kind = "moved"       // the state changed though no step was done; Goal is what a stop is for
 	Exited     Kind = "exited"      // pause exited; Data is the exit status
@@ -68,6 +69,9 @@ type Record struct {
 	// WrittenOff is of an Undone whose undo was given up: the reason. Error is then that of the last try. A release that doesn't know the
 	// field doesn't try again either.
 	WrittenOff string `json:"written_off,omitempty"`
+
+	// Interrupted is of an UndoIntent: an earlier undo of the step was interrupted by a kill, and may have succeeded.
+	Interrupted bool `json:"interrupted,omitempty"`
 
 	// Release is the release of podfsm that wrote the record.
 	Release string `json:"release,omitempty"`

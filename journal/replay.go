@@ -137,6 +137,7 @@ type saying struct {
 	atStop             bool
 	typeURL, value     string
 	writtenOff         string
+	interrupted        bool
 	durable            bool
 }
 
@@ -151,7 +152,7 @@ func newStored(r *Record, frame []byte) stored {
 			from: r.From, event: r.Event, state: r.State,
 			holds: strings.Join(r.Holds, " "), atStop: r.AtStop,
 			typeURL: r.Data.GetTypeUrl(), value: string(r.Data.GetValue()),
-			writtenOff: r.WrittenOff, durable: r.Durable,
+			writtenOff: r.WrittenOff, interrupted: r.Interrupted, durable: r.Durable,
 		}),
 		frame:   frame,
 		sum:     frameSum(frame),

@@ -95,7 +95,7 @@ func (s *sandbox) setRunning(step Step) {
 	defer s.mu.Unlock()
 	rec := s.steps[name]
 	s.begin(name)
-	rec.status, rec.started, rec.ended, rec.err = StepRunning, time.Now(), time.Time{}, nil
+	rec.status, rec.started, rec.ended, rec.err, rec.interrupted = StepRunning, time.Now(), time.Time{}, nil, false
 	rec.release = s.engine.release
 	rec.acting, rec.actingSince = ActDo, rec.started
 	s.acts.begin(name, ActDo, rec.started)

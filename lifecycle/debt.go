@@ -2,7 +2,6 @@ package lifecycle
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -21,7 +20,9 @@ func (s *sandbox) settle(ctx context.Context, goal states.State, work func() err
 		return err
 	}
 	if s.attempts > 0 {
-		s.aside(func() { s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: what was owed is paid") })
+		s.aside(func() {
+			s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("sandbox: pending cleanup completed")
+		})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -44,16 +45,21 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 	if goal != states.Stopped {
 		s.engine.unname(s) // nobody may use it any more, and whoever was told that its creation failed tries again under the same name
 	}
-	wait := s.engine.backoff(s.attempts + 1)
+	now := time.Now()
+	next := now.Add(s.engine.backoff(s.attempts + 1))
 	s.mu.Lock()
+	if s.nextTry.After(now) && s.nextTry.Before(next) {
+		next = s.nextTry // a request doesn't put the timer's try off
+	}
 	s.goal = goal
 	s.oweRest(goal, record.At)
 	s.attempts++
 	if s.failing.IsZero() {
-		s.failing = time.Now()
+		s.failing = now
 	}
-	s.nextTry = time.Now().Add(wait)
+	s.nextTry = next
 	s.stopTimerLocked()
+	wait := next.Sub(now)
 	s.timer = time.AfterFunc(wait, func() { s.inTurn(s.retry) })
 	s.mu.Unlock()
 
@@ -74,12 +80,10 @@ func (s *sandbox) owe(ctx context.Context, goal states.State, cause error) {
 func (s *sandbox) oweRest(goal states.State, at time.Time) {
 	for _, rec := range s.steps {
 		if goal != states.Stopped && rec.touched && rec.status != StepUndone && rec.status != StepOwed {
-			rec.owedFrom(at, errWaits)
+			rec.owedFrom(at, waitsFor("the others"))
 		}
 	}
 }
-
-var errWaits = errors.New("waits for the others")
 
 func (s *sandbox) setGoal(goal states.State) {
 	s.mu.Lock()
@@ -98,12 +102,12 @@ func (s *sandbox) explained(err error) error {
 // retry is the timer's event.
 func (s *sandbox) retry() {
 	if s.state() == states.CleanupOwed {
-		_ = s.payAlone(nil) // what fails is logged, and tried again
+		_ = s.retryPending(nil) // what fails is logged, and tried again
 	}
 }
 
-// payAlone makes one more try at what is owed, in a trace of its own that is linked to the sandbox's.
-func (s *sandbox) payAlone(givingUp *givingUp) error {
+// retryPending makes one more try at what is owed, in a trace of its own that is linked to the sandbox's.
+func (s *sandbox) retryPending(givingUp *givingUp) error {
 	s.alone, s.givingUp = true, givingUp
 	defer func() { s.alone, s.givingUp = false, nil }()
 	ctx, span := tracing.StartLinked(s.background(), tracing.SpanCleanup, s.traceParent, s.req.Attributes...)
@@ -114,11 +118,14 @@ func (s *sandbox) payAlone(givingUp *givingUp) error {
 
 // pay goes on towards the goal that the cleanup is owed for.
 func (s *sandbox) pay(ctx context.Context) error {
-	if s.state() == states.Quarantined {
+	if s.state() == states.Quarantined && s.goal != states.RolledBack && s.goal != states.Removed {
 		return s.detach(ctx) // as a stop does
 	}
 	switch s.goal {
 	case states.RolledBack:
+		if s.state() == states.Quarantined {
+			return s.remove(ctx) // its only way on
+		}
 		return s.rollback(ctx, nil)
 	case states.Removed:
 		return s.remove(ctx)

@@ -57,8 +57,11 @@ func (s *sandbox) doNow(ctx context.Context, step Step) error {
 	if out.err == nil {
 		return nil
 	}
-	if out.touched && s.undo(ctx, step) != nil {
-		s.setStatus(name, StepFailed) // the stop of the sandbox tries again
+	if out.touched {
+		if err := s.undo(ctx, step); err != nil {
+			s.record(ctx, failedUndo(name, err), nil)
+			s.setStatus(name, StepFailed) // the stop of the sandbox tries again
+		}
 	}
 	return &StepError{Step: name, Pod: s.req.Pod, Err: out.err}
 }

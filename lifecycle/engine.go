@@ -43,14 +43,15 @@ func DefaultBackoff(attempts int) time.Duration {
 
 // Engine owns all sandboxes. Its methods may be called by any number of goroutines.
 type Engine struct {
-	table   *states.Table
-	steps   []Step
-	process Ender
-	journal Journal
-	backoff Backoff
-	observe Observer // nil for none
-	gaveUp  func(View, WriteOff)
-	release string
+	table      *states.Table
+	steps      []Step
+	process    Ender
+	journal    Journal
+	backoff    Backoff
+	observe    Observer // nil for none
+	writtenOff func(View, WriteOff)
+	uptime     func() time.Duration // of the kernel
+	release    string
 
 	// paid is told of a removal; see [Engine.WhenPaid].
 	paid func(context.Context, journal.Key)
@@ -104,7 +105,7 @@ func New(c Config) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, gaveUp: c.WrittenOff, release: c.Release,
+		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, writtenOff: c.WrittenOff, uptime: uptime, release: c.Release,
 		paid:      func(context.Context, journal.Key) {},
 		turns:     turns{free: resumeParallel},
 		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},

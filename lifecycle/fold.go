@@ -50,7 +50,7 @@ func (h *history) fold(record *journal.Record) error {
 		}
 	}
 	switch record.Kind {
-	case journal.Intent, journal.Noted, journal.Done, journal.UndoIntent, journal.Undone:
+	case journal.Intent, journal.Noted, journal.Done, journal.UndoIntent, journal.UndoFailed, journal.Undone:
 		return present(record.Step, "step")
 	case journal.Moved:
 		return h.foldMove(record)
@@ -119,15 +119,30 @@ func (h *history) foldStep(record *journal.Record, data any) {
 			rec.ended, rec.err = record.At, errors.New(record.Error)
 			h.acts.end(name, ActDo, rec.started, record.At, rec.err)
 		}
-		rec.interrupted = rec.interrupted || rec.status == StepUndoing
+		rec.interrupted = rec.interrupted || record.Interrupted || rec.status == StepUndoing
 		rec.status, rec.undoing = StepUndoing, record.At
 		h.acts.begin(name, ActUndo, record.At)
+	case journal.UndoFailed:
+		h.foldUndoFailed(name, record)
 	case journal.Undone:
 		h.foldUndone(name, record)
 	}
 	if unknown, ok := data.(*Unknown); ok {
 		rec.unknown, rec.release = unknown.Type, record.Release
 	}
+}
+
+// foldUndoFailed keeps that an undo has failed. That of a step on demand is owed only when the sandbox is stopped.
+func (h *history) foldUndoFailed(name states.Event, record *journal.Record) {
+	rec, reason := h.steps[name], errors.New(record.Error)
+	if rec.status == StepUndoing {
+		h.acts.end(name, ActUndo, rec.undoing, record.At, reason)
+	}
+	if h.state() == states.Ready {
+		rec.status = StepFailed
+		return
+	}
+	rec.owedFrom(record.At, reason)
 }
 
 func (h *history) foldUndone(name states.Event, record *journal.Record) {
@@ -188,12 +203,16 @@ func (h *history) foldExit(record *journal.Record, data any) error {
 	return nil
 }
 
-// owe finds what a debt is of: the steps whose undo was begun, and those that wait for them. Where no undo was begun, it was the process
-// that could not be ended.
+// owe finds what a debt is of: the steps whose undo has failed, and those that wait for them. A release that doesn't record each failure
+// has begun their undos; where none was begun, it was the process that could not be ended.
 func (h *history) owe(record *journal.Record) {
 	begun := false
 	for _, rec := range h.steps {
-		if rec.touched && (rec.status == StepUndoing || rec.status == StepOwed) {
+		switch {
+		case !rec.touched:
+		case rec.failedToUndo():
+			begun = true
+		case rec.status == StepUndoing:
 			begun = true
 			rec.owedFrom(record.At, errors.New(record.Error))
 		}

@@ -15,7 +15,7 @@ import (
 // the sandbox is in a state, and has all steps of this release.
 func FuzzRestore(f *testing.F) {
 	kinds := []journal.Kind{
-		journal.Begun, journal.Intent, journal.Noted, journal.Done, journal.UndoIntent, journal.Undone, journal.Moved, journal.Exited,
+		journal.Begun, journal.Intent, journal.Noted, journal.Done, journal.UndoIntent, journal.UndoFailed, journal.Undone, journal.Moved, journal.Exited,
 		journal.Claimed, journal.Owed, "later",
 	}
 	spec, err := journal.Marshal(&testSpec{Name: "web"})

@@ -44,6 +44,16 @@ func (w *world) restart(t *testing.T, known Outside) *world {
 	return next
 }
 
+// restartOn is as restart, and the next daemon writes to the same ledger. Its engine is calm.
+func (w *world) restartOn(t *testing.T, known Outside) (next *world, told *writeOffs) {
+	w.Close(context.Background())
+	next = newWorldOn(t, w.book, newNode())
+	next.book, next.node.exists, next.node.exited = w.book, w.left(), w.node.exited
+	told = next.calm()
+	next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(known))
+	return next, told
+}
+
 // interrupted leaves a world as a kill does that comes while a step acts.
 func interrupted(t *testing.T, during states.Event) *world {
 	w := newWorld(t)

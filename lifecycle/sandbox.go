@@ -369,7 +369,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 		return fmt.Errorf("failed to take sandbox %q off the ledger: %w", s.key.ID, err)
 	}
 	s.mu.Lock()
-	s.lastErr = s.failure // what was owed is paid
+	s.lastErr = s.failure // no cleanup is pending any more
 	s.mu.Unlock()
 	if err := s.fire(ctx, event, time.Now(), nil); err != nil {
 		return err

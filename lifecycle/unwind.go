@@ -157,13 +157,14 @@ func (s *sandbox) end(ctx context.Context) error {
 	var exit Exit
 	err := s.attempt(ctx, process, ActStop, func(ctx context.Context, r *Run) (err error) {
 		if rec.unknown != "" {
-			return s.unknownTo(name)
+			exit, err = s.endOfUnknown()
+			return err
 		}
 		exit, err = process.Stop(ctx, r)
 		return err
 	})
 	if err != nil {
-		s.setOwed(name, err)
+		s.setOwed(ctx, name, err)
 		return err
 	}
 	s.settleStep(name)
@@ -171,6 +172,17 @@ func (s *sandbox) end(ctx context.Context) error {
 	s.announceExit()
 	s.ended = true
 	return nil
+}
+
+// endOfUnknown is how a process has ended whose data this release can't read. It fails unless something else shows that the process has.
+func (s *sandbox) endOfUnknown() (Exit, error) {
+	switch {
+	case s.exit != nil:
+		return *s.exit, nil
+	case s.dossier.outside.Rebooted:
+		return Exit{Code: unknownExit, At: time.Now()}, nil
+	}
+	return Exit{}, s.unknownTo(s.engine.process.Declaration().Name)
 }
 
 func everyStep(Declaration) bool { return true }
@@ -192,9 +204,9 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Declaration) bool) err
 		}
 		holder, waits := held[f.Name]
 		if waits {
-			s.setOwed(f.Name, fmt.Errorf("waits for the undo of %s", holder))
+			s.setWaiting(f.Name, holder)
 		} else if err := s.undo(ctx, step); err != nil && !s.giveUp(ctx, f, err) {
-			s.setOwed(f.Name, err)
+			s.setOwed(ctx, f.Name, err)
 			failed, holder = append(failed, err), f.Name
 		} else {
 			continue
@@ -211,7 +223,7 @@ func (s *sandbox) unwind(ctx context.Context, chosen func(Declaration) bool) err
 func (s *sandbox) undo(ctx context.Context, step Step) error {
 	name := step.Declaration().Name
 	s.setStatus(name, StepUndoing)
-	intent := &journal.Record{Kind: journal.UndoIntent, Step: string(name)}
+	intent := &journal.Record{Kind: journal.UndoIntent, Step: string(name), Interrupted: s.steps[name].interrupted}
 	if err := s.steps[name].err; err != nil {
 		intent.Error = err.Error()
 	}
@@ -324,11 +336,35 @@ func (s *sandbox) settleStep(name states.Event) {
 	}
 }
 
-// setOwed keeps why a step's undo is owed, and since when.
-func (s *sandbox) setOwed(name states.Event, reason error) {
+// setOwed keeps why a step's undo is owed, and since when, also on record: not every failure is followed by a transition.
+func (s *sandbox) setOwed(ctx context.Context, name states.Event, reason error) {
+	record := failedUndo(name, reason)
+	s.record(ctx, record, nil)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[name].owedFrom(time.Now(), reason)
+	s.steps[name].owedFrom(record.At, reason)
+}
+
+// failedUndo is the record that an undo has failed now.
+func failedUndo(name states.Event, reason error) *journal.Record {
+	return &journal.Record{Kind: journal.UndoFailed, Step: string(name), Error: reason.Error(), At: time.Now()}
+}
+
+// setWaiting keeps that a step's undo waits for another's.
+func (s *sandbox) setWaiting(name, holder states.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.steps[name].owedFrom(time.Now(), waitsFor("the undo of "+holder))
+}
+
+// waitsFor is why the undo of a step is owed that was not tried, because something else comes first.
+type waitsFor string
+
+func (w waitsFor) Error() string { return "waits for " + string(w) }
+
+// failedToUndo says that the undo of the step was tried, and has failed.
+func (r *stepRecord) failedToUndo() bool {
+	return r.status == StepOwed && !errors.As(r.undoErr, new(waitsFor))
 }
 
 // owedFrom keeps why the step's undo is owed, and the first time as since when.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/states"
@@ -40,21 +41,29 @@ const (
 type givingUp struct {
 	by     Author
 	reason string
-	kept   []states.Event // those that failed, and were not written off
+	steps  []states.Event // that an operator gives up: those whose undo had failed by then
+	gone   states.Event   // the step of a process that a reboot has ended; "" for none
+	kept   []states.Event // those that may still be in use
 }
 
 // covers says whether an undo of a step that failed with cause is written off. After a reboot, podfsm gives up only what isn't its own to
-// take back. A step that holds others keeps its processes, mounts and snapshots from losing what they use, so nobody gives that up.
+// take back. A step that holds others keeps its processes, mounts and snapshots from losing what they use, so nobody gives that up. A process
+// is gone after a reboot.
 func (g *givingUp) covers(d Declaration, cause error) bool {
 	if errors.As(cause, new(InUse)) {
 		return false
 	}
-	return d.Foreign || g.by == ByOperator && len(d.Holds) == 0
+	return d.Foreign || g.by == ByOperator && (len(d.Holds) == 0 || d.Name == g.gone)
+}
+
+// meant says whether a step is among those that are given up. What fails for the first time is pending, and nobody has decided about it.
+func (g *givingUp) meant(d Declaration) bool {
+	return g.by == ByReboot || slices.Contains(g.steps, d.Name)
 }
 
 // explained adds to err which undos the write-off left pending.
 func (g *givingUp) explained(err error) error {
-	if err == nil || len(g.kept) == 0 {
+	if g == nil || len(g.kept) == 0 {
 		return err
 	}
 	return fmt.Errorf("%w; the undo of %q can't be written off, because processes may still use what it would free", err, g.kept)
@@ -62,14 +71,14 @@ func (g *givingUp) explained(err error) error {
 
 // Retry tries a pending cleanup now, and returns what is still pending afterwards.
 //
-// Errors: NotFound for an unknown sandbox, FailedPrecondition for one without a pending cleanup, a *StepError. When ctx ends first, the
-// try continues.
+// Errors: NotFound for an unknown sandbox, FailedPrecondition for one without a pending cleanup, a *PendingError. When ctx ends first, a
+// try that has begun continues, and no other begins.
 func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
-	return e.withPending(ctx, key, func(s *sandbox) error { return s.payAlone(nil) })
+	return e.withPending(ctx, key, func(s *sandbox) error { return s.tryPending(nil) })
 }
 
 // WriteOff gives up a pending cleanup, and goes on towards its goal. With a part, that part alone is written off, without another try.
-// Without one, the cleanup is tried once more, and each undo that fails is written off. What is written off stays so after a kill and
+// Without one, the cleanup is tried once more, and each undo that had failed before and fails again is written off. What is written off stays so after a kill and
 // after a reboot. What a process, a mount or a snapshot may use is never freed: the end of a process is never written off, nor is the undo
 // of a step that holds others, unless it is [Declaration.Foreign], nor one that fails with [InUse].
 //
@@ -80,14 +89,36 @@ func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason str
 	}
 	return e.withPending(ctx, key, func(s *sandbox) error {
 		if part == "" {
-			giving := &givingUp{by: ByOperator, reason: reason}
-			return giving.explained(s.payAlone(giving))
+			giving := &givingUp{by: ByOperator, reason: reason, steps: s.failedUndos()}
+			if s.dossier.outside.Rebooted {
+				giving.gone = e.process.Declaration().Name
+			}
+			return s.tryPending(giving)
 		}
 		if err := s.writeOffPart(s.background(), part, reason); err != nil {
 			return err
 		}
-		return s.payAlone(nil)
+		return s.tryPending(nil)
 	})
+}
+
+// PendingError says that a cleanup was tried, and is still pending because of Err.
+type PendingError struct{ Err error }
+
+func (e *PendingError) Error() string { return e.Err.Error() }
+
+func (e *PendingError) Unwrap() error { return e.Err }
+
+// tryPending tries the pending cleanup, and writes off what an operator gives up; nil for nothing.
+func (s *sandbox) tryPending(giving *givingUp) error {
+	err := s.retryPending(giving)
+	if err == nil && s.pending() {
+		err = fmt.Errorf("a part of the cleanup of sandbox %q waits for its removal; remove the pod: %w", s.key.ID, errdefs.ErrFailedPrecondition)
+	}
+	if err == nil {
+		return nil
+	}
+	return &PendingError{giving.explained(err)}
 }
 
 // withPending handles a request for a sandbox that has a pending cleanup. Unlike a stop, it doesn't end a creation that is under way, and
@@ -129,6 +160,11 @@ func (s *sandbox) owed() []states.Event {
 	return order
 }
 
+// failedUndos are the steps whose undo was tried, and has failed.
+func (s *sandbox) failedUndos() []states.Event {
+	return slices.DeleteFunc(s.owed(), func(name states.Event) bool { return !s.steps[name].failedToUndo() })
+}
+
 // writeOffPart has the step that has such a part note that the part is written off.
 func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 	for _, name := range s.owed() {
@@ -153,8 +189,8 @@ func (s *sandbox) writeOffPart(ctx context.Context, part, reason string) error {
 // giveUp writes a step off whose undo has failed, if that is what is to become of it; else the undo is owed. So is one whose write-off
 // isn't on record: after a restart it would be tried again.
 func (s *sandbox) giveUp(ctx context.Context, d Declaration, cause error) bool {
-	giving := cmp.Or(s.givingUp, s.hopeless())
-	if giving == nil {
+	giving := cmp.Or(s.givingUp, s.lastTry(s.steps[d.Name]))
+	if giving == nil || !giving.meant(d) {
 		return false
 	}
 	if !giving.covers(d, cause) {
@@ -184,21 +220,34 @@ func (s *sandbox) wroteOff(ctx context.Context, w WriteOff) {
 		}
 		entry.Warn("sandbox: cleanup written off")
 	})
-	s.aside(func() { s.engine.gaveUp(s.view(), w) })
+	s.aside(func() { s.engine.writtenOff(s.view(), w) })
 }
 
 const (
-	// hopelessAfter and hopelessTries bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod itself, needs
-	// some minutes to be there again.
-	hopelessAfter = time.Hour
-	hopelessTries = 10
+	// retriedFor, retriedTimes and retriedHere bound the tries at what a reboot has left: an agent that a CNI plugin talks to, a pod
+	// itself, needs some minutes to be there again. The tries and retriedHere are of this process: a restart may have kept it away, too.
+	retriedFor   = time.Hour
+	retriedTimes = 10
+	retriedHere  = 10 * time.Minute
 )
 
-// hopeless says that the try under way is the last one, after a reboot; nil if it isn't. Whoever makes it counts: the kubelet may try so
-// often that the timer never comes.
-func (s *sandbox) hopeless() *givingUp {
-	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < hopelessTries || time.Since(s.failing) < hopelessAfter {
+// lastTry says that the try under way is the last one at the undo of a step, after a reboot; nil if it isn't. Whoever makes it counts: the
+// kubelet may try so often that the timer never comes. Restarts don't put it off.
+func (s *sandbox) lastTry(rec *stepRecord) *givingUp {
+	if !s.dossier.outside.Rebooted || s.failing.IsZero() || s.attempts < retriedTimes || time.Since(s.failing) < retriedHere {
 		return nil
 	}
-	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", hopelessAfter)}
+	if rec.owedSince.IsZero() || min(time.Since(rec.owedSince), s.engine.uptime()) < retriedFor {
+		return nil
+	}
+	return &givingUp{by: ByReboot, reason: fmt.Sprintf("the node was rebooted, and the cleanup failed for more than %s", retriedFor)}
+}
+
+// uptime is how long ago the kernel was booted, suspended time included; 0 if that is unknown.
+func uptime() time.Duration {
+	var since unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+		return 0
+	}
+	return time.Duration(since.Nano())
 }

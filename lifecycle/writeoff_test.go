@@ -56,9 +56,9 @@ func (s *partedStep) WriteOff(ctx context.Context, r *Run, name, reason string) 
 	return []string{name}, nil
 }
 
-// owing is a world whose sandbox has a pending cleanup that leads to a goal, since the undo of a step never succeeds. Nothing is retried
+// withPendingCleanup is a world whose sandbox has a pending cleanup that leads to a goal, since the undo of a step never succeeds. Nothing is retried
 // by itself, and what is written off is told.
-func owing(t *testing.T, step states.Event, goal states.State, change ...func(*world)) (w *world, told *writeOffs) {
+func withPendingCleanup(t *testing.T, step states.Event, goal states.State, change ...func(*world)) (w *world, told *writeOffs) {
 	w = newWorld(t)
 	w.undo[step] = never
 	told = w.calm()
@@ -106,7 +106,7 @@ func (o *writeOffs) read() []WriteOff {
 func (w *world) calm() *writeOffs {
 	told := &writeOffs{}
 	w.Engine.backoff = func(int) time.Duration { return time.Hour }
-	w.Engine.gaveUp = told.add
+	w.Engine.writtenOff = told.add
 	return told
 }
 
@@ -125,7 +125,7 @@ func (w *world) ends(t *testing.T, goal states.State, left ...states.Event) {
 func TestRetry(t *testing.T) {
 	for _, goal := range []states.State{states.RolledBack, states.Stopped, states.Removed} {
 		t.Run(string(goal), func(t *testing.T) {
-			w, told := owing(t, attachNetwork, goal)
+			w, told := withPendingCleanup(t, attachNetwork, goal)
 			err := w.Retry(t.Context(), testKey)
 			require.ErrorIs(t, err, errNever)
 			require.Equal(t, 2, w.view(t).Step(attachNetwork).Attempts)
@@ -145,7 +145,7 @@ func TestWriteOff(t *testing.T) {
 	for _, goal := range []states.State{states.RolledBack, states.Stopped, states.Removed} {
 		for _, step := range []states.Event{attachNetwork, captureNetNS} {
 			t.Run(fmt.Sprintf("%s %s", goal, step), func(t *testing.T) {
-				w, told := owing(t, step, goal)
+				w, told := withPendingCleanup(t, step, goal)
 				require.NoError(t, w.WriteOff(t.Context(), testKey, "", "the plugin is gone for good"))
 				require.Len(t, told.read(), 1)
 				off := told.read()[0]
@@ -173,7 +173,7 @@ func TestWriteOffLasts(t *testing.T) {
 		"an older release": func(r *journal.Record) { r.WrittenOff = "" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w, _ := owing(t, attachNetwork, states.Stopped)
+			w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 			before := w.book.saved()
 			require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
 			after := w.book.saved()[0].Records
@@ -209,7 +209,7 @@ func TestWriteOffOfAPart(t *testing.T) {
 		at := slices.IndexFunc(w.steps, func(s Step) bool { return s.Declaration().Name == attachNetwork })
 		w.steps[at] = &partedStep{*w.steps[at].(*fakeStep)}
 	}
-	w, told := owing(t, attachNetwork, states.Stopped, parted, func(w *world) { w.undo[attachNetwork] = nil })
+	w, told := withPendingCleanup(t, attachNetwork, states.Stopped, parted, func(w *world) { w.undo[attachNetwork] = nil })
 	err := w.WriteOff(t.Context(), testKey, "net/vrf", "gone")
 	require.True(t, errdefs.IsNotFound(err))
 	require.ErrorContains(t, err, `["net/bridge" "net/sbr"]`)
@@ -259,15 +259,15 @@ func TestWriteOffIsRefused(t *testing.T) {
 		require.Equal(t, states.Ready, w.state(t))
 	})
 	t.Run("no reason", func(t *testing.T) {
-		w, _ := owing(t, attachNetwork, states.Stopped)
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 		require.True(t, errdefs.IsInvalidArgument(w.WriteOff(t.Context(), testKey, "", "")))
 	})
 	t.Run("a step without parts", func(t *testing.T) {
-		w, _ := owing(t, attachNetwork, states.Stopped)
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 		require.True(t, errdefs.IsNotFound(w.WriteOff(t.Context(), testKey, "net/sbr", "gone")))
 	})
 	t.Run("the ledger takes no record of it", func(t *testing.T) {
-		w, told := owing(t, attachNetwork, states.Stopped)
+		w, told := withPendingCleanup(t, attachNetwork, states.Stopped)
 		w.book.refuse = func(r *journal.Record) error {
 			if r.WrittenOff != "" {
 				return errors.New("disk full")
@@ -335,7 +335,7 @@ func TestRetryOfTheEnd(t *testing.T) {
 
 // A write-off that waits for another request is not begun once its caller has gone.
 func TestWriteOffWithoutItsCaller(t *testing.T) {
-	w, told := owing(t, attachNetwork, states.Stopped)
+	w, told := withPendingCleanup(t, attachNetwork, states.Stopped)
 	running, end := make(chan struct{}), make(chan struct{})
 	w.undo[attachNetwork] = func() error { running <- struct{}{}; <-end; return errNever }
 	done := make(chan error, 1)
@@ -363,18 +363,54 @@ func TestWriteOffWithoutItsCaller(t *testing.T) {
 	require.Len(t, told.read(), 1)
 }
 
+// What fails for the first time while a cleanup is written off stays pending: nobody has decided about it.
+func TestWriteOffOfWhatHadFailed(t *testing.T) {
+	w, told := withPendingCleanup(t, attachNetwork, states.Removed)
+	w.undo[captureNetNS] = never
+	err := w.WriteOff(t.Context(), testKey, "", "gone")
+	require.ErrorIs(t, err, errNever)
+	require.Len(t, told.read(), 1)
+	require.Equal(t, attachNetwork, told.read()[0].Step)
+	require.Equal(t, StepOwed, w.view(t).Step(captureNetNS).Status)
+
+	next := w.restart(t, kept)
+	told = next.calm()
+	next.undo[captureNetNS] = never
+	require.NoError(t, next.WriteOff(t.Context(), testKey, "", "gone, too"), "that it has failed is on record")
+	require.Len(t, told.read(), 1)
+	require.Equal(t, captureNetNS, told.read()[0].Step)
+}
+
+// The removal of a sandbox that is in quarantine by now is retried as one, and never said to be completed while anything of it is pending.
+func TestRetryOfARemovalInQuarantine(t *testing.T) {
+	w, _ := withPendingCleanup(t, remapSnapshot, states.Removed)
+	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
+	next := w.restart(t, kept)
+	next.calm()
+	next.undo[remapSnapshot] = never
+	require.Equal(t, states.Quarantined, next.state(t))
+	require.ErrorIs(t, next.WriteOff(t.Context(), testKey, "", "gone"), errNever)
+	require.Equal(t, StepOwed, next.view(t).Step(remapSnapshot).Status)
+	next.undo[remapSnapshot] = nil
+	require.NoError(t, next.Retry(t.Context(), testKey))
+	require.True(t, next.gone())
+}
+
 // A sandbox in quarantine whose stop fails can't be removed by the kubelet.
 func TestWriteOffInQuarantine(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
-	w = w.restart(t, kept)
-	told := w.calm()
+	w, _ = w.restartOn(t, kept)
 	require.Equal(t, states.Quarantined, w.state(t))
 	require.True(t, errdefs.IsFailedPrecondition(w.Retry(t.Context(), testKey)))
 	w.undo[attachNetwork] = never
 	require.ErrorContains(t, w.Stop(t.Context(), testKey), "`podfsm cleanups`")
 	require.ErrorIs(t, w.Retry(t.Context(), testKey), errNever)
+
+	w, told := w.restartOn(t, kept)
+	w.undo[attachNetwork] = never
+	require.True(t, w.view(t).Pending(), "it is on record")
 	require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
 	require.Len(t, told.read(), 1)
 	require.NoError(t, w.Stop(t.Context(), testKey))
@@ -382,60 +418,61 @@ func TestWriteOffInQuarantine(t *testing.T) {
 	require.Equal(t, []states.Event{attachNetwork}, w.left())
 }
 
-// After a reboot, what depends on a program that may never come back is tried for an hour. What is podfsm's own is tried for ever, as is
-// all of a sandbox of this boot.
+// After a reboot, what depends on a program that may never come back is tried for an hour, whoever tries, and however often the daemon is
+// restarted. What is podfsm's own is tried forever, as is all of a sandbox of this boot.
 func TestTriesAfterAReboot(t *testing.T) {
 	for name, test := range map[string]struct {
-		known Outside
-		step  states.Event
-		asked bool // the kubelet tries, too, more often than the timer
-		ends  bool
+		known    Outside
+		step     states.Event
+		asked    bool // the kubelet tries, too, more often than the timer
+		restarts bool // every 20 minutes
+		ends     bool
 	}{
-		"a plugin's":            {rebooted, attachNetwork, false, true},
-		"a plugin's, asked for": {rebooted, attachNetwork, true, true},
-		"podfsm's own":          {rebooted, captureNetNS, true, false},
-		"a plugin's, no reboot": {kept, attachNetwork, true, false},
+		"a plugin's":                {rebooted, attachNetwork, false, false, true},
+		"a plugin's, asked for":     {rebooted, attachNetwork, true, false, true},
+		"a plugin's, with restarts": {rebooted, attachNetwork, true, true, true},
+		"podfsm's own":              {rebooted, captureNetNS, true, false, false},
+		"a plugin's, no reboot":     {kept, attachNetwork, true, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				foreign := func(d *Declaration) { d.Foreign = d.Name == attachNetwork }
-				w := newWorld(t, foreign)
-				w.undo[test.step] = never
-				w.calm()
-				require.NoError(t, w.run(t))
-				require.Error(t, w.Stop(t.Context(), testKey))
-				w.Close(context.Background())
-
-				next := newWorldOn(t, w.book, newNode(), foreign)
-				next.book, next.node.exists, next.undo[test.step] = w.book, w.left(), never
-				told := next.calm()
-				next.Engine.backoff = DefaultBackoff
-				next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(test.known))
-				require.NoError(t, next.Resume(t.Context(), testKey))
-				try := func(times int) {
-					for range times {
+				w, _ := withPendingCleanup(t, test.step, states.Stopped)
+				time.Sleep(24 * time.Hour)
+				booted := time.Now()
+				var told *writeOffs
+				start := func() {
+					w, told = w.restartOn(t, test.known)
+					w.undo[test.step] = never
+					w.Engine.backoff, w.Engine.uptime = DefaultBackoff, func() time.Duration { return time.Since(booted) }
+					require.NoError(t, w.Resume(t.Context(), testKey))
+				}
+				start()
+				try := func(from, to int) {
+					for minute := from; minute < to; minute++ {
 						time.Sleep(time.Minute)
 						synctest.Wait()
+						if test.restarts && minute%20 == 19 {
+							start()
+						}
 						if test.asked {
-							_ = next.Stop(t.Context(), testKey)
+							_ = w.Stop(t.Context(), testKey)
 						}
 					}
 				}
-				try(50)
-				require.Equal(t, states.CleanupOwed, next.state(t))
+				try(0, 50)
+				require.Equal(t, states.CleanupOwed, w.state(t))
 				require.Empty(t, told.read())
-				try(20)
+				try(50, 75)
+				defer w.Close(context.Background())
 				if !test.ends {
-					require.Equal(t, states.CleanupOwed, next.state(t))
+					require.Equal(t, states.CleanupOwed, w.state(t))
 					require.Empty(t, told.read())
-					next.Close(context.Background())
 					return
 				}
-				require.Equal(t, states.Stopped, next.state(t))
+				require.Equal(t, states.Stopped, w.state(t))
 				require.Len(t, told.read(), 1)
 				require.Equal(t, ByReboot, told.read()[0].By)
 				require.Equal(t, "the node was rebooted, and the cleanup failed for more than 1h0m0s", told.read()[0].Reason)
-				next.Close(context.Background())
 			})
 		})
 	}
@@ -464,4 +501,95 @@ func TestUndoThatWasInterrupted(t *testing.T) {
 		w.book.records = append(before, w.book.records[:last]...)
 	}
 	require.NoError(t, w.Stop(t.Context(), testKey))
+}
+
+// An undo that has failed was not interrupted, whether its sandbox was ready, stopped or in quarantine.
+func TestUndoThatFailedWasNotInterrupted(t *testing.T) {
+	w := newWorld(t)
+	w.calm()
+	require.NoError(t, w.run(t))
+	w.do[startShim] = func(context.Context) error { return errors.New("no luck") }
+	w.undo[startShim] = never
+	require.Error(t, w.Demand(t.Context(), testKey, startShim))
+	for range 3 {
+		require.ErrorIs(t, w.Stop(t.Context(), testKey), errNever)
+		w, _ = w.restartOn(t, kept)
+		w.undo[startShim] = never
+		err := w.Stop(t.Context(), testKey)
+		require.ErrorIs(t, err, errNever)
+		require.NotContains(t, err.Error(), "interrupted")
+	}
+}
+
+// The ledger keeps the first and the last of the records that say the same, and with them that an undo was interrupted.
+func TestUndoThatWasInterruptedStaysOnRecord(t *testing.T) {
+	w := newWorld(t)
+	require.NoError(t, w.run(t))
+	require.NoError(t, w.Stop(t.Context(), testKey))
+	undone := slices.IndexFunc(w.book.records, func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(attachNetwork) })
+	root, state := t.TempDir(), t.TempDir()
+	ledger, err := journal.Open(root, state)
+	require.NoError(t, err)
+	for _, record := range w.book.records[:undone] {
+		record.Seq = 0
+		require.NoError(t, ledger.Append(t.Context(), &record))
+	}
+	for range 3 {
+		next := newWorldOn(t, ledger, newNode())
+		next.calm()
+		next.node.exists, next.undo[attachNetwork] = w.left(), never
+		next.Restore(t.Context(), ledger.Sandboxes(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(kept))
+		for range 3 {
+			require.ErrorContains(t, next.Stop(t.Context(), testKey), "an earlier try was interrupted by a restart of containerd")
+		}
+		next.Close(context.Background())
+		require.NoError(t, ledger.Close())
+		ledger, err = journal.Open(root, state)
+		require.NoError(t, err)
+	}
+	require.NoError(t, ledger.Close())
+}
+
+// A reboot ends a process, also one whose data this release can't read. What else the step has left can be written off then.
+func TestRebootEndsAnUnknownProcess(t *testing.T) {
+	for known, ends := range map[Outside]bool{rebooted: true, kept: false} {
+		w := newWorld(t)
+		require.NoError(t, w.run(t))
+		for i, record := range w.book.records {
+			if record.Kind == journal.Done && record.Step == string(startPause) {
+				w.book.records[i].Data = &journal.Data{TypeURL: "nobody's", Value: []byte("{}")}
+			}
+		}
+		next := w.restart(t, known)
+		told := next.calm()
+		err := next.Stop(t.Context(), testKey)
+		if !ends {
+			require.ErrorContains(t, err, "can't read its data of type \"nobody's\"")
+			continue
+		}
+		require.NoError(t, err)
+		require.ErrorContains(t, next.Remove(t.Context(), testKey), "can't read its data of type")
+		require.NoError(t, next.WriteOff(t.Context(), testKey, "", "rebooted"))
+		require.Equal(t, startPause, told.read()[0].Step)
+		require.True(t, next.gone())
+	}
+}
+
+// Requests that fail more often than the timer comes don't put its try off.
+func TestRequestsDontPutRetriesOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return 4 * time.Minute } })
+		due := w.view(t).NextTry
+		for range 3 {
+			time.Sleep(time.Minute)
+			require.Error(t, w.Stop(t.Context(), testKey))
+			require.Equal(t, due, w.view(t).NextTry)
+		}
+		tries := w.view(t).Step(attachNetwork).Attempts
+		time.Sleep(time.Minute + time.Second)
+		synctest.Wait()
+		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).Attempts)
+		require.True(t, w.view(t).NextTry.After(due))
+		w.Close(context.Background())
+	})
 }

@@ -180,7 +180,7 @@ func (a *api) cleanup(ref string, find finder, do func(*lifecycle.Engine, journa
 		return nil, errgrpc.ToGRPC(err)
 	}
 	err = do(engine, pending.Key)
-	if err != nil && !errors.As(err, new(*lifecycle.StepError)) {
+	if err != nil && !errors.As(err, new(*lifecycle.PendingError)) {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	after, ok := a.controller.find(pending.Key)

@@ -5,7 +5,6 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/states"
 )
 
 // Examination is what a doctor has found, in the words of the API.
@@ -44,7 +43,7 @@ func Damaged(damage []journal.Damage, aside []string) (damaged []doctor.Damaged)
 // Owing is how many sandboxes owe a cleanup.
 func Owing(views []lifecycle.View) (n int) {
 	for _, view := range views {
-		if view.State == states.CleanupOwed {
+		if view.Pending() {
 			n++
 		}
 	}

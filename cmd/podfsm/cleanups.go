@@ -32,7 +32,7 @@ func cleanupsCommand() *cli.Command {
 func listCleanupsCommand() *cli.Command {
 	return &cli.Command{
 		Name:            "list",
-		Usage:           "list them, as without any of the three",
+		Usage:           "list pending cleanups; the default",
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("json")},
 		Action:          listCleanups,

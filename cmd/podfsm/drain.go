@@ -23,6 +23,7 @@ import (
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/states"
 )
 
 const (
@@ -125,12 +126,12 @@ type undrainedError struct{ error }
 
 // awaitDrained waits until no sandbox is left, and tells of each that goes: since
 // the daemon has begun the drain, none comes. With force it ends each of them,
-// once.
+// and again when its state has changed since.
 func awaitDrained(ctx context.Context, cmd *cli.Command, force bool) error {
 	w := cmd.Root().Writer
 	deadline := time.Now().Add(cmd.Duration("wait"))
 	var before []*podfsmv1.Sandbox
-	tried := map[string]bool{}
+	tried := map[string]string{}
 	for first := true; ; first = false {
 		response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
 		if err != nil {
@@ -212,17 +213,16 @@ func nameOf(s *podfsmv1.Sandbox) string {
 	return printable(shorten(s.GetId()) + " " + podOf(s))
 }
 
-// endAll stops and removes sandboxes that weren't tried before, as the kubelet
-// would, and tells of those that can't be.
-func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox, tried map[string]bool) {
+// endAll stops and removes the sandboxes that are due, as the kubelet would, and
+// tells of those that can't be.
+func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox, tried map[string]string) {
 	var ends errgroup.Group
 	ends.SetLimit(endsAtOnce)
 	failures := make(chan string, len(sandboxes))
 	for _, s := range sandboxes {
-		if tried[s.GetId()] {
+		if !due(s, tried) {
 			continue
 		}
-		tried[s.GetId()] = true
 		ends.Go(func() error {
 			if err := end(ctx, cmd, s); err != nil {
 				failures <- fmt.Sprintf("failed to end %s: %s", nameOf(s), printable(err.Error()))
@@ -234,6 +234,28 @@ func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox
 	close(failures)
 	for failure := range failures {
 		fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: %s\n", failure)
+	}
+}
+
+// due says whether a sandbox has to be ended that wasn't tried, or has come to
+// another state since: its cleanup was written off meanwhile. tried has the
+// state that the last try led to, "" until that is seen.
+func due(s *podfsmv1.Sandbox, tried map[string]string) bool {
+	before, again := tried[s.GetId()]
+	switch state := s.GetState(); {
+	case !again:
+		tried[s.GetId()] = ""
+		return true
+	case state == string(states.Stopping) || state == string(states.Removing) || state == string(states.RollingBack):
+		return false // it is on its way
+	case before == "":
+		tried[s.GetId()] = state
+		return false
+	case before != state:
+		tried[s.GetId()] = ""
+		return true
+	default:
+		return false
 	}
 }
 

@@ -32,6 +32,7 @@ type drained struct {
 	stopped   []string
 	refuses   string // the id of the one that doesn't end
 	looked    func(d *drained)
+	looks     int // for looked
 }
 
 func (d *drained) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
@@ -123,6 +124,18 @@ func TestDrain(t *testing.T) {
 			stdout:  `left:\n.*\n.*default/web`,
 			stderr:  `^podfsm: failed to end 3b1f0c9a7e5d4 default/web: no\\nluck\n$`,
 			stopped: []string{ready.GetId()},
+		},
+		{
+			name: "one that could not be ended is written off",
+			daemon: &drained{sandboxes: []*podfsmv1.Sandbox{ready}, refuses: ready.GetId(), looked: func(d *drained) {
+				if d.looks++; d.looks == 2 {
+					d.refuses, d.sandboxes = "", []*podfsmv1.Sandbox{{Id: ready.GetId(), ContainerdNamespace: ready.GetContainerdNamespace(), State: "Stopped"}}
+				}
+			}},
+			args:    []string{"--force", "--wait=10s"},
+			stdout:  `\ndrained: `,
+			stderr:  `^podfsm: failed to end 3b1f0c9a7e5d4 default/web: no\\nluck\n$`,
+			stopped: []string{ready.GetId(), ready.GetId()},
 		},
 		{
 			name:   "somebody has ended the drain",
