@@ -174,13 +174,10 @@ func (s *sandbox) end(ctx context.Context) error {
 	return nil
 }
 
-// endOfUnknown is how a process has ended whose data this release can't read. It fails unless something else shows that the process has.
+// endOfUnknown is how a process has ended whose data this release can't read. It fails unless a record, or a reboot, shows that it has.
 func (s *sandbox) endOfUnknown() (Exit, error) {
-	switch {
-	case s.exit != nil:
+	if s.exit != nil {
 		return *s.exit, nil
-	case s.dossier.outside.Rebooted:
-		return Exit{Code: unknownExit, At: time.Now()}, nil
 	}
 	return Exit{}, s.unknownTo(s.engine.process.Declaration().Name)
 }

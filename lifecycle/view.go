@@ -96,7 +96,7 @@ type View struct {
 	Exit        *Exit
 }
 
-// Pending says whether the sandbox has a pending cleanup. One in quarantine stays there when its stop fails.
+// Pending says whether the sandbox has a pending cleanup, also while that is tried again. One in quarantine stays there when its stop fails.
 func (v View) Pending() bool {
 	return v.State == states.CleanupOwed || slices.ContainsFunc(v.Steps, func(s StepView) bool { return s.Status == StepOwed })
 }

@@ -150,8 +150,10 @@ func (e *Engine) withPending(ctx context.Context, key journal.Key, f func(*sandb
 	}
 }
 
-// pending is as [View.Pending].
-func (s *sandbox) pending() bool { return s.state() == states.CleanupOwed || len(s.owed()) > 0 }
+// pending is as [View.Pending] for what handles the queue: no try is under way. What a restart has interrupted is taken up by itself.
+func (s *sandbox) pending() bool {
+	return s.state() == states.CleanupOwed || s.state() == states.Quarantined && len(s.owed()) > 0
+}
 
 // owed are the steps whose undo is owed, in the order in which they are undone.
 func (s *sandbox) owed() []states.Event {

@@ -336,7 +336,7 @@ func TestRetryOfTheEnd(t *testing.T) {
 // A write-off that waits for another request is not begun once its caller has gone.
 func TestWriteOffWithoutItsCaller(t *testing.T) {
 	w, told := withPendingCleanup(t, attachNetwork, states.Stopped)
-	running, end := make(chan struct{}), make(chan struct{})
+	running, end := make(chan struct{}, 8), make(chan struct{})
 	w.undo[attachNetwork] = func() error { running <- struct{}{}; <-end; return errNever }
 	done := make(chan error, 1)
 	go func() { done <- w.Stop(context.Background(), testKey) }()
