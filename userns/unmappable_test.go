@@ -2,7 +2,10 @@ package userns
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -104,6 +107,22 @@ func TestContainerCheck(t *testing.T) {
 		}
 	}
 	require.NoError(t, Container{Length: 65536, Chosen: true}.Check())
+}
+
+// What the kernel hides from a user namespace is what hiddenSysctl says.
+func TestHiddenSysctls(t *testing.T) {
+	files := func(namespaces ...string) []string {
+		list, err := exec.Command("unshare", append(namespaces, "find", "/proc/sys/net", "-type", "f", "-printf", "net/%P\n")...).Output()
+		require.NoError(t, err)
+		return strings.Fields(string(list))
+	}
+	shown := files("--net", "--map-root-user", "--user")
+	if !slices.Contains(shown, "net/ipv6/route/max_size") {
+		t.Skip("this kernel has no IPv6, or is older than 5.15")
+	}
+	for _, file := range files("--net") {
+		require.Equal(t, !slices.Contains(shown, file), hiddenSysctl(file), file)
+	}
 }
 
 // The ids of a pod that has asked for a user namespace are in it.
