@@ -108,9 +108,10 @@ func CheckPod(config *runtime.PodSandboxConfig, m Mappings) error {
 const askedRemedy = "run the pod with hostUsers: true, or choose ids below %d"
 
 // nodeCapabilities are those which the kernel asks of the node's own users only, wherever it asks for them: a container in a user
-// namespace has them for nothing. One that is given ALL has all that there are in its user namespace.
+// namespace has them for nothing. One that is given ALL has all that there are in its user namespace. MKNOD, which every container has
+// unless it drops it, is not among them, nor is MAC_ADMIN, which AppArmor takes in a policy namespace.
 var nodeCapabilities = []string{
-	"AUDIT_CONTROL", "AUDIT_READ", "BLOCK_SUSPEND", "BPF", "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "PERFMON", "SYSLOG",
+	"AUDIT_CONTROL", "AUDIT_READ", "BLOCK_SUSPEND", "BPF", "LINUX_IMMUTABLE", "MAC_OVERRIDE", "PERFMON", "SYSLOG",
 	"SYS_MODULE", "SYS_PACCT", "SYS_RAWIO", "SYS_TIME", "SYS_TTY_CONFIG", "WAKE_ALARM",
 }
 
@@ -149,7 +150,7 @@ func (c Container) Check() error {
 func (c Container) imageOutside() (reasons []string) {
 	user, group, _ := strings.Cut(c.ImageUser, ":")
 	for _, of := range []struct{ kind, id string }{{"user", user}, {"group", group}} {
-		if id, err := strconv.ParseUint(of.id, 10, 32); err == nil && id >= uint64(c.Length) {
+		if id, err := strconv.ParseUint(of.id, 10, 64); err == nil && id >= uint64(c.Length) {
 			reasons = append(reasons, fmt.Sprintf("runs as %s %d, which its image names, beyond the %d ids of its user namespace", of.kind, id, c.Length))
 		}
 	}
@@ -176,8 +177,10 @@ func (c Container) beyondNamespace() (reasons []string) {
 	if security.GetPrivileged() {
 		reasons = append(reasons, "is privileged")
 	}
-	for _, capability := range security.GetCapabilities().GetAddCapabilities() {
-		if slices.Contains(nodeCapabilities, strings.ToUpper(capability)) {
+	capabilities := security.GetCapabilities() // the ambient ones containerd takes away
+	for _, capability := range capabilities.GetAddCapabilities() {
+		same := func(dropped string) bool { return strings.EqualFold(dropped, capability) } // containerd drops last, but ALL first
+		if slices.Contains(nodeCapabilities, strings.ToUpper(capability)) && !slices.ContainsFunc(capabilities.GetDropCapabilities(), same) {
 			reasons = append(reasons, "has the capability "+capability+", which only the node's users can use")
 		}
 	}
