@@ -53,23 +53,24 @@ func keys(_ context.Context, n Node) []Finding {
 	}
 }
 
-// nearLimit is the first user of /proc/key-users who has at least four fifths of the keys, or of their bytes, that it may have; "" for none.
+// nearLimit is the user of /proc/key-users who has at least four fifths of the keys, or of their bytes, that it may have: root before all
+// others, then the first; "" for none. A limit of 0 is none to be near to.
 func nearLimit(users string) (user, remedy string) {
 	for line := range strings.Lines(users) {
 		var uid, usage, keys, instantiated, has, most, bytes, mostBytes int
 		if _, err := fmt.Sscanf(line, "%d: %d %d/%d %d/%d %d/%d", &uid, &usage, &keys, &instantiated, &has, &most, &bytes, &mostBytes); err != nil {
 			continue
 		}
-		if 5*has < 4*most && 5*bytes < 4*mostBytes {
-			continue
+		near := most > 0 && 5*has >= 4*most || mostBytes > 0 && 5*bytes >= 4*mostBytes
+		evidence := fmt.Sprintf("user %d has %d keys of %d bytes", uid, has, bytes)
+		switch {
+		case near && uid == 0:
+			return evidence, rootKeysRemedy
+		case near && user == "":
+			user, remedy = evidence, keysRemedy
 		}
-		remedy = keysRemedy
-		if uid == 0 {
-			remedy = rootKeysRemedy
-		}
-		return fmt.Sprintf("user %d has %d keys of %d bytes", uid, has, bytes), remedy
 	}
-	return "", ""
+	return user, remedy
 }
 
 // sharedUsers are the runtime handlers whose pods all have the same users.

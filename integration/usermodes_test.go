@@ -424,7 +424,7 @@ func TestUnmappablePods(t *testing.T) {
 		}, "has the group 1000660000, beyond"},
 		"sysctl of the node's users": {func(c *runtime.PodSandboxConfig) {
 			harness.HostUsers()(c)
-			c.Linux.Sysctls = map[string]string{"net.ipv4.ping_group_range": "0 2147483647"}
+			c.Linux.Sysctls = map[string]string{"net.ipv4.ping_group_range": "65536 2147483647"}
 		}, "has the sysctl net.ipv4.ping_group_range"},
 	} {
 		t.Run(name, func(t *testing.T) {

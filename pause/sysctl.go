@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,8 +41,11 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 		return nil
 	}
 	for i, s := range all {
-		if s.file == pingGroupRange {
-			all[i].value = hostGroups(s.value, spec.Linux.GIDMappings)
+		if s.file != pingGroupRange {
+			continue
+		}
+		if all[i].value, err = hostGroups(s.value, spec.Linux.GIDMappings); err != nil {
+			return fmt.Errorf("failed to set the sysctl %s = %q: %w", s.name, s.value, err)
 		}
 	}
 	kinds := ownNamespaces(spec.Linux.Namespaces) &^ unix.CLONE_NEWIPC
@@ -63,19 +67,32 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 // pingGroupRange is the sysctl of the groups that may open ICMP sockets without privileges.
 const pingGroupRange = "net/ipv4/ping_group_range"
 
+// lastPingGroup is the last group that the kernel takes in pingGroupRange.
+const lastPingGroup = math.MaxInt32
+
 // hostGroups is a range of a pod's groups, "first last", as this process has to write it: the kernel takes the groups of the writer's user
-// namespace, and shows them as those of the reader's. What isn't a range of mapped groups stays as it is.
-func hostGroups(value string, gids []specs.LinuxIDMapping) string {
+// namespace, and shows them as those of the reader's. A range that goes on beyond the mapped groups ends with the last of them.
+//
+// A mapped pod's value that isn't two groups is InvalidArgument: the kernel would take "0 5 x", and the one that "0" leaves out, for the
+// node's.
+func hostGroups(value string, gids []specs.LinuxIDMapping) (string, error) {
+	if len(gids) == 0 {
+		return value, nil
+	}
 	var first, last uint32
-	if n, _ := fmt.Sscan(value, &first, &last); n != 2 || len(strings.Fields(value)) != 2 || first > last { // such as "1 0", which is nobody
-		return value
+	if n, _ := fmt.Sscan(value, &first, &last); n != 2 || len(strings.Fields(value)) != 2 || last > lastPingGroup {
+		return "", fmt.Errorf("it is no range of groups, \"first last\": %w", errdefs.ErrInvalidArgument)
+	}
+	if first > last { // such as "1 0", which is nobody
+		return value, nil
 	}
 	for _, m := range gids {
-		if first >= m.ContainerID && last-m.ContainerID < m.Size {
-			return fmt.Sprint(first-m.ContainerID+m.HostID, " ", last-m.ContainerID+m.HostID)
+		if first >= m.ContainerID && first-m.ContainerID < m.Size {
+			last = m.ContainerID + min(last-m.ContainerID, m.Size-1)
+			return fmt.Sprint(first-m.ContainerID+m.HostID, " ", last-m.ContainerID+m.HostID), nil
 		}
 	}
-	return value
+	return "", fmt.Errorf("the pod's user namespace has no group %d: %w", first, errdefs.ErrInvalidArgument)
 }
 
 // CheckSysctls refuses sysctls of a pod that are not of a namespace which it has for itself, before anything is made: InvalidArgument.

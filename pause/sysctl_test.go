@@ -130,6 +130,7 @@ func TestPingGroups(t *testing.T) {
 		{"host's users", "0 2147483647", func(p Pod) Pod { return p }, "0 2147483647"},
 		{"all of a user namespace", fmt.Sprint("0 ", podGIDs[0].Size-1), inUserNS, fmt.Sprint(podGIDs[0].HostID, " ", podGIDs[0].HostID+podGIDs[0].Size-1)},
 		{"one of a user namespace", "5\t5", inUserNS, fmt.Sprint(podGIDs[0].HostID+5, " ", podGIDs[0].HostID+5)},
+		{"all, and more, of a user namespace", "0 2147483647", inUserNS, fmt.Sprint(podGIDs[0].HostID, " ", podGIDs[0].HostID+podGIDs[0].Size-1)},
 		{"nobody of a user namespace", "1 0", inUserNS, "1 0"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -141,14 +142,38 @@ func TestPingGroups(t *testing.T) {
 			process, err := b.Process(r.Key)
 			require.NoError(t, err)
 			require.NoError(t, SetSysctls(process, r.Spec))
+			var host string
 			require.NoError(t, process.In(unix.CLONE_NEWNET, func() error {
-				require.Equal(t, tc.host, strings.Join(strings.Fields(read(t, file)), " "))
+				host = strings.Join(strings.Fields(read(t, file)), " ")
 				return nil
 			}))
+			require.Equal(t, tc.host, host)
 			require.Equal(t, before, read(t, file), "the host's own")
 		})
 	}
-	require.Equal(t, "0 1 x", hostGroups("0 1 x", podGIDs), "which the kernel refuses")
+}
+
+// Of what isn't two groups the kernel takes the beginning, whose groups would be the node's.
+func TestNoPingGroups(t *testing.T) {
+	b := newTestbed(t)
+	r, _ := b.start(t, inUserNS(testPod()))
+	process, err := b.Process(r.Key)
+	require.NoError(t, err)
+	groups := func() (value string) {
+		require.NoError(t, process.In(unix.CLONE_NEWNET, func() error {
+			value = read(t, "/proc/sys/net/ipv4/ping_group_range")
+			return nil
+		}))
+		return value
+	}
+	before := groups()
+	for _, value := range []string{"0 5 x", "0", "", "x", "0 x", "-1 5", "0 2147483648", fmt.Sprint(podGIDs[0].Size, " 2147483647")} {
+		r.Spec.Linux.Sysctl = map[string]string{"net.ipv4.ping_group_range": value}
+		err := SetSysctls(process, r.Spec)
+		require.Truef(t, errdefs.IsInvalidArgument(err), "%q: %v", value, err)
+		require.ErrorContains(t, err, "failed to set the sysctl net.ipv4.ping_group_range = ")
+		require.Equal(t, before, groups(), value)
+	}
 }
 
 func TestSetSysctlsFails(t *testing.T) {

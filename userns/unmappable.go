@@ -33,7 +33,7 @@ func unmappable(config *runtime.PodSandboxConfig, length uint32) (reasons []stri
 		}
 	}
 	reasons = append(reasons, outside(security, length)...)
-	return append(reasons, unmappableSysctls(config.GetLinux().GetSysctls(), length)...)
+	return append(reasons, unmappableSysctls(config.GetLinux().GetSysctls(), length, firstWithin)...)
 }
 
 // securityContext is that of a sandbox or of a container.
@@ -59,18 +59,25 @@ func outside(security securityContext, length uint32) (reasons []string) {
 	return reasons
 }
 
-// hiddenSysctls are those that the kernel doesn't show in a network namespace which belongs to a user namespace, by their beginnings.
-var hiddenSysctls = []string{"net/core/xfrm_", "net/ipv6/route/"}
+// hiddenSysctl says whether the kernel doesn't show a sysctl in a network namespace which belongs to a user namespace.
+func hiddenSysctl(file string) bool {
+	if file == "net/ipv6/route/max_size" { // shown since Linux 5.15
+		return false
+	}
+	return strings.HasPrefix(file, "net/core/xfrm_") || strings.HasPrefix(file, "net/ipv6/route/")
+}
 
-// unmappableSysctls are the sysctls that can't be set in a user namespace of length ids, as reasons.
-func unmappableSysctls(sysctls map[string]string, length uint32) (reasons []string) {
+// unmappableSysctls are the sysctls that can't be set in a user namespace of length ids, as reasons. Which groups that may ping are in it,
+// within says.
+func unmappableSysctls(sysctls map[string]string, length uint32, within func(first, last uint64, length uint32) bool) (reasons []string) {
 	for name, value := range sysctls {
 		file := strings.ReplaceAll(name, ".", "/")
-		hidden := func(begin string) bool { return strings.HasPrefix(file, begin) }
+		var first, last uint64
+		n, _ := fmt.Sscan(value, &first, &last) // what is no range is refused when it is set
 		switch {
-		case file == "net/ipv4/ping_group_range" && !groupsWithin(value, length):
+		case file == "net/ipv4/ping_group_range" && n == 2 && !within(first, last, length):
 			reasons = append(reasons, fmt.Sprintf("has the sysctl %s = %q, beyond the %d ids of its user namespace", name, value, length))
-		case slices.ContainsFunc(hiddenSysctls, hidden):
+		case hiddenSysctl(file):
 			reasons = append(reasons, fmt.Sprintf("has the sysctl %s, which is the node's users' alone", name))
 		}
 	}
@@ -78,20 +85,19 @@ func unmappableSysctls(sysctls map[string]string, length uint32) (reasons []stri
 	return reasons
 }
 
-// groupsWithin says whether a user namespace of length ids maps a range of groups, "first last". What is no range is within: the kernel
-// refuses it.
-func groupsWithin(value string, length uint32) bool {
-	var first, last uint64
-	if n, _ := fmt.Sscan(value, &first, &last); n != 2 {
-		return true
-	}
+// firstWithin says whether a user namespace of length ids maps the first of a range of groups. A pod that has not asked to be mapped
+// means all groups that it has by a range that goes on beyond them, such as "0 2147483647": it gets the range up to its last one.
+func firstWithin(first, _ uint64, length uint32) bool { return first < uint64(length) }
+
+// allWithin says whether a user namespace of length ids maps a range of groups.
+func allWithin(first, last uint64, length uint32) bool {
 	return first < uint64(length) && last < uint64(length)
 }
 
 // CheckPod refuses a sandbox whose ids aren't in the user namespace that it asks for: InvalidArgument.
 func CheckPod(config *runtime.PodSandboxConfig, m Mappings) error {
 	length := m.UIDs.Length
-	reasons := append(outside(config.GetLinux().GetSecurityContext(), length), unmappableSysctls(config.GetLinux().GetSysctls(), length)...)
+	reasons := append(outside(config.GetLinux().GetSecurityContext(), length), unmappableSysctls(config.GetLinux().GetSysctls(), length, allWithin)...)
 	if len(reasons) == 0 {
 		return nil
 	}
@@ -102,9 +108,10 @@ func CheckPod(config *runtime.PodSandboxConfig, m Mappings) error {
 const askedRemedy = "run the pod with hostUsers: true, or choose ids below %d"
 
 // nodeCapabilities are those which the kernel asks of the node's own users only, wherever it asks for them: a container in a user
-// namespace has them for nothing. One that is given ALL has all that there are in its user namespace.
+// namespace has them for nothing. One that is given ALL has all that there are in its user namespace. MKNOD, which every container has
+// unless it drops it, is not among them, nor is MAC_ADMIN, which AppArmor takes in a policy namespace.
 var nodeCapabilities = []string{
-	"AUDIT_CONTROL", "AUDIT_READ", "BLOCK_SUSPEND", "BPF", "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "PERFMON", "SYSLOG",
+	"AUDIT_CONTROL", "AUDIT_READ", "BLOCK_SUSPEND", "BPF", "LINUX_IMMUTABLE", "MAC_OVERRIDE", "PERFMON", "SYSLOG",
 	"SYS_MODULE", "SYS_PACCT", "SYS_RAWIO", "SYS_TIME", "SYS_TTY_CONFIG", "WAKE_ALARM",
 }
 
@@ -143,7 +150,7 @@ func (c Container) Check() error {
 func (c Container) imageOutside() (reasons []string) {
 	user, group, _ := strings.Cut(c.ImageUser, ":")
 	for _, of := range []struct{ kind, id string }{{"user", user}, {"group", group}} {
-		if id, err := strconv.ParseUint(of.id, 10, 32); err == nil && id >= uint64(c.Length) {
+		if id, err := strconv.ParseUint(of.id, 10, 64); err == nil && id >= uint64(c.Length) {
 			reasons = append(reasons, fmt.Sprintf("runs as %s %d, which its image names, beyond the %d ids of its user namespace", of.kind, id, c.Length))
 		}
 	}
@@ -170,8 +177,10 @@ func (c Container) beyondNamespace() (reasons []string) {
 	if security.GetPrivileged() {
 		reasons = append(reasons, "is privileged")
 	}
-	for _, capability := range security.GetCapabilities().GetAddCapabilities() {
-		if slices.Contains(nodeCapabilities, strings.ToUpper(capability)) {
+	capabilities := security.GetCapabilities() // the ambient ones containerd takes away
+	for _, capability := range capabilities.GetAddCapabilities() {
+		same := func(dropped string) bool { return strings.EqualFold(dropped, capability) } // containerd drops last, but ALL first
+		if slices.Contains(nodeCapabilities, strings.ToUpper(capability)) && !slices.ContainsFunc(capabilities.GetDropCapabilities(), same) {
 			reasons = append(reasons, "has the capability "+capability+", which only the node's users can use")
 		}
 	}

@@ -2,7 +2,10 @@ package userns
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -26,11 +29,12 @@ func TestContainerCheck(t *testing.T) {
 	require.NoError(t, os.Symlink(closed, link))
 	type security = runtime.LinuxContainerSecurityContext
 	id := func(n int64) *runtime.Int64Value { return &runtime.Int64Value{Value: n} }
-	add := func(names ...string) func(*runtime.ContainerConfig, *security) {
+	capabilities := func(added []string, dropped ...string) func(*runtime.ContainerConfig, *security) {
 		return func(_ *runtime.ContainerConfig, s *security) {
-			s.Capabilities = &runtime.Capability{AddCapabilities: names}
+			s.Capabilities = &runtime.Capability{AddCapabilities: added, DropCapabilities: dropped}
 		}
 	}
+	add := func(names ...string) func(*runtime.ContainerConfig, *security) { return capabilities(names) }
 	with := func(path, permissions string) func(*runtime.ContainerConfig, *security) {
 		return func(c *runtime.ContainerConfig, _ *security) {
 			c.Devices = []*runtime.Device{{HostPath: path, ContainerPath: "/dev/it", Permissions: permissions}}
@@ -50,18 +54,22 @@ func TestContainerCheck(t *testing.T) {
 		"last ids": {imageUser: "65535:65535", change: func(_ *runtime.ContainerConfig, s *security) {
 			s.RunAsUser, s.RunAsGroup, s.SupplementalGroups = id(65535), id(65535), []int64{65535}
 		}},
-		"user":          {says: "it runs as user 70000, beyond the 65536 ids of its user namespace; ", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser = id(70000) }},
-		"group":         {says: "it runs as group 70000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser, s.RunAsGroup = id(1), id(70000) }},
-		"fsGroup":       {says: "it has the group 1000660000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.SupplementalGroups = []int64{1000660000} }},
-		"image's user":  {imageUser: "70000", says: "it runs as user 70000, which its image names, beyond"},
-		"image's group": {imageUser: "app:70000", says: "it runs as group 70000, which its image names, beyond"},
-		"image's name":  {imageUser: "app:users"},
-		"privileged":    {saysOwn: "it is privileged; ", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged = true }},
-		"capability":    {saysOwn: "it has the capability sys_time, which only the node's users can use; ", change: add("NET_ADMIN", "sys_time")},
-		"capabilities":  {saysOwn: "it has the capability SYS_MODULE, which only the node's users can use and has the capability BPF", change: add("SYS_MODULE", "BPF")},
-		"namespaced":    {change: add("ALL", "SYS_ADMIN", "NET_ADMIN")},
-		"bidirectional": {saysOwn: `it has the mount "/mounts", which is bidirectional; `, change: mount(&runtime.Mount{Propagation: runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL})},
-		"mapped mount":  {saysOwn: `its mount "/mounts" comes with an id mapping`, change: mount(&runtime.Mount{GidMappings: extents(0, 1, 1)})},
+		"user":                              {says: "it runs as user 70000, beyond the 65536 ids of its user namespace; ", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser = id(70000) }},
+		"group":                             {says: "it runs as group 70000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser, s.RunAsGroup = id(1), id(70000) }},
+		"fsGroup":                           {says: "it has the group 1000660000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.SupplementalGroups = []int64{1000660000} }},
+		"image's user":                      {imageUser: "70000", says: "it runs as user 70000, which its image names, beyond"},
+		"image's group":                     {imageUser: "app:70000", says: "it runs as group 70000, which its image names, beyond"},
+		"image's name":                      {imageUser: "app:users"},
+		"image's user of more than 32 bits": {imageUser: "4294967296", says: "it runs as user 4294967296, which its image names, beyond"},
+		"privileged":                        {saysOwn: "it is privileged; ", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged = true }},
+		"capability":                        {saysOwn: "it has the capability sys_time, which only the node's users can use; ", change: add("NET_ADMIN", "sys_time")},
+		"capabilities":                      {saysOwn: "it has the capability SYS_MODULE, which only the node's users can use and has the capability BPF", change: add("SYS_MODULE", "BPF")},
+		"namespaced":                        {change: add("ALL", "SYS_ADMIN", "NET_ADMIN", "MAC_ADMIN")},
+		"by default":                        {change: add("MKNOD", "AUDIT_WRITE")},
+		"dropped":                           {change: capabilities([]string{"sys_time"}, "SYS_TIME")},
+		"after all":                         {saysOwn: "it has the capability SYS_TIME", change: capabilities([]string{"SYS_TIME"}, "ALL")},
+		"bidirectional":                     {saysOwn: `it has the mount "/mounts", which is bidirectional; `, change: mount(&runtime.Mount{Propagation: runtime.MountPropagation_PROPAGATION_BIDIRECTIONAL})},
+		"mapped mount":                      {saysOwn: `its mount "/mounts" comes with an id mapping`, change: mount(&runtime.Mount{GidMappings: extents(0, 1, 1)})},
 		"user namespace": {saysOwn: "it asks for a user namespace", change: func(_ *runtime.ContainerConfig, s *security) {
 			s.NamespaceOptions = &runtime.NamespaceOption{UsernsOptions: podMode(nil, nil)}
 		}},
@@ -104,6 +112,22 @@ func TestContainerCheck(t *testing.T) {
 		}
 	}
 	require.NoError(t, Container{Length: 65536, Chosen: true}.Check())
+}
+
+// What the kernel hides from a user namespace is what hiddenSysctl says.
+func TestHiddenSysctls(t *testing.T) {
+	files := func(namespaces ...string) []string {
+		list, err := exec.Command("unshare", append(namespaces, "find", "/proc/sys/net", "-type", "f", "-printf", "net/%P\n")...).Output()
+		require.NoError(t, err)
+		return strings.Fields(string(list))
+	}
+	shown := files("--net", "--map-root-user", "--user")
+	if !slices.Contains(shown, "net/ipv6/route/max_size") {
+		t.Skip("this kernel has no IPv6, or is older than 5.15")
+	}
+	for _, file := range files("--net") {
+		require.Equal(t, !slices.Contains(shown, file), hiddenSysctl(file), file)
+	}
 }
 
 // The ids of a pod that has asked for a user namespace are in it.
