@@ -234,14 +234,16 @@ func ensure[T any](p **T) *T {
 	return *p
 }
 
-// stopAgain is the wait before a stop that has failed is tried again; it doubles up to mostStopAgain.
 const (
-	stopAgain     = 500 * time.Millisecond
-	mostStopAgain = 10 * time.Second
+	// stopTries is how often one request tries a stop: both halves may meet a fault that passes. A fault that lasts is the caller's to
+	// know soon; the kubelet asks again itself.
+	stopTries = 3
+	// stopAgain is the wait before the second try. It doubles.
+	stopAgain = 500 * time.Millisecond
 )
 
 // StopPodSandbox lets containerd's service stop the containers, pause and tell NRI; then the pod is taken off its network. A runtime, a
-// shim or a plugin that gives a wrong answer is asked again while the caller waits.
+// shim or a plugin that gives a wrong answer is asked again, within the caller's deadline.
 func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxRequest) (_ *runtime.StopPodSandboxResponse, err error) {
 	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
 	if !ok {
@@ -255,10 +257,11 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 	ctx, span := tracing.Start(ctx, tracing.SpanStop, append(Attributes(pod.Config, ""), tracing.SandboxID.String(id))...)
 	defer func() { tracing.End(span, err) }()
 
-	for wait := stopAgain; ; wait = min(2*wait, mostStopAgain) {
+	wait := stopAgain
+	for try := 1; ; try++ {
 		begun := time.Now()
 		resp, err := s.stop(ctx, id, r)
-		if err == nil || lasts(err) || !mayWait(ctx, wait, time.Since(begun)) {
+		if err == nil || try == stopTries || lasts(err) || !mayWait(ctx, wait, time.Since(begun)) {
 			return resp, err
 		}
 		tracing.Log(ctx).WithField(tracing.LogPod, records.PodName(pod.Config)).WithField(tracing.LogSandbox, id).
@@ -268,6 +271,7 @@ func (s *service) StopPodSandbox(ctx context.Context, r *runtime.StopPodSandboxR
 		case <-ctx.Done():
 			return nil, err
 		}
+		wait *= 2
 	}
 }
 
@@ -276,17 +280,10 @@ func lasts(err error) bool {
 	return errdefs.IsFailedPrecondition(err) || errdefs.IsInvalidArgument(err) || errdefs.IsAlreadyExists(err)
 }
 
-// mayWait says whether a caller has the time for a wait, and for another try that takes as long as the one before. A caller without a deadline
-// is a person rather than the kubelet: one more try, and then the error.
+// mayWait says whether a caller has the time for a wait, and for another try that takes as long as the one before.
 func mayWait(ctx context.Context, wait, took time.Duration) bool {
-	if ctx.Err() != nil {
-		return false
-	}
 	deadline, ok := ctx.Deadline()
-	if !ok {
-		return wait == stopAgain
-	}
-	return time.Until(deadline) >= wait+took
+	return ctx.Err() == nil && (!ok || time.Until(deadline) >= wait+took)
 }
 
 func (s *service) stop(ctx context.Context, id string, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
