@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 	"golang.org/x/sync/singleflight"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -61,7 +64,11 @@ func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (
 	if security.GetRunAsUser() != nil || security.GetRunAsUsername() != "" {
 		return "", nil
 	}
-	image, err := n.client.GetImage(ctx, config.GetImage().GetImage())
+	name := config.GetImage().GetImage()
+	image, err := n.client.GetImage(ctx, name)
+	if full, parseErr := reference.ParseDockerRef(name); errdefs.IsNotFound(err) && parseErr == nil { // containerd keeps images by their full names
+		image, err = n.client.GetImage(ctx, full.String())
+	}
 	if errdefs.IsNotFound(err) {
 		return "", nil
 	}
@@ -106,18 +113,38 @@ func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
 	}
 }
 
+const (
+	// mostLooks are under way at a time: each may keep a thread that nothing can end.
+	mostLooks = 64
+	// lookTimeout is how long a caller without a deadline waits for one.
+	lookTimeout = 30 * time.Second
+)
+
 // looks are those at volumes that are under way.
-type looks struct{ group singleflight.Group }
+type looks struct {
+	group    singleflight.Group
+	underWay atomic.Int32
+}
 
 // at is [userns.CheckVolume] that ends with ctx, also where a filesystem doesn't answer, such as one of a dead server. Nothing can end
-// the look itself then, but the next one of the same pod at the same path joins it, so retries make no more of them.
+// the look itself then, but the next one of the same pod at the same path joins it, so retries make no more of them. Neither do other
+// pods without end: with mostLooks under way the answer is Unavailable.
 func (l *looks) at(ctx context.Context, path string, pid int) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, lookTimeout)
+		defer cancel()
+	}
 	done := l.group.DoChan(fmt.Sprint(pid, " ", path), func() (_ any, err error) {
 		defer func() {
 			if p := recover(); p != nil { // which would end the daemon
 				err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
 			}
 		}()
+		defer l.underWay.Add(-1)
+		if l.underWay.Add(1) > mostLooks {
+			return nil, fmt.Errorf("%d volumes are being looked at, whose filesystems may not answer; see to those: %w", mostLooks, errdefs.ErrUnavailable)
+		}
 		return nil, userns.CheckVolume(path, pid)
 	})
 	select {

@@ -55,6 +55,23 @@ func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
 	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")
 }
 
+// Pods that come and go at a dead filesystem don't fill the node with threads.
+func TestLooksAreBounded(t *testing.T) {
+	dir, answers := deaf(t)
+	var l looks
+	for pid := range mostLooks {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		require.ErrorIs(t, l.at(ctx, filepath.Join(dir, fmt.Sprint(pid)), os.Getpid()), context.DeadlineExceeded)
+		cancel()
+	}
+	require.Eventually(t, func() bool { return l.underWay.Load() == mostLooks }, 10*time.Second, time.Millisecond)
+	err := l.at(t.Context(), "/proc", os.Getpid())
+	require.True(t, errdefs.IsUnavailable(err), "%v", err)
+	answers()
+	require.Eventually(t, func() bool { return l.underWay.Load() == 0 }, 10*time.Second, time.Millisecond)
+	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid()), "proc")
+}
+
 // The remedy is one that helps: where the kernel can't map tmpfs, no other tmpfs will do.
 func TestVolumeRemedy(t *testing.T) {
 	for _, test := range []struct {
