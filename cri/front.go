@@ -106,6 +106,8 @@ type Pod struct {
 	CreatedAt time.Time
 	// Ready says whether the pod is up.
 	Ready bool
+	// Mapped says whether the pod has a user namespace.
+	Mapped bool
 	// NetNSPath is where the pod's network namespace is pinned; "" for a pod on the node's, and before it is captured.
 	NetNSPath string
 	// IP and AdditionalIPs are empty once the pod is off its network.

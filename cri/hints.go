@@ -4,26 +4,33 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// hints are what to do about errors of the OCI runtime that don't say it, and what class of errors they are.
+// inInit is how runc begins what has failed in the container, before its program: it goes before all that the container has a say in.
+const inInit = "error during container init: "
+
+// hints are what to do about errors of runc that don't say it, and what class of errors they are.
 var hints = []struct {
-	failure *regexp.Regexp
+	failure *regexp.Regexp // of what follows inInit
+	mapped  bool           // only pods with a user namespace can fail so
 	remedy  string
 	class   error
 }{
 	{
-		regexp.MustCompile(`session key.*disk quota exceeded`),
+		regexp.MustCompile(`^unable to join session keyring: unable to create session key: disk quota exceeded`),
+		false,
 		"the container's user has as many keys as the kernel allows, one of each of its containers among them, in all pods with that user; " +
 			"raise kernel.keys.maxkeys and kernel.keys.maxbytes (kernel.keys.root_maxkeys and kernel.keys.root_maxbytes for the node's root)",
 		errdefs.ErrResourceExhausted,
 	},
 	{
 		// By a name, which only the image's own files tell the id of; any other id is refused before the container is made.
-		regexp.MustCompile(`to unmapped [ug]id \d+ in user namespace|setgroups: invalid argument`),
+		regexp.MustCompile(`^(unable to setup user: )?(cannot set[ug]id to unmapped [ug]id \d+ in user namespace|setgroups: invalid argument)`),
+		true,
 		"its image gives the container an id beyond those of the pod's user namespace; set runAsUser, runAsGroup and supplementalGroupsPolicy: Strict, " +
 			"or run the pod on the node's users",
 		errdefs.ErrInvalidArgument,
@@ -36,24 +43,18 @@ func (s *service) StartContainer(ctx context.Context, r *runtime.StartContainerR
 	if err == nil {
 		return resp, nil
 	}
-	hinted := withHint(err)
-	if hinted == err {
-		return nil, err
-	}
-	if _, ours, findErr := s.sandboxes.PodOfContainer(ctx, r.GetContainerId()); findErr != nil || !ours {
-		return nil, err
-	}
-	return nil, hinted
-}
-
-// withHint is err with what to do about it; err itself where there is nothing to say.
-func withHint(err error) error {
+	_, failure, _ := strings.Cut(err.Error(), inInit)
 	for _, hint := range hints {
-		if hint.failure.MatchString(err.Error()) {
-			return &hintedError{err, hint.remedy, hint.class}
+		if !hint.failure.MatchString(failure) {
+			continue
 		}
+		pod, ours, findErr := s.sandboxes.PodOfContainer(ctx, r.GetContainerId())
+		if findErr != nil || !ours || hint.mapped && !pod.Mapped {
+			return nil, err
+		}
+		return nil, &hintedError{err, hint.remedy, hint.class}
 	}
-	return err
+	return nil, err
 }
 
 // hintedError is an error with what to do about it.

@@ -109,11 +109,11 @@ func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	return err
 }
 
-// SetsInterfaces says whether a pod has sysctls of network interfaces.
-func SetsInterfaces(config *runtime.PodSandboxConfig) bool {
-	for name := range config.GetLinux().GetSysctls() {
+// DisablesIPv6 says whether a pod has sysctls that take the IPv6 addresses of network interfaces away.
+func DisablesIPv6(config *runtime.PodSandboxConfig) bool {
+	for name, value := range config.GetLinux().GetSysctls() {
 		file, _, err := sysctlFile(name, unix.CLONE_NEWNET)
-		if err == nil && (strings.HasPrefix(file, "net/ipv4/conf/") || strings.HasPrefix(file, "net/ipv6/conf/")) {
+		if err == nil && strings.HasPrefix(file, "net/ipv6/conf/") && strings.HasSuffix(file, "/disable_ipv6") && strings.TrimSpace(value) != "0" {
 			return true
 		}
 	}

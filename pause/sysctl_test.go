@@ -107,16 +107,24 @@ func TestSetSysctls(t *testing.T) {
 	}
 }
 
-func TestSetsInterfaces(t *testing.T) {
-	for name, want := range map[string]bool{
-		"net.ipv4.conf.eth0.rp_filter": true, "net/ipv6/conf/all/disable_ipv6": true, "net.ipv4.conf.eth0/100.arp_ignore": true,
-		"net.ipv4.ip_forward": false, "kernel.msgmax": false, "net.ipv4.conf": false, "vm.swappiness": false,
+func TestDisablesIPv6(t *testing.T) {
+	for _, tc := range []struct {
+		name, value string
+		want        bool
+	}{
+		{"net.ipv6.conf.eth0.disable_ipv6", "1", true},
+		{"net/ipv6/conf/all/disable_ipv6", "1", true},
+		{"net.ipv6.conf.all.disable_ipv6", "0", false},
+		{"net.ipv6.conf.all.accept_ra", "1", false},
+		{"net.ipv4.conf.all.rp_filter", "1", false},
+		{"net.ipv6.conf", "1", false},
+		{"vm.disable_ipv6", "1", false},
 	} {
 		config := testPod().Config
-		config.Linux.Sysctls = map[string]string{"net.core.somaxconn": "1", name: "1"}
-		require.Equal(t, want, SetsInterfaces(config), name)
+		config.Linux.Sysctls = map[string]string{"net.core.somaxconn": "1", tc.name: tc.value}
+		require.Equal(t, tc.want, DisablesIPv6(config), tc.name)
 	}
-	require.False(t, SetsInterfaces(nil))
+	require.False(t, DisablesIPv6(nil))
 }
 
 // The kernel takes the groups of a sysctl as those of the user namespace of its writer, which is the host's.

@@ -69,7 +69,7 @@ func podOf(view lifecycle.View) cri.Pod {
 	spec := view.Spec.(*Spec)
 	pod := cri.Pod{
 		ID: view.Key.ID, Config: spec.Config, Handler: spec.Handler, CreatedAt: view.Created, Ready: view.State == states.Ready,
-		State: view.State, Claim: view.Claim, TraceParent: view.TraceParent,
+		State: view.State, Claim: view.Claim, TraceParent: view.TraceParent, Mapped: records.MappingsOf(view) != nil,
 	}
 	if step, ok := view.Current(); ok {
 		pod.Step, pod.Since = string(step.Name), step.Started

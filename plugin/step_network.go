@@ -202,10 +202,10 @@ func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) 
 	return s.driver.Del(ctx, attachment, func(context.Context, cni.Progress) error { return nil }) // there is no plan to keep notes for
 }
 
-// Check asks the plugins, where their specification has a command for it. They would take what the pod has set of its interfaces for
-// damage: an interface without IPv6 addresses, another value than theirs.
+// Check asks the plugins, where their specification has a command for it. They would take an interface for damaged whose IPv6 addresses
+// the pod's own sysctls have taken away.
 func (s *attachNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
-	if pause.SetsInterfaces(r.Spec.(*Spec).Config) {
+	if pause.DisablesIPv6(r.Spec.(*Spec).Config) {
 		return nil
 	}
 	attachment, err := s.attachment(r)

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 	"golang.org/x/sync/singleflight"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -38,6 +41,11 @@ func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runt
 	if err != nil {
 		return fmt.Errorf("failed to find out who %s runs as: %w", name, err)
 	}
+	if chosen { // whose devices are looked at
+		if err := c.reachDevices(ctx, config.GetDevices()); err != nil {
+			return fmt.Errorf("%s can't have its %w", name, err)
+		}
+	}
 	container := userns.Container{Config: config, ImageUser: user, Length: mapped.UIDs.Length, Chosen: chosen}
 	if err := container.Check(); err != nil {
 		return fmt.Errorf("%s can't be in its pod's user namespace: %w", name, err)
@@ -54,6 +62,17 @@ func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runt
 	return nil
 }
 
+// reachDevices fails where a filesystem doesn't answer. It is left to containerd's service to say that a device isn't there.
+func (c *Controller) reachDevices(ctx context.Context, devices []*runtime.Device) error {
+	for _, d := range devices {
+		err := c.looks.reach(ctx, d.GetHostPath())
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errdefs.IsUnavailable(err) {
+			return fmt.Errorf("device %q: %w", d.GetHostPath(), err)
+		}
+	}
+	return nil
+}
+
 // imageUser is the user that the image of a container names; "" where it names none, or the container one itself. It is left to
 // containerd's service to say that the image isn't there.
 func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (string, error) {
@@ -61,7 +80,11 @@ func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (
 	if security.GetRunAsUser() != nil || security.GetRunAsUsername() != "" {
 		return "", nil
 	}
-	image, err := n.client.GetImage(ctx, config.GetImage().GetImage())
+	name := config.GetImage().GetImage()
+	image, err := n.client.GetImage(ctx, name)
+	if full, parseErr := reference.ParseDockerRef(name); errdefs.IsNotFound(err) && parseErr == nil { // containerd keeps images by their full names
+		image, err = n.client.GetImage(ctx, full.String())
+	}
 	if errdefs.IsNotFound(err) {
 		return "", nil
 	}
@@ -78,13 +101,11 @@ func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (
 // checkVolume fails when the node's files at path can't be shown under the ids of a pod, whose pause is pid. What is mounted below path
 // is the pod's own business where it has asked for a user namespace.
 func (c *Controller) checkVolume(ctx context.Context, path string, pid int, chosen bool) error {
-	err := c.looks.at(ctx, path, pid)
+	err := c.looks.at(ctx, path, pid, chosen)
 	unmappable := new(userns.UnmappableError)
 	switch {
 	case !errors.As(err, &unmappable):
 		return err
-	case unmappable.Below != "" && !chosen:
-		return nil
 	default:
 		return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosen))
 	}
@@ -106,19 +127,49 @@ func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
 	}
 }
 
-// looks are those at volumes that are under way.
-type looks struct{ group singleflight.Group }
+const (
+	// mostLooks are under way at a time: each may keep a thread that nothing can end.
+	mostLooks = 64
+	// lookTimeout is how long a caller waits for one at most.
+	lookTimeout = 30 * time.Second
+)
 
-// at is [userns.CheckVolume] that ends with ctx, also where a filesystem doesn't answer, such as one of a dead server. Nothing can end
-// the look itself then, but the next one of the same pod at the same path joins it, so retries make no more of them.
-func (l *looks) at(ctx context.Context, path string, pid int) error {
-	done := l.group.DoChan(fmt.Sprint(pid, " ", path), func() (_ any, err error) {
+// looks are those at volumes that are under way.
+type looks struct {
+	group    singleflight.Group
+	underWay atomic.Int32
+}
+
+// at is [userns.CheckVolume] that ends with ctx, also where a filesystem doesn't answer, such as one of a dead server. The path is
+// reached first, as that is where it hangs: by one look for all pods, so a pod that comes again and again makes no more of them.
+func (l *looks) at(ctx context.Context, path string, pid int, below bool) error {
+	if err := l.reach(ctx, path); err != nil {
+		return err
+	}
+	return l.join(ctx, fmt.Sprint(pid, " ", below, " ", path), func() error { return userns.CheckVolume(path, pid, below) })
+}
+
+// reach is [userns.Reach] that ends with ctx.
+func (l *looks) reach(ctx context.Context, path string) error {
+	return l.join(ctx, path, func() error { return userns.Reach(path) })
+}
+
+// join waits for a look, which it begins unless the same is under way. Nothing can end a look whose filesystem doesn't answer. With
+// mostLooks under way another one is Unavailable.
+func (l *looks) join(ctx context.Context, key string, look func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	done := l.group.DoChan(key, func() (_ any, err error) {
 		defer func() {
 			if p := recover(); p != nil { // which would end the daemon
 				err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
 			}
 		}()
-		return nil, userns.CheckVolume(path, pid)
+		defer l.underWay.Add(-1)
+		if l.underWay.Add(1) > mostLooks {
+			return nil, fmt.Errorf("%d volumes are being looked at, whose filesystems may not answer; see to those: %w", mostLooks, errdefs.ErrUnavailable)
+		}
+		return nil, look()
 	})
 	select {
 	case answer := <-done:

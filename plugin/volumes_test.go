@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/userns"
 )
@@ -35,24 +36,45 @@ func deaf(t *testing.T) (dir string, answers func()) {
 func looking(t *testing.T) int {
 	var stacks bytes.Buffer
 	require.NoError(t, pprof.Lookup("goroutine").WriteTo(&stacks, 2))
-	return bytes.Count(stacks.Bytes(), []byte("userns.CheckVolume("))
+	return bytes.Count(stacks.Bytes(), []byte("userns.Reach("))
 }
 
 func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
 	dir, answers := deaf(t)
 	path, l := filepath.Join(dir, "volume"), looks{}
-	for range 3 {
+	for n := range 3 {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		err := l.at(ctx, path, os.Getpid())
+		err := l.at(ctx, path, os.Getpid()+n, true) // of other pods
 		cancel()
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.ErrorContains(t, err, "doesn't answer")
 		require.Equal(t, 1, looking(t), "retries join the first")
 	}
-	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid()), "proc", "others aren't kept")
+	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid(), true), "proc", "others aren't kept")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	devices := []*runtime.Device{{HostPath: "/dev/nowhere"}, {HostPath: path}}
+	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices), fmt.Sprintf("device %q: its filesystem doesn't answer", path))
 	answers()
 	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
-	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")
+	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid(), true), unix.ENOTCONN, "the next one looks anew")
+}
+
+// Pods that come and go at a dead filesystem don't fill the node with threads.
+func TestLooksAreBounded(t *testing.T) {
+	dir, answers := deaf(t)
+	var l looks
+	for pid := range mostLooks {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		require.ErrorIs(t, l.at(ctx, filepath.Join(dir, fmt.Sprint(pid)), os.Getpid(), true), context.DeadlineExceeded)
+		cancel()
+	}
+	require.Eventually(t, func() bool { return l.underWay.Load() == mostLooks }, 10*time.Second, time.Millisecond)
+	err := l.at(t.Context(), "/proc", os.Getpid(), true)
+	require.True(t, errdefs.IsUnavailable(err), "%v", err)
+	answers()
+	require.Eventually(t, func() bool { return l.underWay.Load() == 0 }, 10*time.Second, time.Millisecond)
+	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid(), true), "proc")
 }
 
 // The remedy is one that helps: where the kernel can't map tmpfs, no other tmpfs will do.

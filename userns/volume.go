@@ -18,8 +18,9 @@ import (
 // that isn't there yet, the directory in which it would be made is looked at. Symbolic links are followed, as the container runtime does,
 // and an automount point is triggered: what is mounted there then is looked at.
 //
-// A mount that the kernel doesn't map is an [UnmappableError]. So is one below path: the runtime binds it without mapping its ids.
-func CheckVolume(path string, pid int) error {
+// A mount that the kernel doesn't map is an [UnmappableError]. So is, where below is asked for, one below path: the runtime binds it
+// without mapping its ids.
+func CheckVolume(path string, pid int, below bool) error {
 	users, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
 	if err != nil {
 		return fmt.Errorf("failed to find the pod's user namespace: %w", err)
@@ -39,10 +40,26 @@ func CheckVolume(path string, pid int) error {
 	if err := mapIDs(tree, users); err != nil {
 		return &UnmappableError{Filesystem: filesystem(source), Err: err}
 	}
-	if !exists {
-		return nil // there is nothing below it
+	if !below || !exists { // what is to be made has nothing below it
+		return nil
+	}
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(source.Fd()), &stat); err != nil {
+		return fmt.Errorf("failed to look at it: %w", err)
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return nil
 	}
 	return checkBelow(source)
+}
+
+// Reach opens a path, as [CheckVolume] does: where its filesystem doesn't answer, it doesn't return.
+func Reach(path string) error {
+	f, _, err := openExisting(path)
+	if err != nil {
+		return fmt.Errorf("failed to look at it: %w", err)
+	}
+	return f.Close()
 }
 
 // checkBelow fails with an [UnmappableError] if there is a mount below source.

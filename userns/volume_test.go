@@ -43,14 +43,14 @@ func TestCheckVolume(t *testing.T) {
 	require.Len(t, before, 3)
 
 	for _, below := range []string{"", "file", "socket", "link", "broken", "not/there/yet"} {
-		require.NoError(t, CheckVolume(filepath.Join(tmpfs, below), pid), below)
-		err := CheckVolume(filepath.Join(ramfs, below), pid)
+		require.NoError(t, CheckVolume(filepath.Join(tmpfs, below), pid, true), below)
+		err := CheckVolume(filepath.Join(ramfs, below), pid, true)
 		require.True(t, errdefs.IsFailedPrecondition(err), "%q: %v", below, err)
 		require.ErrorContains(t, err, "ramfs")
 		require.NoFileExists(t, filepath.Join(tmpfs, "not"))
 	}
 	for path, filesystem := range map[string]string{across: "ramfs", across + "/file": "ramfs", overlay: "overlay", "/proc/self": "proc"} {
-		err := CheckVolume(path, pid)
+		err := CheckVolume(path, pid, true)
 		require.True(t, errdefs.IsFailedPrecondition(err), "%q: %v", path, err)
 		require.ErrorContains(t, err, filesystem)
 	}
@@ -75,7 +75,7 @@ func TestCheckVolumeWithMountsBelow(t *testing.T) {
 	mountAt(filepath.Join(volume, "sub mount/deep/er"))
 
 	below := func(path string) string {
-		err := CheckVolume(path, pid)
+		err := CheckVolume(path, pid, true)
 		unmappable := new(UnmappableError)
 		if !errors.As(err, &unmappable) {
 			require.NoError(t, err)
@@ -97,6 +97,8 @@ func TestCheckVolumeWithMountsBelow(t *testing.T) {
 		require.Equal(t, want, below(path), path)
 	}
 
+	require.NoError(t, CheckVolume(volume, pid, false), "where nobody asks for them")
+
 	require.NoError(t, unix.Mount("tmpfs", volume, "tmpfs", 0, ""))
 	covered := below(volume)
 	require.NoError(t, unix.Unmount(volume, 0))
@@ -114,7 +116,7 @@ func TestCheckVolumeAutomounts(t *testing.T) {
 		if _, err := os.Lstat(tracing); err != nil {
 			t.Skip("this kernel has no CONFIG_TRACEFS_AUTOMOUNT_DEPRECATED")
 		}
-		err := CheckVolume(filepath.Join(tracing, below), pid)
+		err := CheckVolume(filepath.Join(tracing, below), pid, true)
 		require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
 		require.ErrorContains(t, err, "the ids of its filesystem, tracefs", below)
 	}
@@ -130,7 +132,7 @@ func TestCheckVolumeThatIsMapped(t *testing.T) {
 	require.NoError(t, mount.IDMapMount(mounted(t, "tmpfs", ""), target, int(users.Fd())))
 	t.Cleanup(func() { require.NoError(t, unix.Unmount(target, 0)) })
 
-	err = CheckVolume(target, pid)
+	err = CheckVolume(target, pid, true)
 	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
 	require.ErrorIs(t, err, unix.EPERM)
 	require.ErrorContains(t, err, "tmpfs, is mounted with mapped ids already")
@@ -185,14 +187,14 @@ func TestCheckVolumeFails(t *testing.T) {
 	pid := inUserNS(t, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
 	file := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
-	require.ErrorIs(t, CheckVolume(file+"/below", pid), unix.ENOTDIR)
-	require.ErrorContains(t, CheckVolume(file, 0), "pod's user namespace", "a process that has ended")
+	require.ErrorIs(t, CheckVolume(file+"/below", pid, true), unix.ENOTDIR)
+	require.ErrorContains(t, CheckVolume(file, 0, true), "pod's user namespace", "a process that has ended")
 }
 
 func BenchmarkCheckVolume(b *testing.B) {
 	pid := inUserNS(b, Mapping{HostID: 1_500_000_000, Length: 100}, Mapping{HostID: 1_500_001_000, Length: 200})
 	dir := mounted(b, "tmpfs", "")
 	for b.Loop() {
-		require.NoError(b, CheckVolume(dir, pid))
+		require.NoError(b, CheckVolume(dir, pid, true))
 	}
 }
