@@ -1,7 +1,6 @@
 package userns
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -197,8 +196,15 @@ func (c Container) beyondNamespace() (reasons []string) {
 	return reasons
 }
 
-// closedDevice is a device of the node, or one in a directory of devices, that its mode keeps from all but its owner and its group, who
-// are the node's: in a user namespace a device can't get another owner. It is "" where there is none.
+// mostEntries of a directory of devices are looked at.
+const mostEntries = 10000
+
+// notDevices are the directories below one of devices that containerd passes over.
+var notDevices = []string{"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"}
+
+// closedDevice is a device of the node that its mode keeps from all but its owner and its group, who are the node's: in a user namespace
+// a device can't get another owner. Of a directory it is the first device, unless another one there is open to all. It is "" where there
+// is none.
 func closedDevice(d *runtime.Device) (closed string) {
 	var needed fs.FileMode
 	if strings.Contains(d.GetPermissions(), "r") {
@@ -207,20 +213,36 @@ func closedDevice(d *runtime.Device) (closed string) {
 	if strings.Contains(d.GetPermissions(), "w") {
 		needed |= 0o2
 	}
-	found := errors.New("found")
-	path, err := filepath.EvalSymlinks(d.GetHostPath())
+	root, err := filepath.EvalSymlinks(d.GetHostPath())
 	if err != nil {
 		return "" // containerd's service says so
 	}
-	_ = filepath.WalkDir(path, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.Type()&os.ModeDevice == 0 {
+	open, left := false, mostEntries
+	_ = filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+		if left--; left < 0 {
+			return fs.SkipAll
+		}
+		switch {
+		case err != nil:
+			return nil
+		case path != root && entry.IsDir() && slices.Contains(notDevices, entry.Name()):
+			return fs.SkipDir
+		case entry.Type()&os.ModeDevice == 0 || path != root && entry.Name() == "console":
 			return nil
 		}
-		if info, err := entry.Info(); err == nil && info.Mode().Perm()&needed != needed {
+		info, err := entry.Info()
+		switch {
+		case err != nil: // it has just gone
+		case info.Mode().Perm()&needed == needed:
+			open = true
+			return fs.SkipAll
+		case closed == "":
 			closed = path
-			return found
 		}
 		return nil
 	})
+	if open {
+		return ""
+	}
 	return closed
 }

@@ -25,6 +25,12 @@ func TestContainerCheck(t *testing.T) {
 	}
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "few"), 0o755))
 	closed, readable, one := device("closed", 0o660), device("readable", 0o664), device("few/one", 0o600)
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "some"), 0o755))
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "passed/pts"), 0o755))
+	some := filepath.Dir(device("some/closed", 0o600))
+	device("some/open", 0o666)
+	device("passed/pts/0", 0o600)
+	passed := filepath.Dir(device("passed/console", 0o600))
 	link := filepath.Join(dir, "link")
 	require.NoError(t, os.Symlink(closed, link))
 	type security = runtime.LinuxContainerSecurityContext
@@ -76,14 +82,16 @@ func TestContainerCheck(t *testing.T) {
 		"node's users": {change: func(_ *runtime.ContainerConfig, s *security) {
 			s.NamespaceOptions = &runtime.NamespaceOption{UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}}
 		}},
-		"closed device":             {saysOwn: `it has the device "` + closed + `", which only the node's users may open`, change: with(closed, "rwm")},
-		"link to it":                {saysOwn: `it has the device "` + closed + `"`, change: with(link, "r")},
-		"directory of devices":      {saysOwn: `it has the device "` + one + `"`, change: with(filepath.Dir(one), "r")},
-		"device that all may read":  {change: with(readable, "rm")},
-		"device that few may write": {saysOwn: `it has the device "` + readable + `"`, change: with(readable, "rw")},
-		"device that all may use":   {change: with("/dev/null", "rwm")},
-		"device that isn't there":   {change: with("/dev/nowhere", "rwm")},
-		"ids and more":              {saysOwn: "it is privileged and runs as user 70000", says: "runs as user 70000", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged, s.RunAsUser = true, id(70000) }},
+		"closed device":                 {saysOwn: `it has the device "` + closed + `", which only the node's users may open`, change: with(closed, "rwm")},
+		"link to it":                    {saysOwn: `it has the device "` + closed + `"`, change: with(link, "r")},
+		"directory of devices":          {saysOwn: `it has the device "` + one + `"`, change: with(filepath.Dir(one), "r")},
+		"directory with an open one":    {change: with(some, "rw")},
+		"directory that is passed over": {change: with(passed, "rw")},
+		"device that all may read":      {change: with(readable, "rm")},
+		"device that few may write":     {saysOwn: `it has the device "` + readable + `"`, change: with(readable, "rw")},
+		"device that all may use":       {change: with("/dev/null", "rwm")},
+		"device that isn't there":       {change: with("/dev/nowhere", "rwm")},
+		"ids and more":                  {saysOwn: "it is privileged and runs as user 70000", says: "runs as user 70000", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged, s.RunAsUser = true, id(70000) }},
 	} {
 		for _, chosen := range []bool{false, true} {
 			t.Run(name+map[bool]string{true: ", mapped by podfsm"}[chosen], func(t *testing.T) {
