@@ -54,7 +54,7 @@ func (m *machine) qemu(ctx context.Context, more ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, emulator.program, slices.Concat(emulator.machine, []string{
 		"-accel", "tcg,thread=multi", "-smp", "2", "-m", "4096",
 		// Mitigations of the processor's flaws flush what emulation has translated, at every system call.
-		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=" + emulator.console + " root=/dev/vda rw quiet mitigations=off " + m.options,
+		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=" + emulator.console + " root=/dev/vda rw quiet mitigations=off panic=-1 " + m.options,
 		"-drive", "file=" + m.path("root.qcow2") + ",if=virtio", "-drive", "file=" + m.path("parts.qcow2") + ",if=virtio",
 		"-display", "none", "-no-reboot",
 	}, more)...)
@@ -74,8 +74,24 @@ var emulators = map[string]struct {
 	"arm64": {"qemu-system-aarch64", []string{"-machine", "virt", "-cpu", "max,pauth-impdef=on"}, "ttyAMA0"},
 }
 
+// boots is how often a machine is booted whose kernel panics meanwhile. Emulation without KVM runs several processors at once, and loses a
+// race now and then when the kernel patches its own code: "Oops: int3" before there is a root filesystem.
+const boots = 3
+
+var errPanic = errors.New("the kernel panicked while it booted")
+
 // boot starts the machine and returns when it runs commands.
 func (m *machine) boot(ctx context.Context) error {
+	for try := 1; ; try++ {
+		err := m.bootOnce(ctx)
+		if try == boots || !errors.Is(err, errPanic) {
+			return err
+		}
+		progress("%v: booting again", err)
+	}
+}
+
+func (m *machine) bootOnce(ctx context.Context) error {
 	begun := time.Now()
 	port, err := freePort()
 	if err != nil {
@@ -87,6 +103,10 @@ func (m *machine) boot(ctx context.Context) error {
 		return err
 	}
 	defer console.Close()
+	before, err := console.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
 	m.process = m.qemu(ctx, "-serial", "stdio", "-monitor", "none",
 		"-nic", "user,model=virtio-net-pci,restrict=on,hostfwd=tcp:"+m.address+"-10.0.2.15:1024")
 	m.process.Stdout, m.process.Stderr = console, console
@@ -111,11 +131,23 @@ func (m *machine) boot(ctx context.Context) error {
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-m.exited:
-			return fmt.Errorf("the machine has ended, see %s", m.path("console.log"))
+			return m.ended(before)
 		case <-ctx.Done():
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
 	}
+}
+
+// ended says why a machine that was booting has ended. Its console has what it said from an offset on.
+func (m *machine) ended(from int64) error {
+	said, err := os.ReadFile(m.path("console.log"))
+	if err != nil {
+		return err
+	}
+	if bytes.Contains(said[min(from, int64(len(said))):], []byte("Kernel panic")) {
+		return fmt.Errorf("%w, see %s", errPanic, m.path("console.log"))
+	}
+	return fmt.Errorf("the machine has ended, see %s", m.path("console.log"))
 }
 
 // run runs a script of bash on the machine and copies what it prints to out.
