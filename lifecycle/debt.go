@@ -118,18 +118,15 @@ func (s *sandbox) retryPending(givingUp *givingUp) error {
 
 // pay goes on towards the goal that the cleanup is owed for.
 func (s *sandbox) pay(ctx context.Context) error {
-	if s.state() == states.Quarantined && s.goal != states.RolledBack && s.goal != states.Removed {
-		return s.detach(ctx) // as a stop does
-	}
-	switch s.goal {
-	case states.RolledBack:
-		if s.state() == states.Quarantined {
-			return s.remove(ctx) // its only way on
-		}
-		return s.rollback(ctx, nil)
-	case states.Removed:
+	quarantined := s.state() == states.Quarantined
+	switch {
+	case s.goal == states.Removed || quarantined && s.goal == states.RolledBack: // which is not rolled back, only removed
 		return s.remove(ctx)
-	case states.Stopped:
+	case quarantined: // as at a stop
+		return s.detach(ctx)
+	case s.goal == states.RolledBack:
+		return s.rollback(ctx, nil)
+	case s.goal == states.Stopped:
 		return s.stop(ctx)
 	default:
 		return fmt.Errorf("another release of podfsm recorded a pending cleanup of sandbox %q with the goal %q, which this release doesn't know; stop or remove the pod, or install that release again: %w",

@@ -78,9 +78,9 @@ func (e *Engine) Retry(ctx context.Context, key journal.Key) error {
 }
 
 // WriteOff gives up a pending cleanup, and goes on towards its goal. With a part, that part alone is written off, without another try.
-// Without one, the cleanup is tried once more, and each undo that had failed before and fails again is written off. What is written off stays so after a kill and
-// after a reboot. What a process, a mount or a snapshot may use is never freed: the end of a process is never written off, nor is the undo
-// of a step that holds others, unless it is [Declaration.Foreign], nor one that fails with [InUse].
+// Without one, the cleanup is tried once more, and each undo that had failed before and fails again is written off. What is written off
+// stays so after a kill and after a reboot. What a process, a mount or a snapshot may use is never freed: the end of a process is never
+// written off, nor is the undo of a step that holds others, unless it is [Declaration.Foreign], nor one that fails with [InUse].
 //
 // Errors: those of [Engine.Retry]; InvalidArgument without a reason; NotFound, naming those that there are, for a part that isn't pending.
 func (e *Engine) WriteOff(ctx context.Context, key journal.Key, part, reason string) error {

@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -15,7 +16,7 @@ import (
 type allocateIDs struct{ *node }
 
 // AllocateIDs is the step of allocateIDs.
-const AllocateIDs states.Event = "allocate_ids"
+const AllocateIDs = records.AllocateIDs
 
 func (s *allocateIDs) Declaration() lifecycle.Declaration {
 	return s.bounded(lifecycle.Declaration{

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/singleflight"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -103,12 +104,10 @@ func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (
 func (c *Controller) checkVolume(ctx context.Context, path string, pid int, chosen bool) error {
 	err := c.looks.at(ctx, path, pid, chosen)
 	unmappable := new(userns.UnmappableError)
-	switch {
-	case !errors.As(err, &unmappable):
+	if !errors.As(err, &unmappable) {
 		return err
-	default:
-		return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosen))
 	}
+	return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosen))
 }
 
 // volumeRemedy is what to do about a volume that can't be mapped, in a pod whose ids the kubelet or podfsm has chosen.
@@ -159,17 +158,12 @@ func (l *looks) reach(ctx context.Context, path string) error {
 func (l *looks) join(ctx context.Context, key string, look func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
-	done := l.group.DoChan(key, func() (_ any, err error) {
-		defer func() {
-			if p := recover(); p != nil { // which would end the daemon
-				err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
-			}
-		}()
+	done := l.group.DoChan(key, func() (any, error) {
 		defer l.underWay.Add(-1)
 		if l.underWay.Add(1) > mostLooks {
 			return nil, fmt.Errorf("%d volumes are being looked at, whose filesystems may not answer; see to those: %w", mostLooks, errdefs.ErrUnavailable)
 		}
-		return nil, look()
+		return nil, lifecycle.Protect(look) // singleflight has a panic end the daemon
 	})
 	select {
 	case answer := <-done:

@@ -45,7 +45,7 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 	response := &podfsmv1.InspectResponse{Sandbox: Sandbox(view)}
 	for _, step := range view.Steps {
 		shown := stepOf(step)
-		if step.Name == allocateIDs && shown.Detail != nil {
+		if step.Name == AllocateIDs && shown.Detail != nil {
 			shown.Detail["because"] = usersBecause(view.Spec.(*Spec))
 		}
 		response.Steps = append(response.Steps, shown)
@@ -148,8 +148,8 @@ func stepOf(step lifecycle.StepView) *podfsmv1.Step {
 	return s
 }
 
-// allocateIDs is the step that gives a pod its users.
-const allocateIDs states.Event = "allocate_ids"
+// AllocateIDs is the step that gives a pod its users.
+const AllocateIDs states.Event = "allocate_ids"
 
 // usersBecause says why a pod has the users that it has.
 func usersBecause(spec *Spec) string {

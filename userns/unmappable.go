@@ -32,7 +32,7 @@ func unmappable(config *runtime.PodSandboxConfig, length uint32) (reasons []stri
 		}
 	}
 	reasons = append(reasons, outside(security, length)...)
-	return append(reasons, unmappableSysctls(config.GetLinux().GetSysctls(), length, firstWithin)...)
+	return append(reasons, unmappableSysctls(config.GetLinux().GetSysctls(), length, false)...)
 }
 
 // securityContext is that of a sandbox or of a container.
@@ -66,15 +66,16 @@ func hiddenSysctl(file string) bool {
 	return strings.HasPrefix(file, "net/core/xfrm_") || strings.HasPrefix(file, "net/ipv6/route/")
 }
 
-// unmappableSysctls are the sysctls that can't be set in a user namespace of length ids, as reasons. Which groups that may ping are in it,
-// within says.
-func unmappableSysctls(sysctls map[string]string, length uint32, within func(first, last uint64, length uint32) bool) (reasons []string) {
+// unmappableSysctls are the sysctls that can't be set in a user namespace of length ids, as reasons. A pod that has not asked to be mapped
+// means all groups that it has by a range of groups that goes on beyond them, such as "0 2147483647": it gets the range up to its last one.
+func unmappableSysctls(sysctls map[string]string, length uint32, asked bool) (reasons []string) {
 	for name, value := range sysctls {
 		file := strings.ReplaceAll(name, ".", "/")
 		var first, last uint64
 		n, _ := fmt.Sscan(value, &first, &last) // what is no range is refused when it is set
+		beyond := first >= uint64(length) || asked && last >= uint64(length)
 		switch {
-		case file == "net/ipv4/ping_group_range" && n == 2 && !within(first, last, length):
+		case file == "net/ipv4/ping_group_range" && n == 2 && beyond:
 			reasons = append(reasons, fmt.Sprintf("has the sysctl %s = %q, beyond the %d ids of its user namespace", name, value, length))
 		case hiddenSysctl(file):
 			reasons = append(reasons, fmt.Sprintf("has the sysctl %s, which is the node's users' alone", name))
@@ -84,19 +85,10 @@ func unmappableSysctls(sysctls map[string]string, length uint32, within func(fir
 	return reasons
 }
 
-// firstWithin says whether a user namespace of length ids maps the first of a range of groups. A pod that has not asked to be mapped
-// means all groups that it has by a range that goes on beyond them, such as "0 2147483647": it gets the range up to its last one.
-func firstWithin(first, _ uint64, length uint32) bool { return first < uint64(length) }
-
-// allWithin says whether a user namespace of length ids maps a range of groups.
-func allWithin(first, last uint64, length uint32) bool {
-	return first < uint64(length) && last < uint64(length)
-}
-
 // CheckPod refuses a sandbox whose ids aren't in the user namespace that it asks for: InvalidArgument.
 func CheckPod(config *runtime.PodSandboxConfig, m Mappings) error {
 	length := m.UIDs.Length
-	reasons := append(outside(config.GetLinux().GetSecurityContext(), length), unmappableSysctls(config.GetLinux().GetSysctls(), length, allWithin)...)
+	reasons := append(outside(config.GetLinux().GetSecurityContext(), length), unmappableSysctls(config.GetLinux().GetSysctls(), length, true)...)
 	if len(reasons) == 0 {
 		return nil
 	}
