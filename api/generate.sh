@@ -11,4 +11,4 @@ GOBIN=$bin go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 PATH=$bin:$PATH protoc -I . \
 	--go_out=. --go_opt=paths=source_relative \
 	--go-grpc_out=. --go-grpc_opt=paths=source_relative \
-	podfsm/v1/podfsm.proto
+	podfsm/v1/podfsm.proto podfsm/v1/output.proto

@@ -13,10 +13,11 @@ import (
 	"github.com/containernetworking/cni/pkg/utils"
 )
 
-// Attachment is everything that ADD began with and DEL needs: one pod on its networks. It is kept in the ledger as JSON, because
-// DEL never looks at the configuration of its own day.
+// Attachment is one pod on its networks: all that ADD was given and DEL needs. The ledger keeps it
+// as JSON. DEL must not read the configuration of the day, which may have changed since ADD.
 //
-// It is not safe for concurrent use: nobody else may read or change it while [Driver.Add] or [Driver.Del] runs on it.
+// It is not safe for concurrent use: don't read or change it while [Driver.Add] or [Driver.Del]
+// runs on it.
 type Attachment struct {
 	ContainerID  string       `json:"containerID"`
 	NetNSPath    string       `json:"netns"`
@@ -25,11 +26,11 @@ type Attachment struct {
 	Capabilities Capabilities `json:"capabilities,omitempty"`
 	BinDirs      []string     `json:"binDirs"`
 	Serial       bool         `json:"serial,omitempty"`
-	// Plugins has one state a plugin, by network and place in the network's list.
+	// Plugins has one state per plugin, by network and place in the network's list.
 	Plugins []PluginState `json:"plugins"`
 }
 
-// PluginState is how far one plugin of one network has come.
+// PluginState is the progress of one plugin of one network.
 type PluginState struct {
 	Network int             `json:"network"` // index into Networks
 	Plugin  int             `json:"plugin"`  // index into the network's list
@@ -38,11 +39,12 @@ type PluginState struct {
 	Result  json.RawMessage `json:"result,omitempty"` // of ADD, in the CNI version of the list
 	Error   string          `json:"error,omitempty"`  // of the last command, if it failed
 	Took    time.Duration   `json:"took,omitempty"`   // of ADD, in nanoseconds, when it has succeeded
-	// DelFailed says that the last command was a DEL, which failed: no ADD runs any more, for a DEL ends it.
+	// DelFailed says that the last command was a DEL, and failed. No process of ADD is left then:
+	// Del ends them before it runs a DEL.
 	DelFailed bool `json:"delFailed,omitempty"`
 }
 
-// Phase is what has happened to a plugin.
+// Phase is how far a plugin has come.
 type Phase string
 
 const (
@@ -52,46 +54,49 @@ const (
 	Deleted Phase = "deleted" // DEL has succeeded
 )
 
-// transitions are the changes of phase that may happen.
+// transitions are the legal changes of phase.
 var transitions = map[Phase][]Phase{
 	Pending: {Adding},
 	Adding:  {Pending, Added, Deleted}, // Pending again: the plugin could not be executed
 	Added:   {Deleted},
 }
 
-// Progress is one fact about one plugin, journaled when it happens. A fact that keeps the phase tells of a failure.
+// Progress is one event of one plugin, recorded when it happens. An event that keeps the phase
+// reports a failure.
 type Progress struct {
 	Network int             `json:"network"`
 	Plugin  int             `json:"plugin"`
 	Phase   Phase           `json:"phase"`
 	Result  json.RawMessage `json:"result,omitempty"`
 	Error   string          `json:"error,omitempty"`
-	// Command is what the plugin was run for, "ADD" or "DEL", since Began. It took as long as Took, in nanoseconds; while that is zero, it
-	// runs. A DEL that has failed has no times.
-	// With the command WriteOff, nothing was run: somebody has given the DEL up, for Reason.
+	// Command is "ADD", "DEL" or [WriteOff]. Began is its start, and Took its duration in
+	// nanoseconds, which is zero while the plugin runs. A failed DEL has neither. With [WriteOff],
+	// no plugin was run: an operator gave the DEL up, for Reason.
 	Command string        `json:"command,omitempty"`
 	Began   time.Time     `json:"began,omitzero"`
 	Took    time.Duration `json:"took,omitempty"`
 	Reason  string        `json:"reason,omitempty"`
 }
 
-// WriteOff is the command of a fact which says that a DEL was given up. It is none of the CNI specification.
+// WriteOff is the command of an event that gives a DEL up. The CNI specification has no such
+// command.
 const WriteOff = "write-off"
 
-// Announces says that the fact is of an ADD that is about to start, and so has to be on record before; the others are of what has
-// happened.
+// Announces reports whether an ADD is about to start, so that the event has to be recorded first.
+// Every other event reports what has happened.
 func (p Progress) Announces() bool { return p.Phase == Adding && p.Error == "" }
 
-// NewAttachment prepares an attachment of a pod to the networks; nothing is done yet. netnsPath is where the pod's network
-// namespace is pinned.
+// NewAttachment prepares the attachment of a pod to networks, and does nothing else. netnsPath is
+// where the pod's network namespace is pinned.
 //
-// Errors: InvalidArgument for an id that isn't one for CNI, or no network; FailedPrecondition for an invalid network.
+// Errors: InvalidArgument for an id that CNI doesn't accept, or without a network;
+// FailedPrecondition for an invalid network.
 func NewAttachment(config Config, networks []Network, id, netnsPath string, args Args, capabilities Capabilities) (*Attachment, error) {
 	if err := utils.ValidateContainerID(id); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if netnsPath == "" || len(networks) == 0 {
-		return nil, fmt.Errorf("network namespace %q can't be attached to %d networks: %w", netnsPath, len(networks), errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("failed to attach network namespace %q to %d networks: both are required: %w", netnsPath, len(networks), errdefs.ErrInvalidArgument)
 	}
 	a := &Attachment{
 		ContainerID:  id,
@@ -114,10 +119,10 @@ func NewAttachment(config Config, networks []Network, id, netnsPath string, args
 	return a, nil
 }
 
-// Apply folds a fact into the attachment, when it happens and when the ledger is replayed. Applying the last fact again changes
-// nothing. It may run at the same time for different plugins.
+// Apply folds an event into the attachment, when it happens and when the ledger is replayed. To
+// apply the last event again changes nothing. Concurrent calls for different plugins are safe.
 //
-// Errors: DataLoss when there is no such plugin or the fact can't follow what is known.
+// Errors: DataLoss when there is no such plugin, or its phase can't change like that.
 func (a *Attachment) Apply(p Progress) error {
 	state := a.state(p.Network, p.Plugin)
 	if state == nil {
@@ -134,7 +139,8 @@ func (a *Attachment) Apply(p Progress) error {
 	return nil
 }
 
-// LookIn adds directories to those in which plugins are looked for, behind those of ADD: an upgrade may have moved the plugins.
+// LookIn appends directories to those of ADD in which plugins are looked for: an upgrade may have
+// moved the plugins.
 func (a *Attachment) LookIn(binDirs []string) {
 	for _, dir := range binDirs {
 		if !slices.Contains(a.BinDirs, dir) {
@@ -143,14 +149,16 @@ func (a *Attachment) LookIn(binDirs []string) {
 	}
 }
 
-// WriteOff gives up the failed DEL of each plugin that name fits, a plugin's type or "network/type", and returns which they are, as
-// "network/type". Facts are recorded and applied. No plugin is run.
+// WriteOff gives up the failed DELs of the plugins that name matches, which is a plugin's type or
+// "network/type". It records and applies an event for each, runs no plugin, and returns their names
+// as "network/type".
 //
-// Errors: NotFound, naming those whose last DEL has failed, when name fits none of them.
+// Errors: NotFound when name matches no plugin whose last DEL failed. The error names those
+// plugins.
 func (a *Attachment) WriteOff(ctx context.Context, name, reason string, record Record) (written []string, _ error) {
 	var others []string
 	for _, state := range a.Plugins {
-		if !state.owed() || !state.DelFailed {
+		if !state.pending() || !state.DelFailed {
 			continue
 		}
 		full := a.Networks[state.Network].Name + "/" + state.Type
@@ -168,14 +176,14 @@ func (a *Attachment) WriteOff(ctx context.Context, name, reason string, record R
 		written = append(written, full)
 	}
 	if len(written) == 0 {
-		return nil, fmt.Errorf("no DEL of a CNI plugin %q has failed for sandbox %q, only of %q: %w", name, a.ContainerID, others, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("CNI plugin %q of sandbox %q has no failed DEL to write off; those that have one: %q: %w", name, a.ContainerID, others, errdefs.ErrNotFound)
 	}
 	return written, nil
 }
 
-// Settled reports whether there is nothing to delete: no ADD was started whose DEL has not succeeded.
+// Settled reports whether no DEL is pending: the DEL of every ADD that was started has succeeded.
 func (a *Attachment) Settled() bool {
-	return !slices.ContainsFunc(a.Plugins, PluginState.owed)
+	return !slices.ContainsFunc(a.Plugins, PluginState.pending)
 }
 
 // Complete reports whether every ADD has succeeded and no DEL has.
@@ -183,15 +191,16 @@ func (a *Attachment) Complete() bool {
 	return !slices.ContainsFunc(a.Plugins, func(s PluginState) bool { return s.Phase != Added })
 }
 
-// Suspect makes an attachment that nothing is known of one whose every ADD may have been started: DEL runs for all plugins.
+// Suspect marks the ADD of every plugin as started, so that Del runs all DELs. It is for
+// attachments whose events were lost.
 func (a *Attachment) Suspect() {
 	for i := range a.Plugins {
 		a.Plugins[i].Phase = Adding
 	}
 }
 
-// owed tells whether the plugin's DEL has to succeed yet.
-func (s PluginState) owed() bool {
+// pending reports whether the DEL of the plugin has yet to succeed.
+func (s PluginState) pending() bool {
 	return s.Phase == Adding || s.Phase == Added
 }
 
@@ -205,7 +214,7 @@ func (a *Attachment) state(network, plugin int) *PluginState {
 	return nil
 }
 
-// list parses the configuration list of a network, whose every plugin must have a state.
+// list parses the configuration list of a network, and checks that each plugin has a state.
 func (a *Attachment) list(network int) (*libcni.NetworkConfigList, error) {
 	name := a.Networks[network].Name
 	list, err := a.Networks[network].list()
@@ -220,7 +229,7 @@ func (a *Attachment) list(network int) (*libcni.NetworkConfigList, error) {
 	return list, nil
 }
 
-// capabilities are those that the plugin declares and the runtime has.
+// capabilities returns the capabilities of the pod that the plugin declares.
 func (a *Attachment) capabilities(plugin *types.PluginConf) Capabilities {
 	given := Capabilities{}
 	for name, declared := range plugin.Capabilities {

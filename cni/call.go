@@ -19,20 +19,21 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// call is the use of one plugin of one network for a pod.
+// call is one command to one plugin of one network, for one pod.
 type call struct {
 	driver     *Driver
 	attachment *Attachment
 	record     Record
 	network    int
 	plugin     int
-	sysctls    map[string]string // of CHECK: those of the pod
+	sysctls    map[string]string // of the pod; only for CHECK
 	list       *libcni.NetworkConfigList
 	netns      string // CNI_NETNS
-	gone       bool   // the pod's namespace has gone, and netns is an empty one in its place
+	gone       bool   // the pod's namespace has gone, and netns is an empty one instead
 }
 
-// add runs the plugin's ADD on the result of the plugin before it, and returns its own, in the version of the list.
+// add runs the plugin's ADD with the result of the plugin before it. It returns the plugin's own
+// result, in the version of the list.
 func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retErr error) {
 	ctx, end := c.begin(ctx, tracing.SpanCNIAdd, "ADD")
 	defer func() { end(retErr) }()
@@ -48,7 +49,7 @@ func (c call) add(ctx context.Context, prev types.Result) (_ types.Result, retEr
 	exec := c.executor("ADD")
 	result, raw, err := c.execAdd(ctx, exec, path, conf)
 
-	// What has happened is recorded, also if nobody waits for it any more.
+	// Record the outcome even if the caller has gone: DEL needs it.
 	ctx = context.WithoutCancel(ctx)
 	if err != nil {
 		outcome := Progress{Phase: Adding, Error: err.Error(), Command: "ADD", Began: began, Took: time.Since(began)}
@@ -82,7 +83,7 @@ func (c call) execAdd(ctx context.Context, exec *executor, path string, conf []b
 	return result, raw, nil
 }
 
-// del runs the plugin's DEL on the result that ADD had.
+// del runs the plugin's DEL with the result of ADD.
 func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 	ctx, end := c.begin(ctx, tracing.SpanCNIDel, "DEL")
 	defer func() { end(retErr) }()
@@ -93,18 +94,19 @@ func (c call) del(ctx context.Context, prev types.Result) (retErr error) {
 		err = c.delWithoutNetNS(ctx, prev, err)
 	}
 	if c.state().Phase == Adding && speaksAnotherVersion(err) {
-		err = nil // it has refused ADD for the same reason, before it did anything
+		err = nil // it refused ADD for the same reason, so there is nothing to undo
 	}
 	ctx = context.WithoutCancel(ctx) // as in add
 	if err != nil {
-		// Without the times: a failure that comes again and again is to stay the same record, which the ledger keeps once.
+		// No times: repeated failures must be equal records, which the ledger keeps once.
 		outcome := Progress{Phase: c.state().Phase, Command: "DEL", Error: err.Error()}
 		return errors.Join(c.failed("delete", err), c.advance(ctx, outcome))
 	}
 	return c.advance(ctx, Progress{Phase: Deleted, Command: "DEL", Began: began, Took: time.Since(began)})
 }
 
-// speaksAnotherVersion tells whether a plugin, or one that it runs, doesn't know the version of CNI that its network has.
+// speaksAnotherVersion reports whether a plugin, or a plugin that it delegates to, doesn't know the
+// CNI version of the network.
 func speaksAnotherVersion(err error) bool {
 	var refused *types.Error
 	return errors.As(err, &refused) && refused.Code == types.ErrIncompatibleCNIVersion
@@ -125,7 +127,7 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 	return c.executor("DEL").withoutResult(ctx, path, conf, c.environment("DEL"))
 }
 
-// check runs the plugin's CHECK on the result that ADD had.
+// check runs the plugin's CHECK with the result of ADD.
 func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
 	ctx, end := c.begin(ctx, tracing.SpanCNICheck, "CHECK")
 	defer func() { end(retErr) }()
@@ -142,12 +144,13 @@ func (c call) check(ctx context.Context, prev types.Result) (retErr error) {
 	return nil
 }
 
-// prepare finds the plugin and derives its request configuration. Nothing that fails here has touched the network.
+// prepare finds the plugin and derives its request configuration. It runs nothing: a failure leaves
+// the network untouched.
 func (c call) prepare(prev types.Result) (path string, conf []byte, err error) {
 	return c.prepareWith(prev, map[string]any{})
 }
 
-// prepareWith has values in the request configuration, too.
+// prepareWith is prepare with additional values in the request configuration.
 func (c call) prepareWith(prev types.Result, values map[string]any) (path string, conf []byte, err error) {
 	plugin := c.list.Plugins[c.plugin]
 	if prev != nil {
@@ -159,8 +162,8 @@ func (c call) prepareWith(prev types.Result, values map[string]any) (path string
 	return prepare(c.list, plugin, c.attachment.BinDirs, values)
 }
 
-// prepare finds a plugin of a list in binDirs and derives its request configuration, with values in it (CNI specification, section
-// 3, "Deriving request configuration").
+// prepare finds a plugin of a list in binDirs and derives its request configuration, with
+// additional values (CNI specification, section 3, "Deriving request configuration").
 func prepare(list *libcni.NetworkConfigList, plugin *libcni.PluginConfig, binDirs []string, values map[string]any) (path string, conf []byte, err error) {
 	path, err = invoke.FindInPath(plugin.Network.Type, binDirs)
 	if err != nil {
@@ -175,7 +178,7 @@ func prepare(list *libcni.NetworkConfigList, plugin *libcni.PluginConfig, binDir
 	return path, request.Bytes, nil
 }
 
-// advance journals a fact about the plugin and applies it.
+// advance records an event of the plugin and applies it.
 func (c call) advance(ctx context.Context, p Progress) error {
 	p.Network, p.Plugin, p.Began = c.network, c.plugin, p.Began.UTC()
 	if err := c.record(ctx, p); err != nil {
@@ -190,18 +193,18 @@ func (c call) failed(command string, err error) error {
 	return failed(c.list, c.state().Type, command, err)
 }
 
-// failed gives a plugin's error the words of libcni.
+// failed wraps the error of a plugin in libcni's text, which operators know from other runtimes.
 func failed(list *libcni.NetworkConfigList, plugin, command string, err error) error {
 	return fmt.Errorf("plugin type=%q name=%q failed (%s): %w", plugin, list.Name, command, err)
 }
 
-// begin starts the span of a command. What it returns ends that with the command's error.
+// begin starts the span of a command. The returned function ends the span with the command's error.
 func (c call) begin(ctx context.Context, spanName, command string) (context.Context, func(error)) {
 	return c.driver.begin(ctx, spanName, Command{Name: command, Plugin: c.state().Type, Network: c.list.Name},
 		tracing.CNIIfName.String(c.attachment.Networks[c.network].IfName))
 }
 
-// begin starts the span of a command. What it returns ends that, and tells who is to be told.
+// begin starts the span of a command. The returned function ends the span and calls [Options.Ran].
 func (d *Driver) begin(ctx context.Context, spanName string, c Command, attrs ...attribute.KeyValue) (context.Context, func(error)) {
 	ctx, span := tracing.Start(ctx, spanName, append(attrs,
 		tracing.CNICommand.String(c.Name),
@@ -216,12 +219,12 @@ func (d *Driver) begin(ctx context.Context, spanName string, c Command, attrs ..
 	}
 }
 
-// executor makes the run of a command.
+// executor returns the executor of a command.
 func (c call) executor(command string) *executor {
 	return &executor{driver: c.driver, run: run{c.attachment.ContainerID, c.network, c.plugin, command}}
 }
 
-// environment is what a plugin gets in its environment, besides containerd's own.
+// environment returns the CNI variables. Plugins get them beside the daemon's own environment.
 func (c call) environment(command string) *invoke.Args {
 	return &invoke.Args{
 		Command:     command,
@@ -233,10 +236,10 @@ func (c call) environment(command string) *invoke.Args {
 	}
 }
 
-// pathOf is CNI_PATH.
+// pathOf returns the value of CNI_PATH.
 func pathOf(binDirs []string) string { return strings.Join(binDirs, string(os.PathListSeparator)) }
 
-// withTimeout names the deadline in the error of what it ends.
+// withTimeout is context.WithTimeout whose cause names the timeout.
 func withTimeout(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s: %w", timeout, context.DeadlineExceeded))
 }

@@ -29,11 +29,12 @@ type Config struct {
 type Network struct {
 	Name   string `json:"name"`
 	IfName string `json:"ifName"` // of the interface in the pod: eth0 for the first network, eth1, …
-	// Conflist is the complete network configuration list: what its files spread over a directory is inlined.
+	// Conflist is the complete network configuration list, with the plugins of separate files inlined.
 	Conflist json.RawMessage `json:"conflist"`
 }
 
-// SetsSysctls says whether a plugin of the network is configured to set sysctls in the pod's namespace, as tuning is.
+// SetsSysctls reports whether a plugin of the network is configured to set sysctls in the pod's
+// namespace, as tuning is.
 func (n Network) SetsSysctls() bool {
 	var list struct {
 		Plugins []map[string]json.RawMessage `json:"plugins"`
@@ -42,7 +43,8 @@ func (n Network) SetsSysctls() bool {
 	return slices.ContainsFunc(list.Plugins, func(plugin map[string]json.RawMessage) bool { return plugin["sysctl"] != nil })
 }
 
-// conflist is the form that configurations are kept in. Keys at the top of a list that aren't here reach no plugin.
+// conflist is the form in which configurations are kept. Other keys at the top of a list don't
+// reach any plugin.
 type conflist struct {
 	Name                   string            `json:"name"`
 	CNIVersion             string            `json:"cniVersion"`
@@ -52,11 +54,12 @@ type conflist struct {
 	Plugins                []json.RawMessage `json:"plugins"`
 }
 
-// Load reads the networks that a pod is attached to now, by the rules of containerd's go-cni: the files *.conflist, *.conf and
-// *.json of ConfDir by name, where the latter two hold one plugin; the first MaxConfNum of them must all be valid. Whether the
-// plugins exist is found out only when they are run.
+// Load reads the networks that a new pod is attached to, by the rules of containerd's go-cni: the
+// files *.conflist, *.conf and *.json of ConfDir in the order of their names. A *.conf or *.json
+// file holds one plugin. The first MaxConfNum files must all be valid. Load doesn't check that the
+// plugins exist.
 //
-// Errors: FailedPrecondition when there is no network or one is invalid, naming the remedy.
+// Errors: FailedPrecondition when there is no network or one is invalid, with the remedy.
 func Load(config Config) ([]Network, error) {
 	files, err := libcni.ConfFiles(config.ConfDir, []string{".conflist", ".conf", ".json"})
 	if err != nil {
@@ -94,7 +97,7 @@ func loadFile(file string) (Network, error) {
 		return Network{}, err
 	}
 	if !list.LoadOnlyInlinedPlugins {
-		// The name is part of a path here.
+		// The name becomes part of a path.
 		if err := utils.ValidateNetworkName(list.Name); err != nil {
 			return Network{}, err
 		}
@@ -107,7 +110,7 @@ func loadFile(file string) (Network, error) {
 	return networkOfList(list)
 }
 
-// networkOfConf makes a list of the only plugin of a *.conf file.
+// networkOfConf returns a network with the only plugin of a *.conf file.
 func networkOfConf(data []byte) (Network, error) {
 	conf, err := libcni.NetworkPluginConfFromBytes(data)
 	if err != nil {
@@ -120,7 +123,8 @@ func networkOfConf(data []byte) (Network, error) {
 	})
 }
 
-// networkOfList makes the form of the list that is kept, and checks that it will be understood when it is read again.
+// networkOfList returns a list in the form that is kept, and checks that this form can be read
+// again.
 func networkOfList(list *libcni.NetworkConfigList) (Network, error) {
 	kept := conflist{
 		Name:                   list.Name,
@@ -154,14 +158,14 @@ func (n Network) list() (*libcni.NetworkConfigList, error) {
 	}
 	// No version at all is 0.1.0.
 	if list.CNIVersion != "" && !slices.Contains(version.All.SupportedVersions(), list.CNIVersion) {
-		return nil, fmt.Errorf("cniVersion %q is none of %s", list.CNIVersion, strings.Join(version.All.SupportedVersions(), ", "))
+		return nil, fmt.Errorf("invalid cniVersion %q: supported are %s", list.CNIVersion, strings.Join(version.All.SupportedVersions(), ", "))
 	}
 	if len(list.Plugins) == 0 {
-		return nil, errors.New("it lists no plugin")
+		return nil, errors.New("the list has no plugin")
 	}
 	for _, plugin := range list.Plugins {
 		if strings.ContainsRune(plugin.Network.Type, os.PathSeparator) {
-			return nil, fmt.Errorf("plugin type %q is not the name of a file", plugin.Network.Type)
+			return nil, fmt.Errorf("invalid plugin type %q: not a file name", plugin.Network.Type)
 		}
 	}
 	return list, nil

@@ -109,7 +109,7 @@ func TestLoadInvalid(t *testing.T) {
 		"empty list":            {map[string]string{"a.conflist": `{"name":"a","plugins":[]}`}, "no plugins"},
 		"null plugin":           {map[string]string{"a.conflist": `{"name":"a","plugins":[null]}`}, "missing 'type'"},
 		"plugin without a type": {map[string]string{"a.conflist": `{"name":"a","plugins":[{}]}`}, "missing 'type'"},
-		"type with a path":      {map[string]string{"a.conflist": `{"name":"a","plugins":[{"type":"../ptp"}]}`}, "not the name of a file"},
+		"type with a path":      {map[string]string{"a.conflist": `{"name":"a","plugins":[{"type":"../ptp"}]}`}, "invalid plugin type"},
 		"list in a conf":        {map[string]string{"a.conf": `{"name":"a","plugins":[{"type":"ptp"}]}`}, "missing 'type'"},
 		"unknown version":       {map[string]string{"a.conflist": `{"name":"a","cniVersion":"7.0.0","plugins":[{"type":"ptp"}]}`}, "cniVersion"},
 		"not a version":         {map[string]string{"a.conflist": `{"name":"a","cniVersion":"one","plugins":[{"type":"ptp"}]}`}, "cniVersion"},
@@ -152,7 +152,8 @@ func confDir(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-// Whatever loads can be recorded, read again and given to plugins, and means the same then.
+// Each configuration that loads can be recorded, read again and given to plugins, with the same
+// meaning.
 func FuzzLoad(f *testing.F) {
 	for _, seed := range []string{
 		`{"name":"a","cniVersion":"1.0.0","plugins":[{"type":"bridge","capabilities":{"bandwidth":true}}]}`,

@@ -12,11 +12,14 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
-// An IPAM plugin with a daemon: what it has leased is freed, also by a daemon that has forgotten it, and without a daemon the DEL waits.
+// An IPAM plugin with a daemon: DEL frees the lease, also through a restarted daemon that has
+// forgotten it. Without a daemon, DEL stays pending.
 func TestDHCP(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	const bridge, network = "cni-dhcp0", "10.88.90"
 	dir := t.TempDir()
 	dhcpServer(t, dir, bridge, network)

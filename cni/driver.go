@@ -1,19 +1,21 @@
-// Package cni attaches pods to networks and detaches them, by libcni's parts but with a driver of its own.
+// Package cni attaches pods to networks and detaches them. It uses libcni's parts with its own driver.
 //
-// It differs from libcni's AddNetworkList and DelNetworkList, and from go-cni, in this:
-//   - Every plugin's ADD is journaled before it starts and when it has ended. DEL runs for exactly the plugins whose ADD was
-//     started, with the configuration, the arguments and the plugin directories that ADD was given.
-//   - A DEL that fails does not keep the plugins before it in the chain from their DEL. The CNI specification (section 3, "Deleting
-//     an attachment") halts there, and an IPAM plugin at the start of a chain would never free its address.
-//   - A DEL that fails has failed, whatever its text says; it is owed until it succeeds.
-//   - DEL gets the last result that ADD had, also when the chain has failed. libcni then gives none, and plugins such as firewall
-//     take that for nothing to do.
-//   - DEL gets an empty network namespace where the pod's has gone, as after a reboot. libcni then gives none: plugins such as
-//     host-device free no address, and others, such as sbr, fail.
-//   - At most 32 DELs of a plugin run at a time. When a node is drained, those of all its pods come at once.
-//   - A plugin runs in a cgroup of its own, under a deadline. When it fails, all processes that it has left are ended by that cgroup,
-//     after a restart, too, and before DEL; what it has left when it succeeds is a daemon, and stays.
-//   - No cache directory is written; the ledger has it all.
+// The driver differs from libcni's AddNetworkList and DelNetworkList, and from go-cni:
+//   - The ADD of each plugin is recorded before it starts and when it has ended. DEL runs for exactly
+//     the plugins whose ADD was started, with the configuration, arguments and plugin directories of ADD.
+//   - When a DEL fails, the plugins before it in the chain still get their DEL. The CNI specification
+//     (section 3, "Deleting an attachment") halts there, and an IPAM plugin at the start of the chain
+//     would never free its address.
+//   - A failed DEL is pending until it succeeds, whatever its error says.
+//   - DEL gets the last result of ADD, also when the chain failed. libcni gives no result then, and
+//     plugins such as firewall conclude that there is nothing to do.
+//   - DEL gets an empty network namespace if the pod's has gone, as after a reboot. libcni gives no
+//     namespace then: plugins such as host-device free no address, and others, such as sbr, fail.
+//   - At most 32 DELs of a plugin run at a time. A drained node deletes all its pods at once.
+//   - A plugin runs in its own cgroup and with a deadline. If it fails, all processes in the cgroup are
+//     killed, also after a restart, and always before DEL. Processes that a successful plugin leaves
+//     running are daemons, and stay.
+//   - There is no cache directory: the ledger has all of it.
 package cni
 
 import (
@@ -32,20 +34,22 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// Options bound what a plugin may take; zero values stand for the defaults.
+// Options bound the plugins. Zero values stand for the defaults.
 type Options struct {
-	// AddTimeout is how long one plugin's ADD may run, 3 minutes by default. The kubelet waits 4 minutes for RunPodSandbox: a
-	// plugin that hangs is ended while there is time left to roll back and to name it in the answer.
+	// AddTimeout bounds one plugin's ADD, 3 minutes by default. The kubelet waits 4 minutes for
+	// RunPodSandbox, so that a hanging plugin can be killed, rolled back and named in the answer.
 	AddTimeout time.Duration
-	// DelTimeout is how long one plugin's DEL may run, 90 seconds by default. The kubelet waits 2 minutes for StopPodSandbox.
+	// DelTimeout bounds one plugin's DEL, 90 seconds by default. The kubelet waits 2 minutes for
+	// StopPodSandbox.
 	DelTimeout time.Duration
-	// PipeTimeout is how long to wait, after a plugin has ended, for processes it has left behind that hold its stdout or stderr, 2
-	// seconds by default. They lose the pipe then.
+	// PipeTimeout bounds the wait for processes that hold the stdout or stderr of a plugin that has
+	// ended, 2 seconds by default. The pipes are closed then.
 	PipeTimeout time.Duration
-	// Groups are the cgroups for plugins. No other driver may use the same while this one does.
+	// Groups are the cgroups for plugins. Two drivers must not use the same groups at a time.
 	Groups host.Groups
-	// Ran is told of each run of a plugin when it has ended, also of one that could not be started; nil for nobody. Networks are
-	// attached in parallel, so it is called by many goroutines, and must return soon.
+	// Ran, if set, is called at the end of each run of a plugin, also if the plugin could not be
+	// started. Networks are attached in parallel, so it must be safe for concurrent use, and must
+	// return soon.
 	Ran func(Command)
 }
 
@@ -58,9 +62,11 @@ type Command struct {
 	Err     error
 }
 
-// Record journals a fact before the driver goes on. It must be safe for concurrent use, since networks are attached in parallel.
-// An error before ADD keeps the plugin from being run, and any error fails the command. Only a fact that [Progress.Announces] has to
-// outlive a reboot at once, with all before it: a DEL that isn't on record is only made again, and an ADD without a result gets its DEL.
+// Record records an event before the driver goes on. It must be safe for concurrent use, since
+// networks are attached in parallel. If it fails before ADD, the plugin is not run; any error fails
+// the command. Only an event that [Progress.Announces] an ADD must survive a reboot at once, with
+// all events before it: a DEL without a record is repeated, and an ADD without a result gets its
+// DEL.
 type Record func(context.Context, Progress) error
 
 // Driver runs CNI plugins. It is safe for concurrent use on different attachments.
@@ -86,14 +92,16 @@ func NewDriver(o Options) *Driver {
 	}
 }
 
-// Add brings the pod's loopback up and attaches the pod to its networks: the plugins of a network one after the other, the
-// networks at the same time unless Serial. Facts are recorded and applied to a. After an error, Del takes back what was done.
+// Add brings the pod's loopback up and attaches the pod to its networks. The plugins of a network
+// run one after the other; networks are attached in parallel unless Serial is set. Events are
+// recorded and applied to a. After an error, Del undoes what was done.
 //
-// Errors: FailedPrecondition when a was added before, a plugin is missing, or eth0 got no address; DeadlineExceeded or Canceled when
-// a plugin was ended; otherwise a plugin's own error is a *types.Error of the CNI project.
+// Errors: FailedPrecondition when a was added before, a plugin is missing, or eth0 got no address;
+// DeadlineExceeded or Canceled when a plugin was killed; otherwise the plugin's own, a
+// *types.Error.
 func (d *Driver) Add(ctx context.Context, a *Attachment, record Record) error {
 	if slices.ContainsFunc(a.Plugins, func(s PluginState) bool { return s.Phase != Pending }) {
-		return fmt.Errorf("sandbox %q was attached to its CNI networks before: %w", a.ContainerID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("failed to attach sandbox %q: it was attached to its CNI networks before: %w", a.ContainerID, errdefs.ErrFailedPrecondition)
 	}
 	if err := BringUpLoopback(a.NetNSPath); err != nil {
 		return err
@@ -101,7 +109,7 @@ func (d *Driver) Add(ctx context.Context, a *Attachment, record Record) error {
 	if err := d.addNetworks(ctx, a, record); err != nil {
 		return err
 	}
-	_, _, err := a.IPs("") // as containerd: a pod without an address on eth0 is not attached
+	_, _, err := a.IPs("") // as in containerd, a pod without an address on eth0 is not attached
 	return err
 }
 
@@ -119,7 +127,7 @@ func (d *Driver) addNetworks(ctx context.Context, a *Attachment, record Record) 
 	for n := range a.Networks {
 		networks.Go(func() {
 			defer func() {
-				if p := recover(); p != nil { // which would end the daemon
+				if p := recover(); p != nil { // a panic would end the daemon
 					errs[n] = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
 				}
 			}()
@@ -145,13 +153,15 @@ func (d *Driver) addNetwork(ctx context.Context, a *Attachment, network int, rec
 	return nil
 }
 
-// Del takes back what Add has done or begun: in reverse order, the plugins whose ADD was started and whose DEL has not succeeded.
-// It goes on after a plugin's error, is idempotent, and works after the network namespace has gone. Facts are recorded and applied
-// to a; once [Attachment.Settled], there is nothing more to do.
+// Del undoes Add: in reverse order, it runs DEL for the plugins whose ADD was started and whose DEL
+// has not succeeded. It continues after a plugin's error, is idempotent, and works without the
+// network namespace. Events are recorded and applied to a. Once a is [Attachment.Settled], nothing
+// is left to do.
 //
 // Errors: those of all plugins joined, as for Add.
 func (d *Driver) Del(ctx context.Context, a *Attachment, record Record) error {
-	// A DEL beside an ADD that still runs may free what the ADD then takes. What was written off may still run, too.
+	// A DEL beside a running ADD may free what the ADD then takes. A written-off DEL may still run,
+	// too.
 	if err := end(ctx, d.groups, a.ContainerID, d.delTimeout, a.succeeded); err != nil {
 		return err
 	}
@@ -176,7 +186,7 @@ func (d *Driver) delNetworks(ctx context.Context, a *Attachment, netns string, g
 	return errors.Join(errs...)
 }
 
-// succeeded says whether a run is an ADD that has succeeded on record.
+// succeeded reports whether a run is an ADD that has succeeded on record.
 func (a *Attachment) succeeded(r run) bool {
 	state := a.state(r.network, r.plugin)
 	return r.command == "ADD" && state != nil && (state.Phase == Added || state.Phase == Deleted)
@@ -193,7 +203,7 @@ func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, net
 	}
 	var errs []error
 	for p := len(list.Plugins) - 1; p >= 0; p-- {
-		if !a.state(network, p).owed() {
+		if !a.state(network, p).pending() {
 			continue
 		}
 		c := call{driver: d, attachment: a, record: record, network: network, plugin: p, list: list, netns: netns, gone: gone}
@@ -202,7 +212,7 @@ func (d *Driver) delNetwork(ctx context.Context, a *Attachment, network int, net
 	return errors.Join(errs...)
 }
 
-// livingNetNS returns the path of the network namespace, or "" when it has gone.
+// livingNetNS returns the path of the network namespace, or "" if the namespace has gone.
 func (a *Attachment) livingNetNS() (string, error) {
 	var st unix.Statfs_t
 	err := unix.Statfs(a.NetNSPath, &st)
@@ -210,7 +220,7 @@ func (a *Attachment) livingNetNS() (string, error) {
 	case errors.Is(err, unix.ENOENT):
 		return "", nil
 	case err != nil:
-		return "", fmt.Errorf("failed to look for network namespace %q: %w", a.NetNSPath, err)
+		return "", fmt.Errorf("failed to find network namespace %q: %w", a.NetNSPath, err)
 	case st.Type != unix.NSFS_MAGIC: // a mount point without its mount, as after a reboot
 		return "", nil
 	}

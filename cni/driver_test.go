@@ -32,10 +32,10 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// ledger is a Record that keeps the facts; it fails on those that fail says.
+// ledger is a Record that keeps the events. It fails on the events that fail selects.
 type ledger struct {
 	mu    sync.Mutex
-	facts []Progress
+	notes []Progress
 	fail  func(Progress) error
 }
 
@@ -50,21 +50,22 @@ func (l *ledger) record(ctx context.Context, p Progress) error {
 			return err
 		}
 	}
-	l.facts = append(l.facts, p)
+	l.notes = append(l.notes, p)
 	return nil
 }
 
-// phases are the facts as text, and whether they tell of an error: "network.plugin phase[!]".
-func (l *ledger) phases() []string { return textsOf(l.facts) }
+// phases returns the events as text, with a mark if they report an error: "network.plugin
+// phase[!]".
+func (l *ledger) phases() []string { return textsOf(l.notes) }
 
-// announced are those of what was about to happen.
+// announced returns the events of ADDs that were about to start.
 func (l *ledger) announced() []string {
-	return textsOf(slices.DeleteFunc(slices.Clone(l.facts), func(p Progress) bool { return !p.Announces() }))
+	return textsOf(slices.DeleteFunc(slices.Clone(l.notes), func(p Progress) bool { return !p.Announces() }))
 }
 
-func textsOf(facts []Progress) []string {
+func textsOf(notes []Progress) []string {
 	var texts []string
-	for _, p := range facts {
+	for _, p := range notes {
 		text := strconv.Itoa(p.Network) + "." + strconv.Itoa(p.Plugin) + " " + string(p.Phase)
 		if p.Error != "" {
 			text += "!"
@@ -74,7 +75,8 @@ func textsOf(facts []Progress) []string {
 	return texts
 }
 
-// rig is a pod's network namespace, with fake plugins and an attachment to networks of them.
+// rig has a network namespace of a pod, fake plugins, and an attachment to networks of these
+// plugins.
 type rig struct {
 	*plugins
 	*ledger
@@ -83,7 +85,7 @@ type rig struct {
 	driver     *Driver
 }
 
-// sandboxID is that of the rigs.
+// sandboxID is the id of the sandboxes of rigs.
 const sandboxID = "sandbox.1"
 
 func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
@@ -105,24 +107,24 @@ func newRig(t *testing.T, p *plugins, config Config, networks ...Network) *rig {
 func (r *rig) add(ctx context.Context) error { return r.driver.Add(ctx, r.attachment, r.record) }
 func (r *rig) del(ctx context.Context) error { return r.driver.Del(ctx, r.attachment, r.record) }
 
-// requireForgotten checks that nothing is left of the runs of plugins.
+// requireForgotten requires that no group of a run is left.
 func (r *rig) requireForgotten(t *testing.T) {
 	t.Helper()
 	require.Empty(t, groupNames(t))
 }
 
-// requireReplay checks that the ledger tells what the attachment is.
+// requireReplay requires that a replay of the ledger gives the attachment.
 func (r *rig) requireReplay(t *testing.T) {
 	t.Helper()
 	replayed := &Attachment{}
 	require.NoError(t, json.Unmarshal(r.before, replayed))
-	for _, fact := range r.facts {
-		data, err := json.Marshal(fact)
+	for _, note := range r.notes {
+		data, err := json.Marshal(note)
 		require.NoError(t, err)
 		var p Progress
 		require.NoError(t, json.Unmarshal(data, &p))
 		require.NoError(t, replayed.Apply(p))
-		require.NoError(t, replayed.Apply(p), "the same again")
+		require.NoError(t, replayed.Apply(p), "applying an event again changes nothing")
 	}
 	want, err := json.Marshal(r.attachment)
 	require.NoError(t, err)
@@ -213,8 +215,8 @@ echo for the log >&2`)
 		}
 	}
 	require.Equal(t, []string{
-		"cni.add ADD first net eth0", "cni.add ADD second net eth0",
-		"cni.del DEL second net eth0", "cni.del DEL first net eth0", "root",
+		"podfsm.cni.add ADD first net eth0", "podfsm.cni.add ADD second net eth0",
+		"podfsm.cni.del DEL second net eth0", "podfsm.cni.del DEL first net eth0", "root",
 	}, names)
 }
 
@@ -248,102 +250,102 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 		second string // body of the second plugin; "-" for none
 		text   string
 		class  func(error) bool
-		facts  []string // after those of the first plugin
+		notes  []string // after those of the first plugin
 		calls  []string // of DEL
 	}{
 		"plugin's own error": {
 			second: jsonError,
 			text:   `plugin type="second" name="net" failed (add): no more tunnels; ask the operator`,
 			class:  func(err error) bool { e, ok := errors.AsType[*types.Error](err); return ok && e.Code == 7 },
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"missing": {
 			second: "-",
 			text:   `plugin type="second" name="net" failed (add): failed to find plugin "second" in path [/nonexistent `,
 			class:  errdefs.IsFailedPrecondition,
-			facts:  nil, // never started, so no DEL
+			notes:  nil, // never started, so no DEL
 			calls:  []string{"DEL first eth0"},
 		},
 		"stderr only": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho first; echo why >&2; exit 3",
 			text: `netplugin failed but error parsing its diagnostic message: invalid character 'i' in literal false (expecting 'a')` +
 				`; stdout: "first\n"; stderr: "why\n": exit status 3`,
-			facts: []string{"0.1 adding", "0.1 adding!"},
+			notes: []string{"0.1 adding", "0.1 adding!"},
 			calls: []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"no word": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\nexit 3",
 			text:   `netplugin failed with no error message: exit status 3`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"stderr": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho why >&2; exit 3",
 			text:   `netplugin failed: "why\n": exit status 3`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"result and a failure": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho '{\"cniVersion\":\"1.0.0\"}'; echo why >&2; exit 3",
 			text:   `netplugin failed with no error message; stdout: "{\"cniVersion\":\"1.0.0\"}\n"; stderr: "why\n": exit status 3`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"null and a failure": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho null; exit 3",
 			text:   `netplugin failed with no error message; stdout: "null\n": exit status 3`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"log line before the error": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho 'W1129 leader lost'; echo '{\"code\":7,\"msg\":\"no more tunnels\"}'; exit 1",
 			text:   `; stdout: "W1129 leader lost\n{\"code\":7,\"msg\":\"no more tunnels\"}\n": exit status 1`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"log line before the result": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\necho 'W1129 leader lost'; echo why >&2; echo '{\"cniVersion\":\"1.0.0\"}'",
 			text:   `; stdout: "W1129 leader lost\n{\"cniVersion\":\"1.0.0\"}\n"; stderr: "why\n"`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"very much instead of a result": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\nhead -c 100000 /dev/zero; head -c 100000 /dev/zero | tr '\\0' e >&2",
 			text:   `failed to unmarshal raw result`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"garbage for a result": {
 			second: "echo garbage",
 			text:   `; stdout: "garbage\n"`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"no result": {
 			second: "exit 0",
 			text:   `failed to unmarshal raw result`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"result of an unknown version": {
 			second: `echo '{"cniVersion":"9.0.0"}'`,
 			text:   `unsupported CNI result version "9.0.0"`,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"result without an address": {
 			second: `echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0"}]}'`,
 			text:   `gave eth0 no address`,
 			class:  errdefs.IsFailedPrecondition,
-			facts:  []string{"0.1 adding", "0.1 added"},
+			notes:  []string{"0.1 adding", "0.1 added"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 		"endless result": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\nhead -c 3000000 /dev/zero",
 			text:   `its result has more than 1048576 bytes`,
 			class:  errdefs.IsResourceExhausted,
-			facts:  []string{"0.1 adding", "0.1 adding!"},
+			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
 	} {
@@ -368,9 +370,9 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 			}
 			require.Less(t, len(err.Error()), 24<<10)
 			require.NotContains(t, r.calls(), "ADD third eth0")
-			require.Equal(t, append([]string{"0.0 adding", "0.0 added"}, test.facts...), r.phases())
-			for _, fact := range r.announced() {
-				require.NotContains(t, fact, "!")
+			require.Equal(t, append([]string{"0.0 adding", "0.0 added"}, test.notes...), r.phases())
+			for _, note := range r.announced() {
+				require.NotContains(t, note, "!")
 			}
 			require.False(t, r.attachment.Settled())
 			r.requireReplay(t)
@@ -383,7 +385,7 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 			require.Equal(t, test.calls, r.calls())
 			require.True(t, r.attachment.Settled())
 			r.requireReplay(t)
-			require.NotNil(t, r.stdin("first", "DEL")["prevResult"], "the result that the failed chain has had")
+			require.NotNil(t, r.stdin("first", "DEL")["prevResult"], "the last result of the failed chain")
 		})
 	}
 }
@@ -409,8 +411,7 @@ func TestHugeStderr(t *testing.T) {
 	require.Less(t, len(err.Error()), 24<<10)
 }
 
-// A plugin that the kernel refuses to execute has done nothing: its DEL, which would fail alike, is not owed.
-// What a plugin says beside its result is for the operator, also when it succeeds.
+// What a plugin writes to stderr is logged, also when the plugin succeeds.
 func TestStderrIsLogged(t *testing.T) {
 	for name, end := range map[string]string{"success": good("10.1.0.2"), "failure": "exit 1"} {
 		t.Run(name, func(t *testing.T) {
@@ -429,6 +430,7 @@ func TestStderrIsLogged(t *testing.T) {
 	}
 }
 
+// A plugin that the kernel refuses to execute has done nothing: no DEL is pending, which would fail, too.
 func TestAddNotExecutable(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -442,7 +444,7 @@ func TestAddNotExecutable(t *testing.T) {
 	require.True(t, r.attachment.Settled())
 }
 
-// Somebody is writing the plugin's file: the driver tries again until it gives up with its caller.
+// The plugin's file is being written: the driver tries again until its caller gives up.
 func TestAddWhilePluginIsInstalled(t *testing.T) {
 	p := newPlugins(t)
 	p.script("busy", good("10.1.2.3"))
@@ -456,7 +458,7 @@ func TestAddWhilePluginIsInstalled(t *testing.T) {
 	err = r.add(ctx)
 	require.ErrorIs(t, err, unix.ETXTBSY)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
-	require.True(t, r.attachment.Settled(), "it never ran")
+	require.True(t, r.attachment.Settled(), "the plugin never ran")
 	require.NoError(t, r.del(t.Context()))
 	r.requireForgotten(t)
 }
@@ -479,15 +481,15 @@ func TestAddWithoutNetNS(t *testing.T) {
 	r.attachment.NetNSPath += "x"
 	require.ErrorContains(t, r.add(t.Context()), "loopback")
 	require.Empty(t, r.calls())
-	require.Empty(t, r.facts)
+	require.Empty(t, r.notes)
 }
 
 func TestRecordFails(t *testing.T) {
 	broken := errors.New("disk full")
 	for name, test := range map[string]struct {
-		phase Phase
-		calls []string // of ADD
-		owed  []string // of DEL
+		phase   Phase
+		calls   []string // of ADD
+		pending []string // of DEL
 	}{
 		"before ADD": {Adding, nil, nil},
 		"after ADD":  {Added, []string{"ADD first eth0"}, []string{"DEL first eth0"}},
@@ -508,7 +510,7 @@ func TestRecordFails(t *testing.T) {
 
 			r.fail = nil
 			require.NoError(t, r.del(t.Context()))
-			require.Equal(t, test.owed, r.calls())
+			require.Equal(t, test.pending, r.calls())
 			r.requireForgotten(t)
 		})
 	}
@@ -527,14 +529,15 @@ func TestRecordFails(t *testing.T) {
 		require.NoError(t, r.add(t.Context()))
 		r.fail = func(Progress) error { return broken }
 		require.ErrorIs(t, r.del(t.Context()), broken)
-		require.False(t, r.attachment.Settled(), "what isn't recorded isn't paid")
+		require.False(t, r.attachment.Settled(), "a DEL without a record is pending")
 		r.fail = nil
 		require.NoError(t, r.del(t.Context()))
 		require.True(t, r.attachment.Settled())
 	})
 }
 
-// A DEL that fails is owed whatever it says, and the plugins before it in the chain get theirs.
+// A failed DEL is pending whatever its error says, and the plugins before it in the chain get their
+// DEL.
 func TestDelFailsOnce(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -544,7 +547,7 @@ func TestDelFailsOnce(t *testing.T) {
 	r := newRig(t, p, Config{}, network(t, "net", "1.0.0", `{"type":"first"}`, `{"type":"second"}`, `{"type":"third"}`))
 	require.NoError(t, r.add(t.Context()))
 	r.calls()
-	r.facts = nil
+	r.notes = nil
 
 	err := r.del(t.Context())
 	require.EqualError(t, err, `plugin type="second" name="net" failed (delete): ippool not found: no such file or directory`)
@@ -573,7 +576,8 @@ func TestDelWithoutPlugin(t *testing.T) {
 	require.NoError(t, r.del(t.Context()))
 }
 
-// A plugin that has moved to today's directories is found there, with all that it runs itself.
+// A plugin that has moved to a configured directory is found there, with the plugins that it
+// delegates to.
 func TestDelFindsMovedPlugin(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -587,7 +591,7 @@ func TestDelFindsMovedPlugin(t *testing.T) {
 	require.Contains(t, r.read("first.DEL.env"), "CNI_PATH=/nonexistent:"+p.dir+":"+today+"\n")
 }
 
-// The DEL of one plugin is given up: the others are made, and a second try does nothing more.
+// If the DEL of one plugin is written off, the other DELs run. A second write-off finds nothing.
 func TestWriteOff(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -605,7 +609,7 @@ func TestWriteOff(t *testing.T) {
 
 	_, err = r.attachment.WriteOff(t.Context(), "first", "gone", r.record)
 	require.True(t, errdefs.IsNotFound(err))
-	require.ErrorContains(t, err, `only of ["one/second" "two/second"]`)
+	require.ErrorContains(t, err, `those that have one: ["one/second" "two/second"]`)
 	r.ledger.fail = func(Progress) error { return errors.New("disk full") }
 	_, err = r.attachment.WriteOff(t.Context(), "second", "gone", r.record)
 	require.ErrorContains(t, err, "disk full")
@@ -622,11 +626,12 @@ func TestWriteOff(t *testing.T) {
 	require.NoError(t, r.del(t.Context()))
 	require.Empty(t, r.calls())
 	r.requireReplay(t)
-	last := r.facts[len(r.facts)-1]
+	last := r.notes[len(r.notes)-1]
 	require.Equal(t, Progress{Network: 0, Plugin: 1, Phase: Deleted, Command: WriteOff, Began: last.Began, Reason: "gone, too"}, last)
 }
 
-// A plugin that doesn't know the network's version of CNI refuses ADD before it does anything, and DEL alike: no DEL is pending forever.
+// A plugin that doesn't know the network's CNI version refuses ADD before it does anything, and
+// refuses DEL, too: no DEL stays pending forever.
 func TestPluginSpeaksAnotherVersion(t *testing.T) {
 	p := newPlugins(t)
 	const refusal = `echo '{"cniVersion":"0.4.0","code":1,"msg":"incompatible CNI versions"}'; exit 1`
@@ -666,7 +671,8 @@ func TestDelWithoutNetNS(t *testing.T) {
 	}
 }
 
-// A plugin that fails for want of the namespace counts as done, and one that fails for any other reason doesn't.
+// The DEL of a plugin that fails because the namespace is missing counts as done. Any other failure
+// does not.
 func TestDelWantsNetNS(t *testing.T) {
 	fail := func(text string) string { return fmt.Sprintf("echo '{\"code\":7,\"msg\":%q}'; exit 1\n", text) }
 	for name, test := range map[string]struct {
@@ -707,7 +713,7 @@ func TestDelWantsNetNS(t *testing.T) {
 	}
 }
 
-// A plugin that is not there may be another one's file: nothing of what was done is known to be gone.
+// The error of a missing plugin or interpreter says nothing about the namespace: DEL stays pending.
 func TestDelWithoutPluginAndNetNS(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -724,7 +730,8 @@ func TestDelWithoutPluginAndNetNS(t *testing.T) {
 	}
 }
 
-// The DELs of all pods of a node come at once: some run at a time, and the pods take turns.
+// All pods of a node are deleted at once: a bounded number of DELs runs at a time, in the order of
+// arrival.
 func TestDelsAreBounded(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -754,10 +761,10 @@ func TestDelsAreBounded(t *testing.T) {
 	for _, id := range strings.Fields(p.read("order"))[:len(pods)] {
 		first[id] = true
 	}
-	require.Greater(t, len(first), len(pods)*3/4, "pods wait for the second DELs of others")
+	require.Greater(t, len(first), len(pods)*3/4, "pods must not wait for the second DELs of other pods")
 }
 
-// A DEL that waits for others ends with its caller.
+// A DEL that waits for other DELs ends with its caller.
 func TestDelWaitsInVain(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", good("10.1.2.3"))
@@ -776,7 +783,7 @@ func TestDelWaitsInVain(t *testing.T) {
 	r.calls()
 	err = r.del(ctx)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
-	require.ErrorContains(t, err, "it waited for the DELs of other pods, at most 32 run at a time")
+	require.ErrorContains(t, err, "waited for the DELs of other pods, of which 32 run at a time")
 	require.Empty(t, r.calls())
 }
 
@@ -790,14 +797,14 @@ func TestDelCanceled(t *testing.T) {
 	cancel()
 	require.ErrorIs(t, r.del(ctx), context.Canceled)
 	require.Empty(t, r.calls())
-	require.Equal(t, "0.0 added!", r.phases()[2], "what has happened is recorded all the same")
+	require.Equal(t, "0.0 added!", r.phases()[2], "the outcome is recorded after the cancellation")
 	require.False(t, r.attachment.Settled())
 	require.NoError(t, r.del(t.Context()))
 }
 
 func TestVersions(t *testing.T) {
 	p := newPlugins(t)
-	// It answers in a version of its own, and in none.
+	// The plugin answers in another version, and without a version.
 	p.script("first", `[ $CNI_COMMAND = ADD ] || exit 0
 echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","mtu":1}],"ips":[{"address":"10.1.2.3/24","interface":0}]}'`)
 	p.script("second", `[ $CNI_COMMAND = ADD ] || exit 0
@@ -824,7 +831,7 @@ echo '{"interfaces":[{"name":"eth0"}],"ips":[{"version":"4","address":"10.1.2.4/
 
 func TestNetworksInParallel(t *testing.T) {
 	p := newPlugins(t)
-	// Each ends only when the other has started: a fifo opens when both of its ends are.
+	// Each plugin ends only when the other has started: opening a fifo waits for its other end.
 	require.NoError(t, unix.Mkfifo(filepath.Join(p.dir, "meet"), 0o600))
 	p.script("one", `[ $CNI_COMMAND = DEL ] || : > $dir/meet
 `+good("10.1.2.3"))

@@ -26,24 +26,26 @@ import (
 const (
 	// maxStdout bounds a result, in bytes. Real ones have a few KiB.
 	maxStdout = 1 << 20
-	// maxText bounds what is kept of stderr and of the texts of errors, in bytes.
+	// maxText bounds the kept part of stderr and of error texts, in bytes.
 	maxText = 4 << 10
 )
 
-// executor makes one run of a plugin for libcni's invoke package, as its RawExec does, except for the group and the bounds.
+// executor runs a plugin for libcni's invoke package, as its RawExec does, but in a group and with
+// bounds.
 type executor struct {
 	version.PluginDecoder
 	driver *Driver
 	run    run
 
-	// Of a plugin that has succeeded:
-	left           *host.Group // what it has left running
+	// Set when the plugin has succeeded:
+	left           *host.Group // the processes that it has left running
 	stdout, stderr *tail
 }
 
 var _ invoke.Exec = (*executor)(nil)
 
-// notStartedError is that of a plugin that the kernel didn't execute, so that it can't have done anything.
+// notStartedError is the error of a plugin that the kernel didn't execute: it can't have done
+// anything.
 type notStartedError struct{ error }
 
 func (e *notStartedError) Unwrap() error { return e.error }
@@ -53,11 +55,12 @@ func (*executor) FindInPath(plugin string, paths []string) (string, error) {
 	return invoke.FindInPath(plugin, paths)
 }
 
-// ExecPlugin implements invoke.Exec: it returns the plugin's stdout. When the plugin fails, or ctx ends first, all its processes are
-// killed; what a plugin that succeeds leaves running stays, without its pipes, and is for [executor.keep].
+// ExecPlugin implements invoke.Exec: it returns the plugin's stdout. If the plugin fails or ctx
+// ends, all its processes are killed. Processes that a successful plugin leaves running lose its
+// pipes and stay, for [executor.keep].
 //
-// Errors: *notStartedError; what ended ctx when the plugin was killed for it; else a *types.Error, the plugin's own where it has
-// printed one; beside each, that processes don't end.
+// Errors: *notStartedError; the cause of ctx if ctx ended first; else a *types.Error, the plugin's
+// own if it printed one. Each may be joined with an error about processes that can't be killed.
 func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
 	group, err := makeGroup(e.driver.groups, e.run)
 	if err != nil {
@@ -94,7 +97,7 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	return stdout.kept, nil
 }
 
-// unread adds to an error what the plugin has printed, if the plugin itself has succeeded: the error is about that.
+// unread adds the output of a plugin that succeeded to an error about that output.
 func (e *executor) unread(err error) error {
 	if e.stdout == nil {
 		return err
@@ -111,25 +114,27 @@ func printed(stdout, stderr *tail) string {
 	return text
 }
 
-// logStderr logs what a plugin has written to stderr, at a level that is shown by default: with containerd's own handlers it goes to the
-// daemon's stderr as it is.
+// logStderr logs what a plugin has written to stderr, at a level that is shown by default. With
+// containerd's own handlers this goes to the daemon's stderr.
 func logStderr(ctx context.Context, path string, stderr *tail) {
 	if len(stderr.kept) > 0 {
 		tracing.Log(ctx).Infof("CNI plugin %q wrote to stderr: %q", path, stderr)
 	}
 }
 
-// keep is called once the plugin's success is on record: what it has left running is left alone from then on.
+// keep leaves the processes that a plugin has left running alone from now on. It is called once the
+// plugin's success is on record.
 func (e *executor) keep(ctx context.Context) {
 	if e.left == nil {
 		return
 	}
 	if err := keep(ctx, *e.left); err != nil {
-		log.G(ctx).WithError(err).Warn("failed to note what a CNI plugin has left running")
+		log.G(ctx).WithError(err).Warn("failed to record the processes that a CNI plugin left running")
 	}
 }
 
-// withoutResult runs a command whose success needs no record to be told from its failure.
+// withoutResult runs a command without a result. Its processes are kept without a record of its
+// success: it can be repeated.
 func (e *executor) withoutResult(ctx context.Context, path string, conf []byte, args invoke.CNIArgs) error {
 	if err := invoke.ExecPluginWithoutResult(ctx, path, conf, args, e); err != nil {
 		return err
@@ -138,8 +143,8 @@ func (e *executor) withoutResult(ctx context.Context, path string, conf []byte, 
 	return nil
 }
 
-// start starts the plugin in its group, again every second for a while if somebody is just writing its file: network add-ons install
-// their plugins from a pod, at any time.
+// start starts the plugin in its group. If the file is being written, start tries again every
+// second for a while: network add-ons install their plugins from a pod, at any time.
 func (e *executor) start(ctx context.Context, group host.Group, command func() *exec.Cmd) (*exec.Cmd, error) {
 	for try := 0; ; try++ {
 		if ctx.Err() != nil {
@@ -147,7 +152,7 @@ func (e *executor) start(ctx context.Context, group host.Group, command func() *
 		}
 		cmd := command()
 		err := group.Start(func(cgroupFD int) error {
-			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a signal to the daemon's process group is none for plugins
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a signal to the daemon's process group must not reach plugins
 			if cgroupFD >= 0 {
 				cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, cgroupFD
 			}
@@ -164,10 +169,11 @@ func (e *executor) start(ctx context.Context, group host.Group, command func() *
 	}
 }
 
-// wait returns how a plugin has ended. When ctx ends first, the group is killed and removed, and the error is the cause of that.
+// wait returns the error of a plugin that has ended. If ctx ends first, the group is killed and
+// removed, and the error has the cause of ctx.
 //
-// A process that hangs in the kernel can't be killed. It stays in its group, where the next DEL finds it, and the goroutine that is to
-// reap it waits for it.
+// A process that hangs in the kernel can't be killed. It stays in its group, where the next DEL
+// finds it, and the goroutine below waits until it can reap the process.
 func wait(ctx context.Context, cmd *exec.Cmd, group host.Group) (killed bool, err error) {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
@@ -183,7 +189,7 @@ func wait(ctx context.Context, cmd *exec.Cmd, group host.Group) (killed bool, er
 	if err := endGroup(ctx, group); err != nil {
 		return true, errors.Join(cause, err)
 	}
-	<-ended // WaitDelay bounds what it still waits for
+	<-ended // WaitDelay bounds this wait
 	return true, cause
 }
 
@@ -199,8 +205,8 @@ func traceEnv(ctx context.Context) []string {
 	return environ
 }
 
-// pluginError makes the error of a plugin that has failed, with libcni's texts: from the JSON on its stdout if that is an error. Otherwise
-// the text quotes all that the plugin has printed.
+// pluginError returns the error of a plugin that has failed, with libcni's texts: the error that it
+// printed as JSON to stdout, or else a text that quotes its output.
 func pluginError(err error, stdout, stderr *tail) error {
 	failure := &types.Error{}
 	switch {
@@ -221,7 +227,7 @@ func pluginError(err error, stdout, stderr *tail) error {
 	return failure
 }
 
-// clip bounds a text, which becomes part of gRPC answers and Kubernetes events.
+// clip bounds a text that becomes part of gRPC answers and Kubernetes events.
 func clip(text string) string {
 	if len(text) <= maxText {
 		return text
@@ -236,7 +242,7 @@ type tail struct {
 	dropped int64
 }
 
-// Write never fails, so that a plugin is never stopped by what it prints.
+// Write never fails, so that output never stops a plugin.
 func (t *tail) Write(p []byte) (int, error) {
 	t.kept = append(t.kept, p...)
 	if excess := len(t.kept) - t.limit; excess > 0 {
@@ -246,7 +252,7 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// String says how much of the text is missing.
+// String returns the kept text, after the number of bytes that are missing.
 func (t *tail) String() string {
 	if t.dropped == 0 {
 		return string(t.kept)

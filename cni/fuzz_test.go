@@ -13,8 +13,8 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// FuzzPodArgs has what a pod says of itself. The arguments of a plugin are the five that there are, with just these values, and a
-// bandwidth is one that Kubernetes takes.
+// FuzzPodArgs fuzzes the metadata and annotations of a pod. Plugins get exactly the five arguments
+// with exactly these values, and a bandwidth is one that Kubernetes accepts.
 func FuzzPodArgs(f *testing.F) {
 	f.Add("web", "default", "uid", "10M", "1k", "10.0.0.1", int32(80))
 	f.Add("web;K8S_POD_UID=0", "a=b", "\x00", "1e999999999", "-1", "::1%eth0", int32(-1))
@@ -48,7 +48,7 @@ func FuzzPodArgs(f *testing.F) {
 	})
 }
 
-// FuzzResult has what a plugin prints for ADD. It has addresses that are some, or is refused.
+// FuzzResult fuzzes the output of ADD. A result either has valid addresses or is refused.
 func FuzzResult(f *testing.F) {
 	f.Add([]byte(`{"cniVersion":"1.0.0","interfaces":[{"name":"eth0"}],"ips":[{"address":"10.0.0.2/24","interface":0}]}`))
 	f.Add([]byte(`{"cniVersion":"0.3.1","ips":[{"version":"4","address":"10.0.0.2/24"}],"dns":{}}`))
@@ -74,7 +74,8 @@ func FuzzResult(f *testing.F) {
 	})
 }
 
-// FuzzPluginError has what a plugin that fails prints. Its text becomes a part of gRPC answers and of events.
+// FuzzPluginError fuzzes the output of a failing plugin, which becomes part of gRPC answers and
+// events.
 func FuzzPluginError(f *testing.F) {
 	f.Add([]byte(`{"code":7,"msg":"no addresses","details":"range is full"}`), []byte("warning"))
 	f.Add([]byte(`{"code":"7"}`), []byte{})
@@ -90,7 +91,8 @@ func FuzzPluginError(f *testing.F) {
 	})
 }
 
-// FuzzAttachment has what the ledger says of a pod's networks and of a fact. What is read can be asked for anything without harm.
+// FuzzAttachment fuzzes the recorded networks and events of a pod. No method of what was read
+// panics.
 func FuzzAttachment(f *testing.F) {
 	network, err := networkOfConf([]byte(`{"name":"a","cniVersion":"1.0.0","type":"bridge"}`))
 	require.NoError(f, err)
@@ -112,7 +114,7 @@ func FuzzAttachment(f *testing.F) {
 			require.True(t, errdefs.IsDataLoss(err), "%v", err)
 			require.Equal(t, before, a.Plugins)
 		} else {
-			require.NoError(t, a.Apply(p), "the last fact again changes nothing")
+			require.NoError(t, a.Apply(p), "applying the last event again changes nothing")
 		}
 		a.Settled()
 		_, _, _ = a.IPs("cni")

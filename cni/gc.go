@@ -15,15 +15,18 @@ import (
 // Attached is one interface of one container on one network, which GC must keep.
 type Attached = types.GCAttachment
 
-// GC has the plugins of a network free everything that isn't of an attachment in valid (CNI specification 1.1, GC). Networks of an
-// older version, and those that say disableGC, are left alone. All plugins of the list are run, whatever the others say.
+// GC lets the plugins of a network free everything that doesn't belong to an attachment in valid
+// (CNI specification 1.1, GC). Networks of an older version, and networks with disableGC, are
+// skipped. An error of one plugin doesn't stop the others.
 //
-// The plugins for addresses are run after those that name them. The specification has the latter do that, but the reference plugins
-// up to 1.10 don't, so that no address would ever be freed. A second GC of the same does no harm.
+// IPAM plugins are run after the plugins that name them. By the specification, those should run
+// them, but the reference plugins up to 1.10 don't, and no address would ever be freed. To run GC
+// twice is harmless.
 //
-// It is the caller's to know that no ADD or DEL of the network runs beside it, by whatever runtime.
+// The caller must make sure that no runtime runs an ADD or DEL of the network at the same time.
 //
-// Errors: FailedPrecondition when a plugin is missing; DeadlineExceeded or Canceled when one was ended; otherwise the plugins' own.
+// Errors: FailedPrecondition when a plugin is missing; DeadlineExceeded or Canceled when a plugin
+// was killed; otherwise the plugins' own.
 func (d *Driver) GC(ctx context.Context, config Config, network Network, valid []Attached) error {
 	list, err := network.list()
 	if err != nil {
@@ -33,9 +36,9 @@ func (d *Driver) GC(ctx context.Context, config Config, network Network, valid [
 		return err
 	}
 	if valid == nil {
-		valid = []Attached{} // null would be no list
+		valid = []Attached{} // encoded as [], not as null
 	}
-	values := map[string]any{"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid} // cni#1101: a wrong name was published, too
+	values := map[string]any{"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid} // cni#1101: two names were published
 	var errs []error
 	for _, plugin := range list.Plugins {
 		r := request{driver: d, list: list, plugin: plugin, binDirs: config.BinDirs, values: values}
@@ -50,7 +53,7 @@ func (d *Driver) GC(ctx context.Context, config Config, network Network, valid [
 	return errors.Join(errs...)
 }
 
-// Collected says whether GC would do anything on a network.
+// Collected reports whether GC would do anything on a network.
 func (n Network) Collected() bool {
 	list, err := n.list()
 	if err != nil {
@@ -65,18 +68,19 @@ func collected(list *libcni.NetworkConfigList) (bool, error) {
 	return known && !list.DisableGC, err
 }
 
-// EndGC ends what an earlier process has left running of a GC or a STATUS: what it takes for valid is outdated. It must not be called
-// while this driver runs one.
-func (d *Driver) EndGC(ctx context.Context) error { return end(ctx, d.groups, nobody, 0, never) }
+// EndGC kills what an earlier process has left running of a GC or a STATUS: its list of valid
+// attachments is outdated. Do not call it while this driver runs one.
+func (d *Driver) EndGC(ctx context.Context) error { return end(ctx, d.groups, noSandbox, 0, never) }
 
-// Cached are the attachments that runtimes which use libcni have noted in its cache, by network: containerd's own pods, those of CRI-O
-// and nerdctl, but none of podfsm's.
+// Cached returns the attachments in libcni's cache by network. Runtimes that use libcni keep theirs
+// there: containerd's own pods, CRI-O, nerdctl. podfsm's are not among them.
 func Cached() (map[string][]Attached, error) { return cachedIn(CacheDir()) }
 
 // CacheDir is libcni's default directory for its cache.
 func CacheDir() string { return libcni.CacheDir }
 
-// Foreign is a container of cached attachments that isn't among those that a runtime knows: another runtime's.
+// Foreign returns a container of cached attachments that isn't among the known ones of a runtime:
+// it belongs to another runtime.
 func Foreign(cached []Attached, known map[string]bool) (id string, found bool) {
 	for _, a := range cached {
 		if !known[a.ContainerID] {

@@ -16,18 +16,19 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// delGone runs DEL for a pod whose network namespace has gone, with an empty one in its place: what is outside of the namespace is
-// taken back.
+// delGone runs DEL for a pod whose network namespace has gone, with an empty one instead: plugins
+// free what is outside of the namespace.
 func (d *Driver) delGone(ctx context.Context, a *Attachment, record Record) error {
 	empty, err := emptyNetNS()
 	if err != nil {
-		return fmt.Errorf("failed to make an empty network namespace in the place of %q: %w", a.NetNSPath, err)
+		return fmt.Errorf("failed to make an empty network namespace instead of %q: %w", a.NetNSPath, err)
 	}
 	defer empty.Close()
 	return d.delNetworks(ctx, a, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), empty.Fd()), true, record)
 }
 
-// emptyNetNS returns a new network namespace, which lives as long as the file is open: a kill leaves nothing of it.
+// emptyNetNS returns a new network namespace. It lives as long as the file is open, so that a
+// killed daemon leaves nothing behind.
 func emptyNetNS() (*os.File, error) {
 	var netns *os.File
 	made := make(chan error, 1)
@@ -42,20 +43,21 @@ func emptyNetNS() (*os.File, error) {
 	return netns, <-made
 }
 
-// delWithoutNetNS runs DEL once more, without any namespace, for a plugin that has failed with an empty one. A plugin that doesn't find
-// what was in the namespace then either has nothing left to take back.
+// delWithoutNetNS runs DEL again without any namespace, for a plugin that failed with an empty one.
+// If the plugin still misses something of the namespace, it has nothing left to undo.
 func (c call) delWithoutNetNS(ctx context.Context, prev types.Result, before error) error {
 	c.netns = "" // optional for DEL (CNI specification, section 2)
 	err := c.execDel(ctx, prev)
 	if !wantsNetNS(err) {
 		return err
 	}
-	tracing.Log(ctx).WithError(errors.Join(before, err)).Warnf("DEL of CNI plugin %q counts as done: the pod's network namespace has gone, and the plugin fails for want of it", c.state().Type)
+	tracing.Log(ctx).WithError(errors.Join(before, err)).Warnf("DEL of CNI plugin %q counts as done: the plugin fails without the pod's network namespace, which has gone", c.state().Type)
 	return nil
 }
 
-// wantsNetNS says that a plugin itself has failed for want of something that may have been in the pod's network namespace, by the texts
-// that containerd goes by. A socket or a file that is missing elsewhere is that of an agent that isn't up yet.
+// wantsNetNS reports whether a plugin failed because it misses something that may have been in the
+// pod's network namespace. It matches the texts that containerd matches. A missing socket, or a
+// missing file elsewhere, belongs to an agent that isn't up yet.
 func wantsNetNS(err error) bool {
 	var failure *types.Error
 	if !errors.As(err, &failure) {
@@ -76,7 +78,7 @@ const noFile = "no such file or directory"
 // missingFile finds the paths of the texts "open /a: no such file or directory" and "open \"/a\": no such file or directory".
 var missingFile = regexp.MustCompile(`(/[^\s"':]*)["']?: ` + noFile)
 
-// ofNetNS says whether a path is that of a network namespace, or of something in one.
+// ofNetNS reports whether a path is a network namespace, or in one.
 func ofNetNS(path string) bool {
 	return strings.Contains(path, "netns") || strings.HasPrefix(path, "/proc/") || strings.HasPrefix(path, "/sys/class/net/")
 }

@@ -15,13 +15,16 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// InFlight is a process that runs an ADD or a DEL from the plugin directories, or in this process's network namespace: whoever
-// started it, it may be about to take or free what belongs to a network of this node. It is 0 when there is none.
+// InFlight returns the pid of a process that runs an ADD or a DEL, either from the plugin
+// directories or in this process's network namespace; 0 without such a process. Whichever runtime
+// started it, it may be about to take or free resources of a network of this node.
 //
-// Other runtimes' plugins are known only by their environment, which any process can make up. So it is read of no process that a pod or
-// a user can have made: only of root's, by all its user ids, in the user, pid and mount namespaces of this process or of pid 1. A
-// container has a mount namespace of its own, and to enter another takes CAP_SYS_ADMIN on the host; a program that is setuid root keeps
-// the real user id of whoever has started it. Daemons that podfsm's own plugins have left on purpose don't count.
+// Plugins of other runtimes are known only by their environment, which any process can forge. So
+// InFlight only trusts processes that neither a pod nor a user can have started: all their user ids
+// are root, and they are in the user, pid and mount namespaces of this process or of pid 1. A
+// container has its own mount namespace, and needs CAP_SYS_ADMIN on the host to enter another. A
+// setuid program keeps the real user id of its caller. Daemons that podfsm's own plugins have left
+// running don't count.
 func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err error) {
 	own, err := spacesOf(ctx, os.Getpid())
 	if err != nil {
@@ -31,7 +34,7 @@ func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err erro
 	if first, err := spacesOf(ctx, 1); err == nil {
 		hosts = append(hosts, first)
 	}
-	here, err := os.Readlink("/proc/thread-self/ns/net") // the first thread may be in a namespace for good
+	here, err := os.Readlink("/proc/thread-self/ns/net") // the first thread may be in another namespace
 	if err != nil {
 		return 0, err
 	}
@@ -50,7 +53,7 @@ func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err erro
 		}
 		environ, err := rootEnviron(ctx, pid, hosts)
 		if errdefs.IsNotFound(err) || errors.Is(err, fs.ErrPermission) {
-			continue // it has ended, or has capabilities that this process lacks, which no plugin of a runtime beside it needs
+			continue // ended, or with more capabilities than this process, which no CNI plugin has
 		}
 		if err != nil {
 			return 0, err
@@ -58,7 +61,7 @@ func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err erro
 		if !slices.Contains(environ, "CNI_COMMAND=ADD") && !slices.Contains(environ, "CNI_COMMAND=DEL") {
 			continue
 		}
-		// A plugin may be in a pod's namespace at the moment.
+		// A plugin may have entered a pod's namespace.
 		netns, _ := host.Readlink(ctx, pid, "ns/net")
 		if slices.Contains(environ, path) || netns == here {
 			return pid, nil
@@ -67,7 +70,7 @@ func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err erro
 	return 0, nil
 }
 
-// daemons are the processes that plugins have left on purpose.
+// daemons returns the processes that successful plugins have left running.
 func (d *Driver) daemons() (map[int]bool, error) {
 	daemons := map[int]bool{}
 	err := eachRun(d.groups, func(_ run, group host.Group, isKept bool) error {
@@ -83,7 +86,8 @@ func (d *Driver) daemons() (map[int]bool, error) {
 	return daemons, err
 }
 
-// spaces are the namespaces that tell a process of the host from one of a pod, which could be in the others of the host.
+// spaces are the namespaces that distinguish the host's processes from those of pods. A pod may use
+// the host's other namespaces.
 type spaces struct{ user, pid, mount string }
 
 func spacesOf(ctx context.Context, pid int) (s spaces, err error) {
@@ -98,8 +102,8 @@ func spacesOf(ctx context.Context, pid int) (s spaces, err error) {
 	return s, nil
 }
 
-// rootEnviron is the environment of a process of root's on the host, and none of others: it isn't even read, because that hangs when a
-// process wants it to.
+// rootEnviron returns the environment of a process of root on the host, and nil for any other
+// process. Reading the environment of a hostile process may hang.
 func rootEnviron(ctx context.Context, pid int, hosts []spaces) ([]string, error) {
 	in, err := spacesOf(ctx, pid)
 	if err != nil || !slices.Contains(hosts, in) {
@@ -113,7 +117,8 @@ func rootEnviron(ctx context.Context, pid int, hosts []spaces) ([]string, error)
 	return strings.Split(string(bytes.TrimRight(environ, "\x00")), "\x00"), err
 }
 
-// allRoot says whether the real, effective, saved and filesystem user ids of a /proc/PID/status are root's.
+// allRoot reports whether the real, effective, saved and filesystem user ids in a /proc/PID/status
+// are root.
 func allRoot(status string) bool {
 	for line := range strings.Lines(status) {
 		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {

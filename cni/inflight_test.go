@@ -13,7 +13,8 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// otherRuntime runs a plugin as another runtime would: a shell with a child, which ends when its stdin does.
+// otherRuntime runs a plugin as another runtime would: a shell with a child, which ends with its
+// stdin.
 func otherRuntime(t *testing.T, attr *syscall.SysProcAttr, env ...string) (finish func()) {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", "cat; :")
@@ -85,7 +86,7 @@ func TestInFlight(t *testing.T) {
 		startIn(t, group, cmd)
 		pid, err := d.InFlight(t.Context(), Config{})
 		require.NoError(t, err)
-		require.Equal(t, cmd.Process.Pid, pid, "nobody knows yet that it is one")
+		require.Equal(t, cmd.Process.Pid, pid, "the daemon is not marked yet")
 		require.NoError(t, keep(t.Context(), group))
 		pid, err = d.InFlight(t.Context(), Config{})
 		require.NoError(t, err)

@@ -8,22 +8,24 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// maxDels is how many DELs of a plugin run at a time. Each plugin has a limit of its own: pods of other networks don't wait for one that
-// hangs.
+// maxDels is how many DELs of a plugin run at a time. Each plugin has its own limit, so that a
+// hanging plugin delays no pods of other networks.
 const maxDels = 32
 
-// limits are the semaphores of the plugins, by type. The zero value has none yet. A semaphore serves in the order of arrival, and a pod
-// arrives once per plugin: the pods take turns.
+// limits are the semaphores of the plugins, by type. The zero value is ready for use. A semaphore
+// serves pods in the order of their arrival.
 type limits struct {
 	mu   sync.Mutex
 	free map[string]*semaphore.Weighted
 }
 
-// enter waits until the plugin may run. left has to be called when it has ended. It fails with what ended ctx.
+// enter waits until the plugin may run. Call left when the plugin has ended.
+//
+// Errors: the cause of ctx.
 func (l *limits) enter(ctx context.Context, plugin string) (left func(), _ error) {
 	free := l.of(plugin)
 	if err := free.Acquire(ctx, 1); err != nil {
-		return nil, fmt.Errorf("it waited for the DELs of other pods, at most %d run at a time: %w", maxDels, context.Cause(ctx))
+		return nil, fmt.Errorf("waited for the DELs of other pods, of which %d run at a time: %w", maxDels, context.Cause(ctx))
 	}
 	return func() { free.Release(1) }, nil
 }

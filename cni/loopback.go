@@ -7,8 +7,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// BringUpLoopback sets the loopback interface of a network namespace up, what the loopback plugin does but without a process. It
-// is idempotent.
+// BringUpLoopback brings the loopback interface of a network namespace up, like the loopback plugin
+// but without a process. It is idempotent.
 func BringUpLoopback(netnsPath string) error {
 	err := ns.WithNetNSPath(netnsPath, func(ns.NetNS) error {
 		lo, err := netlink.LinkByName("lo")
@@ -18,7 +18,7 @@ func BringUpLoopback(netnsPath string) error {
 		return netlink.LinkSetUp(lo)
 	})
 	if err != nil {
-		return fmt.Errorf("failed to set the loopback of network namespace %q up: %w", netnsPath, err)
+		return fmt.Errorf("failed to bring up the loopback interface of network namespace %q: %w", netnsPath, err)
 	}
 	return nil
 }

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 const (
@@ -27,8 +28,8 @@ const (
 	pluginsEnv  = "CNI_TEST_PLUGINS" // the directory for real plugins
 )
 
-// TestMain runs the tests in network and mount namespaces of their own: bridges, routes, iptables rules and mounts go with them,
-// whatever happens.
+// TestMain runs the tests in their own network and mount namespaces, which take bridges, routes,
+// iptables rules and mounts with them.
 func TestMain(m *testing.M) {
 	if os.Geteuid() != 0 || os.Getenv(isolatedEnv) != "" {
 		_ = log.SetLevel("error") // what plugins write to stderr is logged
@@ -43,7 +44,7 @@ func TestMain(m *testing.M) {
 }
 
 func runIsolated() (int, error) {
-	// In there is no network to get modules by.
+	// The new namespace has no network to download modules.
 	if err := compilePlugins(); err != nil {
 		return 1, err
 	}
@@ -64,21 +65,10 @@ func runIsolated() (int, error) {
 	return cmd.ProcessState.ExitCode(), nil
 }
 
-func requireRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatal("root is needed to make network namespaces")
-	}
-	t.Skip("root is needed to make network namespaces")
-}
-
 // newNetNS pins a new network namespace to a path.
 func newNetNS(t *testing.T) string {
 	t.Helper()
-	requireRoot(t)
+	roottest.Require(t)
 	path := filepath.Join(t.TempDir(), "netns")
 	require.NoError(t, os.WriteFile(path, nil, 0o444))
 	done := make(chan error)
@@ -171,18 +161,18 @@ func inNetNS(t *testing.T, path string, f func() error) {
 	require.NoError(t, ns.WithNetNSPath(path, func(ns.NetNS) error { return f() }))
 }
 
-// newDriver makes a driver whose groups are this test process's own, as are those of all its drivers: it is as if the daemon was
-// started again.
+// newDriver returns a driver. All drivers of this test process share its groups, as if the daemon
+// was restarted.
 func newDriver(t *testing.T, o Options) *Driver {
 	t.Helper()
 	o.Groups = testGroups(t)
 	return NewDriver(o)
 }
 
-// testGroups are removed at the end of the test, with all that is in them.
+// testGroups returns groups that are removed with all their processes at the end of the test.
 func testGroups(t *testing.T) host.Groups {
 	t.Helper()
-	requireRoot(t)
+	roottest.Require(t)
 	groups, err := host.GroupsBelow(fmt.Sprintf("podfsm-cni-test-%d", os.Getpid()))
 	require.NoError(t, err)
 	t.Cleanup(func() {
@@ -197,7 +187,7 @@ func testGroups(t *testing.T) host.Groups {
 	return groups
 }
 
-// groupNames are those of the groups that there are.
+// groupNames returns the names of all groups.
 func groupNames(t *testing.T) []string {
 	t.Helper()
 	names, err := testGroups(t).Names()

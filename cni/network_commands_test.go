@@ -19,13 +19,13 @@ func TestCheckCallsPlugins(t *testing.T) {
 	p.script("second", good("10.1.2.4"))
 	r := newRig(t, p, Config{}, network(t, "net", "1.0.0",
 		`{"type":"first","capabilities":{"bandwidth":true}}`, `{"type":"second"}`))
-	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment, nil)), "it isn't attached")
+	require.True(t, errdefs.IsFailedPrecondition(r.driver.Check(t.Context(), r.attachment, nil)), "the pod isn't attached")
 	require.NoError(t, r.add(t.Context()))
 	r.calls()
 	before := r.phases()
 	require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil))
 	require.Equal(t, []string{"CHECK first eth0", "CHECK second eth0"}, r.calls())
-	require.Equal(t, before, r.phases(), "it changes nothing")
+	require.Equal(t, before, r.phases(), "CHECK changes nothing")
 	request := r.stdin("first", "CHECK")
 	require.Equal(t, "10.1.2.4/24", request["prevResult"].(map[string]any)["ips"].([]any)[0].(map[string]any)["address"], "the last plugin's result")
 	require.NotEmpty(t, request["runtimeConfig"])
@@ -37,7 +37,11 @@ func TestCheckCallsPlugins(t *testing.T) {
 	require.Equal(t, []string{"CHECK first eth0"}, r.calls())
 
 	p.script("first", `echo '{"code":999,"msg":"CNI CHECK method is not implemented"}'; exit 1`)
-	require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil), "which says nothing of the pod")
+	require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil), "the error says nothing about the pod")
+	require.Equal(t, []string{"CHECK first eth0", "CHECK second eth0"}, r.calls())
+
+	p.script("first", `echo '{"code":11,"msg":"DaemonDown","details":"unable to connect to Cilium agent"}'; exit 1`)
+	require.NoError(t, r.driver.Check(t.Context(), r.attachment, nil), "try again later says nothing about the pod, either")
 	require.Equal(t, []string{"CHECK first eth0", "CHECK second eth0"}, r.calls())
 
 	p.script("first", good("10.1.2.3"))
@@ -87,12 +91,12 @@ func TestStatus(t *testing.T) {
 	d = newDriver(t, Options{})
 	for range 2 {
 		err := ask(d)
-		require.EqualError(t, err, `CNI network "net" takes no pods now: plugin type="second" name="net" failed (status): the agent is starting: unavailable`)
+		require.EqualError(t, err, `CNI network "net" accepts no pods now: plugin type="second" name="net" failed (status): the agent is starting: unavailable`)
 		require.True(t, errdefs.IsUnavailable(err))
 	}
-	require.Len(t, p.calls(), 2, "that answer, too")
+	require.Len(t, p.calls(), 2, "a failure counts for a while, too")
 
-	// Once it is old, they are asked again, and it is forgotten.
+	// An expired answer is dropped, and the plugins are asked again.
 	for key, known := range d.answers.known {
 		known.at = known.at.Add(-statusAge)
 		d.answers.known[key], d.answers.known["of another"] = known, known
@@ -128,7 +132,7 @@ func TestStatusIsAskedOnce(t *testing.T) {
 	require.Len(t, p.calls(), 2)
 }
 
-// Who goes is not held up, and who stays gets the answer.
+// A caller that gives up returns at once, and the other callers get the answer.
 func TestStatusCallerGoes(t *testing.T) {
 	p := newPlugins(t)
 	for _, fifo := range []string{"started", "go"} {
@@ -152,7 +156,7 @@ func TestStatusCallerGoes(t *testing.T) {
 	require.Equal(t, []string{"STATUS slow"}, p.calls())
 }
 
-func TestGC(t *testing.T) {
+func TestGCOfANetwork(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", `echo '{"code":100,"msg":"the disk is full"}'; exit 1`)
 	p.script("second", "exit 0")
@@ -163,7 +167,7 @@ func TestGC(t *testing.T) {
 
 	err := d.GC(t.Context(), config, networks[0], []Attached{{ContainerID: "c1", IfName: "eth0"}})
 	require.EqualError(t, err, `plugin type="first" name="net" failed (gc): the disk is full`)
-	require.Equal(t, []string{"GC first ", "GC second"}, p.calls(), "all are run")
+	require.Equal(t, []string{"GC first ", "GC second"}, p.calls(), "all plugins run")
 	valid := []any{map[string]any{"containerID": "c1", "ifname": "eth0"}}
 	require.Equal(t, map[string]any{
 		"type": "second", "name": "net", "cniVersion": "1.1.0", "cni.dev/valid-attachments": valid, "cni.dev/attachments": valid,
@@ -185,7 +189,7 @@ func TestGC(t *testing.T) {
 	}
 }
 
-// A plugin for addresses gets the configuration of the plugin that names it, as at an ADD.
+// An IPAM plugin gets the configuration of the plugin that names it, as for ADD.
 func TestGCOfAddresses(t *testing.T) {
 	p := newPlugins(t)
 	p.script("first", "exit 0")
@@ -196,23 +200,24 @@ func TestGCOfAddresses(t *testing.T) {
 	require.Equal(t, p.stdin("first", "GC"), p.stdin("addresses", "GC"))
 }
 
-// A GC of a daemon that was killed must not go on beside the pods of the next one.
+// The GC of a killed daemon must not run beside the pods of the next daemon.
 func TestEndGC(t *testing.T) {
 	p := newPlugins(t)
 	fifo := filepath.Join(p.dir, "started")
 	require.NoError(t, unix.Mkfifo(fifo, 0o600))
 	p.script("hang", "echo > $dir/started; exec sleep 600")
 	d := newDriver(t, Options{})
+	networks := network(t, "net", "1.1.0", `{"type":"hang"}`)
 	done := make(chan error)
 	go func() {
-		done <- d.GC(context.Background(), Config{BinDirs: []string{p.dir}}, network(t, "net", "1.1.0", `{"type":"hang"}`), nil)
+		done <- d.GC(context.Background(), Config{BinDirs: []string{p.dir}}, networks, nil)
 	}()
 	_, err := os.ReadFile(fifo)
 	require.NoError(t, err)
 	require.Equal(t, []string{"-.0.0.GC.1"}, groupNames(t))
 	left, err := Leftovers(d.groups)
 	require.NoError(t, err)
-	require.Empty(t, left, "it is no sandbox's")
+	require.Empty(t, left, "GC belongs to no sandbox")
 	require.NoError(t, newDriver(t, Options{}).EndGC(t.Context()))
 	require.ErrorContains(t, <-done, "killed")
 	require.Empty(t, groupNames(t))
@@ -240,7 +245,8 @@ func TestCached(t *testing.T) {
 	}, cached)
 }
 
-// A child of a plugin that is killed at its deadline has a session of its own and holds its pipes: it ends with the plugin.
+// A child of a plugin has its own session and holds the pipes of the plugin. At the deadline, both
+// are killed.
 func TestAddDeadlineLeavesNothing(t *testing.T) {
 	r, started := hangRig(t, `if [ $CNI_COMMAND = DEL ]; then
 	kill -0 $(cat $dir/child) 2> /dev/null && [ $(ps -o state= -p $(cat $dir/child)) != Z ] && echo alive > $dir/seen

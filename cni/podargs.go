@@ -12,7 +12,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Args are the pairs of CNI_ARGS, which every plugin gets.
+// Args are the pairs of CNI_ARGS. Every plugin gets all of them.
 type Args [][2]string
 
 // Capabilities are the capability arguments by name (CONVENTIONS.md of the CNI project). A plugin gets those that its
@@ -33,22 +33,23 @@ const (
 	egressAnnotation  = "kubernetes.io/egress-bandwidth"
 )
 
-// Bandwidths in bit/s that pass for reasonable, the limits of Kubernetes.
+// The bandwidths that Kubernetes accepts, in bit/s.
 var (
 	minBandwidth = resource.MustParse("1k")
 	maxBandwidth = resource.MustParse("1P")
 )
 
-// PodArgs returns what the plugins are told about a pod: the same arguments and capabilities as from containerd's CRI, in a
-// stable order. config may be nil and so may any message in it.
+// PodArgs returns the arguments and capabilities of a pod for CNI plugins: those of containerd's
+// CRI, in a stable order. config and any message in it may be nil.
 //
-// Errors: InvalidArgument for a bandwidth that is none or unreasonable, and for metadata that would forge further CNI_ARGS.
+// Errors: InvalidArgument for a bandwidth that is invalid or out of range, and for metadata that
+// would forge CNI_ARGS.
 func PodArgs(id string, config *runtime.PodSandboxConfig) (Args, Capabilities, error) {
 	args, err := podArgs(id, config.GetMetadata())
 	if err != nil {
 		return nil, nil, err
 	}
-	// The types are go-cni's, because plugins read the keys as it writes them.
+	// The types are go-cni's: plugins read the keys that go-cni writes.
 	values := map[string]any{capPodAnnotations: config.GetAnnotations()}
 	if ports := portMappings(config.GetPortMappings()); len(ports) > 0 {
 		values[capPortMappings] = ports
@@ -87,9 +88,9 @@ func podArgs(id string, metadata *runtime.PodSandboxMetadata) (Args, error) {
 		{"K8S_POD_UID", metadata.GetUid()},
 	}
 	for _, arg := range args {
-		// The pairs become one text, "K=V;K=V", in the environment.
+		// The pairs are joined as "K=V;K=V" in one environment variable.
 		if strings.ContainsAny(arg[1], ";=\x00") {
-			return nil, fmt.Errorf("%s %q can't be given to CNI plugins, it has a semicolon, an equals sign or a NUL: %w", arg[0], arg[1], errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("invalid %s %q: CNI_ARGS can't hold a semicolon, an equals sign or a NUL: %w", arg[0], arg[1], errdefs.ErrInvalidArgument)
 		}
 	}
 	return args, nil
@@ -111,7 +112,7 @@ func portMappings(mappings []*runtime.PortMapping) []gocni.PortMapping {
 	return ports
 }
 
-// bandwidth reads the pod's limits from its annotations; nil is no limit.
+// bandwidth reads the pod's limits from its annotations. It is nil without a limit.
 func bandwidth(annotations map[string]string) (*gocni.BandWidth, error) {
 	ingress, err := bitRate(annotations, ingressAnnotation)
 	if err != nil {
@@ -134,7 +135,7 @@ func bandwidth(annotations map[string]string) (*gocni.BandWidth, error) {
 	return limits, nil
 }
 
-// bitRate reads a rate in bit/s; 0 is none, which is never a reasonable one.
+// bitRate reads a rate in bit/s. It is 0 without the annotation; a rate of 0 is out of range.
 func bitRate(annotations map[string]string, key string) (uint64, error) {
 	text, ok := annotations[key]
 	if !ok {
@@ -142,7 +143,7 @@ func bitRate(annotations map[string]string, key string) (uint64, error) {
 	}
 	rate, err := parseQuantity(text)
 	if err != nil {
-		return 0, fmt.Errorf("annotation %s is not a bandwidth, for example 10M: %w: %w", key, err, errdefs.ErrInvalidArgument)
+		return 0, fmt.Errorf("annotation %s is not a bandwidth such as 10M: %w: %w", key, err, errdefs.ErrInvalidArgument)
 	}
 	if rate.Cmp(minBandwidth) < 0 || rate.Cmp(maxBandwidth) > 0 {
 		return 0, fmt.Errorf("annotation %s must be from %v to %v bit/s: %w", key, &minBandwidth, &maxBandwidth, errdefs.ErrInvalidArgument)
@@ -150,8 +151,8 @@ func bitRate(annotations map[string]string, key string) (uint64, error) {
 	return uint64(rate.Value()), nil
 }
 
-// parseQuantity is resource.ParseQuantity for texts that anybody may have written: it computes a power of ten of any exponent, so
-// that "1e999999999" would keep a CPU busy for hours.
+// parseQuantity is resource.ParseQuantity for untrusted texts. That computes powers of ten of any
+// exponent, so that "1e999999999" would keep a CPU busy for hours.
 func parseQuantity(text string) (resource.Quantity, error) {
 	const maxLen, maxExponentLen = 32, len("e+15")
 	if e := strings.IndexAny(text, "eE"); len(text) > maxLen || e >= 0 && len(text)-e > maxExponentLen {

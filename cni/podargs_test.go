@@ -106,7 +106,7 @@ func TestBandwidth(t *testing.T) {
 	}
 }
 
-// podConfig is a pod that uses all that plugins are told about.
+// podConfig returns a pod that uses all arguments and capabilities.
 func podConfig() *runtime.PodSandboxConfig {
 	return &runtime.PodSandboxConfig{
 		Metadata:     &runtime.PodSandboxMetadata{Name: "web", Namespace: "shop", Uid: "u-1"},

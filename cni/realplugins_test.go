@@ -17,17 +17,19 @@ import (
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
-// buildPlugins links the reference plugins, once.
-var buildPlugins = sync.OnceValue(func() error { return compilePlugins("-o", os.Getenv(pluginsEnv)+"/") })
+// buildPlugins builds the reference plugins once, without symbols, which is fast.
+var buildPlugins = sync.OnceValue(func() error { return compilePlugins("-ldflags=-s -w", "-o", os.Getenv(pluginsEnv)+"/") })
 
-// compilePlugins builds the reference plugins of the module that has their versions, and the plugin that delegates, from this module.
-// Without flags nothing is linked or kept, but in Go's caches.
+// compilePlugins builds the reference plugins of the module with their versions, and the delegating
+// plugin of this module. Without flags it only fills Go's build cache.
 func compilePlugins(flags ...string) error {
 	for dir, packages := range map[string][]string{
-		"../integration/tools/cni": {"tool"},
-		"..":                       {"./integration/delegate", "./integration/faults"}, // the second keeps a build without flags from leaving a file
+		"../tools/modules/cni": {"tool"},
+		"..":                   {"./integration/programs/delegate", "./integration/faults"}, // the second keeps a build without flags from leaving a file
 	} {
 		build := exec.Command("go", slices.Concat([]string{"build"}, flags, packages)...)
 		build.Dir = dir
@@ -47,7 +49,7 @@ type realRig struct {
 
 func newRealRig(t *testing.T, id string, confs ...string) *realRig {
 	t.Helper()
-	requireRoot(t)
+	roottest.Require(t)
 	require.NoError(t, buildPlugins())
 	ipam := t.TempDir()
 	files := map[string]string{}
@@ -64,7 +66,7 @@ func newRealRig(t *testing.T, id string, confs ...string) *realRig {
 	return &realRig{&rig{ledger: &ledger{}, attachment: a, driver: newDriver(t, Options{})}, ipam}
 }
 
-// addresses are those that host-local has given out.
+// addresses returns the addresses that host-local has given out.
 func (r *realRig) addresses(t *testing.T) []string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(r.ipam, "*", "*"))
@@ -111,7 +113,7 @@ func TestRealNetworks(t *testing.T) {
 	require.NoError(t, r.del(t.Context()))
 }
 
-// A network without addresses is none for eth0, as with containerd, and one like others for eth1.
+// A first network without addresses is refused, as in containerd. A second one is accepted.
 func TestRealNetworkWithoutAddresses(t *testing.T) {
 	const bare = `{"name":"bare","cniVersion":"1.0.0","plugins":[{"type":"bridge","bridge":"cni-test1"}]}`
 	alone := newRealRig(t, "alone", bare)
@@ -131,7 +133,8 @@ func TestRealNetworkWithoutAddresses(t *testing.T) {
 	require.Equal(t, []string{"lo"}, links(t, beside.attachment.NetNSPath))
 }
 
-// The same pod tried again and again on a chain that is broken at its end: no address stays, with DEL failing nowhere.
+// A pod is retried on a chain whose last plugin fails: no address stays allocated, although every
+// DEL succeeds.
 func TestRealChainFails(t *testing.T) {
 	r := newRealRig(t, "real2", brokenNet)
 	t.Cleanup(func() { removeLink(t, "cni-test0") })
@@ -147,7 +150,8 @@ func TestRealChainFails(t *testing.T) {
 	}
 }
 
-// After a reboot, or when somebody has removed the namespace, what is outside of it is taken back all the same.
+// After a reboot, or if the namespace was removed, DEL still frees what is outside of the
+// namespace.
 func TestRealNetNSGone(t *testing.T) {
 	r := newRealRig(t, "real3", bridgeNet)
 	t.Cleanup(func() { removeLink(t, "cni-test0") })
@@ -178,7 +182,7 @@ func removeLink(t *testing.T, name string) {
 	require.NoError(t, netlink.LinkDel(link))
 }
 
-// natRules are the rules of the test's namespace, by which portmap publishes ports; their comments name the sandbox.
+// natRules returns the NAT rules by which portmap publishes ports. Their comments name the sandbox.
 func natRules(t *testing.T) string {
 	t.Helper()
 	out, err := exec.Command("iptables", "-t", "nat", "-S").CombinedOutput()
@@ -186,7 +190,8 @@ func natRules(t *testing.T) string {
 	return string(out)
 }
 
-// talk sends a word from a server in the pod to the host, which may wait for duplicate address detection before it can send.
+// talk sends a word from a server in the pod to the host. It waits for duplicate address detection
+// first.
 func talk(t *testing.T, netns, ip string) (word string) {
 	t.Helper()
 	var listener net.Listener

@@ -11,14 +11,17 @@ import (
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
-// localIPAM is the configuration of host-local for a subnet.
+// localIPAM returns the configuration of host-local for a subnet.
 func localIPAM(subnet string) string {
 	return fmt.Sprintf(`{"type":"host-local","dataDir":"IPAMDIR","ranges":[[{"subnet":%q}]],"routes":[{"dst":"0.0.0.0/0"}]}`, subnet)
 }
 
-// Each reference plugin frees what a pod has, and none fails, when the pod's network namespace went with the last boot.
+// Each reference plugin frees all resources of a pod whose network namespace is missing after a
+// reboot, and none fails.
 func TestRealPluginsAfterReboot(t *testing.T) {
 	for name, plugins := range map[string][]string{
 		"bridge, sbr":    {`{"type":"bridge","bridge":"cni-reboot","isGateway":true,"ipMasq":true,"ipam":` + localIPAM("10.88.81.0/24") + `}`, `{"type":"sbr"}`},
@@ -52,7 +55,8 @@ func TestRealPluginsAfterReboot(t *testing.T) {
 	}
 }
 
-// DEL takes back what ADD has made by the backend of that day, whatever the network is configured for by then.
+// DEL removes what ADD made by the backend of that time, whichever backend the network is
+// configured for at DEL.
 func TestRealBackendChanges(t *testing.T) {
 	rules := func() string {
 		t.Helper()
@@ -91,7 +95,7 @@ func TestRealBackendChanges(t *testing.T) {
 	}
 }
 
-// CHECK doesn't say that a pod is not as it should be because of how a value is written, or because the pod has asked for another.
+// CHECK accepts a pod whose sysctls are written differently, or were changed by the pod.
 func TestRealTuningCheck(t *testing.T) {
 	const list = `{"name":"tuned","cniVersion":"1.0.0","plugins":[{"type":"bridge","bridge":"cni-tuned","ipam":%s},
 		{"type":"tuning","dataDir":"IPAMDIR/tuning","sysctl":{%s}}]}`
@@ -125,4 +129,55 @@ func TestRealTuningCheck(t *testing.T) {
 			require.NoError(t, r.del(t.Context()))
 		})
 	}
+}
+
+// CHECK of a pod that has disabled IPv6 still checks the rest of the attachment.
+func TestRealCheckWithoutIPv6(t *testing.T) {
+	roottest.Require(t)
+	ipam := `"ipam":{"type":"host-local","dataDir":"IPAMDIR","ranges":[[{"subnet":"10.88.90.0/24"}],[{"subnet":"fd00:88:90::/64"}]],
+		"routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0"}]}`
+	ipv6Only := strings.Replace(ipam, `[{"subnet":"10.88.90.0/24"}],`, "", 1)
+	for name, tc := range map[string]struct{ version, plugins string }{
+		"bridge":    {"1.0.0", `{"type":"bridge","bridge":"cni-noipv6","isGateway":true,"ipMasq":true,` + ipam + `},` + portmap},
+		"ptp":       {"1.1.0", `{"type":"ptp","ipMasq":true,` + ipam + `},` + portmap},
+		"IPv6 only": {"0.4.0", `{"type":"bridge","bridge":"cni-noipv6","isGateway":true,` + ipv6Only + `},` + portmap},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRealRig(t, "pod", fmt.Sprintf(`{"name":"no-ipv6","cniVersion":%q,"plugins":[%s]}`, tc.version, tc.plugins))
+			if strings.Contains(tc.plugins, "cni-noipv6") {
+				t.Cleanup(func() { removeLink(t, "cni-noipv6") })
+			}
+			require.NoError(t, r.add(t.Context()))
+			own := map[string]string{"net.ipv6.conf.eth0.disable_ipv6": "1"}
+			inNetNS(t, r.attachment.NetNSPath, func() error {
+				return exec.Command("sysctl", "-w", "net.ipv6.conf.eth0.disable_ipv6=1").Run()
+			})
+			require.ErrorContains(t, r.driver.Check(t.Context(), r.attachment, nil), "failed (check)", "IPv6 is missed")
+			require.NoError(t, r.driver.Check(t.Context(), r.attachment, own))
+			if name != "IPv6 only" {
+				takeAddress(t, r.attachment.NetNSPath)
+				require.ErrorContains(t, r.driver.Check(t.Context(), r.attachment, own), "failed (check)", "IPv4 is missed")
+			}
+			require.NoError(t, r.del(t.Context()))
+		})
+	}
+}
+
+func TestDisablesIPv6(t *testing.T) {
+	for _, tc := range []struct {
+		ifName, name, value string
+		want                bool
+	}{
+		{"eth0", "net.ipv6.conf.eth0.disable_ipv6", "1", true},
+		{"eth0", "net/ipv6/conf/all/disable_ipv6", " 1\n", true},
+		{"net1", "net.ipv6.conf.net1.disable_ipv6", "1", true},
+		{"eth0", "net.ipv6.conf.all.disable_ipv6", "0", false},
+		{"eth0", "net.ipv6.conf.net1.disable_ipv6", "1", false},
+		{"eth0", "net.ipv6.conf.default.disable_ipv6", "1", false}, // of interfaces that are yet to come
+		{"eth0", "net.ipv6.conf.all.accept_ra", "1", false},
+		{"eth0", "net.ipv4.conf.all.rp_filter", "1", false},
+	} {
+		require.Equal(t, tc.want, disablesIPv6(map[string]string{"net.core.somaxconn": "1", tc.name: tc.value}, tc.ifName), tc.name)
+	}
+	require.False(t, disablesIPv6(nil, "eth0"))
 }

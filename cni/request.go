@@ -8,7 +8,7 @@ import (
 	"github.com/containernetworking/cni/pkg/invoke"
 )
 
-// request is a command to one plugin of a network that is about no single pod.
+// request is a command to one plugin of a network that belongs to no pod.
 type request struct {
 	driver  *Driver
 	list    *libcni.NetworkConfigList
@@ -23,7 +23,7 @@ func (r request) run(ctx context.Context, spanName, command string) (retErr erro
 
 	path, conf, err := prepare(r.list, r.plugin, r.binDirs, r.values)
 	if err == nil {
-		exec := &executor{driver: r.driver, run: run{id: nobody, command: command}}
+		exec := &executor{driver: r.driver, run: run{id: noSandbox, command: command}}
 		err = exec.withoutResult(ctx, path, conf, &invoke.Args{Command: command, Path: pathOf(r.binDirs)})
 	}
 	if err != nil {

@@ -45,9 +45,10 @@ func (a *Attachment) Results() ([]*types100.Result, error) {
 	return results, nil
 }
 
-// IPs returns the pod's address and its additional ones: those of eth0. preference is containerd's ip_pref: "ipv4" and "ipv6" take
-// the first address of that family, "cni" takes the first that the plugin gave; anything else counts as "ipv4". Where there is
-// none of the family, the first one is taken.
+// IPs returns the pod's address and its additional addresses: those of eth0. preference is
+// containerd's ip_pref: "ipv4" and "ipv6" prefer the first address of that family, "cni" prefers
+// the plugin's first address. Any other preference counts as "ipv4". Without an address of the
+// family, the first address is used.
 //
 // Errors: those of GoCNIResult, and FailedPrecondition when eth0 has no address.
 func (a *Attachment) IPs(preference string) (ip string, additional []string, err error) {
@@ -57,7 +58,7 @@ func (a *Attachment) IPs(preference string) (ip string, additional []string, err
 	}
 	configs := result.Interfaces[defaultIfName].IPConfigs
 	if len(configs) == 0 {
-		return "", nil, fmt.Errorf("the CNI networks of sandbox %q gave %s no address: %w", a.ContainerID, defaultIfName, errdefs.ErrFailedPrecondition)
+		return "", nil, fmt.Errorf("CNI networks of sandbox %q gave %s no address: %w", a.ContainerID, defaultIfName, errdefs.ErrFailedPrecondition)
 	}
 	ip, additional = selectIPs(configs, preference)
 	return ip, additional, nil
@@ -78,10 +79,11 @@ func selectIPs(configs []*gocni.IPConfig, preference string) (string, []string) 
 
 func isIPv6(ip net.IP) bool { return ip.To4() == nil }
 
-// GoCNIResult returns the results in go-cni's form, as containerd's verbose sandbox info shows them with use_internal_loopback: the
-// loopback is not a network.
+// GoCNIResult returns the results in go-cni's form, as containerd shows them in its verbose sandbox
+// info with use_internal_loopback: without the loopback.
 //
-// Errors: those of Results, and FailedPrecondition when a plugin's result refers to an interface that it doesn't list.
+// Errors: those of Results, and FailedPrecondition when a result refers to an interface that it
+// doesn't list.
 func (a *Attachment) GoCNIResult() (*gocni.Result, error) {
 	results, err := a.Results()
 	if err != nil {
@@ -122,9 +124,9 @@ func merge(merged *gocni.Result, result *types100.Result) error {
 	return nil
 }
 
-// lastResult returns what DEL gets for the previous result, in the version of the list: the result of the last plugin's ADD, or
-// where the chain has failed, of the last one that succeeded. It is nil when none did, and before CNI 0.4.0, which had no such
-// thing.
+// lastResult returns the previous result for DEL, in the version of the list: the result of the
+// last plugin whose ADD succeeded. It is nil if no ADD succeeded, and before CNI 0.4.0, which had
+// no previous result for DEL.
 func (a *Attachment) lastResult(network int, list *libcni.NetworkConfigList) (types.Result, error) {
 	if known, err := version.GreaterThanOrEqualTo(list.CNIVersion, "0.4.0"); err != nil || !known {
 		return nil, err

@@ -78,7 +78,8 @@ func TestResultWithoutInterfaces(t *testing.T) {
 	require.Equal(t, []string{"10.0.0.1"}, additional)
 }
 
-// go-cni, which containerd's CRI uses, is the measure: plugins must get the same from us, and the result must be the same.
+// The reference is go-cni, which containerd uses: plugins get the same input, and the result is the
+// same.
 func TestSameAsGoCNI(t *testing.T) {
 	const result = `[ $CNI_COMMAND = ADD ] || exit 0
 printf '{"cniVersion":"1.0.0","interfaces":[{"name":"veth1","mac":"00:00:00:00:00:01"},{"name":"%s","mac":"00:00:00:00:00:02","sandbox":"%s"}],
@@ -107,7 +108,7 @@ printf '{"cniVersion":"1.0.0","interfaces":[{"name":"veth1","mac":"00:00:00:00:0
 	t.Cleanup(func() { libcni.CacheDir = before })
 	stock, err := gocni.New(gocni.WithPluginDir(r.attachment.BinDirs), gocni.WithPluginConfDir(t.TempDir()), gocni.WithConfListBytes(net.Conflist))
 	require.NoError(t, err)
-	// As containerd's CRI makes them.
+	// As containerd makes them.
 	labels := map[string]string{}
 	for _, arg := range r.attachment.Args {
 		labels[arg[0]] = arg[1]

@@ -9,9 +9,10 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 )
 
-// prepareCheck derives the request configuration of CHECK. The tuning plugin compares the sysctls in there with the text that the kernel
-// prints: "1024 65535" is never the same as "1024\t65535". So the sysctls are given as the kernel prints them, without those that the
-// pod has set since.
+// prepareCheck derives the request configuration of CHECK. The tuning plugin compares the sysctls
+// of its configuration with the text that the kernel prints, and "1024 65535" never equals
+// "1024\t65535". So prepareCheck writes the sysctls as the kernel prints them, and omits those that
+// the pod has set since.
 func (c call) prepareCheck(prev types.Result) (path string, conf []byte, err error) {
 	plugin := c.list.Plugins[c.plugin]
 	if plugin.Network.Type != "tuning" {
@@ -37,13 +38,13 @@ func (c call) prepareCheck(prev types.Result) (path string, conf []byte, err err
 	return c.prepareWith(prev, map[string]any{"sysctl": printed})
 }
 
-// sysctlFile is where a sysctl is below /proc/sys, as the tuning plugin takes its name.
+// sysctlFile returns the path of a sysctl below /proc/sys, by the tuning plugin's rules.
 func sysctlFile(name, ifName string) string {
 	return strings.Replace(strings.ReplaceAll(name, ".", "/"), "IFNAME", ifName, 1)
 }
 
-// asPrinted is a sysctl's value as the kernel prints it: numbers are decimal, and between them are tabs. Whatever isn't numbers alone is
-// printed as it was written.
+// asPrinted returns a sysctl's value as the kernel prints it: decimal numbers with tabs between
+// them. A value with anything else stays as it is.
 func asPrinted(value string) string {
 	fields := strings.Fields(value)
 	for i, field := range fields {

@@ -17,17 +17,20 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// versionPipes is how long to wait for what a plugin has left behind that was asked for its versions.
+// versionPipes bounds the wait for processes that a plugin leaves behind when it is asked for its
+// versions.
 const versionPipes = time.Second
 
-// validations are how often this process has validated a network.
+// validations counts the networks that this process has validated.
 var validations atomic.Int64
 
-// Validate looks for the programs of a network's plugins, those of its IPAM included, and asks each which CNI versions it speaks (CNI
-// specification, VERSION). It changes nothing. groups are those of the daemon, whose next start removes what is left when it is killed;
-// the zero value stands for some below the cgroup of this process.
+// Validate looks for the programs of a network's plugins and IPAM plugins, and asks each for its
+// CNI versions (CNI specification, VERSION). It changes nothing. groups are those of the daemon,
+// which removes their remains at its next start. With the zero value, Validate makes groups below
+// the cgroup of this process.
 //
-// Errors: FailedPrecondition when no cgroup can be made for them, or, naming each plugin that isn't there, can't be run, or doesn't speak the network's version.
+// Errors: FailedPrecondition when no cgroup can be made, or, naming each plugin, when a plugin is
+// missing, can't be run, or doesn't speak the network's version.
 func Validate(ctx context.Context, groups host.Groups, config Config, network Network) error {
 	list, err := network.list()
 	if err != nil {
@@ -37,7 +40,7 @@ func Validate(ctx context.Context, groups host.Groups, config Config, network Ne
 		if groups, err = host.GroupsBelow(fmt.Sprintf("podfsm-validate-%d-%d", os.Getpid(), validations.Add(1))); err != nil {
 			return err
 		}
-		defer os.Remove(groups.Dir()) // which is only there if a plugin was run, and stays if one can't be ended
+		defer os.Remove(groups.Dir()) // missing if no plugin was run, busy if a plugin can't be killed
 	}
 	asking := &Driver{groups: groups, pipeTimeout: versionPipes}
 	var errs []error
@@ -49,7 +52,7 @@ func Validate(ctx context.Context, groups host.Groups, config Config, network Ne
 	return errors.Join(errs...)
 }
 
-// programs are the types of a list's plugins and of their IPAM plugins, each once.
+// programs returns the types of the plugins and IPAM plugins of a list, without duplicates.
 func programs(list *libcni.NetworkConfigList) []string {
 	var types []string
 	for _, p := range list.Plugins {
@@ -67,7 +70,7 @@ func (d *Driver) validate(ctx context.Context, plugin, version string, binDirs [
 	if err != nil {
 		return err
 	}
-	exec := &executor{driver: d, run: run{id: nobody, command: "VERSION"}}
+	exec := &executor{driver: d, run: run{id: noSandbox, command: "VERSION"}}
 	info, err := invoke.GetVersionInfo(ctx, path, exec)
 	exec.keep(ctx)
 	if err != nil {

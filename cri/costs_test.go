@@ -86,11 +86,11 @@ func TestCostsArePerPod(t *testing.T) {
 	mapped := &runtime.ContainerStatusResponse{Status: &runtime.ContainerStatus{Id: "c1", Mounts: []*runtime.Mount{{UidMappings: chosen().Uids}}}}
 	for _, tc := range []struct {
 		call string
-		do   func(ctx context.Context, s *service, pod string) error
-		// The calls that a pod of ours costs, where they are not the same one.
+		do   func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error
+		// The calls that a podfsm pod costs, where they are not the same one.
 		ours []string
 	}{
-		{call: "RunPodSandbox", ours: []string{"ImageStatus", "RunPodSandbox"}, do: func(ctx context.Context, s *service, pod string) error {
+		{call: "RunPodSandbox", ours: []string{"ImageStatus", "RunPodSandbox"}, do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			handler := "runc"
 			if pod == idOf("ours") {
 				handler = "podfsm"
@@ -98,45 +98,45 @@ func TestCostsArePerPod(t *testing.T) {
 			_, err := s.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: handler})
 			return err
 		}},
-		{call: "StopPodSandbox", do: func(ctx context.Context, s *service, pod string) error {
+		{call: "StopPodSandbox", do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			_, err := s.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: pod})
 			return err
 		}},
-		{call: "RemovePodSandbox", do: func(ctx context.Context, s *service, pod string) error {
+		{call: "RemovePodSandbox", do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			_, err := s.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: pod})
 			return err
 		}},
-		{call: "PodSandboxStatus", do: func(ctx context.Context, s *service, pod string) error {
+		{call: "PodSandboxStatus", do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			_, err := s.PodSandboxStatus(ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: pod})
 			return err
 		}},
-		{call: "PodSandboxStats", do: func(ctx context.Context, s *service, pod string) error {
+		{call: "PodSandboxStats", do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			_, err := s.PodSandboxStats(ctx, &runtime.PodSandboxStatsRequest{PodSandboxId: pod})
 			return err
 		}},
-		{call: "CreateContainer", do: func(ctx context.Context, s *service, pod string) error {
+		{call: "CreateContainer", do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			request := containerRequest(podConfig(hostUsers))
 			request.PodSandboxId = pod
 			_, err := s.CreateContainer(ctx, request)
 			return err
 		}},
-		{call: "ContainerStatus", do: func(ctx context.Context, s *service, _ string) error {
+		{call: "ContainerStatus", do: func(ctx context.Context, s runtime.RuntimeServiceServer, _ string) error {
 			_, err := s.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: "c1", Verbose: true})
 			return err
 		}},
-		{call: "PortForward", ours: []string{}, do: func(ctx context.Context, s *service, pod string) error {
+		{call: "PortForward", ours: []string{}, do: func(ctx context.Context, s runtime.RuntimeServiceServer, pod string) error {
 			_, err := s.PortForward(ctx, &runtime.PortForwardRequest{PodSandboxId: pod, Port: []int32{80}})
 			return err
 		}},
 	} {
 		for _, whose := range []string{"ours", "another's"} {
 			t.Run(fmt.Sprintf("%s of %s", tc.call, whose), func(t *testing.T) {
-				ours := Pod{ID: idOf("ours"), Config: podConfig(), Ready: true, NetNSPath: "/run/netns/none", UserNS: chosen()}
-				c := &controller{pods: map[string]Pod{ours.ID: ours}, containers: map[string]string{"c1": idOf(whose)}}
+				ours := Sandbox{ID: idOf("ours"), Config: podConfig(), Ready: true, NetNSPath: "/run/netns/none", UserNS: chosen()}
+				c := &controller{pods: map[string]Sandbox{ours.ID: ours}, containers: map[string]string{"c1": idOf(whose)}}
 				counted := &counting{stock: &stock{containerStatus: mapped}}
-				front := newService(inner{counted, counted, counted.IsInitialized}, c, soon, Streaming{Address: "127.0.0.1"})
+				front := newService(inner{counted, counted}, c, Streaming{Address: "127.0.0.1"})
 				t.Cleanup(func() { require.NoError(t, front.Close()) })
-				require.NoError(t, tc.do(t.Context(), front, idOf(whose)))
+				require.NoError(t, tc.do(t.Context(), retriesBefore(t, front, c), idOf(whose)))
 				want := []string{tc.call}
 				if whose == "ours" && tc.ours != nil {
 					want = tc.ours

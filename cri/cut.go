@@ -8,11 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// looksPerCut is how often within [cutTimeout] a connection is looked at.
+// looksPerCut is how often watch examines a connection within [cutTimeout].
 const looksPerCut = 10
 
-// watch ends the session once its client's network is cut. It returns when the session has ended. TCP_USER_TIMEOUT can't do this: it also
-// ends the connection of a client that reads nothing for a while, but whose kernel acknowledges every probe of its closed window.
+// watch ends the session once its client's network is cut. It returns when the session has ended.
+//
+// TCP_USER_TIMEOUT can't do this. It also ends the connection of a client that reads nothing for a while, but
+// whose kernel acknowledges every probe of its closed window.
 func (s *session) watch() {
 	conn := s.conn
 	if secure, ok := conn.(*tls.Conn); ok {
@@ -53,8 +55,8 @@ func tcpInfo(conn *net.TCPConn) (info *unix.TCPInfo, err error) {
 	return info, err
 }
 
-// unansweredFor is how long the peer has acknowledged nothing, at most as long as what was sent has waited for that. Data and probes may be
-// sent minutes apart, so the time of the last acknowledgement alone says nothing.
+// unansweredFor is how long the peer has acknowledged nothing of what was sent, at most waited. Data and probes may
+// be minutes apart, so the time of the last acknowledgement alone says nothing.
 func unansweredFor(info *unix.TCPInfo, waited time.Duration) time.Duration {
 	probed := info.Probes > 0
 	sent := info.Unacked > 0 && info.Last_data_sent < info.Last_ack_recv

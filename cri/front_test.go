@@ -14,12 +14,11 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -74,7 +73,7 @@ func TestRunPassesOtherPodsThrough(t *testing.T) {
 				require.Nil(t, FromContext(got))
 				return response, nil
 			}}
-			got, err := newFront(t, s, &controller{admitErr: errors.New("not asked")}).RunPodSandbox(ctx, request)
+			got, err := newCRI(t, s, &controller{admitErr: errors.New("not asked")}).RunPodSandbox(ctx, request)
 			require.NoError(t, err)
 			require.Same(t, response, got)
 		})
@@ -86,7 +85,7 @@ func TestRunPassesOtherPodsThrough(t *testing.T) {
 			return nil, failed
 		}}
 		c := &controller{}
-		_, err := newFront(t, s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "runc"})
+		_, err := newCRI(t, s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "runc"})
 		require.Equal(t, failed, err)
 		require.Empty(t, c.calls)
 	})
@@ -95,10 +94,10 @@ func TestRunPassesOtherPodsThrough(t *testing.T) {
 // What can't work is refused before containerd's service hears of it: its run is nil here.
 func TestRunRefusesFirst(t *testing.T) {
 	c := &controller{admitErr: fmt.Errorf("no metadata: %w", errdefs.ErrInvalidArgument)}
-	_, err := newFront(t, &stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "podfsm"})
+	_, err := newCRI(t, &stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "podfsm"})
 	require.Equal(t, c.admitErr, err)
 
-	_, err = newFront(t, &stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
+	_, err = newCRI(t, &stock{}, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{RuntimeHandler: "nobody's"})
 	require.Equal(t, errUnknownHandler, err)
 	require.Empty(t, c.calls)
 }
@@ -176,7 +175,7 @@ func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
 				return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
 			}}
 			c := &controller{}
-			response, err := newFront(t, s, c).RunPodSandbox(caller, request)
+			response, err := newCRI(t, s, c).RunPodSandbox(caller, request)
 			require.NoError(t, err)
 			require.Equal(t, "s1", response.GetPodSandboxId())
 			requireEqual(t, before, request, "the caller's request is not changed")
@@ -188,7 +187,7 @@ func TestRunIsPassedOnForTheNodesNetwork(t *testing.T) {
 func TestRunThatFails(t *testing.T) {
 	pull := fmt.Errorf("failed to pull pause: %w", errdefs.ErrUnavailable)
 	step := fmt.Errorf("step attach_network failed: %w", errdefs.ErrResourceExhausted)
-	owed := errors.New("undo of attach_network failed")
+	failed := errors.New("undo of attach_network failed")
 	for name, tc := range map[string]struct {
 		create, start error // what the controller does; nil create is success
 		stock         error
@@ -204,10 +203,13 @@ func TestRunThatFails(t *testing.T) {
 			stock: pull, want: []error{pull}, text: pull.Error(), calls: []string{"remove s1"},
 		},
 		"after Create, and the cleanup too": {
-			stock: pull, removal: owed, want: []error{pull, owed}, calls: []string{"remove s1"},
+			stock: pull, removal: failed, want: []error{pull, failed}, calls: []string{"remove s1"},
 		},
 		"in the controller": {
 			start: step, stock: fmt.Errorf("failed to start sandbox %q: %w", "s1", step), want: []error{step}, text: step.Error(),
+		},
+		"with the sandbox's id in the text": {
+			start: errors.New("failed to mount /run/s1/rootfs"), stock: step, text: "failed to mount /run/ID/rootfs",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -223,7 +225,7 @@ func TestRunThatFails(t *testing.T) {
 				require.True(t, trace.SpanFromContext(ctx).IsRecording(), "the cleanup is part of the request's trace")
 				return tc.removal
 			}}
-			response, err := newFront(t, s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+			response, err := newCRI(t, s, c).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
 			require.Nil(t, response)
 			for _, want := range tc.want {
 				require.ErrorIs(t, err, want)
@@ -232,12 +234,37 @@ func TestRunThatFails(t *testing.T) {
 				require.EqualError(t, err, tc.text)
 			}
 			require.Equal(t, tc.calls, c.calls)
+			require.NotErrorAs(t, err, new(*sandboxError), "callers and spans get the error itself")
 
 			ended := spans.Ended()
 			require.Len(t, ended, 1)
+			require.NotContains(t, fmt.Sprint(ended[0].Events()[0].Attributes), "sandboxError")
 			require.Equal(t, codes.Error, ended[0].Status().Code)
 		})
 	}
+}
+
+// The meter of creations counts each creation of a podfsm pod, also one that panics.
+func TestRunIsCounted(t *testing.T) {
+	run := func(t *testing.T, handler string, do func() (*runtime.RunPodSandboxResponse, error)) []RetryEvent {
+		c := &controller{}
+		s := &stock{run: func(context.Context, *runtime.RunPodSandboxRequest) (*runtime.RunPodSandboxResponse, error) {
+			return do()
+		}}
+		front := newFront(t, s, c)
+		func() {
+			defer func() { _ = recover() }()
+			_, _ = front.RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: handler})
+		}()
+		return c.events()
+	}
+	succeeds := func() (*runtime.RunPodSandboxResponse, error) {
+		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
+	}
+	require.Equal(t, []RetryEvent{"created"}, run(t, "podfsm", succeeds))
+	require.Equal(t, []RetryEvent{"failed"}, run(t, "podfsm", func() (*runtime.RunPodSandboxResponse, error) { return nil, errors.New("no luck") }))
+	require.Equal(t, []RetryEvent{"failed"}, run(t, "podfsm", func() (*runtime.RunPodSandboxResponse, error) { panic("a bug") }))
+	require.Empty(t, run(t, "runc", succeeds))
 }
 
 func TestRunSpan(t *testing.T) {
@@ -246,7 +273,7 @@ func TestRunSpan(t *testing.T) {
 		FromContext(ctx).SandboxID = "s1"
 		return &runtime.RunPodSandboxResponse{PodSandboxId: "s1"}, nil
 	}}
-	_, err := newFront(t, s, &controller{}).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
+	_, err := newCRI(t, s, &controller{}).RunPodSandbox(t.Context(), &runtime.RunPodSandboxRequest{Config: podConfig(), RuntimeHandler: "podfsm"})
 	require.NoError(t, err)
 
 	ended := spans.Ended()
@@ -262,7 +289,7 @@ func TestRunSpan(t *testing.T) {
 var stopAndRemove = map[string]struct {
 	// serve has containerd's service answer with do.
 	serve func(s *stock, do func(ctx context.Context, id string) error)
-	call  func(s *service, ctx context.Context, id string) error
+	call  func(s runtime.RuntimeServiceServer, ctx context.Context, id string) error
 	span  string
 }{
 	"stop": {
@@ -271,7 +298,7 @@ var stopAndRemove = map[string]struct {
 				return &runtime.StopPodSandboxResponse{}, do(ctx, r.GetPodSandboxId())
 			}
 		},
-		call: func(s *service, ctx context.Context, id string) error {
+		call: func(s runtime.RuntimeServiceServer, ctx context.Context, id string) error {
 			_, err := s.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: id})
 			return err
 		},
@@ -283,13 +310,15 @@ var stopAndRemove = map[string]struct {
 				return &runtime.RemovePodSandboxResponse{}, do(ctx, r.GetPodSandboxId())
 			}
 		},
-		call: func(s *service, ctx context.Context, id string) error {
+		call: func(s runtime.RuntimeServiceServer, ctx context.Context, id string) error {
 			_, err := s.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: id})
 			return err
 		},
 		span: tracing.SpanRemove,
 	},
 }
+
+func nothing(context.Context, string) error { return nil }
 
 func TestStopAndRemove(t *testing.T) {
 	failed := fmt.Errorf("no luck: %w", errdefs.ErrFailedPrecondition)
@@ -313,7 +342,7 @@ func TestStopAndRemove(t *testing.T) {
 		} {
 			t.Run(method+"/"+name, func(t *testing.T) {
 				spans := recordSpans(t)
-				c := &controller{pods: map[string]Pod{"s1-long": {Config: podConfig()}}}
+				c := &controller{pods: map[string]Sandbox{"s1-long": {Config: podConfig()}}}
 				own := func(context.Context, string) error { return tc.own }
 				c.stop, c.remove = own, own
 				s := &stock{listed: []string{"s1-long", "s2-long"}}
@@ -327,7 +356,7 @@ func TestStopAndRemove(t *testing.T) {
 					}
 					return tc.stock
 				})
-				err := m.call(newFront(t, s, c), t.Context(), tc.id)
+				err := m.call(newCRI(t, s, c), t.Context(), tc.id)
 				require.Equal(t, tc.want, err)
 				isOurs := tc.id == "s1" || tc.id == "s1-long"
 				require.Equal(t, tc.calls, c.calls)
@@ -373,7 +402,7 @@ func TestPassingFaultsOfAStop(t *testing.T) {
 					}
 					return err
 				}
-				c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}}}
+				c := &controller{pods: map[string]Sandbox{"s1": {Config: podConfig()}}}
 				c.stop = func(context.Context, string) error { return next(&tc.own) }
 				s := &stock{}
 				stopAndRemove["stop"].serve(s, func(_ context.Context, id string) error {
@@ -387,7 +416,7 @@ func TestPassingFaultsOfAStop(t *testing.T) {
 					defer cancel()
 				}
 				begun := time.Now()
-				require.Equal(t, tc.want, stopAndRemove["stop"].call(newFront(t, s, c), ctx, "s1"))
+				require.Equal(t, tc.want, stopAndRemove["stop"].call(newCRI(t, s, c), ctx, "s1"))
 				require.Equal(t, tc.calls, c.calls)
 				require.Equal(t, tc.took, time.Since(begun))
 			})
@@ -400,7 +429,7 @@ func TestPassingFaultsOfAStop(t *testing.T) {
 func TestStopAndRemoveEndWithTheirCaller(t *testing.T) {
 	for method, m := range stopAndRemove {
 		t.Run(method, func(t *testing.T) {
-			c := &controller{pods: map[string]Pod{"s1": {Config: podConfig()}}}
+			c := &controller{pods: map[string]Sandbox{"s1": {Config: podConfig()}}}
 			s := &stock{}
 			hanging, release := make(chan struct{}), make(chan struct{})
 			m.serve(s, func(ctx context.Context, _ string) error {
@@ -414,7 +443,7 @@ func TestStopAndRemoveEndWithTheirCaller(t *testing.T) {
 			})
 			ctx, cancel := context.WithCancel(t.Context())
 			result := make(chan error, 1)
-			go func() { result <- m.call(newFront(t, s, c), ctx, "s1") }()
+			go func() { result <- m.call(newCRI(t, s, c), ctx, "s1") }()
 			<-hanging
 			cancel()
 			select {
@@ -429,213 +458,7 @@ func TestStopAndRemoveEndWithTheirCaller(t *testing.T) {
 	}
 }
 
-func TestStatusIsRestored(t *testing.T) {
-	namespaces := podConfig().GetLinux().GetSecurityContext().GetNamespaceOptions()
-	stockNamespaces := &runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE}
-	for name, tc := range map[string]struct {
-		pod       *Pod
-		got, want *runtime.PodSandboxStatus
-	}{
-		"ours": {
-			pod: &Pod{Config: podConfig(), IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2", "10.1.0.2"}},
-			got: &runtime.PodSandboxStatus{
-				Id:      "s1",
-				State:   runtime.PodSandboxState_SANDBOX_READY,
-				Network: &runtime.PodSandboxNetworkStatus{},
-				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: stockNamespaces}},
-			},
-			want: &runtime.PodSandboxStatus{
-				Id:    "s1",
-				State: runtime.PodSandboxState_SANDBOX_READY,
-				Network: &runtime.PodSandboxNetworkStatus{
-					Ip: "10.0.0.2", AdditionalIps: []*runtime.PodIP{{Ip: "fd00::2"}, {Ip: "10.1.0.2"}},
-				},
-				Linux: &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
-			},
-		},
-		"ours, a bare status": {
-			pod: &Pod{Config: podConfig(), IP: "10.0.0.2"},
-			got: &runtime.PodSandboxStatus{Id: "s1"},
-			want: &runtime.PodSandboxStatus{
-				Id:      "s1",
-				Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.2"},
-				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
-			},
-		},
-		"ours, that the controller doesn't know any more": {
-			pod: &Pod{Config: podConfig(), CreatedAt: time.Unix(7, 8)},
-			got: &runtime.PodSandboxStatus{Id: "s1", CreatedAt: time.Time{}.UnixNano()},
-			want: &runtime.PodSandboxStatus{
-				Id:        "s1",
-				CreatedAt: time.Unix(7, 8).UnixNano(),
-				Network:   &runtime.PodSandboxNetworkStatus{},
-				Linux:     &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
-			},
-		},
-		"ours, off its network": {
-			pod: &Pod{Config: podConfig()},
-			got: &runtime.PodSandboxStatus{Id: "s1", Network: &runtime.PodSandboxNetworkStatus{}},
-			want: &runtime.PodSandboxStatus{
-				Id:      "s1",
-				Network: &runtime.PodSandboxNetworkStatus{},
-				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
-			},
-		},
-		"ours, without namespace options": {
-			pod: &Pod{Config: &runtime.PodSandboxConfig{}},
-			got: &runtime.PodSandboxStatus{Id: "s1"},
-			want: &runtime.PodSandboxStatus{
-				Id:      "s1",
-				Network: &runtime.PodSandboxNetworkStatus{},
-				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{}},
-			},
-		},
-		"ours, on a network that containerd's service made": {
-			pod: &Pod{Config: podConfig()},
-			got: &runtime.PodSandboxStatus{
-				Id: "s1", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.9.0.2", AdditionalIps: []*runtime.PodIP{{Ip: "fd09::2"}}},
-			},
-			want: &runtime.PodSandboxStatus{
-				Id:      "s1",
-				Network: &runtime.PodSandboxNetworkStatus{Ip: "10.9.0.2", AdditionalIps: []*runtime.PodIP{{Ip: "fd09::2"}}},
-				Linux:   &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: namespaces}},
-			},
-		},
-		"another's": {
-			got: &runtime.PodSandboxStatus{
-				Id: "s1", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.3", AdditionalIps: []*runtime.PodIP{{Ip: "fd00::3"}}},
-			},
-			want: &runtime.PodSandboxStatus{
-				Id: "s1", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.3", AdditionalIps: []*runtime.PodIP{{Ip: "fd00::3"}}},
-			},
-		},
-		"none": {},
-	} {
-		t.Run(name, func(t *testing.T) {
-			c := &controller{pods: map[string]Pod{}}
-			if tc.pod != nil {
-				c.pods["s1"] = *tc.pod
-			}
-			s := &stock{status: func(_ context.Context, r *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
-				require.Equal(t, "s", r.GetPodSandboxId())
-				return &runtime.PodSandboxStatusResponse{Status: tc.got, Info: map[string]string{"podfsm": "x"}}, nil
-			}}
-			response, err := newFront(t, s, c).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{PodSandboxId: "s"})
-			require.NoError(t, err)
-			requireEqual(t, tc.want, response.GetStatus())
-			require.Equal(t, map[string]string{"podfsm": "x"}, response.GetInfo())
-			if tc.pod != nil {
-				restored := response.GetStatus().GetLinux().GetNamespaces().GetOptions()
-				kept := tc.pod.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
-				require.False(t, kept != nil && restored == kept, "the kept configuration isn't given away")
-			}
-		})
-	}
-
-	t.Run("failure", func(t *testing.T) {
-		failed := errors.New("no luck")
-		s := &stock{status: func(context.Context, *runtime.PodSandboxStatusRequest) (*runtime.PodSandboxStatusResponse, error) {
-			return nil, failed
-		}}
-		_, err := newFront(t, s, &controller{}).PodSandboxStatus(t.Context(), &runtime.PodSandboxStatusRequest{})
-		require.Equal(t, failed, err)
-	})
-}
-
-// pieces collects a streamed list.
-type pieces struct {
-	grpc.ServerStream
-	items []*runtime.PodSandbox
-	err   error
-}
-
-func (p *pieces) Context() context.Context { return context.Background() }
-
-func (p *pieces) Send(response *runtime.StreamPodSandboxesResponse) error {
-	p.items = append(p.items, response.GetPodSandboxes()...)
-	return p.err
-}
-
-func TestListsRestoreTimes(t *testing.T) {
-	s := &stock{listed: []string{"s1", "s2", "s3"}}
-	c := &controller{pods: map[string]Pod{
-		"s1": {Config: podConfig(), CreatedAt: time.Unix(7, 8)},
-		"s2": {Config: podConfig()}, // pause wasn't created yet
-	}}
-	front := newFront(t, s, c)
-	want := map[string]int64{"s1": time.Unix(7, 8).UnixNano(), "s2": time.Second.Nanoseconds(), "s3": time.Second.Nanoseconds()}
-	times := func(items []*runtime.PodSandbox) map[string]int64 {
-		got := map[string]int64{}
-		for _, item := range items {
-			got[item.GetId()] = item.GetCreatedAt()
-		}
-		return got
-	}
-	response, err := front.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
-	require.NoError(t, err)
-	require.Equal(t, want, times(response.GetItems()))
-
-	out := &pieces{}
-	require.NoError(t, front.StreamPodSandboxes(&runtime.StreamPodSandboxesRequest{}, out))
-	require.Equal(t, want, times(out.items))
-	out.err = errors.New("the caller has gone")
-	require.Equal(t, out.err, front.StreamPodSandboxes(&runtime.StreamPodSandboxesRequest{}, out))
-}
-
-// sink is a subscriber of container events.
-type sink struct {
-	grpc.ServerStream
-	sent []*runtime.ContainerEventResponse
-	err  error
-}
-
-func (s *sink) Context() context.Context { return context.Background() }
-
-func (s *sink) Send(event *runtime.ContainerEventResponse) error {
-	s.sent = append(s.sent, event)
-	return s.err
-}
-
-func TestEventsAreRestoredInACopy(t *testing.T) {
-	ours := &runtime.ContainerEventResponse{
-		ContainerId:        "s1",
-		ContainerEventType: runtime.ContainerEventType_CONTAINER_STARTED_EVENT,
-		PodSandboxStatus:   &runtime.PodSandboxStatus{Id: "s1", Network: &runtime.PodSandboxNetworkStatus{}},
-		ContainersStatuses: []*runtime.ContainerStatus{{Id: "c1"}},
-	}
-	another := &runtime.ContainerEventResponse{PodSandboxStatus: &runtime.PodSandboxStatus{Id: "s2", Network: &runtime.PodSandboxNetworkStatus{Ip: "10.0.0.3"}}}
-	bare := &runtime.ContainerEventResponse{ContainerId: "s1", ContainerEventType: runtime.ContainerEventType_CONTAINER_DELETED_EVENT}
-	before := proto.CloneOf(ours)
-	events := []*runtime.ContainerEventResponse{ours, another, bare}
-
-	request := &runtime.GetEventsRequest{}
-	s := &stock{events: func(r *runtime.GetEventsRequest, stream runtime.RuntimeService_GetContainerEventsServer) error {
-		require.Same(t, request, r)
-		for _, event := range events {
-			if err := stream.Send(event); err != nil {
-				return err
-			}
-		}
-		return nil
-	}}
-	c := &controller{pods: map[string]Pod{"s1": {Config: podConfig(), IP: "10.0.0.2"}}}
-	out := &sink{}
-	require.NoError(t, newFront(t, s, c).GetContainerEvents(request, out))
-
-	require.Len(t, out.sent, 3)
-	require.Equal(t, "10.0.0.2", out.sent[0].GetPodSandboxStatus().GetNetwork().GetIp())
-	require.Equal(t, runtime.NamespaceMode_POD, out.sent[0].GetPodSandboxStatus().GetLinux().GetNamespaces().GetOptions().GetNetwork())
-	require.Equal(t, before.GetContainerEventType(), out.sent[0].GetContainerEventType())
-	requireEqual(t, before.GetContainersStatuses()[0], out.sent[0].GetContainersStatuses()[0])
-	requireEqual(t, before, ours, "the event is every subscriber's")
-	require.Same(t, another, out.sent[1])
-	require.Same(t, bare, out.sent[2])
-
-	out.err = errors.New("the subscriber has gone")
-	require.Equal(t, out.err, newFront(t, s, c).GetContainerEvents(request, out))
-}
-
-func TestPortForward(t *testing.T) {
+func TestFrontForwardsPorts(t *testing.T) {
 	for name, tc := range map[string]struct {
 		id       string
 		ours     bool
@@ -657,12 +480,12 @@ func TestPortForward(t *testing.T) {
 					return forwarded, nil
 				},
 			}
-			c := &controller{pods: map[string]Pod{
+			c := &controller{pods: map[string]Sandbox{
 				"own-1":  {Config: podConfig(), Ready: true, NetNSPath: "/run/netns/own-1"},
 				"dead-1": {Config: podConfig(), NetNSPath: "/run/netns/dead-1"},
 				"node-1": {Config: podConfig(onNode), Ready: true},
 			}}
-			response, err := newFront(t, s, c).PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: tc.id, Port: []int32{80}})
+			response, err := newCRI(t, s, c).PortForward(t.Context(), &runtime.PortForwardRequest{PodSandboxId: tc.id, Port: []int32{80}})
 			switch {
 			case tc.notReady:
 				require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)

@@ -10,7 +10,7 @@ import (
 
 	"github.com/podfsm/podfsm/userns"
 
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 )
 
 // FuzzRunRequest has a request as it comes in by gRPC. What is passed on differs from it by the network mode alone, and the request itself
@@ -57,11 +57,12 @@ func FuzzContainerRequest(f *testing.F) {
 		require.NoError(f, err)
 		f.Add(b)
 	}
-	users := &runtime.UserNamespace{Uids: []*runtime.IDMapping{{HostId: 131072, Length: 65536}}, Gids: []*runtime.IDMapping{{HostId: 131072, Length: 65536}}}
+	ids := userns.Mappings{UIDs: userns.Mapping{HostID: 131072, Length: 65536}, GIDs: userns.Mapping{HostID: 131072, Length: 65536}}
+	users := ids.CRI()
 	f.Fuzz(func(t *testing.T, b []byte) {
 		request, before := &runtime.CreateContainerRequest{}, &runtime.CreateContainerRequest{}
 		if proto.Unmarshal(b, request) != nil || proto.Unmarshal(b, before) != nil ||
-			(userns.Container{Config: request.GetConfig(), Length: 65536, Chosen: true}).Check() != nil {
+			(userns.Container{Config: request.GetConfig(), Mapped: ids, Chosen: true}).Check() != nil {
 			return
 		}
 		require.False(t, request.GetConfig().GetLinux().GetSecurityContext().GetPrivileged())

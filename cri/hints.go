@@ -10,13 +10,14 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// inInit is how runc begins what has failed in the container, before its program: it goes before all that the container has a say in.
+// inInit begins runc's errors of what failed in the container before its program ran. It precedes any text that
+// the container can choose.
 const inInit = "error during container init: "
 
-// hints are what to do about errors of runc that don't say it, and what class of errors they are.
+// hints add a remedy and a class to errors of runc that have none.
 var hints = []struct {
 	failure *regexp.Regexp // of what follows inInit
-	mapped  bool           // only pods with a user namespace can fail so
+	mapped  bool           // only pods with a user namespace fail like this
 	remedy  string
 	class   error
 }{
@@ -28,7 +29,7 @@ var hints = []struct {
 		errdefs.ErrResourceExhausted,
 	},
 	{
-		// By a name, which only the image's own files tell the id of; any other id is refused before the container is made.
+		// The user is a name, which only the image's own files resolve. Any other id is refused before the container is made.
 		regexp.MustCompile(`^(unable to setup user: )?(cannot set[ug]id to unmapped [ug]id \d+ in user namespace|setgroups: invalid argument)`),
 		true,
 		"its image gives the container an id beyond those of the pod's user namespace; set runAsUser, runAsGroup and supplementalGroupsPolicy: Strict, " +
@@ -37,7 +38,7 @@ var hints = []struct {
 	},
 }
 
-// StartContainer says what to do where the OCI runtime doesn't.
+// StartContainer adds the remedy to errors of the OCI runtime that have none.
 func (s *service) StartContainer(ctx context.Context, r *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error) {
 	resp, err := s.RuntimeServiceServer.StartContainer(ctx, r)
 	if err == nil {
@@ -48,7 +49,7 @@ func (s *service) StartContainer(ctx context.Context, r *runtime.StartContainerR
 		if !hint.failure.MatchString(failure) {
 			continue
 		}
-		pod, ours, findErr := s.sandboxes.PodOfContainer(ctx, r.GetContainerId())
+		pod, ours, findErr := s.sandboxes.SandboxOfContainer(ctx, r.GetContainerId())
 		if findErr != nil || !ours || hint.mapped && !pod.Mapped {
 			return nil, err
 		}
@@ -57,7 +58,7 @@ func (s *service) StartContainer(ctx context.Context, r *runtime.StartContainerR
 	return nil, err
 }
 
-// hintedError is an error with what to do about it.
+// hintedError is an error with a remedy.
 type hintedError struct {
 	err    error
 	remedy string
@@ -66,5 +67,5 @@ type hintedError struct {
 
 func (e *hintedError) Error() string { return fmt.Sprintf("%v; %s: %v", e.err, e.remedy, e.class) }
 
-// Unwrap has the class first, which goes before that of the error: unknown, of the runtime's errors.
+// Unwrap has the class first, so it wins over the class of the runtime's error, unknown.
 func (e *hintedError) Unwrap() []error { return []error{e.class, e.err} }

@@ -40,7 +40,7 @@ func TestStartContainerSaysWhatToDo(t *testing.T) {
 				}
 				return nil, failure
 			}}
-			front := newFront(t, s, &controller{pods: map[string]Pod{"s1": {Config: podConfig(), Mapped: true}, "s3": {Config: podConfig()}}, containers: map[string]string{"c1": "s1", "c2": "s2", "c3": "s3"}})
+			front := newFront(t, s, &controller{pods: map[string]Sandbox{"s1": {Config: podConfig(), Mapped: true}, "s3": {Config: podConfig()}}, containers: map[string]string{"c1": "s1", "c2": "s2", "c3": "s3"}})
 			start := func(id string) error {
 				_, err := front.StartContainer(t.Context(), &runtime.StartContainerRequest{ContainerId: id})
 				return err

@@ -91,11 +91,13 @@ func (s *stock) ContainerStatus(context.Context, *runtime.ContainerStatusRequest
 	return s.containerStatus, nil
 }
 
-func (s *stock) PodSandboxStats(context.Context, *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
+// PodSandboxStats has those of the first sandbox for a request without an id that it knows.
+func (s *stock) PodSandboxStats(_ context.Context, r *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
 	if s.statErr != nil {
 		return nil, s.statErr
 	}
-	return &runtime.PodSandboxStatsResponse{Stats: s.stats[0]}, nil
+	named := slices.IndexFunc(s.stats, func(one *runtime.PodSandboxStats) bool { return statsID(one) == r.GetPodSandboxId() })
+	return &runtime.PodSandboxStatsResponse{Stats: s.stats[max(named, 0)]}, nil
 }
 
 // ListPodSandboxStats gives what it has along with its error, as containerd's does.
@@ -157,7 +159,7 @@ func (s *stock) IsInitialized() bool { return !s.uninitialized }
 
 // controller stands for podfsm's: pods of the handler "podfsm" are its own.
 type controller struct {
-	pods       map[string]Pod
+	pods       map[string]Sandbox
 	containers map[string]string // the sandbox's id by the container's
 	lookErr    error             // of a look for the pod of a container
 	admitErr   error
@@ -172,10 +174,10 @@ type controller struct {
 	released  atomic.Int32 // what PrepareContainer has returned
 
 	mu     sync.Mutex
-	named  map[attempt]Pod
+	named  map[attempt]Sandbox
 	claims map[string]lifecycle.Claim
-	// What it was told of, and of creations "created" or "failed".
-	happened []Happening
+	// The events of retries, and "created" or "failed" for each creation.
+	counted []RetryEvent
 }
 
 // PrepareContainer refuses the image "unmapped".
@@ -197,24 +199,24 @@ func (c *controller) AdmitContainer(_ context.Context, id string, config *runtim
 }
 
 func (c *controller) Created(_ time.Duration, err error) {
-	what := Happening("created")
+	what := RetryEvent("created")
 	if err != nil {
 		what = "failed"
 	}
-	c.Happened(what)
+	c.CountRetry(what)
 }
 
-func (c *controller) Happened(what Happening) {
+func (c *controller) CountRetry(event RetryEvent) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.happened = append(c.happened, what)
+	c.counted = append(c.counted, event)
 }
 
-// told are what it was told of.
-func (c *controller) told() []Happening {
+// events are what it has counted, in order.
+func (c *controller) events() []RetryEvent {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return slices.Clone(c.happened)
+	return slices.Clone(c.counted)
 }
 
 func (c *controller) StatusInfo() (map[string]string, error) {
@@ -241,18 +243,18 @@ func (c *controller) Admit(context.Context, string, *runtime.PodSandboxConfig) e
 }
 
 func (c *controller) CreatedAt(id string) time.Time {
-	pod, _ := c.Pod(id)
+	pod, _ := c.Sandbox(id)
 	return pod.CreatedAt
 }
 
-func (c *controller) Pod(id string) (Pod, bool) {
+func (c *controller) Sandbox(id string) (Sandbox, bool) {
 	pod, ok := c.pods[id]
 	return pod, ok
 }
 
-func (c *controller) PodOfContainer(_ context.Context, id string) (Pod, bool, error) {
+func (c *controller) SandboxOfContainer(_ context.Context, id string) (Sandbox, bool, error) {
 	c.note("pod of container " + id)
-	pod, ok := c.Pod(c.containers[id])
+	pod, ok := c.Sandbox(c.containers[id])
 	return pod, ok, c.lookErr
 }
 
@@ -263,14 +265,14 @@ func (c *controller) note(call string) {
 	c.calls = append(c.calls, call)
 }
 
-func (c *controller) Named(m *runtime.PodSandboxMetadata) (Pod, bool) {
+func (c *controller) Named(m *runtime.PodSandboxMetadata) (Sandbox, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	pod, ok := c.named[attemptOf(&runtime.PodSandboxConfig{Metadata: m})]
 	return pod, ok
 }
 
-func (c *controller) Settle(ctx context.Context, id string) error {
+func (c *controller) WaitQueued(ctx context.Context, id string) error {
 	if c.settle == nil {
 		return nil
 	}
@@ -304,7 +306,7 @@ func (c *controller) Discard(id string, most lifecycle.Claim) bool {
 
 func (c *controller) Unclaimed() []string { return c.unclaimed }
 
-func (c *controller) StopPod(ctx context.Context, id string) error {
+func (c *controller) StopSandbox(ctx context.Context, id string) error {
 	c.note("stop " + id)
 	if c.stop == nil {
 		return nil
@@ -312,7 +314,7 @@ func (c *controller) StopPod(ctx context.Context, id string) error {
 	return c.stop(ctx, id)
 }
 
-func (c *controller) RemovePod(ctx context.Context, id string) error {
+func (c *controller) RemoveSandbox(ctx context.Context, id string) error {
 	c.note("remove " + id)
 	if c.remove == nil {
 		return nil
@@ -327,11 +329,23 @@ func (c *controller) StockRuns(*runtime.PodSandboxConfig) func(string) {
 
 func (c *controller) StockRemoved(id string) { c.heard = append(c.heard, "stock removed "+id) }
 
-// newFront is a front that ends with the test.
+// newFront is a front alone, without retries before it. It ends with the test.
 func newFront(t *testing.T, s *stock, c *controller) *service {
-	front := newService(inner{s, s, s.IsInitialized}, c, time.Hour, Streaming{Address: "127.0.0.1"})
+	front := newService(inner{s, s}, c, Streaming{Address: "127.0.0.1"})
 	t.Cleanup(func() { require.NoError(t, front.Close()) })
 	return front
+}
+
+// newCRI is the service that callers meet: retries before a front. It ends with the test.
+func newCRI(t *testing.T, s *stock, c *controller) *retries {
+	return retriesBefore(t, newFront(t, s, c), c)
+}
+
+// retriesBefore are retries before any CRI service. They end with the test.
+func retriesBefore(t *testing.T, front runtime.RuntimeServiceServer, c *controller) *retries {
+	r := newRetries(front, c, func() bool { return true }, time.Hour)
+	t.Cleanup(func() { require.NoError(t, r.Close()) })
+	return r
 }
 
 // recordSpans makes the global tracer provider one that keeps what has ended.

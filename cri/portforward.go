@@ -16,14 +16,14 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/streaming/pkg/httpstream/wsstream"
 
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 )
 
 const (
-	// dialTimeout bounds the connection to a port, for each of IPv4 and IPv6. A pod's firewall may drop what comes.
+	// dialTimeout bounds the connection to a port, once for IPv4 and once for IPv6. A pod's firewall may drop packets.
 	dialTimeout = 10 * time.Second
-	// lingering is how long a pod that has closed its side of a connection is still sent what its client has: until that has been
-	// quiet for so long. It is containerd's figure, and socat's.
+	// lingering is how long the client must be quiet before a forward ends whose pod has closed its side. It is the
+	// figure of containerd and of socat.
 	lingering = time.Second
 )
 
@@ -33,10 +33,10 @@ var (
 	errCut        = errors.New("the client acknowledges nothing any more")
 )
 
-// PortForward answers for pods of ours that have a network of their own: containerd's service takes them for pods on the node's
-// network and would forward to the node's localhost.
+// PortForward answers for podfsm pods with a network of their own. containerd's service takes them for pods on the
+// node's network, and would forward to the node's localhost.
 func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest) (*runtime.PortForwardResponse, error) {
-	id, pod, ok := s.resolve(ctx, r.GetPodSandboxId())
+	id, pod, ok := s.find(ctx, r.GetPodSandboxId())
 	if !ok || records.OnNodeNetwork(pod.Config) {
 		return s.RuntimeServiceServer.PortForward(ctx, r)
 	}
@@ -51,7 +51,7 @@ func (s *service) PortForward(ctx context.Context, r *runtime.PortForwardRequest
 }
 
 // forwardable fails with FailedPrecondition unless the pod is up.
-func forwardable(pod Pod) error {
+func forwardable(pod Sandbox) error {
 	if !pod.Ready || pod.NetNSPath == "" {
 		return fmt.Errorf("pod %q isn't ready, so no port can be forwarded into it: %w", records.PodName(pod.Config), errdefs.ErrFailedPrecondition)
 	}
@@ -64,19 +64,20 @@ type session struct {
 	pod     string
 	ports   []int32
 	conn    net.Conn
-	// duplex says that the client can close its side of a stream alone, as SPDY has it: the end of what it sends isn't the end of
-	// what it wants to read. A WebSocket's channels end with their connection only.
+	// duplex says that the client can close one direction of a stream, as in SPDY: it may still read after the last
+	// byte that it sends. A WebSocket's channels end only with their connection.
 	duplex bool
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	// unwatch parts the connection from the session, whose end would end it. The client may still be owed an answer.
+	// unwatch detaches the connection from the session, whose end would end it. The client may still wait for an
+	// answer.
 	unwatch func() bool
 }
 
 func newSession(s *streams, r *http.Request, t ticket) *session {
 	one := &session{streams: s, pod: t.pod, ports: t.ports, duplex: !wsstream.IsWebSocketRequest(r)}
 	one.ctx, one.cancel = context.WithCancelCause(s.ctx)
-	// The end of the session ends all that blocks on the client's connection; who then has the error closes it.
+	// The end of the session ends all that blocks on the client's connection. Whoever gets that error closes it.
 	one.conn = r.Context().Value(connKey{}).(net.Conn)
 	one.unwatch = context.AfterFunc(one.ctx, func() { _ = one.conn.SetDeadline(time.Now()) })
 	return one
@@ -92,7 +93,7 @@ func (s *session) PortForward(_ context.Context, _, _ string, port int32, stream
 	defer leave()
 	conn, err := s.dial(port)
 	if err != nil {
-		// It returns when the client has been told that it has its stream. One that is reset earlier carries no reason.
+		// Write returns once the client knows that its stream is open. A stream that is reset earlier carries no reason.
 		_, _ = stream.Write(nil)
 		return err
 	}
@@ -115,16 +116,17 @@ func (s *session) dial(port int32) (*net.TCPConn, error) {
 	return conn, nil
 }
 
-// dialInside connects to a port of the localhost in a network namespace: by IPv4, and if nothing answers there, by IPv6. Only the
-// thread that dials enters the namespace, and leaves it with that.
+// dialInside connects to a port of the localhost in a network namespace, by IPv4, then by IPv6. Only the dialing
+// thread enters the namespace, and leaves it afterwards.
 func dialInside(ctx context.Context, netNS string, port int32) (*net.TCPConn, error) {
 	if port < 1 || port > 65535 {
-		return nil, fmt.Errorf("%d is no port: %w", port, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("invalid port %d: %w", port, errdefs.ErrInvalidArgument)
 	}
 	var conn net.Conn
 	err := ns.WithNetNSPath(netNS, func(ns.NetNS) error {
 		dialer := &net.Dialer{Timeout: dialTimeout}
-		// One literal address at a time: names are looked up, and several addresses tried, by goroutines on other threads.
+		// One literal address at a time. For a name or for several addresses, the dialer starts goroutines, which run on
+		// other threads.
 		var err4, err6 error
 		if conn, err4 = dialer.DialContext(ctx, "tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port)))); err4 == nil {
 			return nil
@@ -147,7 +149,7 @@ func (s *session) forward(conn *net.TCPConn, stream io.ReadWriteCloser) error {
 	conn.Close()
 	stream.Close()
 	if stream, ok := stream.(interface{ Reset() error }); ok {
-		_ = stream.Reset() // wakes who reads from it, which Close alone doesn't
+		_ = stream.Reset() // wakes its readers, which Close alone doesn't
 	}
 	<-toPod.done
 	<-toClient.done
@@ -158,7 +160,7 @@ func (s *session) forward(conn *net.TCPConn, stream io.ReadWriteCloser) error {
 func (s *session) await(toPod, toClient *copying, stream io.ReadWriteCloser) error {
 	select {
 	case <-toClient.done:
-		// What the pod may still take goes there, while there is any: clients don't always close what they have been told is closed.
+		// The client may still send, and the pod may still read. Not every client closes its side after the pod did.
 		for sent := int64(-1); toClient.err == nil && sent != toPod.moved.Load(); {
 			sent = toPod.moved.Load()
 			if s.within(lingering, toPod.done) {
@@ -167,13 +169,13 @@ func (s *session) await(toPod, toClient *copying, stream io.ReadWriteCloser) err
 		}
 	case <-toPod.done:
 		for s.duplex && !wasReset(stream) && !s.within(lingering, toClient.done) {
-			continue // the answer may take its time
+			continue // the pod may take its time to answer
 		}
 	case <-s.ctx.Done():
 	}
 	switch cause := context.Cause(s.ctx); {
 	case errors.Is(cause, errClientGone):
-		return nil // nobody is there to tell
+		return nil // no client is left to tell
 	case cause != nil:
 		return cause
 	case toClient.over():
@@ -197,8 +199,8 @@ func (s *session) within(limit time.Duration, done <-chan struct{}) bool {
 	}
 }
 
-// wasReset says whether the client has given up a stream that it had not closed before. SPDY streams end their readers the same way
-// for that as for the end of what the client sends, and take what is written without an error.
+// wasReset says whether the client gave up a stream that it had not closed before. A SPDY stream ends its readers
+// the same way after a reset and after the client's last byte, and accepts writes without an error.
 func wasReset(stream io.ReadWriteCloser) bool {
 	spdy, ok := stream.(interface{ IsFinished() bool })
 	return ok && spdy.IsFinished()
@@ -207,7 +209,7 @@ func wasReset(stream io.ReadWriteCloser) bool {
 // copying is one direction of a forward.
 type copying struct {
 	moved atomic.Int64  // bytes
-	done  chan struct{} // closed at the end; err is set then
+	done  chan struct{} // closed once err is set
 	err   error
 }
 

@@ -31,6 +31,8 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 // nodeNetNS is the network namespace that the tests run in. /proc/self stands for the main thread, which stays in a pod's namespace for good
@@ -40,7 +42,7 @@ const nodeNetNS = "/proc/thread-self/ns/net"
 // podNetNS pins a new network namespace with its lo up, as a pod's.
 func podNetNS(t *testing.T) string {
 	t.Helper()
-	require.Zero(t, os.Geteuid(), "root is needed to make network namespaces")
+	roottest.Require(t)
 	path := filepath.Join(t.TempDir(), "netns")
 	require.NoError(t, os.WriteFile(path, nil, 0o444))
 	done := make(chan error)
@@ -97,9 +99,9 @@ func listenIn(t *testing.T, path, address string, f func(*net.TCPConn)) int {
 // forwarding are streams into the pod "s1", which has a network of its own, with the daemon's localhost beside it.
 func forwarding(t *testing.T, config Streaming) (s *streams, netNS string) {
 	netNS = podNetNS(t)
-	pods := map[string]Pod{"s1": {Config: podConfig(), Ready: true, NetNSPath: netNS}}
+	pods := map[string]Sandbox{"s1": {Config: podConfig(), Ready: true, NetNSPath: netNS}}
 	config.Address = "127.0.0.1"
-	s = newStreams(config, func(id string) (Pod, bool) { pod, ok := pods[id]; return pod, ok })
+	s = newStreams(config, func(id string) (Sandbox, bool) { pod, ok := pods[id]; return pod, ok })
 	t.Cleanup(func() { require.NoError(t, s.close()) })
 	return s, netNS
 }
@@ -474,7 +476,7 @@ func TestForwardToADeafClientIsCancelled(t *testing.T) {
 	}))
 	select {
 	case <-sending:
-		t.Fatal("somebody reads")
+		t.Fatal("the client reads")
 	case <-time.After(lingering):
 	}
 	s.endPod("s1")
@@ -543,7 +545,7 @@ func TestForwardByWebSocket(t *testing.T) {
 		got[frame[0]] = append(got[frame[0]], frame[1:]...)
 	}
 	require.Equal(t, string(binary.LittleEndian.AppendUint16(nil, uint16(port)))+"hello", string(got[0]))
-	require.Contains(t, string(got[3]), "70000 is no port")
+	require.Contains(t, string(got[3]), "invalid port 70000")
 	require.NoError(t, ws.Close())
 	<-over
 }
@@ -570,7 +572,7 @@ func TestTicketsAreForOneUse(t *testing.T) {
 		response.Body.Close()
 		require.Equal(t, http.StatusNotFound, response.StatusCode, name)
 	}
-	// Who doesn't speak SPDY is told so.
+	// A client that does not speak SPDY gets an error.
 	odd, err := s.issue("s1", nil)
 	require.NoError(t, err)
 	response, err := http.Post(odd, "", nil)
@@ -598,16 +600,16 @@ func TestTicketsAreForOneUse(t *testing.T) {
 
 // What was a running pod when the URL was handed out may have stopped by the time its client comes.
 func TestForwardIntoAPodThatHasStopped(t *testing.T) {
-	for name, pod := range map[string]*Pod{
+	for name, pod := range map[string]*Sandbox{
 		"gone":         nil,
 		"not ready":    {Config: podConfig(), NetNSPath: "/somewhere"},
 		"without path": {Config: podConfig(), Ready: true},
 		"no namespace": {Config: podConfig(), Ready: true, NetNSPath: os.DevNull},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newStreams(Streaming{Address: "127.0.0.1"}, func(string) (Pod, bool) {
+			s := newStreams(Streaming{Address: "127.0.0.1"}, func(string) (Sandbox, bool) {
 				if pod == nil {
-					return Pod{}, false
+					return Sandbox{}, false
 				}
 				return *pod, true
 			})

@@ -16,43 +16,44 @@ import (
 	"github.com/vishvananda/netlink"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
 const (
-	// defaultInterface is the one that metrics are about, and that stats name first.
+	// defaultInterface is the interface that metrics describe and that stats name first.
 	defaultInterface = "eth0"
-	// maxLinks is how many interfaces of a pod are told of. A pod that may make some can make any number.
+	// maxLinks is how many interfaces per pod an answer has. A pod that may make interfaces can make any number.
 	maxLinks = 100
 )
 
-// PodSandboxStats restores the figures of the pod's network.
+// PodSandboxStats restores the pod's network usage.
 func (s *service) PodSandboxStats(ctx context.Context, r *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
 	resp, err := s.RuntimeServiceServer.PodSandboxStats(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	if id := resp.GetStats().GetAttributes().GetId(); !s.show(ctx, id) {
-		return nil, discarded(id)
-	}
 	s.restoreUsage(ctx, resp.GetStats())
 	return resp, nil
 }
 
-// ListPodSandboxStats restores the figures of the pods' networks. A pod whose figures can't be read is left out, as containerd's service
-// leaves it out of metrics; that service has no stats for anybody then. Without any figures, the error is the answer.
+// ListPodSandboxStats restores the pods' network usage. If the stats of one pod can't be read, the list leaves that
+// pod out, as containerd's service does for metrics; for stats, that service fails the whole list. Without any
+// stats, the error is the answer.
 func (s *service) ListPodSandboxStats(ctx context.Context, r *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
 	resp, err := s.RuntimeServiceServer.ListPodSandboxStats(ctx, r)
 	if err != nil && (ctx.Err() != nil || len(resp.GetStats()) == 0) {
 		return nil, err
 	}
 	s.logUnread(ctx, err, r.GetFilter() == nil)
-	resp.Stats = s.presentableStats(ctx, resp.GetStats())
+	for _, one := range resp.GetStats() { // on one thread: each takes a fraction of a millisecond
+		s.restoreUsage(ctx, one)
+	}
 	return resp, nil
 }
 
-// unreadStats are the errors of the last list, by their texts: the kubelet asks again every ten seconds, and each is a warning once.
+// unreadStats are the errors of the last list, by text. The kubelet lists every ten seconds, and each error is a
+// warning once.
 type unreadStats struct {
 	mu   sync.Mutex
 	said map[string]bool
@@ -61,8 +62,8 @@ type unreadStats struct {
 // unreadOf finds the sandbox in an error of containerd's service.
 var unreadOf = regexp.MustCompile(`for sandbox "([^"]+)"`)
 
-// logUnread logs each pod that a list leaves out because of err, which has a line for each. A list of all pods shows which ones can be read
-// again.
+// logUnread logs each pod that a list leaves out because of err, which has a line per pod. A list of all pods shows
+// which pods can be read again.
 func (s *service) logUnread(ctx context.Context, err error, all bool) {
 	s.unread.mu.Lock()
 	defer s.unread.mu.Unlock()
@@ -84,7 +85,7 @@ func (s *service) logUnread(ctx context.Context, err error, all bool) {
 	s.unread.said = now
 }
 
-// logOfUnread is a logger with the pod that a line is about.
+// logOfUnread returns a log entry with the pod that a line is about.
 func (s *service) logOfUnread(ctx context.Context, line string) *log.Entry {
 	entry := log.G(ctx).WithError(errors.New(line))
 	id := unreadOf.FindStringSubmatch(line)
@@ -92,16 +93,17 @@ func (s *service) logOfUnread(ctx context.Context, line string) *log.Entry {
 		return entry
 	}
 	entry = entry.WithField(tracing.LogSandbox, id[1])
-	if pod, ok := s.sandboxes.Pod(id[1]); ok {
+	if pod, ok := s.sandboxes.Sandbox(id[1]); ok {
 		entry = entry.WithField(tracing.LogPod, records.PodName(pod.Config))
 	}
 	return entry
 }
 
-// statsPerMessage is how many pods' stats one message of a stream has, as of containerd's service.
+// statsPerMessage is how many pods' stats one message of a stream has. It is containerd's own figure.
 const statsPerMessage = 5000
 
-// StreamPodSandboxStats is the list in pieces. containerd's service streams nothing where it can't read the figures of one pod.
+// StreamPodSandboxStats is the list in pieces. containerd's service would stream nothing if it can't read the stats
+// of one pod.
 func (s *service) StreamPodSandboxStats(r *runtime.StreamPodSandboxStatsRequest, stream runtime.RuntimeService_StreamPodSandboxStatsServer) error {
 	list, err := s.ListPodSandboxStats(stream.Context(), &runtime.ListPodSandboxStatsRequest{Filter: r.GetFilter()})
 	if err != nil {
@@ -115,12 +117,10 @@ func (s *service) StreamPodSandboxStats(r *runtime.StreamPodSandboxStatsRequest,
 	return nil
 }
 
-// ListPodSandboxMetrics restores the metrics of the pods' networks.
+// ListPodSandboxMetrics restores the pods' network metrics.
 func (s *service) ListPodSandboxMetrics(ctx context.Context, r *runtime.ListPodSandboxMetricsRequest) (*runtime.ListPodSandboxMetricsResponse, error) {
 	resp, err := s.RuntimeServiceServer.ListPodSandboxMetrics(ctx, r)
-	if resp != nil {
-		resp.PodMetrics = s.presentableMetrics(ctx, resp.GetPodMetrics())
-	}
+	s.restoreMetrics(ctx, resp.GetPodMetrics())
 	return resp, err
 }
 
@@ -135,21 +135,11 @@ type metricsStream struct {
 }
 
 func (m *metricsStream) Send(resp *runtime.StreamPodSandboxMetricsResponse) error {
-	resp.PodSandboxMetrics = m.service.presentableMetrics(m.Context(), resp.GetPodSandboxMetrics())
+	m.service.restoreMetrics(m.Context(), resp.GetPodSandboxMetrics())
 	return m.RuntimeService_StreamPodSandboxMetricsServer.Send(resp)
 }
 
-// presentableStats are the stats that may be shown, with the networks' figures. One pod after the other: it takes a fraction of a
-// millisecond each, and one thread for all.
-func (s *service) presentableStats(ctx context.Context, stats []*runtime.PodSandboxStats) []*runtime.PodSandboxStats {
-	stats = shown(ctx, s, stats, func(one *runtime.PodSandboxStats) string { return one.GetAttributes().GetId() })
-	for _, one := range stats {
-		s.restoreUsage(ctx, one)
-	}
-	return stats
-}
-
-// restoreUsage fills in what the interfaces of a pod of ours have moved.
+// restoreUsage fills in the network usage of a podfsm pod.
 func (s *service) restoreUsage(ctx context.Context, stats *runtime.PodSandboxStats) {
 	_, links, ok := s.linksOf(ctx, stats.GetAttributes().GetId())
 	if !ok {
@@ -172,9 +162,8 @@ func (s *service) restoreUsage(ctx context.Context, stats *runtime.PodSandboxSta
 	ensure(&stats.Linux).Network = usage
 }
 
-// presentableMetrics are the metrics that may be shown, with those of the network before what containerd's service has of a pod of ours.
-func (s *service) presentableMetrics(ctx context.Context, metrics []*runtime.PodSandboxMetrics) []*runtime.PodSandboxMetrics {
-	metrics = shown(ctx, s, metrics, (*runtime.PodSandboxMetrics).GetPodSandboxId)
+// restoreMetrics puts the metrics of the network before what containerd's service has of each podfsm pod.
+func (s *service) restoreMetrics(ctx context.Context, metrics []*runtime.PodSandboxMetrics) {
 	for _, one := range metrics {
 		pod, links, ok := s.linksOf(ctx, one.GetPodSandboxId())
 		if !ok {
@@ -186,10 +175,9 @@ func (s *service) presentableMetrics(ctx context.Context, metrics []*runtime.Pod
 			}
 		}
 	}
-	return metrics
 }
 
-// networkMetrics are those of containerd's ListMetricDescriptors: cAdvisor's, of a pod.
+// networkMetrics are cAdvisor's network metrics of a pod, as in containerd's ListMetricDescriptors.
 func networkMetrics(id string, config *runtime.PodSandboxConfig, link *netlink.LinkAttrs) []*runtime.Metric {
 	now := time.Now().UnixNano()
 	// The pod, its namespace, container, id, image and interface. A pod is neither container nor image.
@@ -221,30 +209,30 @@ func networkMetrics(id string, config *runtime.PodSandboxConfig, link *netlink.L
 
 func value(v uint64) *runtime.UInt64Value { return &runtime.UInt64Value{Value: v} }
 
-// linksOf are the interfaces of a pod of ours that has a network of its own. A network that can't be read is left out, as a pod's may be
-// that is being stopped.
-func (s *service) linksOf(ctx context.Context, id string) (Pod, []*netlink.LinkAttrs, bool) {
-	pod, ok := s.sandboxes.Pod(id)
+// linksOf returns the interfaces of a podfsm pod with a network of its own. It returns none if the network can't be
+// read: the pod may be stopping.
+func (s *service) linksOf(ctx context.Context, id string) (Sandbox, []*netlink.LinkAttrs, bool) {
+	pod, ok := s.sandboxes.Sandbox(id)
 	if !ok || pod.NetNSPath == "" {
-		return Pod{}, nil, false
+		return Sandbox{}, nil, false
 	}
 	links, err := linksIn(pod.NetNSPath)
 	if err != nil {
-		log.G(ctx).WithField(tracing.LogSandbox, id).WithError(err).Debug("podfsm: a pod's network figures are left out")
-		return Pod{}, nil, false
+		log.G(ctx).WithField(tracing.LogSandbox, id).WithError(err).Debug("failed to read pod network stats, left out")
+		return Sandbox{}, nil, false
 	}
 	return pod, links, true
 }
 
-// linksIn reads the interfaces in a network namespace, but for the loopback, as the kernel orders them. All of them have statistics and a
-// name that an answer can carry, whatever the pod has called them.
+// linksIn reads the interfaces in a network namespace except the loopback, in the kernel's order. All of them have
+// statistics, and a name that is valid in a protobuf message, whatever name the pod chose.
 func linksIn(netNS string) ([]*netlink.LinkAttrs, error) {
 	var links []netlink.Link
 	err := ns.WithNetNSPath(netNS, func(ns.NetNS) (err error) {
 		links, err = netlink.LinkList()
 		return err
 	})
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // an interface has come or gone meanwhile
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // an interface appeared or vanished meanwhile
 		return nil, fmt.Errorf("failed to list the interfaces in network namespace %q: %w", netNS, err)
 	}
 	var all []*netlink.LinkAttrs

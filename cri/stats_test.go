@@ -11,14 +11,11 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"github.com/podfsm/podfsm/lifecycle"
 )
 
 // addLinks makes interfaces, bridges because every kernel for pods has them, in a network namespace, in this order.
@@ -56,7 +53,7 @@ func TestPodStatsHaveTheNetwork(t *testing.T) {
 	own, other := podNetNS(t), podNetNS(t)
 	addLinks(t, own, "net0", "eth0")
 	addLinks(t, other, "wlan0")
-	c := &controller{pods: map[string]Pod{
+	c := &controller{pods: map[string]Sandbox{
 		"own":     {Config: podConfig(), NetNSPath: own},
 		"no-eth0": {Config: podConfig(), NetNSPath: other},
 		"on-node": {Config: podConfig(onNode)},
@@ -145,7 +142,7 @@ func TestStatsLeaveOutWhatCantBeRead(t *testing.T) {
 // The kubelet asks every few seconds. What can't be read is a warning when it begins, with the pod, and no more until it has passed.
 func TestStatsLeftOutAreAWarningOnce(t *testing.T) {
 	s := &stock{stats: []*runtime.PodSandboxStats{statsOf("s1")}}
-	front := newFront(t, s, &controller{pods: map[string]Pod{"s2": {Config: podConfig()}}})
+	front := newFront(t, s, &controller{pods: map[string]Sandbox{"s2": {Config: podConfig()}}})
 	gone := func(id string) error {
 		return fmt.Errorf("failed to decode sandbox container metrics for sandbox %q: the cgroup is gone", id)
 	}
@@ -175,7 +172,7 @@ func TestStatsLeftOutAreAWarningOnce(t *testing.T) {
 func TestPodMetricsHaveTheNetwork(t *testing.T) {
 	own := podNetNS(t)
 	addLinks(t, own, "net0", "eth0")
-	c := &controller{pods: map[string]Pod{"own": {Config: podConfig(), NetNSPath: own}, "on-node": {Config: podConfig(onNode)}}}
+	c := &controller{pods: map[string]Sandbox{"own": {Config: podConfig(), NetNSPath: own}, "on-node": {Config: podConfig(onNode)}}}
 	fresh := func() *stock {
 		return &stock{metrics: []*runtime.PodSandboxMetrics{
 			{PodSandboxId: "own", Metrics: []*runtime.Metric{{Name: "stock's"}}},
@@ -199,50 +196,6 @@ func TestPodMetricsHaveTheNetwork(t *testing.T) {
 	check(t, stream.sent[0].GetPodSandboxMetrics())
 }
 
-// Who sees a pod in stats or metrics may use it from then on, as with any other list; one that is discarded isn't shown.
-func TestStatsAndMetricsClaim(t *testing.T) {
-	for name, show := range map[string]func(*service) int{
-		"stats": func(front *service) int {
-			list, err := front.ListPodSandboxStats(t.Context(), &runtime.ListPodSandboxStatsRequest{})
-			require.NoError(t, err)
-			return len(list.GetStats())
-		},
-		"stats as a stream": func(front *service) int {
-			stream := &recorded[runtime.StreamPodSandboxStatsResponse]{}
-			require.NoError(t, front.StreamPodSandboxStats(nil, stream))
-			return len(stream.sent[0].GetPodSandboxStats())
-		},
-		"metrics": func(front *service) int {
-			list, err := front.ListPodSandboxMetrics(t.Context(), &runtime.ListPodSandboxMetricsRequest{})
-			require.NoError(t, err)
-			return len(list.GetPodMetrics())
-		},
-		"metrics as a stream": func(front *service) int {
-			stream := &recorded[runtime.StreamPodSandboxMetricsResponse]{}
-			require.NoError(t, front.StreamPodSandboxMetrics(nil, stream))
-			return len(stream.sent[0].GetPodSandboxMetrics())
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			c := &controller{claims: map[string]lifecycle.Claim{"goes": lifecycle.Discarded}}
-			front := newFront(t, &stock{
-				stats:   []*runtime.PodSandboxStats{statsOf("goes"), statsOf("stays")},
-				metrics: []*runtime.PodSandboxMetrics{{PodSandboxId: "goes"}, {PodSandboxId: "stays"}},
-			}, c)
-			require.Equal(t, 1, show(front))
-			require.Equal(t, lifecycle.Shown, c.claims["stays"])
-		})
-	}
-	t.Run("stats of one", func(t *testing.T) {
-		c := &controller{claims: map[string]lifecycle.Claim{"goes": lifecycle.Discarded}}
-		_, err := newFront(t, &stock{stats: []*runtime.PodSandboxStats{statsOf("goes")}}, c).PodSandboxStats(t.Context(), nil)
-		require.True(t, errdefs.IsNotFound(err), "%v", err)
-		_, err = newFront(t, &stock{stats: []*runtime.PodSandboxStats{statsOf("stays")}}, c).PodSandboxStats(t.Context(), nil)
-		require.NoError(t, err)
-		require.Equal(t, lifecycle.Shown, c.claims["stays"])
-	})
-}
-
 // A pod that may make interfaces must not keep the node's stats from being sent, nor make them huge.
 func TestInterfacesOfAHostilePod(t *testing.T) {
 	netNS := podNetNS(t)
@@ -251,7 +204,7 @@ func TestInterfacesOfAHostilePod(t *testing.T) {
 		names = append(names, fmt.Sprintf("more%d", i))
 	}
 	addLinks(t, netNS, names...)
-	c := &controller{pods: map[string]Pod{"own": {Config: podConfig(), NetNSPath: netNS}}}
+	c := &controller{pods: map[string]Sandbox{"own": {Config: podConfig(), NetNSPath: netNS}}}
 	resp, err := newFront(t, &stock{stats: []*runtime.PodSandboxStats{statsOf("own")}}, c).PodSandboxStats(t.Context(), nil)
 	require.NoError(t, err)
 	_, err = proto.Marshal(resp)

@@ -36,21 +36,24 @@ type Streaming struct {
 	} `json:"x509KeyPairStreaming"`
 }
 
-// ticketLife is how long a URL that was handed out can be used, containerd's own figure; maxTickets is how many may wait.
+// ticketLife is how long a URL stays valid, containerd's own figure. maxTickets is how many URLs may be unused at a
+// time.
 const (
 	ticketLife = time.Minute
 	maxTickets = 1000
 )
 
-// cutTimeout is how long a client's kernel may acknowledge nothing of what it was sent. Its network is cut then, and no other end of the
-// connection is in sight: the kernel's own limits are minutes for a quiet connection and a quarter of an hour for one with data on its way.
+// cutTimeout is how long a client's kernel may acknowledge nothing of what it was sent. After that, the client's
+// network counts as cut. The kernel's own limits are minutes for a quiet connection, and a quarter of an hour for
+// one with data on its way.
 const cutTimeout = 30 * time.Second
 
-// streams serves port forwards into pods that have a network of their own, beside containerd's streaming server, which would
-// connect to the node's localhost: an HTTP server on the same address and a port of its own. It listens from the first request on.
+// streams serves port forwards into pods with a network of their own. It is an HTTP server on the address of
+// containerd's streaming server, which would connect to the node's localhost, and on a port of its own. It listens
+// from the first request on.
 type streams struct {
 	config Streaming
-	pod    func(id string) (Pod, bool)
+	pod    func(id string) (Sandbox, bool)
 	ctx    context.Context // ends with close
 	stop   context.CancelCauseFunc
 	cut    time.Duration // see cutTimeout
@@ -65,20 +68,21 @@ type streams struct {
 	running  sync.WaitGroup // everything that close waits for
 }
 
-// ticket is a request for a forward whose client hasn't come yet.
+// ticket is a URL whose client hasn't connected yet.
 type ticket struct {
 	pod   string
-	ports []int32 // of a WebSocket client, which doesn't name them itself
+	ports []int32 // for a WebSocket client, which doesn't name them itself
 	until time.Time
 }
 
-func newStreams(config Streaming, pod func(id string) (Pod, bool)) *streams {
+func newStreams(config Streaming, pod func(id string) (Sandbox, bool)) *streams {
 	s := &streams{config: config, pod: pod, cut: cutTimeout, tickets: map[string]ticket{}, sessions: map[*session]struct{}{}}
 	s.ctx, s.stop = context.WithCancelCause(context.Background())
 	return s
 }
 
-// issue returns a URL that forwards into a pod, once, within a minute. It fails with Unavailable when it can't be served.
+// issue returns a URL that forwards into a pod, once, within a minute. It fails with Unavailable if the server can't
+// listen.
 func (s *streams) issue(pod string, ports []int32) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,7 +120,7 @@ func (s *streams) listen() error {
 		}
 		address = ip.String()
 	}
-	// A quiet connection carries nothing but these probes that could be acknowledged.
+	// On a quiet connection, the client's kernel has only these probes to acknowledge.
 	keepAlive := net.KeepAliveConfig{Enable: true, Idle: s.cut / 2, Interval: s.cut / 4, Count: 2}
 	listening := net.ListenConfig{KeepAliveConfig: keepAlive}
 	listener, err := listening.Listen(s.ctx, "tcp", net.JoinHostPort(address, "0"))
@@ -140,7 +144,7 @@ func (s *streams) listen() error {
 	}
 	s.running.Go(func() {
 		if err := s.server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			log.L.WithError(err).Error("podfsm: the server of port forwards has ended")
+			log.L.WithError(err).Error("port forward server failed")
 		}
 	})
 	return nil
@@ -149,7 +153,7 @@ func (s *streams) listen() error {
 // connKey finds a request's connection in its context.
 type connKey struct{}
 
-// read parses what containerd's own server has been started with.
+// read parses the configuration of containerd's own server.
 func (c Streaming) read() (idle time.Duration, secure *tls.Config, err error) {
 	idle = streaming.DefaultConfig.StreamIdleTimeout
 	if c.IdleTimeout != "" {
@@ -172,7 +176,7 @@ func (c Streaming) read() (idle time.Duration, secure *tls.Config, err error) {
 	return idle, &tls.Config{Certificates: []tls.Certificate{certificate}, NextProtos: []string{"http/1.1"}}, nil
 }
 
-// selfSigned makes a certificate for the node's name and addresses, as containerd does where none is configured.
+// selfSigned makes a certificate for the node's name and addresses, as containerd does if none is configured.
 func selfSigned() (tls.Certificate, error) {
 	host, err := os.Hostname()
 	if err != nil {
@@ -183,7 +187,7 @@ func selfSigned() (tls.Certificate, error) {
 		return tls.Certificate{}, err
 	}
 	var ips []net.IP
-	var names []string // for clients that look for an address among those
+	var names []string // for clients that look for an address among the names
 	for _, address := range addresses {
 		if network, ok := address.(*net.IPNet); ok {
 			ips, names = append(ips, network.IP), append(names, network.IP.String())
@@ -196,7 +200,7 @@ func selfSigned() (tls.Certificate, error) {
 	return tls.X509KeyPair(chain, key)
 }
 
-// serve takes a client that comes with a ticket. It returns when the client's connection has ended.
+// serve serves a client with a ticket. It returns when the client's connection has ended.
 func (s *streams) serve(w http.ResponseWriter, r *http.Request) {
 	session, err := s.begin(r)
 	if err != nil {
@@ -220,7 +224,7 @@ func (s *streams) begin(r *http.Request) (*session, error) {
 	case s.closed:
 		return nil, errClosed
 	case !ok || time.Now().After(ticket.until):
-		return nil, errors.New("this URL was never handed out, was used, or is older than a minute")
+		return nil, errors.New("this URL is unknown, used, or older than a minute")
 	}
 	one := newSession(s, r, ticket)
 	s.sessions[one] = struct{}{}
@@ -237,7 +241,7 @@ func (s *streams) end(one *session) {
 	s.running.Done()
 }
 
-// enter counts a forward in, until leave is called.
+// enter counts a forward in until the caller calls leave.
 func (s *streams) enter() (leave func(), _ error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -248,7 +252,7 @@ func (s *streams) enter() (leave func(), _ error) {
 	return s.running.Done, nil
 }
 
-// endPod ends all forwards into a pod, and the connections of their clients.
+// endPod ends all forwards into a pod, and their clients' connections.
 func (s *streams) endPod(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -259,7 +263,7 @@ func (s *streams) endPod(id string) {
 	}
 }
 
-// close ends the server and everything that it serves, and waits for it.
+// close ends the server and all that it serves, and waits for the end.
 func (s *streams) close() error {
 	s.mu.Lock()
 	s.closed = true

@@ -12,7 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroups tells the version and who makes them. The systemd driver needs a systemd.
+// cgroups checks the cgroup version and the drivers of the handlers. The systemd driver needs a
+// running systemd.
 func cgroups(_ context.Context, n Node) []Finding {
 	version, err := n.cgroupVersion()
 	if err != nil {
@@ -27,7 +28,7 @@ func cgroups(_ context.Context, n Node) []Finding {
 		if g.of {
 			finding = n.systemdDriver(version)
 		}
-		if finding.Verdict == OK {
+		if finding.Status == OK {
 			finding = n.compareDrivers(version, finding, g.of)
 		}
 		finding.Subject = g.subject()
@@ -39,7 +40,8 @@ func cgroups(_ context.Context, n Node) []Finding {
 	return found
 }
 
-// systemdDriver is the finding for handlers with SystemdCgroup = true. sd_booted(3) has the test.
+// systemdDriver returns the finding for handlers with SystemdCgroup = true. It tests for systemd
+// like sd_booted(3).
 func (n Node) systemdDriver(version string) Finding {
 	evidence := fmt.Sprintf("cgroup %s, driver systemd", version)
 	if info, err := os.Stat(n.SystemdDir); err != nil || !info.IsDir() {
@@ -48,8 +50,9 @@ func (n Node) systemdDriver(version string) Finding {
 	return ok(evidence)
 }
 
-// compareDrivers compares a handler's driver with the kubelet's, as far as that is known. It stops no pods: those whose cgroup parent
-// isn't for the handler are refused by that, and a kubelet that is another than it seems has its pods run.
+// compareDrivers compares a handler's driver with the kubelet's, if that is known. It stops no
+// pods, because the kubelet's driver may be detected wrongly. The handler itself refuses a pod
+// whose cgroup parent doesn't fit its driver.
 func (n Node) compareDrivers(version string, finding Finding, systemd bool) Finding {
 	kubelet, evidence := n.kubeletDriver(version)
 	switch {
@@ -64,15 +67,16 @@ func (n Node) compareDrivers(version string, finding Finding, systemd bool) Find
 	}
 }
 
-// cgroupsOfPods are the names of the cgroup of all pods that a kubelet makes, by its driver: at the top, or below /kubelet, as in a node of
-// kind. Elsewhere they may be those of another node's kubelet.
+// cgroupsOfPods are the kubelet's cgroups for all pods by driver: at the top, or below /kubelet, as
+// in a node of kind. Elsewhere, they may be from the kubelet of another node.
 var cgroupsOfPods = map[string][]string{
 	"systemd":  {"kubepods.slice", "kubelet.slice/kubelet-kubepods.slice"},
 	"cgroupfs": {"kubepods", "kubelet/kubepods"},
 }
 
-// kubeletDriver is the cgroup driver of the kubelet, "" where it is unknown, and the evidence: the cgroup that the kubelet has made for all
-// pods. A kubelet that has made none yet takes the driver that containerd tells.
+// kubeletDriver returns the cgroup driver of the kubelet, "" if unknown, and the evidence: the
+// kubelet's cgroup for all pods. Before the kubelet has made that cgroup, kubeletDriver returns the
+// driver that containerd reports to the kubelet.
 func (n Node) kubeletDriver(version string) (driver, evidence string) {
 	tops := filepath.Join(n.Sys, "fs/cgroup")
 	if version != v2 {
@@ -84,20 +88,21 @@ func (n Node) kubeletDriver(version string) (driver, evidence string) {
 			switch {
 			case len(found) == 0:
 			case driver != "" && driver != ofDriver:
-				return "", "" // it was changed, and one is from before
+				return "", "" // the driver was changed, and the old cgroup is still there
 			default:
 				driver, evidence = ofDriver, "there is "+found[0]
 			}
 		}
 	}
 	if driver == "" {
-		return n.Config.CgroupDriver, "containerd tells it so, by its default handler"
+		return n.Config.CgroupDriver, "containerd reports the driver of its default handler"
 	}
 	return driver, evidence
 }
 
-// ToldDriver is the cgroup driver that containerd tells the kubelet to use: by its default handler, where that has options for runc's shim,
-// else what it finds on the node, which is "" here.
+// ToldDriver returns the cgroup driver that containerd reports to the kubelet: that of its default
+// handler, if the handler has options for runc's shim. Otherwise containerd detects the driver on
+// the node, and ToldDriver returns "".
 func ToldDriver(options, systemdCgroup bool) string {
 	switch {
 	case !options:
@@ -109,15 +114,15 @@ func ToldDriver(options, systemdCgroup bool) string {
 	}
 }
 
-// v2 is the version where all controllers are in one hierarchy.
+// v2 is the version with all controllers in one hierarchy.
 const v2 = "v2"
 
-// cgroupVersion is "v2", "v1", or "v1 with v2 beside it".
+// cgroupVersion returns "v2", "v1 (CONTROLLERS)", or "v1 with v2 beside it".
 func (n Node) cgroupVersion() (string, error) {
 	root := filepath.Join(n.Sys, "fs/cgroup")
 	var stat unix.Statfs_t
 	if err := unix.Statfs(root, &stat); err != nil {
-		return "", fmt.Errorf("failed to look at %s: %w", root, err)
+		return "", fmt.Errorf("failed to stat %s: %w", root, err)
 	}
 	if stat.Type == unix.CGROUP2_SUPER_MAGIC {
 		return v2, nil

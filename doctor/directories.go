@@ -10,27 +10,29 @@ import (
 	"strings"
 )
 
-// taskDir is where containerd's runtime has the bundles with the pods' root filesystems, below its state directory.
+// taskDir is the directory of the bundles with the pods' root filesystems, below containerd's state
+// directory.
 const taskDir = "io.containerd.runtime.v2.task"
 
-// directories looks whether the ids of a pod may pass to its root filesystem, which is mounted in a bundle: the runtime enters it with
-// them. What else containerd has below its directories is mounted by root, whatever their modes.
+// directories checks that all users can traverse to the pods' root filesystems, which are mounted
+// in bundles: the runtime enters them with the pod's ids. Everything else is mounted by root, so
+// its modes don't matter.
 func directories(_ context.Context, n Node) []Finding {
 	closed, err := closedAbove(filepath.Join(n.State, taskDir, "k8s.io"))
 	if err != nil {
-		return []Finding{unknown(err.Error(), "look at the directories above "+n.State)}
+		return []Finding{unknown(err.Error(), "check the directories above "+n.State)}
 	}
 	if len(closed) == 0 {
-		return []Finding{ok("all may pass to the root filesystems below " + filepath.Join(n.State, taskDir))}
+		return []Finding{ok("all users can traverse to the root filesystems below " + filepath.Join(n.State, taskDir))}
 	}
 	var texts []string
 	for _, d := range closed {
 		texts = append(texts, fmt.Sprintf("%s has mode %04o", d.path, d.mode))
 	}
-	return []Finding{fail(UserNSPods, strings.Join(texts, ", ")+": the ids of a pod may not pass to its root filesystem", "chmod o+x "+paths(closed))}
+	return []Finding{fail(UserNSPods, strings.Join(texts, ", ")+": a pod's ids can't traverse to its root filesystem", "chmod o+x "+paths(closed))}
 }
 
-// closedDir is a directory that not all may pass.
+// closedDir is a directory that not all users can traverse.
 type closedDir struct {
 	path string
 	mode fs.FileMode
@@ -44,8 +46,8 @@ func paths(dirs []closedDir) string {
 	return strings.Join(all, " ")
 }
 
-// closedAbove are the directories from the root to path, path included, that not all may pass, outermost first. Those that aren't there
-// yet are made with the right mode.
+// closedAbove returns the directories from the root to path, including path, that not all users can
+// traverse, outermost first. Missing directories don't count: they are made with the right mode.
 func closedAbove(path string) (closed []closedDir, err error) {
 	for dir := path; ; dir = filepath.Dir(dir) {
 		info, err := os.Stat(dir)

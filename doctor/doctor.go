@@ -1,11 +1,12 @@
-// Package doctor looks at whether a node has what podfsm's pods need, and says what to do where it hasn't.
+// Package doctor examines whether a node has what podfsm's pods need, and gives the remedy for what
+// it lacks.
 //
-// Every check tries for real what it can try, and changes nothing that stays: what it makes is in a directory or in a mount namespace of
-// its own, and gone when it is done. A check says what it has seen (its evidence), not what ought to be.
+// Every check tries what it can try, and leaves nothing behind: it works in a directory or a mount
+// namespace of its own and removes both. A check reports its evidence: what it has seen.
 //
-// The daemon examines itself when it starts, and whenever somebody runs "podfsm doctor". While it is down the CLI examines the node as
-// far as that goes without the daemon's configuration. Before podfsm is in place at all, the CLI examines the node by what the containerd
-// that is there tells (Stock).
+// The daemon examines itself at its start and for each "podfsm doctor". While the daemon is down,
+// the CLI examines the node without the daemon's configuration. Before podfsm is installed, the CLI
+// examines the node by the configuration of its containerd (Stock).
 package doctor
 
 import (
@@ -20,40 +21,42 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// Verdict is what comes out of a check.
-type Verdict string
+// Status is the result of a check.
+type Status string
 
-// Verdicts, from good to bad.
+// Statuses, from good to bad.
 const (
-	OK      Verdict = "ok"
-	Unknown Verdict = "unknown" // it could not be found out
-	Warn    Verdict = "warn"    // pods run, but something is missing or will be
-	Fail    Verdict = "fail"    // some or all pods don't run
+	OK      Status = "ok"
+	Unknown Status = "unknown" // the check could not find out
+	Warn    Status = "warn"    // pods run, but something is missing or soon will be
+	Fail    Status = "fail"    // some or all pods don't run
 )
 
-// Pods are those that can't run with what a check has found.
+// Pods is a kind of pods that can't run because of a finding.
 type Pods string
 
-// Pods that need something.
+// Kinds of pods.
 const (
 	NoPods      Pods = ""
 	AllPods     Pods = "all"
 	UserNSPods  Pods = "with a user namespace"
 	NetworkPods Pods = "with a network of their own"
-	// TmpfsPods are refused with their containers: what volumes a pod has isn't known before.
+	// TmpfsPods are refused with their containers, because podfsm doesn't know a pod's volumes
+	// before.
 	TmpfsPods Pods = "with a user namespace and a volume on tmpfs"
 )
 
-// Finding is what one check says of the node, or of one of several things that it looks at.
+// Finding is a result of one check, for the node or for one of several subjects.
 type Finding struct {
 	Check   string
-	Subject string // what was looked at, where a check looks at several things
-	Verdict Verdict
-	// Evidence is what was seen: a number, a path, an error.
+	Subject string // "" for the node
+	Status  Status
+	// Evidence is what the check has seen: a number, a path, an error.
 	Evidence string
-	// Remedy is what to do about it. Empty for OK.
+	// Remedy is what the operator can do; "" for OK.
 	Remedy string
-	// Stops are the pods that podfsm refuses because of it, and Handlers the runtime handlers that they are of, all where it is nil.
+	// Stops are the pods that podfsm refuses because of the finding. Handlers are their runtime
+	// handlers; nil for all.
 	Stops    Pods
 	Handlers []string
 }
@@ -65,7 +68,7 @@ type Need struct {
 	Network bool   // a network namespace of its own
 }
 
-// stops says whether a pod with this need can't run.
+// stops says whether a pod with this need can't run because of the finding.
 func (f Finding) stops(need Need) bool {
 	if f.Handlers != nil && !slices.Contains(f.Handlers, need.Handler) {
 		return false
@@ -82,13 +85,13 @@ func (f Finding) stops(need Need) bool {
 	}
 }
 
-// check is one thing that is looked at. It returns at least one finding, without the check's name.
+// check is one check. look returns at least one finding, without the check's name.
 type check struct {
 	name string
 	look func(context.Context, Node) []Finding
 }
 
-// checks are all, in the order in which they are shown.
+// checks are all checks, in the order of display.
 var checks = []check{
 	{"podfsm", controller},
 	{"kernel", kernel},
@@ -112,22 +115,22 @@ var checks = []check{
 	{"id pool", idPool},
 	{"ledger", ledger},
 	{"disk space", diskSpace},
-	{"debts", debts},
+	{"pending cleanups", pendingCleanups},
 }
 
 const (
-	// checkTimeout bounds each check. They all run at the same time.
+	// checkTimeout bounds each check. All checks run in parallel.
 	checkTimeout = 5 * time.Second
-	// firstWait is how long after New a pod waits for the first examination: until then nobody knows what the node lacks.
+	// firstWait is how long after New a pod waits for the first examination.
 	firstWait = 2 * time.Second
 )
 
-// Doctor examines one node, and remembers what it found last. Its methods may be called by many goroutines.
+// Doctor examines one node and keeps the last findings. It is safe for concurrent use.
 type Doctor struct {
 	node    Node
 	ctx     context.Context // ends with Close
 	close   context.CancelFunc
-	running singleflight.Group // a check that hangs is joined by the next examination, so there is one of it at most
+	running singleflight.Group // so a check that hangs runs only once: the next examination joins it
 
 	examined chan struct{} // closed at the end of the first examination
 	once     sync.Once
@@ -144,11 +147,11 @@ func New(node Node) *Doctor {
 	return d
 }
 
-// Close ends what the doctor does.
+// Close ends all checks.
 func (d *Doctor) Close() { d.close() }
 
-// Examine makes all checks and returns what they found, in a fixed order. It takes checkTimeout at most, and ends with ctx: a check that
-// hasn't come to its end by then is Unknown.
+// Examine makes all checks and returns their findings, in a fixed order. It takes at most
+// checkTimeout, and ends with ctx. A check that has not ended by then is Unknown.
 func (d *Doctor) Examine(ctx context.Context) []Finding {
 	defer d.once.Do(func() { close(d.examined) })
 	all := checks
@@ -164,7 +167,7 @@ func (d *Doctor) Examine(ctx context.Context) []Finding {
 	return slices.Concat(found...)
 }
 
-// run makes one check, or joins it where it is being made, and remembers what came out.
+// run makes one check, or joins it if it is running, and keeps its findings.
 func (d *Doctor) run(ctx context.Context, c check) []Finding {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -182,19 +185,19 @@ func (d *Doctor) run(ctx context.Context, c check) []Finding {
 		return result.Val.([]Finding)
 	case <-ctx.Done():
 		return []Finding{{
-			Check: c.name, Verdict: Unknown, Evidence: "the check has not come to an end: " + ctx.Err().Error(),
-			Remedy: "look for a filesystem that doesn't answer, and try again",
+			Check: c.name, Status: Unknown, Evidence: "the check did not end: " + ctx.Err().Error(),
+			Remedy: "find the filesystem that doesn't answer, and try again",
 		}}
 	}
 }
 
-// run makes the check, also where it panics.
+// run makes the check. A panic is a finding, too.
 func (c check) run(ctx context.Context, node Node) (found []Finding) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	defer func() {
 		if p := recover(); p != nil {
-			found = []Finding{{Verdict: Unknown, Evidence: fmt.Sprintf("the check panicked: %v", p), Remedy: "report this as a bug of podfsm"}}
+			found = []Finding{{Status: Unknown, Evidence: fmt.Sprintf("the check panicked: %v", p), Remedy: "report this as a bug of podfsm"}}
 		}
 		for i := range found {
 			found[i].Check = c.name
@@ -203,8 +206,9 @@ func (c check) run(ctx context.Context, node Node) (found []Finding) {
 	return c.look(ctx, node)
 }
 
-// Admit fails with FailedPrecondition, naming the remedy, if a pod needs what the node was seen to lack. What was seen is looked at again
-// first, so a node that was repaired runs pods at once. The first examination is waited for, for a short while.
+// Admit fails with FailedPrecondition and the remedy if the node lacks what a pod needs. It repeats
+// the failed check first, so a repaired node runs pods at once. It waits at most firstWait for the
+// first examination.
 func (d *Doctor) Admit(ctx context.Context, need Need) error {
 	if err := d.awaitFirst(ctx); err != nil {
 		return err
@@ -221,20 +225,43 @@ func (d *Doctor) Admit(ctx context.Context, need Need) error {
 	return nil
 }
 
-// awaitFirst waits for the first examination, but not longer than firstWait after New.
+// Failed says for each check whether its last run failed. A check that was not made, or is Unknown,
+// has not failed.
+func (d *Doctor) Failed() map[string]bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	failed := map[string]bool{}
+	for _, c := range checks {
+		failed[c.name] = slices.ContainsFunc(d.known[c.name], func(f Finding) bool { return f.Status == Fail })
+	}
+	return failed
+}
+
+// FailedChecks returns the names of the checks whose last run failed, in the order of the checks.
+func (d *Doctor) FailedChecks() (names []string) {
+	failed := d.Failed()
+	for _, c := range checks {
+		if failed[c.name] {
+			names = append(names, c.name)
+		}
+	}
+	return names
+}
+
+// awaitFirst waits for the first examination, at most until firstWait after New.
 func (d *Doctor) awaitFirst(ctx context.Context) error {
-	patience := time.NewTimer(time.Until(d.begun.Add(firstWait)))
-	defer patience.Stop()
+	timer := time.NewTimer(time.Until(d.begun.Add(firstWait)))
+	defer timer.Stop()
 	select {
 	case <-d.examined:
-	case <-patience.C:
+	case <-timer.C:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	return nil
 }
 
-// stopping is a known finding of a check that keeps a pod from running; nil when there is none.
+// stopping returns a kept finding of a check that stops a pod; nil for none.
 func (d *Doctor) stopping(check string, need Need) *Finding {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -246,5 +273,5 @@ func (d *Doctor) stopping(check string, need Need) *Finding {
 	return nil
 }
 
-// Title is the check and what it looked at.
+// Title returns the check and its subject.
 func (f Finding) Title() string { return strings.TrimSpace(f.Check + " " + f.Subject) }

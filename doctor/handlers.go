@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// controller says whether podfsm itself runs pods, or will.
+// controller checks whether podfsm runs pods, or will run pods once it is installed.
 func controller(_ context.Context, n Node) []Finding {
 	if n.Stock != nil {
 		return n.notYet()
@@ -19,19 +19,19 @@ func controller(_ context.Context, n Node) []Finding {
 		return []Finding{fail(NoPods, err.Error(), "correct what it names and restart containerd: until then podfsm refuses every pod")}
 	}
 	if since, draining := n.Draining(); draining {
-		return []Finding{fail(NoPods, fmt.Sprintf("it is being drained since %s and takes no new pods", since.Format(time.RFC3339)),
+		return []Finding{fail(NoPods, fmt.Sprintf("draining since %s, new pods are refused", since.Format(time.RFC3339)),
 			"podfsm drain --cancel, unless the node is on its way to a containerd without podfsm")}
 	}
-	return []Finding{ok("it runs pods")}
+	return []Finding{ok("podfsm runs pods")}
 }
 
-// handlers lists those of podfsm's.
+// handlers lists podfsm's runtime handlers.
 func handlers(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
 	}
 	if len(n.Config.Handlers) == 0 {
-		return []Finding{warn("no runtime handler has sandboxer = \"podfsm\", so podfsm runs no pods",
+		return []Finding{warn("no runtime handler has sandboxer = \"podfsm\", so no pod uses podfsm",
 			"set sandboxer = \"podfsm\" in [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.NAME] and restart containerd")}
 	}
 	var texts []string
@@ -48,7 +48,7 @@ func handlers(_ context.Context, n Node) []Finding {
 	return []Finding{ok(strings.Join(texts, ", "))}
 }
 
-// snapshotters looks whether they are there and say that they map ids.
+// snapshotters checks that the handlers' snapshotters are loaded and offer remap-ids.
 func snapshotters(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -73,10 +73,10 @@ func snapshotters(_ context.Context, n Node) []Finding {
 	return orNone(found)
 }
 
-// orNone is what checks of handlers say that find none.
+// orNone returns the findings, or one finding if podfsm has no handlers.
 func orNone(found []Finding) []Finding {
 	if len(found) == 0 {
-		return []Finding{ok("no handler is podfsm's")}
+		return []Finding{ok("podfsm has no runtime handler")}
 	}
 	return found
 }

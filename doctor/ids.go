@@ -8,7 +8,7 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// idPool reads subuid(5) and subgid(5), where the pool comes from there.
+// idPool checks subuid(5) and subgid(5), if the pool is from these files.
 func idPool(_ context.Context, n Node) []Finding {
 	switch {
 	case n.Config == nil:
@@ -16,7 +16,7 @@ func idPool(_ context.Context, n Node) []Finding {
 	case !n.Config.Pool:
 		return []Finding{ok("no pool is configured")}
 	case n.Config.PoolUser == "":
-		return []Finding{ok("its ranges are in userns_pool.ranges")}
+		return []Finding{ok("the pool is userns_pool.ranges")}
 	}
 	subuid, subgid := filepath.Join(n.Etc, "subuid"), filepath.Join(n.Etc, "subgid")
 	ranges, err := userns.SubIDs(n.Config.PoolUser, subuid, subgid)

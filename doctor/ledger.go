@@ -12,17 +12,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Space below which podfsm can't write its records, and below which it soon can't. A pod's are a few KiB.
+// Free space below which podfsm can't write records, and below which it warns. The records of a pod
+// have a few KiB.
 const (
 	noBytes, fewBytes   = 1 << 20, 64 << 20
 	noInodes, fewInodes = 16, 1000
 )
 
-// ledger says how the two files are.
+// ledger checks the files of the ledger.
 func ledger(_ context.Context, n Node) []Finding {
 	l, err := n.Ledger()
 	if err != nil {
-		return []Finding{fail(NoPods, err.Error(), "see \"When the ledger is damaged\" in the operators' page")}
+		return []Finding{fail(NoPods, err.Error(), "see docs/runbooks/quarantined.md on a damaged ledger")}
 	}
 	if len(l.Damaged) > 0 {
 		var texts, files []string
@@ -32,32 +33,33 @@ func ledger(_ context.Context, n Node) []Finding {
 		return []Finding{warn("damaged: "+strings.Join(texts, "; "), damagedRemedy(files))}
 	}
 	if len(l.Files) == 0 {
-		return []Finding{ok("there is none yet in " + strings.Join(l.Dirs, " and "))}
+		return []Finding{ok("no ledger yet in " + strings.Join(l.Dirs, " and "))}
 	}
 	var texts []string
 	for _, file := range l.Files {
 		info, err := os.Stat(file)
 		if err != nil {
-			return []Finding{fail(NoPods, err.Error(), "drain the node and restart containerd: what only that file had is lost with it")}
+			return []Finding{fail(NoPods, err.Error(), "drain the node and restart containerd: records that only that file had are lost")}
 		}
 		texts = append(texts, fmt.Sprintf("%s has %s", file, units.BytesSize(float64(info.Size()))))
 	}
 	return []Finding{ok(strings.Join(texts, "; ") + "; " + stateOn(n.State))}
 }
 
-// stateOn says whether the state directory is on a tmpfs, which makes the records of steps as fast as they are meant to be. Pods run with
-// either.
+// stateOn says whether the state directory is on a tmpfs. Pods run without one, but their steps are
+// slower.
 func stateOn(dir string) string {
 	var stat unix.Statfs_t
 	if err := unix.Statfs(dir, &stat); err == nil && stat.Type == unix.TMPFS_MAGIC {
 		return "the state directory is on a tmpfs"
 	}
-	return "the state directory is on no tmpfs, so each step's record costs a write to a disk"
+	return "the state directory is not on a tmpfs, so each record of a step is written to a disk"
 }
 
-// damagedRemedy differs for files that are kept aside, which nobody but the operator needs, and those in use.
+// damagedRemedy returns the remedy. The operator removes files that are kept aside, but not those
+// in use.
 func damagedRemedy(files []string) string {
-	const look = "see with podfsm ps and podfsm leaks what became of the pods"
+	const look = "check the pods with podfsm ps and podfsm leaks"
 	aside := slices.DeleteFunc(files, func(file string) bool { return !strings.Contains(filepath.Base(file), ".damaged-") })
 	if len(aside) == 0 {
 		return "start containerd, which sets the file aside, and " + look
@@ -65,7 +67,7 @@ func damagedRemedy(files []string) string {
 	return look + ", then rm " + strings.Join(aside, " ")
 }
 
-// diskSpace looks at the filesystems of the ledger and of the snapshots.
+// diskSpace checks the filesystems of the ledger and of the snapshots.
 func diskSpace(_ context.Context, n Node) []Finding {
 	l, err := n.Ledger()
 	if err != nil && len(l.Dirs) == 0 {
@@ -90,11 +92,12 @@ func diskSpace(_ context.Context, n Node) []Finding {
 	return found
 }
 
-// spaceIn says what is free on the filesystem of a directory. A filesystem without a number of inodes makes them as needed.
+// spaceIn checks the free space of a directory's filesystem. It ignores inodes if the filesystem
+// makes them as needed.
 func spaceIn(dir string) Finding {
 	var stat unix.Statfs_t
 	if err := unix.Statfs(dir, &stat); err != nil {
-		return unknown(fmt.Sprintf("failed to look at %s: %v", dir, err), "df "+dir)
+		return unknown(fmt.Sprintf("failed to get the free space of %s: %v", dir, err), "df "+dir)
 	}
 	bytes := stat.Bavail * uint64(stat.Bsize)
 	inodes, counted := stat.Ffree, stat.Files > 0
@@ -112,15 +115,15 @@ func spaceIn(dir string) Finding {
 	}
 }
 
-// debts counts what is owed.
-func debts(_ context.Context, n Node) []Finding {
+// pendingCleanups counts the sandboxes with a pending cleanup.
+func pendingCleanups(_ context.Context, n Node) []Finding {
 	l, err := n.Ledger()
 	switch {
 	case err != nil:
 		return []Finding{unknown(err.Error(), "see the check ledger")}
-	case l.Owed > 0:
-		return []Finding{warn(fmt.Sprintf("sandboxes whose cleanup is owed: %d", l.Owed), "podfsm cleanups names the causes; remove them, or write the cleanups off")}
+	case l.Pending > 0:
+		return []Finding{warn(fmt.Sprintf("sandboxes with a pending cleanup: %d", l.Pending), "podfsm cleanups shows the causes; remove them, or write the cleanups off")}
 	default:
-		return []Finding{ok("nothing is owed")}
+		return []Finding{ok("no cleanup is pending")}
 	}
 }

@@ -12,9 +12,10 @@ import (
 )
 
 const (
-	// fewKeys are so few keys for one user that the containers of a node's pods can use them up: runc makes one for each.
+	// fewKeys is the number of keys per user below which the check warns: runc makes a key per
+	// container.
 	fewKeys = 1000
-	// fewInotify are so few inotify instances that the programs of a node's pods can use them up.
+	// fewInotify is the number of inotify instances per user below which the check warns.
 	fewInotify = 1024
 
 	keysRemedy     = "sysctl -w kernel.keys.maxkeys=20000 kernel.keys.maxbytes=2000000, and put it into /etc/sysctl.d"
@@ -22,7 +23,8 @@ const (
 	inotifyRemedy  = "sysctl -w fs.inotify.max_user_instances=8192, and put it into /etc/sysctl.d"
 )
 
-// keys reads how many keys (keyrings(7)) each user of the host may have, and has. A container whose user has no more fails to start.
+// keys checks the limit and the number of keys of each user, see keyrings(7). Once a user has no
+// keys left, its containers fail to start.
 func keys(_ context.Context, n Node) []Finding {
 	limit, err := n.number("sys/kernel/keys/maxkeys")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -53,8 +55,8 @@ func keys(_ context.Context, n Node) []Finding {
 	}
 }
 
-// nearLimit is the user of /proc/key-users who has at least four fifths of the keys, or of their bytes, that it may have: root before all
-// others, then the first; "" for none. A limit of 0 is none to be near to.
+// nearLimit returns a user of /proc/key-users with at least four fifths of its allowed keys or
+// bytes: root, or else the first; "" for none. It ignores a limit of 0.
 func nearLimit(users string) (user, remedy string) {
 	for line := range strings.Lines(users) {
 		var uid, usage, keys, instantiated, has, most, bytes, mostBytes int
@@ -73,7 +75,7 @@ func nearLimit(users string) (user, remedy string) {
 	return user, remedy
 }
 
-// sharedUsers are the runtime handlers whose pods all have the same users.
+// sharedUsers returns the runtime handlers whose pods all share their users.
 func (n Node) sharedUsers() (handlers []string) {
 	if n.Config == nil {
 		return nil
@@ -86,8 +88,8 @@ func (n Node) sharedUsers() (handlers []string) {
 	return handlers
 }
 
-// inotify reads how many inotify instances (inotify(7)) a user of the host may have. Those of a program in a user namespace count as the
-// node's root's, too, who has made the user namespace.
+// inotify checks the limit of inotify instances per user, see inotify(7). Instances in a user
+// namespace also count for the node's root, who made the namespace.
 func inotify(_ context.Context, n Node) []Finding {
 	limit, err := n.number("sys/fs/inotify/max_user_instances")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -103,7 +105,7 @@ func inotify(_ context.Context, n Node) []Finding {
 	return []Finding{ok(evidence)}
 }
 
-// number is the number in a file below /proc.
+// number returns the number in a file below /proc.
 func (n Node) number(path string) (int, error) {
 	text, err := n.read(path)
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
-// networks reads the CNI configurations and looks for their plugins.
+// networks checks the CNI configurations and their plugins.
 func networks(ctx context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -56,13 +56,13 @@ func networksIn(ctx context.Context, plugins host.Groups, config cni.Config) Fin
 	return ok(strings.Join(texts, "; "))
 }
 
-// describe is a network in a few words.
+// describe returns a network's name, plugins and version.
 func describe(n cni.Network) string {
 	var list struct {
 		Version string `json:"cniVersion"`
 		Plugins []struct{ Type string }
 	}
-	_ = json.Unmarshal(n.Conflist, &list) // Load has read it
+	_ = json.Unmarshal(n.Conflist, &list) // never fails: Load has decoded it
 	var types []string
 	for _, p := range list.Plugins {
 		types = append(types, p.Type)
@@ -74,12 +74,13 @@ func describe(n cni.Network) string {
 	return text
 }
 
-// netNSDirectory looks whether namespaces can be pinned in the directory, and other processes see them there.
+// netNSDirectory checks that namespaces can be pinned in the directory, and that other mount
+// namespaces see the pins.
 func netNSDirectory(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
 	}
-	dir := existing(n.Config.NetNSDir) // which the first pod makes
+	dir := existing(n.Config.NetNSDir) // the first pod makes the directory
 	if err := tryDirectory(dir); err != nil {
 		return []Finding{fail(NetworkPods, err.Error(), fmt.Sprintf("make %s a directory on a filesystem that can be written", dir))}
 	}
@@ -102,7 +103,7 @@ func netNSDirectory(_ context.Context, n Node) []Finding {
 	}
 }
 
-// ofSandboxes are the pins that have the names of podfsm's. Others' may be covered on purpose.
+// ofSandboxes returns the pins with podfsm's names. Other pins may be covered on purpose.
 func ofSandboxes(pins []string) []string {
 	return slices.DeleteFunc(pins, func(name string) bool {
 		_, ours := leaks.Pinned(name)
@@ -110,14 +111,14 @@ func ofSandboxes(pins []string) []string {
 	})
 }
 
-// tryDirectory makes a file in dir that has no name, so that nothing of it stays, and then, in a mount namespace of its own, a shared mount
-// of dir.
+// tryDirectory makes an unnamed file in dir, and a shared mount of dir in a new mount namespace.
+// Nothing of both stays.
 func tryDirectory(dir string) error {
 	file, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_WRONLY, 0o444)
 	switch {
 	case err == nil:
 		file.Close()
-	case !errors.Is(err, unix.EOPNOTSUPP): // of some filesystems
+	case !errors.Is(err, unix.EOPNOTSUPP): // some filesystems have no unnamed files
 		return fmt.Errorf("failed to make a file in %s: %w", dir, errors.Unwrap(err))
 	}
 	return remapping.InMountNamespace(func() error {
@@ -131,7 +132,7 @@ func tryDirectory(dir string) error {
 	})
 }
 
-// isShared says whether what is mounted in dir is seen in other mount namespaces, and which mount dir is on.
+// isShared says whether dir is on a shared mount, and returns the mount's path.
 func isShared(dir string) (shared bool, mount string, err error) {
 	real, err := filepath.EvalSymlinks(dir)
 	if err != nil {
@@ -141,7 +142,7 @@ func isShared(dir string) (shared bool, mount string, err error) {
 	if err != nil || len(mounts) == 0 {
 		return false, "", errors.Join(err, fs.ErrNotExist)
 	}
-	// The one with the longest path; of several there, the last one hides the others.
+	// The mount with the longest path. If there are several, the last one covers the others.
 	over := mounts[0]
 	for _, m := range mounts {
 		if len(m.Mountpoint) >= len(over.Mountpoint) {

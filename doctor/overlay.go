@@ -13,15 +13,15 @@ import (
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
-// Strategy is a way in which files get the owners of a user namespace, and whether it works.
+// Strategy is a way to remap the owners of files for a user namespace, and whether it works.
 type Strategy struct {
-	Name     string // as "idmap" or "metacopy"
+	Name     string // such as "idmap" or "metacopy"
 	Works    bool
-	Evidence string // what was seen
-	Remedy   string // what would make it work; "" where it does
+	Evidence string
+	Remedy   string // "" if it works
 }
 
-// tryDir begins the name of the directory that a try is made in; the process's id follows.
+// tryDir begins the name of the directory of a try. The process's id follows.
 const tryDir = ".podfsm-doctor-"
 
 // overlays tries the strategies on the filesystem of each snapshotter.
@@ -32,29 +32,29 @@ func overlays(ctx context.Context, n Node) []Finding {
 	}
 	var found []Finding
 	for _, g := range grouped(n.Config.Handlers, func(h Handler) Snapshotter { return h.Snapshotter }, equal) {
-		if g.of.Loaded && g.of.Root != "" { // else the check of snapshotters tells
+		if g.of.Loaded && g.of.Root != "" { // otherwise the check of snapshotters has a finding
 			found = append(found, n.overlaysIn(ctx, g)...)
 		}
 	}
 	if len(found) == 0 && n.Daemon == 0 {
-		return n.overlaysIn(ctx, inRoot) // where nobody has used a snapshotter yet
+		return n.overlaysIn(ctx, inRoot) // no snapshotter was used yet
 	}
 	if len(found) == 0 {
-		found = []Finding{unknown("no snapshotter of podfsm's handlers tells where its directory is", "see the check snapshotter")}
+		found = []Finding{unknown("the directories of the handlers' snapshotters are unknown", "see the check snapshotter")}
 	}
 	return found
 }
 
-// ownSnapshotter is podfsm's, for which any strategy will do.
+// ownSnapshotter is the name of podfsm's own snapshotter, which works with any strategy.
 const ownSnapshotter = "podfsm"
 
-// overlaysIn has a finding for each strategy: a failure where it is the one that the snapshotter needs, a warning where none works, else
-// none is missed.
+// overlaysIn returns a finding for each strategy. A strategy that doesn't work is a failure if the
+// snapshotter needs it, a warning if no strategy works, and otherwise OK.
 func (n Node) overlaysIn(ctx context.Context, g group[Snapshotter]) (found []Finding) {
-	dir := existing(g.of.Root) // which isn't there where nobody has used the snapshotter yet
+	dir := existing(g.of.Root) // the first use of the snapshotter makes the directory
 	strategies, err := n.Strategies(ctx, dir)
 	if err != nil {
-		return []Finding{unknown(err.Error(), "see that the directory is there and can be written")}
+		return []Finding{unknown(err.Error(), "make sure that the directory exists and can be written")}
 	}
 	working := slices.ContainsFunc(strategies, func(s Strategy) bool { return s.Works })
 	for _, s := range strategies {
@@ -67,7 +67,7 @@ func (n Node) overlaysIn(ctx context.Context, g group[Snapshotter]) (found []Fin
 		case !working || s.Name == StrategyIDMap:
 			f = warn(f.Evidence, s.Remedy)
 		default:
-			f.Evidence += "; not needed, as another way works"
+			f.Evidence += "; not needed, because another strategy works"
 		}
 		f.Subject = s.Name
 		found = append(found, f)
@@ -78,8 +78,8 @@ func (n Node) overlaysIn(ctx context.Context, g group[Snapshotter]) (found []Fin
 // StrategyIDMap is the strategy that containerd's own snapshotters need.
 const StrategyIDMap = string(remapping.IDMap)
 
-// TryStrategies tries each strategy of podfsm's snapshotter in a directory below dir. A kill leaves no mount, and the directory is removed by
-// the next try.
+// TryStrategies tries each strategy of podfsm's snapshotter in a directory below dir. After a kill,
+// no mount stays, and the next try removes the directory.
 func TryStrategies(ctx context.Context, dir string) (_ []Strategy, err error) {
 	if err := removeTries(dir); err != nil {
 		return nil, err
@@ -93,7 +93,8 @@ func TryStrategies(ctx context.Context, dir string) (_ []Strategy, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Without the random names of a try's directories: what is said of a node is the same each time.
+	// Replace the random names of the try's directories, so that the evidence is the same each
+	// time.
 	names := regexp.MustCompile(regexp.QuoteMeta(made) + "(/probe-[0-9]+)?")
 	var strategies []Strategy
 	for _, v := range report {

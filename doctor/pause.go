@@ -10,7 +10,7 @@ import (
 	"github.com/podfsm/podfsm/pause"
 )
 
-// pauseProgram runs the program that becomes pause, in new namespaces of every kind.
+// pauseProgram runs podfsm-init in new namespaces of every kind.
 func pauseProgram(ctx context.Context, n Node) []Finding {
 	path := ""
 	if n.Config != nil {
@@ -19,7 +19,7 @@ func pauseProgram(ctx context.Context, n Node) []Finding {
 	if path == "" {
 		found, err := pause.FindInit()
 		if err != nil && n.Daemon == 0 && n.Stock == nil {
-			return down() // the daemon looks beside its own executable, and in its own PATH
+			return down() // the daemon searches beside its own executable and in its own PATH
 		}
 		if err != nil {
 			return []Finding{fail(AllPods, err.Error(), "install podfsm-init of the same release beside the daemon's executable, or set init_path")}

@@ -14,7 +14,8 @@ import (
 // pauseScore is the oom_score_adj that containerd's CRI gives to pause.
 const pauseScore = -998
 
-// oomScore looks whether the score of pause can be set: below that of the daemon only with CAP_SYS_RESOURCE (proc_pid_oom_score_adj(5)).
+// oomScore checks that pause can have pauseScore. To set a score below the daemon's own, the daemon
+// needs CAP_SYS_RESOURCE (proc_pid_oom_score_adj(5)).
 func oomScore(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -40,8 +41,9 @@ func oomScore(_ context.Context, n Node) []Finding {
 		"set restrict_oom_score_adj = true in [plugins.'io.containerd.cri.v1.runtime'], or let containerd's unit have the capability")}
 }
 
-// supplementaryGroups looks whether containerd has the group 0 besides its own, by which runtimes that open volumes inside the user
-// namespace pass the kubelet's directories of mode 0750. runc since 1.2 opens them before.
+// supplementaryGroups checks that containerd has the supplementary group 0, unless all runtimes are
+// runc. A runtime that opens volumes inside the user namespace needs that group to traverse the
+// kubelet's directories of mode 0750. runc opens them outside since 1.2.
 func supplementaryGroups(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -63,11 +65,11 @@ func supplementaryGroups(_ context.Context, n Node) []Finding {
 	if slices.Contains(groups, "0") || len(others) == 0 {
 		return []Finding{ok(evidence)}
 	}
-	return []Finding{warn(fmt.Sprintf("%s; %s may need group 0 to pass the kubelet's directories of mode 0750", evidence, strings.Join(others, ", ")),
+	return []Finding{warn(fmt.Sprintf("%s; %s may need group 0 to traverse the kubelet's directories of mode 0750", evidence, strings.Join(others, ", ")),
 		"set SupplementaryGroups=0 in a drop-in of containerd's systemd unit")}
 }
 
-// status is a value of /proc/PID/status of containerd; "" when there is none.
+// status returns a value from containerd's /proc/PID/status; "" for none.
 func (n Node) status(key string) string {
 	text, _ := n.read(filepath.Join(strconv.Itoa(n.Daemon), "status"))
 	for line := range strings.Lines(text) {

@@ -16,19 +16,19 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 )
 
-// pipeWait is how long to wait for what a runtime has left behind, after its end or its killing.
+// pipeWait bounds the wait for processes that hold the runtime's pipes open after it has ended.
 const pipeWait = time.Second
 
-// runcVersion is the annotation of its features in which runc has its version.
+// runcVersion is the annotation with runc's version in its features.
 const runcVersion = "org.opencontainers.runc.version"
 
-// program is what runs a handler's containers.
+// program is the shim and the runtime of a handler.
 type program struct {
 	shim, binary  string
 	systemdCgroup bool
 }
 
-// runtimes asks the OCI runtimes for their features.
+// runtimes checks the features of the OCI runtimes.
 func runtimes(ctx context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -42,25 +42,26 @@ func runtimes(ctx context.Context, n Node) []Finding {
 	return orNone(found)
 }
 
-// finding looks for the programs and asks. While the daemon is down its PATH isn't known.
+// finding finds the programs and checks the runtime's features. While the daemon is down, its PATH
+// is unknown.
 func (p program) finding(ctx context.Context, n Node) Finding {
 	down := n.Daemon == 0
 	if err := n.findShim(p.shim); err != nil && !down {
 		return fail(AllPods, err.Error(), "install the shim beside containerd or in its PATH")
 	}
 	if p.binary == "" {
-		return unknown(fmt.Sprintf("the runtime of %s can't be asked what it can", p.shim), "see the documentation of the runtime about user namespaces and idmapped mounts")
+		return unknown(fmt.Sprintf("the features of the runtime of %s are unknown", p.shim), "see the documentation of the runtime about user namespaces and idmapped mounts")
 	}
 	path, err := n.lookPath(p.binary)
 	if err != nil && down && !filepath.IsAbs(p.binary) {
-		return unknown(err.Error()+"; that of containerd isn't known while it is down", "start containerd")
+		return unknown(err.Error()+"; containerd's PATH is unknown while it is down", "start containerd")
 	}
 	if err != nil {
 		return fail(AllPods, err.Error(), "install the runtime, or correct BinaryName in the handler's options")
 	}
 	have, err := readFeatures(ctx, path)
 	if ctx.Err() != nil {
-		return unknown(err.Error(), "find out why it hangs")
+		return unknown(err.Error(), "find out why the runtime hangs")
 	}
 	if err != nil {
 		return fail(UserNSPods, err.Error(), "install runc 1.2 or later, or another runtime that knows the command features")
@@ -73,7 +74,7 @@ func (p program) finding(ctx context.Context, n Node) Finding {
 		evidence = fmt.Sprintf("%s %s has user namespaces and idmapped mounts", path, version)
 	}
 	if p.systemdCgroup && !enabled(have.Linux.Cgroup, func(c *features.Cgroup) *bool { return c.Systemd }) {
-		return warn(evidence+", but says nothing of cgroups by systemd", "install a runtime with that feature, or set SystemdCgroup = false")
+		return warn(evidence+", but does not list the systemd cgroup driver", "install a runtime with that feature, or set SystemdCgroup = false")
 	}
 	if !enabled(have.Linux.Seccomp, func(s *features.Seccomp) *bool { return s.Enabled }) {
 		return warn(evidence+", but no seccomp", "install a runtime that is built with seccomp: without it pods have no default profile")
@@ -81,8 +82,8 @@ func (p program) finding(ctx context.Context, n Node) Finding {
 	return ok(evidence)
 }
 
-// lacks are the features that a pod with a user namespace needs and the runtime doesn't name. containerd tells the kubelet that a handler
-// has user namespaces by the same features.
+// lacks returns the features that a pod with a user namespace needs and the runtime doesn't list.
+// By the same features, containerd reports user namespaces of a handler to the kubelet.
 func (p program) lacks(have *features.Features) (lacks []string) {
 	if have.Linux == nil {
 		have.Linux = &features.Linux{}
@@ -115,7 +116,7 @@ func readFeatures(ctx context.Context, path string) (*features.Features, error) 
 	}
 	have := &features.Features{}
 	if err := json.Unmarshal(out, have); err != nil {
-		return nil, fmt.Errorf("%s features: its answer can't be read: %w", path, err)
+		return nil, fmt.Errorf("%s features: the output can't be read: %w", path, err)
 	}
 	return have, nil
 }
@@ -125,7 +126,8 @@ func firstLine(text []byte) string {
 	return line
 }
 
-// findShim fails unless containerd finds the shim of a runtime: by its path, in PATH, or beside containerd.
+// findShim fails if containerd can't find the shim of a runtime: by its path, in PATH, or beside
+// containerd.
 func (n Node) findShim(runtime string) error {
 	if filepath.IsAbs(runtime) {
 		_, err := exec.LookPath(runtime)
@@ -133,7 +135,7 @@ func (n Node) findShim(runtime string) error {
 	}
 	name := shim.BinaryName(runtime)
 	if name == "" {
-		return fmt.Errorf("runtime_type %q names no shim", runtime)
+		return fmt.Errorf("invalid runtime_type %q", runtime)
 	}
 	_, err := n.lookPath(name)
 	if err == nil {

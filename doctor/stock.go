@@ -19,28 +19,30 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// Stock is what a node has before podfsm is in place: a containerd without it, which runs or is down, and the configuration that
-// containerd-podfsm is going to read.
+// Stock describes a node before podfsm is installed: its containerd, which runs or is down, and the
+// configuration that containerd-podfsm will read.
 type Stock struct {
-	// Version is that of the containerd that runs, such as "v2.4.2", and Args are its command line without the program. Both are empty
-	// while it is down. Wanted is the version that podfsm is built with.
+	// Version is the version of the running containerd, such as "v2.4.2", and Args is its command
+	// line without the program. Both are empty while it is down. Wanted is the version with which
+	// podfsm is built.
 	Version, Wanted string
 	Args            []string
-	// Unread says why Args or containerd's PATH aren't known, although containerd runs.
+	// Unread is the reason why Args or containerd's PATH are unknown although containerd runs.
 	Unread error
-	// Program is the path of containerd-podfsm; "" where it isn't found.
+	// Program is the path of containerd-podfsm; "" if it isn't found.
 	Program string
-	// File is what containerd's configuration file says of itself.
+	// File is containerd's configuration file.
 	File ConfigFile
-	// Like is the node's own runtime handler, which podfsm's go by; the zero value where there is none.
+	// Like is the node's own runtime handler, the model for podfsm's; the zero value for none.
 	Like Handler
-	// Running is what the containerd that runs has of its configuration; nil while it is down.
+	// Running is the configuration of the running containerd; nil while it is down.
 	Running *Running
 	// Kubelet is the path of the kubelet's configuration.
 	Kubelet string
-	// Sockets are those of other container runtimes, where they have them.
+	// Sockets are the paths of other container runtimes' sockets.
 	Sockets []string
-	// Attached reads libcni's record of attachments, and Known tells the ids of all that this containerd has; nil while it is down.
+	// Attached reads libcni's cache of attachments. Known returns the ids of all containers of this
+	// containerd; nil while it is down.
 	Attached func() (map[string][]cni.Attached, error)
 	Known    func(context.Context) (map[string]bool, error)
 }
@@ -51,18 +53,18 @@ type ConfigFile struct {
 	Version int
 	Imports []string // patterns of files
 	Missing bool
-	DropIn  string // the file that has podfsm's handler, if it is imported
+	DropIn  string // the file for podfsm's handler
 	NoCRI   bool   // containerd's CRI service is disabled
-	Err     error  // why containerd-podfsm can't read it
+	Err     error  // of containerd-podfsm, if it can't read the file
 }
 
-// Running is what a containerd has of its configuration.
+// Running is a part of a running containerd's configuration.
 type Running struct {
 	Root          string
 	SystemdCgroup map[string]bool // by runtime handler
 }
 
-// stockChecks are made only before podfsm is in place.
+// stockChecks are made only before podfsm is installed.
 var stockChecks = []check{
 	{"containerd", stockVersion},
 	{"configuration", configuration},
@@ -72,16 +74,16 @@ var stockChecks = []check{
 	{"shared networks", sharedNetworks},
 }
 
-// notYet is what there is to say of podfsm itself.
+// notYet returns the finding for podfsm itself.
 func (n Node) notYet() []Finding {
 	if since, draining := n.Draining(); draining {
-		return []Finding{warn(fmt.Sprintf("an earlier podfsm was drained at %s, and podfsm goes on with that: it will take no pods", since.Format(time.RFC3339)),
+		return []Finding{warn(fmt.Sprintf("an earlier podfsm was drained at %s, and the drain continues: podfsm will refuse new pods", since.Format(time.RFC3339)),
 			"podfsm drain --cancel, after the switch")}
 	}
-	return []Finding{ok("it isn't in place yet; nothing of an earlier one keeps it from running pods")}
+	return []Finding{ok("not installed yet; no drain of an earlier podfsm is in effect")}
 }
 
-// stockVersion compares the containerd that runs with the one that podfsm is built with.
+// stockVersion compares the running containerd with the one with which podfsm is built.
 func stockVersion(_ context.Context, n Node) []Finding {
 	s := n.Stock
 	if s.Version == "" {
@@ -91,7 +93,7 @@ func stockVersion(_ context.Context, n Node) []Finding {
 	if _, err := fmt.Sscanf(strings.TrimPrefix(s.Version, "v"), "%d.%d", &has[0], &has[1]); err != nil {
 		return []Finding{unknown(fmt.Sprintf("containerd says that its version is %q", s.Version), "compare it with "+s.Wanted)}
 	}
-	_, _ = fmt.Sscanf(strings.TrimPrefix(s.Wanted, "v"), "%d.%d", &wanted[0], &wanted[1]) // a version of ours
+	_, _ = fmt.Sscanf(strings.TrimPrefix(s.Wanted, "v"), "%d.%d", &wanted[0], &wanted[1]) // never fails
 	evidence := fmt.Sprintf("containerd %s runs, containerd-podfsm is %s", s.Version, s.Wanted)
 	switch slices.Compare(has[:], wanted[:]) {
 	case -1:
@@ -104,12 +106,13 @@ func stockVersion(_ context.Context, n Node) []Finding {
 	}
 }
 
-// configuration looks whether containerd-podfsm can read the files, and finds a handler of podfsm's there.
+// configuration checks that containerd-podfsm can read the files, and that they have a handler of
+// podfsm.
 func configuration(_ context.Context, n Node) []Finding {
 	s, file := n.Stock, n.Stock.File
 	switch {
 	case s.Program == "":
-		return []Finding{fail(NoPods, "there is no containerd-podfsm beside podfsm nor in PATH, so nothing can tell what it makes of "+file.Path,
+		return []Finding{fail(NoPods, "there is no containerd-podfsm beside podfsm or in PATH, so "+file.Path+" can't be checked",
 			"install the package, or run podfsm where the package was unpacked")}
 	case file.Err != nil:
 		return []Finding{fail(NoPods, fmt.Sprintf("%s can't read %s: %v", s.Program, file.Path, file.Err), "correct it: containerd-podfsm doesn't start with it")}
@@ -121,6 +124,10 @@ func configuration(_ context.Context, n Node) []Finding {
 	}
 	evidence := fmt.Sprintf("%s (version %d) imports %s", file.Path, file.Version, orNothing(file.Imports))
 	if !slices.ContainsFunc(n.Config.Handlers, func(h Handler) bool { return !h.Planned }) {
+		if file.imported() && !exists(file.DropIn) {
+			return []Finding{warn(evidence+", and podfsm's handler isn't there yet",
+				"install the package: the package brings it as "+file.DropIn+". Without the package: "+file.rewrite())}
+		}
 		return []Finding{fail(NoPods, evidence+", and no runtime handler there has sandboxer = \"podfsm\"", s.handlerRemedy())}
 	}
 	if s.Running != nil && s.Running.Root != n.Root {
@@ -130,11 +137,11 @@ func configuration(_ context.Context, n Node) []Finding {
 	return []Finding{ok(evidence)}
 }
 
-// settle is the remedy where the containerd that runs hasn't read what the files say.
+// settle is the remedy if the running containerd has another configuration than the files.
 const settle = "restart the node's own containerd before podfsm's package is installed; " +
 	"once the package is installed, every restart is the switch: change the file back first"
 
-// orNothing are the patterns of an import.
+// orNothing returns the import patterns, or "nothing".
 func orNothing(imports []string) string {
 	if len(imports) == 0 {
 		return "nothing"
@@ -142,7 +149,7 @@ func orNothing(imports []string) string {
 	return strings.Join(imports, ", ")
 }
 
-// handlerRemedy says how podfsm gets a handler: by its file, which has to be there and be imported.
+// handlerRemedy returns the remedy for a missing handler: import its file, or else write it.
 func (s *Stock) handlerRemedy() string {
 	file := s.File
 	if !file.imported() {
@@ -152,10 +159,11 @@ func (s *Stock) handlerRemedy() string {
 	return file.rewrite()
 }
 
-// rewrite is the command that writes podfsm's handler into its file.
+// rewrite returns the command that writes podfsm's handler into its file.
 func (f ConfigFile) rewrite() string { return "podfsm handler --write " + f.DropIn }
 
-// imported says whether containerd reads the drop-in. A relative pattern is below the file's directory.
+// imported says whether the file imports the drop-in. A relative pattern is below the file's
+// directory.
 func (f ConfigFile) imported() bool {
 	return slices.ContainsFunc(f.Imports, func(pattern string) bool {
 		if !filepath.IsAbs(pattern) {
@@ -166,11 +174,16 @@ func (f ConfigFile) imported() bool {
 	})
 }
 
-// service looks how containerd is started: the package's drop-in starts containerd-podfsm without flags, and lifts the unit's limits.
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// service checks how containerd is started. The package's drop-in starts containerd-podfsm without
+// flags, and lifts the unit's limits.
 func service(_ context.Context, n Node) []Finding {
 	var found []Finding
-	_, err := os.Stat(n.SystemdDir)
-	systemd := err == nil
+	systemd := exists(n.SystemdDir)
 	if !systemd {
 		found = append(found, warn("systemd doesn't run here, so the package's drop-in for containerd.service has no effect",
 			"start containerd-podfsm where containerd is started, with the same flags"))
@@ -188,7 +201,7 @@ func service(_ context.Context, n Node) []Finding {
 			"after the installation, systemctl edit containerd: ExecStart= and then ExecStart=/usr/bin/containerd-podfsm "+flags))
 	}
 	if limit, limited := n.tasksMax(); limited && !systemd {
-		found = append(found, warn(fmt.Sprintf("containerd's cgroup has pids.max = %d, which pods' shims count in", limit), "raise it: a shim has about 10 threads"))
+		found = append(found, warn(fmt.Sprintf("containerd's cgroup has pids.max = %d, for which pods' shims count", limit), "raise it: a shim has about 10 threads"))
 	} else if limited {
 		found = append(found, ok(fmt.Sprintf("containerd's unit has TasksMax=%d, which the package's drop-in lifts", limit)))
 	}
@@ -198,7 +211,7 @@ func service(_ context.Context, n Node) []Finding {
 	return found
 }
 
-// tasksMax is the limit of containerd's cgroup (pids.max, which systemd makes of TasksMax).
+// tasksMax returns pids.max of containerd's cgroup, which systemd sets from TasksMax.
 func (n Node) tasksMax() (limit int, limited bool) {
 	paths := n.cgroupPaths()
 	for _, hierarchy := range []string{"pids", ""} {
@@ -217,7 +230,7 @@ func (n Node) tasksMax() (limit int, limited bool) {
 	return 0, false
 }
 
-// cgroupPaths are containerd's cgroups by hierarchy, none where that isn't known.
+// cgroupPaths returns containerd's cgroups by hierarchy; none if they are unknown.
 func (n Node) cgroupPaths() map[string]string {
 	mounts, err := os.Open(n.proc("self/mountinfo"))
 	if err != nil {
@@ -229,8 +242,8 @@ func (n Node) cgroupPaths() map[string]string {
 	return paths
 }
 
-// cgroupDriver compares podfsm's handlers with the node's own and with the kubelet: pods of another driver than the kubelet's don't start,
-// or run outside of the kubelet's cgroups.
+// cgroupDriver compares podfsm's handlers with the node's own and with the kubelet. With another
+// driver than the kubelet's, pods don't start, or run outside of the kubelet's cgroups.
 func cgroupDriver(_ context.Context, n Node) []Finding {
 	if n.Config == nil {
 		return n.unconfigured()
@@ -261,7 +274,7 @@ func cgroupDriver(_ context.Context, n Node) []Finding {
 	return found
 }
 
-// compare is the finding for a handler of podfsm's beside the node's own.
+// compare compares a handler of podfsm with the node's own.
 func (s *Stock) compare(h Handler) Finding {
 	rewrite := s.File.rewrite()
 	switch {
@@ -277,7 +290,7 @@ func (s *Stock) compare(h Handler) Finding {
 
 func (h Handler) runtime() string { return strings.TrimSpace(h.Shim + " " + h.Binary) }
 
-// runs is SystemdCgroup of the node's handler as the containerd that runs has it.
+// runs returns SystemdCgroup of the node's handler in the running containerd.
 func (s *Stock) runs() (systemd, known bool) {
 	if s.Running == nil {
 		return false, false
@@ -286,7 +299,7 @@ func (s *Stock) runs() (systemd, known bool) {
 	return systemd, known
 }
 
-// configuredDriver is cgroupDriver in a KubeletConfiguration; "" where it says nothing.
+// configuredDriver returns cgroupDriver of a KubeletConfiguration; "" if it is not set.
 func configuredDriver(file string) (string, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -301,7 +314,7 @@ func configuredDriver(file string) (string, error) {
 	return config.CgroupDriver, nil
 }
 
-// securityModules says which one labels or confines processes.
+// securityModules finds the active security module.
 func securityModules(_ context.Context, n Node) []Finding {
 	if enforce, err := os.ReadFile(filepath.Join(n.Sys, "fs/selinux/enforce")); err == nil {
 		mode := "permissive"
@@ -317,12 +330,12 @@ func securityModules(_ context.Context, n Node) []Finding {
 	return []Finding{ok("neither SELinux nor AppArmor is on")}
 }
 
-// sharedNetworks looks for another runtime on the node's networks: what it has there would not be safe from CNI's GC, which podfsm therefore
-// leaves undone.
+// sharedNetworks finds another runtime on the node's networks. CNI GC would delete that runtime's
+// attachments, so podfsm doesn't run it.
 func sharedNetworks(ctx context.Context, n Node) []Finding {
 	const remedy = "remove the other runtime, or give it networks of its own; on a network that both use, set cni_gc = \"off\""
 	for _, socket := range n.Stock.Sockets {
-		if _, err := os.Stat(socket); err == nil {
+		if exists(socket) {
 			return []Finding{warn("another container runtime has "+socket, remedy)}
 		}
 	}
@@ -331,7 +344,7 @@ func sharedNetworks(ctx context.Context, n Node) []Finding {
 	}
 	attached, err := n.Stock.Attached()
 	if err != nil {
-		return []Finding{unknown(err.Error(), "look into "+cni.CacheDir())}
+		return []Finding{unknown(err.Error(), "check "+cni.CacheDir())}
 	}
 	known, err := n.Stock.Known(ctx)
 	if err != nil {
@@ -346,13 +359,13 @@ func sharedNetworks(ctx context.Context, n Node) []Finding {
 	return []Finding{ok("no other container runtime was found on the networks")}
 }
 
-// uses says whether pods of podfsm's handlers will be on a network; true where that isn't known.
+// uses says whether pods of podfsm's handlers will be on a network; true if that is unknown.
 func (n Node) uses(network string) bool {
 	if n.Config == nil {
 		return true
 	}
 	return slices.ContainsFunc(n.Config.Handlers, func(h Handler) bool {
-		loaded, _ := cni.Load(h.Network) // the check networks tells of errors
+		loaded, _ := cni.Load(h.Network) // the check networks reports errors
 		return slices.ContainsFunc(loaded, func(one cni.Network) bool { return one.Name == network })
 	})
 }

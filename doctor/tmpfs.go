@@ -9,8 +9,9 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// tmpfs tries whether volumes on tmpfs can be mounted under a pod's ids. The kubelet puts the service account token there that almost every
-// pod has. So a handler that maps every pod runs almost none without, while one of mode kubelet runs all that ask for no user namespace.
+// tmpfs tries an idmapped mount of a tmpfs, on which almost every pod has its service account
+// token. Without such mounts, a handler that maps every pod runs almost none. A handler of mode
+// kubelet still runs all pods without a user namespace.
 func tmpfs(_ context.Context, n Node) []Finding {
 	err := n.Tmpfs()
 	if err == nil {
@@ -19,7 +20,7 @@ func tmpfs(_ context.Context, n Node) []Finding {
 	if !errdefs.IsFailedPrecondition(err) {
 		return []Finding{unknown(err.Error(), "find out what keeps root from mounting a tmpfs: a security module, or the container that the node itself is")}
 	}
-	evidence := fmt.Sprintf("tmpfs can't be mounted with mapped ids: %v. So a pod with a user namespace can't have a service account token, "+
+	evidence := fmt.Sprintf("tmpfs can't be mounted with mapped ids: %v; a pod with a user namespace can't have a service account token, "+
 		"a volume secret, projected or downwardAPI, or an emptyDir in memory", err)
 	asked := warn(evidence, "upgrade to Linux 6.3 or later; until then set automountServiceAccountToken: false in pods with hostUsers: false, or hostUsers: true")
 	asked.Stops = TmpfsPods

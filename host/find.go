@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FindPodCgroups returns the directories of cgroups, in every hierarchy, that have the name of one of the containers, and of which one: a
-// directory of that name, or systemd's scope of it. Cgroups below one that belongs to somebody else than root are left out, because their
-// owner chooses the names.
+// FindPodCgroups returns the cgroup directories of the containers in every hierarchy, each with its
+// container's id. A container's directory has its id as name, or is its systemd scope. Directories
+// below a cgroup that root doesn't own are left out, because their owner chooses the names.
 func FindPodCgroups(ids []string) (found map[string]string, _ error) {
 	found = map[string]string{}
 	known := func(id string) bool { return slices.Contains(ids, id) }
@@ -42,15 +42,16 @@ func FindPodCgroups(ids []string) (found map[string]string, _ error) {
 			return nil
 		})
 		if err != nil {
-			return nil, fmt.Errorf("failed to look for cgroups: %w", err)
+			return nil, fmt.Errorf("failed to search the cgroups: %w", err)
 		}
 	}
 	return found, nil
 }
 
-// ContainerOf returns which one of the known containers a process is of, by its cgroups as [ParseCgroups] has them. The outermost name in a
-// path counts: what is below the cgroup of a container, its processes may have named. Where hierarchies differ, because root has moved the
-// process, the first one by its name counts.
+// ContainerOf returns the known container to which a process belongs, by its cgroups from
+// [ParseCgroups]. The outermost name in a path counts: the processes of a container may choose the
+// names below its cgroup. If hierarchies differ, because root has moved the process, the first
+// hierarchy by name counts.
 func ContainerOf(cgroups map[string]string, known func(id string) bool) (id string, ok bool) {
 	for _, hierarchy := range slices.Sorted(maps.Keys(cgroups)) {
 		for name := range strings.SplitSeq(cgroups[hierarchy], "/") {
@@ -62,9 +63,9 @@ func ContainerOf(cgroups map[string]string, known func(id string) bool) (id stri
 	return "", false
 }
 
-// containerNamed returns which one of the known containers a cgroup has its name from. Runtimes call it ID, and have systemd call it
-// PREFIX-ID.scope. A runtime that was told "slice:prefix:id", but not to have systemd make cgroups, takes all of it for the name. An id may
-// have dashes, and none has a colon.
+// containerNamed returns the known container whose cgroup has a name. The name is ID, or with
+// systemd PREFIX-ID.scope. Without SystemdCgroup, a runtime takes the whole path "slice:prefix:id"
+// for the name. An id may have dashes, but no colon.
 func containerNamed(name string, known func(id string) bool) (id string, ok bool) {
 	if known(name) {
 		return name, true
@@ -82,7 +83,8 @@ func containerNamed(name string, known func(id string) bool) (id string, ok bool
 	return "", false
 }
 
-// EndCgroupDir kills what runs in a cgroup and below it, and removes the directory. It succeeds where there is none.
+// EndCgroupDir kills the processes in a cgroup and below it, and removes the cgroup. It succeeds if
+// there is no cgroup.
 func EndCgroupDir(ctx context.Context, dir string) error {
 	return Group{dir: dir}.end(ctx)
 }

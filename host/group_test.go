@@ -44,7 +44,7 @@ func TestGroup(t *testing.T) {
 		marked, err = g.Marked("kept")
 		require.NoError(t, err)
 		require.True(t, marked)
-		// A process that forks twice into a session of its own, and lets go of everything.
+		// A daemon: a process that forks twice into a session of its own and closes its files.
 		cmd := startIn(t, Cgroups{g.Dir()}, "setsid sh -c 'sleep 300 & sleep 300' </dev/null >/dev/null 2>&1 & exit 0")
 		require.NoError(t, cmd.Wait())
 		soon(t, func() bool {
@@ -79,7 +79,7 @@ func TestGroup(t *testing.T) {
 	}
 }
 
-// A process that is started in a group after its processes were killed lives.
+// A process that is started in a group after a Kill lives.
 func TestGroupAfterKill(t *testing.T) {
 	for kind, groups := range kinds(t) {
 		g, err := groups.Make("again")
@@ -116,7 +116,7 @@ func TestGroupOfAForkBomb(t *testing.T) {
 func TestGroupKillIsBounded(t *testing.T) {
 	groups, ok := kinds(t)["v1"]
 	if !ok {
-		t.Skip("needs the v1 freezer")
+		t.Skip("needs the freezer of cgroup v1")
 	}
 	g, err := groups.Make("frozen")
 	require.NoError(t, err)
@@ -132,7 +132,8 @@ func TestGroupKillIsBounded(t *testing.T) {
 	require.NoError(t, g.Kill(t.Context()))
 }
 
-// TestPidZero has a group list a process of another pid namespace, which kill(2) would take for the whole process group.
+// TestPidZero kills a group with a process of another pid namespace, which is listed as 0. kill(2)
+// takes 0 for the whole process group.
 func TestPidZero(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir() // stands for a v1 cgroup, as it has no cgroup.kill
@@ -154,8 +155,10 @@ func TestPidZero(t *testing.T) {
 	}
 }
 
-// TestKillFromAnotherPidNamespace has a process end a group whose member has no pid in its pid namespace. v2 lists the member as 0, and
-// cgroup.kill ends it; v1 leaves it out, so that only the removal of the group tells. Neither the process nor its process group is hit.
+// TestKillFromAnotherPidNamespace ends a group from a process in whose pid namespace the group's
+// member has no pid. On v2, the member is listed as 0, and cgroup.kill ends it. On v1 it isn't
+// listed, and only the removal of the group fails. Neither the process nor its process group is
+// killed.
 func TestKillFromAnotherPidNamespace(t *testing.T) {
 	if dir := os.Getenv(killEnv); dir != "" { // in there
 		g := Group{dir: dir}
@@ -225,7 +228,7 @@ func TestOwnCgroup(t *testing.T) {
 		{"0::/kind/x\n", []*mountinfo.Info{v2Below}, "/sys/fs/cgroup/x"},
 		{"0::/other\n", []*mountinfo.Info{v2Below}, ""},
 		{"0::/../other\n", []*mountinfo.Info{v2}, ""},
-		// The hierarchy is mounted where a container engine has the container's cgroup: nothing shows the host's root.
+		// As in a container: the mounts show only the container's cgroup.
 		{"8:pids:/docker/1/system.slice\n", []*mountinfo.Info{pidsOfContainer}, "/sys/fs/cgroup/pids/system.slice"},
 		{"8:pids:/docker/1\n", []*mountinfo.Info{pidsOfContainer}, "/sys/fs/cgroup/pids"},
 		{"8:pids:/docker/12/x\n", []*mountinfo.Info{pidsOfContainer}, ""},
@@ -268,7 +271,8 @@ func TestCgroupPaths(t *testing.T) {
 	require.True(t, errdefs.IsNotFound(err), err)
 }
 
-// TestStart has a process be born in its cgroups of both kinds, on threads that don't stay in them.
+// TestStart starts a process in cgroups of both versions. The threads that start it don't stay in
+// them.
 func TestStart(t *testing.T) {
 	var dirs Cgroups
 	for _, groups := range kinds(t) {
@@ -313,7 +317,7 @@ func TestStartRefuses(t *testing.T) {
 	require.EqualError(t, g.Start(func(int) error { return os.ErrProcessDone }), os.ErrProcessDone.Error())
 }
 
-// TestMakeBesideRemove makes groups while the directory of all goes with the last one.
+// TestMakeBesideRemove makes groups while the directory of all groups is removed with the last one.
 func TestMakeBesideRemove(t *testing.T) {
 	groups := kinds(t)["own"]
 	var beside sync.WaitGroup
@@ -347,7 +351,8 @@ func TestKeepGroups(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, groups, linked)
 
-	// As long as there is something in there, the place stays, whatever cgroup the process is in by then.
+	// As long as groups exist, the directory stays the same, also if the process is in another
+	// cgroup.
 	g, err := kept.Make("a")
 	require.NoError(t, err)
 	kept, err = KeepGroups(link, "podfsm-elsewhere")

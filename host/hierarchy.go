@@ -12,11 +12,12 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
-// CgroupPaths returns where a process is below the mounts of the cgroup hierarchies, by hierarchy: a controller of v1, "name=NAME", or ""
-// for v2. In a container that is not the path in /proc/PID/cgroup, which begins at the host's root. A hierarchy is left out that isn't
-// mounted, or not where the process is.
+// CgroupPaths returns a process's cgroup paths below the mounts of the hierarchies. The keys are
+// the hierarchies: a controller of v1, "name=NAME", or "" for v2. In a container, these paths
+// differ from those in /proc/PID/cgroup, which begin at the host's root. Hierarchies are left out
+// if no mount shows the process's cgroup.
 //
-// Errors: as of [Read]; others when the mounts can't be listed.
+// Errors: those of [Read]; others if the mounts can't be listed.
 func CgroupPaths(ctx context.Context, pid int) (map[string]string, error) {
 	data, err := Read(ctx, pid, "cgroup")
 	if err != nil {
@@ -29,7 +30,8 @@ func CgroupPaths(ctx context.Context, pid int) (map[string]string, error) {
 	return belowMounts(ParseCgroups(data), mounts), nil
 }
 
-// CgroupPathsBelow are [CgroupPaths] by the texts of the process's /proc/PID/cgroup and of this one's /proc/self/mountinfo.
+// CgroupPathsBelow is [CgroupPaths] from the content of the process's /proc/PID/cgroup and of this
+// process's /proc/self/mountinfo.
 func CgroupPathsBelow(mountInfo io.Reader, cgroup []byte) (map[string]string, error) {
 	mounts, err := mountinfo.GetMountsFromReader(mountInfo, cgroupMounts)
 	if err != nil {
@@ -54,8 +56,8 @@ func belowMounts(paths map[string]string, mounts []*mountinfo.Info) map[string]s
 	return found
 }
 
-// ParseCgroups reads a /proc/PID/cgroup (cgroups(7)): ID:CONTROLLERS:PATH per line, without controllers for v2. It returns the paths by
-// controller.
+// ParseCgroups parses a /proc/PID/cgroup (cgroups(7)), whose lines are ID:CONTROLLERS:PATH, for v2
+// without controllers. It returns the paths by controller.
 func ParseCgroups(data []byte) map[string]string {
 	paths := map[string]string{}
 	for line := range strings.Lines(string(data)) {
@@ -70,8 +72,8 @@ func ParseCgroups(data []byte) map[string]string {
 	return paths
 }
 
-// hierarchies are the mounts of cgroup hierarchies, in the order in which they were mounted. They are read once: a list of mounts is long
-// on a node with many pods, and those of cgroups stay.
+// hierarchies returns the mounts of cgroup hierarchies, in mount order. It reads them once: the
+// list of mounts is long on a node with many pods, and the mounts of cgroups don't change.
 var hierarchies = onceFound(func() ([]*mountinfo.Info, error) {
 	mounts, err := mountinfo.GetMounts(cgroupMounts)
 	if err != nil {
@@ -80,7 +82,8 @@ var hierarchies = onceFound(func() ([]*mountinfo.Info, error) {
 	return mounts, nil
 })
 
-// onceFound returns a function that calls read until that has found mounts, and returns these from then on.
+// onceFound returns a function that calls read until it finds mounts, and then always returns
+// these.
 func onceFound(read func() ([]*mountinfo.Info, error)) func() ([]*mountinfo.Info, error) {
 	var mu sync.Mutex
 	var found []*mountinfo.Info
@@ -94,7 +97,7 @@ func onceFound(read func() ([]*mountinfo.Info, error)) func() ([]*mountinfo.Info
 	}
 }
 
-// isOf says whether a mount is one of a hierarchy.
+// isOf says whether a mount shows a hierarchy.
 func isOf(m *mountinfo.Info, hierarchy string) bool {
 	if hierarchy == "" || m.FSType == "cgroup2" {
 		return hierarchy == "" && m.FSType == "cgroup2"
@@ -102,9 +105,10 @@ func isOf(m *mountinfo.Info, hierarchy string) bool {
 	return slices.Contains(strings.Split(m.VFSOptions, ","), hierarchy)
 }
 
-// belowMount returns the path of a cgroup below a mount, by its path in /proc/PID/cgroup. A mount of a part of the hierarchy has a root,
-// as in a container. Root and path both begin at the root of this process's cgroup namespace and lead out of that by "/..", so they
-// are compared as they are written: nobody knows what is between "/.." and "/".
+// belowMount returns the path of a cgroup below a mount. path is from /proc/PID/cgroup. The mount's
+// root is not "/" if the mount shows only a part of the hierarchy, as in a container. Root and path
+// begin at the root of this process's cgroup namespace, and lead out of it by "/..". They are
+// compared as text, because the names between "/.." and "/" are unknown.
 func belowMount(m *mountinfo.Info, path string) (below string, ok bool) {
 	rest, ok := strings.CutPrefix(path, strings.TrimSuffix(m.Root, "/"))
 	if !ok || rest != "" && rest[0] != '/' {
@@ -114,13 +118,13 @@ func belowMount(m *mountinfo.Info, path string) (below string, ok bool) {
 	return below, filepath.IsLocal(below)
 }
 
-// v1Preference are the v1 hierarchies that are taken where there is no v2, the first one first: an empty cgroup of theirs changes
-// nothing for its members.
+// v1Preference are the v1 hierarchies for the groups if there is no v2, in order of preference. A
+// new cgroup of these changes nothing for its members.
 var v1Preference = []string{"name=systemd", "freezer", "pids"}
 
-// ownCgroup returns the directory of a process's cgroup that podfsm's own cgroups may be made below. paths are the cgroups of the process
-// by hierarchy, "" for v2. If the process is in a cgroup namespace and the mounts are from outside, nobody knows where in them the process
-// is, and the directory is the top of one.
+// ownCgroup returns the directory of this process's cgroup, below which podfsm makes its groups.
+// paths are from [ParseCgroups]. If the process is in a cgroup namespace and the mounts are from
+// outside, its place in them is unknown. Then ownCgroup returns the top directory of a mount.
 func ownCgroup(paths map[string]string, mounts []*mountinfo.Info) (dir string, ok bool) {
 	mounts = slices.DeleteFunc(slices.Clone(mounts), func(m *mountinfo.Info) bool {
 		return slices.Contains(strings.Split(m.Options, ","), "ro")

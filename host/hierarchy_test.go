@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What is read once is what there is: an error or a host that has mounted nothing yet isn't kept.
+// Only found mounts are kept: after an error, or without mounts, they are read again.
 func TestHierarchiesAreReadOnce(t *testing.T) {
 	t.Parallel()
 	v2 := []*mountinfo.Info{{FSType: "cgroup2", Mountpoint: "/sys/fs/cgroup"}}

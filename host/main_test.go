@@ -11,15 +11,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-)
 
-// needRoot skips a test that changes cgroups.
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
-}
+	"github.com/podfsm/podfsm/internal/roottest"
+)
 
 // sleeper starts a process that is killed and reaped at the end of the test.
 func sleeper(t *testing.T) *exec.Cmd {
@@ -50,10 +44,10 @@ func startIn(t *testing.T, c Cgroups, script string) *exec.Cmd {
 	return cmd
 }
 
-// kinds are groups of each kind that this host has: of v2, and of v1.
+// kinds returns groups of each cgroup version on this host.
 func kinds(t *testing.T) map[string]Groups {
 	t.Helper()
-	needRoot(t)
+	roottest.Require(t)
 	name := "podfsm-test-" + strconv.Itoa(os.Getpid()) + "-" + filepath.Base(t.Name())
 	groups := map[string]Groups{}
 	own, err := GroupsBelow(name)
@@ -70,7 +64,7 @@ func kinds(t *testing.T) map[string]Groups {
 	return groups
 }
 
-// soon waits for a condition that needs no more than a moment.
+// soon waits for a condition that takes only moments.
 func soon(t *testing.T, condition func() bool, what string) {
 	t.Helper()
 	require.Eventually(t, condition, 5*time.Second, 2*time.Millisecond, what)

@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// InNetNS calls f with its thread in a network namespace. A process that f starts is born there.
+// InNetNS calls f on a thread in a network namespace. A process that f starts is born in that
+// namespace.
 func InNetNS(netns *os.File, f func() error) error {
 	runtime.LockOSThread()
 	own, err := os.Open("/proc/thread-self/ns/net")
@@ -25,14 +26,15 @@ func InNetNS(netns *os.File, f func() error) error {
 	}
 	err = f()
 	if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); back != nil {
-		return errors.Join(err, back) // the thread stays locked, so it ends with its goroutine and nobody else gets it
+		return errors.Join(err, back) // the thread stays locked, so the runtime ends it with its goroutine
 	}
 	runtime.UnlockOSThread()
 	return err
 }
 
-// In calls f on a thread in namespaces of the process; kinds are CLONE_NEW* flags of setns(2), which takes a pidfd since Linux 5.8. The
-// thread's root is the host's all the while. In returns when the thread has ended, which kept the namespaces alive.
+// In calls f on a thread in namespaces of the process. kinds are CLONE_NEW* flags of setns(2),
+// which takes a pidfd since Linux 5.8. The thread's root stays the host's. In returns once the
+// thread has ended, because the thread keeps the namespaces alive.
 func (p *Process) In(kinds int, f func() error) error {
 	return onLastThread(func() error {
 		err := p.control(func(pidfd int) error { return unix.Setns(pidfd, kinds) })
@@ -43,14 +45,16 @@ func (p *Process) In(kinds int, f func() error) error {
 	})
 }
 
-// Control gives f the pidfd, which stays open meanwhile and is the Process's to close.
+// Control calls f with the pidfd, which stays open during the call. f must not close it.
 func (p *Process) Control(f func(pidfd int) error) error { return p.control(f) }
 
-// reaping is how long ExitStatus waits for the parent of a process that has ended. An init process that works takes a millisecond.
-const reaping = 50 * time.Millisecond
+// reapTimeout is how long ExitStatus waits until a process that has ended is reaped. A working init
+// process takes a millisecond.
+const reapTimeout = 50 * time.Millisecond
 
-// AwaitReaper waits until the parent of a process that has ended has reaped it, but not longer than a timeout: the kernel says from then
-// on how the process has ended. A pidfd hangs up then (Linux 6.9); before, the whole timeout passes.
+// AwaitReaper waits until a process that has ended is reaped, or for timeout. From then on the
+// kernel has its exit status. A pidfd then hangs up since Linux 6.9. On older kernels, AwaitReaper
+// always waits for timeout.
 func (p *Process) AwaitReaper(timeout time.Duration) {
 	_ = p.control(func(pidfd int) error {
 		awaitHangup(pidfd, timeout)
@@ -68,21 +72,22 @@ func awaitHangup(fd int, timeout time.Duration) {
 	}
 }
 
-// ExitStatus is how a process has ended that is not a child of this one. The kernel tells when the process has been reaped, for which it
-// waits 50 ms at most.
+// ExitStatus returns the exit status of a process that is not a child of this process. The kernel
+// has it once the process is reaped, and ExitStatus waits at most 50 ms for that.
 //
-// Errors: those of ioctl(2), on Linux before 6.15, and ENODATA for a process that runs or that nobody reaps.
+// Errors: those of ioctl(2) on Linux before 6.15; ENODATA for a process that runs or was not
+// reaped.
 func (p *Process) ExitStatus() (status unix.WaitStatus, err error) {
 	err = p.control(func(pidfd int) error {
 		status, err = exitStatus(pidfd)
 		if errors.Is(err, unix.ENODATA) {
-			awaitHangup(pidfd, reaping)
+			awaitHangup(pidfd, reapTimeout)
 			status, err = exitStatus(pidfd)
 		}
 		return err
 	})
 	if err != nil {
-		return 0, fmt.Errorf("failed to ask how process %d has ended: %w", p.pid, err)
+		return 0, fmt.Errorf("failed to get the exit status of process %d: %w", p.pid, err)
 	}
 	return status, nil
 }

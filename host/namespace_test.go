@@ -12,10 +12,12 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 func TestIn(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	cmd := elsewhere(t, "/", unix.CLONE_NEWNET|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC)
 	p, err := Open(cmd.Process.Pid)
 	require.NoError(t, err)
@@ -31,12 +33,13 @@ func TestIn(t *testing.T) {
 			want, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", p.Pid(), kind))
 			require.NoError(t, err)
 			var tid int
-			require.NoError(t, p.In(flag, func() error {
+			var got string
+			require.NoError(t, p.In(flag, func() (err error) {
 				tid = unix.Gettid()
-				got, err := os.Readlink("/proc/thread-self/ns/" + kind)
-				require.Equal(t, want, got)
+				got, err = os.Readlink("/proc/thread-self/ns/" + kind)
 				return err
 			}))
+			require.Equal(t, want, got)
 			require.NotEqual(t, os.Getpid(), tid)
 			require.ErrorIs(t, unix.Tgkill(os.Getpid(), tid, 0), unix.ESRCH, "the thread has ended")
 			now, err := os.Readlink("/proc/self/ns/" + kind)
@@ -52,7 +55,7 @@ func TestIn(t *testing.T) {
 }
 
 func TestInNetNS(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	cmd := elsewhere(t, "/", unix.CLONE_NEWNET)
 	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid))
 	require.NoError(t, err)
@@ -97,7 +100,7 @@ func TestExitStatus(t *testing.T) {
 		require.NoError(t, stdin.Close())
 		require.NoError(t, p.Wait(t.Context()))
 		_, err = p.ExitStatus()
-		require.ErrorIs(t, err, unix.ENODATA, "nobody has reaped it")
+		require.ErrorIs(t, err, unix.ENODATA, "the process is not reaped")
 		told := make(chan unix.WaitStatus)
 		go func() {
 			status, err := p.ExitStatus() // waits for the other one
@@ -112,7 +115,7 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
-// The wait for the reaper of a process that has ended goes on under a storm of signals, as the runtime sends them to its threads.
+// AwaitReaper goes on waiting under a storm of signals, as the runtime sends them to its threads.
 func TestAwaitReaperAmongSignals(t *testing.T) {
 	cmd := exec.Command("true")
 	require.NoError(t, cmd.Start())
@@ -134,7 +137,7 @@ func TestAwaitReaperAmongSignals(t *testing.T) {
 		require.NoError(t, unix.Tgkill(os.Getpid(), tid, unix.SIGURG))
 		select {
 		case <-returned:
-			t.Fatal("nobody has reaped it")
+			t.Fatal("the process was not reaped")
 		case <-time.After(100 * time.Microsecond):
 		}
 	}

@@ -18,34 +18,37 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
-	_ "github.com/opencontainers/cgroups/devices" // or the library refuses device rules
+	_ "github.com/opencontainers/cgroups/devices" // without it, the library refuses device rules
 	devices "github.com/opencontainers/cgroups/devices/config"
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/cgroups/systemd"
 	"golang.org/x/sys/unix"
 )
 
-// PodCgroup is the cgroup of a process of a pod, which an OCI specification names and runc's own library makes. It is a scope of
-// systemd or a directory that podfsm makes itself, as the runtime handler's SystemdCgroup says, and then the same one that runc
-// would make.
+// PodCgroup is the cgroup of a process of a pod. The OCI specification names it, and runc's own
+// library makes it, so that it is the same cgroup as with runc. By the runtime handler's
+// SystemdCgroup, it is a scope of systemd, or a directory that podfsm makes itself.
 //
 // Its methods are safe for concurrent use on different cgroups.
 type PodCgroup struct {
 	path    string // as in the OCI specification
-	inner   string // below the root of every hierarchy; "" where that differs
-	unit    string // the file that systemd keeps while it has a unit for the cgroup; "" without systemd
+	inner   string // the path below the root of every hierarchy; "" if hierarchies differ
+	unit    string // the file of systemd's unit for the cgroup; "" without systemd
 	manager cgroups.Manager
 	places  map[string]string // the directories by controller
-	dirs    []string          // one for each hierarchy, those of places
-	cpu     string            // that one of dirs which limits the time of its processes on CPUs
+	dirs    []string          // the directories, one per hierarchy
+	cpu     string            // the one of dirs that limits CPU time
 }
 
-// PodCgroupOf returns the cgroup by the OCI specification's linux.cgroupsPath. With systemd that is "slice:prefix:name". Else an absolute
-// path begins at the root of the hierarchy, and any other, "slice:prefix:name" included, where runc begins it: at the cgroup of this
-// process on v1, and above that one on v2. places are from [PodCgroup.Places] of an earlier process, which may have been in another
-// cgroup; nil looks for them. It makes nothing.
+// PodCgroupOf returns the cgroup for the OCI specification's linux.cgroupsPath. It makes nothing.
 //
-// Errors: InvalidArgument for a path that names no cgroup; FailedPrecondition where systemd doesn't run, with the remedy.
+// With systemd, the path is "slice:prefix:name". Otherwise an absolute path begins at the root of
+// the hierarchy. Any other path, even "slice:prefix:name", begins where it does for runc: at the
+// cgroup of this process on v1, and at its parent on v2. places is from [PodCgroup.Places] of an
+// earlier process, which may have been in another cgroup; nil for a new cgroup.
+//
+// Errors: InvalidArgument for an invalid path; FailedPrecondition with the remedy if systemd
+// doesn't run.
 func PodCgroupOf(cgroupsPath string, systemd bool, places map[string]string) (*PodCgroup, error) {
 	name := nameByPath
 	if systemd {
@@ -55,11 +58,12 @@ func PodCgroupOf(cgroupsPath string, systemd bool, places map[string]string) (*P
 	if err != nil {
 		return nil, fmt.Errorf("cgroup %q %w: %w", cgroupsPath, err, errdefs.ErrInvalidArgument)
 	}
-	// Pause only sleeps, so it has the least weight that the kernel knows: 2 shares of cgroup v1 are 1 of v2. It needs no device.
+	// Pause only sleeps, so it has the least CPU weight: 2 shares of v1 are weight 1 of v2. It
+	// needs no device.
 	config.Resources = &cgroups.Resources{CpuShares: 2, CpuWeight: 1, Devices: []*devices.Rule{
 		{Type: devices.WildcardDevice, Major: devices.Wildcard, Minor: devices.Wildcard, Permissions: "rwm"},
 	}}
-	made, err := manager.NewWithPaths(config, maps.Clone(places)) // the manager forgets those that it has removed
+	made, err := manager.NewWithPaths(config, maps.Clone(places)) // a clone, because the manager deletes removed places
 	if err != nil {
 		remedy := "mount the cgroup hierarchies below /sys/fs/cgroup"
 		if systemd {
@@ -68,7 +72,7 @@ func PodCgroupOf(cgroupsPath string, systemd bool, places map[string]string) (*P
 		return nil, fmt.Errorf("failed to find cgroup %q: %w; %s: %w", cgroupsPath, err, remedy, errdefs.ErrFailedPrecondition)
 	}
 	c := &PodCgroup{path: cgroupsPath, inner: inner, manager: made, places: maps.Clone(made.GetPaths())}
-	c.cpu = cmp.Or(c.places["cpu"], c.places[""]) // v2 has one directory for all
+	c.cpu = cmp.Or(c.places["cpu"], c.places[""]) // v2 has one directory for all controllers
 	c.dirs = slices.Compact(slices.Sorted(maps.Values(c.places)))
 	if systemd {
 		c.unit = filepath.Join(transientUnits, path.Base(inner))
@@ -76,7 +80,8 @@ func PodCgroupOf(cgroupsPath string, systemd bool, places map[string]string) (*P
 	return c, nil
 }
 
-// nameByPath is how runc's library knows a cgroup that it makes itself.
+// nameByPath returns the configuration of runc's library for a cgroup that the library makes
+// itself.
 func nameByPath(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) {
 	clean := path.Join("/", cgroupsPath)
 	if clean == "/" {
@@ -91,7 +96,7 @@ func nameByPath(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) {
 	return &cgroups.Cgroup{Path: clean}, clean, nil
 }
 
-// nameBySlice is how runc's library knows a cgroup that systemd makes.
+// nameBySlice returns the configuration of runc's library for a cgroup that systemd makes.
 func nameBySlice(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) {
 	parts := strings.Split(cgroupsPath, ":")
 	if len(parts) != 3 || parts[2] == "" {
@@ -103,7 +108,7 @@ func nameBySlice(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) 
 	}
 	unit := parts[1] + "-" + parts[2] + ".scope"
 	if strings.HasSuffix(parts[2], ".slice") {
-		unit = parts[2] // runc's library has systemd make a slice then
+		unit = parts[2] // as runc's library does
 	}
 	inner = path.Join(slice, unit)
 	if err := checkParts(inner); err != nil {
@@ -112,7 +117,8 @@ func nameBySlice(cgroupsPath string) (_ *cgroups.Cgroup, inner string, _ error) 
 	return &cgroups.Cgroup{Systemd: true, Parent: parts[0], ScopePrefix: parts[1], Name: parts[2]}, inner, nil
 }
 
-// checkParts refuses what can't be the name of a directory, or would be two lines of /proc/PID/cgroup.
+// checkParts refuses a part that can't be the name of a directory, or whose line break would forge
+// a line of /proc/PID/cgroup.
 func checkParts(inner string) error {
 	for name := range strings.SplitSeq(inner, "/") {
 		if len(name) > unix.NAME_MAX || strings.ContainsAny(name, "\n\x00") {
@@ -122,10 +128,12 @@ func checkParts(inner string) error {
 	return nil
 }
 
-// transientUnits is where systemd keeps the files of units that were made over its bus, until it has forgotten them (systemd.unit(5)).
+// transientUnits is the directory of the files of transient units, which systemd removes with the
+// unit (systemd.unit(5)).
 const transientUnits = "/run/systemd/transient"
 
-// Places are the cgroup's directories by controller where they depend on the cgroup that this process is in; nil where the path says all.
+// Places returns the cgroup's directories by controller if they depend on the cgroup of this
+// process; nil if the path determines them.
 func (c *PodCgroup) Places() map[string]string {
 	if c.inner != "" {
 		return nil
@@ -133,20 +141,23 @@ func (c *PodCgroup) Places() map[string]string {
 	return maps.Clone(c.places)
 }
 
-// Start makes the cgroup and has start start a process in it, which is in the cgroup from its birth where podfsm makes the cgroup
-// itself. systemd makes a scope around a process that is there, so the process has to wait until Start has returned.
+// Start makes the cgroup and calls start, which starts a process. If podfsm makes the cgroup
+// itself, the process is born in it. systemd makes a scope only for an existing process, so the
+// process has to wait until Start has returned.
 //
 // start gets the descriptor for SysProcAttr.CgroupFD, or -1 for none, and returns the pid.
 //
-// Errors: those of start, FailedPrecondition for a cgroup that is frozen, others when the cgroup can't be made.
+// Errors: those of start; FailedPrecondition for a frozen cgroup; others if the cgroup can't be
+// made.
 func (c *PodCgroup) Start(start func(cgroupFD int) (pid int, err error)) error {
 	return c.start(c.dirs, nil, start)
 }
 
-// StartThenMove is Start for a start that waits, as vfork(2) does, until the process executes its program: the process is moved into what
-// limits its time on CPUs only then, so it has to wait until StartThenMove has returned. Else whoever starts it waits for as long as other
-// processes of the pod, or of more important ones, leave no time to it; and all other starts of a Go program wait with that one
-// ([syscall.ForkLock]).
+// StartThenMove is Start for a start function that waits, as vfork(2) does, until the process
+// executes its program. The process is born outside the hierarchy that limits CPU time, and moved
+// there afterwards, so it has to wait until StartThenMove has returned. Otherwise busy processes of
+// the pod could delay the process, and start with it. All other starts of a Go program wait for
+// that one ([syscall.ForkLock]).
 func (c *PodCgroup) StartThenMove(start func(cgroupFD int) (pid int, err error)) error {
 	if c.cpu == "" {
 		return c.Start(start)
@@ -155,7 +166,7 @@ func (c *PodCgroup) StartThenMove(start func(cgroupFD int) (pid int, err error))
 	return c.start(born, []string{c.cpu}, start)
 }
 
-// start has a process born in some of the cgroup's directories, and moves it to others.
+// start starts a process in the directories born, and then moves it to the directories later.
 func (c *PodCgroup) start(born, later []string, start func(cgroupFD int) (pid int, err error)) error {
 	if c.unit != "" {
 		pid, err := start(-1)
@@ -165,12 +176,12 @@ func (c *PodCgroup) start(born, later []string, start func(cgroupFD int) (pid in
 		if err := c.manager.Apply(pid); err != nil {
 			return fmt.Errorf("failed to have systemd make cgroup %q: %w", c.path, err)
 		}
-		return c.weigh()
+		return c.setResources()
 	}
 	if err := c.manager.Apply(-1); err != nil {
 		return fmt.Errorf("failed to make cgroup %q: %w", c.path, err)
 	}
-	if err := c.weigh(); err != nil {
+	if err := c.setResources(); err != nil {
 		return err
 	}
 	if c.frozen() {
@@ -192,8 +203,8 @@ func (c *PodCgroup) start(born, later []string, start func(cgroupFD int) (pid in
 	return nil
 }
 
-// frozen says whether a process that is born in the cgroup would be frozen. Then whoever starts it waits until it executes its program,
-// and all other starts of this daemon with it.
+// frozen says whether the cgroup is frozen. A process born in it would never execute its program,
+// and all other starts of this daemon would wait for it.
 func (c *PodCgroup) frozen() bool {
 	for _, dir := range c.dirs {
 		for file, text := range map[string]string{"cgroup.events": "frozen 1", "freezer.state": "FR"} { // FREEZING or FROZEN
@@ -206,9 +217,10 @@ func (c *PodCgroup) frozen() bool {
 	return false
 }
 
-// weigh sets the resources. The filter of devices of cgroup v2 raises the limit of locked memory of this process and leaves it so
-// (opencontainers/cgroups, devices/ebpf_linux.go): without the limit's return, all that the daemon starts later would inherit it.
-func (c *PodCgroup) weigh() error {
+// setResources sets the resources. On cgroup v2, the device filter raises RLIMIT_MEMLOCK of this
+// process for good (opencontainers/cgroups, devices/ebpf_linux.go). setResources resets the limit,
+// because all processes that the daemon starts inherit it.
+func (c *PodCgroup) setResources() error {
 	limit, err := lockedMemory()
 	if err != nil {
 		return err
@@ -223,7 +235,7 @@ func (c *PodCgroup) weigh() error {
 	return nil
 }
 
-// lockedMemory is the limit that this process was started with: one that is read later may have been raised by another pod's start.
+// lockedMemory returns the RLIMIT_MEMLOCK of this process before any pod's start has raised it.
 var lockedMemory = sync.OnceValues(func() (limit unix.Rlimit, err error) {
 	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit); err != nil {
 		return limit, fmt.Errorf("failed to read the limit of locked memory: %w", err)
@@ -231,10 +243,10 @@ var lockedMemory = sync.OnceValues(func() (limit unix.Rlimit, err error) {
 	return limit, nil
 })
 
-// Dirs are the directories of the cgroup, one for each hierarchy, sorted.
+// Dirs returns the directories of the cgroup, one per hierarchy, sorted.
 func (c *PodCgroup) Dirs() []string { return slices.Clone(c.dirs) }
 
-// Pids are the processes in the cgroup and below it; none where there is no cgroup.
+// Pids returns the processes in the cgroup and below it; none if there is no cgroup.
 func (c *PodCgroup) Pids() ([]int, error) {
 	var all []int
 	for _, dir := range c.dirs {
@@ -248,11 +260,11 @@ func (c *PodCgroup) Pids() ([]int, error) {
 	return slices.Compact(all), nil
 }
 
-// End kills what runs in the cgroup, and removes it. It looks whether the cgroup is gone from every hierarchy, also from those that runc's
-// library doesn't know, and whether systemd has forgotten its unit: both are asked for the removal, and not believed. It succeeds where
-// there is none.
+// End kills the processes in the cgroup and removes it. It succeeds if there is no cgroup. It
+// checks that the cgroup is gone from every hierarchy, also from those that runc's library doesn't
+// know, and that systemd has removed its unit.
 //
-// Errors: what ended ctx, naming what is left; those of removals.
+// Errors: the cause of ctx's end, with what is left; those of removals.
 func (c *PodCgroup) End(ctx context.Context) error {
 	dirs, err := c.everywhere()
 	if err != nil {
@@ -266,7 +278,7 @@ func (c *PodCgroup) End(ctx context.Context) error {
 	}
 	var asked error
 	if c.unit != "" {
-		asked = c.manager.Destroy() // counts for what is left
+		asked = c.manager.Destroy() // its error matters only if the unit stays
 	}
 	for _, dir := range dirs {
 		if err := (Group{dir: dir}).Remove(ctx); err != nil {
@@ -276,7 +288,28 @@ func (c *PodCgroup) End(ctx context.Context) error {
 	return c.awaitUnit(ctx, asked)
 }
 
-// everywhere are the directories that the cgroup has or may have in any hierarchy.
+// Exists says whether the cgroup exists in any hierarchy, or systemd has a unit for it.
+func (c *PodCgroup) Exists() (bool, error) {
+	paths, err := c.everywhere()
+	if err != nil {
+		return false, err
+	}
+	if c.unit != "" {
+		paths = append(paths, c.unit)
+	}
+	for _, path := range paths {
+		_, err := os.Lstat(path)
+		if err == nil {
+			return true, nil
+		}
+		if !gone(err) {
+			return false, fmt.Errorf("failed to find cgroup %q: %w", c.path, err)
+		}
+	}
+	return false, nil
+}
+
+// everywhere returns the directories that the cgroup may have in any hierarchy.
 func (c *PodCgroup) everywhere() ([]string, error) {
 	dirs := c.Dirs()
 	if c.inner != "" {
@@ -292,23 +325,25 @@ func (c *PodCgroup) everywhere() ([]string, error) {
 	return slices.Compact(dirs), nil
 }
 
-// forgetting is how long systemd may take to forget a unit whose cgroup is gone. It takes milliseconds, unless systemd is busy.
-const forgetting = 10 * time.Second
+// unitTimeout bounds the wait until systemd removes a unit whose cgroup is gone. That takes
+// milliseconds, unless systemd is busy.
+const unitTimeout = 10 * time.Second
 
-// awaitUnit returns once systemd has no unit for the cgroup, which is gone. asked is what systemd has answered to the removal.
+// awaitUnit waits until systemd has removed the unit of the cgroup, which is gone. asked is the
+// error of the request to systemd.
 func (c *PodCgroup) awaitUnit(ctx context.Context, asked error) error {
 	if c.unit == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, forgetting, fmt.Errorf("not within %v", forgetting))
+	ctx, cancel := context.WithTimeoutCause(ctx, unitTimeout, fmt.Errorf("not within %v", unitTimeout))
 	defer cancel()
-	for pause := range pauses {
+	for pause := range pollIntervals {
 		_, err := os.Lstat(c.unit)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("failed to look for the unit of cgroup %q: %w", c.path, err)
+			return fmt.Errorf("failed to find the unit of cgroup %q: %w", c.path, err)
 		}
 		select {
 		case <-time.After(pause):

@@ -20,6 +20,8 @@ import (
 	"github.com/opencontainers/cgroups"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 func TestPodCgroupOf(t *testing.T) {
@@ -110,7 +112,7 @@ func TestNameBySlice(t *testing.T) {
 	}
 }
 
-// belowThisProcess are the directories where runc has a path that isn't absolute.
+// belowThisProcess returns the directories in which runc puts a relative path.
 func belowThisProcess(t *testing.T, path string) (dirs []string) {
 	t.Helper()
 	paths, err := CgroupPaths(t.Context(), os.Getpid())
@@ -133,10 +135,10 @@ func systemdRuns() bool {
 	return err == nil && info.IsDir()
 }
 
-// newPodCgroup is one that is ended, with its parent, at the end of the test.
+// newPodCgroup returns a cgroup that is ended at the end of the test, with its parent.
 func newPodCgroup(t *testing.T) *PodCgroup {
 	t.Helper()
-	needRoot(t)
+	roottest.Require(t)
 	parent := fmt.Sprintf("/podfsm-host-%d-%d", os.Getpid(), time.Now().UnixNano())
 	for _, path := range []string{parent, parent + "/id"} {
 		c, err := PodCgroupOf(path, false, nil)
@@ -179,8 +181,8 @@ func startScript(t *testing.T, startIn func(func(cgroupFD int) (int, error)) err
 	return cmd
 }
 
-// A pod may leave no time on CPUs to a process that is about to become its pause. Whoever waits for that process to execute its program
-// waits for it outside of the pod's share of them.
+// A pod's processes may use all of the pod's CPU time. A process that is about to become pause must
+// not depend on that until it executes its program.
 func TestStartThenMove(t *testing.T) {
 	c := newPodCgroup(t)
 	require.Contains(t, c.Dirs(), c.cpu)
@@ -207,7 +209,7 @@ func TestPodCgroup(t *testing.T) {
 	pids, err := c.Pids()
 	require.NoError(t, err)
 	require.Empty(t, pids)
-	require.NoError(t, c.End(t.Context()), "there is none")
+	require.NoError(t, c.End(t.Context()), "there is no cgroup")
 
 	cmd := c.startScript(t, "setsid -f sleep 300; setsid -f sleep 300; exec sleep 300")
 	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
@@ -222,7 +224,7 @@ func TestPodCgroup(t *testing.T) {
 	for _, dir := range c.Dirs() {
 		require.NoError(t, os.Mkdir(filepath.Join(dir, "below"), 0o755))
 	}
-	// It has the least weight, and no device.
+	// Pause has the least CPU weight and no device.
 	for file, want := range map[string]string{"/sys/fs/cgroup/cpu": "cpu.shares 2", "/sys/fs/cgroup/devices": "devices.list "} {
 		name, value, _ := strings.Cut(want, " ")
 		data, err := os.ReadFile(filepath.Join(file, c.path, name))
@@ -243,7 +245,7 @@ func TestPodCgroup(t *testing.T) {
 }
 
 func TestPodCgroupThatCantBe(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	for _, path := range []string{"/cgroup.procs/s1", "/" + strings.Repeat("x/", 4096) + "s1"} {
 		c, err := PodCgroupOf(path, false, nil)
 		require.NoError(t, err)
@@ -251,15 +253,19 @@ func TestPodCgroupThatCantBe(t *testing.T) {
 		require.NoError(t, err, "%.20s", path)
 		require.Empty(t, pids)
 		require.NoError(t, c.End(t.Context()), "%.20s", path)
+		there, err := c.Exists()
+		require.NoError(t, err, "%.20s", path)
+		require.False(t, there)
 	}
 	c, err := PodCgroupOf("/cgroup.procs/s1", false, nil)
 	require.NoError(t, err)
 	require.ErrorContains(t, c.Start(func(int) (int, error) { panic("it was called") }), "failed to make cgroup")
 }
 
-// A cgroup with a path that isn't absolute is below the one of the process that has made it, and is found by another process.
+// A cgroup with a relative path is below the cgroup of the process that made it. Another process
+// finds it by its places.
 func TestPodCgroupBelowThisProcess(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	path := fmt.Sprintf("podfsm_host_%d.slice:cri-containerd:id", os.Getpid())
 	c, err := PodCgroupOf(path, false, nil)
 	require.NoError(t, err)
@@ -276,7 +282,7 @@ func TestPodCgroupBelowThisProcess(t *testing.T) {
 		require.Equal(t, "id", found[dir], dir)
 	}
 
-	// As if this process had been moved since.
+	// As if this process had been moved to another cgroup.
 	elsewhere, err := PodCgroupOf("podfsm_elsewhere/"+path, false, nil)
 	require.NoError(t, err)
 	require.NotEqual(t, c.Dirs(), elsewhere.Dirs())
@@ -292,7 +298,8 @@ func TestPodCgroupBelowThisProcess(t *testing.T) {
 	}
 }
 
-// A cgroup is ended in every hierarchy, also in one that runc's library doesn't know. For the test it forgets one.
+// End removes a cgroup from every hierarchy, also from one that runc's library doesn't know. The
+// test hides one from it.
 func TestPodCgroupInAnotherHierarchy(t *testing.T) {
 	c := newPodCgroup(t)
 	cmd := c.startScript(t, "exec sleep 300")
@@ -303,13 +310,19 @@ func TestPodCgroupInAnotherHierarchy(t *testing.T) {
 	for _, cmd := range []*exec.Cmd{cmd, survivor} {
 		go func() { reaped <- cmd.Wait() }()
 	}
+	there, err := c.Exists()
+	require.NoError(t, err)
+	require.True(t, there)
 	require.NoError(t, c.End(t.Context()))
 	require.NoDirExists(t, unknown)
+	there, err = c.Exists()
+	require.NoError(t, err)
+	require.False(t, there)
 	require.ErrorContains(t, <-reaped, "killed")
 	require.ErrorContains(t, <-reaped, "killed")
 }
 
-// systemd is asked to forget its unit, and not believed: here there is only its file.
+// End waits until systemd has removed its unit. The test has only the unit's file.
 func TestPodCgroupWhoseUnitStays(t *testing.T) {
 	c := newPodCgroup(t)
 	c.startScript(t, "exec sleep 300")
@@ -325,8 +338,11 @@ func TestPodCgroupWhoseUnitStays(t *testing.T) {
 		t.Fatalf("the unit is there: %v", err)
 	case <-time.After(20 * time.Millisecond):
 	}
+	there, err := c.Exists()
+	require.NoError(t, err)
+	require.True(t, there)
 	cancel(errors.New("too long"))
-	err := <-done
+	err = <-done
 	require.ErrorContains(t, err, `failed to have systemd forget "cri-containerd-id.scope", whose cgroup is gone: too long`)
 	require.ErrorContains(t, err, "run systemctl stop cri-containerd-id.scope, then systemctl reset-failed cri-containerd-id.scope")
 	require.ErrorContains(t, c.awaitUnit(ctx, errors.New("systemd is busy")), "too long\nsystemd is busy")
@@ -348,13 +364,13 @@ func TestPodCgroupStartFails(t *testing.T) {
 	require.EqualError(t, c.Start(func(int) (int, error) { return 0, errors.New("fails") }), "fails")
 	again, err := os.ReadFile("/proc/self/cgroup")
 	require.NoError(t, err)
-	require.Equal(t, string(own), string(again), "this process stays where it is")
+	require.Equal(t, string(own), string(again), "this process stays in its cgroup")
 	require.NoError(t, c.End(t.Context()))
 }
 
 func TestPodCgroupEndIsBounded(t *testing.T) {
 	c := newPodCgroup(t)
-	cmd := c.startScript(t, "exec sleep 300") // nobody reaps it, but a zombie is no member
+	cmd := c.startScript(t, "exec sleep 300") // never reaped, but a zombie is not a member
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("too long"))
 	err := c.End(ctx)
@@ -363,7 +379,7 @@ func TestPodCgroupEndIsBounded(t *testing.T) {
 	require.NoError(t, c.End(t.Context()))
 }
 
-// A process in a frozen cgroup of v1 doesn't die.
+// End thaws a cgroup, because a process in a frozen cgroup of v1 doesn't die.
 func TestPodCgroupThatIsFrozen(t *testing.T) {
 	c := newPodCgroup(t)
 	c.startScript(t, "exec sleep 300")
@@ -405,7 +421,7 @@ func TestPodCgroupBelowOneThatIsFrozen(t *testing.T) {
 	require.NoError(t, c.End(t.Context()))
 }
 
-// This process is in a cgroup that is to be ended.
+// End doesn't kill this process, even if it is in the cgroup.
 func TestGroupOfThisProcess(t *testing.T) {
 	for kind, groups := range kinds(t) {
 		g, err := groups.Make("self")
@@ -428,7 +444,7 @@ func TestGroupOfThisProcess(t *testing.T) {
 }
 
 func TestFindPodCgroups(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	require.NoError(t, err)
 	require.NotEmpty(t, mounts)
@@ -447,7 +463,7 @@ func TestFindPodCgroups(t *testing.T) {
 			require.NoError(t, os.MkdirAll(dir, 0o755))
 		}
 		require.NoError(t, os.Chown(theirs, 1000, 1000))
-		require.NoError(t, os.Chown(filepath.Join(parent, id), 1000, 1000), "its name is root's choice")
+		require.NoError(t, os.Chown(filepath.Join(parent, id), 1000, 1000), "root has chosen its name")
 		want = append(want, filepath.Join(parent, id), filepath.Join(parent, "cri-containerd-"+id+".scope"))
 		wantDashes[filepath.Join(parent, "cri-containerd-"+dashes+".scope")] = dashes
 		t.Cleanup(func() { require.NoError(t, EndCgroupDir(context.Background(), parent)) })
@@ -518,7 +534,7 @@ func elsewhere(t *testing.T, dir string, flags uintptr) *exec.Cmd {
 }
 
 func TestSiblings(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	parent := t.TempDir()
 	dir := filepath.Join(parent, "s1")
 	for _, sub := range []string{"s1", "s12", "gone"} {
@@ -568,7 +584,7 @@ func TestSiblings(t *testing.T) {
 }
 
 func TestKillInIsBounded(t *testing.T) {
-	needRoot(t)
+	roottest.Require(t)
 	dir := filepath.Join(t.TempDir(), "s1")
 	require.NoError(t, os.Mkdir(dir, 0o755))
 	elsewhere(t, dir, 0)
@@ -580,7 +596,7 @@ func TestKillInIsBounded(t *testing.T) {
 	}
 }
 
-// raising is a manager of cgroup v2, as far as limits go.
+// raising is a manager that raises the limit of locked memory, as that of cgroup v2 does.
 type raising struct{ cgroups.Manager }
 
 func (raising) GetCgroups() (*cgroups.Cgroup, error) {
@@ -596,11 +612,12 @@ func (raising) Set(*cgroups.Resources) error {
 	return unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit)
 }
 
-// What the daemon starts has the limits that the daemon was given, whatever the resources of a cgroup took.
+// The processes of the daemon inherit the daemon's own limit of locked memory, even if a device
+// filter has raised it.
 func TestWeighKeepsTheLimitOfLockedMemory(t *testing.T) {
 	var before, after unix.Rlimit
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_MEMLOCK, &before))
-	require.NoError(t, (&PodCgroup{manager: raising{}}).weigh())
+	require.NoError(t, (&PodCgroup{manager: raising{}}).setResources())
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_MEMLOCK, &after))
 	require.Equal(t, before, after)
 }

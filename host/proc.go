@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,17 +19,18 @@ import (
 )
 
 const (
-	// maxFile bounds a file of /proc/PID, in bytes. The longest that is read is status, of a process with all of its 65536 groups.
+	// maxFile bounds a file of /proc/PID, in bytes. The longest is the status of a process with all
+	// of its 65536 groups.
 	maxFile = 1 << 20
 
-	// maxReads bounds the reads under way. Only those that hang last, so it bounds the threads that hang with them.
+	// maxReads bounds the reads under way, and so the threads of reads that hang.
 	maxReads = 64
 
-	// patience is how long one read may take. Those that don't hang take microseconds.
-	patience = time.Second
+	// readTimeout bounds one read. A read that doesn't hang takes microseconds.
+	readTimeout = time.Second
 )
 
-// Pids are the host's processes now, as this pid namespace numbers them.
+// Pids returns the pids of all processes in this pid namespace.
 func Pids() ([]int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -43,17 +45,21 @@ func Pids() ([]int, error) {
 	return pids, nil
 }
 
-// Read returns a file of /proc/PID, which name is relative to. A process in an uninterruptible sleep may hold its memory map's lock
-// for good: cmdline, environ, exe and maps hang then, and so does a thread for each; stat, status, cgroup and the links of ns answer.
-// So a read takes a second at most, however long ctx lasts; while one hangs, others of the same file are refused at once.
+// Read returns the content of the file /proc/PID/name.
 //
-// Errors: InvalidArgument for a pid that isn't positive, NotFound when the process has ended, ResourceExhausted for more than 1 MiB,
-// DeadlineExceeded or what ended ctx, naming the pid, when the read hangs, Unavailable when too many others do.
+// A process in an uninterruptible sleep may hold the lock of its memory map forever. Reads of
+// cmdline, environ, exe and maps then hang, each with a thread; stat, status, cgroup and the links
+// of ns answer. So a read takes at most a second, however long ctx lasts. While a read hangs,
+// others of the same file fail at once.
+//
+// Errors: InvalidArgument for a pid that isn't positive; NotFound if the process has ended;
+// ResourceExhausted for more than 1 MiB; DeadlineExceeded or the cause of ctx's end if the read
+// hangs; Unavailable if too many other reads hang.
 func Read(ctx context.Context, pid int, name string) ([]byte, error) {
 	return processes.read(ctx, pid, name, readFile)
 }
 
-// Readlink returns where a link of /proc/PID leads, as [Read] does.
+// Readlink returns the target of the link /proc/PID/name, as [Read] does.
 func Readlink(ctx context.Context, pid int, name string) (string, error) {
 	target, err := processes.read(ctx, pid, name, func(path string) ([]byte, error) {
 		target, err := os.Readlink(path)
@@ -62,9 +68,19 @@ func Readlink(ctx context.Context, pid int, name string) (string, error) {
 	return string(target), err
 }
 
-// Stat is what is read of a /proc/PID/stat.
+// Args returns the arguments of a process, at least one, from /proc/PID/cmdline, as [Read] does. The
+// process can change what it shows.
+func Args(ctx context.Context, pid int) ([]string, error) {
+	line, err := Read(ctx, pid, "cmdline")
+	if err != nil {
+		return nil, err
+	}
+	return strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00"), nil
+}
+
+// Stat has the fields of a /proc/PID/stat.
 type Stat struct {
-	State     byte   // field 3: Z and X have ended
+	State     byte   // field 3; Z or X if the process has ended
 	StartTime uint64 // field 22, in clock ticks since the boot
 }
 
@@ -81,7 +97,8 @@ func ReadStat(ctx context.Context, pid int) (Stat, error) {
 	return stat, nil
 }
 
-// parseStat counts the fields from the end of the process's name, field 2, which may hold anything.
+// parseStat counts the fields from the end of field 2, the process's name, which may have any
+// characters.
 func parseStat(data []byte) (Stat, error) {
 	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
 	if len(fields) < 20 || len(fields[0]) != 1 {
@@ -102,19 +119,19 @@ func readFile(path string) ([]byte, error) {
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err == nil && len(data) > maxFile {
-		err = fmt.Errorf("it has more than %d bytes: %w", maxFile, errdefs.ErrResourceExhausted)
+		err = fmt.Errorf("the file has more than %d bytes: %w", maxFile, errdefs.ErrResourceExhausted)
 	}
 	return data, err
 }
 
-// processes is the one reader of /proc, so that what hangs is bounded for the whole daemon.
-var processes = newReader("/proc", patience)
+// processes is the only reader of /proc, so that maxReads bounds the whole daemon.
+var processes = newReader("/proc", readTimeout)
 
-// reader reads files that may hang. It is safe for concurrent use.
+// reader reads files whose reads may hang. It is safe for concurrent use.
 type reader struct {
-	root     string
-	patience time.Duration
-	slots    chan struct{} // of the reads under way
+	root    string
+	timeout time.Duration
+	slots   chan struct{} // of the reads under way
 
 	mu      sync.Mutex
 	reading map[string]underway // by path
@@ -126,11 +143,12 @@ type underway struct {
 	done  chan struct{} // closed when it has answered
 }
 
-func newReader(root string, patience time.Duration) *reader {
-	return &reader{root: root, patience: patience, slots: make(chan struct{}, maxReads), reading: map[string]underway{}}
+func newReader(root string, timeout time.Duration) *reader {
+	return &reader{root: root, timeout: timeout, slots: make(chan struct{}, maxReads), reading: map[string]underway{}}
 }
 
-// read has get read a file of a process. The goroutine that does outlives the call when get hangs, and ends when the kernel answers.
+// read calls get with the path of a process's file. If get hangs, its goroutine outlives the call
+// until the kernel answers.
 func (r *reader) read(ctx context.Context, pid int, name string, get func(path string) ([]byte, error)) ([]byte, error) {
 	if err := checkPid(pid); err != nil {
 		return nil, err
@@ -138,8 +156,8 @@ func (r *reader) read(ctx context.Context, pid int, name string, get func(path s
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	cause := fmt.Errorf("no answer within %s: process %d hangs in the kernel: %w", r.patience, pid, context.DeadlineExceeded)
-	ctx, cancel := context.WithTimeoutCause(ctx, r.patience, cause)
+	cause := fmt.Errorf("no answer within %s: process %d hangs in the kernel: %w", r.timeout, pid, context.DeadlineExceeded)
+	ctx, cancel := context.WithTimeoutCause(ctx, r.timeout, cause)
 	defer cancel()
 
 	path := filepath.Join(r.root, strconv.Itoa(pid), name)
@@ -169,7 +187,8 @@ func (r *reader) read(ctx context.Context, pid int, name string, get func(path s
 	return data, nil
 }
 
-// begin returns once no other read of the path is under way and a slot is free, and how to tell that this one has answered.
+// begin returns once no other read of the path is under way and a slot is free. The caller calls
+// end once its read has answered.
 func (r *reader) begin(ctx context.Context, path string) (end func(), err error) {
 	mine := underway{time.Now(), make(chan struct{})}
 	for {
@@ -177,8 +196,8 @@ func (r *reader) begin(ctx context.Context, path string) (end func(), err error)
 		if !busy {
 			break
 		}
-		if hung := time.Since(other.since); hung > r.patience {
-			return nil, fmt.Errorf("a read of it hangs in the kernel for %s: %w", hung.Round(time.Second), context.DeadlineExceeded)
+		if hung := time.Since(other.since); hung > r.timeout {
+			return nil, fmt.Errorf("an earlier read hangs in the kernel for %s: %w", hung.Round(time.Second), context.DeadlineExceeded)
 		}
 		select {
 		case <-other.done:
@@ -201,7 +220,7 @@ func (r *reader) begin(ctx context.Context, path string) (end func(), err error)
 	}
 }
 
-// claim makes mine the read of a path, unless there is another.
+// claim makes mine the read of a path, unless another is under way.
 func (r *reader) claim(path string, mine underway) (other underway, busy bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -59,14 +59,15 @@ func TestParseStat(t *testing.T) {
 	}
 }
 
-// hangs is a root of a /proc whose processes 1 to n have a file "cmdline" that hangs until the test ends, and one "stat" that doesn't.
+// hangs returns the root of a /proc. Reads of "cmdline" of its processes 1 to n hang until the test
+// ends; reads of "stat" don't.
 func hangs(t *testing.T, n int) string {
 	t.Helper()
 	root := t.TempDir()
 	for pid := 1; pid <= n; pid++ {
 		dir := filepath.Join(root, strconv.Itoa(pid))
 		require.NoError(t, os.Mkdir(dir, 0o755))
-		require.NoError(t, unix.Mkfifo(filepath.Join(dir, "cmdline"), 0o644)) // open(2) waits for somebody who writes
+		require.NoError(t, unix.Mkfifo(filepath.Join(dir, "cmdline"), 0o644)) // open(2) waits for a writer
 		require.NoError(t, os.WriteFile(filepath.Join(dir, "stat"), []byte("answers"), 0o644))
 	}
 	return root
@@ -81,7 +82,8 @@ func TestReadThatHangs(t *testing.T) {
 	require.ErrorContains(t, err, "process 1 hangs")
 	before := runtime.NumGoroutine()
 
-	// Others of the same file are refused at once and start nothing; its other files and other processes answer.
+	// Other reads of the same file fail at once and start nothing. Other files and other processes
+	// answer.
 	begun := time.Now()
 	for range 1000 {
 		_, err = r.read(t.Context(), 1, "cmdline", readFile)
@@ -96,13 +98,13 @@ func TestReadThatHangs(t *testing.T) {
 		require.Equal(t, "answers", string(data))
 	}
 
-	// A caller's own end counts before that.
+	// The end of the caller's context counts first.
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("not wanted any more"))
 	_, err = r.read(ctx, 2, "cmdline", readFile)
 	require.ErrorContains(t, err, "not wanted any more")
 
-	// Once it has answered, it is read again.
+	// Once the read has answered, the file is read again.
 	go os.WriteFile(filepath.Join(root, "1", "cmdline"), []byte("late"), 0)
 	soon(t, func() bool { r.mu.Lock(); defer r.mu.Unlock(); return len(r.reading) == 0 }, "the read has answered")
 	go os.WriteFile(filepath.Join(root, "1", "cmdline"), []byte("now"), 0)

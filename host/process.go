@@ -1,8 +1,10 @@
-// Package host is the home for processes and cgroups of the host: a process is held by its pidfd, its files in /proc are read within
-// bounds, and what podfsm starts is born in cgroups, by which all that it leaves is found.
+// Package host handles processes and cgroups of the host. It holds a process by its pidfd, and
+// bounds the reads of files in /proc. The processes that podfsm starts are born in cgroups, by
+// which podfsm finds everything that they leave.
 //
-// Whatever a pod can write says nothing here: neither arguments nor environment nor names. A process is known by the cgroup that
-// podfsm started it in, or by a pidfd that was held from its birth.
+// The package trusts nothing that a pod can write, such as arguments, environment or names. It
+// identifies a process by the cgroup in which podfsm started it, or by a pidfd that podfsm has had
+// since the process's birth.
 package host
 
 import (
@@ -16,16 +18,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process is one process, held by its pidfd: no other process is ever meant, also when the pid is given out again. It is safe for
-// concurrent use.
+// Process is one process, held by its pidfd. So it never means another process, even if the pid is
+// reused. It is safe for concurrent use.
 type Process struct {
 	pid   int
 	pidfd *os.File
 }
 
-// Open holds the process that has a pid now (pidfd_open(2), Linux 5.3).
+// Open opens the process that has a pid now (pidfd_open(2), Linux 5.3).
 //
-// Errors: InvalidArgument for a pid that isn't positive, NotFound when there is no such process.
+// Errors: InvalidArgument for a pid that isn't positive; NotFound if there is no such process.
 func Open(pid int) (*Process, error) {
 	if err := checkPid(pid); err != nil {
 		return nil, err
@@ -40,9 +42,10 @@ func Open(pid int) (*Process, error) {
 	return FromPidfd(pid, pidfd)
 }
 
-// FromPidfd holds the process of a pidfd, which belongs to the Process from then on and becomes non-blocking.
+// FromPidfd returns the process of a pidfd. The Process owns the pidfd from then on, and makes it
+// non-blocking.
 //
-// Errors: InvalidArgument for a pid that isn't positive; the pidfd is closed then.
+// Errors: InvalidArgument for a pid that isn't positive. On an error, FromPidfd closes the pidfd.
 func FromPidfd(pid, pidfd int) (*Process, error) {
 	err := checkPid(pid)
 	if err == nil {
@@ -55,7 +58,8 @@ func FromPidfd(pid, pidfd int) (*Process, error) {
 	return &Process{pid, os.NewFile(uintptr(pidfd), "pidfd")}, nil
 }
 
-// checkPid refuses what kill(2) takes for a group, and the 0 by which the kernel shows a process of another pid namespace.
+// checkPid refuses pids that aren't positive: kill(2) takes them for process groups, and the kernel
+// shows a process of another pid namespace as 0.
 func checkPid(pid int) error {
 	if pid <= 0 {
 		return fmt.Errorf("%d is not the pid of a process: %w", pid, errdefs.ErrInvalidArgument)
@@ -67,10 +71,11 @@ func ended(pid int) error {
 	return fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound)
 }
 
-// Pid is the pid that the process has, or had, in this pid namespace.
+// Pid returns the process's pid in this pid namespace. Once the process is reaped, another process
+// may have that pid.
 func (p *Process) Pid() int { return p.pid }
 
-// Close lets go of the process. Each Wait that is under way keeps hold of it until it returns.
+// Close closes the pidfd. A Wait that is under way goes on: it has a pidfd of its own.
 func (p *Process) Close() error { return p.pidfd.Close() }
 
 // Signal sends a signal to the process (pidfd_send_signal(2), Linux 5.1).
@@ -87,7 +92,7 @@ func (p *Process) Signal(signal unix.Signal) error {
 	return nil
 }
 
-// Kill sends SIGKILL. It is no error that the process has ended.
+// Kill sends SIGKILL. It succeeds if the process has ended.
 func (p *Process) Kill() error {
 	if err := p.Signal(unix.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
 		return err
@@ -95,7 +100,7 @@ func (p *Process) Kill() error {
 	return nil
 }
 
-// Alive says whether the process runs. One that waits for its parent to reap it does not.
+// Alive says whether the process runs. A zombie doesn't run.
 func (p *Process) Alive() bool {
 	exited := false
 	err := p.control(func(pidfd int) (err error) {
@@ -105,8 +110,8 @@ func (p *Process) Alive() bool {
 	return err == nil && !exited
 }
 
-// Wait returns nil once the process has ended, reaped or not, and else the cause of ctx's end. It blocks no thread. Any number of
-// goroutines may wait.
+// Wait returns nil once the process has ended, reaped or not. If ctx ends first, it returns the
+// cause. Wait blocks no thread. Any number of goroutines may wait.
 func (p *Process) Wait(ctx context.Context) error {
 	waiter, err := p.dup()
 	if err != nil {
@@ -135,23 +140,25 @@ func (p *Process) Wait(ctx context.Context) error {
 	return nil
 }
 
-// StartTime is when the process was started, in clock ticks since the boot (field 22 of proc_pid_stat(5)). With the pid and the boot
-// id it names the process for good.
+// StartTime returns the start time of the process in clock ticks since the boot (field 22 of
+// proc_pid_stat(5)). Together, boot id, pid and start time identify a process forever.
 //
-// Errors: NotFound when the process has ended and was reaped.
+// Errors: NotFound once the process has ended and was reaped.
 func (p *Process) StartTime(ctx context.Context) (uint64, error) {
 	stat, err := ReadStat(ctx, p.pid)
 	if err != nil {
 		return 0, err
 	}
-	// The pid is the process's until it is reaped, so what was read before is about it.
+	// If the process is not reaped yet, no other process had its pid before, so the read was of
+	// this process.
 	if err := p.Signal(0); err != nil && !errors.Is(err, unix.EPERM) {
 		return 0, err
 	}
 	return stat.StartTime, nil
 }
 
-// hasExited says whether the process of a pidfd has ended: the pidfd is readable then (pidfd_open(2)).
+// hasExited says whether the process of a pidfd has ended: then the pidfd is readable
+// (pidfd_open(2)).
 func hasExited(pidfd int) (bool, error) {
 	for {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
@@ -161,7 +168,7 @@ func hasExited(pidfd int) (bool, error) {
 	}
 }
 
-// dup returns the pidfd once more: a file of the runtime's poller serves one reader at a time.
+// dup duplicates the pidfd, because a file of the runtime's poller has one reader at a time.
 func (p *Process) dup() (*os.File, error) {
 	fd := -1
 	err := p.control(func(pidfd int) (err error) {
@@ -174,7 +181,7 @@ func (p *Process) dup() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "pidfd"), nil
 }
 
-// control gives f the pidfd, which stays open meanwhile.
+// control calls f with the pidfd, which stays open during the call.
 func (p *Process) control(f func(pidfd int) error) error {
 	conn, err := p.pidfd.SyscallConn()
 	if err != nil {

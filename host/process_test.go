@@ -50,7 +50,7 @@ func TestProcess(t *testing.T) {
 	defer cancel()
 	require.EqualError(t, p.Wait(short), "too long")
 
-	// Any number may wait; all are told.
+	// Any number of goroutines may wait, and all return.
 	var waiting sync.WaitGroup
 	ends := make([]error, 8)
 	for i := range ends {
@@ -60,7 +60,7 @@ func TestProcess(t *testing.T) {
 	waiting.Wait()
 	require.NoError(t, errors.Join(ends...))
 
-	// It is a zombie, and still known by its pid.
+	// A zombie still has its pid.
 	require.False(t, p.Alive())
 	require.NoError(t, p.Wait(t.Context()))
 	again, err := p.StartTime(t.Context())

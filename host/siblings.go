@@ -12,13 +12,16 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Siblings are the processes that this process, or an earlier daemon in its place, has started and that work in a directory below dir, by
-// that directory: processes in its own cgroup and in its own user and mount namespaces, where a path means what it means here. No
-// process of a pod is ever there. Their directories may have been removed, and dir may lead over symlinks, which the kernel has resolved.
+// Siblings returns the processes that this process or an earlier daemon in its place has started,
+// and whose working directory is below dir. The values are the working directories.
+//
+// Siblings are in the cgroup of this process and in its user and mount namespaces, so that a path
+// means the same there. No process of a pod ever is. A working directory may have been removed. dir
+// may have symlinks.
 func Siblings(ctx context.Context, dir string) (map[int]string, error) {
 	groups, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
-		return nil, fmt.Errorf("failed to read the own cgroup: %w", err)
+		return nil, fmt.Errorf("failed to read the cgroup of this process: %w", err)
 	}
 	pids, err := Pids()
 	if err != nil {
@@ -39,7 +42,8 @@ func Siblings(ctx context.Context, dir string) (map[int]string, error) {
 	return found, nil
 }
 
-// workingDir is that of a sibling. It looks at nothing that a process can choose before it is known whose process it is.
+// workingDir returns the working directory of a sibling. It checks cgroup and namespaces first,
+// because a process chooses its working directory itself.
 func workingDir(ctx context.Context, pid int, groups []byte) (string, bool) {
 	theirs, err := Read(ctx, pid, "cgroup")
 	if err != nil || !bytes.Equal(theirs, groups) {
@@ -58,13 +62,13 @@ func workingDir(ctx context.Context, pid int, groups []byte) (string, bool) {
 	return strings.TrimSuffix(cwd, " (deleted)"), err == nil
 }
 
-// KillIn kills the siblings that work in a directory, and returns when none is left.
+// KillIn kills the siblings whose working directory is dir, and returns once none is left.
 func KillIn(ctx context.Context, dir string) error {
 	parent := filepath.Dir(dir)
 	if resolved, err := filepath.EvalSymlinks(parent); err == nil {
 		parent = resolved
 	}
-	for pause := range pauses {
+	for pause := range pollIntervals {
 		all, err := Siblings(ctx, parent)
 		if err != nil {
 			return err
@@ -91,7 +95,7 @@ func KillIn(ctx context.Context, dir string) error {
 	return nil
 }
 
-// killSibling kills a process if it still is the one that was found when it is held.
+// killSibling kills a sibling. It checks the process again once its pidfd is open.
 func killSibling(ctx context.Context, pid int, dir string) error {
 	process, err := Open(pid)
 	if errdefs.IsNotFound(err) {

@@ -12,18 +12,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cgroups are directories of cgroups, one a hierarchy at most, in which a process is born: it never runs outside of them, and nothing
-// that it starts can have left them before they are looked at.
+// Cgroups are directories of cgroups in which a process is born, at most one per hierarchy. The
+// process never runs outside of them, so neither do its children.
 type Cgroups []string
 
-// Start has start make a process in the cgroups and returns its error. start makes exactly one process, by [os.StartProcess], [exec.Cmd]
-// or clone3(2), in the goroutine that calls it.
+// Start calls start, which starts a process in the cgroups, and returns its error. start starts
+// exactly one process, by [os.StartProcess], [exec.Cmd] or clone3(2), in the goroutine that calls
+// it.
 //
-// A process is born in a cgroup of v2 by cgroupFD, the descriptor of its directory: SysProcAttr.UseCgroupFD, or CLONE_INTO_CGROUP
-// (Linux 5.7); cgroupFD is -1 when none of the cgroups is of v2. Into those of v1 it is born because the thread that makes it has
-// moved there. That thread then ends, so the process must not ask for a parent-death signal.
+// For a cgroup of v2, start gets cgroupFD, the descriptor of its directory, for
+// SysProcAttr.UseCgroupFD or CLONE_INTO_CGROUP (Linux 5.7). It is -1 if no cgroup is of v2. For
+// cgroups of v1, start runs on a thread that has moved there. That thread then ends, so the process
+// must not use a parent-death signal.
 //
-// Errors: InvalidArgument for two cgroups of v2; those of start; others when a cgroup can't be entered.
+// Errors: InvalidArgument for two cgroups of v2; those of start; others if a cgroup can't be
+// entered.
 func (c Cgroups) Start(start func(cgroupFD int) error) error {
 	cgroupFD := -1
 	var v1 []string
@@ -62,20 +65,22 @@ func (c Cgroups) Start(start func(cgroupFD int) error) error {
 func isUnified(dir string) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
-		return false, fmt.Errorf("failed to look at cgroup %q: %w", dir, err)
+		return false, fmt.Errorf("failed to stat cgroup %q: %w", dir, err)
 	}
 	return st.Type == unix.CGROUP2_SUPER_MAGIC, nil
 }
 
-// enter moves the calling thread into a v1 cgroup. For one thread the kernel takes no lock that forks of the whole host wait for.
+// enter moves the calling thread into a v1 cgroup. For a whole process, the kernel would take a
+// lock for which all forks of the host wait.
 func enter(dir string) error { return writeFile(filepath.Join(dir, "tasks"), "0") }
 
-// threadEnd bounds the wait for the end of a thread that has nothing more to do.
+// threadEnd bounds the wait for the end of an idle thread.
 const threadEnd = time.Second
 
-// onLastThread calls f on a thread that does nothing else and ends after it, never on the first thread, which the runtime doesn't end
-// and /proc/self stands for. It returns when that thread has ended: as long as it is in a cgroup, this whole process is listed there,
-// and whoever ends that cgroup would end it; and as long as it is in a namespace, that lives.
+// onLastThread calls f on a thread that ends afterwards. It never uses the first thread: the
+// runtime doesn't end that one, and /proc/self shows it. onLastThread returns once the thread has
+// ended. As long as the thread is in a cgroup, this whole process is listed there, and would be
+// killed with the cgroup. As long as the thread is in a namespace, the namespace lives.
 func onLastThread(f func() error) error {
 	var tid int
 	done := make(chan error, 1)

@@ -21,8 +21,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/integration/feed"
 	"github.com/podfsm/podfsm/integration/harness"
+	"github.com/podfsm/podfsm/integration/programs/feed"
 )
 
 // lines collects what a program writes.
@@ -36,13 +36,13 @@ func lines(r io.Reader) *feed.Feed[string] {
 	return all
 }
 
-// watcher is a podfsm watch that runs.
+// watcher is a running podfsm watch.
 type watcher struct {
 	cmd            *osexec.Cmd
 	stdout, stderr *feed.Feed[string]
 }
 
-// watch starts podfsm watch and returns when it follows the daemon.
+// watch starts podfsm watch and waits until it follows the daemon.
 func watch(t *testing.T, n *harness.Node, args ...string) *watcher {
 	t.Helper()
 	cmd := osexec.CommandContext(t.Context(), n.CLI(), append([]string{"--address", n.Socket(), "watch"}, args...)...)
@@ -65,7 +65,8 @@ func (w *watcher) waitFor(t *testing.T, of *feed.Feed[string], done func([]strin
 	return all
 }
 
-// subscribe collects the transitions among containerd's events, as any client of containerd can, from when it returns.
+// subscribe collects the transitions among containerd's events, like any client of containerd, from
+// its return on.
 func subscribe(t *testing.T, n *harness.Node) *feed.Feed[*podfsmv1.SandboxTransition] {
 	t.Helper()
 	all, hello := &feed.Feed[*podfsmv1.SandboxTransition]{}, make(chan struct{}, 1)
@@ -91,7 +92,7 @@ func subscribe(t *testing.T, n *harness.Node) *feed.Feed[*podfsmv1.SandboxTransi
 	return all
 }
 
-// states are those that a sandbox has entered by the transitions told, whose numbers must be without a gap.
+// states returns the states of a sandbox by its transitions, whose numbers must be consecutive.
 func entered(t *testing.T, told []*podfsmv1.SandboxTransition, id string) (states []string) {
 	t.Helper()
 	for _, one := range told {
@@ -104,26 +105,58 @@ func entered(t *testing.T, told []*podfsmv1.SandboxTransition, id string) (state
 	return states
 }
 
-// looked is what podfsm inspect says of a sandbox, whether the daemon runs or not.
-func looked(t *testing.T, n *harness.Node, ref string) *podfsmv1.InspectResponse {
+// requireFoundByConfig runs the inspecting commands on a node with a ready and a failed pod, as an
+// operator does: containerd's configuration has the socket and the directories.
+func requireFoundByConfig(t *testing.T, n *harness.Node, failed, ready string) {
 	t.Helper()
-	out, errOut, code := cli(t, n, "inspect", "-o", "json", ref)
-	require.Zero(t, code, errOut)
-	response := &podfsmv1.InspectResponse{}
-	require.NoError(t, protojson.Unmarshal([]byte(out), response))
-	return response
+	run := func(want int, args ...string) string {
+		t.Helper()
+		cmd := osexec.CommandContext(t.Context(), n.CLI(), append([]string{"--config", filepath.Join(n.Dir(), "config.toml")}, args...)...)
+		var out, errOut strings.Builder
+		cmd.Stdout, cmd.Stderr = &out, &errOut
+		if err := cmd.Run(); err != nil {
+			require.ErrorAs(t, err, new(*osexec.ExitError))
+		}
+		require.Equal(t, want, cmd.ProcessState.ExitCode(), "%q: %s", args, errOut.String())
+		return out.String()
+	}
+	require.Regexp(t, `(?m)^Daemon: +podfsm \S+, containerd \S+, up for .*\nDegraded: +no\nFailed checks: +none\nSandboxes: +1: 1 Ready\n`, run(0, "status"))
+	require.Regexp(t, `(?m)^Slowest step: +\S+ of default/story, \S+$`, run(0, "status"))
+	status := &podfsmv1.StatusResponse{}
+	require.NoError(t, protojson.Unmarshal([]byte(run(0, "status", "-o", "json")), status))
+	require.NotNil(t, status.GetLastRecovery(), "the first start has found nothing")
+	require.Regexp(t, `\nDaemon:  podfsm \S+, containerd \S+\n$`, run(0, "version"))
+
+	require.Equal(t, ready+"\n", run(0, "ps", "-q", "-n", "default", "--state", "Ready"))
+	require.Empty(t, run(0, "ps", "--no-headers", "--state", "NotReady"))
+	require.True(t, strings.HasSuffix(run(0, "ps", "-a", "-q", "--sort-by", "age"), failed+"\n"+ready+"\n"))
+	require.Regexp(t, `(?m)^State: +Ready for `, run(0, "describe", "story"))
+	require.Empty(t, run(4, "describe", "nobody"))
+	require.Empty(t, run(64, "describe"))
+	timeline := &podfsmv1.TimelineOutput{}
+	require.NoError(t, protojson.Unmarshal([]byte(run(0, "timeline", "-o", "json", failed)), timeline))
+	require.Equal(t, "Creation and rollback", timeline.GetStretches()[0].GetTitle())
+	require.Equal(t, "No leaks found\n", run(0, "leaks", failed))
+	require.Regexp(t, `a drain would take no new pods and wait for 1 sandbox:\n.*\n`+ready[:13], run(0, "drain", "--dry-run"))
+	require.NotContains(t, run(0, "ps", "-o", "json"), `"drainingSince"`)
+
+	logs := run(0, "logs", "--file", filepath.Join(n.Dir(), "containerd.log"), failed)
+	require.Contains(t, logs, "no ports today")
+	for line := range strings.Lines(logs) {
+		require.Regexp(t, failed+"|"+timeline.GetSandbox().GetTraceId(), line)
+	}
+	file := filepath.Join(t.TempDir(), "bundle.tar.gz")
+	require.Equal(t, file+"\n", run(0, "bundle", "--file", file))
+	list, err := osexec.CommandContext(t.Context(), "tar", "-tzf", file).CombinedOutput()
+	require.NoError(t, err, string(list))
+	require.Contains(t, string(list), "/sandboxes/"+failed+".txt\n")
+	require.Contains(t, run(0, "completion", "bash"), "podfsm")
+	require.Contains(t, run(0, "--generate-shell-completion"), "timeline")
 }
 
-// timelineOf is what podfsm timeline shows of a sandbox.
-func timelineOf(t *testing.T, n *harness.Node, args ...string) string {
-	t.Helper()
-	out, errOut, code := cli(t, n, append([]string{"timeline"}, args...)...)
-	require.Zero(t, code, errOut)
-	return out
-}
-
-// Who knows only a pod's name finds which step failed, in which attempt, what was undone, and what was owed: while it happens, afterwards,
-// while the daemon is down, and after it was killed.
+// An operator who knows the name of a pod finds the failed step and its attempt, what was undone,
+// and which cleanup is pending: during the failure, later, while the daemon is down, and after it
+// was killed.
 func TestCLI(t *testing.T) {
 	n, before := warmNode(t)
 	table, stream, one := watch(t, n), watch(t, n, "-o", "json"), watch(t, n, "default/nobody")
@@ -134,7 +167,7 @@ func TestCLI(t *testing.T) {
 	require.NoError(t, n.Fault("portmap.DEL", "1*error(no luck)"))
 	require.ErrorContains(t, failRun(t, n, harness.PodfsmHandler, n.PodConfig("story")), "no ports today")
 	failed := looked(t, n, "default/story").GetSandbox().GetId()
-	require.Eventually(t, func() bool { return looked(t, n, failed).GetSandbox().GetState() == "RolledBack" }, waitFor, tick, "the debt is paid")
+	require.Eventually(t, func() bool { return looked(t, n, failed).GetSandbox().GetState() == "RolledBack" }, waitFor, tick, "the pending cleanup has completed")
 	pod := runPod(t, n, n.PodConfig("story", attempt(1)))
 
 	created := []string{"IDsAllocated", "SnapshotRemapped", "PauseStarted", "NetNSCaptured"}
@@ -175,7 +208,7 @@ func TestCLI(t *testing.T) {
 		t.Helper()
 		out := timelineOf(t, n, "--attempt", "0", "story")
 		for _, want := range []string{
-			`Pod: +default/story, attempt 0`,
+			`Pod: +default/story, uid \S+, attempt 0`,
 			`State: +RolledBack for `,
 			`Failed: +attach_network`,
 			`(?m)^attach_network +\+\S+ +\S+ \[ *x+ *\]$`,
@@ -227,7 +260,9 @@ func TestCLI(t *testing.T) {
 		}
 	})
 
-	// What there was to see stays: of the one that has ended, of one that goes, and of one that lives on.
+	t.Run("by the configuration alone", func(t *testing.T) { requireFoundByConfig(t, n, failed, pod.ID) })
+
+	// The history stays: of the ended sandbox, of one that is ending, and of one that lives on.
 	alive := runPod(t, n, n.PodConfig("alive"))
 	require.NoError(t, pod.StopAndRemove(t.Context()))
 	wasFailed, wasRemoved, wasAlive := looked(t, n, failed), looked(t, n, "story"), looked(t, n, "alive")
@@ -242,8 +277,8 @@ func TestCLI(t *testing.T) {
 		requireStory(t)
 		out, _, code := cli(t, n, "ps", "--all")
 		require.Zero(t, code)
-		require.Regexp(t, `(?m)^`+failed[:13]+` +default/story +RolledBack +\S+ +- +- +0 +attach_network$`, out)
-		require.Regexp(t, `(?m)^`+pod.ID[:13]+` +default/story +Removed +\S+ +- +- +1 +-$`, out)
+		require.Regexp(t, `(?m)^`+failed[:13]+` +default/story +RolledBack +\S+ +- +- +\S+ +0 +attach_network$`, out)
+		require.Regexp(t, `(?m)^`+pod.ID[:13]+` +default/story +Removed +\S+ +- +- +\S+ +1 +-$`, out)
 		require.Regexp(t, `(?m)^`+alive.ID[:13]+` +default/alive +Ready `, out)
 		out, _, code = cli(t, n, "ps")
 		require.Zero(t, code)
@@ -253,19 +288,38 @@ func TestCLI(t *testing.T) {
 	require.NoError(t, n.Kill(t.Context()))
 	t.Run("while the daemon is down", func(t *testing.T) {
 		for _, w := range []*watcher{table, stream, one} {
-			w.waitFor(t, w.stderr, func(all []string) bool { return strings.HasSuffix(all[len(all)-1], "has gone") })
-			require.Error(t, w.cmd.Wait())
-			require.Equal(t, 1, w.cmd.ProcessState.ExitCode())
+			w.waitFor(t, w.stderr, func(all []string) bool {
+				return strings.HasSuffix(all[len(all)-1], "has gone; waiting for the next one")
+			})
 		}
 		requireKept(t)
 		_, errOut, code := cli(t, n, "watch")
-		require.Equal(t, 1, code)
+		require.Equal(t, 3, code)
 		require.Contains(t, errOut, "is the daemon running?")
+		out, _, code := cli(t, n, "status")
+		require.Equal(t, 3, code)
+		require.Regexp(t, `(?m)^Sandboxes: +1: 1 Ready$`, out)
 	})
 	require.NoError(t, n.Start(t.Context()))
 	t.Run("after it was killed", requireKept)
+	t.Run("watchers go on", func(t *testing.T) {
+		for _, w := range []*watcher{table, stream, one} {
+			w.waitFor(t, w.stderr, func(all []string) bool {
+				return strings.Contains(all[len(all)-1], "following the daemon") && len(all) > 2
+			})
+		}
+		before := len(table.stdout.Items())
+		late := runPod(t, n, n.PodConfig("late"))
+		all := table.waitFor(t, table.stdout, func(all []string) bool { return len(all) >= before+len(ready) })
+		require.Regexp(t, `default/late .* Ready$`, all[before+len(ready)-1], "nothing is told twice")
+		require.NoError(t, late.StopAndRemove(t.Context()))
+		for _, w := range []*watcher{table, stream, one} {
+			require.NoError(t, w.cmd.Process.Kill())
+			_ = w.cmd.Wait() // it was killed
+		}
+	})
 
-	// A history that is damaged, or can't be written, is a pity and no more.
+	// A damaged or read-only history has no other effect.
 	require.NoError(t, n.Stop(t.Context()))
 	past := filepath.Join(ledgerDirs(n)[0], "history")
 	rewrite(t, past, func(text []byte) []byte { return append([]byte("{damaged\n"), text[len(text)/2:]...) })
@@ -274,7 +328,7 @@ func TestCLI(t *testing.T) {
 	require.NoError(t, again.StopAndRemove(t.Context()))
 	require.Equal(t, "Removed", looked(t, n, again.ID).GetSandbox().GetState())
 
-	// An adopted sandbox's transitions go on where they were.
+	// The transitions of an adopted sandbox continue with the next number.
 	told := subscribe(t, n)
 	require.NoError(t, alive.StopAndRemove(t.Context()))
 	ctx, cancel := context.WithTimeout(t.Context(), waitFor)

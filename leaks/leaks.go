@@ -1,8 +1,9 @@
-// Package leaks finds what stands on the host under the names of sandboxes: every name that podfsm gives is derived from a sandbox's
-// id. Whose it is, is for the caller to say: what belongs to no sandbox that is known has leaked.
+// Package leaks finds the resources of sandboxes on the host by their names, which podfsm derives
+// from the sandbox's id. A resource of an unknown sandbox has leaked. The caller decides which
+// sandboxes are known.
 //
-// Only ids of the form that containerd's CRI service makes are looked at, 64 hexadecimal digits at random: no name that somebody else
-// gives is taken for one, and an id that was unknown once stays so.
+// The package considers only ids as containerd's CRI service makes them: 64 random hexadecimal
+// digits. No other program gives such names, and no id is ever used twice.
 package leaks
 
 import (
@@ -21,10 +22,10 @@ import (
 	"github.com/podfsm/podfsm/pause"
 )
 
-// Kind is what a thing is, in the words that an operator reads.
+// Kind is the kind of a thing, as operators see it.
 type Kind string
 
-// The kinds, in the order in which they have to go: processes before what they use.
+// The kinds, in the order of their removal: processes before the resources that they use.
 const (
 	Plugin    Kind = "CNI plugin"
 	Container Kind = "pause container"
@@ -40,32 +41,33 @@ const (
 
 var order = []Kind{Plugin, Container, Shim, Bundle, Cgroup, Snapshot, Files, NetNS, Lease, Record}
 
-// Thing is something that exists for a sandbox.
+// Thing is a resource of a sandbox.
 type Thing struct {
 	Kind Kind
-	ID   string // the sandbox's
+	ID   string // of the sandbox
 	// Name is a path, a pid, or a name in one of containerd's stores.
 	Name string
 }
 
-// SandboxID is the form of the ids that containerd's CRI service makes.
+// SandboxID matches the ids of containerd's CRI service.
 var SandboxID = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
-// Sort orders things by sandbox, and then as they have to go.
+// Sort sorts things by sandbox, and then in the order of their removal.
 func Sort(things []Thing) {
 	slices.SortFunc(things, func(a, b Thing) int {
 		return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(slices.Index(order, a.Kind), slices.Index(order, b.Kind)), cmp.Compare(a.Name, b.Name))
 	})
 }
 
-// PinPrefix begins the names of pinned network namespaces, and StockPinPrefix those of containerd's own, which podfsm's have, too, where
-// an operator wants that: a sandbox's id follows, while containerd's end in a UUID.
+// PinPrefix and StockPinPrefix begin the names of pinned network namespaces. podfsm uses PinPrefix,
+// or, if so configured, containerd's own StockPinPrefix. In podfsm's names, the sandbox's id
+// follows. In containerd's, a UUID does.
 const (
 	PinPrefix      = "podfsm-"
 	StockPinPrefix = "cni-"
 )
 
-// Pins are the names that the network namespace of a sandbox may have in a directory of pinned ones.
+// Pins returns the possible names of a sandbox's pinned network namespace.
 func Pins(id string) []string {
 	if !SandboxID.MatchString(id) {
 		return []string{PinPrefix + id}
@@ -73,7 +75,7 @@ func Pins(id string) []string {
 	return []string{PinPrefix + id, StockPinPrefix + id}
 }
 
-// Pinned is the sandbox whose network namespace has a name among the pinned ones.
+// Pinned returns the sandbox of a pinned network namespace by the pin's name.
 func Pinned(name string) (id string, ok bool) {
 	if id, ok := strings.CutPrefix(name, PinPrefix); ok {
 		return id, true
@@ -82,16 +84,16 @@ func Pinned(name string) (id string, ok bool) {
 	return id, ok && SandboxID.MatchString(id)
 }
 
-// Host is where a containerd has the things of its sandboxes.
+// Host has the places on the host where a containerd keeps the resources of its sandboxes.
 type Host struct {
 	NetNSDirs []string    // of pinned network namespaces
 	Plugins   host.Groups // of CNI plugins
 	Files     pause.Files
-	Bundles   string // of tasks, by containerd namespace
-	Namespace string // of the CRI, in containerd
+	Bundles   string // directory of tasks, by containerd namespace
+	Namespace string // containerd namespace of CRI
 }
 
-// Marked returns the things that are podfsm's by their names alone.
+// Marked returns the things whose names show that podfsm made them.
 func (h Host) Marked() ([]Thing, error) {
 	var things []Thing
 	for _, dir := range h.NetNSDirs {
@@ -115,10 +117,10 @@ func (h Host) Marked() ([]Thing, error) {
 	return things, nil
 }
 
-// Unmarked returns the things that have the same names whoever made them, podfsm or containerd's own controller, and those of app
-// containers beside them.
+// Unmarked returns the things that have the same names whether podfsm or containerd's own
+// controller made them. It includes those of app containers.
 //
-// Shims are found only from the daemon's own cgroup.
+// It finds only shims in the cgroup of this process.
 func (h Host) Unmarked(ctx context.Context) ([]Thing, error) {
 	var things []Thing
 	shims, err := host.Siblings(ctx, filepath.Join(h.Bundles, h.Namespace))
@@ -145,8 +147,8 @@ func (h Host) Unmarked(ctx context.Context) ([]Thing, error) {
 	return things, nil
 }
 
-// Cgroups returns the cgroups of sandboxes that have other things: a cgroup alone doesn't say whose it is, and the kubelet removes
-// those of pods that it doesn't know.
+// Cgroups returns the cgroups of the sandboxes of things. A cgroup alone doesn't show who made it,
+// and the kubelet removes the cgroups of unknown pods.
 func Cgroups(things []Thing) ([]Thing, error) {
 	ids := IDs(things)
 	if len(ids) == 0 {
@@ -163,7 +165,7 @@ func Cgroups(things []Thing) ([]Thing, error) {
 	return cgroups, nil
 }
 
-// IDs are the sandboxes of things, each once, in order.
+// IDs returns the sandboxes of things, sorted, without duplicates.
 func IDs(things []Thing) []string {
 	var ids []string
 	for _, thing := range things {
@@ -173,7 +175,7 @@ func IDs(things []Thing) []string {
 	return slices.Compact(ids)
 }
 
-// add leaves out what has not the id of a sandbox.
+// add adds a thing, unless its id is not that of a sandbox.
 func add(things []Thing, kind Kind, id, name string) []Thing {
 	if !SandboxID.MatchString(id) {
 		return things

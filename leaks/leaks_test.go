@@ -40,14 +40,15 @@ func TestPinned(t *testing.T) {
 		require.True(t, ok, name)
 		require.Equal(t, id, got)
 	}
-	require.Equal(t, []string{"podfsm-web"}, Pins("web"), "containerd's names may be anything but a sandbox's id")
+	require.Equal(t, []string{"podfsm-web"}, Pins("web"), "containerd's own names never have a sandbox's id")
 	for _, name := range []string{"cni-67a5b3a1-2f5c-bd3b-8cf3-c4a1be66d5c1", "cni-web", "cni-", "web", id} {
 		_, ok := Pinned(name)
 		require.False(t, ok, name)
 	}
 }
 
-// Without containerd's stores, what has the same name whoever made it is a leak only beside what is podfsm's for sure.
+// Without containerd's stores, an unmarked thing is a leak only if its sandbox also has a marked
+// one.
 func TestWithoutStores(t *testing.T) {
 	dir := t.TempDir()
 	h := Host{

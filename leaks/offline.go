@@ -5,8 +5,9 @@ import (
 	"slices"
 )
 
-// WithoutStores returns what has leaked, as far as the host alone can tell, without containerd's stores: things that bear podfsm's
-// mark, and what else their sandboxes have. known are the ids of the sandboxes that are on record.
+// WithoutStores returns the leaks that the host shows without containerd's stores: marked things of
+// unknown sandboxes, and all other things of these sandboxes. known says whether the sandbox with
+// an id is on record.
 func (h Host) WithoutStores(ctx context.Context, known func(id string) bool) ([]Thing, error) {
 	marked, err := h.Marked()
 	if err != nil {

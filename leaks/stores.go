@@ -8,8 +8,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 )
 
-// Containers are the names under which a container that this containerd knows may be attached to a network: those of all namespaces, also
-// as ctr and nerdctl name them to plugins.
+// Containers returns the names by which CNI plugins may know a container of this containerd, from
+// all containerd namespaces. It includes the names that ctr and nerdctl give to plugins.
 func Containers(ctx context.Context, client *containerd.Client) (map[string]bool, error) {
 	known := map[string]bool{}
 	all, err := client.NamespaceService().List(ctx)

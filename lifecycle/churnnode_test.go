@@ -16,10 +16,10 @@ import (
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/history"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/history"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -31,9 +31,9 @@ const (
 	startShim     states.Event = "start_shim"
 )
 
-// churnPod is one pod of the churn, with all that goes wrong with it.
+// churnPod is one pod of the churn, and its failures.
 type churnPod struct {
-	key      journal.Key
+	key      ledger.Key
 	lifetime time.Duration
 	patience time.Duration // of the caller of Start and of the first Stop; 0 for callers that wait
 
@@ -45,14 +45,14 @@ type churnPod struct {
 	diesEarly bool // pause exits before the pod is ready
 	ill       bool // a check fails
 
-	driven atomic.Bool // nobody asks for it any more
+	driven atomic.Bool // its last request was answered
 
 	mu     sync.Mutex
 	exists map[states.Event]bool
 	exit   *lifecycle.Exit
 }
 
-// left says whether anything of the pod is on the node.
+// left says whether the pod has resources on the node.
 func (p *churnPod) left() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -61,7 +61,8 @@ func (p *churnPod) left() bool {
 
 var errChurn = fmt.Errorf("no luck: %w", errdefs.ErrUnavailable)
 
-// churnStep takes some milliseconds and makes nothing but an entry in its pod. The step of a killed daemon does nothing any more.
+// churnStep takes some milliseconds and only makes an entry in its pod. A step of a killed daemon
+// does nothing.
 type churnStep struct {
 	declared lifecycle.Declaration
 	node     *churnNode
@@ -120,7 +121,8 @@ func (s *churnStep) Probe(_ context.Context, r *lifecycle.Run) (bool, error) {
 	return p.exists[s.declared.Name], nil
 }
 
-// work takes as long as a step does on a node, or until ctx ends. A pod whose caller is impatient takes longer than the caller waits.
+// work takes as long as a step does on a node, or until ctx ends. For the pod of an impatient
+// caller, it takes longer than the caller waits.
 func (s *churnStep) work(ctx context.Context, p *churnPod) error {
 	took := 15 * time.Millisecond
 	if p.patience > 0 && s.declared.Name == attachNetwork {
@@ -136,7 +138,7 @@ func (s *churnStep) work(ctx context.Context, p *churnPod) error {
 	}
 }
 
-// act changes the node, unless the daemon is dead.
+// act changes the node, unless the daemon was killed.
 func (s *churnStep) act(p *churnPod, change func()) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -151,7 +153,7 @@ var errDead = errors.New("the daemon was killed")
 
 type churnPause struct{ churnStep }
 
-func (s *churnPause) Stop(_ context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
+func (s *churnPause) End(_ context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
 	p, exit := s.node.pod(r.Key), lifecycle.Exit{Code: 137, At: time.Now()}
 	err := s.act(p, func() { p.exit = &exit })
 	return exit, err
@@ -173,31 +175,31 @@ func (s *churnNetwork) Check(_ context.Context, r *lifecycle.Run) error {
 	return nil
 }
 
-// churnDaemon is one life of the daemon: an engine on the ledger that it has opened.
+// churnDaemon is one run of the daemon: an engine and its open ledger.
 type churnDaemon struct {
 	*lifecycle.Engine
-	ledger *journal.Ledger
+	ledger *ledger.Ledger
 	life   context.Context // ends with the daemon, and so do the calls that wait for it
 	exit   context.CancelFunc
 	dead   atomic.Bool // by SIGKILL: it writes nothing and does nothing to the node any more
 }
 
-func (d *churnDaemon) Append(ctx context.Context, r *journal.Record) error {
+func (d *churnDaemon) Append(ctx context.Context, r *ledger.Record) error {
 	if d.dead.Load() {
 		return errDead
 	}
 	return d.ledger.Append(ctx, r)
 }
 
-func (d *churnDaemon) Forget(ctx context.Context, k journal.Key) error {
+func (d *churnDaemon) Forget(ctx context.Context, k ledger.Key) error {
 	if d.dead.Load() {
 		return errDead
 	}
 	return d.ledger.Forget(ctx, k)
 }
 
-// churnNode is a node without processes, mounts and networks: it has a daemon with a real engine, ledger and history, and pods that say
-// themselves what there is of them.
+// churnNode is a node without processes, mounts and networks. Its daemon has a real engine, ledger
+// and history. The pods themselves record their resources.
 type churnNode struct {
 	t       *testing.T
 	dir     string
@@ -207,7 +209,7 @@ type churnNode struct {
 	driving atomic.Int64 // goroutines that play kubelet
 
 	mu      sync.Mutex
-	pods    map[journal.Key]*churnPod
+	pods    map[ledger.Key]*churnPod
 	entered map[states.State]int // how often
 }
 
@@ -226,18 +228,18 @@ func (n *churnNode) steps(d *churnDaemon) (steps []lifecycle.Step) {
 	return steps
 }
 
-// start opens the ledger and takes up what is in there, as a daemon does at its start.
+// start opens the ledger and recovers its sandboxes, as a daemon does at its start.
 func (n *churnNode) start() {
-	ledger, err := journal.Open(filepath.Join(n.dir, "root"), filepath.Join(n.dir, "state"))
+	log, err := ledger.Open(filepath.Join(n.dir, "root"), filepath.Join(n.dir, "state"))
 	require.NoError(n.t, err)
-	require.Empty(n.t, ledger.Damage())
-	d := &churnDaemon{ledger: ledger}
+	require.Empty(n.t, log.Damage())
+	d := &churnDaemon{ledger: log}
 	d.life, d.exit = context.WithCancel(n.t.Context())
 	d.Engine, err = lifecycle.New(lifecycle.Config{
-		Steps: n.steps(d), Process: startPause, Journal: d, Backoff: lifecycle.DefaultBackoff, Release: "churn", Observe: n.observe,
+		Steps: n.steps(d), Process: startPause, Ledger: d, Backoff: lifecycle.DefaultBackoff, Release: "churn", Observe: n.observe,
 	})
 	require.NoError(n.t, err)
-	d.Restore(n.t.Context(), ledger.Sandboxes(), request, func(journal.Sandbox) lifecycle.Outside {
+	d.Restore(n.t.Context(), log.Sandboxes(), request, func(ledger.Sandbox) lifecycle.Outside {
 		return lifecycle.Outside{Listed: true, Started: true}
 	})
 	for _, key := range d.Keys() {
@@ -263,7 +265,7 @@ func (n *churnNode) observe(view lifecycle.View) {
 	}
 }
 
-// end ends the daemon: as SIGTERM does, or in the midst of everything.
+// end ends the daemon, as SIGTERM or SIGKILL does.
 func (n *churnNode) end(kill bool) {
 	d, ctx := n.daemon.Load(), n.t.Context()
 	if kill {
@@ -277,24 +279,24 @@ func (n *churnNode) end(kill bool) {
 	require.NoError(n.t, d.ledger.Close())
 }
 
-func (n *churnNode) pod(key journal.Key) *churnPod {
+func (n *churnNode) pod(key ledger.Key) *churnPod {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.pods[key]
 }
 
-// sweep forgets the pods that are gone, and returns how many stay.
+// sweep forgets the pods that are gone, and returns the number of the others.
 func (n *churnNode) sweep() int {
 	known := n.daemon.Load().Keys()
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	maps.DeleteFunc(n.pods, func(key journal.Key, p *churnPod) bool {
+	maps.DeleteFunc(n.pods, func(key ledger.Key, p *churnPod) bool {
 		return p.driven.Load() && !p.left() && !slices.Contains(known, key)
 	})
 	return len(n.pods)
 }
 
-func request(key journal.Key, spec any) lifecycle.Request {
+func request(key ledger.Key, spec any) lifecycle.Request {
 	return lifecycle.Request{Name: "default/" + key.ID, Pod: "default/" + key.ID, Spec: spec}
 }
 
@@ -321,7 +323,7 @@ func (n *churnNode) drive(act func()) {
 	})
 }
 
-// makeReady creates and starts the sandbox. If the start fails, podfsm alone owes what is left.
+// makeReady creates and starts the sandbox. If the start fails, podfsm cleans up by itself.
 func (n *churnNode) makeReady(p *churnPod) error {
 	spec := &records.Spec{
 		Config: &runtime.PodSandboxConfig{
@@ -345,7 +347,7 @@ func (n *churnNode) makeReady(p *churnPod) error {
 	return nil
 }
 
-// caller is the context of a call: an impatient one goes before it is answered.
+// caller returns the context of a call. The caller of an impatient pod doesn't wait for the answer.
 func (p *churnPod) caller(ctx context.Context) (context.Context, context.CancelFunc) {
 	if p.patience == 0 {
 		return context.WithCancel(ctx)
@@ -365,7 +367,7 @@ func (n *churnNode) watch(p *churnPod) {
 	}
 }
 
-// use has the pod live for its time. What is asked of it meanwhile may fail.
+// use lets the pod run for its time. Requests may fail in the meantime.
 func (n *churnNode) use(p *churnPod) {
 	time.Sleep(p.lifetime / 2)
 	_ = n.daemon.Load().Demand(n.t.Context(), p.key, startShim)

@@ -7,41 +7,43 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 )
 
-// Claim says who may use a sandbox, from nobody on. It only ever rises.
+// Claim is how far a sandbox is handed out. It only ever rises.
 type Claim int32
 
 const (
-	// Unclaimed is a sandbox that nobody knows of: its caller went before it was ready.
+	// Unclaimed is a sandbox that no caller knows: the caller of its creation had gone before the
+	// sandbox was ready.
 	Unclaimed Claim = iota
-	// Shown is one that somebody has seen and may use, but that wasn't handed to who asked for it.
+	// Shown is a sandbox that a caller has seen and may use. The caller of its creation didn't get
+	// it.
 	Shown
-	// Taken is one that was handed out.
+	// Taken is a sandbox that the caller of its creation got, or that a later request has named.
 	Taken
-	// Discarded is one that is on its way out, which nobody may have any more.
+	// Discarded is a sandbox that is being removed. No caller gets it any more.
 	Discarded
 )
 
-// claimNames are the claims in the ledger's words.
+// claimNames are the names of the claims in the ledger.
 var claimNames = []string{Unclaimed: "unclaimed", Shown: "shown", Taken: "taken", Discarded: "discarded"}
 
 func (c Claim) String() string { return claimNames[c] }
 
-// parseClaim is the claim with a name. It fails with InvalidArgument for a name that no claim has.
+// parseClaim returns the claim with a name. It fails with InvalidArgument for any other name.
 func parseClaim(name string) (Claim, error) {
 	i := slices.Index(claimNames, name)
 	if i < 0 {
-		return 0, fmt.Errorf("%q is no claim: %w", name, errdefs.ErrInvalidArgument)
+		return 0, fmt.Errorf("invalid claim %q: %w", name, errdefs.ErrInvalidArgument)
 	}
 	return Claim(i), nil
 }
 
-// Claim marks a sandbox as shown or taken. It says whether that may be done: a discarded sandbox can't be claimed. A sandbox that the
-// engine doesn't know has no claims on it, and is anyone's. A claim that is made again costs next to nothing. What is taken is on
-// record when Claim returns, unless ctx ends first; what is shown soon will be.
-func (e *Engine) Claim(ctx context.Context, key journal.Key, claim Claim) bool {
+// Claim raises the claim on a sandbox to Shown or Taken. It returns false for a discarded sandbox,
+// and true for a sandbox that the engine doesn't know. When Claim returns, Taken is on record,
+// unless ctx ended first. Shown is recorded soon after. To repeat a claim is cheap.
+func (e *Engine) Claim(ctx context.Context, key ledger.Key, claim Claim) bool {
 	s, err := e.lookup(key)
 	if err != nil {
 		return true
@@ -60,46 +62,48 @@ func (e *Engine) Claim(ctx context.Context, key journal.Key, claim Claim) bool {
 	return true
 }
 
-// Discard marks a sandbox as discarded, unless it has more than the claim most on it; it says whether it is discarded. An unknown
-// sandbox isn't.
-func (e *Engine) Discard(key journal.Key, most Claim) bool {
+// Discard marks a sandbox as discarded, unless its claim exceeds limit. It returns whether the
+// sandbox is discarded, and false for an unknown sandbox.
+func (e *Engine) Discard(key ledger.Key, limit Claim) bool {
 	s, err := e.lookup(key)
 	if err != nil {
 		return false
 	}
-	raised, _ := s.raise(Discarded, most)
+	raised, _ := s.raise(Discarded, limit)
 	if raised {
 		s.recordClaim(Discarded)
 	}
 	return raised || Claim(s.claim.Load()) == Discarded
 }
 
-// raise raises the claim on a sandbox to one, from at most another. ok says that it is now as high, and no higher than Taken.
-func (s *sandbox) raise(to, most Claim) (raised, ok bool) {
+// raise sets a higher claim, unless the present claim exceeds limit. raised says whether raise changed the claim. ok
+// is false for a discarded sandbox.
+func (s *sandbox) raise(higher, limit Claim) (raised, ok bool) {
 	for {
-		now := Claim(s.claim.Load())
-		if now > most || now >= to {
-			return false, now != Discarded
+		present := Claim(s.claim.Load())
+		if present > limit || present >= higher {
+			return false, present != Discarded
 		}
-		if s.claim.CompareAndSwap(int32(now), int32(to)) {
+		if s.claim.CompareAndSwap(int32(present), int32(higher)) {
 			return true, true
 		}
 	}
 }
 
-// recordClaim puts a claim on record, in the queue: what is returned says when that is done.
+// recordClaim queues the record of a claim. The returned channel gets the answer once the record is
+// written.
 func (s *sandbox) recordClaim(claim Claim) <-chan error {
 	return s.ask(func(reply func(error)) {
 		if s.state().Terminal() {
 			reply(nil)
 			return
 		}
-		s.record(s.background(), &journal.Record{Kind: journal.Claimed, Claim: claim.String()}, nil)
+		s.appendOrLog(s.background(), &ledger.Record{Kind: ledger.Claimed, Claim: claim.String()}, nil)
 		reply(nil)
 	})
 }
 
-// Named is the sandbox that has a name, if one has.
+// Named returns the sandbox with a name, if there is one.
 func (e *Engine) Named(name string) (View, bool) {
 	e.mu.Lock()
 	s, ok := e.names[name]
@@ -110,9 +114,10 @@ func (e *Engine) Named(name string) (View, bool) {
 	return s.view(), true
 }
 
-// Settle waits until what is queued for a sandbox has been handled: after a restart, the rollback of a creation that was interrupted.
-// For an unknown sandbox there is nothing to wait for. It fails when ctx ends first.
-func (e *Engine) Settle(ctx context.Context, key journal.Key) error {
+// WaitQueued waits until the events that a sandbox's queue has now are handled. After a restart,
+// these include the rollback of an interrupted creation. For an unknown sandbox it returns at once.
+// It fails when ctx ends first.
+func (e *Engine) WaitQueued(ctx context.Context, key ledger.Key) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return nil

@@ -9,17 +9,17 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// claimed are the claims on record.
+// claimed returns the claims on record.
 func (b *book) claimed() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	var all []string
 	for _, r := range b.all {
-		if r.Kind == journal.Claimed {
+		if r.Kind == ledger.Claimed {
 			all = append(all, r.Claim)
 		}
 	}
@@ -65,7 +65,7 @@ func TestClaims(t *testing.T) {
 			w = w.restart(t, kept)
 			view, err := w.Get(testKey)
 			require.NoError(t, err)
-			require.Equal(t, tc.want, view.Claim, "it outlives a restart")
+			require.Equal(t, tc.want, view.Claim, "the claim outlives a restart")
 		})
 	}
 
@@ -82,7 +82,7 @@ func TestClaims(t *testing.T) {
 		require.Equal(t, []string{"taken"}, w.book.claimed())
 	})
 
-	t.Run("with its past lost it counts as taken", func(t *testing.T) {
+	t.Run("counts as taken if records are lost", func(t *testing.T) {
 		w := newWorld(t)
 		require.NoError(t, w.run(t))
 		view, err := w.restart(t, rebooted).Get(testKey)
@@ -90,10 +90,10 @@ func TestClaims(t *testing.T) {
 		require.Equal(t, Taken, view.Claim)
 	})
 
-	t.Run("so it does with a claim of another release", func(t *testing.T) {
+	t.Run("counts as taken with a claim of another release", func(t *testing.T) {
 		w := newWorld(t)
 		require.NoError(t, w.run(t))
-		w.book.records = append(w.book.records, journal.Record{Kind: journal.Claimed, Claim: "wanted"})
+		w.book.records = append(w.book.records, ledger.Record{Kind: ledger.Claimed, Claim: "wanted"})
 		view, err := w.restart(t, kept).Get(testKey)
 		require.NoError(t, err)
 		require.Equal(t, states.Ready, view.State)
@@ -135,14 +135,14 @@ func TestSettleWaitsForTheRollbackAfterARestart(t *testing.T) {
 	<-reached
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	require.ErrorIs(t, w.Settle(ctx, testKey), context.DeadlineExceeded)
+	require.ErrorIs(t, w.WaitQueued(ctx, testKey), context.DeadlineExceeded)
 
 	settled := make(chan error, 1)
-	go func() { settled <- w.Settle(t.Context(), testKey) }()
+	go func() { settled <- w.WaitQueued(t.Context(), testKey) }()
 	close(release)
 	require.NoError(t, <-settled)
 	require.True(t, w.gone())
-	require.NoError(t, w.Settle(t.Context(), testKey), "there is nothing to wait for")
+	require.NoError(t, w.WaitQueued(t.Context(), testKey), "there is nothing to wait for")
 }
 
 func TestNamed(t *testing.T) {

@@ -8,13 +8,13 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 )
 
-// monotonic says whether the wall clock has no part in what is measured from a time on.
+// monotonic says whether durations since a time are measured by the monotonic clock.
 func monotonic(at time.Time) bool { return at != at.Round(0) }
 
-// A step of the wall clock, as NTP makes one after a boot, neither lengthens nor shortens what is measured meanwhile.
+// A step of the wall clock, such as NTP's after a boot, doesn't change measured durations.
 func TestDurationsAreMonotonic(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
@@ -29,9 +29,9 @@ func TestDurationsAreMonotonic(t *testing.T) {
 		}
 		view, census := w.view(t), w.Census()
 		require.True(t, monotonic(view.Since))
-		require.True(t, monotonic(view.Step(attachNetwork).OwedSince))
-		require.True(t, monotonic(census.Debts[captureNetNS].Since))
-		require.True(t, monotonic(census.Acts[StepAct{attachNetwork, ActUndo}]))
+		require.True(t, monotonic(view.Step(attachNetwork).PendingSince))
+		require.True(t, monotonic(census.Pending[captureNetNS].Since))
+		require.True(t, monotonic(census.UnderWay[StepOperation{attachNetwork, OperationUndo}]))
 		return nil
 	}
 	require.Error(t, w.Remove(t.Context(), testKey))
@@ -39,17 +39,17 @@ func TestDurationsAreMonotonic(t *testing.T) {
 	w.Close(context.Background())
 	require.NotEmpty(t, w.meter.times)
 	for _, act := range w.meter.times {
-		require.True(t, monotonic(act.Started) && monotonic(act.Ended), "%s %s", act.Kind, act.Step)
+		require.True(t, monotonic(act.Started) && monotonic(act.Ended), "%s %s", act.Operation, act.Step)
 	}
 }
 
-// A restart changes nothing that is shown of a sandbox, down to the nanosecond.
+// A restart changes no time that a sandbox shows, down to the nanosecond.
 func TestDurationsOverARestart(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	var slewed time.Duration // the wall clock, meanwhile
 	for i := range w.book.records {
-		if w.book.records[i].Kind == journal.Intent {
+		if w.book.records[i].Kind == ledger.Intent {
 			slewed += time.Minute
 		}
 		w.book.records[i].At = w.book.records[i].At.Add(slewed).Round(0) // as it comes back from the ledger
@@ -66,7 +66,7 @@ func TestDurationsOverARestart(t *testing.T) {
 	}
 }
 
-// Between two records of a step the wall clock may have been set back.
+// The wall clock may have been set back between two records of a step.
 func TestReplayWithAClockThatWasSetBack(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
@@ -82,23 +82,24 @@ func TestReplayWithAClockThatWasSetBack(t *testing.T) {
 	}
 	for _, transition := range view.Transitions {
 		require.NotZero(t, transition.After, "by the monotonic clock")
-		require.False(t, transition.At.Before(view.Created), "what is shown goes forward")
+		require.False(t, transition.At.Before(view.Created), "shown times never go back")
 	}
 }
 
-// The kubelet takes the sandbox that was created last for the pod's own, whatever the clock said.
+// The kubelet takes the sandbox with the latest creation time for the pod's own, so that must be
+// the newest even if the clock was set back.
 func TestNewSandboxIsNeverOlderThanItsPodsLast(t *testing.T) {
 	w := newWorld(t)
-	spec, err := journal.Marshal(&testSpec{"pod"})
+	spec, err := ledger.Marshal(&testSpec{"pod"})
 	require.NoError(t, err)
 	ahead := time.Now().Add(time.Hour)
-	begun := journal.Record{Key: testKey, Kind: journal.Begun, At: ahead, Data: spec}
-	w.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: []journal.Record{begun}}}, func(journal.Key, any) Request {
+	begun := ledger.Record{Key: testKey, Kind: ledger.Begun, At: ahead, Data: spec}
+	w.Restore(t.Context(), []ledger.Sandbox{{Key: testKey, Records: []ledger.Record{begun}}}, func(ledger.Key, any) Request {
 		return Request{Pod: "ns/pod", Spec: &testSpec{}}
 	}, outsideOf(kept))
 	var created []time.Time
 	for _, id := range []string{"s2", "s3"} {
-		key := journal.Key{Namespace: "k8s.io", ID: id}
+		key := ledger.Key{Namespace: "k8s.io", ID: id}
 		require.NoError(t, w.Create(t.Context(), key, Request{Pod: "ns/pod", Spec: &testSpec{}}))
 		created = append(created, w.Created(key))
 		require.True(t, w.book.of(key)[0].At.Equal(w.Created(key)), "a restart shows the same")
@@ -106,7 +107,7 @@ func TestNewSandboxIsNeverOlderThanItsPodsLast(t *testing.T) {
 	require.True(t, created[0].After(ahead))
 	require.True(t, created[1].After(created[0]))
 
-	other := journal.Key{Namespace: "k8s.io", ID: "s4"}
+	other := ledger.Key{Namespace: "k8s.io", ID: "s4"}
 	require.NoError(t, w.Create(t.Context(), other, Request{Pod: "ns/other", Spec: &testSpec{}}))
-	require.True(t, w.Created(other).Before(ahead), "another pod has nothing to do with it")
+	require.True(t, w.Created(other).Before(ahead), "other pods are not affected")
 }

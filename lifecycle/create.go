@@ -4,51 +4,50 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"go.opentelemetry.io/otel/trace"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
+
+// This file has the creation path. Read it in this order, which is that of the functions below:
+//
+//	goroutine      function        what it does
+//	of the caller  Engine.Start    queues start, and waits for the answer
+//	of the queue   start           begins a creation
+//	               proceed         takes the next step; after the last step or a failure: finishCreation
+//	               launch          marks the step as running, and starts a goroutine for it
+//	of the step    execute, do      Reserve, the record of the intent, Do; queues stepEnded with the result
+//	of the queue   stepEnded       takes the result, and calls proceed again
+//	               takeResult      calls the three below
+//	                 conclude      writes the record that the step is done, with the transition
+//	                 keepResult    keeps the result in memory, ends the span, tells the meter
+//	                 fire          moves the state, and tells the observer
+//	               finishCreation  answers the caller; before that, rolls a failed creation back
+//
+// A step on demand uses execute, conclude and keepResult, too, see [Engine.Demand].
 
 // creation is one run of the creation path. It belongs to the queue's goroutine.
 type creation struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	reply  func(error)
-	err    error    // why it failed, the first reason
+	err    error    // the first reason of its failure
 	then   []func() // requests that wait for its end
 }
 
-// fail makes the creation end as soon as the step that is running has returned.
+// fail ends the creation once the running step has returned.
 func (c *creation) fail(err error) {
 	if c.err == nil {
 		c.err = err
 	}
 	c.cancel()
 }
-
-// StepError says which step of a sandbox failed, or whose undo. Its text stays the same from try to try as far as the step's does.
-type StepError struct {
-	Step states.Event
-	Undo bool
-	Pod  string
-	Err  error
-}
-
-func (e *StepError) Error() string {
-	if e.Undo {
-		return fmt.Sprintf("undo of step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
-	}
-	return fmt.Sprintf("step %s of pod %q failed: %s", e.Step, e.Pod, e.Err)
-}
-
-func (e *StepError) Unwrap() error { return e.Err }
 
 // start handles the request to run the creation path.
 func (s *sandbox) start(ctx context.Context, reply func(error)) {
@@ -61,7 +60,8 @@ func (s *sandbox) start(ctx context.Context, reply func(error)) {
 	s.proceed()
 }
 
-// proceed starts the next step of the path, and ends the creation after the last one or a failure.
+// proceed launches the next step of the path. After the last step or a failure, it ends the
+// creation.
 func (s *sandbox) proceed() {
 	if s.creation.err == nil {
 		for _, step := range s.engine.steps {
@@ -77,11 +77,12 @@ func (s *sandbox) proceed() {
 	s.finishCreation()
 }
 
-// launch runs step beside the queue, which takes other events meanwhile; its result comes back as an event.
+// launch runs step in a goroutine of its own, so that the queue handles other events meanwhile. The
+// result comes back as an event.
 func (s *sandbox) launch(step Step) {
 	s.setRunning(step)
 	ctx := s.creation.ctx
-	s.engine.work.Add(1) // the queue that is being handled keeps the group from being waited out
+	s.engine.work.Add(1) // never races with Wait: the queue that is being handled is counted in
 	go func() {
 		defer s.engine.work.Done()
 		out := s.execute(ctx, step)
@@ -97,20 +98,21 @@ func (s *sandbox) setRunning(step Step) {
 	s.begin(name)
 	rec.status, rec.started, rec.ended, rec.err, rec.interrupted = StepRunning, time.Now(), time.Time{}, nil, false
 	rec.release = s.engine.release
-	rec.acting, rec.actingSince = ActDo, rec.started
-	s.acts.begin(name, ActDo, rec.started)
+	rec.operation, rec.operationSince = OperationDo, rec.started
+	s.tries.begin(name, OperationDo, rec.started)
 }
 
-// stepResult is how a step's work went.
+// stepResult is the result of a step's Do.
 type stepResult struct {
-	recorded
-	ctx            context.Context // of the step's span, which ends when the result is kept
+	stepData
+	ctx            context.Context // of the step's span; keepResult ends the span
 	touched        bool
-	started, ended time.Time // of its records, where there are any
+	started, ended time.Time // the times of its records, if there are any
 	err            error
 }
 
-// execute reserves, records and does. What comes of it counts once [sandbox.conclude] has put it on record.
+// execute reserves, records the intent, and does the step. The result counts once
+// [sandbox.conclude] has recorded it.
 func (s *sandbox) execute(ctx context.Context, step Step) (out stepResult) {
 	out.ctx, out.started = ctx, time.Now()
 	out.err = Protect(func() error { return s.do(step, &out) })
@@ -119,22 +121,22 @@ func (s *sandbox) execute(ctx context.Context, step Step) (out stepResult) {
 }
 
 func (s *sandbox) do(step Step, out *stepResult) (err error) {
-	f := step.Declaration()
+	d := step.Declaration()
 	var span trace.Span
-	out.ctx, span = tracing.Start(out.ctx, tracing.Step(string(f.Name)), s.req.Attributes...)
-	ctx, cancel := within(out.ctx, f.Deadline)
+	out.ctx, span = tracing.Start(out.ctx, tracing.Step(string(d.Name)), s.req.Attributes...)
+	ctx, cancel := within(out.ctx, d.Deadline)
 	defer cancel()
-	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, f.Name))
-	r := s.run(step)
+	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, d.Name))
+	r := s.newRun(step)
 	defer func() { out.notes = r.Notes() }()
 
 	if out.plan, err = step.Reserve(ctx, r); err != nil {
 		return err
 	}
-	out.touched = out.plan != nil // what it names may be set aside already, or be on record in spite of an error
-	r.steps[f.Name] = out.recorded
-	intent := s.engine.intent(f)
-	intent.Durable, intent.CanWait = f.Lasting && out.plan != nil, true
+	out.touched = out.plan != nil // the step may have reserved what the plan names, and a failed write may be on record
+	r.steps[d.Name] = out.stepData
+	intent := s.engine.intent(d)
+	intent.Durable, intent.CanWait = d.Lasting && out.plan != nil, true
 	if err := s.append(ctx, intent, out.plan); err != nil {
 		return err
 	}
@@ -149,64 +151,11 @@ func (s *sandbox) do(step Step, out *stepResult) (err error) {
 	return nil
 }
 
-// end sets the end as far behind the beginning as the step has taken, so that the record of it says the same duration after a restart,
-// whatever has become of the wall clock.
+// end sets ended to started plus the measured duration. So the recorded times give the same
+// duration after a restart, even if the wall clock was set.
 func (out *stepResult) end() { out.ended = out.started.Add(time.Since(out.started)) }
 
-// conclude puts on record that a step has gone well, and where a step of the creation path leads.
-func (s *sandbox) conclude(step Step, out *stepResult) error {
-	f := step.Declaration()
-	out.end()
-	done := &journal.Record{Kind: journal.Done, Step: string(f.Name), At: out.ended, Durable: f.Lasting && out.plan != nil && !out.skipped()}
-	if !f.OnDemand {
-		if err := s.describe(done, f.Name, nil); err != nil {
-			return err
-		}
-	}
-	return Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
-}
-
-// within names the deadline in the cause of its end.
-func within(ctx context.Context, deadline time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, deadline, fmt.Errorf("no answer within %s: %w", deadline, context.DeadlineExceeded))
-}
-
-// late gives the error of work whose time was up the class DeadlineExceeded, and the reason, if it doesn't say that itself: what a
-// shim or a runtime says of it has lost both.
-func late(ctx context.Context, err error) error {
-	cause := context.Cause(ctx)
-	if !errors.Is(ctx.Err(), context.DeadlineExceeded) || errors.Is(err, cause) {
-		return err
-	}
-	return fmt.Errorf("%w: %w", cause, err)
-}
-
-// Protect turns a panic into an error, and logs where it came from: a daemon that runs a node's pods doesn't die of one of them.
-func Protect(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
-			logStack(err)
-		}
-	}()
-	return f()
-}
-
-func logStack(err error) {
-	defer func() { _ = recover() }() // the log may be what panics
-	log.L.WithError(err).Errorf("podfsm: panic, please report it: %s", debug.Stack())
-}
-
-// aside does what nothing of a sandbox depends on: it tells the log, the meter or the observer. A panic there changes nothing.
-func (s *sandbox) aside(tell func()) {
-	nothing := func() error { tell(); return nil }
-	if err := Protect(nothing); err != nil {
-		tell = func() { s.log(s.background()).WithError(err).Error("sandbox: an event was not handled to its end") }
-		_ = Protect(nothing) // the log may be what panics
-	}
-}
-
-// stepEnded handles the result of a step.
+// stepEnded handles a step's result and proceeds.
 func (s *sandbox) stepEnded(step Step, out stepResult) {
 	if err := Protect(func() error { return s.takeResult(step, out) }); err != nil {
 		s.creation.fail(err)
@@ -214,15 +163,15 @@ func (s *sandbox) stepEnded(step Step, out stepResult) {
 	s.proceed()
 }
 
-// takeResult records and keeps how a step went, and moves the state. A step that ends after the creation has failed moves nothing any
-// more, whatever it says: it is only undone.
+// takeResult records and keeps a step's result, and moves the state. If the creation has failed
+// before, even a successful step moves no state: the rollback undoes it.
 func (s *sandbox) takeResult(step Step, out stepResult) error {
 	name, canceled := step.Declaration().Name, s.creation.err != nil
 	if out.err == nil && !canceled {
 		out.err = s.conclude(step, &out)
 	}
 	if canceled {
-		out.result = nil // it is on no record
+		out.result = nil // it is not on record
 	}
 	s.keepResult(step, out, canceled)
 	switch {
@@ -235,16 +184,30 @@ func (s *sandbox) takeResult(step Step, out stepResult) error {
 	}
 }
 
-// keepResult keeps how a step went, ends its span, and tells the meter. canceled says that the step had to end because the creation had
-// failed already.
+// conclude records that a step is done. For a step of the creation path, the record has the
+// transition, too.
+func (s *sandbox) conclude(step Step, out *stepResult) error {
+	d := step.Declaration()
+	out.end()
+	done := &ledger.Record{Kind: ledger.Done, Step: string(d.Name), At: out.ended, Durable: d.Lasting && out.plan != nil && !out.skipped()}
+	if !d.OnDemand {
+		if err := s.setTransition(done, d.Name, nil); err != nil {
+			return err
+		}
+	}
+	return Protect(func() error { return s.append(context.WithoutCancel(out.ctx), done, out.result) })
+}
+
+// keepResult keeps a step's result, ends its span and tells the meter. canceled says that the
+// creation had failed before the step ended.
 func (s *sandbox) keepResult(step Step, out stepResult, canceled bool) {
-	s.aside(func() { tracing.End(trace.SpanFromContext(out.ctx), out.err) })
+	s.logPanics(func() { tracing.End(trace.SpanFromContext(out.ctx), out.err) })
 	name := step.Declaration().Name
 	s.mu.Lock()
 	rec := s.steps[name]
-	rec.recorded, rec.touched, rec.err = out.recorded, out.touched, out.err
-	rec.started, rec.ended, rec.acting = out.started, out.ended, ""
-	s.acts.end(name, ActDo, out.started, out.ended, out.err)
+	rec.stepData, rec.touched, rec.err = out.stepData, out.touched, out.err
+	rec.started, rec.ended, rec.operation = out.started, out.ended, ""
+	s.tries.end(name, OperationDo, out.started, out.ended, out.err)
 	outcome := outcomeOf(out.err)
 	switch {
 	case out.err != nil:
@@ -259,10 +222,10 @@ func (s *sandbox) keepResult(step Step, out stepResult, canceled bool) {
 	if out.err != nil && canceled {
 		outcome = OutcomeCanceled
 	}
-	s.acted(out.ctx, Act{Step: name, Kind: ActDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
+	s.tried(out.ctx, Try{Step: name, Operation: OperationDo, Started: out.started, Ended: out.ended, Err: out.err}, outcome)
 }
 
-// finishCreation answers the caller, after the rollback if there has to be one.
+// finishCreation answers the caller. It rolls a failed creation back first.
 func (s *sandbox) finishCreation() {
 	c := s.creation
 	s.creation = nil
@@ -272,8 +235,8 @@ func (s *sandbox) finishCreation() {
 		return
 	}
 	err := c.err
-	if owed := Protect(func() error { return s.rollback(context.WithoutCancel(c.ctx), c.err) }); owed != nil {
-		err = errors.Join(c.err, fmt.Errorf("the cleanup is owed and will be tried again: %w", s.explained(owed)))
+	if pending := Protect(func() error { return s.rollBack(context.WithoutCancel(c.ctx), c.err) }); pending != nil {
+		err = WithPendingCleanup(c.err, s.explained(pending))
 	}
 	c.reply(err)
 	for _, request := range c.then {
@@ -281,8 +244,13 @@ func (s *sandbox) finishCreation() {
 	}
 }
 
-// afterCreation handles a request that ends the sandbox. A creation that is under way fails because of the request, and the request
-// waits until the creation has been rolled back.
+// WithPendingCleanup adds to the error of a creation that its cleanup failed with pending.
+func WithPendingCleanup(err, pending error) error {
+	return errors.Join(err, fmt.Errorf("the cleanup is pending and will be retried: %w", pending))
+}
+
+// afterCreation handles a request that ends the sandbox. If a creation is under way, it fails
+// because of the request. The request then waits for the rollback.
 func (s *sandbox) afterCreation(request func()) {
 	if s.creation == nil {
 		request()
@@ -293,3 +261,18 @@ func (s *sandbox) afterCreation(request func()) {
 }
 
 var errEnded = fmt.Errorf("the sandbox was stopped or removed before it was ready: %w", errdefs.ErrAborted)
+
+// within returns a context with a deadline. The cause of its end names the deadline.
+func within(ctx context.Context, deadline time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, deadline, fmt.Errorf("no answer within %s: %w", deadline, context.DeadlineExceeded))
+}
+
+// late adds the cause of ctx's end to err if the deadline has passed. A shim or a runtime returns
+// errors that have lost the class DeadlineExceeded.
+func late(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) || errors.Is(err, cause) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", cause, err)
+}

@@ -10,7 +10,7 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// allEvidence calls f with each combination of what recovery may find.
+// allEvidence calls f with each possible evidence.
 func allEvidence(f func(evidence)) {
 	known := append(testTable.States(), "Frozen") // of another release
 	path := testTable.PathStates()
@@ -36,7 +36,7 @@ func allEvidence(f func(evidence)) {
 	}
 }
 
-// possible leaves out what can't be found together.
+// possible leaves out combinations that contradict each other.
 func (e evidence) possible() bool {
 	switch {
 	case e.Unrecorded:
@@ -44,7 +44,7 @@ func (e evidence) possible() bool {
 	case e.Found && e.Unsure:
 		return false
 	case e.Incomplete || e.Forgotten:
-		return false // it makes no difference for what is on record
+		return false // makes no difference for a sandbox with records
 	case e.Whole && (e.OnlyLasting || e.Creating), e.State == states.Ready && !e.Whole && !e.Broken:
 		return false
 	case e.State == states.CleanupOwed:
@@ -55,14 +55,14 @@ func (e evidence) possible() bool {
 	return true
 }
 
-// What holds whatever recovery finds.
+// TestDecisions checks rules that hold for all evidence.
 func TestDecisions(t *testing.T) {
 	var count int
 	allEvidence(func(e evidence) {
 		count++
 		a := decide(e)
-		owedTo := func(goal states.State) bool { return e.State == states.CleanupOwed && e.Goal == goal }
-		asked := !e.nobodys()
+		pendingTo := func(goal states.State) bool { return e.State == states.CleanupOwed && e.Goal == goal }
+		asked := !e.unwanted()
 		after := e
 		if a.State != "" {
 			after.State, after.Creating = a.State, false
@@ -72,34 +72,34 @@ func TestDecisions(t *testing.T) {
 			holds bool
 		}{
 			{"a healthy pod runs on", !(e.State == states.Ready && e.Whole && !e.Rebooted && !e.Exited && !e.Unspecified && asked) ||
-				a.Work == WorkAdopt && !a.Lost && !a.Sweep},
-			{"a pod that the host shows runs on", !(e.Found && e.mayLive()) || a.Work == WorkAdopt && a.State == states.Ready && !a.Lost && !a.Sweep},
-			{"nothing is undone of what may live", !(e.Unsure && e.mayLive()) || a == Action{Work: WorkKeep, State: states.Quarantined, Claim: Taken}},
+				a.Work == WorkAdopt && !a.AssumeActed && !a.Sweep},
+			{"a pod that the host shows runs on", !(e.Found && e.mayLive()) || a.Work == WorkAdopt && a.State == states.Ready && !a.AssumeActed && !a.Sweep},
+			{"a sandbox that may run is not undone", !(e.Unsure && e.mayLive()) || a == Action{Work: WorkKeep, State: states.Quarantined, Claim: Taken}},
 			{"nothing is adopted after a reboot", !e.Rebooted || a.Work != WorkAdopt},
 			{"nothing is adopted whose process has ended", !e.Exited || a.Work != WorkAdopt},
 			{"nothing is adopted that isn't ready", a.Work != WorkAdopt || after.State == states.Ready},
-			{"nothing is adopted that nobody asks for", a.Work != WorkAdopt || asked || a.Claim == Taken},
-			{"what the host shows counts only where records are missing, in this boot", !(e.Found && (e.Rebooted || !e.gaps())) ||
+			{"an unwanted sandbox is not adopted", a.Work != WorkAdopt || asked || a.Claim == Taken},
+			{"the host counts only if records are missing, in this boot", !(e.Found && (e.Rebooted || !e.recordsMissing())) ||
 				a == decide(altered(e, func(e *evidence) { e.Found = false }))},
-			{"a removal stays a removal", !(e.State == states.Removing || owedTo(states.Removed)) || e.Unspecified || a.Work == WorkRemove},
-			{"a rollback stays a rollback", !(e.State == states.RollingBack || owedTo(states.RolledBack)) || e.Unspecified || a.Work == WorkRollBack},
-			{"a stop goes on", !(e.State == states.Stopping || owedTo(states.Stopped)) || e.Unspecified || a.Work == WorkStop || a.Work == WorkRemove},
-			{"what has stopped isn't stopped again", e.State != states.Stopped || a.Work == WorkKeep || a.Work == WorkRemove},
-			{"what is claimed and listed isn't removed", !(e.Claim == Shown || e.Claim == Taken) || e.Served && !e.Listed || e.Creating || e.State == states.Removing ||
+			{"a removal stays a removal", !(e.State == states.Removing || pendingTo(states.Removed)) || e.Unspecified || a.Work == WorkRemove},
+			{"a rollback stays a rollback", !(e.State == states.RollingBack || pendingTo(states.RolledBack)) || e.Unspecified || a.Work == WorkRollBack},
+			{"a stop goes on", !(e.State == states.Stopping || pendingTo(states.Stopped)) || e.Unspecified || a.Work == WorkStop || a.Work == WorkRemove},
+			{"a stopped sandbox isn't stopped again", e.State != states.Stopped || a.Work == WorkKeep || a.Work == WorkRemove},
+			{"a claimed and listed sandbox isn't removed", !(e.Claim == Shown || e.Claim == Taken) || e.Served && !e.Listed || e.Creating || e.State == states.Removing ||
 				e.Goal == states.Removed || a.Work != WorkRemove},
-			{"what nobody asks for doesn't stay", !(e.Served && !e.Listed) || e.State.Terminal() || a.Work == WorkRemove || a.Work == WorkRollBack || a.Work == WorkDrop},
+			{"a sandbox that containerd doesn't list doesn't stay", !(e.Served && !e.Listed) || e.State.Terminal() || a.Work == WorkRemove || a.Work == WorkRollBack || a.Work == WorkDrop},
 			{"a half-made pod is rolled back", !(e.Creating && !e.Started && !e.Unspecified && !e.Unrecorded) || a.Work == WorkRollBack && a.Sweep},
-			{"what was ready stays listed", !(e.Listed && e.Started && e.Claim == Taken && e.Goal == "" && (e.State == states.Ready || e.State == states.NotReady)) || !a.Sweep},
-			{"what is gone is undone", !(a.Lost && (e.State == states.Ready || e.State == states.NotReady)) || e.Unspecified ||
+			{"a sandbox that was ready stays listed", !(e.Listed && e.Started && e.Claim == Taken && e.Goal == "" && (e.State == states.Ready || e.State == states.NotReady)) || !a.Sweep},
+			{"a sandbox that is gone is undone", !(a.AssumeActed && (e.State == states.Ready || e.State == states.NotReady)) || e.Unspecified ||
 				a.Work == WorkStop || a.Work == WorkRemove},
-			{"what is lost may be somebody's", !a.Lost || a.Claim >= Taken},
-			{"what can't be understood is left alone", a.State != states.Quarantined || a.Work == WorkKeep || a.Work == WorkRemove && (e.Served && !e.Listed || e.Claim == Discarded)},
+			{"a sandbox with lost records may be claimed", !a.AssumeActed || a.Claim >= Taken},
+			{"a quarantined sandbox is left alone", a.State != states.Quarantined || a.Work == WorkKeep || a.Work == WorkRemove && (e.Served && !e.Listed || e.Claim == Discarded)},
 			{"claims only rise", a.Work == WorkDrop || a.Claim >= e.Claim},
-			{"nothing is dropped that is on record", a.Work != WorkDrop || e.Unrecorded},
+			{"a sandbox on record isn't dropped", a.Work != WorkDrop || e.Unrecorded},
 			{"a sandbox that may run isn't dropped", a.Work != WorkDrop || e.Forgotten || !e.Started},
 			{"containerd keeps what podfsm keeps", !a.Sweep || a.Work != WorkKeep || e.State.Terminal()},
 		} {
-			if !rule.holds { // there are too many for testify
+			if !rule.holds { // testify is too slow for so many
 				t.Fatalf("%s: %+v gives %+v", rule.says, e, a)
 			}
 		}
@@ -112,7 +112,7 @@ func altered(e evidence, change func(*evidence)) evidence {
 	return e
 }
 
-// The cases that nodes have.
+// TestDecisionsByName checks the cases of real nodes.
 func TestDecisionsByName(t *testing.T) {
 	served := Outside{Served: true, Listed: true, Started: true}
 	ready := evidence{State: states.Ready, Whole: true, Claim: Taken, Outside: served}
@@ -126,7 +126,7 @@ func TestDecisionsByName(t *testing.T) {
 		"ready": {ready, Action{Work: WorkAdopt, Claim: Taken}},
 		"ready, records of others damaged": {
 			altered(ready, func(e *evidence) { e.Damaged, e.Claim = true, Shown }), Action{Work: WorkAdopt, Claim: Taken}},
-		"ready, nobody has claimed it yet": {altered(ready, func(e *evidence) { e.Claim = Unclaimed }), Action{Work: WorkAdopt}},
+		"ready, not claimed yet": {altered(ready, func(e *evidence) { e.Claim = Unclaimed }), Action{Work: WorkAdopt}},
 		"ready, not handed to containerd's service yet": {
 			altered(ready, func(e *evidence) { e.Claim, e.Started = Unclaimed, false }), Action{Work: WorkRemove, Claim: Discarded, Sweep: true}},
 		"ready, discarded": {
@@ -134,36 +134,36 @@ func TestDecisionsByName(t *testing.T) {
 		"ready, containerd's service has lost it": {
 			altered(ready, func(e *evidence) { e.Listed, e.Started = false, false }), Action{Work: WorkRemove, Claim: Discarded, Sweep: true}},
 		"ready, before a reboot": {
-			altered(ready, func(e *evidence) { e.Rebooted = true }), Action{Work: WorkStop, State: states.NotReady, Lost: true, Claim: Taken}},
+			altered(ready, func(e *evidence) { e.Rebooted = true }), Action{Work: WorkStop, State: states.NotReady, AssumeActed: true, Claim: Taken}},
 		"ready, its specification is a later release's": {
 			altered(ready, func(e *evidence) { e.Unspecified = true }), Action{Work: WorkAdopt, Claim: Taken}},
 		"made": {made, Action{Work: WorkRollBack, Sweep: true}},
 		"made, before a reboot": {
-			altered(made, func(e *evidence) { e.Rebooted = true }), Action{Work: WorkRollBack, Lost: true, Claim: Taken, Sweep: true}},
+			altered(made, func(e *evidence) { e.Rebooted = true }), Action{Work: WorkRollBack, AssumeActed: true, Claim: Taken, Sweep: true}},
 		"made, its specification is a later release's": {
 			altered(made, func(e *evidence) { e.Unspecified = true }), Action{Work: WorkKeep, State: states.Quarantined, Claim: Taken}},
 		"without the log, and it runs": {
 			altered(lastingOnly, func(e *evidence) { e.Found = true }), Action{Work: WorkAdopt, State: states.Ready, Claim: Taken}},
-		"without the log, and it doesn't run": {lastingOnly, Action{Work: WorkStop, State: states.NotReady, Lost: true, Claim: Taken}},
+		"without the log, and it doesn't run": {lastingOnly, Action{Work: WorkStop, State: states.NotReady, AssumeActed: true, Claim: Taken}},
 		"without the log, half made": {
-			altered(lastingOnly, func(e *evidence) { e.Started = false }), Action{Work: WorkRollBack, Lost: true, Claim: Taken, Sweep: true}},
+			altered(lastingOnly, func(e *evidence) { e.Started = false }), Action{Work: WorkRollBack, AssumeActed: true, Claim: Taken, Sweep: true}},
 		"without the log, killed when part of it was found again": {
 			evidence{State: states.Ready, Broken: true, Claim: Taken, Found: true, Outside: served}, Action{Work: WorkAdopt, State: states.Ready, Claim: Taken}},
 		"half made, and killed when it was taken up without the log": {
-			altered(made, func(e *evidence) { e.Broken = true }), Action{Work: WorkRollBack, Lost: true, Claim: Taken, Sweep: true}},
+			altered(made, func(e *evidence) { e.Broken = true }), Action{Work: WorkRollBack, AssumeActed: true, Claim: Taken, Sweep: true}},
 		"stopped": {evidence{State: states.Stopped, Whole: true, Claim: Taken, Outside: served}, Action{Work: WorkKeep, Claim: Taken}},
 		"removing": {
 			evidence{State: states.Removing, Whole: true, Claim: Taken, Outside: served}, Action{Work: WorkRemove, Claim: Taken, Sweep: true}},
-		"owing a removal": {
+		"pending removal": {
 			evidence{State: states.CleanupOwed, Goal: states.Removed, Whole: true, Claim: Taken, Outside: served},
 			Action{Work: WorkRemove, Claim: Taken, Sweep: true}},
-		"owing a rollback": {
+		"pending rollback": {
 			evidence{State: states.CleanupOwed, Goal: states.RolledBack}, Action{Work: WorkRollBack, Sweep: true}},
-		"owing what only a later release knows": {
+		"a cleanup that only a later release knows": {
 			evidence{State: states.CleanupOwed, Goal: "Frozen", Whole: true, Claim: Taken, Outside: served}, Action{Work: WorkKeep, Claim: Taken}},
 		"lost, and containerd's service has it as started": {
 			evidence{State: states.New, Creating: true, Unrecorded: true, Unspecified: true, OnlyLasting: true, Outside: served},
-			Action{Work: WorkKeep, State: states.Quarantined, Lost: true, Claim: Taken}},
+			Action{Work: WorkKeep, State: states.Quarantined, AssumeActed: true, Claim: Taken}},
 		"never begun": {
 			evidence{State: states.New, Creating: true, Unrecorded: true, Unspecified: true, OnlyLasting: true, Outside: Outside{Served: true, Listed: true}},
 			Action{Work: WorkDrop, Sweep: true}},

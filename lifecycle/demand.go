@@ -8,18 +8,19 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Demand does a step on demand (Declaration.OnDemand) for a ready sandbox, and waits until the step is done. A failure leaves the sandbox
-// ready: the failure is the caller's alone. What a failed step may have half done is undone at once, and at the stop of the sandbox if
-// that undo fails, too. A step that is done already is done once more, and then a failure undoes nothing: what stands may be in use.
+// Demand does a step on demand (Declaration.OnDemand) for a ready sandbox, and waits until the step is done. A failure
+// leaves the sandbox ready. A failed step is undone at once. If that undo fails as well, the stop of the sandbox retries
+// it. A step that is done already is done once more. A failure then undoes nothing, because the step's result may be in
+// use.
 //
-// Errors: NotFound for an unknown sandbox, FailedPrecondition for one that isn't ready, a *StepError. When ctx ends first, the request
-// continues after its caller's deadline.
-func (e *Engine) Demand(ctx context.Context, key journal.Key, name states.Event) error {
+// Errors: NotFound for an unknown sandbox, FailedPrecondition for a sandbox that isn't ready, a *StepError. If ctx ends
+// first, the request continues.
+func (e *Engine) Demand(ctx context.Context, key ledger.Key, name states.Event) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
@@ -33,7 +34,7 @@ func (s *sandbox) demand(ctx context.Context, name states.Event) error {
 		return fmt.Errorf("step %s needs sandbox %q to be %s, but it is %s: %w", name, s.key.ID, states.Ready, state, errdefs.ErrFailedPrecondition)
 	}
 	if declared, ok := s.engine.table.Step(name); !ok || !declared.OnDemand {
-		return fmt.Errorf("there is no step %q on demand: %w", name, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("unknown step on demand %q: %w", name, errdefs.ErrInvalidArgument)
 	}
 	if s.steps[name].unknown != "" {
 		return &StepError{Step: name, Pod: s.req.Pod, Err: s.unknownTo(name)}
@@ -58,42 +59,43 @@ func (s *sandbox) doNow(ctx context.Context, step Step) error {
 		return nil
 	}
 	if out.touched {
-		if err := s.undo(ctx, step); err != nil {
-			s.record(ctx, failedUndo(name, err), nil)
-			s.setStatus(name, StepFailed) // the stop of the sandbox tries again
+		if err := s.undoStep(ctx, step); err != nil {
+			s.appendOrLog(ctx, failedUndo(name, err), nil)
+			s.setStatus(name, StepFailed) // the stop of the sandbox retries the undo
 		}
 	}
 	return &StepError{Step: name, Pod: s.req.Pod, Err: out.err}
 }
 
-// doAgain has a step that is done look after what it made. The ledger says already that there is something to undo.
+// doAgain repeats a step that is done already. It records nothing, because the ledger has the
+// step's intent.
 func (s *sandbox) doAgain(ctx context.Context, step Step) error {
 	declared := step.Declaration()
 	ctx, cancel := within(ctx, declared.Deadline)
 	defer cancel()
 	ctx, span := tracing.Start(ctx, tracing.Step(string(declared.Name)), s.req.Attributes...)
 	ctx = log.WithLogger(ctx, s.log(ctx).WithField(tracing.LogStep, declared.Name))
-	act := Act{Step: declared.Name, Kind: ActDo, Started: time.Now()}
-	s.setActing(act.Step, act.Kind, act.Started)
+	try := Try{Step: declared.Name, Operation: OperationDo, Started: time.Now()}
+	s.setUnderWay(try.Step, try.Operation, try.Started)
 	err := Protect(func() error {
-		_, err := step.Do(ctx, s.run(step))
+		_, err := step.Do(ctx, s.newRun(step))
 		return err
 	})
 	if err != nil {
 		err = late(ctx, err)
 	}
-	s.aside(func() { tracing.End(span, err) })
-	act.Ended, act.Err = time.Now(), err
-	s.setActing(act.Step, "", time.Time{})
-	s.acted(ctx, act, outcomeOf(err))
+	s.logPanics(func() { tracing.End(span, err) })
+	try.Ended, try.Err = time.Now(), err
+	s.setUnderWay(try.Step, "", time.Time{})
+	s.tried(ctx, try, outcomeOf(err))
 	if err != nil {
 		return &StepError{Step: declared.Name, Pod: s.req.Pod, Err: err}
 	}
 	return nil
 }
 
-func (s *sandbox) setActing(name states.Event, kind ActKind, since time.Time) {
+func (s *sandbox) setUnderWay(name states.Event, operation Operation, since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.steps[name].acting, s.steps[name].actingSince = kind, since
+	s.steps[name].operation, s.steps[name].operationSince = operation, since
 }

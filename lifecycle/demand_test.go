@@ -11,11 +11,11 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// demand asks for the shim of the test's sandbox.
+// demand demands the shim of the test's sandbox.
 func (w *world) demand(t *testing.T) error {
 	return w.Demand(t.Context(), testKey, startShim)
 }
@@ -27,14 +27,16 @@ func (w *world) view(t *testing.T) View {
 	return view
 }
 
-// requireReady checks that a sandbox is ready with all of its creation path, and says what else there is of it.
+// requireReady requires that the sandbox is ready with all steps of the creation path. It returns
+// its other steps.
 func (w *world) requireReady(t *testing.T, more ...states.Event) {
 	t.Helper()
 	require.Equal(t, states.Ready, w.state(t))
 	require.ElementsMatch(t, append(creationPath(), more...), w.left())
 }
 
-// requireStops checks that a stop leaves nothing of a step on demand, and a removal nothing at all.
+// requireStops requires that a stop leaves nothing of a step on demand, and that a removal leaves
+// nothing.
 func (w *world) requireStops(t *testing.T) {
 	t.Helper()
 	require.NoError(t, w.Stop(t.Context(), testKey))
@@ -43,20 +45,20 @@ func (w *world) requireStops(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// since are the lines of the ledger after some that were there.
+// since returns the lines of the ledger after those of before.
 func (b *book) since(before []string) []string { return b.read()[len(before):] }
 
 func TestDemand(t *testing.T) {
 	w := readyWorld(t)
 	before := w.view(t)
-	require.Len(t, before.Steps, len(creationPath()), "nobody has asked for a shim")
+	require.Len(t, before.Steps, len(creationPath()), "the shim was not demanded")
 	require.Len(t, w.replayed(t).Steps, len(creationPath()))
 	lines := w.book.read()
 
 	require.NoError(t, w.demand(t))
 	w.requireReady(t, startShim)
 	view := w.view(t)
-	require.Equal(t, before.Transitions, view.Transitions, "it is no transition")
+	require.Equal(t, before.Transitions, view.Transitions, "a step on demand makes no transition")
 	require.Equal(t, startShim, view.Steps[len(view.Steps)-1].Name)
 	require.Equal(t, StepDone, view.Step(startShim).Status)
 	require.Equal(t, &testResult{startShim}, view.Step(startShim).Result)
@@ -67,8 +69,8 @@ func TestDemand(t *testing.T) {
 	lines = w.book.read()
 	require.NoError(t, w.demand(t))
 	acts := w.acted()
-	require.Equal(t, []string{"do start_shim", "do start_shim"}, acts[len(acts)-2:], "what was made may have gone")
-	require.Empty(t, w.book.since(lines), "what is to be undone is on record already")
+	require.Equal(t, []string{"do start_shim", "do start_shim"}, acts[len(acts)-2:], "a done step is done again")
+	require.Empty(t, w.book.since(lines), "the intent is on record already")
 	require.Equal(t, view, w.view(t))
 
 	require.NoError(t, w.Stop(t.Context(), testKey))
@@ -85,11 +87,11 @@ func TestDemand(t *testing.T) {
 	require.Equal(t, 1, count(w.acted(), "undo start_shim"))
 }
 
-// A step that fails is undone, and the sandbox stays what it was.
+// A failed step is undone, and the sandbox stays ready.
 func TestDemandFails(t *testing.T) {
-	refuse := func(kind journal.Kind) func(*world) {
+	refuse := func(kind ledger.Kind) func(*world) {
 		return func(w *world) {
-			w.book.refuse = func(r *journal.Record) error {
+			w.book.refuse = func(r *ledger.Record) error {
 				if r.Kind == kind {
 					return errNoLuck
 				}
@@ -118,9 +120,9 @@ func TestDemandFails(t *testing.T) {
 			do(func(ctx context.Context) error { <-ctx.Done(); return errdefs.ErrUnknown }), context.DeadlineExceeded,
 			[]string{"do start_shim", "undo start_shim"}, []string{"intent start_shim", "undo-intent start_shim", "undone start_shim"},
 		},
-		"its intent is not on record": {refuse(journal.Intent), errNoLuck, nil, []string{}},
+		"its intent is not on record": {refuse(ledger.Intent), errNoLuck, nil, []string{}},
 		"its result is not on record": {
-			refuse(journal.Done), errNoLuck,
+			refuse(ledger.Done), errNoLuck,
 			[]string{"do start_shim", "undo start_shim"}, []string{"intent start_shim", "undo-intent start_shim", "undone start_shim"},
 		},
 	} {
@@ -144,7 +146,7 @@ func TestDemandFails(t *testing.T) {
 			w.requireReady(t)
 			view := w.view(t)
 			require.ErrorIs(t, view.Step(startShim).Err, tc.class)
-			require.NoError(t, view.Err, "it is the caller's alone")
+			require.NoError(t, view.Err, "only the caller gets the error")
 			_, waits := view.Current()
 			require.False(t, waits)
 			require.Contains(t, w.meter.acted(), "do start_shim: error")
@@ -168,7 +170,7 @@ func TestDemandFails(t *testing.T) {
 	}
 }
 
-// What stands may be in use: only the stop of the sandbox undoes it.
+// A done step may be in use, so only the stop of the sandbox undoes it.
 func TestDemandAgainFails(t *testing.T) {
 	for name, tc := range map[string]struct {
 		do    func(context.Context) error
@@ -188,7 +190,7 @@ func TestDemandAgainFails(t *testing.T) {
 			require.NoError(t, w.demand(t))
 			view := w.view(t)
 			w.do[startShim] = tc.do
-			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
+			w.book.refuse = func(*ledger.Record) error { return errors.New("disk full") }
 			err := w.demand(t)
 			require.ErrorIs(t, err, tc.class)
 			var failed *StepError
@@ -205,7 +207,7 @@ func TestDemandAgainFails(t *testing.T) {
 	}
 }
 
-// The stop of the sandbox tries once more what could not be undone, and owes it then.
+// The stop of the sandbox retries a failed undo. If that fails, too, the cleanup is pending.
 func TestDemandWhoseUndoFails(t *testing.T) {
 	for name, undo := range map[string]func() error{
 		"it fails":  func() error { return errNoLuck },
@@ -223,7 +225,7 @@ func TestDemandWhoseUndoFails(t *testing.T) {
 			require.Equal(t, StepFailed, view.Step(startShim).Status)
 			require.EqualError(t, view.Step(startShim).Err, "no shim")
 			require.Equal(t, 1, view.Step(startShim).Attempts)
-			require.Empty(t, debts(view))
+			require.Empty(t, pendingSteps(view))
 			_, waits := view.Current()
 			require.False(t, waits)
 
@@ -231,7 +233,7 @@ func TestDemandWhoseUndoFails(t *testing.T) {
 			view = w.view(t)
 			require.Equal(t, states.CleanupOwed, view.State)
 			require.Equal(t, states.Stopped, view.Goal)
-			require.Equal(t, []states.Event{captureNetNS, startShim}, debts(view), "the namespace stays as long as the shim")
+			require.Equal(t, []states.Event{captureNetNS, startShim}, pendingSteps(view), "the namespace stays as long as the shim")
 			require.NotContains(t, w.left(), attachNetwork)
 			require.True(t, errdefs.IsFailedPrecondition(w.demand(t)))
 
@@ -291,7 +293,7 @@ func TestDemandIsRefused(t *testing.T) {
 	})
 }
 
-// queued waits until so many requests wait in the queue of the test's sandbox.
+// queued waits until n requests wait in the queue of the test's sandbox.
 func (w *world) queued(t *testing.T, n int) {
 	t.Helper()
 	s, err := w.lookup(testKey)
@@ -303,8 +305,9 @@ func (w *world) queued(t *testing.T, n int) {
 	}, 10*time.Second, time.Millisecond)
 }
 
-// One event after the other: what comes while a step runs waits for it, as a step waits for what came before.
-func TestDemandWaitsItsTurn(t *testing.T) {
+// The queue handles one event after the other. A step on demand waits for earlier events, and later
+// events wait for the step.
+func TestDemandIsQueued(t *testing.T) {
 	ask := func(f func() error) <-chan error {
 		answer := make(chan error, 1)
 		go func() { answer <- f() }()
@@ -330,7 +333,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		<-reached
 		current, _ := w.view(t).Current()
 		require.Equal(t, startShim, current.Name)
-		require.Contains(t, w.Census().Acts, StepAct{startShim, ActDo})
+		require.Contains(t, w.Census().UnderWay, StepOperation{startShim, OperationDo})
 		second := ask(func() error { return w.demand(t) })
 		w.queued(t, 1)
 		stop := ask(func() error { return w.Stop(t.Context(), testKey) })
@@ -347,7 +350,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 			"do start_shim", "do start_shim", "stop start_pause", "undo start_shim", "undo attach_network", "undo capture_netns",
 		}, w.acted()[len(creationPath()):])
 	})
-	t.Run("behind a check, which gives way", func(t *testing.T) {
+	t.Run("behind a check, which is interrupted", func(t *testing.T) {
 		reached := make(chan struct{})
 		w := checked(t, func(ctx context.Context) error { close(reached); <-ctx.Done(); return context.Cause(ctx) })
 		require.NoError(t, w.run(t))
@@ -380,7 +383,7 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 		<-reached
 		closed := ask(func() error { w.Close(context.Background()); return nil })
 		require.Eventually(t, func() bool {
-			return errdefs.IsUnavailable(w.Create(t.Context(), journal.Key{ID: "s2"}, Request{Spec: &testSpec{}}))
+			return errdefs.IsUnavailable(w.Create(t.Context(), ledger.Key{ID: "s2"}, Request{Spec: &testSpec{}}))
 		},
 			10*time.Second, time.Millisecond)
 		close(release)
@@ -407,18 +410,18 @@ func TestDemandWaitsItsTurn(t *testing.T) {
 	})
 }
 
-// killed is a world as a kill leaves it that comes while the shim is being made or undone.
-func killed(t *testing.T, during ActKind) *world {
+// killed returns a world after a kill during the Do or the undo of the shim.
+func killed(t *testing.T, during Operation) *world {
 	w := readyWorld(t)
-	var saved []journal.Sandbox
+	var saved []ledger.Sandbox
 	w.do[startShim] = func(context.Context) error {
-		if during == ActDo {
+		if during == OperationDo {
 			saved = w.book.saved()
 		}
 		return errors.New("killed")
 	}
 	w.undo[startShim] = func() error {
-		if during == ActUndo {
+		if during == OperationUndo {
 			saved = w.book.saved()
 		}
 		return errors.New("killed")
@@ -463,9 +466,9 @@ func TestDemandOverARestart(t *testing.T) {
 			require.NoError(t, w.demand(t))
 			return w
 		}, status: StepDone, there: []states.Event{startShim}},
-		"killed while it was made": {leave: func(t *testing.T) *world { return killed(t, ActDo) }, killed: true,
+		"killed while it was made": {leave: func(t *testing.T) *world { return killed(t, OperationDo) }, killed: true,
 			status: StepFailed, err: "containerd was restarted", there: []states.Event{startShim}},
-		"killed while it was undone": {leave: func(t *testing.T) *world { return killed(t, ActUndo) }, killed: true,
+		"killed while it was undone": {leave: func(t *testing.T) *world { return killed(t, OperationUndo) }, killed: true,
 			status: StepFailed, err: "killed", there: []states.Event{startShim}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -492,30 +495,30 @@ func TestDemandOverARestart(t *testing.T) {
 				require.Equal(t, was.Result, is.Result)
 				require.Equal(t, was.Started, is.Started)
 			}
-			require.Empty(t, w.acted(), "nothing is done to what is ready")
+			require.Empty(t, w.acted(), "a ready sandbox is not touched")
 			w.requireStops(t)
 			require.Equal(t, len(tc.there), count(w.acted(), "undo start_shim"))
 		})
 	}
-	t.Run("asked again after a kill", func(t *testing.T) {
-		w := killed(t, ActDo).restart(t, kept)
+	t.Run("demanded again after a kill", func(t *testing.T) {
+		w := killed(t, OperationDo).restart(t, kept)
 		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.NoError(t, w.demand(t))
 		require.Equal(t, StepDone, w.view(t).Step(startShim).Status)
 		require.Equal(t, []string{"do start_shim"}, w.acted())
 		w.requireStops(t)
 	})
-	t.Run("nobody has asked", func(t *testing.T) {
+	t.Run("never demanded", func(t *testing.T) {
 		w := readyWorld(t).restart(t, kept)
 		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Len(t, w.view(t).Steps, len(creationPath()))
 		w.requireStops(t)
 		require.NotContains(t, w.acted(), "undo start_shim")
 	})
-	t.Run("its records are lost", func(t *testing.T) {
+	t.Run("records lost", func(t *testing.T) {
 		old := readyWorld(t)
 		require.NoError(t, old.demand(t))
-		old.book.records = slices.DeleteFunc(old.book.records, func(r journal.Record) bool { return r.Step == string(startShim) })
+		old.book.records = slices.DeleteFunc(old.book.records, func(r ledger.Record) bool { return r.Step == string(startShim) })
 		w := old.restart(t, rebooted)
 		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, func() bool { return w.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)

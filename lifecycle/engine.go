@@ -1,12 +1,15 @@
 // Package lifecycle is the engine that runs every sandbox as a state machine.
 //
-// A sandbox is a queue of events: requests, the results of steps, the exit of pause, retry timers. One goroutine at a time
-// handles a sandbox's events, so nothing else changes its state; with an empty queue there is no goroutine. The steps of a creation
-// run one after the other beside the queue, and their results come back as events. A step on demand is done inside the queue. What is
-// undone is undone inside the queue, one step after the other, newest first. A check of a sandbox that is ready is an event, too, which
-// ends as soon as another comes.
+// A sandbox has a queue of events: requests, step results, the exit of pause, retry timers. One
+// goroutine at a time handles the events of a sandbox, so nothing else changes its state. An empty
+// queue has no goroutine.
 //
-// Before a step acts, its intent and its plan are in the ledger. Its result is written inside the queue, and then the state moves.
+// The steps of a creation run one after the other beside the queue, and their results come back as
+// events. Steps on demand run inside the queue. So do undos, one after the other, newest first. A
+// check of a ready sandbox is an event, too, but it ends as soon as another event comes.
+//
+// The ledger has a step's intent and plan before the step acts. The queue records the step's
+// result, and then moves the state.
 package lifecycle
 
 import (
@@ -21,21 +24,22 @@ import (
 	"github.com/containerd/errdefs"
 	"go.opentelemetry.io/otel/attribute"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Journal is what the engine needs of the ledger.
-type Journal interface {
-	Append(ctx context.Context, r *journal.Record) error
-	Forget(ctx context.Context, k journal.Key) error
+// Ledger is what the engine needs of the ledger.
+type Ledger interface {
+	Append(ctx context.Context, r *ledger.Record) error
+	Forget(ctx context.Context, k ledger.Key) error
 }
 
-// Backoff is the wait before the next try at an owed cleanup, after attempts failed ones (1 and more).
+// Backoff is the wait before the next try at a pending cleanup, after a number of failed attempts (1 and more).
 type Backoff func(attempts int) time.Duration
 
-// DefaultBackoff doubles from one second to four minutes, plus up to a quarter: what has failed at one time is not tried again at one time.
+// DefaultBackoff doubles from one second to four minutes, plus up to a quarter, so that cleanups that failed together
+// aren't retried together.
 func DefaultBackoff(attempts int) time.Duration {
 	shortest := min(time.Second<<min(attempts-1, 16), 4*time.Minute)
 	return shortest + rand.N(shortest/4)
@@ -46,44 +50,44 @@ type Engine struct {
 	table      *states.Table
 	steps      []Step
 	process    Ender
-	journal    Journal
+	ledger     Ledger
 	backoff    Backoff
 	observe    Observer // nil for none
 	writtenOff func(View, WriteOff)
 	uptime     func() time.Duration // of the kernel
 	release    string
 
-	// paid is told of a removal; see [Engine.WhenPaid].
-	paid func(context.Context, journal.Key)
+	// removalCompleted is set by [Engine.WhenRemovalCompletes].
+	removalCompleted func(context.Context, ledger.Key)
 
 	work  sync.WaitGroup // queues and steps that are running
-	turns turns          // of the sandboxes that are being undone, or looked at, for nobody who waits
+	limit limiter        // of events without a waiting caller: cleanups after a restart, retries, checks of pause
 	meter Meter
 
 	mu        sync.Mutex
 	closed    bool
-	sandboxes map[journal.Key]*sandbox
+	sandboxes map[ledger.Key]*sandbox
 	names     map[string]*sandbox
-	pods      map[string][]*sandbox // by the name of their pod, which has several where it was started again
+	pods      map[string][]*sandbox // by pod; a pod that was started again has several
 }
 
-// Observer is told of each transition, after it is on record: the last one of a view. Those of one sandbox are told in order; the
-// sandbox waits for it, so it must return soon.
+// Observer is called after each transition is on record. The transition is the last one of the view. The calls for one
+// sandbox are in order. The sandbox waits for the call, so it must return soon.
 type Observer func(View)
 
-// Config is what an engine is made of.
+// Config is the configuration of an engine.
 type Config struct {
 	// Steps are those of the creation path, in its order, then those on demand.
 	Steps []Step
-	// Process names the step among them whose process is the sandbox's life. The step is an [Ender].
+	// Process names the step whose process keeps the sandbox alive. The step is an [Ender].
 	Process states.Event
-	Journal Journal
+	Ledger  Ledger
 	Backoff Backoff
-	// Release is the release of podfsm that runs. It is on every record.
+	// Release is the running release of podfsm. It is on every record.
 	Release string
 	// Observe, WrittenOff and Meter may be nil.
 	Observe Observer
-	// WrittenOff is told of each cleanup that is written off, after that is on record. It must return soon.
+	// WrittenOff is called after the write-off of a cleanup is on record. It must return soon.
 	WrittenOff func(View, WriteOff)
 	Meter      Meter
 }
@@ -105,22 +109,22 @@ func New(c Config) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		table: table, steps: c.Steps, journal: c.Journal, backoff: c.Backoff, observe: c.Observe, writtenOff: c.WrittenOff, uptime: uptime, release: c.Release,
-		paid:      func(context.Context, journal.Key) {},
-		turns:     turns{free: resumeParallel},
-		sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
+		table: table, steps: c.Steps, ledger: c.Ledger, backoff: c.Backoff, observe: c.Observe, writtenOff: c.WrittenOff, uptime: uptime, release: c.Release,
+		removalCompleted: func(context.Context, ledger.Key) {},
+		limit:            limiter{free: resumeParallel},
+		sandboxes:        map[ledger.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
 		meter: c.Meter,
 	}
 	process, _ := e.step(c.Process)
 	ender, ok := process.(Ender)
 	if !ok {
-		return nil, fmt.Errorf("step %q has no process to end: %w", c.Process, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("step %q is not an Ender: %w", c.Process, errdefs.ErrInvalidArgument)
 	}
 	e.process = ender
 	return e, nil
 }
 
-// declarations are what steps say of themselves to the table.
+// declarations returns the steps' declarations for the table, in their order. It fails with InvalidArgument.
 func declarations(steps []Step) (declared []states.Step, err error) {
 	var before []states.Event
 	for _, step := range steps {
@@ -138,7 +142,7 @@ func declarations(steps []Step) (declared []states.Step, err error) {
 	return declared, nil
 }
 
-// step is the step of this release with a name.
+// step returns this release's step with a name.
 func (e *Engine) step(name states.Event) (Step, bool) {
 	i := slices.IndexFunc(e.steps, func(s Step) bool { return s.Declaration().Name == name })
 	if i < 0 {
@@ -147,37 +151,40 @@ func (e *Engine) step(name states.Event) (Step, bool) {
 	return e.steps[i], true
 }
 
-// intent is the record that a step is about to act. The process ends with a stop even where its step is undone later.
-func (e *Engine) intent(d Declaration) *journal.Record {
-	r := &journal.Record{Kind: journal.Intent, Step: string(d.Name), AtStop: d.AtStop || d.Name == e.process.Declaration().Name}
+// intent is the record that a step is about to act. A stop ends the process even if its step is undone later.
+func (e *Engine) intent(d Declaration) *ledger.Record {
+	r := &ledger.Record{Kind: ledger.Intent, Step: string(d.Name), AtStop: d.AtStop || d.Name == e.process.Declaration().Name}
 	for _, held := range d.Holds {
 		r.Holds = append(r.Holds, string(held))
 	}
 	return r
 }
 
-// WhenPaid sets what is called when an owed removal has succeeded with nobody waiting for it, right before the sandbox is forgotten: who
-// asked for it was told that it had failed, and may have it on record. It must be set before there is any sandbox, and holds up the
-// sandbox's queue.
-func (e *Engine) WhenPaid(paid func(context.Context, journal.Key)) { e.paid = paid }
+// WhenRemovalCompletes sets a function that is called when a pending removal completes without a
+// waiting caller, right before the engine forgets the sandbox. The caller of the removal got an
+// error, and may still have the sandbox on record. Set the function before the first sandbox is
+// created. The sandbox's queue waits for it.
+func (e *Engine) WhenRemovalCompletes(f func(context.Context, ledger.Key)) {
+	e.removalCompleted = f
+}
 
-// Request is what a sandbox is created with.
+// Request says how to create a sandbox.
 type Request struct {
-	// Name is what no two sandboxes may share at a time: a pod and its attempt. "" is no name.
+	// Name identifies a pod and its attempt. No two sandboxes share a name at a time. "" is no name.
 	Name string
 	// Pod is the pod's "namespace/name", for messages.
 	Pod string
-	// Spec is what the steps work from. Its type must be known to typeurl.
+	// Spec is the specification for the steps. Its type must be known to typeurl.
 	Spec any
 	// Attributes go on every span of the sandbox.
 	Attributes []attribute.KeyValue
-	// Created is when the sandbox was begun, for a restored one whose records don't say so.
+	// Created is when the sandbox was begun, for a restored sandbox whose records don't have the time.
 	Created time.Time
 }
 
-// Create accepts a sandbox: it is on record from here on, and nothing of it exists yet.
-// It fails with AlreadyExists for a key or a name that is in use.
-func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error {
+// Create puts a sandbox on record. Nothing of the sandbox exists yet. It fails with AlreadyExists for a key or a name
+// in use.
+func (e *Engine) Create(ctx context.Context, key ledger.Key, req Request) error {
 	s := newSandbox(e, key, req)
 	s.traceParent = tracing.Parent(ctx)
 	if err := e.add(s); err != nil {
@@ -191,10 +198,10 @@ func (e *Engine) Create(ctx context.Context, key journal.Key, req Request) error
 	return nil
 }
 
-// Start runs the creation path. When it returns an error, what had been made is undone again, or is owed: the error says which
-// step failed and whether anything is owed. A context that ends fails the step that is running; Start still waits for the
-// rollback, which has deadlines of its own.
-func (e *Engine) Start(ctx context.Context, key journal.Key) error {
+// Start runs the creation path. When it returns an error, the rollback has ended. The error names the step that failed,
+// and a cleanup that is still pending. If ctx ends, the running step fails. Start then still waits for the rollback,
+// which has deadlines of its own.
+func (e *Engine) Start(ctx context.Context, key ledger.Key) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
@@ -202,19 +209,20 @@ func (e *Engine) Start(ctx context.Context, key journal.Key) error {
 	return <-s.ask(func(reply func(error)) { s.start(ctx, reply) })
 }
 
-// Halt ends the sandbox's process and leaves the rest for [Engine.Stop]. It is idempotent.
-func (e *Engine) Halt(ctx context.Context, key journal.Key) error {
+// Halt ends the sandbox's process. [Engine.Stop] does the rest. It is idempotent.
+func (e *Engine) Halt(ctx context.Context, key ledger.Key) error {
 	return e.call(ctx, key, (*sandbox).halt)
 }
 
-// Stop ends the process and takes the sandbox off its network. A sandbox that was never ready is rolled back. It is idempotent.
-func (e *Engine) Stop(ctx context.Context, key journal.Key) error {
+// Stop ends the process and detaches the sandbox from its network. It rolls back a sandbox that was
+// never ready. It is idempotent.
+func (e *Engine) Stop(ctx context.Context, key ledger.Key) error {
 	return e.call(ctx, key, (*sandbox).stop)
 }
 
 // Remove undoes all there is of the sandbox, whatever its state, and forgets it. It is idempotent; an unknown key is success.
-// A sandbox with something owed stays, and Remove fails, until that is paid.
-func (e *Engine) Remove(ctx context.Context, key journal.Key) error {
+// A sandbox with a pending cleanup stays, and Remove fails, until the cleanup completes.
+func (e *Engine) Remove(ctx context.Context, key ledger.Key) error {
 	err := e.call(ctx, key, (*sandbox).remove)
 	if errdefs.IsNotFound(err) {
 		return nil
@@ -222,16 +230,16 @@ func (e *Engine) Remove(ctx context.Context, key journal.Key) error {
 	return err
 }
 
-// PauseExited tells that the sandbox's process has ended. Unknown keys are ignored.
-func (e *Engine) PauseExited(key journal.Key, exit Exit) {
+// PauseExited reports that the sandbox's process has ended. Unknown keys are ignored.
+func (e *Engine) PauseExited(key ledger.Key, exit Exit) {
 	if s, err := e.lookup(key); err == nil {
 		s.post(func() { s.pauseExited(exit) })
 	}
 }
 
-// Wait returns how the sandbox's process ended, once it has. It fails with NotFound for a sandbox that is gone before its
-// process ever ran.
-func (e *Engine) Wait(ctx context.Context, key journal.Key) (Exit, error) {
+// Wait waits for the end of the sandbox's process and returns its exit. It fails with NotFound for a sandbox that is
+// gone before its process ever ran.
+func (e *Engine) Wait(ctx context.Context, key ledger.Key) (Exit, error) {
 	s, err := e.lookup(key)
 	if err != nil {
 		return Exit{}, err
@@ -244,8 +252,8 @@ func (e *Engine) Wait(ctx context.Context, key journal.Key) (Exit, error) {
 	}
 }
 
-// Get is the sandbox as it is now. A sandbox that is gone is NotFound: its last view was the [Observer]'s.
-func (e *Engine) Get(key journal.Key) (View, error) {
+// Get returns the sandbox as it is now. A sandbox that is gone is NotFound: the [Observer] got its last view.
+func (e *Engine) Get(key ledger.Key) (View, error) {
 	s, err := e.lookup(key)
 	if err != nil {
 		return View{}, err
@@ -253,8 +261,8 @@ func (e *Engine) Get(key journal.Key) (View, error) {
 	return s.view(), nil
 }
 
-// Created is when the sandbox was begun, without the cost of a View; the zero time for one that is unknown or gone.
-func (e *Engine) Created(key journal.Key) time.Time {
+// Created returns when the sandbox was begun, without the cost of a View; the zero time for an unknown key.
+func (e *Engine) Created(key ledger.Key) time.Time {
 	e.mu.Lock()
 	s, ok := e.sandboxes[key]
 	e.mu.Unlock()
@@ -266,7 +274,7 @@ func (e *Engine) Created(key journal.Key) time.Time {
 	return s.created
 }
 
-// List is every sandbox as it is now, in no order.
+// List returns every sandbox as it is now, in no order.
 func (e *Engine) List() []View {
 	all := e.all()
 	views := make([]View, len(all))
@@ -276,25 +284,15 @@ func (e *Engine) List() []View {
 	return views
 }
 
-// Keys are the keys of all sandboxes, in no order, without the cost of their views.
-func (e *Engine) Keys() []journal.Key {
+// Keys returns the keys of all sandboxes, in no order, without the cost of their views.
+func (e *Engine) Keys() []ledger.Key {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return slices.Collect(maps.Keys(e.sandboxes))
 }
 
-func (e *Engine) all() []*sandbox {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	all := make([]*sandbox, 0, len(e.sandboxes))
-	for _, s := range e.sandboxes {
-		all = append(all, s)
-	}
-	return all
-}
-
-// Close stops retry timers, refuses new events and waits for those that are queued, as long as ctx lasts. What is unfinished is
-// in the ledger.
+// Close stops retry timers, refuses new events and waits for the queued ones until ctx ends. The ledger has what is
+// unfinished.
 func (e *Engine) Close(ctx context.Context) {
 	e.mu.Lock()
 	e.closed = true
@@ -302,7 +300,7 @@ func (e *Engine) Close(ctx context.Context) {
 	e.mu.Unlock()
 	for _, s := range all {
 		s.stopTimer()
-		s.queue.giveWay() // takes the lock of the queue, under which e.mu is taken elsewhere
+		s.queue.giveWay() // takes the queue's lock, so not under e.mu: enter takes them in the other order
 	}
 	idle := make(chan struct{})
 	go func() {
@@ -315,8 +313,8 @@ func (e *Engine) Close(ctx context.Context) {
 	}
 }
 
-// call runs one request and waits for it. When ctx ends first, the request continues after its caller's deadline.
-func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, ctx context.Context) error) error {
+// call runs one request and waits for it. If ctx ends first, the request continues.
+func (e *Engine) call(ctx context.Context, key ledger.Key, f func(s *sandbox, ctx context.Context) error) error {
 	s, err := e.lookup(key)
 	if err != nil {
 		return err
@@ -326,100 +324,3 @@ func (e *Engine) call(ctx context.Context, key journal.Key, f func(s *sandbox, c
 	})
 	return await(ctx, done, "request for sandbox %q continues after its caller's deadline", key.ID)
 }
-
-func (e *Engine) add(s *sandbox) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		return errClosed
-	}
-	if _, ok := e.sandboxes[s.key]; ok {
-		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
-	}
-	if name := s.req.Name; name != "" {
-		if holder, ok := e.names[name]; ok {
-			return fmt.Errorf("the name %q is reserved for sandbox %q: %w", name, holder.key.ID, errdefs.ErrAlreadyExists)
-		}
-		e.names[name] = s
-	}
-	for _, other := range e.pods[s.req.Pod] {
-		if !other.created.Before(s.created) {
-			s.created = other.created.Add(1) // the wall clock was set back, and the kubelet goes by it
-		}
-	}
-	e.keepLocked(s)
-	return nil
-}
-
-func (e *Engine) keepLocked(s *sandbox) {
-	e.sandboxes[s.key] = s
-	e.pods[s.req.Pod] = append(e.pods[s.req.Pod], s)
-}
-
-// addRestored takes a sandbox that is on record. Two with one name can only come of a ledger that was damaged, where one that has
-// gone comes back: the newer one has the name then.
-func (e *Engine) addRestored(s *sandbox) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if _, ok := e.sandboxes[s.key]; ok {
-		return fmt.Errorf("sandbox %q: %w", s.key.ID, errdefs.ErrAlreadyExists)
-	}
-	e.keepLocked(s)
-	if s.req.Name != "" && (s.goal == "" || s.goal == states.Stopped) {
-		e.names[s.req.Name] = s
-	}
-	return nil
-}
-
-func (e *Engine) drop(s *sandbox) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	delete(e.sandboxes, s.key)
-	e.pods[s.req.Pod] = slices.DeleteFunc(e.pods[s.req.Pod], func(other *sandbox) bool { return other == s })
-	if len(e.pods[s.req.Pod]) == 0 {
-		delete(e.pods, s.req.Pod)
-	}
-	e.unnameLocked(s)
-}
-
-func (e *Engine) unnameLocked(s *sandbox) {
-	if e.names[s.req.Name] == s {
-		delete(e.names, s.req.Name)
-	}
-}
-
-// unname lets another sandbox have the name.
-func (e *Engine) unname(s *sandbox) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.unnameLocked(s)
-}
-
-func (e *Engine) lookup(key journal.Key) (*sandbox, error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	s, ok := e.sandboxes[key]
-	if !ok {
-		return nil, fmt.Errorf("sandbox %q: %w", key.ID, errdefs.ErrNotFound)
-	}
-	return s, nil
-}
-
-// enter counts a goroutine in, unless the engine is closed.
-func (e *Engine) enter() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		return false
-	}
-	e.work.Add(1)
-	return true
-}
-
-// stay counts a goroutine in for work that is counted in already, so it may also begin while the engine closes.
-func (e *Engine) stay() bool {
-	e.work.Add(1)
-	return true
-}
-
-var errClosed = fmt.Errorf("the engine is closed: %w", errdefs.ErrUnavailable)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -15,11 +16,17 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The tests' ledgers sync thousands of times, which is free in memory.
+	if err := os.Setenv("TMPDIR", "/dev/shm"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 type testSpec struct{ Name string }
 
@@ -30,17 +37,17 @@ func init() {
 	typeurl.Register(&testResult{}, "podfsm.test", "testResult")
 }
 
-// book is a ledger in memory that can be told to refuse.
+// book is a ledger in memory that refuses records on request.
 type book struct {
 	mu      sync.Mutex
 	lines   []string
-	records []journal.Record // of the test's sandbox, until it is forgotten
-	all     []journal.Record
-	refuse  func(r *journal.Record) error
+	records []ledger.Record // of the test's sandbox, until it is forgotten
+	all     []ledger.Record
+	refuse  func(r *ledger.Record) error
 	forgets func() error
 }
 
-func (b *book) Append(_ context.Context, r *journal.Record) error {
+func (b *book) Append(_ context.Context, r *ledger.Record) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.refuse != nil {
@@ -49,7 +56,7 @@ func (b *book) Append(_ context.Context, r *journal.Record) error {
 		}
 	}
 	line, event := string(r.Kind), ""
-	if r.Kind == journal.Moved {
+	if r.Kind == ledger.Moved {
 		event = r.Event
 	}
 	for _, part := range []string{r.Step, event, r.Goal} {
@@ -62,7 +69,7 @@ func (b *book) Append(_ context.Context, r *journal.Record) error {
 	return nil
 }
 
-func (b *book) Forget(context.Context, journal.Key) error {
+func (b *book) Forget(context.Context, ledger.Key) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.forgets != nil {
@@ -75,18 +82,18 @@ func (b *book) Forget(context.Context, journal.Key) error {
 	return nil
 }
 
-// saved is what the ledger gives a daemon that starts.
-func (b *book) saved() []journal.Sandbox {
+// saved returns the sandboxes as a ledger gives them to a daemon at its start.
+func (b *book) saved() []ledger.Sandbox {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return []journal.Sandbox{{Key: testKey, Records: slices.Clone(b.records)}}
+	return []ledger.Sandbox{{Key: testKey, Records: slices.Clone(b.records)}}
 }
 
-// of are the records of one sandbox.
-func (b *book) of(key journal.Key) []journal.Record {
+// of returns the records of one sandbox.
+func (b *book) of(key ledger.Key) []ledger.Record {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(b.records), func(r journal.Record) bool { return r.Key != key })
+	return slices.DeleteFunc(slices.Clone(b.records), func(r ledger.Record) bool { return r.Key != key })
 }
 
 func (b *book) read() []string {
@@ -95,13 +102,13 @@ func (b *book) read() []string {
 	return slices.Clone(b.lines)
 }
 
-// node is the world that the steps of a test act on.
+// node is what the steps of a test act on.
 type node struct {
 	mu      sync.Mutex
 	exists  []states.Event // what has been made and not undone, in the order of making
 	acts    []string
 	exited  *Exit
-	unknown error        // nobody knows whether it has exited
+	unknown error        // of Exited, which can't determine whether the process runs
 	still   states.Event // what is there though it was undone
 	do      map[states.Event]func(ctx context.Context) error
 	undo    map[states.Event]func() error
@@ -143,7 +150,7 @@ func (s *fakeStep) Reserve(context.Context, *Run) (any, error) {
 	return s.node.plans[s.declared.Name], nil
 }
 
-// Do makes the thing first and fails then: a step that fails may have acted.
+// Do makes the resource before it fails: a failed step may have acted.
 func (s *fakeStep) Do(ctx context.Context, _ *Run) (any, error) {
 	s.node.mu.Lock()
 	if !slices.Contains(s.node.exists, s.declared.Name) {
@@ -176,7 +183,7 @@ func (s *fakeStep) Undo(context.Context, *Run) error {
 	return nil
 }
 
-// Find finds what there is.
+// Find finds the resource if it exists.
 func (s *fakeStep) Find(context.Context, *Run) (any, error) {
 	s.node.mu.Lock()
 	defer s.node.mu.Unlock()
@@ -199,7 +206,7 @@ func (s *fakeStep) Probe(context.Context, *Run) (bool, error) {
 
 type fakeEnder struct{ fakeStep }
 
-func (s *fakeEnder) Stop(context.Context, *Run) (Exit, error) {
+func (s *fakeEnder) End(context.Context, *Run) (Exit, error) {
 	s.node.act("stop %s", s.declared.Name)
 	s.node.mu.Lock()
 	defer s.node.mu.Unlock()
@@ -216,9 +223,9 @@ func (s *fakeEnder) Exited(context.Context, *Run) (*Exit, error) {
 	return s.node.exited, s.node.unknown
 }
 
-var testKey = journal.Key{Namespace: "k8s.io", ID: "s1"}
+var testKey = ledger.Key{Namespace: "k8s.io", ID: "s1"}
 
-// world is an engine over a test's node and ledger.
+// world is an engine with a test's node and ledger.
 type world struct {
 	*Engine
 	*node
@@ -235,8 +242,8 @@ func (w *world) tell(v View) {
 	w.told = append(w.told, v)
 }
 
-// Find is the sandbox as it is now, or as it was told last.
-func (w *world) Find(key journal.Key) (View, bool) {
+// Find returns the sandbox as it is now, or its last view that was observed.
+func (w *world) Find(key ledger.Key) (View, bool) {
 	if view, err := w.Get(key); err == nil {
 		return view, true
 	}
@@ -250,7 +257,7 @@ func (w *world) Find(key journal.Key) (View, bool) {
 	return View{}, false
 }
 
-// history are the transitions that were told of.
+// history returns the observed transitions.
 func (w *world) history() (told []Transition) {
 	w.toldMu.Lock()
 	defer w.toldMu.Unlock()
@@ -267,8 +274,8 @@ func newWorld(t *testing.T, change ...func(*Declaration)) *world {
 	return w
 }
 
-// newWorldOn has an engine over a ledger and a node that there are.
-func newWorldOn(t testing.TB, ledger Journal, n *node, change ...func(*Declaration)) *world {
+// newWorldOn makes an engine with an existing ledger and node.
+func newWorldOn(t testing.TB, ledger Ledger, n *node, change ...func(*Declaration)) *world {
 	declared := testSteps()
 	for i := range declared {
 		for _, c := range change {
@@ -278,8 +285,8 @@ func newWorldOn(t testing.TB, ledger Journal, n *node, change ...func(*Declarati
 	return newRelease(t, "v1", declared, ledger, n)
 }
 
-// newRelease has an engine of a release with its own steps.
-func newRelease(t testing.TB, release string, declared []Declaration, ledger Journal, n *node) *world {
+// newRelease makes an engine of a release with its own steps.
+func newRelease(t testing.TB, release string, declared []Declaration, ledger Ledger, n *node) *world {
 	w := &world{node: n}
 	var steps []Step
 	for _, d := range declared {
@@ -290,7 +297,7 @@ func newRelease(t testing.TB, release string, declared []Declaration, ledger Jou
 		}
 	}
 	engine, err := New(Config{
-		Steps: steps, Process: startPause, Journal: ledger, Backoff: func(int) time.Duration { return time.Millisecond },
+		Steps: steps, Process: startPause, Ledger: ledger, Backoff: func(int) time.Duration { return time.Millisecond },
 		Release: release, Observe: w.tell, Meter: &w.meter,
 	})
 	require.NoError(t, err)
@@ -314,7 +321,7 @@ func (w *world) state(t *testing.T) states.State {
 	return view.State
 }
 
-// transitions are the states that the sandbox went through.
+// transitions returns the states of the sandbox, in order.
 func (w *world) transitions(t *testing.T) []states.State {
 	view, ok := w.Find(testKey)
 	require.True(t, ok)
@@ -330,7 +337,7 @@ func TestSandboxGoesThroughAllStates(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	require.Equal(t, states.Ready, w.state(t))
-	require.Equal(t, []journal.Key{testKey}, w.Keys())
+	require.Equal(t, []ledger.Key{testKey}, w.Keys())
 	require.NoError(t, w.Halt(t.Context(), testKey))
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.NoError(t, w.Stop(t.Context(), testKey), "stop is idempotent")
@@ -396,7 +403,7 @@ func TestFailureOfEachStepUndoesItAndAllBefore(t *testing.T) {
 	}
 }
 
-func TestFirstTryOfEachUndoFails(t *testing.T) {
+func TestRetryOfEachUndo(t *testing.T) {
 	for _, failing := range creationPath() {
 		t.Run(string(failing), func(t *testing.T) {
 			w := newWorld(t)
@@ -436,12 +443,12 @@ func TestFailedUndoHoldsWhatItUses(t *testing.T) {
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
 	require.Equal(t, states.RolledBack, view.Goal)
-	require.Equal(t, StepOwed, view.Step(allocateIDs).Status)
+	require.Equal(t, StepCleanupPending, view.Step(allocateIDs).Status)
 	require.EqualError(t, view.Step(allocateIDs).Err, "waits for the undo of start_pause")
-	require.False(t, view.Step(allocateIDs).OwedSince.IsZero())
+	require.False(t, view.Step(allocateIDs).PendingSince.IsZero())
 	require.ErrorIs(t, view.Step(startPause).Err, failed)
 	require.Equal(t, StepUndone, view.Step(attachNetwork).Status)
-	require.Error(t, w.Remove(t.Context(), testKey), "a sandbox that owes stays")
+	require.Error(t, w.Remove(t.Context(), testKey), "a sandbox with a pending cleanup stays")
 	w.node.mu.Lock()
 	delete(w.undo, startPause)
 	w.node.mu.Unlock()
@@ -449,7 +456,7 @@ func TestFailedUndoHoldsWhatItUses(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
+func TestFailedStopIsPendingUntilRetried(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	tries, release := 0, make(chan struct{})
@@ -467,8 +474,9 @@ func TestStopThatFailsIsOwedAndPaid(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// Whatever part of a removal fails, the cleanup is that of a removal: of a ready sandbox the stop comes first.
-func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
+// Whatever part of a removal fails, the pending cleanup is a removal, also if the stop of a ready
+// sandbox fails.
+func TestFailedRemovalStaysARemoval(t *testing.T) {
 	for name, fail := range map[string]func(w *world, luck error){
 		"pause can't be ended":         func(w *world, luck error) { w.stop = luck },
 		"what a stop undoes":           func(w *world, luck error) { w.undo[attachNetwork] = func() error { return luck } },
@@ -495,7 +503,7 @@ func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
 				require.NoError(t, err)
 				require.Equal(t, states.Removed, view.Goal)
 				for _, step := range view.Steps {
-					require.Contains(t, []StepStatus{StepOwed, StepUndone}, step.Status, "%s is left to nobody", step.Name)
+					require.Contains(t, []StepStatus{StepCleanupPending, StepUndone}, step.Status, "the undo of %s is neither done nor pending", step.Name)
 				}
 				w.mend()
 
@@ -507,8 +515,8 @@ func TestRemovalThatFailsIsOwedAsARemoval(t *testing.T) {
 	}
 }
 
-// What an undo doesn't find is something else than the sandbox. containerd's service and others take NotFound for a sandbox that is gone,
-// so an undo that fails never has that class. It keeps all others.
+// A failed undo never has the class NotFound, because containerd's service takes that for a sandbox
+// that is gone. It keeps every other class.
 func TestUndoThatDoesntFindSomething(t *testing.T) {
 	missing := fmt.Errorf("no such device: %w", errdefs.ErrNotFound)
 	busy := fmt.Errorf("busy: %w", errdefs.ErrUnavailable)
@@ -542,7 +550,8 @@ func TestUndoThatDoesntFindSomething(t *testing.T) {
 	}
 }
 
-// Nobody may use a sandbox any more that is being removed: the next one of its pod and attempt can be made, also after a restart.
+// A failed removal frees the name of the sandbox: the pod's next sandbox of the same attempt can be
+// created, also after a restart.
 func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 	w := newWorld(t)
 	req := Request{Name: "pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
@@ -551,11 +560,11 @@ func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 	w.backoff = func(int) time.Duration { return time.Hour }
 	w.undo[attachNetwork] = func() error { return errors.New("no luck") }
 	require.Error(t, w.Remove(t.Context(), testKey))
-	next := journal.Key{Namespace: "k8s.io", ID: "s2"}
+	next := ledger.Key{Namespace: "k8s.io", ID: "s2"}
 	require.NoError(t, w.Create(t.Context(), next, req))
 
 	again := newWorld(t)
-	again.Restore(t.Context(), []journal.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ journal.Key, spec any) Request {
+	again.Restore(t.Context(), []ledger.Sandbox{{Key: testKey, Records: w.book.of(testKey)}}, func(_ ledger.Key, spec any) Request {
 		return Request{Name: "pod", Pod: "ns/pod", Spec: spec}
 	}, outsideOf(kept))
 	require.Equal(t, states.CleanupOwed, again.state(t))
@@ -566,7 +575,7 @@ func TestNameOfARemovalThatFailsIsFree(t *testing.T) {
 func TestRestartWhileARemovalStops(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
-	var saved []journal.Sandbox
+	var saved []ledger.Sandbox
 	w.undo[attachNetwork] = func() error {
 		saved = w.book.saved()
 		return nil
@@ -590,7 +599,7 @@ func TestRecordThatFails(t *testing.T) {
 	} {
 		t.Run(tc.record, func(t *testing.T) {
 			w := newWorld(t)
-			w.book.refuse = func(r *journal.Record) error {
+			w.book.refuse = func(r *ledger.Record) error {
 				if string(r.Kind) == tc.record && r.Step == string(startPause) {
 					return full
 				}
@@ -600,7 +609,7 @@ func TestRecordThatFails(t *testing.T) {
 			require.True(t, errdefs.IsResourceExhausted(err))
 			require.ErrorContains(t, err, "step start_pause")
 			require.Equal(t, tc.acted, slices.Contains(w.acted(), "do start_pause"))
-			require.Equal(t, tc.acted, slices.Contains(w.acted(), "undo start_pause"), "a step that never acted isn't undone")
+			require.Equal(t, tc.acted, slices.Contains(w.acted(), "undo start_pause"), "a step without an intent isn't undone")
 			require.True(t, w.gone())
 			require.Empty(t, w.left())
 		})
@@ -608,19 +617,19 @@ func TestRecordThatFails(t *testing.T) {
 	t.Run("intent with a plan", func(t *testing.T) {
 		w := newWorld(t)
 		w.plans = map[states.Event]any{allocateIDs: &testResult{allocateIDs}}
-		w.book.refuse = func(r *journal.Record) error {
-			if r.Kind == journal.Intent {
+		w.book.refuse = func(r *ledger.Record) error {
+			if r.Kind == ledger.Intent {
 				return full
 			}
 			return nil
 		}
 		require.ErrorIs(t, w.run(t), full)
-		require.Equal(t, []string{"undo allocate_ids"}, w.acted(), "what the plan has set aside is given back")
+		require.Equal(t, []string{"undo allocate_ids"}, w.acted(), "the undo releases what the plan reserved")
 		require.True(t, w.gone())
 	})
 	t.Run("begun", func(t *testing.T) {
 		w := newWorld(t)
-		w.book.refuse = func(*journal.Record) error { return full }
+		w.book.refuse = func(*ledger.Record) error { return full }
 		require.ErrorIs(t, w.Create(t.Context(), testKey, Request{Spec: &testSpec{}}), full)
 		require.True(t, w.gone())
 	})
@@ -677,7 +686,7 @@ func TestPauseExit(t *testing.T) {
 		require.Empty(t, w.left())
 	})
 	t.Run("after the rollback", func(t *testing.T) {
-		// The exit of a pause that the rollback killed comes when the sandbox is gone.
+		// The exit of a pause that the rollback killed is reported once the sandbox is gone.
 		w := newWorld(t)
 		w.undo[allocateIDs] = func() error {
 			w.PauseExited(testKey, Exit{Code: 137})
@@ -715,7 +724,8 @@ func TestStepDeadline(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// What a step says of its deadline may have lost its class, as what comes from a shim does; or it says it already.
+// A step's error may have lost the class of its deadline, as errors from a shim do, or have it
+// already.
 func TestStepDeadlineIsNamed(t *testing.T) {
 	for name, tc := range map[string]struct {
 		fails func(context.Context) error
@@ -757,7 +767,7 @@ func TestStepThatPanics(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// While a step hangs, it is what the sandbox waits for.
+// A step that hangs is the sandbox's current step.
 func TestStepThatHangsIsBlamed(t *testing.T) {
 	w := newWorld(t, func(f *Declaration) {
 		if f.Name == captureNetNS {
@@ -777,8 +787,9 @@ func TestStepThatHangsIsBlamed(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// What ends a creation ends the step that runs, which is no failure of the step. Whatever the step says then, also that it went well, it
-// moves nothing any more: the last step doesn't make a sandbox ready that is rolled back next.
+// The end of a creation cancels the running step. That doesn't count as a failure of the step. The
+// step moves no state any more even if it succeeds: a sandbox that is about to be rolled back never
+// becomes ready.
 func TestCreationEndsWhileAStepRuns(t *testing.T) {
 	path := creationPath()
 	for name, tc := range map[string]struct {
@@ -819,7 +830,7 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 					require.Empty(t, w.left())
 					require.Equal(t, "undo "+string(during), w.acted()[slices.Index(w.acted(), "do "+string(during))+1])
 					require.Contains(t, w.meter.acted(), fmt.Sprintf("do %s: %s", during, outcome))
-					require.NoError(t, w.Create(t.Context(), testKey, req), "a retry finds nothing in its way")
+					require.NoError(t, w.Create(t.Context(), testKey, req), "a retry can create the sandbox")
 
 					var passed []states.State
 					for _, step := range path[:slices.Index(path, during)] {
@@ -834,7 +845,7 @@ func TestCreationEndsWhileAStepRuns(t *testing.T) {
 	}
 }
 
-// destinations are the states that transitions led to.
+// destinations returns the states to which transitions led.
 func destinations(transitions []Transition) (passed []states.State) {
 	for _, t := range transitions {
 		passed = append(passed, t.To)
@@ -851,13 +862,13 @@ func TestRefusals(t *testing.T) {
 	require.True(t, errdefs.IsAlreadyExists(w.Create(t.Context(), testKey, Request{Spec: &testSpec{}})))
 	require.True(t, errdefs.IsFailedPrecondition(w.Start(t.Context(), testKey)))
 
-	require.NoError(t, w.Create(t.Context(), journal.Key{ID: "a"}, Request{Name: "pod", Spec: &testSpec{}}))
-	require.True(t, errdefs.IsAlreadyExists(w.Create(t.Context(), journal.Key{ID: "b"}, Request{Name: "pod", Spec: &testSpec{}})))
-	require.NoError(t, w.Remove(t.Context(), journal.Key{ID: "a"}))
-	require.NoError(t, w.Create(t.Context(), journal.Key{ID: "b"}, Request{Name: "pod", Spec: &testSpec{}}))
+	require.NoError(t, w.Create(t.Context(), ledger.Key{ID: "a"}, Request{Name: "pod", Spec: &testSpec{}}))
+	require.True(t, errdefs.IsAlreadyExists(w.Create(t.Context(), ledger.Key{ID: "b"}, Request{Name: "pod", Spec: &testSpec{}})))
+	require.NoError(t, w.Remove(t.Context(), ledger.Key{ID: "a"}))
+	require.NoError(t, w.Create(t.Context(), ledger.Key{ID: "b"}, Request{Name: "pod", Spec: &testSpec{}}))
 	w.Close(context.Background())
 	require.True(t, errdefs.IsUnavailable(w.Stop(t.Context(), testKey)))
-	require.True(t, errdefs.IsUnavailable(w.Create(t.Context(), journal.Key{ID: "s2"}, Request{Spec: &testSpec{}})))
+	require.True(t, errdefs.IsUnavailable(w.Create(t.Context(), ledger.Key{ID: "s2"}, Request{Spec: &testSpec{}})))
 }
 
 func TestNewRefusesStepsThatDontFit(t *testing.T) {
@@ -888,11 +899,11 @@ func TestNewRefusesStepsThatDontFit(t *testing.T) {
 		"no deadline of its undo":    func(s []Step) []Step { s[1].(*fakeStep).declared.UndoDeadline = 0; return s },
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := New(Config{Steps: spoil(good()), Process: startPause, Journal: &book{}, Backoff: DefaultBackoff})
+			_, err := New(Config{Steps: spoil(good()), Process: startPause, Ledger: &book{}, Backoff: DefaultBackoff})
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		})
 	}
-	_, err := New(Config{Steps: good(), Process: startPause, Journal: &book{}, Backoff: DefaultBackoff})
+	_, err := New(Config{Steps: good(), Process: startPause, Ledger: &book{}, Backoff: DefaultBackoff})
 	require.NoError(t, err)
 }
 
@@ -901,7 +912,7 @@ func TestManySandboxesAtOnce(t *testing.T) {
 	var group sync.WaitGroup
 	for i := range 50 {
 		group.Go(func() {
-			key := journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}
+			key := ledger.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}
 			ctx := context.Background()
 			if err := w.Create(ctx, key, Request{Pod: "ns/pod", Spec: &testSpec{}}); err != nil {
 				t.Error(err)
@@ -919,7 +930,7 @@ func TestManySandboxesAtOnce(t *testing.T) {
 	require.Empty(t, w.List())
 }
 
-// The waits get longer, up to a bound, and what has failed at one time isn't tried again at one time.
+// The waits grow up to a bound, and cleanups that failed together are not retried together.
 func TestDefaultBackoff(t *testing.T) {
 	for attempts, shortest := range map[int]time.Duration{1: time.Second, 3: 4 * time.Second, 1000: 4 * time.Minute} {
 		waits := map[time.Duration]bool{}
@@ -933,21 +944,22 @@ func TestDefaultBackoff(t *testing.T) {
 	}
 }
 
-// Who asked for a removal and was told that it failed learns when it is done, before the sandbox is forgotten; who waits for it knows.
-func TestWhenPaid(t *testing.T) {
+// If a removal failed, its retry reports the completion before the sandbox is forgotten. A removal
+// whose caller waits is not reported.
+func TestWhenRemovalCompletes(t *testing.T) {
 	for name, tc := range map[string]struct {
-		fails bool
-		paid  []journal.Key
+		fails     bool
+		completed []ledger.Key
 	}{
 		"removed at once":    {},
-		"removed by a timer": {fails: true, paid: []journal.Key{testKey}},
+		"removed by a timer": {fails: true, completed: []ledger.Key{testKey}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
-			var paid []journal.Key
-			w.WhenPaid(func(_ context.Context, key journal.Key) {
+			var completed []ledger.Key
+			w.WhenRemovalCompletes(func(_ context.Context, key ledger.Key) {
 				require.NotContains(t, w.book.read(), "forgotten")
-				paid = append(paid, key)
+				completed = append(completed, key)
 			})
 			require.NoError(t, w.run(t))
 			if tc.fails {
@@ -963,13 +975,13 @@ func TestWhenPaid(t *testing.T) {
 			require.Equal(t, tc.fails, w.Remove(t.Context(), testKey) != nil)
 			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 			w.Close(t.Context())
-			require.Equal(t, tc.paid, paid)
+			require.Equal(t, tc.completed, completed)
 		})
 	}
 }
 
-// Of a lasting step a reboot may take what nothing depends on yet. What it announces, its result, and that a stop has undone it, wait
-// for the disk.
+// The announcements, the result and the undo at a stop of a lasting step are durable at once. Its
+// other records can wait: nothing that outlives a reboot depends on them yet.
 func TestWhatWaitsForTheDisk(t *testing.T) {
 	w := newWorld(t, func(f *Declaration) { f.Lasting = f.Lasting || f.Name == allocateIDs })
 	w.plans = map[states.Event]any{}
@@ -981,7 +993,7 @@ func TestWhatWaitsForTheDisk(t *testing.T) {
 	require.NoError(t, err)
 	for _, step := range w.Engine.steps {
 		if name := step.Declaration().Name; name == attachNetwork || name == startPause {
-			r := s.run(step)
+			r := s.newRun(step)
 			require.NoError(t, r.Announce(t.Context(), &testResult{"begins"}))
 			require.NoError(t, r.Note(t.Context(), &testResult{"has ended"}))
 		}
@@ -1014,7 +1026,7 @@ func TestNotesThatAreRepeatedAreKeptTwice(t *testing.T) {
 	require.Equal(t, []any{&testResult{"bridge"}, &testResult{"portmap"}, &testResult{"bridge"}, &testResult{"portmap"}}, r.Notes())
 }
 
-// A step that ends well after its creation was given up leaves no result: none is on record.
+// A step that succeeds after its creation has failed has no result, because no result is on record.
 func TestResultOfAStepThatCameTooLate(t *testing.T) {
 	w := newWorld(t)
 	reached := make(chan struct{})
@@ -1035,4 +1047,33 @@ func TestResultOfAStepThatCameTooLate(t *testing.T) {
 	w.PauseExited(testKey, Exit{Code: 1})
 	require.Error(t, <-ended)
 	require.Nil(t, result)
+}
+
+// An event that fails while the engine closes sets no timer, which would keep the closed engine in
+// memory.
+func TestClosedEngineSetsNoTimer(t *testing.T) {
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, fail := range map[string]func(t *testing.T, w *world, s *sandbox){
+		"a failed cleanup": func(t *testing.T, w *world, _ *sandbox) {
+			w.undo[attachNetwork] = func() error { w.Close(ended); return errNoLuck }
+			require.ErrorIs(t, w.Stop(t.Context(), testKey), errNoLuck)
+		},
+		"pause that may run": func(t *testing.T, w *world, s *sandbox) {
+			w.unknown = errNoLuck
+			w.Close(ended)
+			_, err := s.look(t.Context(), 1)
+			require.ErrorIs(t, err, errNoLuck)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := readyWorld(t)
+			s, err := w.lookup(testKey)
+			require.NoError(t, err)
+			fail(t, w, s)
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			require.Nil(t, s.timer)
+		})
+	}
 }

@@ -8,20 +8,21 @@ import (
 
 	"github.com/containerd/typeurl/v2"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// history folds records into a sandbox. Its state is what the recorded transitions say, never what this release's steps would have led to.
+// history folds records into a sandbox. The state comes from the recorded transitions, never from
+// the steps of this release.
 type history struct {
 	*sandbox
-	accepted bool // that is on record
+	accepted bool // the sandbox's first record is there
 	spec     any
 }
 
-// replay folds all records, and returns why some of them can't be read.
-func (h *history) replay(records []journal.Record) (unreadable []error) {
+// replay folds all records. It returns an error for each record that can't be read.
+func (h *history) replay(records []ledger.Record) (unreadable []error) {
 	for i := range records {
 		if err := h.fold(&records[i]); err != nil {
 			unreadable = append(unreadable, fmt.Errorf("record %d (%s %s): %w", records[i].Seq, records[i].Kind, records[i].Step, err))
@@ -30,35 +31,35 @@ func (h *history) replay(records []journal.Record) (unreadable []error) {
 	return unreadable
 }
 
-func (h *history) fold(record *journal.Record) error {
-	if record.Kind == journal.Unreadable {
+func (h *history) fold(record *ledger.Record) error {
+	if record.Kind == ledger.Unreadable {
 		return errors.New(record.Error)
 	}
 	data, err := h.unpack(record)
 	if err != nil {
 		return err
 	}
-	if record.Kind == journal.Begun {
+	if record.Kind == ledger.Begun {
 		return h.foldSpec(record, data)
 	}
 	if record.Step != "" {
 		h.foldStep(record, data)
 	}
 	if record.State != "" {
-		if err := h.enter(record); err != nil {
+		if err := h.foldTransition(record); err != nil {
 			return err
 		}
 	}
 	switch record.Kind {
-	case journal.Intent, journal.Noted, journal.Done, journal.UndoIntent, journal.UndoFailed, journal.Undone:
+	case ledger.Intent, ledger.Noted, ledger.Done, ledger.UndoIntent, ledger.UndoFailed, ledger.Undone:
 		return present(record.Step, "step")
-	case journal.Moved:
+	case ledger.Moved:
 		return h.foldMove(record)
-	case journal.Owed:
-		return h.foldDebt(record)
-	case journal.Claimed:
+	case ledger.CleanupPending:
+		return h.foldPendingCleanup(record)
+	case ledger.Claimed:
 		return h.foldClaim(record)
-	case journal.Exited:
+	case ledger.Exited:
 		return h.foldExit(record, data)
 	default:
 		h.unread = append(h.unread, fmt.Sprintf("record %d of the kind %q, written by %s", record.Seq, record.Kind, releaseName(record.Release)))
@@ -68,31 +69,31 @@ func (h *history) fold(record *journal.Record) error {
 
 func present(field, what string) error {
 	if field == "" {
-		return fmt.Errorf("it names no %s", what)
+		return fmt.Errorf("the record has no %s", what)
 	}
 	return nil
 }
 
-func (h *history) foldSpec(record *journal.Record, data any) error {
+func (h *history) foldSpec(record *ledger.Record, data any) error {
 	h.accepted, h.traceParent = true, record.TraceParent
 	h.created, h.entered = record.At, record.At
 	if _, unknown := data.(*Unknown); unknown {
-		return nil // which is kept as unread
+		return nil // unpack has kept it as unread
 	}
 	h.spec = data
 	return nil
 }
 
-// foldStep keeps what a record says of a step, which may be another release's.
-func (h *history) foldStep(record *journal.Record, data any) {
+// foldStep keeps what a record says about a step. The step may be another release's.
+func (h *history) foldStep(record *ledger.Record, data any) {
 	name := states.Event(record.Step)
 	rec, ok := h.steps[name]
 	if !ok {
-		rec = &stepRecord{status: StepPending}
+		rec = &stepState{status: StepPending}
 		h.steps[name] = rec
 	}
 	switch record.Kind {
-	case journal.Intent:
+	case ledger.Intent:
 		h.begin(name)
 		rec.interrupted = false
 		rec.plan, rec.touched, rec.status, rec.started, rec.ended, rec.err = data, true, StepRunning, record.At, time.Time{}, nil
@@ -101,10 +102,10 @@ func (h *history) foldStep(record *journal.Record, data any) {
 		for _, held := range record.Holds {
 			rec.holds = append(rec.holds, states.Event(held))
 		}
-		h.acts.begin(name, ActDo, record.At)
-	case journal.Noted:
+		h.tries.begin(name, OperationDo, record.At)
+	case ledger.Noted:
 		rec.notes = append(rec.notes, data)
-	case journal.Done:
+	case ledger.Done:
 		rec.result, rec.status, rec.ended, rec.touched = data, StepDone, record.At, true
 		if _, skipped := data.(*Skipped); skipped {
 			rec.status = StepSkipped
@@ -113,18 +114,18 @@ func (h *history) foldStep(record *journal.Record, data any) {
 			h.begin(name)
 			rec.release = record.Release
 		}
-		h.acts.end(name, ActDo, rec.started, record.At, nil)
-	case journal.UndoIntent:
-		if rec.status == StepRunning && record.Error != "" { // a step on demand: no rollback says that it failed
+		h.tries.end(name, OperationDo, rec.started, record.At, nil)
+	case ledger.UndoIntent:
+		if rec.status == StepRunning && record.Error != "" { // a step on demand, whose failure no rollback records
 			rec.ended, rec.err = record.At, errors.New(record.Error)
-			h.acts.end(name, ActDo, rec.started, record.At, rec.err)
+			h.tries.end(name, OperationDo, rec.started, record.At, rec.err)
 		}
 		rec.interrupted = rec.interrupted || record.Interrupted || rec.status == StepUndoing
 		rec.status, rec.undoing = StepUndoing, record.At
-		h.acts.begin(name, ActUndo, record.At)
-	case journal.UndoFailed:
+		h.tries.begin(name, OperationUndo, record.At)
+	case ledger.UndoFailed:
 		h.foldUndoFailed(name, record)
-	case journal.Undone:
+	case ledger.Undone:
 		h.foldUndone(name, record)
 	}
 	if unknown, ok := data.(*Unknown); ok {
@@ -132,133 +133,42 @@ func (h *history) foldStep(record *journal.Record, data any) {
 	}
 }
 
-// foldUndoFailed keeps that an undo has failed. That of a step on demand is owed only when the sandbox is stopped.
-func (h *history) foldUndoFailed(name states.Event, record *journal.Record) {
+// foldUndoFailed keeps the failure of an undo. If the sandbox is ready, the step is on demand, and
+// its undo isn't pending before the sandbox is stopped.
+func (h *history) foldUndoFailed(name states.Event, record *ledger.Record) {
 	rec, reason := h.steps[name], errors.New(record.Error)
 	if rec.status == StepUndoing {
-		h.acts.end(name, ActUndo, rec.undoing, record.At, reason)
+		h.tries.end(name, OperationUndo, rec.undoing, record.At, reason)
 	}
 	if h.state() == states.Ready {
 		rec.status = StepFailed
 		return
 	}
-	rec.owedFrom(record.At, reason)
+	rec.leavePending(record.At, reason)
 }
 
-func (h *history) foldUndone(name states.Event, record *journal.Record) {
+func (h *history) foldUndone(name states.Event, record *ledger.Record) {
 	rec := h.steps[name]
 	rec.status = StepUndone
 	if record.WrittenOff == "" {
-		h.acts.end(name, ActUndo, rec.undoing, record.At, nil)
+		h.tries.end(name, OperationUndo, rec.undoing, record.At, nil)
 		return
 	}
-	h.acts.end(name, ActUndo, rec.undoing, record.At, errors.New(record.Error))
-	h.acts.writeOff(name, record.At, errors.New(record.Error), record.WrittenOff)
+	h.tries.end(name, OperationUndo, rec.undoing, record.At, errors.New(record.Error))
+	h.tries.writeOff(name, record.At, errors.New(record.Error), record.WrittenOff)
 }
 
-func (h *history) foldMove(record *journal.Record) error {
-	if err := present(record.State, "state"); err != nil {
-		return err
-	}
-	switch states.State(record.State) {
-	case states.Stopped:
-		h.settle()
-	case states.RollingBack:
-		h.fail(record)
-	}
-	return nil
-}
-
-func (h *history) foldDebt(record *journal.Record) error {
-	if err := errors.Join(present(record.State, "state"), present(record.Goal, "goal")); err != nil {
-		return err
-	}
-	h.acts.endAll(ActUndo, record.At, errors.New(record.Error))
-	h.owe(record)
-	return nil
-}
-
-// foldClaim takes a claim that only another release knows for one that keeps the sandbox.
-func (h *history) foldClaim(record *journal.Record) error {
-	if err := present(record.Claim, "claim"); err != nil {
-		return err
-	}
-	claim, err := parseClaim(record.Claim)
-	if err != nil {
-		claim = Taken
-	}
-	h.raise(claim, Taken)
-	return nil
-}
-
-func (h *history) foldExit(record *journal.Record, data any) error {
-	switch exit := data.(type) {
-	case *Exit:
-		h.setExit(*exit)
-	case *Unknown:
-		h.setExit(Exit{Code: unknownExit, At: record.At})
-	default:
-		return fmt.Errorf("it holds %T instead of an exit", data)
-	}
-	return nil
-}
-
-// owe finds what a debt is of: the steps whose undo has failed, and those that wait for them. A release that doesn't record each failure
-// has begun their undos; where none was begun, it was the process that could not be ended.
-func (h *history) owe(record *journal.Record) {
-	begun := false
-	for _, rec := range h.steps {
-		switch {
-		case !rec.touched:
-		case rec.failedToUndo():
-			begun = true
-		case rec.status == StepUndoing:
-			begun = true
-			rec.owedFrom(record.At, errors.New(record.Error))
-		}
-	}
-	if failed := h.steps[states.Event(record.Cause)]; !begun && failed != nil && failed.touched {
-		failed.owedFrom(record.At, errors.New(record.Error))
-	}
-	h.oweRest(states.State(record.Goal), record.At)
-}
-
-// fail ends what was being done when the rollback began, and keeps why that was.
-func (h *history) fail(record *journal.Record) {
-	if record.Error == "" {
-		return // an owed rollback is tried again
-	}
-	h.failure = errors.New(record.Error)
-	for name, rec := range h.steps {
-		if rec.status != StepRunning {
-			continue
-		}
-		rec.status, rec.ended = StepFailed, record.At
-		if name == states.Event(record.Cause) {
-			rec.err = h.failure
-		}
-	}
-	h.acts.endAll(ActDo, record.At, h.failure)
-}
-
-// settle takes back what was owed for a stop: what stays until the removal stands as it did.
-func (h *history) settle() {
-	for name := range h.steps {
-		h.settleStep(name)
-	}
-	h.lastErr = h.failure // as live
-}
-
-// enter takes the transition that a record of any kind stands for. Only a debt has a goal, and never none: its cleanup would lead nowhere.
-func (h *history) enter(record *journal.Record) error {
+// foldTransition makes the recorded transition. A pending cleanup needs a goal: without one, no
+// event would lead out of the state.
+func (h *history) foldTransition(record *ledger.Record) error {
 	if states.State(record.State) == states.CleanupOwed {
 		if err := present(record.Goal, "goal"); err != nil {
 			return err
 		}
 	}
-	done := record.Kind == journal.Done
+	done := record.Kind == ledger.Done
 	t := Transition{
-		Seq: record.Nth, At: record.At, After: record.After, Event: states.Event(record.Event), From: states.State(record.From), To: states.State(record.State),
+		Seq: record.Nth, At: record.At, After: record.After, Event: states.EventOnRecord(record.Event), From: states.State(record.From), To: states.State(record.State),
 		Step: states.Event(record.Cause), Class: record.Class,
 	}
 	if done {
@@ -278,8 +188,104 @@ func (h *history) enter(record *journal.Record) error {
 	return nil
 }
 
-// unpack decodes a record's data, which is an *Unknown where this release doesn't know its type.
-func (h *history) unpack(record *journal.Record) (any, error) {
+func (h *history) foldMove(record *ledger.Record) error {
+	if err := present(record.State, "state"); err != nil {
+		return err
+	}
+	switch states.State(record.State) {
+	case states.Stopped:
+		h.foldStopped()
+	case states.RollingBack:
+		h.foldFailure(record)
+	}
+	return nil
+}
+
+func (h *history) foldPendingCleanup(record *ledger.Record) error {
+	if err := errors.Join(present(record.State, "state"), present(record.Goal, "goal")); err != nil {
+		return err
+	}
+	h.tries.endAll(OperationUndo, record.At, errors.New(record.Error))
+	h.foldPendingSteps(record)
+	return nil
+}
+
+// foldClaim raises the claim. A claim of another release that this release doesn't know counts as
+// Taken, which keeps the sandbox.
+func (h *history) foldClaim(record *ledger.Record) error {
+	if err := present(record.Claim, "claim"); err != nil {
+		return err
+	}
+	claim, err := parseClaim(record.Claim)
+	if err != nil {
+		claim = Taken
+	}
+	h.raise(claim, Taken)
+	return nil
+}
+
+func (h *history) foldExit(record *ledger.Record, data any) error {
+	switch exit := data.(type) {
+	case *Exit:
+		h.setExit(*exit)
+	case *Unknown:
+		h.setExit(Exit{Code: unknownExit, At: record.At})
+	default:
+		return fmt.Errorf("the record has a %T instead of an exit", data)
+	}
+	return nil
+}
+
+// foldPendingSteps marks the steps of a pending cleanup: those whose undo failed, and those that
+// wait for them. A release that doesn't record each failure has recorded that the undos began. If no
+// undo began, the process could not be ended.
+func (h *history) foldPendingSteps(record *ledger.Record) {
+	begun := false
+	for _, rec := range h.steps {
+		switch {
+		case !rec.touched:
+		case rec.failedToUndo():
+			begun = true
+		case rec.status == StepUndoing:
+			begun = true
+			rec.leavePending(record.At, errors.New(record.Error))
+		}
+	}
+	if failed := h.steps[states.Event(record.Cause)]; !begun && failed != nil && failed.touched {
+		failed.leavePending(record.At, errors.New(record.Error))
+	}
+	h.leaveRestPending(states.State(record.Goal), record.At)
+}
+
+// foldFailure ends the steps that ran when the rollback began, and keeps the cause of the rollback.
+func (h *history) foldFailure(record *ledger.Record) {
+	if record.Error == "" {
+		return // the retry of a pending rollback has no cause of its own
+	}
+	h.failure = errors.New(record.Error)
+	for name, rec := range h.steps {
+		if rec.status != StepRunning {
+			continue
+		}
+		rec.status, rec.ended = StepFailed, record.At
+		if name == states.Event(record.Cause) {
+			rec.err = h.failure
+		}
+	}
+	h.tries.endAll(OperationDo, record.At, h.failure)
+}
+
+// foldStopped ends the pending cleanup of a stop. A step that stays until the removal is done again,
+// not pending.
+func (h *history) foldStopped() {
+	for name := range h.steps {
+		h.markDoneAgain(name)
+	}
+	h.lastErr = h.failure // as sandbox.finishOrLeavePending does
+}
+
+// unpack decodes a record's data. It returns an *Unknown for a type that this release doesn't know.
+func (h *history) unpack(record *ledger.Record) (any, error) {
 	if record.Data == nil {
 		return nil, nil
 	}

@@ -7,25 +7,25 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// FuzzRestore has any sequence of records, each by three bytes: its kind, its step, transition or claim, and its data. Whatever they are,
-// the sandbox is in a state, and has all steps of this release.
+// FuzzRestore restores any sequence of records, each encoded in three bytes: its kind, its step,
+// transition or claim, and its data. The sandbox always has a state and all steps of this release.
 func FuzzRestore(f *testing.F) {
-	kinds := []journal.Kind{
-		journal.Begun, journal.Intent, journal.Noted, journal.Done, journal.UndoIntent, journal.UndoFailed, journal.Undone, journal.Moved, journal.Exited,
-		journal.Claimed, journal.Owed, "later",
+	kinds := []ledger.Kind{
+		ledger.Begun, ledger.Intent, ledger.Noted, ledger.Done, ledger.UndoIntent, ledger.UndoFailed, ledger.Undone, ledger.Moved, ledger.Exited,
+		ledger.Claimed, ledger.CleanupPending, "later",
 	}
-	spec, err := journal.Marshal(&testSpec{Name: "web"})
+	spec, err := ledger.Marshal(&testSpec{Name: "web"})
 	require.NoError(f, err)
-	result, err := journal.Marshal(&testResult{})
+	result, err := ledger.Marshal(&testResult{})
 	require.NoError(f, err)
-	exit, err := journal.Marshal(&Exit{Code: 1})
+	exit, err := ledger.Marshal(&Exit{Code: 1})
 	require.NoError(f, err)
-	data := []*journal.Data{nil, spec, result, exit, {TypeURL: "nobody's", Value: []byte("{}")}, {TypeURL: spec.TypeURL, Value: []byte("{")}, {TypeURL: result.TypeURL, Value: []byte("null")}}
-	events := append(stepNames(), states.Stop, states.OweCleanup, "", "later")
+	data := []*ledger.Data{nil, spec, result, exit, {TypeURL: "nobody's", Value: []byte("{}")}, {TypeURL: spec.TypeURL, Value: []byte("{")}, {TypeURL: result.TypeURL, Value: []byte("null")}}
+	events := append(stepNames(), states.Stop, states.LeaveCleanupPending, "", "later")
 	all := append(testTable.States(), "", "Later")
 	claims := append(slices.Clone(claimNames), "", "later")
 
@@ -38,25 +38,25 @@ func FuzzRestore(f *testing.F) {
 	f.Add([]byte{0, 0, 1, 1, 0, 128})
 	f.Add([]byte{0, 0, 1, 9, 7, 10})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		saved := journal.Sandbox{Key: testKey}
+		saved := ledger.Sandbox{Key: testKey}
 		for ; len(b) >= 3; b = b[3:] {
 			kind, at, how := kinds[int(b[0])%len(kinds)], int(b[1]), int(b[2])
-			r := journal.Record{Seq: uint64(len(saved.Records) + 1), Key: testKey, Kind: kind, At: time.Unix(1, 0), Error: "failed"}
+			r := ledger.Record{Seq: uint64(len(saved.Records) + 1), Key: testKey, Kind: kind, At: time.Unix(1, 0), Error: "failed"}
 			r.Step, r.Data = string(events[at%len(events)]), data[how%len(data)]
 			r.State, r.Goal, r.Claim = string(all[at%len(all)]), string(all[(at+how)%len(all)]), claims[at%len(claims)]
 			r.From, r.Event = string(all[how%len(all)]), string(events[how%len(events)])
 			r.WrittenOff = []string{"", "gone"}[how%2]
 			saved.Records = append(saved.Records, r)
 		}
-		describe := func(_ journal.Key, spec any) Request { return Request{Pod: "ns/web", Spec: spec} }
-		for _, known := range []Outside{kept, begun, nobodys, rebooted, {Damaged: true, Listed: true, Started: true}} {
+		describe := func(_ ledger.Key, spec any) Request { return Request{Pod: "ns/web", Spec: spec} }
+		for _, known := range []Outside{kept, begun, unlisted, rebooted, {Damaged: true, Listed: true, Started: true}} {
 			e := &Engine{
-				table: testTable, steps: steps, process: steps[2].(Ender), journal: unwritten{}, meter: unmetered{},
-				sandboxes: map[journal.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
+				table: testTable, steps: steps, process: steps[2].(Ender), ledger: unwritten{}, meter: unmetered{},
+				sandboxes: map[ledger.Key]*sandbox{}, names: map[string]*sandbox{}, pods: map[string][]*sandbox{},
 			}
-			requireTaken(t, e.Restore(t.Context(), []journal.Sandbox{saved}, describe, outsideOf(known))[testKey], e)
+			requireTaken(t, e.Restore(t.Context(), []ledger.Sandbox{saved}, describe, outsideOf(known))[testKey], e)
 		}
-		views, err := Replay(testTable, []journal.Sandbox{saved}, describe)
+		views, err := Replay(testTable, []ledger.Sandbox{saved}, describe)
 		require.NoError(t, err)
 		require.Len(t, views, 1)
 		require.NotEmpty(t, views[0].State)
@@ -69,7 +69,7 @@ func FuzzRestore(f *testing.F) {
 	})
 }
 
-// requireTaken says that a sandbox is where the action says that it begins.
+// requireTaken requires that a sandbox is in the state in which its action begins.
 func requireTaken(t *testing.T, action Action, e *Engine) {
 	require.NotEmpty(t, action.Work)
 	s, err := e.lookup(testKey)

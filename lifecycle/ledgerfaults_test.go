@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -24,18 +24,18 @@ type failure struct {
 }
 
 var failures = []failure{
-	{name: "nothing is written"},
-	{name: "it is written all the same", written: true},
-	{name: "nothing is written any more", lasting: true},
-	{name: "all is written, and fails", written: true, lasting: true},
-	{name: "it panics", panics: true},
-	{name: "it is written, and panics", written: true, panics: true},
-	{name: "all panics", lasting: true, panics: true},
+	{name: "fails"},
+	{name: "fails, but is written", written: true},
+	{name: "fails, as all later writes do", lasting: true},
+	{name: "all fail, but are written", written: true, lasting: true},
+	{name: "panics", panics: true},
+	{name: "is written, and panics", written: true, panics: true},
+	{name: "all panic", lasting: true, panics: true},
 }
 
 // faultyLedger fails the write numbered at, from 1.
 type faultyLedger struct {
-	*journal.Ledger
+	*ledger.Ledger
 	failure
 	at int
 
@@ -62,20 +62,21 @@ func (l *faultyLedger) write(do func() error) error {
 	return fmt.Errorf("disk full: %w", errdefs.ErrResourceExhausted)
 }
 
-func (l *faultyLedger) Append(ctx context.Context, r *journal.Record) error {
+func (l *faultyLedger) Append(ctx context.Context, r *ledger.Record) error {
 	return l.write(func() error { return l.Ledger.Append(ctx, r) })
 }
 
-func (l *faultyLedger) Forget(ctx context.Context, k journal.Key) error {
+func (l *faultyLedger) Forget(ctx context.Context, k ledger.Key) error {
 	return l.write(func() error { return l.Ledger.Forget(ctx, k) })
 }
 
-// Every single write of a sandbox's life fails once, in each way; then containerd is killed and starts again.
+// Each write of a sandbox's life fails once, in each way. Then containerd is killed and starts
+// again.
 func TestEachWriteFails(t *testing.T) {
 	for name, act := range map[string]func(t *testing.T, w *world) (ready bool){
 		"create, stop, remove": func(t *testing.T, w *world) bool {
 			ready := create(t, w) == nil
-			// The kubelet repeats what fails; here the restart comes first.
+			// The kubelet would retry, but here the restart comes first.
 			_ = w.Stop(t.Context(), testKey)
 			_ = w.Remove(t.Context(), testKey)
 			return ready
@@ -105,7 +106,7 @@ func TestEachWriteFails(t *testing.T) {
 			require.Error(t, create(t, w))
 			return false
 		},
-		"an undo that is owed": func(t *testing.T, w *world) bool {
+		"an undo that is pending": func(t *testing.T, w *world) bool {
 			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
 			w.undo[attachNetwork] = func() error { return errors.New("no luck") }
 			require.Error(t, create(t, w))
@@ -128,23 +129,24 @@ func create(t *testing.T, w *world) error {
 	return w.Start(t.Context(), testKey)
 }
 
-// failsAt runs act with a failing write, and what comes after. It returns false when act has fewer writes.
+// failsAt runs act with a failing write, kills containerd and restarts it. It returns false if act
+// has fewer writes.
 func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world) (ready bool)) bool {
 	t.Helper()
 	root, state := t.TempDir(), t.TempDir()
-	open := func() *journal.Ledger {
-		ledger, err := journal.Open(root, state)
+	open := func() *ledger.Ledger {
+		log, err := ledger.Open(root, state)
 		require.NoError(t, err)
-		require.Empty(t, ledger.Damage())
-		return ledger
+		require.Empty(t, log.Damage())
+		return log
 	}
 
-	ledger := &faultyLedger{Ledger: open(), failure: how, at: at}
-	w := newWorldOn(t, ledger, newNode())
+	log := &faultyLedger{Ledger: open(), failure: how, at: at}
+	w := newWorldOn(t, log, newNode())
 	ready := act(t, w)
 	w.Close(context.Background())
-	require.NoError(t, ledger.Close())
-	if ledger.count < at {
+	require.NoError(t, log.Close())
+	if log.count < at {
 		return false
 	}
 
@@ -155,9 +157,9 @@ func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world)
 	next.do, next.undo = nil, nil
 	known := kept
 	if !ready {
-		known = nobodys // containerd's service has forgotten what it couldn't start
+		known = unlisted // containerd's service has forgotten the sandbox that it couldn't start
 	}
-	next.Restore(t.Context(), again.Sandboxes(), func(_ journal.Key, spec any) Request {
+	next.Restore(t.Context(), again.Sandboxes(), func(_ ledger.Key, spec any) Request {
 		return Request{Pod: "ns/pod", Spec: spec}
 	}, outsideOf(known))
 	if len(again.Sandboxes()) > 0 {
@@ -177,27 +179,27 @@ func failsAt(t *testing.T, how failure, at int, act func(t *testing.T, w *world)
 	return true
 }
 
-// A sandbox that was not accepted leaves nothing in the ledger, whatever the ledger made of its first record: each retry of its caller
-// comes with another id.
+// A sandbox that was not accepted leaves nothing in the ledger, whether or not its first record was
+// written. Each retry of the caller has another id, so leftovers would pile up.
 func TestCreateThatFailsLeavesNoRecord(t *testing.T) {
 	for _, how := range failures {
 		if how.lasting {
 			continue // a ledger that takes nothing forgets nothing
 		}
 		t.Run(how.name, func(t *testing.T) {
-			ledger, err := journal.Open(t.TempDir(), t.TempDir())
+			log, err := ledger.Open(t.TempDir(), t.TempDir())
 			require.NoError(t, err)
-			defer func() { require.NoError(t, ledger.Close()) }()
-			w := newWorldOn(t, &faultyLedger{Ledger: ledger, failure: how, at: 1}, newNode())
+			defer func() { require.NoError(t, log.Close()) }()
+			w := newWorldOn(t, &faultyLedger{Ledger: log, failure: how, at: 1}, newNode())
 			require.Error(t, w.Create(t.Context(), testKey, Request{Name: "pod", Spec: &testSpec{}}))
-			require.Empty(t, ledger.Sandboxes())
+			require.Empty(t, log.Sandboxes())
 			require.Empty(t, w.List())
-			require.NoError(t, w.Create(t.Context(), journal.Key{Namespace: "k8s.io", ID: "s2"}, Request{Name: "pod", Spec: &testSpec{}}))
+			require.NoError(t, w.Create(t.Context(), ledger.Key{Namespace: "k8s.io", ID: "s2"}, Request{Name: "pod", Spec: &testSpec{}}))
 		})
 	}
 }
 
-// noting is a step whose undo notes what it has done, and that goes by these notes.
+// noting is a step whose undo notes what it has done, and depends on these notes.
 type noting struct{ fakeStep }
 
 func (s *noting) Undo(ctx context.Context, r *Run) error {
@@ -209,7 +211,8 @@ func (s *noting) Undo(ctx context.Context, r *Run) error {
 
 func (s *noting) Probe(_ context.Context, r *Run) (bool, error) { return len(r.Notes()) == 0, nil }
 
-// A full disk keeps nothing from being undone: what an undo can't note counts all the same, also for who looks whether it is gone.
+// A full disk doesn't prevent an undo. A note of the undo that can't be recorded still counts, also
+// for Probe.
 func TestUndoThatCantBeNoted(t *testing.T) {
 	for name, past := range map[string]func(t *testing.T, w *world) *world{
 		"the same daemon": func(_ *testing.T, w *world) *world { return w },
@@ -225,7 +228,7 @@ func TestUndoThatCantBeNoted(t *testing.T) {
 				}
 			}
 			w.book.mu.Lock()
-			w.book.refuse = func(*journal.Record) error { return errors.New("disk full") }
+			w.book.refuse = func(*ledger.Record) error { return errors.New("disk full") }
 			w.book.mu.Unlock()
 			require.NoError(t, w.Stop(t.Context(), testKey))
 			require.Equal(t, states.Stopped, w.state(t))
@@ -235,11 +238,12 @@ func TestUndoThatCantBeNoted(t *testing.T) {
 	}
 }
 
-// requireTrue holds what the ledger says against what there is: whatever exists is on record, and nothing is on record as made that
-// never was, or as undone that exists. What was undone may still be on record as made: it is undone once more then.
-func requireTrue(t *testing.T, saved []journal.Sandbox, w *world, at int) {
+// requireTrue compares the ledger with the node. Each existing resource is on record, and not as
+// undone. Each step on record as done was done. A step that was undone may still be on record as
+// done: it is then undone once more.
+func requireTrue(t *testing.T, saved []ledger.Sandbox, w *world, at int) {
 	t.Helper()
-	newest := map[states.Event]journal.Kind{}
+	newest := map[states.Event]ledger.Kind{}
 	for _, s := range saved {
 		for _, r := range s.Records {
 			if r.Step != "" {
@@ -249,10 +253,10 @@ func requireTrue(t *testing.T, saved []journal.Sandbox, w *world, at int) {
 	}
 	for _, step := range w.left() {
 		require.Contains(t, newest, step, "write %d: it exists, and isn't on record", at)
-		require.NotEqual(t, journal.Undone, newest[step], "write %d: %s is on record as undone, and exists", at, step)
+		require.NotEqual(t, ledger.Undone, newest[step], "write %d: %s is on record as undone, and exists", at, step)
 	}
 	for step, kind := range newest {
-		if kind == journal.Done {
+		if kind == ledger.Done {
 			require.Contains(t, w.acted(), "do "+string(step), "write %d: it is on record as done, and was never made", at)
 		}
 	}

@@ -3,6 +3,8 @@ package lifecycle
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/containerd/log"
@@ -11,25 +13,26 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// Meter is told how what the engine does goes, whether or not anybody traces it. It is called by many goroutines, and must return soon.
+// Meter counts what the engine does. Many goroutines call its methods, which must not block.
 type Meter interface {
-	// Acted is told of each try at doing, undoing or checking a step, and at ending its process.
-	Acted(act Act, outcome Outcome)
-	// Recovered is told what became of a sandbox that a restart has found, and how long it took once it was begun.
+	// Tried is called after each try of a step, an undo or a check, and of the end of pause.
+	Tried(try Try, outcome Outcome)
+	// Recovered is called with the outcome of a sandbox's recovery after a restart. took doesn't
+	// include the wait before the recovery.
 	Recovered(recovery Recovery, took time.Duration)
 }
 
-// Outcome is how an act went.
+// Outcome is the outcome of a try.
 type Outcome string
 
 const (
 	OutcomeOK       Outcome = "ok"
-	OutcomeSkipped  Outcome = "skipped" // there was nothing to do for this sandbox
+	OutcomeSkipped  Outcome = "skipped" // this sandbox doesn't need the step
 	OutcomeError    Outcome = "error"
-	OutcomeCanceled Outcome = "canceled" // the creation had failed before the step ended: pause had exited, or a request ended it
+	OutcomeCanceled Outcome = "canceled" // pause exited, or a request ended the creation, before the step ended
 )
 
-// outcomeOf is how an act went that has done something, or failed.
+// outcomeOf returns the outcome of a try that ended with err.
 func outcomeOf(err error) Outcome {
 	if err != nil {
 		return OutcomeError
@@ -37,74 +40,83 @@ func outcomeOf(err error) Outcome {
 	return OutcomeOK
 }
 
-// Recovery is what became of a sandbox that a restart has found.
+// Recovery is the outcome of a sandbox's recovery after a restart.
 type Recovery string
 
 const (
-	RecoveryAdopted    Recovery = "adopted"     // it is ready, and its process lives
-	RecoveryLostPause  Recovery = "lost_pause"  // it was ready, and its process has ended meanwhile
-	RecoveryKept       Recovery = "kept"        // there was nothing to do for it: it stays as it was, stopped or quarantined
-	RecoveryStopped    Recovery = "stopped"     // what was left of it was undone, and it stays until it is removed
-	RecoveryRolledBack Recovery = "rolled_back" // its creation had not come to an end
-	RecoveryRemoved    Recovery = "removed"     // its removal had been begun, or nobody could know of it any more
-	RecoveryOwed       Recovery = "owed"        // an undo failed, and is tried again
-	RecoveryUnknown    Recovery = "unknown"     // nobody knows whether its process lives; it is looked at again
+	RecoveryAdopted    Recovery = "adopted"     // ready, and its process runs
+	RecoveryLostPause  Recovery = "lost_pause"  // its process exited while the daemon was down
+	RecoveryKept       Recovery = "kept"        // left as it was, stopped or quarantined
+	RecoveryStopped    Recovery = "stopped"     // what was left of it was undone; listed until it is removed
+	RecoveryRolledBack Recovery = "rolled_back" // its creation was interrupted
+	RecoveryRemoved    Recovery = "removed"     // its removal was interrupted, or no caller knows the sandbox
+
+	RecoveryPendingCleanup Recovery = "pending_cleanup" // an undo failed, will retry
+	RecoveryUnknown        Recovery = "unknown"         // cannot determine whether its process runs, will retry
+
+	// RecoveryWaiting is not an outcome: the recovery has not begun.
+	RecoveryWaiting Recovery = "waiting"
 )
 
-// Recoveries are all that there are.
+// Recoveries are all outcomes.
 func Recoveries() []Recovery {
-	return []Recovery{RecoveryAdopted, RecoveryLostPause, RecoveryKept, RecoveryStopped, RecoveryRolledBack, RecoveryRemoved, RecoveryOwed, RecoveryUnknown}
+	return []Recovery{RecoveryAdopted, RecoveryLostPause, RecoveryKept, RecoveryStopped, RecoveryRolledBack, RecoveryRemoved, RecoveryPendingCleanup, RecoveryUnknown}
 }
 
-// unmetered is a meter for who wants none.
+// unmetered is a Meter that counts nothing.
 type unmetered struct{}
 
-func (unmetered) Acted(Act, Outcome) {}
+func (unmetered) Tried(Try, Outcome) {}
 
 func (unmetered) Recovered(Recovery, time.Duration) {}
 
-// acted tells the meter how an act went, and the log. ctx is in the act's trace.
-func (s *sandbox) acted(ctx context.Context, act Act, outcome Outcome) {
-	s.aside(func() { s.engine.meter.Acted(act, outcome) })
-	s.aside(func() { s.logAct(ctx, act, outcome) })
+// tried counts and logs a try. ctx is in the try's trace.
+func (s *sandbox) tried(ctx context.Context, try Try, outcome Outcome) {
+	s.logPanics(func() { s.engine.meter.Tried(try, outcome) })
+	s.logPanics(func() { s.logTry(ctx, try, outcome) })
 }
 
-func (s *sandbox) logAct(ctx context.Context, act Act, outcome Outcome) {
+func (s *sandbox) logTry(ctx context.Context, try Try, outcome Outcome) {
 	entry := s.log(ctx).WithFields(log.Fields{
-		tracing.LogStep: act.Step, tracing.LogAct: act.Kind, tracing.LogOutcome: outcome, tracing.LogSeconds: act.Ended.Sub(act.Started).Seconds(),
+		tracing.LogStep: try.Step, tracing.LogOperation: try.Operation, tracing.LogOutcome: outcome, tracing.LogSeconds: try.Ended.Sub(try.Started).Seconds(),
 	})
-	if act.Err != nil {
-		entry = entry.WithError(act.Err).WithField(tracing.LogErrorType, tracing.Class(act.Err))
+	if try.Err != nil {
+		entry = entry.WithError(try.Err).WithField(tracing.LogErrorType, tracing.Class(try.Err))
 	}
 	switch {
 	case outcome != OutcomeError:
-		entry.Debug("sandbox: a step has ended")
-	case act.Kind == ActCheck:
-		entry.Warn("sandbox: is ready, but not as it should be")
+		entry.Debug("step ended")
+	case try.Operation == OperationCheck:
+		entry.Warn("CNI CHECK failed, sandbox left running")
 	default:
-		entry.Warn("sandbox: a step failed")
+		entry.Warn("step failed")
 	}
 }
 
-// Census is a look at all sandboxes at one moment. It costs about a microsecond a sandbox, and asks nothing of the host. What this release
-// has is in its maps even where nothing of it is counted; what another release has, only where there is some.
+// Census counts all sandboxes at one moment. It costs about a microsecond per sandbox, and reads
+// nothing from the host. Its maps always have the states and steps of this release, also with a
+// count of zero. They have those of another release only if a sandbox has them.
 type Census struct {
-	// States are how many sandboxes are in each state that is not terminal.
+	// States counts the sandboxes in each state that is not terminal.
 	States map[states.State]int
-	// Acts are when what is under way was begun, the oldest of each step and kind; zero for none.
-	Acts map[StepAct]time.Time
-	// Debts are of the steps whose undo is owed.
-	Debts map[states.Event]Debt
+	// UnderWay has the start of the oldest try under way, per step and operation; zero for none.
+	UnderWay map[StepOperation]time.Time
+	// Pending has the pending cleanups per step.
+	Pending map[states.Event]PendingCleanups
+	// Recovering counts the restored sandboxes whose recovery is not complete, by what the recovery
+	// waits for.
+	Recovering map[Recovery]int
 }
 
-// StepAct is a kind of act on a step.
-type StepAct struct {
-	Step states.Event
-	Kind ActKind
+// StepOperation is an operation on a step.
+type StepOperation struct {
+	Step      states.Event
+	Operation Operation
 }
 
-// Debt is how many sandboxes owe the undo of a step, and since when the first of them does.
-type Debt struct {
+// PendingCleanups has the number of sandboxes with a pending cleanup of a step, and the time of the
+// earliest failure.
+type PendingCleanups struct {
 	Count int
 	Since time.Time
 }
@@ -119,17 +131,20 @@ func (e *Engine) Census() Census {
 }
 
 func (e *Engine) emptyCensus() Census {
-	c := Census{States: map[states.State]int{}, Acts: map[StepAct]time.Time{}, Debts: map[states.Event]Debt{}}
+	c := Census{
+		States: map[states.State]int{}, UnderWay: map[StepOperation]time.Time{}, Pending: map[states.Event]PendingCleanups{},
+		Recovering: map[Recovery]int{RecoveryWaiting: 0, RecoveryPendingCleanup: 0, RecoveryUnknown: 0},
+	}
 	for _, state := range e.table.States() {
 		if !state.Terminal() {
 			c.States[state] = 0
 		}
 	}
 	for _, step := range e.table.Steps() {
-		c.Acts[StepAct{step, ActDo}], c.Acts[StepAct{step, ActUndo}] = time.Time{}, time.Time{}
-		c.Debts[step] = Debt{}
+		c.UnderWay[StepOperation{step, OperationDo}], c.UnderWay[StepOperation{step, OperationUndo}] = time.Time{}, time.Time{}
+		c.Pending[step] = PendingCleanups{}
 	}
-	c.Acts[StepAct{e.process.Declaration().Name, ActStop}] = time.Time{}
+	c.UnderWay[StepOperation{e.process.Declaration().Name, OperationStop}] = time.Time{}
 	return c
 }
 
@@ -140,24 +155,41 @@ func (s *sandbox) count(c Census) {
 		c.States[state]++
 	}
 	for name, rec := range s.steps {
-		if act := (StepAct{name, rec.acting}); rec.acting != "" && earlier(rec.actingSince, c.Acts[act]) {
-			c.Acts[act] = rec.actingSince
+		if key := (StepOperation{name, rec.operation}); rec.operation != "" && earlier(rec.operationSince, c.UnderWay[key]) {
+			c.UnderWay[key] = rec.operationSince
 		}
-		if rec.status == StepOwed {
-			debt := c.Debts[name]
-			debt.Count++
-			if earlier(rec.owedSince, debt.Since) {
-				debt.Since = rec.owedSince
+		if rec.status == StepCleanupPending {
+			pending := c.Pending[name]
+			pending.Count++
+			if earlier(rec.pendingSince, pending.Since) {
+				pending.Since = rec.pendingSince
 			}
-			c.Debts[name] = debt
+			c.Pending[name] = pending
 		}
+	}
+	if s.recovering() {
+		c.Recovering[s.recovery]++
 	}
 }
 
-// earlier says whether a time is before another, which is zero for none.
+// recovering says whether the sandbox's recovery is not complete. The recovery is complete once its
+// pending cleanup is. The caller holds s.mu.
+func (s *sandbox) recovering() bool {
+	switch s.recovery {
+	case RecoveryWaiting, RecoveryUnknown:
+		return true
+	case RecoveryPendingCleanup:
+		return s.state() == states.CleanupOwed || slices.ContainsFunc(slices.Collect(maps.Values(s.steps)), func(rec *stepState) bool { return rec.status == StepCleanupPending })
+	default:
+		return false
+	}
+}
+
+// earlier says whether at is before other. A zero other counts as later.
 func earlier(at, other time.Time) bool { return other.IsZero() || at.Before(other) }
 
-// expected says that a cause of a rollback is no failure of a step, which the log has already, nor of anything else.
+// expected says whether the cause of a transition needs no warning: no failure caused it, or the
+// log has the failure already.
 func expected(cause error) bool {
 	var failed *StepError
 	return cause == nil || errors.As(cause, &failed) || errors.Is(cause, errEnded) || errors.Is(cause, errInterrupted)

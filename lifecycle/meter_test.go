@@ -12,22 +12,22 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// testMeter keeps what it is told.
+// testMeter keeps all counts.
 type testMeter struct {
 	mu         sync.Mutex
 	acts       []string
-	times      []Act
+	times      []Try
 	recoveries []Recovery
 }
 
-func (m *testMeter) Acted(act Act, outcome Outcome) {
+func (m *testMeter) Tried(act Try, outcome Outcome) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	text := fmt.Sprintf("%s %s: %s", act.Kind, act.Step, outcome)
+	text := fmt.Sprintf("%s %s: %s", act.Operation, act.Step, outcome)
 	if (act.Err != nil) != (outcome == OutcomeError || outcome == OutcomeCanceled) || act.Ended.Before(act.Started) || act.Started.IsZero() {
 		text += fmt.Sprintf(" %+v", act)
 	}
@@ -89,40 +89,41 @@ func TestCensus(t *testing.T) {
 
 	census := w.Census()
 	require.Equal(t, map[states.State]int{netNSCaptured: 1}, counted(census))
-	require.Equal(t, []StepAct{{attachNetwork, ActDo}}, underWay(census))
-	since, ok := census.Acts[StepAct{attachNetwork, ActDo}]
+	require.Equal(t, []StepOperation{{attachNetwork, OperationDo}}, underWay(census))
+	since, ok := census.UnderWay[StepOperation{attachNetwork, OperationDo}]
 	require.True(t, ok)
 	require.WithinDuration(t, time.Now(), since, time.Minute)
-	require.Zero(t, census.Debts[attachNetwork])
+	require.Zero(t, census.Pending[attachNetwork])
 
 	close(release)
 	require.Error(t, <-done)
 	census = w.Census()
 	require.Equal(t, map[states.State]int{states.CleanupOwed: 1}, counted(census))
 	require.Empty(t, underWay(census))
-	require.Equal(t, 1, census.Debts[attachNetwork].Count)
-	require.Equal(t, 1, census.Debts[captureNetNS].Count, "it waits for the other")
-	require.WithinDuration(t, time.Now(), census.Debts[attachNetwork].Since, time.Minute)
+	require.Equal(t, 1, census.Pending[attachNetwork].Count)
+	require.Equal(t, 1, census.Pending[captureNetNS].Count, "it waits for the other")
+	require.WithinDuration(t, time.Now(), census.Pending[attachNetwork].Since, time.Minute)
 }
 
-// What this release has is in a census before there is any of it.
+// An empty census has all states and steps of this release.
 func TestCensusOfNothing(t *testing.T) {
 	census := newWorld(t).Census()
 	require.Len(t, census.States, len(testTable.States())-2, "all but the two ends")
-	require.Len(t, census.Acts, 2*len(stepNames())+1)
-	require.Len(t, census.Debts, len(stepNames()))
+	require.Len(t, census.UnderWay, 2*len(stepNames())+1)
+	require.Len(t, census.Pending, len(stepNames()))
+	require.Len(t, census.Recovering, 3)
 	require.Empty(t, counted(census))
 	require.Empty(t, underWay(census))
 }
 
-// counted are the states that sandboxes are in.
+// counted returns the states with sandboxes.
 func counted(c Census) map[states.State]int {
 	maps.DeleteFunc(c.States, func(_ states.State, count int) bool { return count == 0 })
 	return c.States
 }
 
-func underWay(c Census) (acts []StepAct) {
-	for act, since := range c.Acts {
+func underWay(c Census) (acts []StepOperation) {
+	for act, since := range c.UnderWay {
 		if !since.IsZero() {
 			acts = append(acts, act)
 		}
@@ -130,7 +131,7 @@ func underWay(c Census) (acts []StepAct) {
 	return acts
 }
 
-// engineWaits makes the engine leave what is owed to the test.
+// engineWaits makes the engine leave pending cleanups to the test.
 func (w *world) engineWaits() { w.backoff = func(int) time.Duration { return time.Hour } }
 
 func TestRecoveriesAreMetered(t *testing.T) {
@@ -139,12 +140,12 @@ func TestRecoveriesAreMetered(t *testing.T) {
 		known Outside
 		want  Recovery
 	}{
-		"ready":                   {leave: readyWorld, want: RecoveryAdopted},
-		"ready, and pause ended":  {leave: func(t *testing.T) *world { w := readyWorld(t); w.exited = &Exit{Code: 1}; return w }, want: RecoveryLostPause},
-		"ready, and nobody knows": {leave: func(t *testing.T) *world { w := readyWorld(t); w.unknown = errNoLuck; return w }, want: RecoveryUnknown},
-		"being made":              {leave: func(t *testing.T) *world { return interrupted(t, attachNetwork) }, want: RecoveryRolledBack},
-		"nobody's":                {leave: readyWorld, known: nobodys, want: RecoveryRemoved},
-		"from before a reboot":    {leave: readyWorld, known: rebooted, want: RecoveryStopped},
+		"ready":                          {leave: readyWorld, want: RecoveryAdopted},
+		"ready, and pause ended":         {leave: func(t *testing.T) *world { w := readyWorld(t); w.exited = &Exit{Code: 1}; return w }, want: RecoveryLostPause},
+		"ready, and its process unknown": {leave: func(t *testing.T) *world { w := readyWorld(t); w.unknown = errNoLuck; return w }, want: RecoveryUnknown},
+		"being made":                     {leave: func(t *testing.T) *world { return interrupted(t, attachNetwork) }, want: RecoveryRolledBack},
+		"not listed":                     {leave: readyWorld, known: unlisted, want: RecoveryRemoved},
+		"from before a reboot":           {leave: readyWorld, known: rebooted, want: RecoveryStopped},
 		"stopped": {leave: func(t *testing.T) *world {
 			w := readyWorld(t)
 			require.NoError(t, w.Stop(t.Context(), testKey))
@@ -154,7 +155,7 @@ func TestRecoveriesAreMetered(t *testing.T) {
 			w := interrupted(t, attachNetwork)
 			w.undo[allocateIDs] = func() error { return errNoLuck }
 			return w
-		}, want: RecoveryOwed},
+		}, want: RecoveryPendingCleanup},
 	} {
 		t.Run(name, func(t *testing.T) {
 			old := tc.leave(t)
@@ -167,8 +168,30 @@ func TestRecoveriesAreMetered(t *testing.T) {
 			_ = w.Resume(t.Context(), testKey)
 			require.Eventually(t, func() bool { return len(w.meter.recovered()) > 0 }, 10*time.Second, time.Millisecond)
 			require.Equal(t, []Recovery{tc.want}, w.meter.recovered())
+			pending := map[Recovery]int{RecoveryWaiting: 0, RecoveryPendingCleanup: 0, RecoveryUnknown: 0}
+			if _, stays := pending[tc.want]; stays {
+				pending[tc.want] = 1
+			}
+			require.Equal(t, pending, w.Census().Recovering)
 		})
 	}
+}
+
+// A recovery is pending from the restart until its cleanup is completed, by a retry or by a
+// request.
+func TestRecoveryIsPendingUntilItsEnd(t *testing.T) {
+	old := interrupted(t, attachNetwork)
+	old.undo[allocateIDs] = func() error { return errNoLuck }
+	w := old.restart(t, kept)
+	w.undo = old.undo
+	w.engineWaits()
+	require.Equal(t, 1, w.Census().Recovering[RecoveryWaiting])
+	require.NoError(t, w.Resume(t.Context(), testKey))
+	require.Eventually(t, func() bool { return w.Census().Recovering[RecoveryPendingCleanup] == 1 }, 10*time.Second, time.Millisecond)
+	require.Zero(t, w.Census().Recovering[RecoveryWaiting])
+	delete(w.undo, allocateIDs)
+	require.NoError(t, w.Remove(t.Context(), testKey))
+	require.Zero(t, w.Census().Recovering[RecoveryPendingCleanup])
 }
 
 func readyWorld(t *testing.T) *world {
@@ -181,9 +204,9 @@ func BenchmarkCensus(b *testing.B) {
 	for _, count := range []int{10, 1000} {
 		b.Run(fmt.Sprint(count), func(b *testing.B) {
 			process := &fakeEnder{fakeStep{declared: testSteps()[2]}}
-			e := &Engine{table: testTable, process: process, sandboxes: map[journal.Key]*sandbox{}, meter: unmetered{}}
+			e := &Engine{table: testTable, process: process, sandboxes: map[ledger.Key]*sandbox{}, meter: unmetered{}}
 			for i := range count {
-				key := journal.Key{Namespace: "ns", ID: fmt.Sprint(i)}
+				key := ledger.Key{Namespace: "ns", ID: fmt.Sprint(i)}
 				e.sandboxes[key] = newSandbox(e, key, Request{})
 			}
 			for b.Loop() {

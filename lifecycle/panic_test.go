@@ -11,14 +11,14 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// buggy panics at whatever it is told.
+// buggy panics in every method.
 type buggy struct{}
 
-func (buggy) Acted(Act, Outcome) { panic("a bug of the meter") }
+func (buggy) Tried(Try, Outcome) { panic("a bug of the meter") }
 
 func (buggy) Recovered(Recovery, time.Duration) { panic("a bug of the meter") }
 
@@ -35,7 +35,7 @@ func buggyLog(ctx context.Context) context.Context {
 	return log.WithLogger(ctx, logrus.NewEntry(logger))
 }
 
-// hooks are all that an engine tells how things go. Nothing that happens to a sandbox depends on them.
+// hooks are all functions to which an engine reports. Nothing of a sandbox depends on them.
 var hooks = map[string]func(w *world, ctx context.Context) context.Context{
 	"the meter": func(w *world, ctx context.Context) context.Context {
 		w.Engine.meter = buggy{}
@@ -76,7 +76,7 @@ func TestHookThatPanics(t *testing.T) {
 			}
 			require.NoError(t, w.Create(ctx, testKey, Request{Pod: "ns/pod", Spec: &testSpec{"pod"}}))
 			require.ErrorContains(t, w.Start(ctx, testKey), "not ready")
-			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond, "what is pending is tried again")
+			require.Eventually(t, w.gone, 10*time.Second, time.Millisecond, "the pending cleanup is retried")
 			require.Empty(t, w.left())
 		})
 		t.Run(name+", of a creation that is ended", func(t *testing.T) {
@@ -109,7 +109,7 @@ func TestHookThatPanics(t *testing.T) {
 	}
 }
 
-// lines are what was logged.
+// lines returns the log.
 type lines []string
 
 func (lines) Levels() []logrus.Level { return logrus.AllLevels }
@@ -131,16 +131,16 @@ func TestPanicsAreLoggedWithWhereTheyCameFrom(t *testing.T) {
 	require.Contains(t, logged[0], t.Name())
 }
 
-// One sandbox whose records make the engine panic is quarantined, and takes no other one along.
+// A sandbox whose records make the engine panic is quarantined. Other sandboxes are not affected.
 func TestRestoreThatPanics(t *testing.T) {
 	old := newWorld(t)
 	require.NoError(t, old.run(t))
 	old.Close(context.Background())
-	other := journal.Key{Namespace: "k8s.io", ID: "s2"}
-	saved := append(old.book.saved(), journal.Sandbox{Key: other, Records: old.book.saved()[0].Records})
+	other := ledger.Key{Namespace: "k8s.io", ID: "s2"}
+	saved := append(old.book.saved(), ledger.Sandbox{Key: other, Records: old.book.saved()[0].Records})
 	w := newWorld(t)
 	w.node.exists = old.left()
-	describe := func(key journal.Key, spec any) Request {
+	describe := func(key ledger.Key, spec any) Request {
 		if spec != nil && key == testKey {
 			panic("a bug")
 		}

@@ -9,16 +9,17 @@ import (
 // queue holds the events of one sandbox and handles them one at a time. With no event, it costs no goroutine.
 type queue struct {
 	handle func(event func()) // handles one event; it must not panic
-	left   func()             // is called when the goroutine that handles events ends
+	left   func()             // called when the goroutine that handles events ends
 
 	mu        sync.Mutex
 	events    []func()
 	handling  bool
-	interrupt context.CancelFunc // ends the event that is handled, as soon as another waits; nil for one that must not be
+	interrupt context.CancelFunc // ends the current event as soon as another waits; nil for an event that isn't interruptible
 }
 
-// add queues an event. The first event in an empty queue starts the goroutine that handles it, and all that come meanwhile. enter counts
-// that goroutine in; when it refuses, so does add.
+// add queues an event. The first event in an empty queue starts a goroutine, which handles all
+// events until the queue is empty again. enter counts the goroutine in. If enter returns false, so
+// does add.
 func (q *queue) add(event func(), enter func() bool) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -41,7 +42,7 @@ func (q *queue) run() {
 	}
 }
 
-// next takes the first event. Without one, it is nil, and the goroutine has to end.
+// next takes the first event. It returns nil for an empty queue, and the goroutine has to end.
 func (q *queue) next() func() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -54,7 +55,7 @@ func (q *queue) next() func() {
 	return event
 }
 
-// giveWay ends the event that is handled, if it is one that gives way.
+// giveWay ends the current event if it is interruptible.
 func (q *queue) giveWay() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -67,7 +68,8 @@ func (q *queue) interruptLocked() {
 	}
 }
 
-// interruptibly does work, in the queue, that gives way to every other event: its context ends when one comes, or when the engine closes.
+// interruptibly does work in the queue that gives way to every other event. The work's context ends when another event
+// comes, or when the engine closes.
 func (q *queue) interruptibly(ctx context.Context, work func(context.Context)) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -78,7 +80,8 @@ func (q *queue) interruptibly(ctx context.Context, work func(context.Context)) {
 	work(ctx)
 }
 
-// interruptBy says how the event that is handled is ended; nil for one that is not ended. Where another waits already, it isn't begun.
+// interruptBy sets how to interrupt the current event; nil for not at all. It returns false if another event waits
+// already, so that the work isn't begun.
 func (q *queue) interruptBy(interrupt context.CancelFunc) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -92,9 +95,9 @@ func (q *queue) interruptBy(interrupt context.CancelFunc) bool {
 // post queues an event, unless the engine is closed.
 func (s *sandbox) post(event func()) bool { return s.queue.add(event, s.engine.enter) }
 
-// ask queues a request and returns where its answer will come.
+// ask queues a request and returns the channel for its answer.
 func (s *sandbox) ask(event func(reply func(error))) <-chan error {
-	answer := make(chan error, 2) // an answer, and a panic after it
+	answer := make(chan error, 2) // the answer, and the error of a panic after it
 	reply := func(err error) { answer <- err }
 	posted := s.post(func() {
 		if err := Protect(func() error { event(reply); return nil }); err != nil {
@@ -107,7 +110,7 @@ func (s *sandbox) ask(event func(reply func(error))) <-chan error {
 	return answer
 }
 
-// await is the answer to a request, or an error that says late when ctx ends first.
+// await waits for the answer to a request. If ctx ends first, the error says late.
 func await(ctx context.Context, answer <-chan error, late string, args ...any) error {
 	select {
 	case err := <-answer:
@@ -117,12 +120,13 @@ func await(ctx context.Context, answer <-chan error, late string, args ...any) e
 	}
 }
 
-// inTurn queues an event that nobody waits for when it is the sandbox's turn. Requests don't wait for a turn.
-func (s *sandbox) inTurn(event func()) {
-	turns := &s.engine.turns
-	turns.take(func() {
-		if !s.post(func() { defer turns.give(); event() }) {
-			turns.give()
+// postLimited queues an event that no caller waits for, once the engine's limiter has a free slot. Requests need no
+// slot.
+func (s *sandbox) postLimited(event func()) {
+	limit := &s.engine.limit
+	limit.acquire(func() {
+		if !s.post(func() { defer limit.release(); event() }) {
+			limit.release()
 		}
 	})
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -22,7 +22,7 @@ type build struct {
 	declared []Declaration
 }
 
-// builds differ in a step that is there or not, stands elsewhere, or has another name.
+// builds differ in a step that is missing, has another place or another name.
 func builds() map[string]build {
 	label := func(name states.Event, state states.State) Declaration {
 		return declare(name, state, Declaration{Holds: []states.Event{allocateIDs}})
@@ -39,7 +39,7 @@ func builds() map[string]build {
 	}
 }
 
-// withoutLast are steps of which another is the last one.
+// withoutLast returns steps without the last one: another is the last step of the path.
 func withoutLast() []Declaration {
 	declared := slices.Delete(testSteps(), 5, 6)
 	declared[4].State = states.Ready
@@ -57,13 +57,13 @@ func (b build) atStop(name states.Event) bool {
 	return slices.ContainsFunc(b.declared, func(d Declaration) bool { return d.Name == name && d.AtStop })
 }
 
-// on starts the build on what another has left.
+// on starts the build on the node and the ledger of another build.
 func (b build) on(t *testing.T, before *world) *world {
 	before.Close(context.Background())
 	w := newRelease(t, b.release, b.declared, before.book, before.node)
 	w.book = before.book
 	w.engineWaits()
-	w.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request {
+	w.Restore(t.Context(), w.book.saved(), func(_ ledger.Key, spec any) Request {
 		return Request{Pod: "ns/pod", Spec: spec}
 	}, outsideOf(kept))
 	return w
@@ -79,7 +79,7 @@ func (b build) begin(t *testing.T) *world {
 	return w
 }
 
-// condition is one in which a build leaves a sandbox.
+// condition is a condition in which a build leaves a sandbox.
 type condition struct {
 	leave    func(t *testing.T, b build) *world
 	ready    bool
@@ -92,7 +92,7 @@ func conditions(b build) map[string]condition {
 		"stopping": {leave: func(t *testing.T, b build) *world {
 			w := b.ready(t)
 			require.NoError(t, w.Stop(t.Context(), testKey))
-			w.cutAfter(func(r journal.Record) bool { return r.Event == string(states.Stop) })
+			w.cutAfter(func(r ledger.Record) bool { return r.Event == string(states.Stop) })
 			w.exists, w.exited = b.ready(t).exists, nil
 			return w
 		}},
@@ -101,19 +101,19 @@ func conditions(b build) map[string]condition {
 			require.NoError(t, w.Stop(t.Context(), testKey))
 			return w
 		}},
-		"owing a stop": {leave: func(t *testing.T, b build) *world {
+		"pending stop": {leave: func(t *testing.T, b build) *world {
 			w := b.ready(t)
 			w.undo[captureNetNS] = func() error { return errNoLuck }
 			require.Error(t, w.Stop(t.Context(), testKey))
 			return w
 		}},
-		"owing a removal": {leave: func(t *testing.T, b build) *world {
+		"pending removal": {leave: func(t *testing.T, b build) *world {
 			w := b.ready(t)
 			w.undo[startPause] = func() error { return errNoLuck }
 			require.Error(t, w.Remove(t.Context(), testKey))
 			return w
 		}},
-		"owing a rollback": {creation: true, leave: func(t *testing.T, b build) *world {
+		"pending rollback": {creation: true, leave: func(t *testing.T, b build) *world {
 			w := b.begin(t)
 			w.do[attachNetwork] = func(context.Context) error { return errNoLuck }
 			w.undo[captureNetNS] = func() error { return errNoLuck }
@@ -130,7 +130,7 @@ func conditions(b build) map[string]condition {
 	return all
 }
 
-// ready leaves a sandbox with all that there is, also on demand.
+// ready leaves a ready sandbox with all steps, also those on demand.
 func (b build) ready(t *testing.T) *world {
 	w := b.begin(t)
 	require.NoError(t, w.Start(t.Context(), testKey))
@@ -142,27 +142,28 @@ func (b build) ready(t *testing.T) *world {
 	return w
 }
 
-// killedIn leaves a sandbox as a kill does that comes while a step acts.
+// killedIn leaves a sandbox as a kill during a step does.
 func (b build) killedIn(t *testing.T, step states.Event) *world {
 	w := b.begin(t)
 	var left []states.Event
 	w.do[step] = func(context.Context) error { left = w.left(); return errNoLuck }
 	require.Error(t, w.Start(t.Context(), testKey))
 	w.book.records = slices.Clone(w.book.all)
-	w.cutAfter(func(r journal.Record) bool { return r.Kind == journal.Intent && r.Step == string(step) })
+	w.cutAfter(func(r ledger.Record) bool { return r.Kind == ledger.Intent && r.Step == string(step) })
 	w.node.exists = left
 	return w
 }
 
-// cutAfter takes the records away that follow one.
-func (w *world) cutAfter(last func(journal.Record) bool) {
+// cutAfter deletes the records after one.
+func (w *world) cutAfter(last func(ledger.Record) bool) {
 	i := slices.IndexFunc(w.book.records, last)
 	w.book.records = w.book.records[:i+1]
 }
 
-// Pods of one build under another, and back: what is ready stays ready, everything else ends, in the order on record. What the other build
-// can't undo waits for the one that can.
-func TestReleases(t *testing.T) {
+// Pods of one build run under another build, and then under the first again. A ready pod stays
+// ready. Every other pod ends, in the recorded order. A step that the other build can't undo is
+// pending until the first build runs again.
+func TestReleasesOfSteps(t *testing.T) {
 	for from, older := range builds() {
 		for to, newer := range builds() {
 			for name, c := range conditions(older) {
@@ -183,9 +184,9 @@ func TestReleases(t *testing.T) {
 							require.NoError(t, stopped)
 						}
 					}
-					require.NoError(t, next.Settle(t.Context(), testKey))
+					require.NoError(t, next.WaitQueued(t.Context(), testKey))
 					if err := next.Remove(t.Context(), testKey); len(unknown) > 0 {
-						requireOwed(t, next, err, unknown, older, newer)
+						requirePending(t, next, err, unknown, older, newer)
 						requireUndone(t, next.acted(), begun, made, next.left(), stops)
 						made, next.acts = next.left(), nil
 						next = older.on(t, next)
@@ -203,10 +204,10 @@ func TestReleases(t *testing.T) {
 	}
 }
 
-// recorded are the steps on record, in the order in which they were begun.
+// recorded returns the steps on record, in the order in which they began.
 func (w *world) recorded() (begun []states.Event) {
 	for _, r := range w.book.records {
-		if r.Kind == journal.Intent {
+		if r.Kind == ledger.Intent {
 			begun = append(begun, states.Event(r.Step))
 		}
 	}
@@ -217,7 +218,8 @@ func without(all, some []states.Event) []states.Event {
 	return slices.DeleteFunc(slices.Clone(all), func(e states.Event) bool { return slices.Contains(some, e) })
 }
 
-// requireUntouched holds that a pod is ready under another build, shows what it has and what it never had, and that nothing was done to it.
+// requireUntouched requires that a pod is ready and untouched under another build, and shows the
+// steps of both builds.
 func requireUntouched(t *testing.T, w *world, older, newer build) {
 	t.Helper()
 	view, err := w.Get(testKey)
@@ -232,7 +234,7 @@ func requireUntouched(t *testing.T, w *world, older, newer build) {
 		require.Equal(t, !slices.Contains(newer.names(), name), step.Unknown, name)
 	}
 	for _, name := range without(newer.names(), older.names()) {
-		if name != "open_gate" { // on demand, and nobody has asked for it
+		if name != "open_gate" { // on demand, and not demanded
 			require.Equal(t, StepPending, view.Step(name).Status, name)
 		}
 	}
@@ -245,8 +247,9 @@ func requireUntouched(t *testing.T, w *world, older, newer build) {
 	require.Equal(t, w.recorded(), shown, "in the order on record")
 }
 
-// requireOwed holds that a cleanup is owed because of unknown steps alone, and that the error says who can do it.
-func requireOwed(t *testing.T, w *world, err error, unknown []states.Event, older, newer build) {
+// requirePending requires that a cleanup is pending because of unknown steps alone, and that the
+// error names the release that can undo them.
+func requirePending(t *testing.T, w *world, err error, unknown []states.Event, older, newer build) {
 	t.Helper()
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	view, getErr := w.Get(testKey)
@@ -260,7 +263,7 @@ func requireOwed(t *testing.T, w *world, err error, unknown []states.Event, olde
 	}
 	for _, step := range view.Steps {
 		held := step.Name == allocateIDs || step.Name == captureNetNS // by the unknown ones
-		require.False(t, step.Status == StepOwed && !step.Unknown && !held, "%s is owed", step.Name)
+		require.False(t, step.Status == StepCleanupPending && !step.Unknown && !held, "%s is pending", step.Name)
 	}
 	require.Subset(t, w.left(), unknown)
 	for _, d := range older.declared {
@@ -270,8 +273,8 @@ func requireOwed(t *testing.T, w *world, err error, unknown []states.Event, olde
 	}
 }
 
-// requireUndone holds that everything made was undone in the reverse of the order on record, but for what is left: first what a stop
-// undoes, then the rest.
+// requireUndone requires that everything, except what is left, was undone in the reverse of the
+// recorded order: first the steps that a stop undoes, then the rest.
 func requireUndone(t *testing.T, acts []string, begun, made, left []states.Event, stops func(states.Event) bool) {
 	t.Helper()
 	for _, atStop := range []bool{true, false} {
@@ -291,7 +294,7 @@ func requireUndone(t *testing.T, acts []string, begun, made, left []states.Event
 	}
 }
 
-// The order of an undo is the recorded one, whatever this build's list says.
+// Steps are undone in the recorded order, whatever the order of this build.
 func TestUndoInTheRecordedOrder(t *testing.T) {
 	early, late := builds()["with it early"], builds()["with it late"]
 	w := early.killedIn(t, declareReady)
@@ -305,7 +308,8 @@ func TestUndoInTheRecordedOrder(t *testing.T) {
 	}, next.acted())
 }
 
-// Where an earlier daemon's records are lost, each step counts as done, and those on record keep their order.
+// If an earlier daemon's records are lost, each step counts as done, and the recorded steps keep
+// their order.
 func TestOrderOfStepsThatAreNotOnRecord(t *testing.T) {
 	for _, tc := range []struct{ begun, want []states.Event }{
 		{nil, stepNames()},
@@ -321,32 +325,33 @@ func TestOrderOfStepsThatAreNotOnRecord(t *testing.T) {
 	}
 }
 
-// What a later release has put on the record of a ready pod is kept and shown; the pod stays ready, and ends when it is told to.
+// Records of a later release for a ready pod are kept and shown. The pod stays ready, and can be
+// stopped and removed.
 func TestRecordsOfALaterRelease(t *testing.T) {
-	unknownData := &journal.Data{TypeURL: "nobody's", Value: []byte("{}")}
+	unknownData := &ledger.Data{TypeURL: "nobody's", Value: []byte("{}")}
 	for name, tc := range map[string]struct {
-		spoil  func([]journal.Record) []journal.Record
-		unread int
-		owed   []states.Event
+		spoil   func([]ledger.Record) []ledger.Record
+		unread  int
+		pending []states.Event
 	}{
-		"a kind": {func(r []journal.Record) []journal.Record { return append(r, journal.Record{Seq: 99, Kind: "sung"}) }, 1, nil},
-		"a kind for a step": {func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: "sung", Step: string(startPause)})
+		"a kind": {func(r []ledger.Record) []ledger.Record { return append(r, ledger.Record{Seq: 99, Kind: "sung"}) }, 1, nil},
+		"a kind for a step": {func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: "sung", Step: string(startPause)})
 		}, 1, nil},
-		"a claim": {func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Claimed, Claim: "wanted"})
+		"a claim": {func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.Claimed, Claim: "wanted"})
 		}, 0, nil},
-		"a goal": {func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Moved, From: "Warm", Event: "heat", State: "Ready", Goal: "Hot"})
+		"a goal": {func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.Moved, From: "Warm", Event: "heat", State: "Ready", Goal: "Hot"})
 		}, 0, nil},
-		"a plan": {func(r []journal.Record) []journal.Record {
+		"a plan": {func(r []ledger.Record) []ledger.Record {
 			r[1].Data = unknownData
 			return r
 		}, 1, []states.Event{allocateIDs}},
-		"a note": {func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Noted, Step: string(attachNetwork), Data: unknownData})
+		"a note": {func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.Noted, Step: string(attachNetwork), Data: unknownData})
 		}, 1, []states.Event{attachNetwork}},
-		"a result": {func(r []journal.Record) []journal.Record {
+		"a result": {func(r []ledger.Record) []ledger.Record {
 			r[2].Data = unknownData
 			return r
 		}, 1, []states.Event{allocateIDs}},
@@ -374,13 +379,14 @@ func TestRecordsOfALaterRelease(t *testing.T) {
 			require.Equal(t, states.Ready, next.state(t))
 
 			err = next.Remove(t.Context(), testKey)
-			if tc.owed == nil {
+			if tc.pending == nil {
 				require.NoError(t, err)
 				require.Empty(t, next.left())
 				return
 			}
 			require.ErrorContains(t, err, `podfsm v9 recorded the step, and podfsm v1 can't read its data of type "nobody's"; install podfsm v9 again`)
-			require.Subset(t, next.left(), tc.owed)
+			require.Subset(t, next.left(), tc.pending)
+			next.Close(t.Context())                                       // no retry writes a record now
 			w.book.records = append(whole, next.book.records[spoilt:]...) // what that release can read
 			next = b.on(t, next)
 			require.NoError(t, next.Resume(t.Context(), testKey))
@@ -390,26 +396,27 @@ func TestRecordsOfALaterRelease(t *testing.T) {
 	}
 }
 
-// A sandbox in a state, or on the way to a goal, that only another release knows waits for a request, and ends when it is told to.
+// A sandbox whose state or goal only another release knows waits for a request. It can be stopped
+// and removed.
 func TestStatesOfALaterRelease(t *testing.T) {
 	for name, tc := range map[string]struct {
-		last  journal.Record
+		last  ledger.Record
 		state states.State
 		goal  states.State
 	}{
-		"a state":                     {journal.Record{Kind: journal.Moved, From: "Ready", Event: "freeze", State: "Frozen"}, "Frozen", ""},
-		"a state by a kind of record": {journal.Record{Kind: "frozen", From: "Ready", Event: "freeze", State: "Frozen"}, "Frozen", ""},
-		"a goal":                      {journal.Record{Kind: journal.Owed, From: "Freezing", Event: "owe_cleanup", State: "CleanupOwed", Goal: "Frozen", Error: "too warm"}, states.CleanupOwed, "Frozen"},
+		"a state":                     {ledger.Record{Kind: ledger.Moved, From: "Ready", Event: "freeze", State: "Frozen"}, "Frozen", ""},
+		"a state by a kind of record": {ledger.Record{Kind: "frozen", From: "Ready", Event: "freeze", State: "Frozen"}, "Frozen", ""},
+		"a goal":                      {ledger.Record{Kind: ledger.CleanupPending, From: "Freezing", Event: "leave_cleanup_pending", State: "CleanupOwed", Goal: "Frozen", Error: "too warm"}, states.CleanupOwed, "Frozen"},
 	} {
 		for verb, end := range map[string]func(*world) error{
 			"stop and remove": func(w *world) error {
 				return errors.Join(w.Halt(context.Background(), testKey), w.Stop(context.Background(), testKey), w.Remove(context.Background(), testKey))
 			},
 			"remove": func(w *world) error { return w.Remove(context.Background(), testKey) },
-			"restart without anyone who knows it": func(w *world) error {
+			"restart, and containerd doesn't list it": func(w *world) error {
 				s, err := w.lookup(testKey)
-				s.dossier.outside = nobodys
-				return errors.Join(err, w.Resume(context.Background(), testKey), w.Settle(context.Background(), testKey))
+				s.findings.outside = unlisted
+				return errors.Join(err, w.Resume(context.Background(), testKey), w.WaitQueued(context.Background(), testKey))
 			},
 		} {
 			t.Run(name+"/"+verb, func(t *testing.T) {
@@ -420,7 +427,7 @@ func TestStatesOfALaterRelease(t *testing.T) {
 				next := b.on(t, w)
 				require.NoError(t, next.Resume(t.Context(), testKey))
 				require.NoError(t, next.Resume(t.Context(), testKey))
-				require.NoError(t, next.Settle(t.Context(), testKey))
+				require.NoError(t, next.WaitQueued(t.Context(), testKey))
 				view, err := next.Get(testKey)
 				require.NoError(t, err)
 				require.Equal(t, tc.state, view.State)
@@ -437,7 +444,8 @@ func TestStatesOfALaterRelease(t *testing.T) {
 	}
 }
 
-// Where another release's step has the process, the pod is ready, and its stop is owed instead of forgotten.
+// If the process is of another release's step, the pod stays ready, and its stop is pending, not
+// lost.
 func TestProcessOfAnotherRelease(t *testing.T) {
 	b := builds()["without it"]
 	w := b.ready(t)
@@ -466,14 +474,15 @@ func TestProcessOfAnotherRelease(t *testing.T) {
 	renamed("clone_pause", startPause)
 	next = b.on(t, next)
 	require.NoError(t, next.Resume(t.Context(), testKey))
-	require.NoError(t, next.Settle(t.Context(), testKey))
+	require.NoError(t, next.WaitQueued(t.Context(), testKey))
 	require.Equal(t, states.Stopped, next.state(t))
 	require.Contains(t, next.acted(), "stop start_pause")
 	require.NoError(t, next.Remove(t.Context(), testKey))
 	require.Empty(t, next.left())
 }
 
-// The engine takes a list with one more step as it is: the path goes through its state, and a failure undoes it in its turn.
+// A step is added by its entry in the list alone: the path leads through its state, and a failure
+// undoes it in order.
 func TestStepThatIsAdded(t *testing.T) {
 	w := builds()["with it late"].begin(t)
 	require.NoError(t, w.Start(t.Context(), testKey))
@@ -494,28 +503,28 @@ func TestJoined(t *testing.T) {
 	require.NoError(t, w.Demand(t.Context(), testKey, startShim))
 	all := w.book.saved()[0]
 	whole, broken := joined(all)
-	require.True(t, whole, "whatever steps there are")
+	require.True(t, whole, "with any steps")
 	require.False(t, broken)
 	for i, r := range all.Records {
-		rest := journal.Sandbox{Records: slices.Delete(slices.Clone(all.Records), i, i+1)}
-		leads := r.Kind == journal.Done && r.Step != string(startShim)
+		rest := ledger.Sandbox{Records: slices.Delete(slices.Clone(all.Records), i, i+1)}
+		leads := r.Kind == ledger.Done && r.Step != string(startShim)
 		whole, broken := joined(rest)
 		require.Equal(t, !leads, whole, "%s %s", r.Kind, r.Step)
 		require.Equal(t, leads && r.State != string(states.Ready), broken, "%s %s", r.Kind, r.Step)
 	}
-	whole, broken = joined(journal.Sandbox{})
+	whole, broken = joined(ledger.Sandbox{})
 	require.False(t, whole || broken)
 }
 
-// A step of another release that had nothing to do leaves nothing to undo, also where the removal takes two tries.
+// A skipped step of another release needs no undo, also if the removal takes two tries.
 func TestSkippedStepOfALaterRelease(t *testing.T) {
 	old := newWorld(t)
 	require.NoError(t, old.run(t))
-	skipped, err := journal.Marshal(&Skipped{Reason: "no label"})
+	skipped, err := ledger.Marshal(&Skipped{Reason: "no label"})
 	require.NoError(t, err)
 	old.book.records = slices.Insert(old.book.records, 3, // after the first step
-		journal.Record{Key: testKey, Kind: journal.Intent, Step: "label_pod", Release: "v9"},
-		journal.Record{Key: testKey, Kind: journal.Done, Step: "label_pod", Release: "v9", Data: skipped})
+		ledger.Record{Key: testKey, Kind: ledger.Intent, Step: "label_pod", Release: "v9"},
+		ledger.Record{Key: testKey, Kind: ledger.Done, Step: "label_pod", Release: "v9", Data: skipped})
 	w := old.restart(t, kept)
 	w.engineWaits()
 	require.NoError(t, w.Resume(t.Context(), testKey))
@@ -532,11 +541,12 @@ func TestSkippedStepOfALaterRelease(t *testing.T) {
 	require.Empty(t, w.left())
 }
 
-// Where records were lost and made again, another release's step may come before what it holds. It is undone first all the same.
+// If lost records were rebuilt, another release's step may be recorded before the steps that it
+// holds. It is still undone first.
 func TestHolderIsUndoneFirst(t *testing.T) {
 	s := newSandbox(&Engine{table: testTable}, testKey, Request{})
 	s.begun = []states.Event{"label_pod", allocateIDs, startPause}
-	s.steps["label_pod"] = &stepRecord{holds: []states.Event{allocateIDs, startPause}}
+	s.steps["label_pod"] = &stepState{holds: []states.Event{allocateIDs, startPause}}
 	order := s.order()
 	require.Greater(t, slices.Index(order, "label_pod"), slices.Index(order, startPause))
 	require.ElementsMatch(t, append(stepNames(), "label_pod"), order)

@@ -8,24 +8,24 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// debts are the steps that a sandbox owes.
-func debts(view View) (owed []states.Event) {
+// pendingSteps returns the steps whose cleanup is pending.
+func pendingSteps(view View) (pending []states.Event) {
 	for _, step := range view.Steps {
-		if step.Status == StepOwed {
-			owed = append(owed, step.Name)
+		if step.Status == StepCleanupPending {
+			pending = append(pending, step.Name)
 		}
 	}
-	return owed
+	return pending
 }
 
-// replayed is what the world's ledger says without an engine.
+// replayed returns the sandbox by the world's ledger, without an engine.
 func (w *world) replayed(t *testing.T) View {
 	t.Helper()
-	views, err := Replay(testTable, w.book.saved(), func(_ journal.Key, spec any) Request {
+	views, err := Replay(testTable, w.book.saved(), func(_ ledger.Key, spec any) Request {
 		return Request{Pod: "ns/pod", Spec: spec}
 	})
 	require.NoError(t, err)
@@ -33,15 +33,15 @@ func (w *world) replayed(t *testing.T) View {
 	return views[0]
 }
 
-// What is owed is the same for the engine and for who only reads its ledger.
-func TestReplayShowsWhatIsOwed(t *testing.T) {
+// The engine and a reader of its ledger show the same pending cleanups.
+func TestReplayShowsPendingCleanups(t *testing.T) {
 	fail := func() error { return errors.New("no luck") }
 	for _, tc := range []struct {
 		name string
 		act  func(t *testing.T, w *world) error
 		goal states.State
-		// owed with the failing one first
-		owed []states.Event
+		// pending, with the failing one first
+		pending []states.Event
 	}{
 		{"a rollback", func(t *testing.T, w *world) error {
 			w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
@@ -78,27 +78,27 @@ func TestReplayShowsWhatIsOwed(t *testing.T) {
 			live, err := w.Get(testKey)
 			require.NoError(t, err)
 			read := w.replayed(t)
-			require.ElementsMatch(t, tc.owed, debts(live))
-			failed := live.Step(tc.owed[0])
+			require.ElementsMatch(t, tc.pending, pendingSteps(live))
+			failed := live.Step(tc.pending[0])
 			require.ErrorContains(t, failed.Err, "no luck")
 
 			require.Equal(t, states.CleanupOwed, read.State)
 			require.Equal(t, tc.goal, read.Goal)
 			require.Equal(t, live.Transitions[len(live.Transitions)-1].At, read.Since)
-			require.Subset(t, debts(read), tc.owed[:1])
+			require.Subset(t, pendingSteps(read), tc.pending[:1])
 			if tc.goal != states.Stopped { // which steps wait for others at a stop isn't on record
-				require.Subset(t, debts(read), tc.owed)
+				require.Subset(t, pendingSteps(read), tc.pending)
 			}
-			require.ErrorContains(t, read.Step(tc.owed[0]).Err, "no luck")
-			require.WithinDuration(t, failed.OwedSince, read.Step(tc.owed[0]).OwedSince, time.Second)
+			require.ErrorContains(t, read.Step(tc.pending[0]).Err, "no luck")
+			require.WithinDuration(t, failed.PendingSince, read.Step(tc.pending[0]).PendingSince, time.Second)
 
 			w.mend()
 			if tc.goal == states.Stopped {
 				require.NoError(t, w.Stop(t.Context(), testKey))
 				live, err = w.Get(testKey)
 				require.NoError(t, err)
-				require.Empty(t, debts(live))
-				require.Empty(t, debts(w.replayed(t)))
+				require.Empty(t, pendingSteps(live))
+				require.Empty(t, pendingSteps(w.replayed(t)))
 			}
 			require.NoError(t, w.Remove(t.Context(), testKey))
 			require.Empty(t, w.left())
@@ -106,7 +106,7 @@ func TestReplayShowsWhatIsOwed(t *testing.T) {
 	}
 }
 
-// mend takes all faults out of the node.
+// mend removes all faults from the node.
 func (n *node) mend() {
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -13,29 +13,29 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
-// What a restart knows besides the records of a sandbox.
+// What recovery knows besides the records of a sandbox.
 var (
-	kept     = Outside{Listed: true, Started: true}                 // somebody will ask for it
+	kept     = Outside{Listed: true, Started: true}                 // containerd's service has it
 	begun    = Outside{Listed: true}                                // it wasn't ready
-	nobodys  = Outside{Served: true}                                // containerd's service doesn't know it
+	unlisted = Outside{Served: true}                                // containerd's service doesn't have it
 	rebooted = Outside{Listed: true, Started: true, Rebooted: true} // it was ready
 )
 
-// outsideOf is the same of each sandbox.
-func outsideOf(known Outside) func(journal.Sandbox) Outside {
-	return func(journal.Sandbox) Outside { return known }
+// outsideOf returns the same for each sandbox.
+func outsideOf(known Outside) func(ledger.Sandbox) Outside {
+	return func(ledger.Sandbox) Outside { return known }
 }
 
-// restart makes a new engine, with what there is of the old one's world, from the records of the old one.
+// restart makes a new engine with the node and the records of the old one.
 func (w *world) restart(t *testing.T, known Outside) *world {
 	w.Close(context.Background())
 	next := newWorld(t)
 	next.node.exists, next.node.exited = w.left(), w.node.exited
-	next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request {
+	next.Restore(t.Context(), w.book.saved(), func(_ ledger.Key, spec any) Request {
 		if spec == nil {
 			return Request{Pod: "ns/unknown", Spec: &testSpec{}}
 		}
@@ -44,17 +44,17 @@ func (w *world) restart(t *testing.T, known Outside) *world {
 	return next
 }
 
-// restartOn is as restart, and the next daemon writes to the same ledger. Its engine is calm.
+// restartOn is restart on the same ledger, with an engine that doesn't retry by itself.
 func (w *world) restartOn(t *testing.T, known Outside) (next *world, told *writeOffs) {
 	w.Close(context.Background())
 	next = newWorldOn(t, w.book, newNode())
 	next.book, next.node.exists, next.node.exited = w.book, w.left(), w.node.exited
 	told = next.calm()
-	next.Restore(t.Context(), w.book.saved(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(known))
+	next.Restore(t.Context(), w.book.saved(), func(_ ledger.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(known))
 	return next, told
 }
 
-// interrupted leaves a world as a kill does that comes while a step acts.
+// interrupted returns a world after a kill during a step.
 func interrupted(t *testing.T, during states.Event) *world {
 	w := newWorld(t)
 	reached, killed := make(chan struct{}), make(chan struct{})
@@ -98,14 +98,14 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		return w
 	}
 	onlyLasting := func(w *world) *world {
-		atOnce := func(r journal.Record) bool { return r.Durable && !r.CanWait }
+		atOnce := func(r ledger.Record) bool { return r.Durable && !r.CanWait }
 		for len(w.book.records) > 0 && !atOnce(w.book.records[len(w.book.records)-1]) {
 			w.book.records = w.book.records[:len(w.book.records)-1]
 		}
-		w.book.records = slices.DeleteFunc(w.book.records, func(r journal.Record) bool { return !r.Durable })
+		w.book.records = slices.DeleteFunc(w.book.records, func(r ledger.Record) bool { return !r.Durable })
 		return w
 	}
-	t.Run("adopts it", func(t *testing.T) {
+	t.Run("whose process runs is adopted", func(t *testing.T) {
 		before := ready(t)
 		old, err := before.Get(testKey)
 		require.NoError(t, err)
@@ -125,7 +125,7 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.NoError(t, w.Remove(t.Context(), testKey))
 		require.Empty(t, w.left())
 	})
-	t.Run("sees that its process has ended", func(t *testing.T) {
+	t.Run("whose process has ended is not ready", func(t *testing.T) {
 		before := ready(t)
 		before.node.exited = &Exit{Code: 7}
 		w := before.restart(t, kept)
@@ -135,7 +135,7 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, uint32(7), exit.Code)
 	})
-	t.Run("looks again when nobody knows whether its process has ended", func(t *testing.T) {
+	t.Run("whose process is unknown is examined again", func(t *testing.T) {
 		w := ready(t).restart(t, kept)
 		w.node.unknown = errors.New("no answer")
 		require.ErrorContains(t, w.Resume(t.Context(), testKey), "no answer")
@@ -145,7 +145,7 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		w.node.mu.Unlock()
 		require.Eventually(t, func() bool { return w.state(t) == states.NotReady }, 10*time.Second, time.Millisecond)
 	})
-	t.Run("knows how the process of a stopped one has ended", func(t *testing.T) {
+	t.Run("that was stopped keeps the exit of its process", func(t *testing.T) {
 		before := ready(t)
 		require.NoError(t, before.Stop(t.Context(), testKey))
 		old, err := before.Get(testKey)
@@ -156,13 +156,13 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.Equal(t, old.Exit.Code, view.Exit.Code)
 		require.True(t, old.Exit.At.Equal(view.Exit.At))
 	})
-	t.Run("removes one that nobody asks for", func(t *testing.T) {
-		w := ready(t).restart(t, nobodys)
+	t.Run("that containerd doesn't list is removed", func(t *testing.T) {
+		w := ready(t).restart(t, unlisted)
 		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 		require.Empty(t, w.left())
 	})
-	t.Run("after a reboot it stays, stopped, with nothing on the network", func(t *testing.T) {
+	t.Run("after a reboot is stopped, without a network", func(t *testing.T) {
 		w := onlyLasting(ready(t)).restart(t, rebooted)
 		require.Equal(t, states.NotReady, w.state(t))
 		require.NoError(t, w.Resume(t.Context(), testKey))
@@ -171,7 +171,7 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 		require.NoError(t, w.Remove(t.Context(), testKey))
 		require.Empty(t, w.left())
 	})
-	t.Run("after a reboot an unfinished one goes", func(t *testing.T) {
+	t.Run("after a reboot, if it was never ready, is rolled back", func(t *testing.T) {
 		w := onlyLasting(interrupted(t, attachNetwork)).restart(t, Outside{Listed: true, Rebooted: true})
 		require.NoError(t, w.Resume(t.Context(), testKey))
 		require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
@@ -179,18 +179,18 @@ func TestRestartOfAReadySandbox(t *testing.T) {
 	})
 }
 
-// What a restart has left undone waits while the engine is held, for nobody's request, and is then undone some sandboxes at a time. One
-// whose undo hangs keeps nobody else from being stopped.
-func TestRestartUndoesSomeAtATime(t *testing.T) {
+// Cleanups after a restart wait while the engine is held. Then only resumeParallel run at a time.
+// Requests don't wait for them, even if all of them hang.
+func TestRestartLimitsCleanups(t *testing.T) {
 	const sandboxes = 3 * resumeParallel
 	old := interrupted(t, attachNetwork)
 	w := newWorld(t)
-	saved := make([]journal.Sandbox, sandboxes)
+	saved := make([]ledger.Sandbox, sandboxes)
 	for i := range saved {
-		saved[i] = journal.Sandbox{Key: journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}, Records: old.book.saved()[0].Records}
+		saved[i] = ledger.Sandbox{Key: ledger.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}, Records: old.book.saved()[0].Records}
 	}
 	begin := w.Hold()
-	w.Restore(t.Context(), saved, func(_ journal.Key, spec any) Request { return Request{Spec: spec} }, outsideOf(begun))
+	w.Restore(t.Context(), saved, func(_ ledger.Key, spec any) Request { return Request{Spec: spec} }, outsideOf(begun))
 	release := make(chan struct{})
 	var undoing, most, all atomic.Int32
 	w.undo[attachNetwork] = func() error {
@@ -217,7 +217,7 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 
 	asked := make(chan error)
 	go func() { asked <- w.Stop(t.Context(), saved[sandboxes-1].Key) }()
-	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel+1 }, 10*time.Second, time.Millisecond, "a request doesn't wait for its turn")
+	require.Eventually(t, func() bool { return undoing.Load() == resumeParallel+1 }, 10*time.Second, time.Millisecond, "a request doesn't wait for a slot")
 	close(release)
 	require.NoError(t, <-asked)
 	require.NoError(t, <-first)
@@ -225,8 +225,8 @@ func TestRestartUndoesSomeAtATime(t *testing.T) {
 	require.EqualValues(t, resumeParallel+1, most.Load())
 }
 
-// However many cleanups are due, those that nobody waits for are tried again some at a time.
-func TestRetriesSomeAtATime(t *testing.T) {
+// Only resumeParallel retries without a waiting caller run at a time.
+func TestLimitOfRetries(t *testing.T) {
 	const sandboxes = 5 * resumeParallel
 	w := newWorld(t)
 	w.backoff = func(int) time.Duration { return 50 * time.Millisecond }
@@ -247,7 +247,7 @@ func TestRetriesSomeAtATime(t *testing.T) {
 		return nil
 	}
 	for i := range sandboxes {
-		key := journal.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}
+		key := ledger.Key{Namespace: "k8s.io", ID: fmt.Sprint("s", i)}
 		require.NoError(t, w.Create(t.Context(), key, Request{Spec: &testSpec{}}))
 		require.NoError(t, w.Start(t.Context(), key))
 		require.Error(t, w.Remove(t.Context(), key))
@@ -262,20 +262,20 @@ func TestRetriesSomeAtATime(t *testing.T) {
 	require.LessOrEqual(t, most.Load(), int32(resumeParallel))
 }
 
-func TestRestartGoesOnWithWhatWasBegun(t *testing.T) {
+func TestRestartResumesAStopOrRemoval(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	require.NoError(t, w.Demand(t.Context(), testKey, startShim))
 	require.NoError(t, w.Stop(t.Context(), testKey))
 	require.NoError(t, w.Remove(t.Context(), testKey))
 	full := w.book.all
-	begun := slices.IndexFunc(full, func(r journal.Record) bool { return r.Event == string(states.Stop) })
+	begun := slices.IndexFunc(full, func(r ledger.Record) bool { return r.Event == string(states.Stop) })
 	for cut := begun + 1; cut <= len(full); cut++ {
 		last := full[cut-1]
 		t.Run("after "+string(last.Kind)+" "+last.Step+last.Event, func(t *testing.T) {
 			old := newWorld(t)
 			for _, name := range stepNames() {
-				undone := func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(name) }
+				undone := func(r ledger.Record) bool { return r.Kind == ledger.Undone && r.Step == string(name) }
 				if !slices.ContainsFunc(full[:cut], undone) {
 					old.node.exists = append(old.node.exists, name)
 				}
@@ -297,7 +297,7 @@ func ignoreGone(err error) error {
 	return err
 }
 
-func TestRestartPaysWhatIsOwed(t *testing.T) {
+func TestRestartCompletesPendingCleanup(t *testing.T) {
 	w := newWorld(t)
 	w.undo[startPause] = func() error { return errors.New("no luck") }
 	w.do[declareReady] = func(context.Context) error { return errors.New("not ready") }
@@ -306,14 +306,14 @@ func TestRestartPaysWhatIsOwed(t *testing.T) {
 	require.Equal(t, states.CleanupOwed, w.state(t))
 	view, err := w.Get(testKey)
 	require.NoError(t, err)
-	require.False(t, view.Step(startPause).OwedSince.IsZero(), "since when is on record")
+	require.False(t, view.Step(startPause).PendingSince.IsZero(), "since when is on record")
 	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }
 
-// What an earlier daemon made is looked for after its undo: an undo that only says that it succeeded isn't enough.
-func TestRestartLooksForWhatItUndid(t *testing.T) {
+// After the undo of an earlier daemon's step, the step is probed: the undo's success isn't enough.
+func TestRestartProbesAfterUndo(t *testing.T) {
 	w := interrupted(t, attachNetwork).restart(t, begun)
 	w.node.still = captureNetNS
 	require.NoError(t, w.Resume(t.Context(), testKey))
@@ -328,33 +328,33 @@ func TestRestartLooksForWhatItUndid(t *testing.T) {
 }
 
 func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
-	for name, spoil := range map[string]func([]journal.Record) []journal.Record{
-		"damaged bytes": func(r []journal.Record) []journal.Record {
-			r[3] = journal.Record{Seq: r[3].Seq, Key: testKey, Kind: journal.Unreadable, Error: "checksum mismatch"}
+	for name, spoil := range map[string]func([]ledger.Record) []ledger.Record{
+		"damaged bytes": func(r []ledger.Record) []ledger.Record {
+			r[3] = ledger.Record{Seq: r[3].Seq, Key: testKey, Kind: ledger.Unreadable, Error: "checksum mismatch"}
 			return r
 		},
-		"damaged data":     func(r []journal.Record) []journal.Record { r[2].Data.Value = []byte("{"); return r },
-		"no specification": func(r []journal.Record) []journal.Record { return r[1:] },
-		"a step without a name": func(r []journal.Record) []journal.Record {
+		"damaged data":     func(r []ledger.Record) []ledger.Record { r[2].Data.Value = []byte("{"); return r },
+		"no specification": func(r []ledger.Record) []ledger.Record { return r[1:] },
+		"a step without a name": func(r []ledger.Record) []ledger.Record {
 			r[3].Step = ""
 			return r
 		},
-		"a move to nowhere": func(r []journal.Record) []journal.Record { return append(r, journal.Record{Kind: journal.Moved}) },
-		"a transition without an event": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Moved, From: "Ready", State: "NotReady"})
+		"a move to nowhere": func(r []ledger.Record) []ledger.Record { return append(r, ledger.Record{Kind: ledger.Moved}) },
+		"a transition without an event": func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.Moved, From: "Ready", State: "NotReady"})
 		},
-		"an illegal transition": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Moved, From: "Ready", Event: "stop", State: "Removed"})
+		"an illegal transition": func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.Moved, From: "Ready", Event: "stop", State: "Removed"})
 		},
-		"a step from a state that none begins in": func(r []journal.Record) []journal.Record { r[4].From = "Stopped"; return r },
-		"a cleanup without a goal": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Owed, From: "Stopping", Event: "owe_cleanup", State: "CleanupOwed"})
+		"a step from a state that none begins in": func(r []ledger.Record) []ledger.Record { r[4].From = "Stopped"; return r },
+		"a cleanup without a goal": func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.CleanupPending, From: "Stopping", Event: "leave_cleanup_pending", State: "CleanupOwed"})
 		},
-		"a move to a cleanup without a goal": func(r []journal.Record) []journal.Record {
-			return append(r, journal.Record{Kind: journal.Moved, From: "Stopping", Event: "owe_cleanup", State: "CleanupOwed"})
+		"a move to a cleanup without a goal": func(r []ledger.Record) []ledger.Record {
+			return append(r, ledger.Record{Kind: ledger.Moved, From: "Stopping", Event: "leave_cleanup_pending", State: "CleanupOwed"})
 		},
-		"no exit":  func(r []journal.Record) []journal.Record { return append(r, journal.Record{Kind: journal.Exited}) },
-		"no claim": func(r []journal.Record) []journal.Record { return append(r, journal.Record{Kind: journal.Claimed}) },
+		"no exit":  func(r []ledger.Record) []ledger.Record { return append(r, ledger.Record{Kind: ledger.Exited}) },
+		"no claim": func(r []ledger.Record) []ledger.Record { return append(r, ledger.Record{Kind: ledger.Claimed}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			old := newWorld(t)
@@ -371,29 +371,29 @@ func TestRestartQuarantinesWhatItCantRead(t *testing.T) {
 	}
 }
 
-// Nobody will ever ask for one that containerd's service doesn't know.
-func TestRestartRemovesWhatItCantReadAndNobodyKnows(t *testing.T) {
+// No caller asks for a sandbox that containerd's service doesn't list.
+func TestRestartRemovesUnreadableUnlistedSandbox(t *testing.T) {
 	old := newWorld(t)
 	require.NoError(t, old.run(t))
 	old.book.records[3].Step = ""
-	w := old.restart(t, nobodys)
+	w := old.restart(t, unlisted)
 	require.Equal(t, states.Quarantined, w.state(t))
 	require.NoError(t, w.Resume(t.Context(), testKey))
 	require.Eventually(t, w.gone, 10*time.Second, time.Millisecond)
 	require.Empty(t, w.left())
 }
 
-// A damaged ledger may bring back a sandbox that had gone, of a pod that has another one now.
+// A damaged ledger may bring back a removed sandbox of a pod that has another one now.
 func TestRestoreTakesTwoOfOneName(t *testing.T) {
 	w := newWorld(t)
-	var saved []journal.Sandbox
+	var saved []ledger.Sandbox
 	for _, id := range []string{"gone", "lives"} {
-		spec, err := journal.Marshal(&testSpec{"pod"})
+		spec, err := ledger.Marshal(&testSpec{"pod"})
 		require.NoError(t, err)
-		key := journal.Key{Namespace: "k8s.io", ID: id}
-		saved = append(saved, journal.Sandbox{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun, Data: spec}}})
+		key := ledger.Key{Namespace: "k8s.io", ID: id}
+		saved = append(saved, ledger.Sandbox{Key: key, Records: []ledger.Record{{Key: key, Kind: ledger.Begun, Data: spec}}})
 	}
-	w.Restore(t.Context(), saved, func(journal.Key, any) Request {
+	w.Restore(t.Context(), saved, func(ledger.Key, any) Request {
 		return Request{Name: "ns/pod", Pod: "ns/pod", Spec: &testSpec{"pod"}}
 	}, outsideOf(kept))
 	require.Len(t, w.List(), 2)

@@ -14,52 +14,53 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// keepTransitions bounds the history that is kept of one sandbox. Where it has more transitions, the first of them stay, because
-// they say how all began, and the last.
+// keepTransitions bounds the transitions that a sandbox keeps: the first keepFirstTransitions,
+// which show how all began, and the newest.
 const (
 	keepTransitions      = 64
 	keepFirstTransitions = 16
 )
 
-// stepRecord is what the engine knows of one step of one sandbox.
-type stepRecord struct {
-	recorded
+// stepState is what the engine knows about one step of one sandbox: what the ledger has of the step, and how it went.
+type stepState struct {
+	stepData
 	status         StepStatus
 	touched        bool      // its intent is on record, so it may have acted
-	undoing        time.Time // when its undo was begun, where that is on record
-	release        string    // that has recorded it
-	unknown        string    // the type of its data that this release doesn't know; "" for none
+	undoing        time.Time // when its undo began, if that is on record
+	release        string    // the release that recorded the step
+	unknown        string    // the type of its data, if this release doesn't know it; "" for none
 	holds          []states.Event
-	atStop         bool    // by its intent, like holds
-	acting         ActKind // what is being done with it now; "" for nothing
-	actingSince    time.Time
+	atStop         bool      // by its intent, like holds
+	operation      Operation // the try under way; "" for none
+	operationSince time.Time
 	started, ended time.Time
 	err            error // of Do
 	undoErr        error // of the last undo
-	checkErr       error // of the last check, of what is done
+	checkErr       error // of the last check
 	attempts       int   // failed undos
-	owedSince      time.Time
-	interrupted    bool // an earlier daemon's undo has no end on record
+	pendingSince   time.Time
+	interrupted    bool // the result of an earlier daemon's undo is not on record
 }
 
-// took is how long the step's Do has taken; 0 where that isn't known, and where the wall clock was set back between two records.
-func (r *stepRecord) took() time.Duration {
+// took returns the duration of the step's Do. It is 0 if it is unknown, or if the wall clock was
+// set back between the two records.
+func (r *stepState) took() time.Duration {
 	if r.ended.IsZero() {
 		return 0
 	}
 	return max(0, r.ended.Sub(r.started))
 }
 
-// sandbox is one sandbox and its queue. The fields behind mu are written only by the goroutine that handles the queue, or
-// before the sandbox is known to anyone; mu makes them readable for others.
+// sandbox is one sandbox and its queue. Only the goroutine that handles the queue writes the fields
+// behind mu, except before the engine has the sandbox. mu makes them readable for other goroutines.
 type sandbox struct {
 	engine  *Engine
-	key     journal.Key
+	key     ledger.Key
 	req     Request
 	machine *states.Machine
 	exited  chan struct{} // closed when the process has ended, or never will run
@@ -69,102 +70,108 @@ type sandbox struct {
 
 	queue queue
 
-	creation *creation   // the run of the creation path that is under way; of the queue's goroutine alone
-	restored bool        // it is an earlier daemon's; set before the sandbox is known to anyone
-	dossier  dossier     // of a restored one, set likewise
-	ended    bool        // the process was ended by us; of the queue's goroutine alone
-	alone    bool        // what is under way is for nobody who has asked for the sandbox's end; of the queue's goroutine alone
-	givingUp *givingUp   // an operator's write-off that is under way, or nil; of the queue's goroutine alone
-	timer    *time.Timer // the next try at what is owed; behind mu
+	// Set before the engine has the sandbox.
+	restored bool     // from the records of an earlier daemon
+	findings findings // of a restored sandbox
+
+	// Of the goroutine that handles the queue.
+	creation   *creation // under way; nil for none
+	ended      bool      // this daemon ended the process
+	unattended bool      // a cleanup is under way, and no caller waits for it
+	givingUp   *givingUp // the operator's write-off under way; nil for none
 
 	mu          sync.Mutex
-	traceParent string                       // of the span the sandbox was created under
-	created     time.Time                    // by the wall clock, but never before another sandbox of the pod; doesn't change once others know the sandbox
-	entered     time.Time                    // when its state was
-	steps       map[states.Event]*stepRecord // those of this release, and those on record
-	begun       []states.Event               // the steps on record, in the order in which they were begun
-	unread      []string                     // what this release doesn't know of the records
+	timer       *time.Timer                 // the next try of the pending cleanup
+	traceParent string                      // of the span under which the sandbox was created
+	created     time.Time                   // by the wall clock, but after the other sandboxes of the pod; then constant
+	entered     time.Time                   // when the sandbox entered its state
+	steps       map[states.Event]*stepState // of this release, and on record
+	begun       []states.Event              // the steps on record, in the order in which they began
+	unread      []string                    // the records that this release doesn't know
 	seq         uint64
 	transitions []Transition
-	acts        acts
-	goal        states.State // what is being stopped for, or what the pending cleanup leads to; "" for neither
+	tries       tries
+	goal        states.State // of the stop under way or of the pending cleanup; "" for neither
 	attempts    int
-	failing     time.Time // since when, by this process
+	failing     time.Time // the first failure of the pending cleanup in this process
 	nextTry     time.Time
 	lastErr     error
-	failure     error // why it was rolled back
+	failure     error // the cause of the rollback
 	exit        *Exit
+	recovery    Recovery // of a restored sandbox
 }
 
-func newSandbox(e *Engine, key journal.Key, req Request) *sandbox {
+func newSandbox(e *Engine, key ledger.Key, req Request) *sandbox {
 	now := time.Now()
 	s := &sandbox{
 		engine: e, key: key, req: req, machine: e.table.NewMachine(),
 		exited:  make(chan struct{}),
 		created: now.Round(0),
 		entered: now,
-		steps:   map[states.Event]*stepRecord{},
+		steps:   map[states.Event]*stepState{},
 	}
-	s.queue.handle, s.queue.left = s.aside, e.work.Done
+	s.queue.handle, s.queue.left = s.logPanics, e.work.Done
 	for _, name := range e.table.Steps() {
-		s.steps[name] = &stepRecord{status: StepPending}
+		s.steps[name] = &stepState{status: StepPending}
 	}
 	return s
 }
 
-// state is the sandbox's state now.
+// state returns the sandbox's current state.
 func (s *sandbox) state() states.State { return s.machine.Current() }
 
 // accept puts the sandbox on record.
 func (s *sandbox) accept(ctx context.Context) error {
-	return s.append(ctx, &journal.Record{Kind: journal.Begun, Durable: true, At: s.created}, s.req.Spec)
+	return s.append(ctx, &ledger.Record{Kind: ledger.Begun, Durable: true, At: s.created}, s.req.Spec)
 }
 
 // unacceptTimeout bounds the wait for the ledger to forget a sandbox that was not accepted.
 const unacceptTimeout = 5 * time.Second
 
-// unaccept takes back what an error of accept may have left on record.
+// unaccept removes what a failed accept may have left on record.
 func (s *sandbox) unaccept(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unacceptTimeout)
 	defer cancel()
-	s.aside(func() {
-		if err := s.engine.journal.Forget(ctx, s.key); err != nil {
-			s.log(ctx).WithError(err).Warn("sandbox: it was not accepted, and may be in the ledger until the next start")
+	s.logPanics(func() {
+		if err := s.engine.ledger.Forget(ctx, s.key); err != nil {
+			s.log(ctx).WithError(err).Warn("failed to forget refused sandbox, its record may stay until the next start")
 		}
 	})
 }
 
-// append writes one record of this sandbox to the ledger, with data in it. It sets the record's release where it has none, and its time,
-// which has a monotonic clock: durations are measured by that, as long as this process knows both of their ends.
-func (s *sandbox) append(ctx context.Context, r *journal.Record, data any) error {
+// append writes one record with data to the ledger. It sets the record's release and time if they
+// are missing. The time has a monotonic clock reading, by which durations within this process are
+// measured.
+func (s *sandbox) append(ctx context.Context, r *ledger.Record, data any) error {
 	r.Key, r.Release, r.TraceParent = s.key, cmp.Or(r.Release, s.engine.release), tracing.Parent(ctx)
 	if r.At.IsZero() {
 		r.At = time.Now()
 	}
 	if data != nil {
-		packed, err := journal.Marshal(data)
+		packed, err := ledger.Marshal(data)
 		if err != nil {
 			return fmt.Errorf("failed to pack the %s record of sandbox %q: %w", r.Kind, s.key.ID, err)
 		}
 		r.Data = packed
 	}
-	if err := s.engine.journal.Append(ctx, r); err != nil {
+	if err := s.engine.ledger.Append(ctx, r); err != nil {
 		return fmt.Errorf("failed to write the %s record of sandbox %q to the ledger: %w", r.Kind, s.key.ID, err)
 	}
 	return nil
 }
 
-// record writes a record that nothing depends on: the sandbox goes on by what is in memory.
-func (s *sandbox) record(ctx context.Context, r *journal.Record, data any) {
-	s.aside(func() {
+// appendOrLog writes one record as append does, but logs a failure and goes on: nothing in this
+// process depends on the record.
+func (s *sandbox) appendOrLog(ctx context.Context, r *ledger.Record, data any) {
+	s.logPanics(func() {
 		if err := s.append(ctx, r, data); err != nil {
-			s.log(ctx).WithError(err).Warnf("sandbox: a record is not in the ledger: %s", r.Kind)
+			s.log(ctx).WithError(err).Warnf("failed to write record: %s", r.Kind)
 		}
 	})
 }
 
-// fire moves the state, keeps the transition and tells the log. The record that the transition rests on was written before, at
-// the time at.
+// fire moves the state, keeps and logs the transition, and tells the observer. The record of the
+// transition is written already. at is the record's time.
 func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, cause error) error {
 	from := s.state()
 	to, err := s.machine.Fire(ctx, event)
@@ -179,14 +186,15 @@ func (s *sandbox) fire(ctx context.Context, event states.Event, at time.Time, ca
 	t = s.keep(t)
 	s.mu.Unlock()
 
-	s.aside(func() { s.tell(ctx, t) })
+	s.logPanics(func() { s.logTransition(ctx, t) })
 	if s.engine.observe != nil {
-		s.aside(func() { s.engine.observe(s.view()) })
+		s.logPanics(func() { s.engine.observe(s.view()) })
 	}
 	return nil
 }
 
-// keep adds a transition to the history, as its next or by the number that it has. The caller holds mu, or is alone.
+// keep adds a transition to the history, and gives it the next number unless it has one. The caller
+// holds mu, or is alone.
 func (s *sandbox) keep(t Transition) Transition {
 	s.seq = max(s.seq+1, t.Seq)
 	t.Seq = s.seq
@@ -211,11 +219,12 @@ func (s *sandbox) keep(t Transition) Transition {
 	return t
 }
 
-// since is how long the sandbox had been in its state at a time; 0 where the wall clock was set back between two daemons.
+// since returns how long the sandbox had been in its state at a time. It is 0 if the wall clock was
+// set back between two daemons.
 func (s *sandbox) since(at time.Time) time.Duration { return max(0, at.Sub(s.entered)) }
 
-// tell logs a transition: what goes as it should, or follows from what was logged already, in the debug log.
-func (s *sandbox) tell(ctx context.Context, t Transition) {
+// logTransition logs a transition: at debug level, unless it has a cause that is not in the log yet.
+func (s *sandbox) logTransition(ctx context.Context, t Transition) {
 	entry := s.log(ctx).WithFields(log.Fields{
 		tracing.LogFrom: t.From, tracing.LogTo: t.To, tracing.LogSeconds: s.secondsOf(t),
 	})
@@ -227,15 +236,16 @@ func (s *sandbox) tell(ctx context.Context, t Transition) {
 	}
 	switch {
 	case t.Event == states.Quarantine:
-		entry.Errorf("sandbox: %s", t.Event)
-	case t.Event == states.OweCleanup, expected(t.Err):
-		entry.Debugf("sandbox: %s", t.Event)
+		entry.Errorf("transition %s", t.Event)
+	case t.Event == states.LeaveCleanupPending, expected(t.Err):
+		entry.Debugf("transition %s", t.Event)
 	default:
-		entry.Warnf("sandbox: %s", t.Event)
+		entry.Warnf("transition %s", t.Event)
 	}
 }
 
-// secondsOf is how long the step took that a transition says is done, else how long the sandbox was in the state before.
+// secondsOf returns the duration of the step that a transition completes. For any other transition,
+// it returns how long the sandbox was in the state before.
 func (s *sandbox) secondsOf(t Transition) float64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -245,7 +255,8 @@ func (s *sandbox) secondsOf(t Transition) float64 {
 	return t.After.Seconds()
 }
 
-// stepOf is the step that a transition is about: the one that was done, or whose failure led to it.
+// stepOf returns the step that a transition completes, or the step whose failure led to it; "" for
+// neither.
 func (s *sandbox) stepOf(event states.Event, cause error) states.Event {
 	if _, ok := s.engine.table.Step(event); ok {
 		return event
@@ -253,7 +264,7 @@ func (s *sandbox) stepOf(event states.Event, cause error) states.Event {
 	return failedStep(cause)
 }
 
-// failedStep is the step whose failure an error is of; "" for none.
+// failedStep returns the step of a [StepError]; "" for any other error.
 func failedStep(err error) states.Event {
 	var failed *StepError
 	if errors.As(err, &failed) {
@@ -262,12 +273,14 @@ func failedStep(err error) states.Event {
 	return ""
 }
 
-// describe puts on a record the transition that the record stands for. It fails with FailedPrecondition when event is illegal now.
-func (s *sandbox) describe(r *journal.Record, event states.Event, cause error) error {
+// setTransition sets the transition that the record r stands for: from the current state, by event.
+// It doesn't move the state; fire does. It fails with FailedPrecondition if the table doesn't allow
+// event now.
+func (s *sandbox) setTransition(r *ledger.Record, event states.Event, cause error) error {
 	from := s.state()
 	to, ok := s.machine.Next(event)
 	if !ok {
-		return fmt.Errorf("sandbox %q is %s: it can't %s: %w", s.key.ID, from, event, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("sandbox %q is %s, event %s is not allowed: %w", s.key.ID, from, event, errdefs.ErrFailedPrecondition)
 	}
 	r.From, r.Event, r.State, r.Nth = string(from), string(event), string(to), s.seq+1
 	if r.At.IsZero() {
@@ -280,92 +293,40 @@ func (s *sandbox) describe(r *journal.Record, event states.Event, cause error) e
 	return nil
 }
 
-// move records a transition that no step's result stands for, and fires it. The move is made even if the ledger can't take
-// the record: it only ever leads towards undoing, which a restart would find out by itself.
+// move records a transition that is not the result of a step, and fires it. It fires even if the
+// record can't be written. Such a transition only leads to cleanup, and a restart decides on that
+// without the record, too.
 func (s *sandbox) move(ctx context.Context, event states.Event, cause error) error {
-	record := &journal.Record{Kind: journal.Moved, Goal: string(s.goal)}
-	if err := s.describe(record, event, cause); err != nil {
+	record := &ledger.Record{Kind: ledger.Moved, Goal: string(s.goal)}
+	if err := s.setTransition(record, event, cause); err != nil {
 		return err
 	}
-	s.record(ctx, record, nil)
+	s.appendOrLog(ctx, record, nil)
 	return s.fire(ctx, event, record.At, cause)
 }
 
-// run is what step sees of the sandbox now.
-func (s *sandbox) run(step Step) *Run {
-	f := step.Declaration()
-	r := &Run{Key: s.key, Spec: s.req.Spec, step: f.Name, steps: make(map[states.Event]recorded, len(s.steps))}
+// newRun returns what a step sees of the sandbox.
+func (s *sandbox) newRun(step Step) *Run {
+	d := step.Declaration()
+	r := &Run{Key: s.key, Spec: s.req.Spec, step: d.Name, steps: make(map[states.Event]stepData, len(s.steps))}
 	s.mu.Lock()
 	for name, rec := range s.steps {
-		r.steps[name] = rec.recorded
+		r.steps[name] = rec.stepData
 	}
-	r.notes = r.steps[f.Name].notes
+	r.notes = r.steps[d.Name].notes
 	s.mu.Unlock()
-	r.note = func(ctx context.Context, data any, canWait bool) error { return s.append(ctx, f.noted(canWait), data) }
+	r.note = func(ctx context.Context, data any, canWait bool) error { return s.append(ctx, d.noted(canWait), data) }
 	return r
 }
 
-// noted is a record of what the step notes.
-func (f Declaration) noted(canWait bool) *journal.Record {
-	return &journal.Record{Kind: journal.Noted, Step: string(f.Name), Durable: f.Lasting, CanWait: canWait}
+// noted returns the record for a note of the step.
+func (d Declaration) noted(canWait bool) *ledger.Record {
+	return &ledger.Record{Kind: ledger.Noted, Step: string(d.Name), Durable: d.Lasting, CanWait: canWait}
 }
 
-// pauseExited handles the end of the sandbox's process.
-func (s *sandbox) pauseExited(exit Exit) {
-	ctx := s.background()
-	if s.state().Terminal() || !s.recordExit(ctx, exit) {
-		return
-	}
-	defer s.announceExit()
-	cause := exit.cause()
-	if s.creation != nil {
-		s.creation.fail(cause)
-		return
-	}
-	if s.state() == states.Ready {
-		if err := s.move(ctx, states.LosePause, cause); err != nil {
-			s.log(ctx).WithError(err).Error("sandbox: lost pause")
-		}
-	}
-}
-
-// recordExit keeps how the process ended, the first time, also on record; it says whether it was.
-func (s *sandbox) recordExit(ctx context.Context, exit Exit) bool {
-	if !s.setExit(exit) {
-		return false
-	}
-	s.record(ctx, &journal.Record{Kind: journal.Exited}, &exit)
-	return true
-}
-
-// setExit keeps how the process ended, the first time; it says whether it was.
-func (s *sandbox) setExit(exit Exit) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.exit != nil {
-		return false
-	}
-	s.exit = &exit
-	return true
-}
-
-// announceExit wakes who waits for the end of the process: when the state says so, too.
-func (s *sandbox) announceExit() {
-	s.exitOnce.Do(func() { close(s.exited) })
-}
-
-func (s *sandbox) exitStatus() (Exit, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.exit == nil {
-		return Exit{}, fmt.Errorf("sandbox %q never ran: %w", s.key.ID, errdefs.ErrNotFound)
-	}
-	return *s.exit, nil
-}
-
-// forget ends the sandbox: the ledger loses it first, then the engine.
+// forget removes the sandbox from the ledger first, and then from the engine.
 func (s *sandbox) forget(ctx context.Context, event states.Event) error {
-	if err := s.engine.journal.Forget(ctx, s.key); err != nil {
+	if err := s.engine.ledger.Forget(ctx, s.key); err != nil {
 		return fmt.Errorf("failed to take sandbox %q off the ledger: %w", s.key.ID, err)
 	}
 	s.mu.Lock()
@@ -379,7 +340,7 @@ func (s *sandbox) forget(ctx context.Context, event states.Event) error {
 	return nil
 }
 
-// background is the context of what no caller waits for.
+// background returns the context of work that no caller waits for.
 func (s *sandbox) background() context.Context {
 	return namespaces.WithNamespace(context.Background(), s.key.Namespace)
 }

@@ -24,7 +24,7 @@ const (
 	networkReady     states.State = "NetworkReady"
 )
 
-// testSteps hold each other as the real ones do.
+// testSteps returns steps that hold each other as the real ones do.
 func testSteps() []Declaration {
 	return []Declaration{
 		declare(allocateIDs, idsAllocated, Declaration{}),
@@ -44,7 +44,7 @@ func declare(name states.Event, state states.State, d Declaration) Declaration {
 	return d
 }
 
-// tableOf is the table of declarations that fit together.
+// tableOf returns the table of declarations.
 func tableOf(declared []Declaration) *states.Table {
 	var steps []states.Step
 	for _, d := range declared {

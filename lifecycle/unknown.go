@@ -13,11 +13,12 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// Another release of podfsm may have other steps, other data, and the steps in another order. What its records say is taken as it is:
-// nothing of it is guessed, and a sandbox that is ready stays ready. What this release doesn't know it can't undo, so that is owed until
+// Another release of podfsm may have other steps, other data, or another order of the steps. This
+// release takes the records of another release as they are and guesses nothing. A ready sandbox
+// stays ready. This release can't undo a step that it doesn't know, so the cleanup is pending until
 // the other release runs again.
 
-// Unknown stands for recorded data of a type that this release doesn't know. It goes on record again as it was.
+// Unknown is recorded data of a type that this release doesn't know. It is written again unchanged.
 type Unknown struct {
 	Type  string
 	value []byte
@@ -34,11 +35,11 @@ func (u *Unknown) GetValue() []byte { return u.value }
 // unknownStep is a recorded step that this release can't undo.
 type unknownStep struct {
 	declared Declaration
-	skipped  bool // it had nothing to do
+	skipped  bool // the sandbox didn't need the step
 	reason   error
 }
 
-// unknownUndoDeadline is for an undo that does nothing.
+// unknownUndoDeadline bounds the undo of an unknownStep, which does nothing.
 const unknownUndoDeadline = time.Minute
 
 func (s *unknownStep) Declaration() Declaration { return s.declared }
@@ -56,7 +57,7 @@ func (s *unknownStep) Undo(context.Context, *Run) error {
 
 func (s *unknownStep) Probe(context.Context, *Run) (bool, error) { return false, nil }
 
-// stepNamed is the step to undo what is on record under a name.
+// stepNamed returns the step that undoes the recorded step with a name.
 func (s *sandbox) stepNamed(name states.Event) Step {
 	rec := s.steps[name]
 	known, ok := s.engine.step(name)
@@ -72,7 +73,8 @@ func (s *sandbox) stepNamed(name states.Event) Step {
 	return unknown
 }
 
-// unknownTo says why this release can do nothing with what is on record of a step, and which one can.
+// unknownTo returns the error for a recorded step that this release can't undo. The error names the
+// release that can.
 func (s *sandbox) unknownTo(name states.Event) error {
 	rec := s.steps[name]
 	writer, this := releaseName(rec.release), releaseName(s.engine.release)
@@ -85,16 +87,17 @@ func (s *sandbox) unknownTo(name states.Event) error {
 
 func releaseName(release string) string { return "podfsm " + cmp.Or(release, "of an unknown release") }
 
-// begin notes that a step is being done: it is the newest on record.
+// begin makes a step the newest on record.
 func (s *sandbox) begin(name states.Event) {
 	s.begun = append(slices.DeleteFunc(s.begun, func(e states.Event) bool { return e == name }), name)
 }
 
-// order is that of all steps: those on record in the order in which they were begun, and each of this release's others after the one
-// that it follows in this release. Steps are undone in the reverse order. The caller holds mu, or is the queue's goroutine, or alone.
+// order returns all steps: those on record in the order in which they began, and each other step of
+// this release behind its predecessor in this release. Steps are undone in the reverse order. The
+// caller holds mu, is the queue's goroutine, or is alone.
 func (s *sandbox) order() []states.Event {
 	order := slices.Clone(s.begun)
-	after := 0 // where the next one goes that isn't on record
+	after := 0 // the place of the next step that isn't on record
 	for _, name := range s.engine.table.Steps() {
 		at := slices.Index(order, name)
 		if at < 0 {
@@ -105,10 +108,10 @@ func (s *sandbox) order() []states.Event {
 	return s.holdersLast(order)
 }
 
-// holdersLast moves each step behind the last of those that it holds: what is on record of a sandbox whose records were lost may have them
-// in another order.
+// holdersLast moves each step behind the steps that it holds. If records were lost, the recorded
+// order may differ.
 func (s *sandbox) holdersLast(order []states.Event) []states.Event {
-	for range order { // each pass puts one more in its place
+	for range order { // each pass moves at least one step to its place
 		for i, name := range order {
 			last := i
 			for _, held := range s.holds(name) {
@@ -123,7 +126,8 @@ func (s *sandbox) holdersLast(order []states.Event) []states.Event {
 	return order
 }
 
-// holds are the steps that one holds, by this release's declaration, or as recorded by another.
+// holds returns the steps that a step holds: by this release's declaration, or by the record of
+// another release.
 func (s *sandbox) holds(name states.Event) []states.Event {
 	if known, ok := s.engine.step(name); ok {
 		return known.Declaration().Holds

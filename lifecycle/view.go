@@ -4,104 +4,106 @@ import (
 	"slices"
 	"time"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// StepStatus is where a step of a sandbox stands.
+// StepStatus is the status of a step of a sandbox.
 type StepStatus string
 
 const (
-	StepPending StepStatus = "pending"
-	StepRunning StepStatus = "running"
-	StepDone    StepStatus = "done"
-	StepSkipped StepStatus = "skipped"
-	StepFailed  StepStatus = "failed"
-	StepUndoing StepStatus = "undoing"
-	StepUndone  StepStatus = "undone"
-	StepOwed    StepStatus = "owed"
+	StepPending        StepStatus = "pending"
+	StepRunning        StepStatus = "running"
+	StepDone           StepStatus = "done"
+	StepSkipped        StepStatus = "skipped"
+	StepFailed         StepStatus = "failed"
+	StepUndoing        StepStatus = "undoing"
+	StepUndone         StepStatus = "undone"
+	StepCleanupPending StepStatus = "cleanup_pending"
 )
 
 // StepView is one step of a sandbox.
 type StepView struct {
-	Name      states.Event
-	Status    StepStatus
-	Started   time.Time     // zero when it never ran
-	Duration  time.Duration // of the last Do; zero while it runs
-	Err       error         // of Do, of the last undo while it is owed, or of the last check of what is done
-	Attempts  int           // failed tries at undoing it
-	Unknown   bool          // this release can't undo it: it doesn't know the step, or its data
-	Release   string        // the release of podfsm that did it; "" when it never ran
-	OwedSince time.Time     // when the first of them failed
-	Plan      any
-	Notes     []any
-	Result    any
+	Name         states.Event
+	Status       StepStatus
+	Started      time.Time     // zero if it never ran
+	Duration     time.Duration // of the last Do; zero while it runs
+	Err          error         // of a pending undo, of the last check of a done step, or else of Do
+	Attempts     int           // failed undos
+	Unknown      bool          // this release can't undo it: it doesn't know the step, or its data
+	Release      string        // the release of podfsm that did it; "" if it never ran
+	PendingSince time.Time     // when the undo first failed, or began to wait for another
+	Plan         any
+	Notes        []any
+	Result       any
 }
 
 // Transition is one change of a sandbox's state.
 type Transition struct {
-	Seq      uint64 // from 1, the transition out of New; it only ever grows, also over a restart
+	Seq      uint64 // 1 is the transition from New; grows across restarts, too
 	At       time.Time
 	After    time.Duration // how long the sandbox was in From
 	Event    states.Event
 	From, To states.State
-	Step     states.Event // that was done, or whose failure led to it; "" for none
-	Err      error        // that led to it
-	Class    string       // of Err, as error.type of a span
-	TraceID  string       // of the span that it happened under; "" when that was in no trace
+	Step     states.Event // the step that was done, or whose failure led to the transition; "" for none
+	Err      error        // the cause
+	Class    string       // of Err, as in a span's error.type
+	TraceID  string       // "" without a trace
 }
 
-// ActKind is what an act does with its step.
-type ActKind string
+// Operation is what a try does with a step.
+type Operation string
 
 const (
-	ActDo   ActKind = "do"
-	ActUndo ActKind = "undo"
-	ActStop ActKind = "stop" // of the sandbox's process
+	OperationDo   Operation = "do"
+	OperationUndo Operation = "undo"
+	OperationStop Operation = "stop" // of the sandbox's process
 
-	ActCheck ActKind = "check" // of what is done; the acts of a view don't hold it
+	OperationCheck Operation = "check" // of a done step; views don't have these
 
-	ActWriteOff ActKind = "write-off" // the undo was given up
+	OperationWriteOff Operation = "write-off" // the undo was given up
 )
 
-// Act is one try at doing or undoing a step. Of the tries at one thing the first and the last are kept.
-type Act struct {
+// Try is one try of an operation on a step. Of the tries of one operation on one step, the first
+// and the last are kept.
+type Try struct {
 	Step           states.Event
-	Kind           ActKind
-	Started, Ended time.Time // Ended is zero while it is under way, and where nobody knows: the daemon was killed meanwhile
-	Err            error     // of a write-off, that of the last undo
+	Operation      Operation
+	Started, Ended time.Time // Ended is zero while it is under way, and if the daemon was killed meanwhile
+	Err            error     // of a write-off: the error of the last undo
 	Reason         string    // of a write-off
 }
 
-// View is a sandbox at one moment. It shares nothing that changes with the engine.
+// View is a sandbox at one moment. The engine doesn't change it afterwards.
 type View struct {
-	Key         journal.Key
+	Key         ledger.Key
 	Pod         string
 	Spec        any
 	State       states.State
-	Goal        states.State // what the owed cleanup leads to, "" when nothing is owed
+	Goal        states.State // of the pending cleanup; "" for none
 	Created     time.Time
 	Since       time.Time // when the state was entered
-	TraceParent string    // of the span it was created under, a W3C traceparent
+	TraceParent string    // W3C traceparent of the span under which it was created
 	TraceID     string
 	Claim       Claim
-	HalfMade    bool         // its creation has not come to Ready, nor to a rollback
-	Steps       []StepView   // in the order in which they were begun; those that weren't, where they would be; on demand, those that somebody has asked for
-	Unread      []string     // what this release doesn't know of its records
-	Transitions []Transition // without those in the middle where there are very many
-	Acts        []Act        // in the order in which they began
-	NextTry     time.Time    // of the owed cleanup
+	HalfMade    bool         // neither ready yet nor being rolled back
+	Steps       []StepView   // in the order in which they began or will begin, without steps on demand that were not demanded
+	Unread      []string     // the records that this release doesn't know
+	Transitions []Transition // if there are very many, without some in the middle
+	Tries       []Try        // in the order in which they began
+	NextTry     time.Time    // of the pending cleanup
 	Err         error        // the last one
 	Exit        *Exit
 }
 
-// Pending says whether the sandbox has a pending cleanup, also while that is tried again. One in quarantine stays there when its stop fails.
+// Pending says whether the sandbox has a pending cleanup, also while it is being retried. A
+// quarantined sandbox with a pending cleanup stays quarantined.
 func (v View) Pending() bool {
-	return v.State == states.CleanupOwed || slices.ContainsFunc(v.Steps, func(s StepView) bool { return s.Status == StepOwed })
+	return v.State == states.CleanupOwed || slices.ContainsFunc(v.Steps, func(s StepView) bool { return s.Status == StepCleanupPending })
 }
 
-// Step is one step of the view.
+// Step returns a step of the view; the zero StepView for an unknown name.
 func (v View) Step(name states.Event) StepView {
 	for _, step := range v.Steps {
 		if step.Name == name {
@@ -111,7 +113,7 @@ func (v View) Step(name states.Event) StepView {
 	return StepView{}
 }
 
-// Current is the step that the sandbox waits for, if there is one.
+// Current returns the step that is being done or undone, if there is one.
 func (v View) Current() (StepView, bool) {
 	for _, step := range slices.Backward(v.Steps) {
 		if step.Status == StepUndoing {
@@ -137,7 +139,7 @@ func (s *sandbox) view() View {
 		TraceParent: s.traceParent,
 		Claim:       Claim(s.claim.Load()),
 		Transitions: slices.Clone(s.transitions),
-		Acts:        slices.Clone(s.acts),
+		Tries:       slices.Clone(s.tries),
 		Unread:      slices.Clone(s.unread),
 		NextTry:     s.nextTry, Err: s.lastErr,
 	}
@@ -145,7 +147,7 @@ func (s *sandbox) view() View {
 		v.TraceID = ""
 	}
 	if v.State != states.CleanupOwed {
-		v.Goal, v.NextTry = "", time.Time{} // it is being paid
+		v.Goal, v.NextTry = "", time.Time{} // the cleanup is being retried
 	}
 	if s.exit != nil {
 		exit := *s.exit
@@ -155,12 +157,12 @@ func (s *sandbox) view() View {
 		rec := s.steps[name]
 		declared, known := s.engine.table.Step(name)
 		if rec.status == StepPending && declared.OnDemand {
-			continue // nobody has asked for it
+			continue // no caller demanded the step
 		}
-		view := StepView{Name: name, Unknown: !known || rec.unknown != "", Release: rec.release, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, Attempts: rec.attempts, OwedSince: rec.owedSince,
+		view := StepView{Name: name, Unknown: !known || rec.unknown != "", Release: rec.release, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, Attempts: rec.attempts, PendingSince: rec.pendingSince,
 			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
-		case rec.status == StepOwed:
+		case rec.status == StepCleanupPending:
 			view.Err = rec.undoErr
 		case rec.status == StepDone && rec.checkErr != nil:
 			view.Err = rec.checkErr

@@ -14,7 +14,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -22,7 +22,7 @@ var errNever = errors.New("the plugin was uninstalled")
 
 func never() error { return errNever }
 
-// partedStep is a step with two parts, each of which keeps it from being undone until it is written off.
+// partedStep is a step with two parts. Its undo fails until both are written off.
 type partedStep struct{ fakeStep }
 
 type partNote struct{ Name, Reason string }
@@ -56,8 +56,8 @@ func (s *partedStep) WriteOff(ctx context.Context, r *Run, name, reason string) 
 	return []string{name}, nil
 }
 
-// withPendingCleanup is a world whose sandbox has a pending cleanup that leads to a goal, since the undo of a step never succeeds. Nothing is retried
-// by itself, and what is written off is told.
+// withPendingCleanup returns a world whose sandbox has a pending cleanup with a goal, because the
+// undo of a step always fails. The engine doesn't retry by itself. told keeps the write-offs.
 func withPendingCleanup(t *testing.T, step states.Event, goal states.State, change ...func(*world)) (w *world, told *writeOffs) {
 	w = newWorld(t)
 	w.undo[step] = never
@@ -84,7 +84,7 @@ func withPendingCleanup(t *testing.T, step states.Event, goal states.State, chan
 	return w, told
 }
 
-// writeOffs are those that an engine has told of.
+// writeOffs keeps the reported write-offs.
 type writeOffs struct {
 	mu  sync.Mutex
 	all []WriteOff
@@ -102,7 +102,7 @@ func (o *writeOffs) read() []WriteOff {
 	return slices.Clone(o.all)
 }
 
-// calm keeps the engine from retries of its own, and keeps what it tells of write-offs.
+// calm stops the engine's own retries, and keeps its write-offs.
 func (w *world) calm() *writeOffs {
 	told := &writeOffs{}
 	w.Engine.backoff = func(int) time.Duration { return time.Hour }
@@ -110,7 +110,7 @@ func (w *world) calm() *writeOffs {
 	return told
 }
 
-// ends requires that a sandbox is where its cleanup leads to, and that nothing is left but what was written off.
+// ends requires that a sandbox has reached its goal, and that only what was written off is left.
 func (w *world) ends(t *testing.T, goal states.State, left ...states.Event) {
 	t.Helper()
 	require.Equal(t, goal, w.state(t))
@@ -130,11 +130,11 @@ func TestRetry(t *testing.T) {
 			require.ErrorIs(t, err, errNever)
 			require.Equal(t, 2, w.view(t).Step(attachNetwork).Attempts)
 
-			paid := 0
-			w.WhenPaid(func(context.Context, journal.Key) { paid++ })
+			completed := 0
+			w.WhenRemovalCompletes(func(context.Context, ledger.Key) { completed++ })
 			w.undo[attachNetwork] = nil
 			require.NoError(t, w.Retry(t.Context(), testKey))
-			require.Equal(t, goal == states.Removed, paid == 1, "whoever was told that the removal had failed is told that it is done")
+			require.Equal(t, goal == states.Removed, completed == 1, "the completion of a failed removal is reported")
 			w.ends(t, goal)
 			require.Empty(t, told.read())
 		})
@@ -156,7 +156,7 @@ func TestWriteOff(t *testing.T) {
 				view, ok := w.Find(testKey)
 				require.True(t, ok)
 				require.Equal(t, StepUndone, view.Step(step).Status)
-				act := view.Acts[slices.IndexFunc(view.Acts, func(a Act) bool { return a.Kind == ActWriteOff })]
+				act := view.Tries[slices.IndexFunc(view.Tries, func(a Try) bool { return a.Operation == OperationWriteOff })]
 				require.Equal(t, step, act.Step)
 				require.Equal(t, "the plugin is gone for good", act.Reason)
 				require.ErrorIs(t, act.Err, errNever)
@@ -166,19 +166,20 @@ func TestWriteOff(t *testing.T) {
 	}
 }
 
-// What is written off stays so after a kill at any moment, and for an older release, which doesn't know the field.
+// A write-off outlives a kill at any moment. An older release, which doesn't know the field,
+// doesn't retry either.
 func TestWriteOffLasts(t *testing.T) {
-	for name, forget := range map[string]func(*journal.Record){
-		"this release":     func(*journal.Record) {},
-		"an older release": func(r *journal.Record) { r.WrittenOff = "" },
+	for name, forget := range map[string]func(*ledger.Record){
+		"this release":     func(*ledger.Record) {},
+		"an older release": func(r *ledger.Record) { r.WrittenOff = "" },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w, _ := withPendingCleanup(t, attachNetwork, states.Stopped)
 			before := w.book.saved()
 			require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
 			after := w.book.saved()[0].Records
-			at := slices.IndexFunc(after, func(r journal.Record) bool { return r.WrittenOff != "" })
-			require.Equal(t, journal.Undone, after[at].Kind)
+			at := slices.IndexFunc(after, func(r ledger.Record) bool { return r.WrittenOff != "" })
+			require.Equal(t, ledger.Undone, after[at].Kind)
 			require.True(t, after[at].Durable)
 			require.Equal(t, "undo of step attach_network of pod \"ns/pod\" failed: the plugin was uninstalled", after[at].Error)
 			for n := len(before[0].Records); n <= len(after); n++ {
@@ -191,7 +192,7 @@ func TestWriteOffLasts(t *testing.T) {
 				next.undo[attachNetwork] = never
 				require.NoError(t, next.Resume(t.Context(), testKey))
 				if n <= at {
-					require.Eventually(t, func() bool { return next.view(t).Step(attachNetwork).Status == StepOwed }, 10*time.Second, time.Millisecond)
+					require.Eventually(t, func() bool { return next.view(t).Step(attachNetwork).Status == StepCleanupPending }, 10*time.Second, time.Millisecond)
 					continue
 				}
 				require.Eventually(t, func() bool { return next.state(t) == states.Stopped }, 10*time.Second, time.Millisecond)
@@ -214,8 +215,8 @@ func TestWriteOffOfAPart(t *testing.T) {
 	require.True(t, errdefs.IsNotFound(err))
 	require.ErrorContains(t, err, `["net/bridge" "net/sbr"]`)
 
-	w.book.refuse = func(r *journal.Record) error {
-		if r.Kind == journal.Noted {
+	w.book.refuse = func(r *ledger.Record) error {
+		if r.Kind == ledger.Noted {
 			return errors.New("disk full")
 		}
 		return nil
@@ -225,7 +226,7 @@ func TestWriteOffOfAPart(t *testing.T) {
 	w.book.refuse = nil
 
 	err = w.WriteOff(t.Context(), testKey, "net/sbr", "gone")
-	require.ErrorContains(t, err, "net/bridge: the plugin was uninstalled", "the others are tried again, and owed")
+	require.ErrorContains(t, err, "net/bridge: the plugin was uninstalled", "the others are retried, and pending")
 	require.NotContains(t, err.Error(), "net/sbr")
 	require.NoError(t, w.WriteOff(t.Context(), testKey, "net/bridge", "gone, too"))
 	require.Equal(t, states.Stopped, w.state(t))
@@ -234,7 +235,7 @@ func TestWriteOffOfAPart(t *testing.T) {
 		require.Equal(t, attachNetwork, told.read()[i].Step)
 		require.ErrorIs(t, told.read()[i].Err, errNever)
 	}
-	notes := slices.DeleteFunc(w.book.saved()[0].Records, func(r journal.Record) bool { return r.Kind != journal.Noted })
+	notes := slices.DeleteFunc(w.book.saved()[0].Records, func(r ledger.Record) bool { return r.Kind != ledger.Noted })
 	require.Len(t, notes, 2)
 	for _, note := range notes {
 		require.True(t, note.Durable && !note.CanWait)
@@ -268,14 +269,14 @@ func TestWriteOffIsRefused(t *testing.T) {
 	})
 	t.Run("the ledger takes no record of it", func(t *testing.T) {
 		w, told := withPendingCleanup(t, attachNetwork, states.Stopped)
-		w.book.refuse = func(r *journal.Record) error {
+		w.book.refuse = func(r *ledger.Record) error {
 			if r.WrittenOff != "" {
 				return errors.New("disk full")
 			}
 			return nil
 		}
 		require.ErrorIs(t, w.WriteOff(t.Context(), testKey, "", "gone"), errNever)
-		require.Equal(t, StepOwed, w.view(t).Step(attachNetwork).Status)
+		require.Equal(t, StepCleanupPending, w.view(t).Step(attachNetwork).Status)
 		require.Empty(t, told.read())
 		w.book.refuse = nil
 		require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
@@ -292,7 +293,7 @@ func TestWriteOffIsRefused(t *testing.T) {
 	})
 }
 
-// Ids are never freed while a process, a mount or a snapshot may use them.
+// A write-off never frees ids that a process, a mount or a snapshot may use.
 func TestWriteOffFreesNothingInUse(t *testing.T) {
 	for step, undo := range map[states.Event]func() error{
 		startShim:     never,
@@ -317,7 +318,8 @@ func TestWriteOffFreesNothingInUse(t *testing.T) {
 	}
 }
 
-// A removal is pending as well when all is undone, and only the ledger doesn't forget the sandbox.
+// A removal is also pending if all steps are undone and only the ledger fails to forget the
+// sandbox.
 func TestRetryOfTheEnd(t *testing.T) {
 	w := newWorld(t)
 	w.calm()
@@ -348,7 +350,7 @@ func TestWriteOffWithoutItsCaller(t *testing.T) {
 	require.ErrorContains(t, err, "the request was not begun")
 	close(end)
 	require.ErrorIs(t, <-done, errNever)
-	require.NoError(t, w.Settle(t.Context(), testKey))
+	require.NoError(t, w.WaitQueued(t.Context(), testKey))
 	require.Equal(t, states.CleanupOwed, w.state(t))
 	require.Empty(t, told.read())
 
@@ -358,12 +360,13 @@ func TestWriteOffWithoutItsCaller(t *testing.T) {
 	if err != nil { // both may come first
 		require.ErrorContains(t, err, "continues after its caller's deadline")
 	}
-	require.NoError(t, w.Settle(t.Context(), testKey))
+	require.NoError(t, w.WaitQueued(t.Context(), testKey))
 	require.Equal(t, states.Stopped, w.state(t))
 	require.Len(t, told.read(), 1)
 }
 
-// What fails for the first time while a cleanup is written off stays pending: nobody has decided about it.
+// An undo that fails for the first time during a write-off stays pending: the operator has not
+// decided about it.
 func TestWriteOffOfWhatHadFailed(t *testing.T) {
 	w, told := withPendingCleanup(t, attachNetwork, states.Removed)
 	w.undo[captureNetNS] = never
@@ -371,36 +374,37 @@ func TestWriteOffOfWhatHadFailed(t *testing.T) {
 	require.ErrorIs(t, err, errNever)
 	require.Len(t, told.read(), 1)
 	require.Equal(t, attachNetwork, told.read()[0].Step)
-	require.Equal(t, StepOwed, w.view(t).Step(captureNetNS).Status)
+	require.Equal(t, StepCleanupPending, w.view(t).Step(captureNetNS).Status)
 
 	next := w.restart(t, kept)
 	told = next.calm()
 	next.undo[captureNetNS] = never
-	require.NoError(t, next.WriteOff(t.Context(), testKey, "", "gone, too"), "that it has failed is on record")
+	require.NoError(t, next.WriteOff(t.Context(), testKey, "", "gone, too"), "the failure is on record")
 	require.Len(t, told.read(), 1)
 	require.Equal(t, captureNetNS, told.read()[0].Step)
 }
 
-// The removal of a sandbox that is in quarantine by now is retried as one, and never said to be completed while anything of it is pending.
+// The pending removal of a sandbox that was quarantined since is retried as a removal. It is never
+// reported as completed while a cleanup is pending.
 func TestRetryOfARemovalInQuarantine(t *testing.T) {
 	w, _ := withPendingCleanup(t, remapSnapshot, states.Removed)
-	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
+	w.book.records = append(w.book.records, ledger.Record{Seq: 1 << 20, Key: testKey, Kind: ledger.Unreadable, Error: "damaged"})
 	next := w.restart(t, kept)
 	next.calm()
 	next.undo[remapSnapshot] = never
 	require.Equal(t, states.Quarantined, next.state(t))
 	require.ErrorIs(t, next.WriteOff(t.Context(), testKey, "", "gone"), errNever)
-	require.Equal(t, StepOwed, next.view(t).Step(remapSnapshot).Status)
+	require.Equal(t, StepCleanupPending, next.view(t).Step(remapSnapshot).Status)
 	next.undo[remapSnapshot] = nil
 	require.NoError(t, next.Retry(t.Context(), testKey))
 	require.True(t, next.gone())
 }
 
-// A sandbox in quarantine whose stop fails can't be removed by the kubelet.
+// The kubelet can't remove a quarantined sandbox whose stop fails.
 func TestWriteOffInQuarantine(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
-	w.book.records = append(w.book.records, journal.Record{Seq: 1 << 20, Key: testKey, Kind: journal.Unreadable, Error: "damaged"})
+	w.book.records = append(w.book.records, ledger.Record{Seq: 1 << 20, Key: testKey, Kind: ledger.Unreadable, Error: "damaged"})
 	w, _ = w.restartOn(t, kept)
 	require.Equal(t, states.Quarantined, w.state(t))
 	require.True(t, errdefs.IsFailedPrecondition(w.Retry(t.Context(), testKey)))
@@ -410,7 +414,7 @@ func TestWriteOffInQuarantine(t *testing.T) {
 
 	w, told := w.restartOn(t, kept)
 	w.undo[attachNetwork] = never
-	require.True(t, w.view(t).Pending(), "it is on record")
+	require.True(t, w.view(t).Pending(), "the pending cleanup is on record")
 	require.NoError(t, w.WriteOff(t.Context(), testKey, "", "gone"))
 	require.Len(t, told.read(), 1)
 	require.NoError(t, w.Stop(t.Context(), testKey))
@@ -418,8 +422,9 @@ func TestWriteOffInQuarantine(t *testing.T) {
 	require.Equal(t, []states.Event{attachNetwork}, w.left())
 }
 
-// After a reboot, what depends on a program that may never come back is tried for an hour, whoever tries, and however often the daemon is
-// restarted. What is podfsm's own is tried forever, as is all of a sandbox of this boot.
+// After a reboot, an undo that depends on another program is retried for an hour, counting the
+// tries of all callers and all daemons. podfsm's own undos, and all undos of a sandbox of this
+// boot, are retried forever.
 func TestTriesAfterAReboot(t *testing.T) {
 	for name, test := range map[string]struct {
 		known    Outside
@@ -478,12 +483,13 @@ func TestTriesAfterAReboot(t *testing.T) {
 	}
 }
 
-// A kill between an undo and its record leaves it open whether that has succeeded. If it fails from then on, the error says so.
+// After a kill between an undo and its record, the undo may have succeeded. If it fails from then
+// on, the error says so.
 func TestUndoThatWasInterrupted(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	require.NoError(t, w.Stop(t.Context(), testKey))
-	undone := slices.IndexFunc(w.book.records, func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(attachNetwork) })
+	undone := slices.IndexFunc(w.book.records, func(r ledger.Record) bool { return r.Kind == ledger.Undone && r.Step == string(attachNetwork) })
 	w.book.records = w.book.records[:undone]
 	const text = "an earlier try was interrupted by a restart of containerd, and may have succeeded"
 	for range 2 { // a later restart doesn't forget it
@@ -497,13 +503,14 @@ func TestUndoThatWasInterrupted(t *testing.T) {
 		require.ErrorContains(t, w.view(t).Step(attachNetwork).Err, text)
 		w.undo[attachNetwork] = nil
 		last := len(w.book.records) - 1
-		require.Equal(t, journal.Owed, w.book.records[last].Kind)
+		require.Equal(t, ledger.CleanupPending, w.book.records[last].Kind)
 		w.book.records = append(before, w.book.records[:last]...)
 	}
 	require.NoError(t, w.Stop(t.Context(), testKey))
 }
 
-// An undo that has failed was not interrupted, whether its sandbox was ready, stopped or in quarantine.
+// A failed undo is not reported as interrupted, whether its sandbox was ready, stopped or
+// quarantined.
 func TestUndoThatFailedWasNotInterrupted(t *testing.T) {
 	w := newWorld(t)
 	w.calm()
@@ -521,43 +528,44 @@ func TestUndoThatFailedWasNotInterrupted(t *testing.T) {
 	}
 }
 
-// The ledger keeps the first and the last of the records that say the same, and with them that an undo was interrupted.
+// The ledger drops records that say the same, but still has the record of an interrupted undo.
 func TestUndoThatWasInterruptedStaysOnRecord(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.run(t))
 	require.NoError(t, w.Stop(t.Context(), testKey))
-	undone := slices.IndexFunc(w.book.records, func(r journal.Record) bool { return r.Kind == journal.Undone && r.Step == string(attachNetwork) })
+	undone := slices.IndexFunc(w.book.records, func(r ledger.Record) bool { return r.Kind == ledger.Undone && r.Step == string(attachNetwork) })
 	root, state := t.TempDir(), t.TempDir()
-	ledger, err := journal.Open(root, state)
+	log, err := ledger.Open(root, state)
 	require.NoError(t, err)
 	for _, record := range w.book.records[:undone] {
 		record.Seq = 0
-		require.NoError(t, ledger.Append(t.Context(), &record))
+		require.NoError(t, log.Append(t.Context(), &record))
 	}
 	for range 3 {
-		next := newWorldOn(t, ledger, newNode())
+		next := newWorldOn(t, log, newNode())
 		next.calm()
 		next.node.exists, next.undo[attachNetwork] = w.left(), never
-		next.Restore(t.Context(), ledger.Sandboxes(), func(_ journal.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(kept))
+		next.Restore(t.Context(), log.Sandboxes(), func(_ ledger.Key, spec any) Request { return Request{Pod: "ns/pod", Spec: spec} }, outsideOf(kept))
 		for range 3 {
 			require.ErrorContains(t, next.Stop(t.Context(), testKey), "an earlier try was interrupted by a restart of containerd")
 		}
 		next.Close(context.Background())
-		require.NoError(t, ledger.Close())
-		ledger, err = journal.Open(root, state)
+		require.NoError(t, log.Close())
+		log, err = ledger.Open(root, state)
 		require.NoError(t, err)
 	}
-	require.NoError(t, ledger.Close())
+	require.NoError(t, log.Close())
 }
 
-// A reboot ends a process, also one whose data this release can't read. What else the step has left can be written off then.
+// A reboot also ends a process whose data this release can't read. The rest of the step can then be
+// written off.
 func TestRebootEndsAnUnknownProcess(t *testing.T) {
 	for known, ends := range map[Outside]bool{rebooted: true, kept: false} {
 		w := newWorld(t)
 		require.NoError(t, w.run(t))
 		for i, record := range w.book.records {
-			if record.Kind == journal.Done && record.Step == string(startPause) {
-				w.book.records[i].Data = &journal.Data{TypeURL: "nobody's", Value: []byte("{}")}
+			if record.Kind == ledger.Done && record.Step == string(startPause) {
+				w.book.records[i].Data = &ledger.Data{TypeURL: "nobody's", Value: []byte("{}")}
 			}
 		}
 		next := w.restart(t, known)
@@ -575,7 +583,7 @@ func TestRebootEndsAnUnknownProcess(t *testing.T) {
 	}
 }
 
-// Requests that fail more often than the timer comes don't put its try off.
+// Failing requests don't postpone the timer's retry.
 func TestRequestsDontPutRetriesOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return 4 * time.Minute } })
@@ -590,6 +598,26 @@ func TestRequestsDontPutRetriesOff(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).Attempts)
 		require.True(t, w.view(t).NextTry.After(due))
+		w.Close(context.Background())
+	})
+}
+
+// A timer that fires during a failing try doesn't cause another try at once.
+func TestTimerDuringATry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return time.Minute } })
+		tries := w.view(t).Step(attachNetwork).Attempts
+		w.undo[attachNetwork] = func() error {
+			time.Sleep(2 * time.Minute)
+			return errors.New("no luck")
+		}
+		require.Error(t, w.Stop(t.Context(), testKey))
+		synctest.Wait()
+		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).Attempts)
+		require.Equal(t, states.CleanupOwed, w.state(t))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Equal(t, states.Stopping, w.state(t), "the timer of the last try")
 		w.Close(context.Background())
 	})
 }

@@ -17,14 +17,15 @@ type Handle struct {
 	id nsID
 }
 
-// Capture returns the network namespace of a process; the caller closes it. The process is held by its pidfd, so its pid can't be
-// another's by then.
+// Capture returns the network namespace of a process. The caller closes it. The process is held by
+// its pidfd, so its pid can't have been reused.
 //
-// Errors: NotFound when the process has ended, FailedPrecondition when it is in the host's network namespace.
+// Errors: NotFound if the process has ended, FailedPrecondition if it is in the host's network
+// namespace.
 func Capture(process *host.Process) (*Handle, error) {
 	h, err := capture(process)
-	// Asked last, and even after an error: where the kernel opens namespaces only by a path below /proc, that may have been another
-	// process's if this one has ended meanwhile.
+	// Check that the process lives last, and even after an error: older kernels open namespaces
+	// only by /proc/PID, and if this process has ended meanwhile, PID may be another one.
 	if !process.Alive() {
 		if h != nil {
 			h.Close()
@@ -36,7 +37,7 @@ func Capture(process *host.Process) (*Handle, error) {
 
 func capture(process *host.Process) (*Handle, error) {
 	if hostErr != nil {
-		return nil, fmt.Errorf("failed to tell a pod's network namespace from the host's: %w", hostErr)
+		return nil, fmt.Errorf("failed to identify the host's network namespace: %w", hostErr)
 	}
 	ns, err := openNetNS(process)
 	if err != nil {
@@ -56,15 +57,16 @@ func capture(process *host.Process) (*Handle, error) {
 // Inode is the namespace's inode number on nsfs, as in the text of /proc/PID/ns/net.
 func (h *Handle) Inode() uint64 { return h.id.ino }
 
-// File is the namespace, the Handle's to close.
+// File returns the open namespace. The Handle closes it.
 func (h *Handle) File() *os.File { return h.ns }
 
-// Close lets go of the namespace; a pin keeps it.
+// Close closes the handle. A pinned namespace stays.
 func (h *Handle) Close() error { return h.ns.Close() }
 
-// Open opens the network namespace at path, following symlinks, for a caller that brings its own. The caller closes it.
+// Open opens the network namespace at path, following symlinks, for callers that bring their own.
+// The caller closes it.
 //
-// Errors: NotFound when there is nothing at path, InvalidArgument when it is not a network namespace.
+// Errors: NotFound if path does not exist, InvalidArgument if it is not a network namespace.
 func Open(path string) (*Handle, error) {
 	ns, err := openPath(path, 0)
 	if err != nil {

@@ -11,10 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 func TestCapture(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	kill := func(p *pod) { p.kill() }
 	for _, tc := range []struct {
 		name   string
@@ -65,7 +66,7 @@ func TestCapture(t *testing.T) {
 
 // A namespace that was captured outlives its process.
 func TestCaptureOutlivesTheProcess(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	p := startPod(t, unix.CLONE_NEWUSER|unix.CLONE_NEWNET)
 	h, err := Capture(p.Process)
 	require.NoError(t, err)
@@ -93,7 +94,7 @@ func TestUnknownPidfdIoctl(t *testing.T) {
 }
 
 func TestOpen(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	p := startPod(t, unix.CLONE_NEWUSER|unix.CLONE_NEWNET)
 	h, err := Open(p.file("ns/net"))
 	require.NoError(t, err)

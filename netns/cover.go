@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cover is a mount that hides pins: it was made over their directory, or over a directory above that, when they were there already, as
-// "ip netns add" does on a private mount.
+// Cover is a mount that hides pins. It was mounted over their directory, or over a directory above,
+// after the pins were made. "ip netns add" does so on a private mount.
 type Cover struct {
 	// Pins are the names of the hidden pins; none without a cover.
 	Pins []string
@@ -22,7 +22,7 @@ type Cover struct {
 	Over string
 
 	itself  bool // it is mounted on the directory itself
-	holds   int  // mounts
+	holds   int  // mounts on it
 	movable bool
 }
 
@@ -54,7 +54,7 @@ func Covered(dir string) (Cover, error) {
 	}
 	found := Cover{Over: cover.Mountpoint, itself: cover.Mountpoint == real, holds: holds, movable: groupOf(mounts[cover.Parent]) == ""}
 	for _, m := range pins {
-		// What is unmounted in one of two peers goes from the other, too.
+		// An unmount in one of two peers propagates to the other.
 		if m.Parent != top && !(visible[m.Mountpoint] && peers(mounts[m.Parent], cover)) {
 			found.Pins = append(found.Pins, filepath.Base(m.Mountpoint))
 		}
@@ -62,20 +62,21 @@ func Covered(dir string) (Cover, error) {
 	return found, nil
 }
 
-// Remedy says how to reach the pins again. What is on the cover may be others', so nothing that it says takes that away.
+// Remedy says how to reach the pins again. It never unmounts what others may have mounted on the
+// cover.
 func (c Cover) Remedy() string {
 	switch {
 	case c.itself && c.holds == 0:
 		return "umount " + c.Over
 	case c.itself && c.movable:
-		return fmt.Sprintf("mount --move %s to a directory aside, umount the pins that it covered, and mount --move it back", c.Over)
+		return fmt.Sprintf("mount --move %s to another directory, umount the covered pins, and mount --move it back", c.Over)
 	default:
-		return fmt.Sprintf("see by findmnt -R %s whose it is: the pins can be reached once it is gone", c.Over)
+		return fmt.Sprintf("find the owner of the mount by findmnt -R %s; the pins are reachable once it is unmounted", c.Over)
 	}
 }
 
-// lookUp is the path of a directory without symlinks, and the id of the mount that it is on. Of a directory that isn't there it is the one
-// above.
+// lookUp returns the path of a directory without symlinks, and the id of the mount that it is on.
+// For a missing directory it uses the closest existing one above.
 func lookUp(dir string) (real string, mount int, err error) {
 	real, err = filepath.EvalSymlinks(dir)
 	if errors.Is(err, fs.ErrNotExist) && dir != filepath.Dir(dir) {
@@ -96,10 +97,10 @@ func mountOf(path string) (st unix.Statx_t, err error) {
 	return st, nil
 }
 
-// peers says whether two mounts propagate to each other.
+// peers reports whether two mounts propagate to each other.
 func peers(a, b *mountinfo.Info) bool { return groupOf(a) != "" && groupOf(a) == groupOf(b) }
 
-// groupOf is the peer group of a mount, "" where it has none.
+// groupOf returns the peer group of a mount, "" if it has none.
 func groupOf(m *mountinfo.Info) string {
 	if m == nil {
 		return ""
@@ -124,8 +125,10 @@ func uncovered(path string) error {
 	return nil
 }
 
-// mayBeCovered says whether another filesystem is mounted on the directory of a path. A mount of the directory on itself is no such one: its
-// files are those that it covers, and none that is a mount point, somewhere, can be removed. To list all mounts costs more on a full node.
+// mayBeCovered reports whether another filesystem is mounted on the directory of a path. It is a
+// cheap test before all mounts are listed, which is expensive on a full node. A bind mount of the
+// directory on itself does not count: its files are the covered ones, and a file that is a mount
+// point anywhere can't be removed.
 func mayBeCovered(path string) bool {
 	dir, err := mountOf(filepath.Dir(path))
 	if err != nil {

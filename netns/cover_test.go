@@ -9,6 +9,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 // mount makes a mount that ends with the test.
@@ -62,7 +64,7 @@ var covers = map[string]struct {
 
 // Something is mounted over pins. Unpin says so, and does its work once that is gone.
 func TestUnpinCovered(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	for name, cover := range covers {
 		t.Run(name, func(t *testing.T) {
 			h, _ := capturePod(t)
@@ -102,7 +104,7 @@ func TestUnpinCovered(t *testing.T) {
 
 // A pin that is made again in what covers its directory leads to the namespace. Its end still finds the first one.
 func TestPinAgainInACover(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	for name, cover := range covers {
 		t.Run(name, func(t *testing.T) {
 			h, _ := capturePod(t)
@@ -129,7 +131,7 @@ func TestPinAgainInACover(t *testing.T) {
 // On a shared mount a directory that is mounted on itself is a peer of what it covers: pins that are made from then on are seen in both, and
 // go from both.
 func TestPinsOfPeersAreNotCovered(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	dir := onMount(t, unix.MS_SHARED)
 	mount(t, dir, dir, "", unix.MS_BIND)
@@ -145,7 +147,7 @@ func TestPinsOfPeersAreNotCovered(t *testing.T) {
 
 // Others have pinned namespaces on what covers a pin, as "ip netns add" does. The remedy leaves theirs alone.
 func TestRemedyKeepsWhatIsOnACover(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	for name, cover := range covers {
 		if name == "a tmpfs above" {
 			continue
@@ -178,7 +180,7 @@ func TestRemedyKeepsWhatIsOnACover(t *testing.T) {
 
 // A cover can't be moved where its parent is shared: the kernel refuses that.
 func TestRemedyOnASharedMount(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	dir := onMount(t, unix.MS_SHARED)
 	require.NoError(t, h.Pin(filepath.Join(dir, "pin")))
@@ -194,7 +196,7 @@ func TestRemedyOnASharedMount(t *testing.T) {
 
 // All mounts of the node are listed only where another filesystem is mounted on the directory.
 func TestMayBeCovered(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	for name, tc := range map[string]struct {
 		kind  string
 		flags uintptr

@@ -13,8 +13,8 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// Pins are the names in dir of what [Handle.Pin] makes: pinned namespaces, and mount points without a mount. What else there is
-// is left out. A directory that doesn't exist has none.
+// Pins returns the names in dir that [Handle.Pin] may have made: pinned namespaces, and mount
+// points without a mount. It skips all other files. A missing directory has no pins.
 func Pins(dir string) ([]string, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -24,7 +24,7 @@ func Pins(dir string) ([]string, error) {
 	for _, entry := range entries {
 		target, _, err := openTarget(filepath.Join(dir, entry.Name()))
 		if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
-			continue // it has gone meanwhile, or is something else
+			continue // removed meanwhile, or not made by Pin
 		}
 		if err != nil {
 			return nil, err
@@ -35,7 +35,8 @@ func Pins(dir string) ([]string, error) {
 	return pins, nil
 }
 
-// Users are the pids of the processes in the network namespace that is pinned at path; none where none is pinned.
+// Users returns the pids of the processes in the network namespace pinned at path, none if no
+// namespace is pinned there.
 //
 // Errors: those of [host.Readlink], naming the process.
 func Users(ctx context.Context, path string) ([]int, error) {
@@ -47,12 +48,12 @@ func Users(ctx context.Context, path string) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	// All network namespaces are on one nsfs, so the inode says it all.
+	// All network namespaces are on one nsfs, so the inode identifies them.
 	of := fmt.Sprintf("net:[%d]", pinned.Inode)
 	var users []int
 	for _, pid := range pids {
 		switch ns, err := host.Readlink(ctx, pid, "ns/net"); {
-		case errdefs.IsNotFound(err), errors.Is(err, fs.ErrPermission): // it has ended, or has capabilities that this process lacks
+		case errdefs.IsNotFound(err), errors.Is(err, fs.ErrPermission): // the process has ended, or has capabilities that this process lacks
 		case err != nil:
 			return nil, fmt.Errorf("failed to look for processes in network namespace %q: %w", path, err)
 		case ns == of:

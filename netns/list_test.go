@@ -7,10 +7,12 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 func TestPinsAndUsers(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	path := pinPath(t)
 	dir := filepath.Dir(path)
 	pins, err := Pins(dir)

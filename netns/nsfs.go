@@ -11,30 +11,35 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// The bits that _IO sets above the type and the number of an ioctl differ between architectures; x/sys knows those of nsfs.
+// _IO sets bits above the type and number of an ioctl that differ between architectures. x/sys has
+// them for nsfs.
 const ioctlNone = unix.NS_GET_USERNS &^ 0xffff
 
-// pidfdGetNetNamespace is an ioctl of a pidfd that returns the network namespace of its process: _IO(0xFF, 4) of linux/pidfd.h, since
-// Linux 6.11. It can't race with pid reuse, as the path below /proc can.
+// pidfdGetNetNamespace is an ioctl of a pidfd that returns the network namespace of its process:
+// _IO(0xFF, 4) in linux/pidfd.h, since Linux 6.11. Unlike a path below /proc, it can't race with
+// pid reuse.
 const pidfdGetNetNamespace = ioctlNone | 0xff<<8 | 4
 
-// nsID tells namespaces apart: equal device and inode are the same namespace, while somebody keeps it alive (namespaces(7)).
+// nsID identifies a namespace by device and inode, for as long as the namespace exists
+// (namespaces(7)).
 type nsID struct {
 	dev, ino uint64
 }
 
-// hostNS is the network namespace that containerd was started in. It is read once, while package variables are set, because goroutines
-// that enter a pod's network namespace for a moment may do so on the main thread, which /proc/self stands for.
+// hostNS is the network namespace that containerd was started in. It is read once, at package
+// initialization: later, a goroutine on the main thread may be in a pod's network namespace, and
+// /proc/self means the main thread.
 var hostNS, hostErr = statNS("/proc/self/ns/net")
 
-// openNetNS opens the network namespace of the process: by its pidfd, or by /proc where the kernel can't yet.
+// openNetNS opens the network namespace of the process by its pidfd, or by /proc on kernels that
+// can't.
 func openNetNS(process *host.Process) (*os.File, error) {
 	var file *os.File
 	err := process.Control(func(pidfd int) (err error) {
 		file, err = nsOfPidfd(pidfd)
 		return err
 	})
-	// ENOTTY: the ioctl is unknown to a kernel before 6.11.
+	// Kernels before 6.11 answer ENOTTY to this ioctl.
 	if errors.Is(err, unix.ENOTTY) {
 		file, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", process.Pid()))
 	}
@@ -79,7 +84,7 @@ func statNS(path string) (nsID, error) {
 	return nsID{uint64(st.Dev), st.Ino}, nil
 }
 
-// openPath opens path for reading. O_NONBLOCK, because somebody may have put a fifo there.
+// openPath opens path for reading. O_NONBLOCK, because path may be a fifo.
 func openPath(path string, flags int) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|flags, 0)
 	switch {
@@ -99,8 +104,9 @@ func onNSFS(file *os.File) (bool, error) {
 	return st.Type == unix.NSFS_MAGIC, nil
 }
 
-// ByPidfd says whether this kernel gives out the namespaces of a process by its pidfd, since Linux 6.11; [Capture] opens them by /proc
-// where it doesn't. An error says that there are no pidfds at all, so that nothing can be captured.
+// ByPidfd reports whether this kernel opens the namespaces of a process by its pidfd, since Linux
+// 6.11. Otherwise [Capture] opens them by /proc. An error means that the kernel has no pidfds, so
+// that Capture can't work.
 func ByPidfd() (bool, error) {
 	self, err := host.Open(os.Getpid())
 	if err != nil {

@@ -11,11 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Pin mounts the namespace on path, which keeps it alive until [Unpin]. Missing parent directories are made with mode 0755, as
-// containerd makes /var/run/netns. Pinning again what is pinned there already changes nothing, and an empty file at path, which a
-// kill between making and mounting leaves, is used.
+// Pin mounts the namespace on path, which keeps it alive until [Unpin]. Pin makes missing parent
+// directories with mode 0755, as containerd makes /var/run/netns. It is idempotent, and uses an
+// empty file at path, which a kill between making and mounting leaves.
 //
-// Errors: AlreadyExists when another namespace is pinned there, FailedPrecondition when there is anything else, a symlink included.
+// Errors: AlreadyExists if another namespace is pinned at path, FailedPrecondition if anything else
+// is there, a symlink included.
 func (h *Handle) Pin(path string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("failed to make the directory of network namespace %q: %w", path, err)
@@ -43,11 +44,12 @@ func (h *Handle) pinOn(path string) error {
 			return err
 		}
 		if id != h.id {
-			return fmt.Errorf("network namespace %d is pinned at %q, not %d; umount %s: %w", id.ino, path, h.id.ino, path, errdefs.ErrAlreadyExists)
+			return fmt.Errorf("failed to pin network namespace %d: network namespace %d is pinned at %q; umount %s: %w", h.id.ino, id.ino, path, path, errdefs.ErrAlreadyExists)
 		}
 		return nil
 	}
-	// Both ends are named by descriptor: what was checked is what is mounted, whoever renames things meanwhile.
+	// Both ends are named by descriptor, so that a concurrent rename can't change what is mounted
+	// where.
 	if err := unix.Mount(fdPath(h.ns), fdPath(target), "", unix.MS_BIND, ""); err != nil {
 		err = fmt.Errorf("failed to pin network namespace %d at %q: %w", h.id.ino, path, err)
 		return errors.Join(err, os.Remove(path))
@@ -55,10 +57,11 @@ func (h *Handle) pinOn(path string) error {
 	return nil
 }
 
-// Unpin takes away what [Handle.Pin] made at path; the namespace goes with its last process and descriptor. It is idempotent, and
-// nothing at path is no error. Mounts are detached lazily, so nothing blocks.
+// Unpin undoes [Handle.Pin] at path. The namespace ends with its last process and descriptor. Unpin
+// is idempotent, and succeeds if path does not exist. It detaches mounts lazily, so it does not
+// block.
 //
-// Errors: FailedPrecondition when there is anything at path that Pin doesn't make, or when something is mounted over the pin.
+// Errors: FailedPrecondition if path was not made by Pin, or if a mount covers the pin.
 func Unpin(ctx context.Context, path string) error {
 	for {
 		if err := ctx.Err(); err != nil {
@@ -75,7 +78,8 @@ func Unpin(ctx context.Context, path string) error {
 		if kind == plain {
 			break
 		}
-		// Once for every mount that is stacked there: callers that bring their own namespace may have mounted one before.
+		// Repeated for each mount stacked at path: callers that bring their own namespace may have
+		// mounted it before.
 		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 			return fmt.Errorf("failed to unmount network namespace %q: %w", path, err)
 		}
@@ -99,9 +103,10 @@ type Info struct {
 	OwnerUsernsInode uint64 // of the user namespace that owns it; 0 unless Pinned
 }
 
-// Inspect reports what is pinned at path. Nothing there, or a mount point without a mount, is not pinned and no error.
+// Inspect returns what is pinned at path. A missing path, or a mount point without a mount, is not
+// pinned and no error.
 //
-// Errors: FailedPrecondition when there is anything else, a symlink included.
+// Errors: FailedPrecondition if anything else is at path, a symlink included.
 func Inspect(path string) (Info, error) {
 	target, kind, err := openTarget(path)
 	if errdefs.IsNotFound(err) {
@@ -133,7 +138,7 @@ func Inspect(path string) (Info, error) {
 	return Info{Pinned: true, Inode: id.ino, OwnerUsernsInode: owner.ino}, nil
 }
 
-// targetKind is what may be found at the path of a pin.
+// targetKind is the kind of file at the path of a pin.
 type targetKind int
 
 const (
@@ -141,9 +146,11 @@ const (
 	pinned                   // a namespace
 )
 
-// openTarget opens what is at path, without following a symlink and without the side effects that opening a device may have.
+// openTarget opens path, without following symlinks and without the side effects of opening a
+// device.
 //
-// Errors: NotFound when there is nothing, FailedPrecondition when it is neither a namespace nor an empty file.
+// Errors: NotFound if path does not exist, FailedPrecondition if it is neither a namespace nor an
+// empty file.
 func openTarget(path string) (*os.File, targetKind, error) {
 	file, err := openPath(path, unix.O_PATH|unix.O_NOFOLLOW)
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 // capturePod returns the captured network namespace of a new pod, and the inode of the user namespace that owns it.
@@ -41,7 +43,7 @@ func mountsAt(t *testing.T, path string) int {
 }
 
 func TestPinAndUnpin(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, owner := capturePod(t)
 	path := pinPath(t)
 	want := Info{Pinned: true, Inode: h.Inode(), OwnerUsernsInode: owner}
@@ -77,7 +79,7 @@ func TestPinAndUnpin(t *testing.T) {
 }
 
 func TestPinAfterKill(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	path := pinPath(t)
 	// What a kill between making the mount point and mounting leaves.
@@ -97,7 +99,7 @@ func TestPinAfterKill(t *testing.T) {
 }
 
 func TestPinWhereSomethingElseIs(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	for name, put := range map[string]func(t *testing.T, path string){
 		"file with content": func(t *testing.T, path string) { require.NoError(t, os.WriteFile(path, []byte("x"), 0o644)) },
@@ -136,7 +138,7 @@ func TestPinWhereSomethingElseIs(t *testing.T) {
 }
 
 func TestPinWhereAnotherIsPinned(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	first, _ := capturePod(t)
 	second, _ := capturePod(t)
 	path := pinPath(t)
@@ -149,7 +151,7 @@ func TestPinWhereAnotherIsPinned(t *testing.T) {
 }
 
 func TestUnpinStack(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	path := pinPath(t)
 	require.NoError(t, h.Pin(path))
@@ -161,7 +163,7 @@ func TestUnpinStack(t *testing.T) {
 }
 
 func TestUnpinCanceled(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	path := pinPath(t)
 	require.NoError(t, h.Pin(path))
@@ -174,7 +176,7 @@ func TestUnpinCanceled(t *testing.T) {
 
 // A failed mount leaves no mount point behind.
 func TestPinFails(t *testing.T) {
-	requireRoot(t)
+	roottest.Require(t)
 	h, _ := capturePod(t)
 	path := pinPath(t)
 	// An ordinary file of the same name as the descriptor's would be no namespace: mounting a directory on a file fails.

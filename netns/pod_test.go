@@ -80,14 +80,3 @@ func countFDs(t *testing.T) int {
 	require.NoError(t, err)
 	return len(entries)
 }
-
-func requireRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatal("root is needed to make namespaces and mounts")
-	}
-	t.Skip("root is needed to make namespaces and mounts")
-}

@@ -22,12 +22,12 @@ const (
 
 	containerTypeSandbox = "sandbox"
 
-	// annotationShimGroup makes the shim of runc join another one, whoever's that is.
+	// annotationShimGroup makes runc's shim join another shim, of any pod.
 	annotationShimGroup = "io.containerd.runc.v2.group"
 )
 
-// annotations are those of the pod that its runtime handler passes on, and our
-// own, which the pod's never replace.
+// annotations returns the pod's annotations that its runtime handler passes on, and
+// our own, which win.
 func annotations(pod Pod) map[string]string {
 	all := passedOn(pod.Config.GetAnnotations(), pod.PodAnnotations)
 	delete(all, annotationShimGroup)

@@ -9,11 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// exits notices the ends of all processes in one goroutine: the pidfd of a process is readable once it has ended (pidfd_open(2)).
+// exits watches for the exits of all processes in one goroutine. The pidfd of a process becomes readable at its exit
+// (pidfd_open(2)).
 type exits struct {
 	epoll *os.File
-	stop  *os.File  // becomes readable for the end of the goroutine
-	begin sync.Once // of the goroutine, once there is anything to watch
+	stop  *os.File  // an eventfd that ends the goroutine
+	begin sync.Once // starts the goroutine with the first process
 	done  chan struct{}
 	ended func(key string, process *process)
 
@@ -51,7 +52,7 @@ func (e *exits) listen(fd int, id int32) error {
 	return unix.EpollCtl(int(e.epoll.Fd()), unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: id})
 }
 
-// add has the end of a process noticed, also one that it has come to already. The process stays open until then.
+// add watches for the exit of a process, which may have ended already. The caller keeps the process open until then.
 func (e *exits) add(key string, process *process) error {
 	e.begin.Do(func() { go e.watch() })
 	e.mu.Lock()
@@ -80,7 +81,7 @@ func (e *exits) watch() {
 	for {
 		n, err := unix.EpollWait(int(e.epoll.Fd()), events, -1)
 		if err != nil && !errors.Is(err, unix.EINTR) {
-			return // with a valid descriptor there is no other error
+			return // can't happen with a valid descriptor
 		}
 		for _, event := range events[:max(n, 0)] {
 			if event.Fd == stopID {
@@ -93,7 +94,7 @@ func (e *exits) watch() {
 }
 
 func (e *exits) close() {
-	e.begin.Do(func() { close(e.done) }) // it never ran
+	e.begin.Do(func() { close(e.done) }) // the goroutine never ran
 	_, _ = e.stop.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0})
 	<-e.done
 	e.epoll.Close()

@@ -27,7 +27,7 @@ const (
 	shmOptions = "mode=1777,size=67108864"
 	shmFlags   = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
-	// What keeps a mount or a directory busy is gone within moments, or stays.
+	// A mount or a directory is busy for moments, or stays busy.
 	busyAttempts = 10
 	busyDelay    = 50 * time.Millisecond
 )
@@ -71,6 +71,25 @@ func (f Files) Remove(ctx context.Context, id string) error {
 		return fmt.Errorf("failed to remove the files of sandbox %q: %w", id, err)
 	}
 	return nil
+}
+
+// Exist says whether anything of what Setup made is there.
+//
+// An id that is not a plain name is an InvalidArgument error.
+func (f Files) Exist(id string) (bool, error) {
+	if err := validateID(id); err != nil {
+		return false, fmt.Errorf("failed to find the files of sandbox %q: %w", id, err)
+	}
+	for _, dir := range []string{f.stateDir(id), f.rootDir(id)} {
+		_, err := os.Lstat(dir)
+		if err == nil {
+			return true, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return false, fmt.Errorf("failed to find the files of sandbox %q: %w", id, err)
+		}
+	}
+	return false, nil
 }
 
 // UnmountShm unmounts the pod's shm, with what is mounted below it. Containers
@@ -236,8 +255,8 @@ func isMounted(path string) (bool, error) {
 	return mounted, err
 }
 
-// removeTrees removes directories with all they hold. It unmounts first, and
-// stops when it can't: what is mounted there is not ours to delete.
+// removeTrees removes directories with all they hold. It unmounts first. If an unmount fails,
+// removeTrees removes nothing, because the files of the mount may belong to others.
 func removeTrees(dirs ...string) error {
 	if err := unmountTrees(dirs); err != nil {
 		return err
@@ -274,7 +293,7 @@ func unmountTrees(dirs []string) error {
 }
 
 // mountsBelow returns the mount points on and below the directories, the deepest
-// first, and one that is mounted over several times as often.
+// first. It returns a mount point once per mount on it.
 func mountsBelow(dirs []string) ([]string, error) {
 	var filters []mountinfo.FilterFunc
 	for _, dir := range dirs {
@@ -317,7 +336,7 @@ func detach(path string) error {
 	return nil
 }
 
-// retryBusy calls f again, after a while, as long as it fails with EBUSY.
+// retryBusy retries f while it fails with EBUSY.
 func retryBusy(ctx context.Context, f func() error) error {
 	for attempt := 1; ; attempt++ {
 		err := f()

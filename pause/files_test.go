@@ -16,17 +16,15 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podfsm/podfsm/host"
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 // testFiles are in a temporary directory that is left without mounts.
 func testFiles(t *testing.T) Files {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("mounting needs root")
-		}
-		t.Skip("mounting needs root")
-	}
+	roottest.Require(t)
 	dir := t.TempDir()
 	t.Cleanup(func() { require.NoError(t, unmountTrees([]string{dir})) })
 	return Files{RootDir: filepath.Join(dir, "root"), StateDir: filepath.Join(dir, "state")}
@@ -36,6 +34,17 @@ func read(t *testing.T, file string) string {
 	t.Helper()
 	content, err := os.ReadFile(file)
 	require.NoError(t, err)
+	return string(content)
+}
+
+// readIn reads a file as it is in namespaces of a process. What runs there is not on the test's goroutine, where alone a test may fail.
+func readIn(t *testing.T, process *host.Process, kinds int, file string) string {
+	t.Helper()
+	var content []byte
+	require.NoError(t, process.In(kinds, func() (err error) {
+		content, err = os.ReadFile(file)
+		return err
+	}))
 	return string(content)
 }
 
@@ -233,6 +242,7 @@ func TestFilesRefuseHostileIDs(t *testing.T) {
 			"Setup":      func() error { return files.Setup(id, nil) },
 			"Remove":     func() error { return files.Remove(t.Context(), id) },
 			"UnmountShm": func() error { return files.UnmountShm(id) },
+			"Exist":      func() error { _, err := files.Exist(id); return err },
 		} {
 			require.ErrorIs(t, call(), errdefs.ErrInvalidArgument, "%s(%q)", name, id)
 		}

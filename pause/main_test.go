@@ -49,7 +49,7 @@ func build() (dir string, err error) {
 	}
 	for _, cmd := range []*exec.Cmd{
 		exec.Command("go", "build", "-buildvcs=false", "-o", programs.init, "../cmd/podfsm-init"),
-		gcc(programs.pause, "../integration/pause/pause.c"),
+		gcc(programs.pause, "../integration/programs/pause/pause.c"),
 		gcc(programs.prober, "testdata/prober.c"),
 	} {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")

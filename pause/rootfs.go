@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MountRootfs mounts the root filesystem of a sandbox and returns it as a mount that is attached nowhere, without setuid programs and
-// devices, and with an SELinux label unless that is empty. The caller closes it. Nothing stays mounted on the host; what a kill leaves
-// there goes with [Files.Remove].
+// MountRootfs mounts the root filesystem of a sandbox and returns it as a detached mount with nosuid and nodev, and
+// with an SELinux label unless that is empty. The caller closes the mount. Nothing stays mounted on the host.
+// [Files.Remove] removes what a kill leaves there.
 //
-// Mounts that ask for id maps get those of the user namespace; it may be nil where none does.
+// Mounts that ask for id mappings get those of the user namespace. userns may be nil if no mount asks.
 func (f Files) MountRootfs(id string, mounts []mount.Mount, label string, userns *os.File) (rootfs *os.File, err error) {
 	defer func() {
 		if err != nil {
@@ -37,7 +37,7 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount, label string, userns
 		return nil, fmt.Errorf("the snapshot has no mounts: %w", errdefs.ErrInvalidArgument)
 	}
 	dir := f.rootfs(id)
-	if _, err := os.Lstat(dir); err == nil { // of a daemon that was killed
+	if _, err := os.Lstat(dir); err == nil { // left by a daemon that was killed
 		if err := removeTrees(dir); err != nil {
 			return nil, err
 		}
@@ -62,7 +62,7 @@ func (f Files) MountRootfs(id string, mounts []mount.Mount, label string, userns
 	return detached(target, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
 }
 
-// mountPoints are directories for a moment.
+// mountPoints are temporary directories.
 type mountPoints []string
 
 func (p *mountPoints) add(dir string) (string, error) {
@@ -74,13 +74,14 @@ func (p *mountPoints) add(dir string) (string, error) {
 	return point, nil
 }
 
-// remove unmounts what is mounted on them, and removes them: only if they are empty, so nothing that is still mounted is touched.
+// remove unmounts and removes the directories. It removes only empty ones, so it never deletes what is still
+// mounted.
 func (p mountPoints) remove() error {
 	var failed []error
 	for _, point := range slices.Backward(p) {
 		for {
 			err := detach(point)
-			if errors.Is(err, unix.EINVAL) { // nothing is mounted there any more
+			if errors.Is(err, unix.EINVAL) { // not mounted
 				failed = append(failed, os.Remove(point))
 				break
 			}
@@ -93,8 +94,8 @@ func (p mountPoints) remove() error {
 	return errors.Join(failed...)
 }
 
-// idmapped returns the mounts with the layers of an overlay that asks for id maps mapped below dir: overlayfs takes its layers so. containerd
-// would make a process for each to get a user namespace from; the pod's own is there.
+// idmapped returns the mounts, with the layers of each overlay that asks for id mappings replaced by idmapped mounts
+// below dir. containerd would start a process per layer for its user namespace. idmapped uses the pod's.
 func idmapped(mounts []mount.Mount, points *mountPoints, dir string, userns *os.File) ([]mount.Mount, error) {
 	mapped := slices.Clone(mounts)
 	for i, m := range mapped {
@@ -134,7 +135,7 @@ func idmapped(mounts []mount.Mount, points *mountPoints, dir string, userns *os.
 	return mapped, nil
 }
 
-// labelled are mounts with an SELinux label, as containerd's client mounts the snapshot of a container.
+// labelled returns the mounts with an SELinux label, as containerd's client mounts a container's snapshot.
 func labelled(mounts []mount.Mount, label string) []mount.Mount {
 	mounts = slices.Clone(mounts)
 	for i := range mounts {
@@ -145,7 +146,7 @@ func labelled(mounts []mount.Mount, label string) []mount.Mount {
 	return mounts
 }
 
-// detached returns a copy of the mount at path, or of the tree below it where that is no mount, that is attached nowhere (open_tree(2),
+// detached returns a detached copy of the mount at path, or of the tree below path if it is no mount (open_tree(2),
 // Linux 5.2, and mount_setattr(2), Linux 5.12).
 func detached(path string, attributes uint64) (*os.File, error) {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
@@ -160,7 +161,7 @@ func detached(path string, attributes uint64) (*os.File, error) {
 	return tree, nil
 }
 
-// openBinds opens the sources of the bind mounts, in their order. On an error it returns those that it has opened, too.
+// openBinds opens the sources of the bind mounts, in their order. The caller closes them, also after an error.
 func openBinds(mounts []specs.Mount) (files []*os.File, err error) {
 	for _, m := range mounts {
 		if m.Type != "bind" {
@@ -179,7 +180,7 @@ func openBinds(mounts []specs.Mount) (files []*os.File, err error) {
 	return files, nil
 }
 
-// bindAttributes are the mount options of [bindMount] as mount_setattr(2) has them.
+// bindAttributes has the mount_setattr(2) attributes of [bindMount]'s options.
 var bindAttributes = map[string]uint64{
 	"ro": unix.MOUNT_ATTR_RDONLY, "nosuid": unix.MOUNT_ATTR_NOSUID, "nodev": unix.MOUNT_ATTR_NODEV, "noexec": unix.MOUNT_ATTR_NOEXEC,
 }

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/net/bpf"
 )
 
-// SeccompFilter returns the filter that every pause runs under, whatever the pod asks for: what containerd's RuntimeDefault allows a
-// process without capabilities on this architecture. Pause only sleeps and reaps, so no pod needs more, and none is confined less. The
-// file is an array of struct sock_filter (seccomp(2)); the caller closes it.
+// SeccompFilter returns the filter that every pause runs under, whatever the pod's profile. It allows what
+// containerd's RuntimeDefault allows a process without capabilities on this architecture: pause only sleeps and reaps.
+// The file is an array of struct sock_filter (seccomp(2)). The caller closes it.
 func SeccompFilter() (*os.File, error) {
 	filter, err := assemble(seccomp.DefaultProfile(&specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{}}}))
 	if err != nil {
@@ -33,8 +33,8 @@ func SeccompFilter() (*os.File, error) {
 	return file, nil
 }
 
-// assemble turns the rules of an OCI profile into a filter. What none allows fails with EPERM, system calls of other architectures
-// included, or with the error that a rule has for it.
+// assemble turns the rules of an OCI profile into a filter. A system call that no rule allows fails with EPERM or with
+// the error of its rule. So does every system call of another architecture.
 func assemble(profile *specs.LinuxSeccomp) ([]bpf.RawInstruction, error) {
 	info, err := arch.GetInfo("")
 	if err != nil {
@@ -49,7 +49,8 @@ func assemble(profile *specs.LinuxSeccomp) ([]bpf.RawInstruction, error) {
 	return bpf.Assemble(program)
 }
 
-// groupsOf are the system calls of a profile that an architecture has: those that are allowed, and those with an error of their own.
+// groupsOf returns the system calls of a profile that an architecture has: the allowed ones, and those with an error
+// of their own.
 func groupsOf(profile *specs.LinuxSeccomp, info *arch.Info) []seccompbpf.SyscallGroup {
 	allowed := seccompbpf.SyscallGroup{Action: seccompbpf.ActionAllow}
 	var groups []seccompbpf.SyscallGroup
@@ -65,7 +66,7 @@ func groupsOf(profile *specs.LinuxSeccomp, info *arch.Info) []seccompbpf.Syscall
 		conditions, ok := conditionsOf(rule.Args)
 		for _, name := range rule.Names {
 			switch _, known := info.SyscallNames[name]; {
-			case !known || !ok: // of another architecture; and what can't be expressed isn't allowed
+			case !known || !ok: // of another architecture, or with a condition that the filter can't express
 			case len(conditions) > 0:
 				group.NamesWithCondtions = append(group.NamesWithCondtions, seccompbpf.NameWithConditions{Name: name, Conditions: conditions})
 			case !slices.Contains(group.Names, name):
@@ -76,7 +77,7 @@ func groupsOf(profile *specs.LinuxSeccomp, info *arch.Info) []seccompbpf.Syscall
 	return append(groups, allowed)
 }
 
-// conditionsOf are the conditions on the arguments of a system call; ok is false when there is one that can't be expressed.
+// conditionsOf returns the conditions on the arguments of a system call. ok is false if the filter can't express one.
 func conditionsOf(args []specs.LinuxSeccompArg) (all seccompbpf.ArgumentConditions, ok bool) {
 	operations := map[specs.LinuxSeccompOperator]seccompbpf.Operation{
 		specs.OpEqualTo: seccompbpf.Equal, specs.OpNotEqual: seccompbpf.NotEqual,

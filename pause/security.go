@@ -31,8 +31,8 @@ var selinuxLevel = func() *regexp.Regexp {
 	return regexp.MustCompile(`^s\d(?:-s\d)?(?::` + category + `(?:,` + category + `)*)?$`)
 }()
 
-// checkSeccomp refuses a seccomp profile that can't be, of the security context or the node's for pods that name none. Pause runs under
-// a filter of its own in any case; the profile is for the containers.
+// checkSeccomp refuses an invalid seccomp profile, of the security context or the node's for pods without one. The
+// profile is for the containers. Pause always runs under [SeccompFilter].
 func checkSeccomp(security *runtime.LinuxSandboxSecurityContext, unset string) error {
 	profile, err := seccompProfile(security, unset)
 	if err != nil || profile == nil || security.GetPrivileged() {
@@ -51,7 +51,7 @@ func checkSeccomp(security *runtime.LinuxSandboxSecurityContext, unset string) e
 	}
 }
 
-// seccompProfile is nil when neither the pod nor the node names a profile.
+// seccompProfile returns nil if neither the pod nor the node names a profile.
 func seccompProfile(security *runtime.LinuxSandboxSecurityContext, unset string) (*runtime.SecurityProfile, error) {
 	if profile := security.GetSeccomp(); profile != nil {
 		return profile, nil

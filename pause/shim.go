@@ -23,8 +23,8 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// Shims starts and ends the shims of pods: the one process of a pod that runs its containers. containerd finds it by the id of the
-// sandbox, and starts no other for a container of that sandbox.
+// Shims starts and ends the shims of pods. A pod has one shim, which runs the pod's containers. containerd finds the
+// shim by the sandbox's id, and starts no other for a container of the sandbox.
 //
 // Its methods take a context with a containerd namespace, and are safe for concurrent use on different sandboxes. Their errors keep
 // containerd's classes.
@@ -36,7 +36,7 @@ type Shims struct {
 	strays map[stray]bool
 }
 
-// stray names a shim that may run although containerd doesn't know it.
+// stray names a shim that may run unknown to containerd.
 type stray struct{ namespace, id string }
 
 // ShimDirs says where a containerd keeps what belongs to its shims.
@@ -51,9 +51,12 @@ func NewShims(manager *shims.ShimManager, dirs ShimDirs) *Shims {
 	return &Shims{manager: manager, dirs: dirs, strays: map[stray]bool{}}
 }
 
-// FindStrays looks for shims that an earlier daemon has started and containerd doesn't know: a daemon that is killed between the start of
-// a shim and its own note of it leaves one, which never ends, or the process that was about to start it. [Shims.End] ends them. This is the
-// one look at all processes of the host, for the start of a daemon; the end of a pod then costs the same however many there are.
+// FindStrays looks for shims that an earlier daemon started and that containerd doesn't know. A daemon that is
+// killed between the start of a shim and its record of the shim leaves a shim that never ends, or the process that
+// was about to start it. [Shims.End] ends them.
+//
+// FindStrays examines all processes of the host, once per start of the daemon. So the cost of ending a pod doesn't
+// grow with the number of processes.
 func (s *Shims) FindStrays(ctx context.Context) error {
 	found, err := host.Siblings(ctx, s.dirs.State)
 	if err != nil {
@@ -90,7 +93,7 @@ func (s *Shims) Running(ctx context.Context, id string) bool {
 	return err == nil
 }
 
-// Exists says whether there is anything of a shim: containerd has it, or its bundle is there.
+// Exists says whether anything of a shim is left: containerd has the shim, or its bundle exists.
 func (s *Shims) Exists(ctx context.Context, id string) (bool, error) {
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
@@ -100,13 +103,13 @@ func (s *Shims) Exists(ctx context.Context, id string) (bool, error) {
 	return err == nil || s.Running(ctx, id), nil
 }
 
-// Start starts the shim of a sandbox. It gets the specification of pause, by whose annotations it knows that it is the pod's.
-// runtimePath replaces the shim that the runtime of the record stands for, where it isn't empty. It is idempotent.
+// Start starts the shim of a sandbox. The shim gets the specification of pause, whose annotations tell it that it is
+// a pod's. A runtimePath replaces the shim program of the record's runtime; "" doesn't. Start is idempotent.
 func (s *Shims) Start(ctx context.Context, record containers.Container, runtimePath string) error {
 	if s.Running(ctx, record.ID) {
 		return nil
 	}
-	if err := s.removeBundle(ctx, record.ID); err != nil { // of a shim that is dead
+	if err := s.removeBundle(ctx, record.ID); err != nil { // of a dead shim
 		return err
 	}
 	bundle, err := shims.NewBundle(ctx, s.dirs.Root, s.dirs.State, record.ID, record.Spec)
@@ -124,8 +127,8 @@ func (s *Shims) Start(ctx context.Context, record containers.Container, runtimeP
 	return nil
 }
 
-// End ends the shim of a sandbox, which has no containers any more, and removes all that containerd keeps for it. It succeeds where
-// there is none.
+// End ends the shim of a sandbox without containers, and removes all that containerd keeps for the shim. It succeeds
+// if there is none.
 func (s *Shims) End(ctx context.Context, id string) error {
 	if err := s.end(ctx, id); err != nil {
 		return fmt.Errorf("failed to end the shim of sandbox %q: %w", id, err)
@@ -158,10 +161,10 @@ func (s *Shims) end(ctx context.Context, id string) error {
 	return s.EndUnknown(ctx, id)
 }
 
-// shimExit bounds the wait for a shim that was told to shut down, and does so unless it has containers.
+// shimExit bounds the wait for the exit of a shim after its Shutdown call. A shim with containers stays.
 const shimExit = time.Second
 
-// shutdown has a shim shut down. One that doesn't is a stray from then on.
+// shutdown shuts a shim down. A shim that doesn't exit counts as a stray.
 func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance, of stray) error {
 	_, version := instance.Endpoint()
 	client, err := shims.NewTaskClient(instance.Client(), version)
@@ -186,7 +189,7 @@ func (s *Shims) shutdown(ctx context.Context, instance shims.ShimInstance, of st
 	return err
 }
 
-// processOf holds the process of a shim, as the shim says; nil when it has ended.
+// processOf returns the process of a shim by the pid that the shim reports; nil if it has ended.
 func processOf(ctx context.Context, client shims.TaskServiceClient, id string) *host.Process {
 	connected, err := client.Connect(ctx, &taskapi.ConnectRequest{ID: id})
 	if err != nil {
@@ -199,8 +202,8 @@ func processOf(ctx context.Context, client shims.TaskServiceClient, id string) *
 	return process
 }
 
-// EndUnknown ends a shim that containerd doesn't know, and the process that was about to start it. They run in the bundle, also when that
-// is renamed. It looks at all processes of the host.
+// EndUnknown ends a shim that containerd doesn't know, and the process that was about to start it. Both have the
+// bundle as working directory, also after its renaming. EndUnknown examines all processes of the host.
 func (s *Shims) EndUnknown(ctx context.Context, id string) error {
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
@@ -214,8 +217,8 @@ func (s *Shims) EndUnknown(ctx context.Context, id string) error {
 	return err
 }
 
-// removeBundle removes the bundle and the working directory of a shim that is gone. containerd renames a bundle to ".id" before it
-// deletes it, and skips those when it starts.
+// removeBundle removes the bundle and the working directory of a dead shim. containerd renames a bundle to ".id"
+// before it deletes the bundle, and skips renamed ones when it starts.
 func (s *Shims) removeBundle(ctx context.Context, id string) error {
 	namespace, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
@@ -229,7 +232,7 @@ func (s *Shims) removeBundle(ctx context.Context, id string) error {
 	return nil
 }
 
-// removeSockets removes the sockets of a shim that is gone: one that was killed, or that ended before it was up, leaves them.
+// removeSockets removes the sockets of a dead shim. A shim that was killed, or that ended early, leaves them.
 func (s *Shims) removeSockets(ctx context.Context, id string) error {
 	if s.dirs.Sockets == "" {
 		return nil
@@ -252,8 +255,8 @@ type Bundle struct {
 	Path, ID string
 }
 
-// Bundles returns the bundles of a containerd namespace in a containerd's directory of bundles, also those that it was about to
-// delete.
+// Bundles returns the bundles of a containerd namespace in containerd's directory of bundles, also the renamed ones
+// that containerd was about to delete.
 func Bundles(bundles, namespace string) ([]Bundle, error) {
 	names, err := subdirs(filepath.Join(bundles, namespace))
 	if err != nil {

@@ -40,8 +40,8 @@ const (
 	sysctlUnprivilegedICMP  = "net.ipv4.ping_group_range"
 )
 
-// Settings are those settings of containerd's CRI plugins that shape a sandbox,
-// under the names they have there.
+// Settings are the settings of containerd's CRI plugins that shape a sandbox, under
+// their own names.
 type Settings struct {
 	Files Files
 
@@ -63,8 +63,8 @@ type Pod struct {
 	// the node's.
 	UIDs, GIDs []specs.LinuxIDMapping
 
-	// NetNSPath is the network namespace that the caller brings along. When it
-	// is empty pause is started in a new one, owned by the pod's user namespace.
+	// NetNSPath is the caller's network namespace. If it is empty, pause is started
+	// in a new one, owned by the pod's user namespace.
 	NetNSPath string
 
 	// PodAnnotations are the patterns (path.Match) of the annotations that the
@@ -96,10 +96,10 @@ type Spec struct {
 // Spec builds the specification of a pause container. It makes nothing on the
 // node and leaves the pod as it is; ctx carries the containerd namespace.
 //
-// With SELinux a fresh label is reserved in this process: a caller that does not
-// hand ProcessLabel on gives it back with selinux.ReleaseLabel.
+// With SELinux, a fresh label is reserved in this process. A caller that doesn't
+// pass ProcessLabel on releases it with selinux.ReleaseLabel.
 //
-// What the pod or the image asks for in vain is an InvalidArgument error.
+// A pod or an image that can't work is an InvalidArgument error.
 func (s Settings) Spec(ctx context.Context, pod Pod) (*Spec, error) {
 	spec, err := s.build(ctx, pod)
 	if err != nil {
@@ -200,7 +200,7 @@ func (p Pod) hasHostNetwork() bool {
 // maxHostname is the kernel's limit (sethostname(2), __NEW_UTS_LEN).
 const maxHostname = 64
 
-// CheckHostname refuses a hostname that a pod can't have, before anything is made: InvalidArgument.
+// CheckHostname refuses an invalid hostname before anything is made: InvalidArgument.
 func CheckHostname(config *runtime.PodSandboxConfig) error {
 	switch name := config.GetHostname(); {
 	case name != "" && Pod{Config: config}.hasHostNetwork():
@@ -249,8 +249,8 @@ func namespaceOpts(pod Pod) []oci.SpecOpts {
 	return opts
 }
 
-// rootOpts make pause's root: read-only, with the pod's shm, and nothing else of the host's or of the kernel's filesystems. So nothing
-// has to be masked in it.
+// rootOpts make pause's root: read-only, with the pod's shm, and without any other filesystem of the host or the
+// kernel. So no path needs a mask.
 func rootOpts(pod Pod, files Files) []oci.SpecOpts {
 	shm := files.shm(pod.ID)
 	if pod.namespaceOptions().GetIpc() == runtime.NamespaceMode_NODE {
@@ -271,8 +271,8 @@ func rootOpts(pod Pod, files Files) []oci.SpecOpts {
 	}
 }
 
-// confineOpts take away what pause doesn't need, whatever the pod asks for: capabilities, and the system calls that [SeccompFilter]
-// leaves out. There are no devices to allow or deny: every mount is nodev.
+// confineOpts drop what pause doesn't need, whatever the pod's own settings: capabilities, and the system calls that
+// [SeccompFilter] leaves out. There are no devices to allow or deny: every mount is nodev.
 func confineOpts() []oci.SpecOpts {
 	return []oci.SpecOpts{
 		oci.WithCapabilities(nil),
@@ -297,7 +297,7 @@ func bindMount(source, destination, readonly string) specs.Mount {
 	}
 }
 
-// sysctls are the pod's, and the defaults of the node for what it leaves open.
+// sysctls returns the pod's sysctls over the node's defaults.
 func (s Settings) sysctls(pod Pod) map[string]string {
 	sysctls := map[string]string{}
 	if !pod.hasHostNetwork() {
@@ -314,8 +314,9 @@ func (s Settings) sysctls(pod Pod) map[string]string {
 	return sysctls
 }
 
-// oomScoreAdj is the daemon's own value where that is higher and lowering it is
-// not allowed: it takes CAP_SYS_RESOURCE (proc_pid_oom_score_adj(5)).
+// oomScoreAdj returns pause's OOM score adjustment. It is the daemon's own value if
+// that is higher and the daemon may not lower it, which takes CAP_SYS_RESOURCE
+// (proc_pid_oom_score_adj(5)).
 func (s Settings) oomScoreAdj() (int, error) {
 	if !s.RestrictOOMScoreAdj {
 		return sandboxOOMScoreAdj, nil

@@ -21,16 +21,16 @@ import (
 // ipcSysctls are those of an IPC namespace, ipc_namespaces(7).
 var ipcSysctls = []string{"msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"}
 
-// refusals are the errors of the kernel for a sysctl that it doesn't know, or a value that it doesn't take. Some sysctls of the node's can
-// be read in any network namespace; nobody may write them there.
+// refusals are the kernel's errors for an unknown sysctl or an invalid value. Some of the node's sysctls are readable
+// in every network namespace, but not writable.
 var refusals = []error{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EACCES, unix.EPERM, unix.EINVAL}
 
-// SetSysctls sets the sysctls of a specification in the namespaces of pause, in the order of their names. It comes after CNI, so that
-// those of an interface work, and win against what a plugin has set. [Processes.Start] has set those of the IPC namespace: they are to
-// be written by the root of the user namespace that owns it.
+// SetSysctls sets the sysctls of a specification in pause's namespaces, in the order of their names. It runs after
+// CNI, so that sysctls of an interface work and override those that a plugin set. [Processes.Start] has set the
+// sysctls of the IPC namespace, which only the root of the owning user namespace can write.
 //
-// Errors: InvalidArgument for a sysctl that is not of a namespace which the pod has for itself, or that the kernel doesn't know or
-// refuses the value of.
+// Errors: InvalidArgument for a sysctl that isn't of one of the pod's own namespaces, an unknown sysctl, or a value that
+// the kernel refuses.
 func SetSysctls(process *host.Process, spec *specs.Spec) error {
 	all, err := sysctlsOf(spec)
 	if err != nil {
@@ -50,7 +50,7 @@ func SetSysctls(process *host.Process, spec *specs.Spec) error {
 	}
 	kinds := ownNamespaces(spec.Linux.Namespaces) &^ unix.CLONE_NEWIPC
 	return process.In(kinds, func() error {
-		root, err := os.OpenRoot("/proc/sys") // follows no link out of it; what it shows are the namespaces of this thread
+		root, err := os.OpenRoot("/proc/sys") // shows this thread's namespaces; follows no link out of it
 		if err != nil {
 			return err
 		}
@@ -70,11 +70,11 @@ const pingGroupRange = "net/ipv4/ping_group_range"
 // lastPingGroup is the last group that the kernel takes in pingGroupRange.
 const lastPingGroup = math.MaxInt32
 
-// hostGroups is a range of a pod's groups, "first last", as this process has to write it: the kernel takes the groups of the writer's user
-// namespace, and shows them as those of the reader's. A range that goes on beyond the mapped groups ends with the last of them.
+// hostGroups translates a range of a pod's groups, "first last", for this process to write: the kernel reads the
+// groups as those of the writer's user namespace. A range beyond the mapped groups ends with the last mapped group.
 //
-// A mapped pod's value that isn't two groups is InvalidArgument: the kernel would take "0 5 x", and the one that "0" leaves out, for the
-// node's.
+// For a pod with a user namespace, a value that isn't two groups is InvalidArgument. The kernel would accept "0 5 x",
+// and would read the missing group of "0" as the node's.
 func hostGroups(value string, gids []specs.LinuxIDMapping) (string, error) {
 	if len(gids) == 0 {
 		return value, nil
@@ -83,7 +83,7 @@ func hostGroups(value string, gids []specs.LinuxIDMapping) (string, error) {
 	if n, _ := fmt.Sscan(value, &first, &last); n != 2 || len(strings.Fields(value)) != 2 || last > lastPingGroup {
 		return "", fmt.Errorf("it is no range of groups, \"first last\": %w", errdefs.ErrInvalidArgument)
 	}
-	if first > last { // such as "1 0", which is nobody
+	if first > last { // such as "1 0", no group at all
 		return value, nil
 	}
 	for _, m := range gids {
@@ -95,7 +95,8 @@ func hostGroups(value string, gids []specs.LinuxIDMapping) (string, error) {
 	return "", fmt.Errorf("the pod's user namespace has no group %d: %w", first, errdefs.ErrInvalidArgument)
 }
 
-// CheckSysctls refuses sysctls of a pod that are not of a namespace which it has for itself, before anything is made: InvalidArgument.
+// CheckSysctls refuses a pod with a sysctl that isn't of one of its own namespaces, before anything is made:
+// InvalidArgument.
 func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	kinds := unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 	options := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
@@ -109,30 +110,19 @@ func CheckSysctls(config *runtime.PodSandboxConfig) error {
 	return err
 }
 
-// DisablesIPv6 says whether a pod has sysctls that take the IPv6 addresses of network interfaces away.
-func DisablesIPv6(config *runtime.PodSandboxConfig) bool {
-	for name, value := range config.GetLinux().GetSysctls() {
-		file, _, err := sysctlFile(name, unix.CLONE_NEWNET)
-		if err == nil && strings.HasPrefix(file, "net/ipv6/conf/") && strings.HasSuffix(file, "/disable_ipv6") && strings.TrimSpace(value) != "0" {
-			return true
-		}
-	}
-	return false
-}
-
-// sysctl is one of a pod's.
+// sysctl is a sysctl of a pod.
 type sysctl struct {
 	name, file, value string
 	kind              int // the CLONE_NEW* flag of its namespace
 }
 
-// sysctlsOf are the sysctls of a specification, in the order of their names.
+// sysctlsOf returns the sysctls of a specification, in the order of their names.
 func sysctlsOf(spec *specs.Spec) ([]sysctl, error) {
 	return parseSysctls(spec.Linux.Sysctl, ownNamespaces(spec.Linux.Namespaces))
 }
 
-// parseSysctls are sysctls of a pod that has the namespaces of kinds for itself. Of several that can't be set the same one is refused
-// each time.
+// parseSysctls returns the sysctls of a pod with own namespaces of the given kinds, in the order of their names. So of
+// several invalid ones, the same one is refused each time.
 func parseSysctls(values map[string]string, kinds int) (all []sysctl, err error) {
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		s := sysctl{name: name, value: values[name]}
@@ -144,7 +134,7 @@ func parseSysctls(values map[string]string, kinds int) (all []sysctl, err error)
 	return all, nil
 }
 
-// ipcSysctlsOf are those of the IPC namespace, by their files.
+// ipcSysctlsOf returns the sysctls of the IPC namespace, by file.
 func ipcSysctlsOf(spec *specs.Spec) (map[string]string, error) {
 	all, err := sysctlsOf(spec)
 	files := map[string]string{}
@@ -168,7 +158,7 @@ func (s sysctl) set(root *os.Root) error {
 	return err
 }
 
-// ownNamespaces are the flags of those namespaces with sysctls that are not the node's.
+// ownNamespaces returns the flags of the pod's own namespaces that have sysctls.
 func ownNamespaces(namespaces []specs.LinuxNamespace) (kinds int) {
 	of := map[specs.LinuxNamespaceType]int{
 		specs.NetworkNamespace: unix.CLONE_NEWNET, specs.IPCNamespace: unix.CLONE_NEWIPC, specs.UTSNamespace: unix.CLONE_NEWUTS,
@@ -179,8 +169,8 @@ func ownNamespaces(namespaces []specs.LinuxNamespace) (kinds int) {
 	return kinds
 }
 
-// sysctlFile is the file of a sysctl below /proc/sys, in the two notations of sysctl(8): with dots, where a slash stands for a dot of an
-// interface's name, or with slashes, and the namespace that it is of.
+// sysctlFile returns the file of a sysctl below /proc/sys, and the sysctl's namespace. It reads both notations of
+// sysctl(8): with dots, where a slash stands for a dot in an interface's name, and with slashes.
 func sysctlFile(name string, kinds int) (file string, kind int, err error) {
 	file = name
 	if i := strings.IndexAny(name, "./"); i >= 0 && name[i] == '.' {
@@ -197,7 +187,7 @@ func sysctlFile(name string, kinds int) (file string, kind int, err error) {
 	}
 }
 
-// sysctlNamespace is the namespace that a sysctl is of.
+// sysctlNamespace returns the namespace of a sysctl.
 func sysctlNamespace(file string) (kind int, ok bool) {
 	name, kernel := strings.CutPrefix(file, "kernel/")
 	switch {

@@ -94,37 +94,14 @@ func TestSetSysctls(t *testing.T) {
 			process, err := b.Process(r.Key)
 			require.NoError(t, err)
 			require.NoError(t, SetSysctls(process, r.Spec))
-			require.NoError(t, process.In(ownNamespaces(r.Spec.Linux.Namespaces), func() error {
-				for name, value := range values {
-					require.Equal(t, value, strings.TrimSpace(read(t, file(name))), name)
-				}
-				return nil
-			}))
+			for name, value := range values {
+				require.Equal(t, value, strings.TrimSpace(readIn(t, process, ownNamespaces(r.Spec.Linux.Namespaces), file(name))), name)
+			}
 			for name, value := range host {
 				require.Equal(t, value, read(t, file(name)), "the host's %s", name)
 			}
 		})
 	}
-}
-
-func TestDisablesIPv6(t *testing.T) {
-	for _, tc := range []struct {
-		name, value string
-		want        bool
-	}{
-		{"net.ipv6.conf.eth0.disable_ipv6", "1", true},
-		{"net/ipv6/conf/all/disable_ipv6", "1", true},
-		{"net.ipv6.conf.all.disable_ipv6", "0", false},
-		{"net.ipv6.conf.all.accept_ra", "1", false},
-		{"net.ipv4.conf.all.rp_filter", "1", false},
-		{"net.ipv6.conf", "1", false},
-		{"vm.disable_ipv6", "1", false},
-	} {
-		config := testPod().Config
-		config.Linux.Sysctls = map[string]string{"net.core.somaxconn": "1", tc.name: tc.value}
-		require.Equal(t, tc.want, DisablesIPv6(config), tc.name)
-	}
-	require.False(t, DisablesIPv6(nil))
 }
 
 // The kernel takes the groups of a sysctl as those of the user namespace of its writer, which is the host's.
@@ -150,12 +127,7 @@ func TestPingGroups(t *testing.T) {
 			process, err := b.Process(r.Key)
 			require.NoError(t, err)
 			require.NoError(t, SetSysctls(process, r.Spec))
-			var host string
-			require.NoError(t, process.In(unix.CLONE_NEWNET, func() error {
-				host = strings.Join(strings.Fields(read(t, file)), " ")
-				return nil
-			}))
-			require.Equal(t, tc.host, host)
+			require.Equal(t, tc.host, strings.Join(strings.Fields(readIn(t, process, unix.CLONE_NEWNET, file)), " "))
 			require.Equal(t, before, read(t, file), "the host's own")
 		})
 	}
@@ -167,13 +139,7 @@ func TestNoPingGroups(t *testing.T) {
 	r, _ := b.start(t, inUserNS(testPod()))
 	process, err := b.Process(r.Key)
 	require.NoError(t, err)
-	groups := func() (value string) {
-		require.NoError(t, process.In(unix.CLONE_NEWNET, func() error {
-			value = read(t, "/proc/sys/net/ipv4/ping_group_range")
-			return nil
-		}))
-		return value
-	}
+	groups := func() string { return readIn(t, process, unix.CLONE_NEWNET, "/proc/sys/net/ipv4/ping_group_range") }
 	before := groups()
 	for _, value := range []string{"0 5 x", "0", "", "x", "0 x", "-1 5", "0 2147483648", fmt.Sprint(podGIDs[0].Size, " 2147483647")} {
 		r.Spec.Linux.Sysctl = map[string]string{"net.ipv4.ping_group_range": value}
@@ -225,11 +191,7 @@ func TestSetSysctlsFails(t *testing.T) {
 	set := func(values map[string]string) (ttl string) {
 		r.Spec.Linux.Sysctl = values
 		require.Error(t, SetSysctls(process, r.Spec))
-		require.NoError(t, process.In(unix.CLONE_NEWNET, func() error {
-			ttl = strings.TrimSpace(read(t, "/proc/sys/net/ipv4/ip_default_ttl"))
-			return nil
-		}))
-		return ttl
+		return strings.TrimSpace(readIn(t, process, unix.CLONE_NEWNET, "/proc/sys/net/ipv4/ip_default_ttl"))
 	}
 	require.Equal(t, "64", set(map[string]string{"net.ipv4.ip_default_ttl": "7", "vm.swappiness": "1"}))
 	require.Equal(t, "64", set(map[string]string{"net.ipv4.ip_default_ttl": "7", "net.ipv4.absent": "1"}))

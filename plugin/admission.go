@@ -16,9 +16,9 @@ import (
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/host"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/pause"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -34,8 +34,26 @@ func (c *Controller) Ours(name string) (bool, error) {
 // untrustedWorkload is an annotation of containerd's from before there were runtime handlers.
 const untrustedWorkload = "io.kubernetes.cri.untrusted-workload"
 
-// Admit refuses a pod before anything is made for it: InvalidArgument for what can never run, FailedPrecondition for what
-// the node lacks, Unavailable for what is to come.
+// A pod is checked in these places:
+//
+//	what                                           Admit  Create  step
+//	podfsm is neither degraded nor draining        yes    yes
+//	no annotation makes containerd pick a handler  yes
+//	the configuration: [Controller.specFor]        yes    yes
+//	the cgroup parent: checkCgroup                 yes    yes
+//	the node lacks nothing: node.lacks                            allocate_ids
+//	the id mapping: admitIDs                       yes            allocate_ids
+//	the CNI arguments, the networks                yes            attach_network
+//
+// Admit comes first: a request that can't work must make nothing, and must not supersede a creation that works.
+// [Controller.Create] checks again. A caller of containerd's sandbox API doesn't pass Admit, a drain may have begun
+// since, and only Create has containerd's record of the sandbox, whose runtime options name the cgroup driver. Ids and
+// networks may change until their steps, so the steps have the last word. The handler is asked for twice as well:
+// package cri's retries and front both serve the pods of other handlers, too.
+
+// Admit refuses a pod before anything is made for it. Errors: InvalidArgument for a pod that can
+// never run, FailedPrecondition if the node lacks something, Unavailable while podfsm takes no new
+// pods.
 func (c *Controller) Admit(ctx context.Context, handlerName string, config *runtime.PodSandboxConfig) error {
 	if err := c.takesPods(); err != nil {
 		return err
@@ -53,16 +71,16 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 		return err
 	}
 	if err := c.admitIDs(ctx, spec); err != nil {
-		return fmt.Errorf("pod %q can't have its ids: %w", records.PodName(config), err)
+		return fmt.Errorf("failed to allocate the ids of pod %q: %w", records.PodName(config), err)
 	}
 	if spec.OnNodeNetwork() {
 		return nil
 	}
 	if _, _, err := cni.PodArgs("", spec.Config); err != nil {
-		return fmt.Errorf("pod %q can't be told to CNI plugins: %w", records.PodName(config), err)
+		return fmt.Errorf("failed to pass pod %q to CNI plugins: %w", records.PodName(config), err)
 	}
 	if err := c.networkReady(ctx, spec); err != nil {
-		return fmt.Errorf("pod %q has no network to be attached to: %w", records.PodName(config), err)
+		return fmt.Errorf("network of pod %q is not ready: %w", records.PodName(config), err)
 	}
 	return nil
 }
@@ -78,8 +96,9 @@ func (c *Controller) takesPods() error {
 	return nil
 }
 
-// admitted is what a sandbox is made from that containerd's service asks for.
-func (c *Controller) admitted(ctx context.Context, info sandbox.Sandbox, opts []sandbox.CreateOpt) (*Spec, error) {
+// specForCreate returns the specification of a sandbox that Create is called for, by containerd's service or
+// another caller.
+func (c *Controller) specForCreate(ctx context.Context, info sandbox.Sandbox, opts []sandbox.CreateOpt) (*Spec, error) {
 	var options sandbox.CreateOptions
 	for _, opt := range opts {
 		if err := opt(&options); err != nil {
@@ -97,7 +116,8 @@ func (c *Controller) admitted(ctx context.Context, info sandbox.Sandbox, opts []
 	return spec, checkCgroup(spec, c.stock.handlerName(handlerName), spec.SystemdCgroup())
 }
 
-// requested is the true configuration and the handler: beside the request where it came through the front, else inside it.
+// requested returns the pod's own configuration and handler. The front passes both in the context;
+// other callers put the configuration into the options.
 func requested(ctx context.Context, info sandbox.Sandbox, options sandbox.CreateOptions) (*runtime.PodSandboxConfig, string, error) {
 	if call := cri.FromContext(ctx); call != nil && call.Config != nil {
 		return call.Config, call.Handler, nil
@@ -107,12 +127,12 @@ func requested(ctx context.Context, info sandbox.Sandbox, options sandbox.Create
 	}
 	config := &runtime.PodSandboxConfig{}
 	if err := typeurl.UnmarshalTo(options.Options, config); err != nil {
-		return nil, "", fmt.Errorf("the options of sandbox %q are no runtime.v1.PodSandboxConfig: %w: %w", info.ID, err, errdefs.ErrInvalidArgument)
+		return nil, "", fmt.Errorf("the options of sandbox %q are not a runtime.v1.PodSandboxConfig: %w: %w", info.ID, err, errdefs.ErrInvalidArgument)
 	}
 	return config, "", nil
 }
 
-// specFor puts together what a sandbox needs, and says who chooses its id mapping.
+// specFor returns what a sandbox needs, with the policy that chooses its id mapping.
 func (c *Controller) specFor(handlerName string, config *runtime.PodSandboxConfig, info sandbox.Sandbox, netNSPath string) (*Spec, error) {
 	spec, err := newSpec(c.stock, handlerName, config, info, netNSPath)
 	if err != nil {
@@ -120,26 +140,26 @@ func (c *Controller) specFor(handlerName string, config *runtime.PodSandboxConfi
 	}
 	if spec.Mapping != nil {
 		if err := spec.Mapping.CheckLowest(c.lowest); err != nil {
-			return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", records.PodName(config), err)
+			return nil, fmt.Errorf("invalid user namespace of pod %q: %w", records.PodName(config), err)
 		}
 		if err := userns.CheckPod(config, *spec.Mapping); err != nil {
-			return nil, fmt.Errorf("pod %q can't be in its user namespace: %w", records.PodName(config), err)
+			return nil, fmt.Errorf("pod %q does not fit into its user namespace: %w", records.PodName(config), err)
 		}
 	}
 	if spec.Choose, spec.Kept, err = c.policies.of(c.stock.handlerName(handlerName)).Choose(config); err != nil {
-		return nil, fmt.Errorf("pod %q can't have a user namespace: %w", records.PodName(config), err)
+		return nil, fmt.Errorf("failed to give pod %q a user namespace: %w", records.PodName(config), err)
 	}
 	return spec, nil
 }
 
-// newSpec puts together what a sandbox needs from the caller's configuration, containerd's record of the sandbox and the
-// handler's configuration.
+// newSpec returns what a sandbox needs. It reads the caller's configuration, containerd's record of
+// the sandbox and the handler's configuration.
 func newSpec(stock *stockConfig, handlerName string, config *runtime.PodSandboxConfig, info sandbox.Sandbox, netNSPath string) (*Spec, error) {
 	mapping, err := check(config)
 	if err != nil {
 		return nil, err
 	}
-	h := stock.Containerd.Runtimes[handlerName] // the zero handler for callers without CRI, who name none
+	h := stock.Containerd.Runtimes[handlerName] // the zero handler for callers without CRI: they name no handler
 	if handlerName == "" {
 		h = stock.Containerd.Runtimes[stock.Containerd.DefaultRuntimeName]
 	}
@@ -186,32 +206,33 @@ func check(config *runtime.PodSandboxConfig) (*userns.Mappings, error) {
 		return nil, fmt.Errorf("pod %q asks for the pid namespace mode %s; a sandbox has POD, CONTAINER or NODE: %w", records.PodName(config), mode, errdefs.ErrInvalidArgument)
 	}
 	if err := pause.CheckHostname(config); err != nil {
-		return nil, fmt.Errorf("pod %q has a hostname that can't be: %w", records.PodName(config), err)
+		return nil, fmt.Errorf("invalid hostname of pod %q: %w", records.PodName(config), err)
 	}
 	if err := pause.CheckSysctls(config); err != nil {
-		return nil, fmt.Errorf("pod %q has a sysctl that can't be set: %w", records.PodName(config), err)
+		return nil, fmt.Errorf("invalid sysctl of pod %q: %w", records.PodName(config), err)
 	}
 	mapping, err := userns.FromCRI(namespaces.GetUsernsOptions())
 	if err != nil {
-		return nil, fmt.Errorf("pod %q asks for a user namespace that can't be: %w", records.PodName(config), err)
+		return nil, fmt.Errorf("invalid user namespace of pod %q: %w", records.PodName(config), err)
 	}
 	return mapping, nil
 }
 
-// runtimeOptions are those of containerd's record of a sandbox; nil for none.
-func runtimeOptions(info sandbox.Sandbox) *journal.Data {
+// runtimeOptions returns the runtime options in containerd's record of a sandbox, nil if there are
+// none.
+func runtimeOptions(info sandbox.Sandbox) *ledger.Data {
 	options := info.Runtime.Options
 	if options == nil || options.GetTypeUrl() == "" {
 		return nil
 	}
-	return &journal.Data{TypeURL: options.GetTypeUrl(), Value: options.GetValue()}
+	return &ledger.Data{TypeURL: options.GetTypeUrl(), Value: options.GetValue()}
 }
 
-// checkCgroup refuses a pod whose cgroup can't be, before anything is made.
+// checkCgroup refuses a pod whose cgroup parent the handler's cgroup driver can't use.
 func checkCgroup(spec *Spec, handlerName string, systemd bool) error {
 	parent := spec.Config.GetLinux().GetCgroupParent()
 	if systemd && !strings.HasSuffix(path.Base(parent), ".slice") {
-		return fmt.Errorf("pod %q has the cgroup parent %q, which is no slice of systemd, but runtime handler %q has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration: %w",
+		return fmt.Errorf("pod %q has the cgroup parent %q, which is not a slice of systemd, but runtime handler %q has SystemdCgroup = true; set SystemdCgroup = false in the options of the handler, or cgroupDriver: systemd in the kubelet's configuration: %w",
 			records.PodName(spec.Config), parent, handlerName, errdefs.ErrInvalidArgument)
 	}
 	anyID := strings.Repeat("0", 64)
@@ -221,9 +242,9 @@ func checkCgroup(spec *Spec, handlerName string, systemd bool) error {
 	return nil
 }
 
-// admitIDs fails where the sandbox would get no id mapping, before anything is made for it.
+// admitIDs fails if the sandbox would get no id mapping. It allocates nothing.
 func (c *Controller) admitIDs(ctx context.Context, spec *Spec) error {
-	h := holder(journal.Key{}, spec)
+	h := holder(ledger.Key{}, spec)
 	switch {
 	case spec.Choose == userns.ModeNode:
 		h = ofNode(h, *c.policies.of(c.stock.handlerName(spec.Handler)).NodeWide)

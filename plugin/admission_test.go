@@ -14,7 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -128,7 +128,7 @@ func TestNewSpec(t *testing.T) {
 		NetNSPath:      "/run/netns/own",
 		RuntimeType:    "io.containerd.runc.v2",
 		RuntimePath:    "/usr/bin/shim",
-		RuntimeOptions: &journal.Data{TypeURL: packed.GetTypeUrl(), Value: packed.GetValue()},
+		RuntimeOptions: &ledger.Data{TypeURL: packed.GetTypeUrl(), Value: packed.GetValue()},
 		PodAnnotations: []string{"a.*"},
 		Snapshotter:    "stargz",
 		Image:          "registry.example/pause:3.10.1",
@@ -224,10 +224,10 @@ func TestSpecInTheLedger(t *testing.T) {
 	}), info, "/run/netns/own")
 	require.NoError(t, err)
 
-	data, err := journal.Marshal(spec)
+	data, err := ledger.Marshal(spec)
 	require.NoError(t, err)
 	back := &Spec{}
-	require.NoError(t, (&journal.Record{Data: data}).Unmarshal(back))
+	require.NoError(t, (&ledger.Record{Data: data}).Unmarshal(back))
 	require.True(t, proto.Equal(spec.Config, back.Config))
 	spec.Config, back.Config = nil, nil
 	require.Equal(t, spec, back)

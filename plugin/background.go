@@ -14,12 +14,14 @@ import (
 // quietTime is the longest that background work waits for containerd's CRI service to serve.
 const quietTime = time.Minute
 
-// background is what the controller does for no caller: the cleanups that the last run left, a CNI CHECK of each adopted sandbox, an
-// examination of the node, and from then on a look at the pins of network namespaces. The work waits until containerd has taken up its own pods, for at most [quietTime]. Meanwhile it would take
-// CPU from them, and a stock pod whose shim does not answer within 2 s at a restart is NotReady from then on
-// (io.containerd.timeout.task.state in containerd's plugins/services/tasks).
+// background is the work that no caller waits for: the cleanups that the last run left, a CNI CHECK
+// of each adopted sandbox, an examination of the node, and then a periodic look at the pins of
+// network namespaces. The work starts when containerd's CRI service serves, at the latest after
+// [quietTime]. Earlier, it would compete with containerd for CPU: a stock pod whose shim does not
+// answer within 2 s at a restart becomes NotReady (io.containerd.timeout.task.state in containerd's
+// plugins/services/tasks).
 type background struct {
-	criLoaded bool          // containerd's CRI service says itself when it serves
+	criLoaded bool          // containerd's CRI service is loaded and will report its readiness
 	quiet     chan struct{} // closed when the wait is over
 	end       func()        // closes quiet
 	release   func()        // lets the engine begin its cleanups
@@ -38,13 +40,13 @@ func (c *Controller) startBackground() {
 		if !b.wait(ctx) {
 			return
 		}
-		b.work.Go(func() { protected("the examination of the node", func() { c.examineAtStart(ctx) }) })
+		b.work.Go(func() { protected("examination of the node", func() { c.examineAtStart(ctx) }) })
 		if c.engine == nil {
 			return
 		}
 		b.release()
-		b.work.Go(func() { protected("the watch over network namespaces", func() { c.watchPins(ctx) }) })
-		protected("the checks of adopted sandboxes", func() { c.checkAdopted(ctx) })
+		b.work.Go(func() { protected("watch over network namespaces", func() { c.watchPins(ctx) }) })
+		protected("check of adopted sandboxes", func() { c.checkAdopted(ctx) })
 	})
 }
 
@@ -62,14 +64,15 @@ func (b *background) wait(ctx context.Context) bool {
 	}
 }
 
-// protected logs a panic of work that has no caller to return it to.
+// protected runs do and logs a panic, since no caller waits for the error.
 func protected(what string, do func()) {
 	if err := lifecycle.Protect(func() error { do(); return nil }); err != nil {
-		log.L.WithError(err).Errorf("podfsm: %s ended", what)
+		log.L.WithError(err).Errorf("background work failed: %s", what)
 	}
 }
 
-// watching is the init context for containerd's CRI service, whose readiness ends the wait.
+// watching returns the init context for containerd's CRI service. The readiness of that service
+// ends the wait.
 func (c *Controller) watching(ic *plugin.InitContext) *plugin.InitContext {
 	watched := *ic
 	watched.RegisterReadiness = func() func() {
@@ -83,7 +86,7 @@ func (c *Controller) watching(ic *plugin.InitContext) *plugin.InitContext {
 	return &watched
 }
 
-// loaded ends the wait where containerd has loaded all plugins and its CRI service is none of them.
+// loaded ends the wait if all plugins are loaded and containerd's CRI service is not among them.
 func (b *background) loaded() {
 	if !b.criLoaded {
 		b.end()

@@ -7,7 +7,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -19,7 +19,7 @@ const (
 	pinInterval = 10 * time.Second
 )
 
-// checkAdopted asks of all ready sandboxes, once, whether they are as they were made.
+// checkAdopted runs the checks of each ready sandbox once.
 func (c *Controller) checkAdopted(ctx context.Context) {
 	begun, adopted := time.Now(), 0
 	var group errgroup.Group
@@ -35,12 +35,12 @@ func (c *Controller) checkAdopted(ctx context.Context) {
 	}
 	_ = group.Wait()
 	if adopted > 0 && ctx.Err() == nil {
-		log.G(ctx).Infof("podfsm: checked %d adopted sandboxes in %s", adopted, time.Since(begun).Round(time.Millisecond))
+		log.G(ctx).Infof("checked %d adopted sandboxes in %s", adopted, time.Since(begun).Round(time.Millisecond))
 	}
 }
 
-// check checks one sandbox, and rests for as long as that took: what the pods want of the node comes first. The engine keeps and logs
-// what is wrong.
+// check checks one sandbox, and then pauses for as long as the check took, so that pods get the CPU
+// first. The engine records and logs what is wrong.
 func (c *Controller) check(ctx context.Context, view lifecycle.View) {
 	if ctx.Err() != nil {
 		return
@@ -55,11 +55,12 @@ func (c *Controller) check(ctx context.Context, view lifecycle.View) {
 	}
 }
 
-// watchPins has the pins that are gone made again: a pin tells nobody when it goes.
+// watchPins restores missing pins of network namespaces. It polls, because the kernel reports no
+// event when a pin is unmounted.
 func (c *Controller) watchPins(ctx context.Context) {
 	ticker := time.NewTicker(pinInterval)
 	defer ticker.Stop()
-	var failed map[journal.Key]pinTries
+	var failed map[ledger.Key]pinTries
 	for {
 		select {
 		case <-ticker.C:
@@ -70,16 +71,16 @@ func (c *Controller) watchPins(ctx context.Context) {
 	}
 }
 
-// pinTries are the tries to pin one namespace again that have failed, and when the next one is due.
+// pinTries counts the failed tries to pin one namespace again, and says when the next try is due.
 type pinTries struct {
 	failed int
 	next   time.Time
 }
 
-// pinAgain makes the missing pins of ready sandboxes again. A sandbox that is busy for longer is left to a later look. It returns what has
-// failed, by sandbox: each is tried again, less and less often.
-func (c *Controller) pinAgain(ctx context.Context, before map[journal.Key]pinTries) map[journal.Key]pinTries {
-	failed := map[journal.Key]pinTries{}
+// pinAgain restores the missing pins of ready sandboxes. It leaves a busy sandbox to the next call.
+// It returns the failed tries by sandbox, which are repeated with backoff.
+func (c *Controller) pinAgain(ctx context.Context, before map[ledger.Key]pinTries) map[ledger.Key]pinTries {
+	failed := map[ledger.Key]pinTries{}
 	for _, view := range c.engine.List() {
 		if !unpinned(view) {
 			continue
@@ -100,7 +101,7 @@ func (c *Controller) pinAgain(ctx context.Context, before map[journal.Key]pinTri
 	return failed
 }
 
-// unpinned says whether the pin of a ready sandbox has to be made again.
+// unpinned reports whether a ready sandbox has lost its pin.
 func unpinned(view lifecycle.View) bool {
 	pinned, ok := view.Step(CaptureNetNS).Result.(*NetNS)
 	return ok && view.State == states.Ready && view.Spec.(*Spec).NetNSPath == "" && !isPinned(pinned)

@@ -23,8 +23,9 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// Config is podfsm's own section of containerd's configuration, [plugins.'io.containerd.podsandbox.controller.v1.podfsm'].
-// What containerd's CRI configuration says already isn't asked for again.
+// Config is podfsm's section of containerd's configuration,
+// [plugins.'io.containerd.podsandbox.controller.v1.podfsm']. It has no option for what containerd's
+// CRI configuration already says.
 type Config struct {
 	// CNIAddTimeout and CNIDelTimeout bound one run of one CNI plugin. The defaults, "3m" and "1m30s", leave time within the
 	// kubelet's 4 minutes for running a sandbox, and 2 for stopping it, to roll back and to say which plugin hangs.
@@ -32,22 +33,25 @@ type Config struct {
 	CNIDelTimeout string `toml:"cni_del_timeout"`
 	// RuntimeTimeout bounds each of the other steps: the snapshot, pause, the pod's shim. Default: "2m".
 	RuntimeTimeout string `toml:"runtime_timeout"`
-	// UnclaimedTimeout is how long a sandbox that was finished after its caller had gone waits for a retry, or for anybody who looks
-	// at it, before it is removed. Default: "2m".
+	// UnclaimedTimeout is how long a sandbox whose caller had gone before it was ready waits for a
+	// retry, or for a list or status call that shows it. Then it is removed. Default: "2m".
 	UnclaimedTimeout string `toml:"unclaimed_timeout"`
-	// CNIGC is "auto" for a CNI GC at containerd's start of the networks that no other runtime seems to share, or "off". Default:
-	// "auto".
+	// CNIGC is "auto" to run CNI GC at containerd's start, on the networks that no other runtime
+	// seems to share, or "off". Default: "auto".
 	CNIGC string `toml:"cni_gc"`
-	// NetNSPrefix is what the names of pinned network namespaces begin with, before the sandbox's id: "podfsm-", or "cni-" for tools that
-	// look for the names that containerd gives. The namespaces of pods that run keep their names. Default: "podfsm-".
+	// NetNSPrefix is the prefix of the names of pinned network namespaces, before the sandbox id:
+	// "podfsm-", or "cni-" for tools that look for the names that containerd gives. Namespaces of
+	// running pods keep their names. Default: "podfsm-".
 	NetNSPrefix string `toml:"netns_prefix"`
-	// InitPath is the path of the program podfsm-init that becomes pause. Default: "", which is the one beside the daemon's executable,
-	// else the one in PATH.
+	// InitPath is the path of podfsm-init, the program that becomes pause. Default: "", which means
+	// the one beside the daemon's executable, else the one in PATH.
 	InitPath string `toml:"init_path"`
-	// MinHostID is the lowest host id that a pod may be mapped to, whoever chooses its mapping: at least 1000, the default. Those below
-	// belong to the node's root and system users. 65536 keeps pods off the ids of the node's people, too.
+	// MinHostID is the lowest host id that a pod may be mapped to, whether the kubelet or podfsm
+	// chooses the mapping. It is at least 1000, the default: the ids below belong to the node's
+	// root and system users. 65536 also keeps pods off the ids of human users.
 	MinHostID int64 `toml:"userns_min_host_id"`
-	// UserNS says, by runtime handler, who chooses the id mappings of pods.
+	// UserNS sets, per runtime handler, whether the kubelet or podfsm chooses the id mappings of
+	// pods.
 	UserNS map[string]UserNSConfig `toml:"userns"`
 	// Pool holds the host ids that mode "auto" gives to pods.
 	Pool PoolConfig `toml:"userns_pool"`
@@ -55,6 +59,14 @@ type Config struct {
 
 func defaultConfig() *Config {
 	return &Config{CNIAddTimeout: "3m", CNIDelTimeout: "1m30s", RuntimeTimeout: "2m", UnclaimedTimeout: "2m", CNIGC: "auto", NetNSPrefix: "podfsm-", MinHostID: 1000}
+}
+
+// safeConfig returns the options for running pods while the configured ones can't be used: the
+// defaults, without CNI GC, which deletes attachments on a network that another runtime may share.
+func safeConfig() *Config {
+	config := defaultConfig()
+	config.CNIGC = "off"
+	return config
 }
 
 // timeouts are the parsed durations of a Config, all positive.
@@ -77,7 +89,7 @@ func (c *Config) timeouts() (t timeouts, err error) {
 	return t, nil
 }
 
-// gc says whether networks are collected.
+// gc returns whether CNI GC runs at the start.
 func (c *Config) gc() (bool, error) {
 	switch c.CNIGC {
 	case "auto":
@@ -89,7 +101,7 @@ func (c *Config) gc() (bool, error) {
 	}
 }
 
-// checkPrefix refuses prefixes that the search for leaks does not know.
+// checkPrefix refuses a prefix that the search for leaks does not know.
 func (c *Config) checkPrefix() error {
 	if c.NetNSPrefix != leaks.PinPrefix && c.NetNSPrefix != leaks.StockPinPrefix {
 		return fmt.Errorf("netns_prefix = %q is neither %q nor %q: %w", c.NetNSPrefix, leaks.PinPrefix, leaks.StockPinPrefix, errdefs.ErrInvalidArgument)
@@ -113,8 +125,8 @@ func positive(key, text string) (time.Duration, error) {
 	return d, nil
 }
 
-// stockConfig is what podfsm reads of the configuration of containerd's CRI service. The types that hold it are internal to
-// containerd; their JSON form isn't.
+// stockConfig is the part of the configuration of containerd's CRI service that podfsm reads. It is
+// read as JSON, because its Go types are internal to containerd.
 type stockConfig struct {
 	Containerd struct {
 		DefaultRuntimeName string             `json:"defaultRuntimeName"`
@@ -188,7 +200,7 @@ func readConfigOf(instance, into any) error {
 	return json.Unmarshal(text, into)
 }
 
-// handlerName is the name of a runtime handler; "" is the default one's.
+// handlerName returns the name of a runtime handler. "" means the default handler.
 func (c *stockConfig) handlerName(name string) string {
 	if name == "" {
 		return c.Containerd.DefaultRuntimeName
@@ -196,8 +208,8 @@ func (c *stockConfig) handlerName(name string) string {
 	return name
 }
 
-// shimDirs says where containerd keeps what belongs to shims, by its task service's directories and the configuration of its shim
-// manager, which has put its default there.
+// shimDirs returns where containerd keeps the files of shims. The directories are those of its task
+// service; the configuration of its shim manager holds the defaults.
 func shimDirs(ic *plugin.InitContext) pause.ShimDirs {
 	tasks := plugins.RuntimePluginV2.String() + ".task"
 	dirs := pause.ShimDirs{
@@ -213,19 +225,21 @@ func shimDirs(ic *plugin.InitContext) pause.ShimDirs {
 	return dirs
 }
 
-// readStreaming reads how containerd's CRI service, whose init function ic is for, serves streams.
+// readStreaming reads how containerd's CRI service, which ic is the init context of, serves
+// streams.
 func readStreaming(ic *plugin.InitContext) (streaming cri.Streaming) {
 	text, err := json.Marshal(ic.Config)
 	if err == nil {
 		err = json.Unmarshal(text, &streaming)
 	}
 	if err != nil {
-		log.G(ic.Context).WithError(err).Warn("podfsm: can't read the streaming server's settings; port forwards are served with the defaults")
+		log.G(ic.Context).WithError(err).Warn("failed to read the settings of the streaming server, serving port forwards with the defaults")
 	}
 	return streaming
 }
 
-// handler finds a runtime handler; "" is the default one. An unknown handler is InvalidArgument.
+// handler returns a runtime handler by its name. "" means the default handler. An unknown handler
+// is an InvalidArgument error.
 func (c *stockConfig) handler(name string) (handler, error) {
 	name = c.handlerName(name)
 	h, ok := c.Containerd.Runtimes[name]
@@ -236,8 +250,8 @@ func (c *stockConfig) handler(name string) (handler, error) {
 	return h, nil
 }
 
-// ownSandbox are runtimes that make a sandbox of their own, by the beginning of their types: a virtual machine, or a kernel in user space.
-// A pause that podfsm clones would be beside it.
+// ownSandbox lists, by prefixes of their types, runtimes that make a sandbox of their own: a
+// virtual machine, or a kernel in user space. A pause cloned by podfsm would run outside of it.
 var ownSandbox = []struct{ runtime, name string }{
 	{"io.containerd.kata", "Kata Containers"},
 	{"io.containerd.runsc", "gVisor"},
@@ -245,8 +259,8 @@ var ownSandbox = []struct{ runtime, name string }{
 	{"aws.firecracker", "Firecracker"},
 }
 
-// checkHandlers refuses runtimes that podfsm can't run pods with. Hooks in base_runtime_spec are none of its business: containerd uses that
-// for the containers of a pod, never for its sandbox.
+// checkHandlers refuses runtimes that podfsm can't run pods with. It allows hooks in
+// base_runtime_spec: containerd applies that specification to containers, never to the sandbox.
 func (c *stockConfig) checkHandlers() error {
 	for _, name := range slices.Sorted(maps.Keys(c.Containerd.Runtimes)) {
 		h := c.Containerd.Runtimes[name]
@@ -255,7 +269,7 @@ func (c *stockConfig) checkHandlers() error {
 		}
 		for _, own := range ownSandbox {
 			if strings.HasPrefix(h.Type, own.runtime) {
-				return fmt.Errorf("runtime handler %q has sandboxer = %q, but its runtime %q (%s) makes a sandbox of its own; remove sandboxer there: %w",
+				return fmt.Errorf("runtime handler %q has sandboxer = %q, but its runtime %q (%s) makes a sandbox of its own; remove sandboxer from that handler: %w",
 					name, Name, h.Type, own.name, errdefs.ErrInvalidArgument)
 			}
 		}
@@ -263,8 +277,8 @@ func (c *stockConfig) checkHandlers() error {
 	return nil
 }
 
-// cniConf is where a pod of a handler finds its networks, and how many of them it gets. As with containerd, a handler has a
-// directory of its own only for pods that name it.
+// cniConf returns the CNI configuration directory of a handler and the maximum number of networks
+// per pod. As in containerd, only pods that name the handler use its own directory.
 func (c *stockConfig) cniConf(name string) (dir string, max int) {
 	dir, max = c.CNI.ConfDir, c.CNI.MaxConfNum
 	if h := c.Containerd.Runtimes[name]; h.ConfDir != "" {
@@ -276,13 +290,13 @@ func (c *stockConfig) cniConf(name string) (dir string, max int) {
 	return dir, max
 }
 
-// hasOwnCNIConf says whether pods of a handler find their networks elsewhere than where containerd's service looks when it says
-// whether the node's network is ready.
+// hasOwnCNIConf reports whether a handler has its own CNI configuration directory. containerd's
+// service only looks at the node's when it reports whether the network is ready.
 func (c *stockConfig) hasOwnCNIConf(name string) bool {
 	return c.Containerd.Runtimes[name].ConfDir != ""
 }
 
-// snapshotter is the one a handler uses.
+// snapshotter returns the name of the snapshotter that a handler uses.
 func (c *stockConfig) snapshotter(h handler) string {
 	if h.Snapshotter != "" {
 		return h.Snapshotter
@@ -290,7 +304,7 @@ func (c *stockConfig) snapshotter(h handler) string {
 	return c.image.Snapshotter
 }
 
-// snapshotters are those of all handlers that are podfsm's, each once.
+// snapshotters returns the snapshotters of podfsm's handlers, sorted, without duplicates.
 func (c *stockConfig) snapshotters() []string {
 	var names []string
 	for _, h := range c.Containerd.Runtimes {
@@ -305,7 +319,7 @@ func (c *stockConfig) snapshotters() []string {
 // pauseImage is the reference of the pause image. containerd's default configuration pins one.
 func (c *stockConfig) pauseImage() string { return c.image.PinnedImages["sandbox"] }
 
-// netNSDir is where network namespaces are pinned, containerd's own choice.
+// netNSDir returns the directory of pinned network namespaces, the same as containerd's.
 func (c *stockConfig) netNSDir() string {
 	if c.NetNSMountsUnderStateDir {
 		return filepath.Join(c.StateDir, "netns")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/containerd/v2/plugins"
@@ -11,12 +12,12 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// section is a plugin's section of containerd's configuration as it stands there. containerd itself decodes it, leaves out with a
-// warning what the type doesn't have, and doesn't start where a value has another type. A map takes everything, so that a mistake
-// can be told, and keeps nothing but podfsm from working.
+// section is a plugin's section of containerd's configuration, undecoded. If containerd decoded it
+// into a struct, it would ignore unknown options with a warning, and would not start at a value of
+// the wrong type. With a map, podfsm can name the mistake, and nothing else on the node fails.
 type section map[string]any
 
-// sectionOf is the section with the given options.
+// sectionOf returns the section with the given options.
 func sectionOf(config any) *section {
 	text, err := toml.Marshal(config)
 	s := &section{}
@@ -33,45 +34,61 @@ func sectionOf(config any) *section {
 func (s *section) decode(into any) error {
 	text, err := toml.Marshal(*s)
 	if err != nil {
-		return fmt.Errorf("its options can't be read: %w: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("failed to read the options: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	err = toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(into)
 	if unknown := (&toml.StrictMissingError{}); errors.As(err, &unknown) {
 		var names []string
-		for _, one := range unknown.Errors {
-			names = append(names, strings.Join(one.Key(), "."))
+		for _, missing := range unknown.Errors {
+			names = append(names, strings.Join(missing.Key(), "."))
 		}
-		return fmt.Errorf("unknown option %s: correct it, or take it out: %w", strings.Join(names, ", "), errdefs.ErrInvalidArgument)
+		return fmt.Errorf("unknown option %s; correct or remove it: %w", strings.Join(names, ", "), errdefs.ErrInvalidArgument)
 	}
 	if wrong := (&toml.DecodeError{}); errors.As(err, &wrong) {
-		return fmt.Errorf("option %s has a value of the wrong type, or one that is too large: %w", strings.Join(wrong.Key(), "."), errdefs.ErrInvalidArgument)
+		return fmt.Errorf("option %s has a value of the wrong type or range: %w", strings.Join(wrong.Key(), "."), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
-		return fmt.Errorf("its options can't be read: %w: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("failed to read the options: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
 
-// optionsOf reads podfsm's own section, as containerd gives it to the controller. With an error come the defaults.
+// optionsOf reads podfsm's own section. On an error it returns the defaults, too.
 func optionsOf(given any) (*Config, error) { return read(given, URI, defaultConfig) }
 
-// snapshotterOptionsOf reads the section of podfsm's snapshotter likewise, and looks at the values.
+// snapshotterOptionsOf reads and validates the section of podfsm's snapshotter. On an error it
+// returns options for the snapshots of running pods, too: the defaults, in the configured directory.
 func snapshotterOptionsOf(given any) (*SnapshotterConfig, error) {
 	uri := plugins.SnapshotPlugin.String() + "." + Name
 	config, err := read(given, uri, defaultSnapshotterConfig)
-	if err != nil {
-		return config, err
+	if err == nil {
+		if err = config.check(); err == nil {
+			return config, nil
+		}
+		err = fmt.Errorf("[plugins.'%s']: %w", uri, err)
 	}
-	if err := config.check(); err != nil {
-		return defaultSnapshotterConfig(), fmt.Errorf("[plugins.'%s']: %w", uri, err)
+	config = defaultSnapshotterConfig()
+	config.RootPath = rootOf(given)
+	return config, err
+}
+
+// rootOf returns the snapshotter's directory from a section that can't be used as a whole, "" for
+// the default.
+func rootOf(given any) string {
+	s, ok := given.(*section)
+	if !ok {
+		return ""
 	}
-	return config, nil
+	if path, ok := (*s)["root_path"].(string); ok && filepath.IsAbs(path) {
+		return path
+	}
+	return ""
 }
 
 func read[T any](given any, uri string, defaults func() *T) (*T, error) {
 	s, ok := given.(*section)
 	if !ok {
-		return defaults(), fmt.Errorf("containerd gives the configuration of %s as %T: %w", uri, given, errdefs.ErrInternal)
+		return defaults(), fmt.Errorf("containerd passed the configuration of %s as %T: %w", uri, given, errdefs.ErrInternal)
 	}
 	config := defaults()
 	if err := s.decode(config); err != nil {

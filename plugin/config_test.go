@@ -37,7 +37,7 @@ func TestNetNSPrefix(t *testing.T) {
 	}
 }
 
-func TestLowestHostID(t *testing.T) {
+func TestLowestHostIDOption(t *testing.T) {
 	got, err := defaultConfig().lowest()
 	require.NoError(t, err)
 	require.EqualValues(t, userns.MinHostID, got)

@@ -12,13 +12,14 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// UserNSConfig says who chooses the id mappings of one runtime handler's pods.
+// UserNSConfig sets how the pods of one runtime handler get their id mappings.
 type UserNSConfig struct {
 	// Mode is "kubelet", the default: pods have the mapping that the kubelet asks for; "auto": a pod without one gets a private
 	// range of 64Ki ids from the pool; "node": all pods without one share the node-wide mapping.
 	Mode string `toml:"mode"`
-	// Unmappable is what becomes, in modes auto and node, of privileged pods, pods in the node's namespaces, and pods with users, groups or
-	// sysctls beyond the range: "refuse", the default, or "host": they stay on the node's users. Containers that need the node's users in
+	// Unmappable sets, in modes auto and node, what happens to privileged pods, pods in the node's
+	// namespaces, and pods with users, groups or sysctls beyond the range: "refuse", the default,
+	// or "host", which leaves them on the node's users. Containers that need the node's users in
 	// other pods are always refused.
 	Unmappable string `toml:"unmappable"`
 	// NodeWideUIDMapping and NodeWideGIDMapping are the mapping of mode node.
@@ -33,7 +34,8 @@ type MappingConfig struct {
 	Size        int64 `toml:"size"`
 }
 
-// PoolConfig says which host ids mode auto may give to pods: Ranges, or those that /etc/subuid and /etc/subgid give to User.
+// PoolConfig sets the host ids that mode auto gives to pods: Ranges, or the subordinate ids of User
+// in /etc/subuid and /etc/subgid.
 type PoolConfig struct {
 	Ranges []RangeConfig `toml:"ranges"`
 	User   string        `toml:"user"`
@@ -45,7 +47,7 @@ type RangeConfig struct {
 	Size   int64 `toml:"size"`
 }
 
-// policies are the parsed forms of c.UserNS. All errors are InvalidArgument and name the option.
+// policies returns the parsed form of c.UserNS. All errors are InvalidArgument and name the option.
 func (c *Config) policies(stock *stockConfig) (policies, error) {
 	lowest, err := c.lowest()
 	if err != nil {
@@ -54,7 +56,7 @@ func (c *Config) policies(stock *stockConfig) (policies, error) {
 	all := policies{}
 	for _, name := range slices.Sorted(maps.Keys(c.UserNS)) {
 		if stock.Containerd.Runtimes[name].Sandboxer != Name {
-			return nil, fmt.Errorf("userns.%s: containerd's configuration has no runtime handler of that name with sandboxer = %q: %w", name, Name, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("userns.%s: containerd has no runtime handler of that name with sandboxer = %q: %w", name, Name, errdefs.ErrInvalidArgument)
 		}
 		policy, err := c.UserNS[name].policy()
 		if err == nil && policy.NodeWide != nil {
@@ -68,14 +70,15 @@ func (c *Config) policies(stock *stockConfig) (policies, error) {
 	return all, all.apart()
 }
 
-// apart fails when two different node-wide mappings have ids in common: the pods of one handler would keep those of the other from running.
+// apart fails if two different node-wide mappings overlap: running pods of one handler would block
+// those of the other.
 func (p policies) apart() error {
 	names := slices.Sorted(maps.Keys(p))
 	for i, name := range names {
 		for _, other := range names[:i] {
 			m, n := p[name].NodeWide, p[other].NodeWide
 			if m != nil && n != nil && *m != *n && m.Overlap(*n) {
-				return fmt.Errorf("userns.%s: its node-wide mapping takes ids of the one of userns.%s; give both the same one, or keep them apart: %w",
+				return fmt.Errorf("userns.%s: node-wide mapping overlaps that of userns.%s; use the same mapping for both, or separate ids: %w",
 					name, other, errdefs.ErrInvalidArgument)
 			}
 		}
@@ -92,7 +95,7 @@ func (c UserNSConfig) policy() (p userns.Policy, err error) {
 	}
 	if p.Mode != userns.ModeNode {
 		if c.NodeWideUIDMapping != nil || c.NodeWideGIDMapping != nil {
-			return p, fmt.Errorf("a node-wide mapping is set, but mode is %q: set mode = %q or take the mapping out: %w", p.Mode, userns.ModeNode, errdefs.ErrInvalidArgument)
+			return p, fmt.Errorf("a node-wide mapping is set, but mode is %q; set mode = %q or remove the mapping: %w", p.Mode, userns.ModeNode, errdefs.ErrInvalidArgument)
 		}
 		return p, nil
 	}
@@ -122,13 +125,14 @@ func (c MappingConfig) mapping(key string) (userns.Mapping, error) {
 		value int64
 	}{{"container_id", c.ContainerID}, {"host_id", c.HostID}, {"size", c.Size}} {
 		if field.value < 0 || field.value > math.MaxUint32 {
-			return userns.Mapping{}, fmt.Errorf("%s: %s = %d is no id: %w", key, field.name, field.value, errdefs.ErrInvalidArgument)
+			return userns.Mapping{}, fmt.Errorf("%s: %s = %d is not an id: %w", key, field.name, field.value, errdefs.ErrInvalidArgument)
 		}
 	}
 	return userns.Mapping{ContainerID: uint32(c.ContainerID), HostID: uint32(c.HostID), Length: uint32(c.Size)}, nil
 }
 
-// oneOf is text as one of the values that an option may have; the first is the default.
+// oneOf returns text if it is one of the values of an option, and the first value, the default, for
+// "".
 func oneOf[T ~string](key, text string, values ...T) (T, error) {
 	if text == "" {
 		return values[0], nil
@@ -139,7 +143,8 @@ func oneOf[T ~string](key, text string, values ...T) (T, error) {
 	return T(text), nil
 }
 
-// openPool makes the pool; nil where none is configured. Mode auto needs one. All errors name the option.
+// openPool opens the pool; it returns nil if none is configured. Mode auto needs a pool. All errors
+// name the option.
 func (c *Config) openPool(policies policies, dir string) (*userns.Pool, error) {
 	lowest, err := c.lowest()
 	if err != nil {
@@ -155,23 +160,23 @@ func (c *Config) openPool(policies policies, dir string) (*userns.Pool, error) {
 			return nil, fmt.Errorf("userns_pool: %w", err)
 		}
 		if below := (userns.Mapping{Length: lowest}); pool.Overlaps(userns.Mappings{UIDs: below, GIDs: below}) {
-			return nil, fmt.Errorf("userns_pool: it has ids below userns_min_host_id = %d; give it others: %w", lowest, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("userns_pool: host ids below userns_min_host_id = %d; choose higher ones: %w", lowest, errdefs.ErrInvalidArgument)
 		}
 		return pool, policies.apartFrom(pool)
 	}
 	for _, name := range slices.Sorted(maps.Keys(policies)) {
 		if policies[name].Mode == userns.ModeAuto {
-			return nil, fmt.Errorf("userns.%s: mode %q needs a pool: set userns_pool.ranges or userns_pool.user: %w", name, userns.ModeAuto, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("userns.%s: mode %q needs a pool; set userns_pool.ranges or userns_pool.user: %w", name, userns.ModeAuto, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil, nil
 }
 
-// ranges are the configured ones and where they come from; "" when none are.
+// ranges returns the configured ranges and the name of their source, "" if there are none.
 func (c PoolConfig) ranges() (source string, _ userns.Ranges, err error) {
 	switch {
 	case len(c.Ranges) > 0 && c.User != "":
-		return "", userns.Ranges{}, fmt.Errorf("ranges and user are both set; take one out: %w", errdefs.ErrInvalidArgument)
+		return "", userns.Ranges{}, fmt.Errorf("ranges and user are both set; remove one: %w", errdefs.ErrInvalidArgument)
 	case c.User != "":
 		ranges, err := userns.SubIDs(c.User, "/etc/subuid", "/etc/subgid")
 		return fmt.Sprintf("/etc/subuid and /etc/subgid of user %q", c.User), ranges, err
@@ -179,7 +184,7 @@ func (c PoolConfig) ranges() (source string, _ userns.Ranges, err error) {
 		var extents []userns.Extent
 		for _, r := range c.Ranges {
 			if r.HostID < 0 || r.Size <= 0 {
-				return "", userns.Ranges{}, fmt.Errorf("ranges: host_id = %d, size = %d is no range of ids: %w", r.HostID, r.Size, errdefs.ErrInvalidArgument)
+				return "", userns.Ranges{}, fmt.Errorf("ranges: host_id = %d, size = %d is not a range of ids: %w", r.HostID, r.Size, errdefs.ErrInvalidArgument)
 			}
 			extents = append(extents, userns.Extent{First: uint64(r.HostID), Size: uint64(r.Size)})
 		}
@@ -189,11 +194,11 @@ func (c PoolConfig) ranges() (source string, _ userns.Ranges, err error) {
 	}
 }
 
-// apartFrom fails when a node-wide mapping takes ids of the pool.
+// apartFrom fails if a node-wide mapping overlaps the pool.
 func (p policies) apartFrom(pool *userns.Pool) error {
 	for _, name := range slices.Sorted(maps.Keys(p)) {
 		if m := p[name].NodeWide; m != nil && pool.Overlaps(*m) {
-			return fmt.Errorf("userns.%s: the node-wide mapping takes ids of userns_pool; keep them apart: %w", name, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("userns.%s: node-wide mapping overlaps userns_pool; use separate ids: %w", name, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil

@@ -8,20 +8,21 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot"
 )
 
-// PrepareContainer makes what the root filesystem of a container in the sandbox needs, before containerd's service makes that, and has the
-// pod's shim started beside it. It is left to the service to say that the sandbox or the image isn't there.
+// PrepareContainer prepares the snapshot layers of a container's root filesystem, before
+// containerd's service makes the container, and starts the pod's shim in parallel. For an unknown
+// sandbox or image it does nothing: containerd's service reports the error.
 func (c *Controller) PrepareContainer(ctx context.Context, id, image string) (release func(), err error) {
 	nothing := func() {}
 	if c.engine == nil {
 		return nothing, c.well()
 	}
-	view, err := c.engine.Get(inFront(id))
+	view, err := c.engine.Get(criKey(id))
 	if errdefs.IsNotFound(err) {
 		return nothing, nil
 	}
@@ -43,21 +44,21 @@ func (c *Controller) PrepareContainer(ctx context.Context, id, image string) (re
 			defer leave()
 			return c.startShim(ctx, view.Key)
 		})
-		if err != nil { // the start of the container tries again, and says what is wrong
-			log.G(ctx).WithError(err).Debugf("podfsm: the shim of sandbox %q was not started beside its container", id)
+		if err != nil { // the start of the container retries and returns the error
+			log.G(ctx).WithError(err).Debugf("failed to start the shim of sandbox %q before its container", id)
 		}
 	}()
 	return func() { unpinned(); <-started }, nil
 }
 
-// prepareRootFS has podfsm's snapshotter do its work for a container.
+// prepareRootFS prepares the layers of a container's root filesystem in podfsm's snapshotter.
 func (c *Controller) prepareRootFS(ctx context.Context, view lifecycle.View, image string) (release func(), err error) {
 	nothing := func() {}
 	spec, mapped := view.Spec.(*Spec), records.MappingsOf(view)
 	if mapped == nil || spec.Snapshotter != Name {
 		return nothing, nil
 	}
-	found, err := c.node.client.GetImage(ctx, image)
+	found, err := c.node.image(ctx, image)
 	if errdefs.IsNotFound(err) {
 		return nothing, nil
 	}
@@ -78,15 +79,17 @@ func (c *Controller) prepareRootFS(ctx context.Context, view lifecycle.View, ima
 	return release, nil
 }
 
-// startShim makes sure that a pod has the shim that runs its containers. It is for who has the pod's turn, see [podTasks].
-func (c *Controller) startShim(ctx context.Context, key journal.Key) error {
+// startShim starts the pod's shim if it doesn't run. The caller holds the pod's lock, see
+// [podTasks].
+func (c *Controller) startShim(ctx context.Context, key ledger.Key) error {
 	if c.node.shims.Running(namespaces.WithNamespace(ctx, key.Namespace), key.ID) {
 		return nil
 	}
 	return c.engine.Demand(ctx, key, StartShim)
 }
 
-// sandboxOf is the sandbox that a container is in, by containerd's record of the container; "" where that says none, or isn't there.
+// sandboxOf returns the id of the sandbox in containerd's record of a container, "" if there is no
+// such record or no sandbox in it.
 func (n *node) sandboxOf(ctx context.Context, container string) (string, error) {
 	record, err := n.client.ContainerService().Get(ctx, container)
 	if err != nil && !errdefs.IsNotFound(err) {

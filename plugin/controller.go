@@ -21,8 +21,8 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
-	"github.com/podfsm/podfsm/history"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/history"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/snapshot/remapping"
@@ -34,10 +34,10 @@ type Controller struct {
 	stock      *stockConfig
 	limits     timeouts
 	policies   policies
-	lowest     uint32 // host id that a pod may be mapped to
+	lowest     uint32 // host id that pods may be mapped to
 	gc         bool   // of networks
 	node       *node
-	ledger     *journal.Ledger
+	ledger     *ledger.Ledger
 	engine     *lifecycle.Engine
 	ended      *ended
 	meters     *meters
@@ -48,34 +48,38 @@ type Controller struct {
 	doctor     *doctor.Doctor // of the node
 	background background
 	looks      looks
+	recovery   recoveryOutcomes
+	started    time.Time
 	drain      drain
 
-	passing atomic.Uint64 // pods of other controllers that have passed the front
+	passing atomic.Uint64 // numbers the pods of other controllers
 
 	refusalMu sync.Mutex
-	refusal   error // why no sandbox can be run; nil when all is well
+	refusal   error // why podfsm is degraded; nil if it is not
 }
 
-// initController makes the controller. It never fails: an error here would take the whole CRI down, so a controller that
-// can't work refuses pods, with the reason.
+// initController makes the controller. It never fails, because an error here would take down CRI
+// for all pods. A degraded controller refuses new pods, with the reason. It still serves the running
+// ones if it could open its ledger and recover from it.
 func initController(ic *plugin.InitContext) (any, error) {
-	c := &Controller{stock: &stockConfig{}}
+	c := &Controller{stock: &stockConfig{}, started: time.Now()}
 	c.meters = newMeters(c)
 	c.opened(func() error { return c.open(ic) })
 	c.callDoctor(ic)
 	c.startBackground()
 	if c.refusal != nil {
-		log.G(ic.Context).WithError(c.refusal).Error("podfsm: no pod of its handlers will be run")
+		log.G(ic.Context).WithError(c.refusal).Error("podfsm is degraded")
 	}
 	if err := prometheus.Register(c.meters); err != nil {
-		log.G(ic.Context).WithError(err).Warn("podfsm: there will be no metrics of it")
+		log.G(ic.Context).WithError(err).Warn("failed to register metrics")
 	}
 	completeNRI(c.completePod) // before containerd's CRI service, which comes next, lets NRI plugins connect
 	return c, nil
 }
 
-// opened opens the controller. When that fails, or panics, the controller has no engine and refuses pods: an engine that doesn't know all
-// sandboxes would let containerd's service forget the others.
+// opened opens the controller. If that fails or panics, it drops the engine, and the controller can
+// serve no pod at all: an engine that doesn't know all sandboxes would make containerd's service
+// forget the others.
 func (c *Controller) opened(open func() error) {
 	err := lifecycle.Protect(open)
 	if err == nil {
@@ -85,17 +89,18 @@ func (c *Controller) opened(open func() error) {
 	if c.engine != nil {
 		ended, cancel := context.WithCancel(context.Background())
 		cancel()
-		c.engine.Close(ended) // without a wait for what it has begun
+		c.engine.Close(ended) // does not wait for work under way
 		c.engine = nil
 	}
 }
 
-// open connects the controller to containerd, the ledger and the engine.
+// open connects the controller to containerd, the ledger and the engine. It fails only if running
+// pods can't be served. What only new pods need makes podfsm refuse those.
 func (c *Controller) open(ic *plugin.InitContext) error {
-	config, err := c.configure(ic)
-	if err != nil {
+	if err := c.configureStock(ic); err != nil {
 		return err
 	}
+	config := c.configure(ic)
 	client, err := c.connect(ic)
 	if err != nil {
 		return err
@@ -109,52 +114,67 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err := c.openEngine(); err != nil {
 		return err
 	}
-	if err := c.openProcesses(ic, config); err != nil {
+	if err := c.openProcesses(ic); err != nil {
 		return err
 	}
 	c.background.release = c.engine.Hold()
-	if err := c.recover(ic.Context, client, c.gc); err != nil {
-		return fmt.Errorf("failed to take up the sandboxes of the last run: %w", err)
+	if err := c.recovery.time(func() error { return c.recover(ic.Context, client, c.gc) }); err != nil {
+		return fmt.Errorf("failed to recover the sandboxes of the last run: %w", err)
+	}
+	if c.well() == nil { // else nothing is started
+		c.refuse(c.prepareStarts(config))
 	}
 	return nil
 }
 
-// configure reads containerd's configuration and podfsm's own.
-func (c *Controller) configure(ic *plugin.InitContext) (*Config, error) {
+// configureStock reads containerd's own configuration. Without it, podfsm doesn't know where the
+// files of its pods are.
+func (c *Controller) configureStock(ic *plugin.InitContext) error {
 	stock, err := readStockConfig(ic)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	c.stock = stock // from here on the handlers are known, and their pods refused if anything below fails
-	if err := stock.checkHandlers(); err != nil {
-		return nil, err
-	}
-	if err := c.drain.open(ic.Properties[plugins.PropertyRootDir]); err != nil {
-		return nil, err
+	c.stock = stock // if podfsm is degraded, new pods of these handlers are refused
+	c.refuse(stock.checkHandlers())
+	return nil
+}
+
+// configure reads podfsm's options. If they can't be used, it returns safe ones for the running
+// pods, and new pods are refused.
+func (c *Controller) configure(ic *plugin.InitContext) *Config {
+	c.refuse(c.drain.open(ic.Properties[plugins.PropertyRootDir]))
+	if loaded := ic.Plugins().Get(plugins.SnapshotPlugin, Name); loaded != nil {
+		_, err := snapshotterOptionsOf(loaded.Config)
+		c.refuse(err)
 	}
 	config, err := optionsOf(ic.Config)
+	if err == nil {
+		err = c.use(config)
+	}
 	if err != nil {
-		return nil, err
+		c.refuse(err)
+		config = safeConfig()
+		c.refuse(c.use(config))
 	}
-	if loaded := ic.Plugins().Get(plugins.SnapshotPlugin, Name); loaded != nil {
-		if _, err := snapshotterOptionsOf(loaded.Config); err != nil {
-			return nil, err
-		}
-	}
+	return config
+}
+
+// use takes over the options.
+func (c *Controller) use(config *Config) (err error) {
 	if c.limits, err = config.timeouts(); err != nil {
-		return nil, err
+		return err
 	}
 	if c.gc, err = config.gc(); err != nil {
-		return nil, err
+		return err
 	}
 	if c.lowest, err = config.lowest(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := config.checkPrefix(); err != nil {
-		return nil, err
+		return err
 	}
-	c.policies, err = config.policies(stock)
-	return config, err
+	c.policies, err = config.policies(c.stock)
+	return err
 }
 
 // connect finds the services and plugins of this containerd.
@@ -175,24 +195,24 @@ func (c *Controller) connect(ic *plugin.InitContext) (*containerd.Client, error)
 	return client, nil
 }
 
-// openLedger opens what is on record, of the sandboxes that there are and of those that have ended.
+// openLedger opens the ledger, and the history of ended sandboxes.
 func (c *Controller) openLedger(ic *plugin.InitContext) (err error) {
 	rootDir := ic.Properties[plugins.PropertyRootDir]
-	if c.ledger, err = journal.Open(rootDir, ic.Properties[plugins.PropertyStateDir]); err != nil {
+	if c.ledger, err = ledger.Open(rootDir, ic.Properties[plugins.PropertyStateDir]); err != nil {
 		return fmt.Errorf("failed to open the ledger: %w", err)
 	}
 	for _, damage := range c.ledger.Damage() {
-		log.G(ic.Context).WithField("file", damage.File).Errorf("podfsm: the ledger is damaged: %s", damage.Reason)
+		log.G(ic.Context).WithField("file", damage.File).Errorf("ledger is damaged: %s", damage.Reason)
 	}
 	file, err := history.Open(filepath.Join(rootDir, history.FileName))
 	if err != nil {
-		log.G(ic.Context).WithError(err).Warn("podfsm: what became of earlier sandboxes can't be looked up")
+		log.G(ic.Context).WithError(err).Warn("failed to read history of ended sandboxes")
 	}
 	c.ended = newEnded(file)
 	return nil
 }
 
-// openNode gets ready what the steps work with, and the id ranges.
+// openNode makes the dependencies of the steps, and the id ranges.
 func (c *Controller) openNode(ic *plugin.InitContext, config *Config, client *containerd.Client) error {
 	groups, err := cni.OpenGroups(ic.Properties[plugins.PropertyStateDir])
 	if err != nil {
@@ -202,18 +222,18 @@ func (c *Controller) openNode(ic *plugin.InitContext, config *Config, client *co
 	c.node.policies = c.policies
 	c.node.pinPrefix = config.NetNSPrefix
 	c.node.tasks = taskEvents{c.exchange}
+	// Without the pool, running pods keep their ids: each is on record.
 	pool, err := config.openPool(c.policies, ic.Properties[plugins.PropertyRootDir])
-	if err != nil {
-		return err
-	}
+	c.refuse(err)
 	c.node.ids = userns.New(idHost{c}, pool)
 	return nil
 }
 
 func (c *Controller) openEngine() error {
+	c.recovery.Meter = c.meters
 	engine, err := lifecycle.New(lifecycle.Config{
-		Steps: change(c.node.list()), Process: StartPause, Journal: timedLedger{c.ledger, c.meters}, Backoff: lifecycle.DefaultBackoff,
-		Release: thisRelease(), Observe: c.observe, WrittenOff: c.wroteOff, Meter: c.meters,
+		Steps: change(c.node.list()), Process: StartPause, Ledger: timedLedger{c.ledger, c.meters}, Backoff: lifecycle.DefaultBackoff,
+		Release: thisRelease(), Observe: c.observe, WrittenOff: c.wroteOff, Meter: &c.recovery,
 	})
 	if err != nil {
 		return fmt.Errorf("failed to make the engine: %w", err)
@@ -222,24 +242,16 @@ func (c *Controller) openEngine() error {
 	return nil
 }
 
-// openProcesses gets ready to start and to watch pauses and shims, and to answer for them in containerd's task service.
-func (c *Controller) openProcesses(ic *plugin.InitContext, config *Config) (err error) {
-	path := config.InitPath
-	if path == "" {
-		if path, err = pause.FindInit(); err != nil {
-			return err
-		}
-	}
-	if c.node.seccomp, err = pause.SeccompFilter(); err != nil {
-		return err
-	}
+// openProcesses prepares watching pauses and shims, and puts the pauses into containerd's task
+// service.
+func (c *Controller) openProcesses(ic *plugin.InitContext) (err error) {
 	engine := c.engine
 	exited := func(name string, exit pause.Exit) {
 		if err := lifecycle.Protect(func() error { c.pauseExited(engine, name, exit); return nil }); err != nil {
-			log.L.WithError(err).Errorf("podfsm: the exit of pause of %q was not handled to its end", name)
+			log.L.WithError(err).Errorf("failed to handle the exit of pause of %q", name)
 		}
 	}
-	if c.node.pauses, err = pause.NewProcesses(path, exited); err != nil {
+	if c.node.pauses, err = pause.NewProcesses(exited); err != nil {
 		return err
 	}
 	manager, err := ic.GetByID(plugins.ShimPlugin, "manager")
@@ -252,14 +264,29 @@ func (c *Controller) openProcesses(ic *plugin.InitContext, config *Config) (err 
 	if err != nil {
 		return fmt.Errorf("failed to find containerd's task service: %w", err)
 	}
-	if err := c.node.shims.FindStrays(ic.Context); err != nil { // containerd has loaded those that it knows
+	if err := c.node.shims.FindStrays(ic.Context); err != nil { // after containerd has loaded the shims that it knows
 		return err
 	}
 	service.(*taskService).of.Store(c)
 	return nil
 }
 
-// Close stops what the controller runs. containerd calls it at its own stop. What is unfinished is in the ledger.
+// prepareStarts loads what every new pause starts with.
+func (c *Controller) prepareStarts(config *Config) (err error) {
+	path := config.InitPath
+	if path == "" {
+		if path, err = pause.FindInit(); err != nil {
+			return err
+		}
+	}
+	if c.node.seccomp, err = pause.SeccompFilter(); err != nil {
+		return err
+	}
+	return c.node.pauses.Load(path)
+}
+
+// Close ends the controller's work. containerd calls it when it stops. Unfinished work is in the
+// ledger and continues after the next start.
 func (c *Controller) Close() error {
 	if c.meters != nil {
 		prometheus.Unregister(c.meters)
@@ -281,40 +308,42 @@ func (c *Controller) Close() error {
 	return errors.Join(failed...)
 }
 
-// closeEngine ends what is under way, and then hands on what is left to tell of it.
+// closeEngine ends the work under way, then flushes events and the history.
 func (c *Controller) closeEngine() {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	c.engine.Close(ctx)
-	flush, cancel := context.WithTimeout(context.Background(), flushTimeout)
+	ctx, cancel = context.WithTimeout(context.Background(), flushTimeout)
 	defer cancel()
-	c.publishing.settle(flush)
-	c.ended.writing.settle(flush)
+	c.publishing.flush(ctx)
+	c.ended.writing.flush(ctx)
 }
 
-// closeTimeout is how long a stop of containerd waits for what is under way: the front has ended its creations by then, and they roll
-// back; what takes longer goes on after the next start.
+// closeTimeout is how long a stop of containerd waits for work under way. containerd closes the CRI
+// service first, which ends the creations there and waits for their rollbacks. A rollback that takes
+// longer than both waits continues after the next start.
 const closeTimeout = 10 * time.Second
 
-// flushTimeout is how long it waits for subscribers of events, and for the disk of the history. What takes longer is lost.
+// flushTimeout is how long a stop of containerd waits for subscribers of events, and for the disk
+// of the history. Later events and entries are dropped.
 const flushTimeout = 2 * time.Second
 
-// refuse makes the controller refuse every pod because of err.
+// refuse makes the controller refuse every new pod because of err. nil changes nothing.
 func (c *Controller) refuse(err error) {
 	c.refusalMu.Lock()
 	defer c.refusalMu.Unlock()
 	c.refusal = errors.Join(c.refusal, err)
 }
 
-// well fails with Unavailable while the controller refuses pods.
+// well fails with Unavailable while podfsm is degraded.
 func (c *Controller) well() error {
 	if refusal := c.refused(); refusal != nil {
-		return fmt.Errorf("podfsm runs no pods: %s: %w", refusal, errdefs.ErrUnavailable) // whatever class the reason has
+		return fmt.Errorf("podfsm is degraded: %s: %w", refusal, errdefs.ErrUnavailable) // not the class of the reason
 	}
 	return nil
 }
 
-// refused is why no pod can be run; nil when all is well.
+// refused returns why podfsm is degraded, nil if it is not.
 func (c *Controller) refused() error {
 	c.refusalMu.Lock()
 	defer c.refusalMu.Unlock()

@@ -23,7 +23,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cri"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
@@ -182,8 +182,8 @@ func TestStopAndShutdown(t *testing.T) {
 	require.NoError(t, w.Shutdown(inCRI(t), "s1"))
 	require.Empty(t, w.host.left("s1"))
 	require.True(t, errdefs.IsNotFound(w.Stop(inCRI(t), "s1")), "containerd's service takes that for success")
-	require.NoError(t, w.StopPod(t.Context(), "s1"))
-	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.NoError(t, w.StopSandbox(t.Context(), "s1"))
+	require.NoError(t, w.RemoveSandbox(t.Context(), "s1"))
 	_, err := w.Wait(inCRI(t), "s1")
 	require.True(t, errdefs.IsNotFound(err))
 	_, err = w.Status(inCRI(t), "s1", true)
@@ -196,34 +196,34 @@ func TestSandboxesOfOtherNamespacesAreNotTheCRIs(t *testing.T) {
 	w := newWorld(t)
 	ctx := namespaces.WithNamespace(t.Context(), "another")
 	require.NoError(t, w.Create(ctx, sandbox.Sandbox{ID: "s1"}, sandbox.WithOptions(podConfig())))
-	_, ok := w.Pod("s1")
+	_, ok := w.Sandbox("s1")
 	require.False(t, ok)
-	require.NoError(t, w.StopPod(t.Context(), "s1"))
-	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.NoError(t, w.StopSandbox(t.Context(), "s1"))
+	require.NoError(t, w.RemoveSandbox(t.Context(), "s1"))
 	require.Len(t, w.engine.List(), 1)
 }
 
 func TestPod(t *testing.T) {
 	w := newWorld(t)
 	require.NoError(t, w.create(t, "s1"))
-	pod, ok := w.Pod("s1")
+	pod, ok := w.Sandbox("s1")
 	require.True(t, ok)
 	require.Empty(t, pod.IP)
 	_, err := w.Start(inCRI(t), "s1")
 	require.NoError(t, err)
-	pod, ok = w.Pod("s1")
+	pod, ok = w.Sandbox("s1")
 	require.True(t, ok)
 	require.Equal(t, "web", pod.Config.GetMetadata().GetName())
 	require.Equal(t, "10.0.0.2", pod.IP)
 	require.Equal(t, []string{"fd00::2"}, pod.AdditionalIPs)
-	require.NoError(t, w.StopPod(t.Context(), "s1"))
-	pod, ok = w.Pod("s1")
+	require.NoError(t, w.StopSandbox(t.Context(), "s1"))
+	pod, ok = w.Sandbox("s1")
 	require.True(t, ok)
 	require.Empty(t, pod.IP, "it is off its network")
-	require.NoError(t, w.RemovePod(t.Context(), "s1"))
-	_, ok = w.Pod("s1")
+	require.NoError(t, w.RemoveSandbox(t.Context(), "s1"))
+	_, ok = w.Sandbox("s1")
 	require.True(t, ok, "events of its end are restored, too")
-	_, ok = w.Pod("unknown")
+	_, ok = w.Sandbox("unknown")
 	require.False(t, ok)
 }
 
@@ -234,7 +234,7 @@ func TestOurs(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, want, ours, "%q", handler)
 	}
-	_, err := c.Ours("nobody's")
+	_, err := c.Ours("unknown")
 	require.True(t, errdefs.IsInvalidArgument(err))
 
 	c.stock.Containerd.DefaultRuntimeName = "podfsm"
@@ -243,7 +243,7 @@ func TestOurs(t *testing.T) {
 	require.True(t, ours)
 
 	c.stock = &stockConfig{}
-	ours, err = c.Ours("nobody's")
+	ours, err = c.Ours("unknown")
 	require.NoError(t, err, "containerd's own service decides")
 	require.False(t, ours)
 }
@@ -283,7 +283,7 @@ func TestStatus(t *testing.T) {
 	require.Equal(t, sandbox.ControllerStatus{SandboxID: "s1", Pid: 42, State: "SANDBOX_READY", CreatedAt: created}, got)
 
 	at := time.Unix(8, 0).UTC()
-	w.engine.PauseExited(journal.Key{Namespace: cri.Namespace, ID: "s1"}, lifecycle.Exit{Code: 9, At: at})
+	w.engine.PauseExited(ledger.Key{Namespace: cri.Namespace, ID: "s1"}, lifecycle.Exit{Code: 9, At: at})
 	w.waitFor(t, "s1", states.NotReady)
 	got, err = w.Status(inCRI(t), "s1", false)
 	require.NoError(t, err)
@@ -295,8 +295,8 @@ func TestStatus(t *testing.T) {
 func TestStatusOnceWaitHasReturned(t *testing.T) {
 	w := newWorld(t)
 	w.run(t, "s1")
-	recording, release := w.book.waitAt(journal.Exited)
-	w.engine.PauseExited(journal.Key{Namespace: cri.Namespace, ID: "s1"}, lifecycle.Exit{Code: 9})
+	recording, release := w.book.waitAt(ledger.Exited)
+	w.engine.PauseExited(ledger.Key{Namespace: cri.Namespace, ID: "s1"}, lifecycle.Exit{Code: 9})
 	<-recording
 	ctx, cancel := context.WithTimeout(inCRI(t), 100*time.Millisecond)
 	defer cancel()
@@ -309,11 +309,11 @@ func TestStatusOnceWaitHasReturned(t *testing.T) {
 	}
 }
 
-// An operator who sees a creation hang removes or stops it by the id that the CLI shows.
+// An operator can remove or stop a hanging creation by the id that the CLI shows.
 func TestEndingASandboxWhileItIsCreated(t *testing.T) {
 	for name, end := range map[string]func(w *world, ctx context.Context) error{
-		"remove": func(w *world, ctx context.Context) error { return w.RemovePod(ctx, "s1") },
-		"stop":   func(w *world, ctx context.Context) error { return w.StopPod(ctx, "s1") },
+		"remove": func(w *world, ctx context.Context) error { return w.RemoveSandbox(ctx, "s1") },
+		"stop":   func(w *world, ctx context.Context) error { return w.StopSandbox(ctx, "s1") },
 	} {
 		for _, during := range creationPath() {
 			t.Run(name+" during "+string(during), func(t *testing.T) {
@@ -331,7 +331,7 @@ func TestEndingASandboxWhileItIsCreated(t *testing.T) {
 				require.NoError(t, w.create(t, "s1"))
 				started := make(chan error, 1)
 				go func() {
-					started <- w.engine.Start(context.Background(), journal.Key{Namespace: cri.Namespace, ID: "s1"})
+					started <- w.engine.Start(context.Background(), ledger.Key{Namespace: cri.Namespace, ID: "s1"})
 				}()
 				<-reached
 
@@ -340,16 +340,16 @@ func TestEndingASandboxWhileItIsCreated(t *testing.T) {
 				require.NoError(t, end(w, ctx))
 				close(release)
 				assert.Error(t, <-started, "its caller must not think that it runs")
-				assert.Empty(t, w.host.left("s1"), "nobody would ever undo it")
+				assert.Empty(t, w.host.left("s1"), "it would never be undone")
 				assert.Empty(t, w.engine.List())
 			})
 		}
 	}
 }
 
-// The kubelet tries again with the same attempt, because it has seen no sandbox of the one that failed: what that still owes must
-// not keep the pod from running.
-func TestDebtOfAFailedCreationDoesNotBlockTheNext(t *testing.T) {
+// After a failed creation the kubelet retries with the same attempt, because it has seen no
+// sandbox. Pending cleanups of the failed one must not block the retry.
+func TestPendingCleanupOfAFailedCreationDoesNotBlockTheNext(t *testing.T) {
 	w := newWorld(t)
 	w.host.do[AttachNetwork] = failing
 	w.host.fail(AttachNetwork, errors.New("a plugin is missing"))
@@ -365,7 +365,7 @@ func TestDebtOfAFailedCreationDoesNotBlockTheNext(t *testing.T) {
 	_, err = w.Start(inCRI(t), "s2")
 	require.NoError(t, err)
 	w.host.heal(AttachNetwork)
-	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.NoError(t, w.RemoveSandbox(t.Context(), "s1"))
 	require.Empty(t, w.host.left("s1"))
 	require.Equal(t, states.Ready, w.view(t, "s2").State)
 }
@@ -383,14 +383,14 @@ func TestManyCallersAtOnce(t *testing.T) {
 			require.NoError(t, err)
 			var ends sync.WaitGroup
 			for range 3 {
-				ends.Go(func() { require.NoError(t, w.StopPod(ctx, id)) })
-				ends.Go(func() { require.NoError(t, w.RemovePod(ctx, id)) })
+				ends.Go(func() { require.NoError(t, w.StopSandbox(ctx, id)) })
+				ends.Go(func() { require.NoError(t, w.RemoveSandbox(ctx, id)) })
 			}
 			ends.Wait()
 		})
 		group.Go(func() {
 			_, _ = w.Status(ctx, id, false)
-			_, _ = w.Pod(id)
+			_, _ = w.Sandbox(id)
 			_, err := service.List(ctx, nil)
 			require.NoError(t, err)
 		})
@@ -480,14 +480,14 @@ func TestControllerThatCantBeOpened(t *testing.T) {
 
 func TestQuarantinedSandboxCanBeStoppedAndRemoved(t *testing.T) {
 	w := newWorld(t)
-	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
-	w.engine.Restore(t.Context(), []journal.Sandbox{{Key: key, Records: []journal.Record{{Key: key, Kind: journal.Begun}}}},
-		func(journal.Key, any) lifecycle.Request { return lifecycle.Request{Spec: &Spec{Config: podConfig()}} },
-		func(journal.Sandbox) lifecycle.Outside { return lifecycle.Outside{Listed: true, Started: true} })
+	key := ledger.Key{Namespace: cri.Namespace, ID: "s1"}
+	w.engine.Restore(t.Context(), []ledger.Sandbox{{Key: key, Records: []ledger.Record{{Key: key, Kind: ledger.Begun}}}},
+		func(ledger.Key, any) lifecycle.Request { return lifecycle.Request{Spec: &Spec{Config: podConfig()}} },
+		func(ledger.Sandbox) lifecycle.Outside { return lifecycle.Outside{Listed: true, Started: true} })
 	require.Equal(t, states.Quarantined, w.view(t, "s1").State)
 	// The kubelet removes no sandbox that it couldn't stop.
-	require.NoError(t, w.StopPod(t.Context(), "s1"))
-	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.NoError(t, w.StopSandbox(t.Context(), "s1"))
+	require.NoError(t, w.RemoveSandbox(t.Context(), "s1"))
 	require.Empty(t, w.engine.List())
 }
 
@@ -495,8 +495,8 @@ func TestQuarantinedSandboxCanBeStoppedAndRemoved(t *testing.T) {
 func TestResumeEndsWithItsContext(t *testing.T) {
 	w := newWorld(t)
 	w.run(t, "s1")
-	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
-	busy, release := w.book.waitAt(journal.Exited)
+	key := ledger.Key{Namespace: cri.Namespace, ID: "s1"}
+	busy, release := w.book.waitAt(ledger.Exited)
 	w.engine.PauseExited(key, lifecycle.Exit{})
 	<-busy
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)

@@ -8,15 +8,16 @@ import (
 	"github.com/containerd/log"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/history"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/history"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// ended keeps the sandboxes that have ended: the last of them in memory, for callers that come late, and in a file, for operators.
-// Nothing of a sandbox depends on it or waits for it. Its methods may be called by many goroutines.
+// ended keeps ended sandboxes: the latest in memory, for late callers, and all in a file, for
+// operators. No sandbox depends on it or waits for it. Its methods may be called by many
+// goroutines.
 type ended struct {
 	archive archive
 	writing *relay[lifecycle.View]
@@ -31,14 +32,14 @@ type archive interface {
 	Read() ([]*podfsmv1.InspectResponse, error)
 }
 
-// maxEnded is how many sandboxes that have ended stay in memory, and how many of them may wait for the disk. Containerd's events of a
-// sandbox can come after its end.
+// maxEnded bounds the ended sandboxes in memory, and those that wait for the disk. They stay in
+// memory because containerd's events of a sandbox can come after its end.
 const maxEnded = 128
 
 func newEnded(to archive) *ended {
 	e := &ended{archive: to}
-	e.writing = &relay[lifecycle.View]{bound: maxEnded, pass: e.write, lost: func(n int) {
-		log.L.Warnf("podfsm: the disk is too slow: what became of %d sandboxes can't be looked up later", n)
+	e.writing = &relay[lifecycle.View]{bound: maxEnded, pass: e.write, dropped: func(n int) {
+		log.L.Warnf("disk is too slow, history of %d ended sandboxes dropped", n)
 	}}
 	return e
 }
@@ -60,12 +61,12 @@ func (e *ended) write(view lifecycle.View) {
 		err = e.archive.Add(inspection)
 	}
 	if err != nil {
-		log.L.WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Warn("podfsm: what became of a sandbox can't be looked up later")
+		log.L.WithField(tracing.LogSandbox, view.Key.ID).WithError(err).Warn("failed to write history of ended sandbox")
 	}
 }
 
-// find is a sandbox as it was when it ended, as long as it is in memory.
-func (e *ended) find(key journal.Key) (lifecycle.View, bool) {
+// find returns an ended sandbox that is still in memory.
+func (e *ended) find(key ledger.Key) (lifecycle.View, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, view := range slices.Backward(e.last) {
@@ -76,8 +77,8 @@ func (e *ended) find(key journal.Key) (lifecycle.View, bool) {
 	return lifecycle.View{}, false
 }
 
-// within are the keys of those that ended not longer ago than a duration.
-func (e *ended) within(d time.Duration) (keys []journal.Key) {
+// within returns the keys of sandboxes that ended at most d ago.
+func (e *ended) within(d time.Duration) (keys []ledger.Key) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, view := range e.last {
@@ -88,7 +89,7 @@ func (e *ended) within(d time.Duration) (keys []journal.Key) {
 	return keys
 }
 
-// read returns what operators see of them, the one that ended first first, also of those that still wait for the disk.
+// read returns all ended sandboxes, the oldest first, including those that still wait for the disk.
 func (e *ended) read() ([]*podfsmv1.InspectResponse, error) {
 	e.mu.Lock()
 	last := slices.Clone(e.last)
@@ -98,15 +99,15 @@ func (e *ended) read() ([]*podfsmv1.InspectResponse, error) {
 		return nil, err
 	}
 	for _, view := range last {
-		if inspection, err := records.Inspection(view); err == nil { // else the log says so
+		if inspection, err := records.Inspection(view); err == nil { // write logs the error
 			all = append(all, inspection)
 		}
 	}
 	return history.Latest(all), nil
 }
 
-// find is a sandbox as it is now, or as it was when it ended, as long as that is in memory.
-func (c *Controller) find(key journal.Key) (lifecycle.View, bool) {
+// find returns a sandbox, also an ended one that is still in memory.
+func (c *Controller) find(key ledger.Key) (lifecycle.View, bool) {
 	if view, err := c.engine.Get(key); err == nil {
 		return view, true
 	}

@@ -12,7 +12,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -20,7 +20,7 @@ import (
 // gone is a sandbox that ended some time ago.
 func gone(id string, ago time.Duration) lifecycle.View {
 	return lifecycle.View{
-		Key: journal.Key{Namespace: "k8s.io", ID: id}, Spec: &Spec{Config: &runtime.PodSandboxConfig{}},
+		Key: ledger.Key{Namespace: "k8s.io", ID: id}, Spec: &Spec{Config: &runtime.PodSandboxConfig{}},
 		State: states.Removed, Since: time.Now().Add(-ago),
 	}
 }
@@ -90,13 +90,13 @@ func TestHistoryOnADiskThatHangs(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	e.writing.settle(ctx)
+	e.writing.flush(ctx)
 	require.Error(t, ctx.Err())
 	shown, err := e.read()
 	require.NoError(t, err)
 	require.Len(t, shown, maxEnded)
 	close(ready)
-	e.writing.settle(t.Context())
+	e.writing.flush(t.Context())
 	require.InDelta(t, maxEnded, len(disk.kept), 1, "what waits, and the one that was being written")
 }
 
@@ -111,5 +111,5 @@ func TestEndedSandboxesAreKeptUpToABound(t *testing.T) {
 	require.True(t, ok)
 	require.Equal(t, "s1", view.Key.ID)
 	require.Len(t, e.within(time.Hour*24), maxEnded)
-	require.Equal(t, []journal.Key{gone(fmt.Sprint("s", maxEnded), 0).Key}, e.within(30*time.Second))
+	require.Equal(t, []ledger.Key{gone(fmt.Sprint("s", maxEnded), 0).Key}, e.within(30*time.Second))
 }

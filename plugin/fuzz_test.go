@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 )
 
 // FuzzStockRecord has what containerd's store says of a sandbox: the metadata of its CRI service and the OCI spec. It may be of any
@@ -28,9 +28,9 @@ func FuzzStockRecord(f *testing.F) {
 		if len(spec) > 0 {
 			record.Spec = &anypb.Any{TypeUrl: url, Value: spec}
 		}
-		made := c.specOf(journal.Key{Namespace: "k8s.io", ID: "s1"}, record)
+		made := c.specOf(ledger.Key{Namespace: "k8s.io", ID: "s1"}, record)
 		require.NotNil(t, made.Config.GetMetadata())
-		_, err := journal.Marshal(made)
+		_, err := ledger.Marshal(made)
 		require.NoError(t, err)
 		if labelled, err := withProcessLabel(metadata, "label"); err == nil {
 			var kept sandboxMetadata

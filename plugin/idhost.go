@@ -17,15 +17,15 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// idHost looks at the host, containerd and the engine for the allocator of ids.
+// idHost implements [userns.Host] by the engine, containerd and the host.
 type idHost struct{ *Controller }
 
-// Standing is what has become of a holder's sandbox.
+// Standing returns whether a holder's sandbox lives, has ended or is gone.
 func (h idHost) Standing(ctx context.Context, holder userns.Holder) (userns.Standing, error) {
 	key, err := keyOfHolder(holder.ID)
 	if err != nil {
@@ -47,7 +47,7 @@ func (h idHost) Standing(ctx context.Context, holder userns.Holder) (userns.Stan
 	}
 }
 
-// stockStanding asks containerd's store for a sandbox of another controller.
+// stockStanding looks up a sandbox of another controller in containerd's store.
 func (h idHost) stockStanding(ctx context.Context, id string) (userns.Standing, error) {
 	if strings.HasPrefix(id, passingID) {
 		return userns.Lives, nil
@@ -71,7 +71,7 @@ func (h idHost) stockStanding(ctx context.Context, id string) (userns.Standing, 
 	}
 }
 
-// Uses are the uses of ids by processes, mounts and snapshots.
+// Uses returns the uses of ids by processes, mounts and snapshots.
 func (h idHost) Uses(ctx context.Context) (uses []userns.Use, err error) {
 	for _, look := range []func(context.Context) ([]userns.Use, error){h.Processes, userns.Mounts, h.snapshots} {
 		found, err := look(ctx)
@@ -83,9 +83,9 @@ func (h idHost) Uses(ctx context.Context) (uses []userns.Use, err error) {
 	return uses, nil
 }
 
-// snapshots are the uses of ids by the snapshots that containerd mounts with id maps. containerd takes labels from the annotations of
-// pods, and for image layers from those of images, so a label alone proves nothing: a layer uses no ids, and where there is a container,
-// its spec says what its snapshot was made for.
+// snapshots returns the uses of ids by snapshots that containerd mounts with id maps. A label alone
+// proves nothing, because containerd copies labels from the annotations of pods and images. So
+// image layers count as unused, and if a snapshot has a container, the container's spec decides.
 func (h idHost) snapshots(ctx context.Context) (uses []userns.Use, err error) {
 	all, err := h.node.client.NamespaceService().List(ctx)
 	if err != nil {
@@ -96,7 +96,7 @@ func (h idHost) snapshots(ctx context.Context) (uses []userns.Use, err error) {
 		for _, snapshotter := range h.stock.snapshotters() {
 			service := h.node.client.SnapshotService(snapshotter)
 			if service == nil {
-				continue // it isn't loaded, so it has none
+				continue // not loaded, so it has no snapshots
 			}
 			var claiming []snapshots.Info
 			err := service.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
@@ -120,7 +120,8 @@ func (h idHost) snapshots(ctx context.Context) (uses []userns.Use, err error) {
 	return uses, nil
 }
 
-// useOfSnapshot is what a snapshot's container was made with; where there is none yet, or none any more, what its labels say.
+// useOfSnapshot returns the ids in the spec of a snapshot's container, or in its labels if it has
+// no container.
 func (h idHost) useOfSnapshot(ctx context.Context, info snapshots.Info) (userns.Use, error) {
 	container, err := h.node.client.ContainerService().Get(ctx, info.Name)
 	switch {
@@ -131,13 +132,14 @@ func (h idHost) useOfSnapshot(ctx context.Context, info snapshots.Info) (userns.
 	}
 	given, ok := idsOfContainer(container)
 	if !ok {
-		return useOfLabels(info), nil // who can write such a container needs no lies
+		return useOfLabels(info), nil // writing such a container takes root anyway
 	}
 	given.By = fmt.Sprintf("snapshot %q", info.Name)
 	return given, nil
 }
 
-// idsOfContainer are the ids that a container was given, by its spec, where that can be read.
+// idsOfContainer returns the ids that a container was given by its spec; false if the spec is
+// unreadable.
 func idsOfContainer(container containers.Container) (given userns.Use, ok bool) {
 	var spec specs.Spec
 	if err := json.Unmarshal(container.Spec.GetValue(), &spec); err != nil || spec.Linux == nil {
@@ -152,7 +154,8 @@ func idsOfContainer(container containers.Container) (given userns.Use, ok bool) 
 	return given, true
 }
 
-// useOfLabels are the ids that a snapshot's labels name: none by one that can't be read, which can't be mounted either.
+// useOfLabels returns the ids in a snapshot's labels. Invalid labels count as no ids: containerd
+// can't mount such a snapshot either.
 func useOfLabels(info snapshots.Info) userns.Use {
 	uids, uidErr := userns.ParseLabel(info.Labels[snapshots.LabelSnapshotUIDMapping])
 	gids, gidErr := userns.ParseLabel(info.Labels[snapshots.LabelSnapshotGIDMapping])
@@ -162,22 +165,23 @@ func useOfLabels(info snapshots.Info) userns.Use {
 	return userns.Use{UIDs: uids, GIDs: gids, By: fmt.Sprintf("snapshot %q", info.Name)}
 }
 
-// holderID names a sandbox among the holders of ids.
-func holderID(key journal.Key) string { return key.Namespace + "/" + key.ID }
+// holderID returns the id of a sandbox as a holder of ids.
+func holderID(key ledger.Key) string { return key.Namespace + "/" + key.ID }
 
-func keyOfHolder(id string) (journal.Key, error) {
+func keyOfHolder(id string) (ledger.Key, error) {
 	namespace, id, ok := strings.Cut(id, "/")
 	if !ok {
-		return journal.Key{}, fmt.Errorf("%q names no sandbox: %w", id, errdefs.ErrInternal)
+		return ledger.Key{}, fmt.Errorf("%q is not the id of a holder: %w", id, errdefs.ErrInternal)
 	}
-	return journal.Key{Namespace: namespace, ID: id}, nil
+	return ledger.Key{Namespace: namespace, ID: id}, nil
 }
 
-// passingID starts the id of a holder whose sandbox containerd's service is making: it has no id yet that we know.
+// passingID is the prefix of holders whose sandbox containerd's service is still making, so that
+// its id is unknown.
 const passingID = "passing-"
 
-// mappingsOfRecord are the id mappings of a sandbox by containerd's own record of it: those that its pause was started with, else those
-// of the request; nil for one in the host's user namespace.
+// mappingsOfRecord returns the id mappings of a sandbox by containerd's record: those of pause if
+// it was started, else those of the request, nil in the host's user namespace.
 func mappingsOfRecord(record sandbox.Sandbox) (*userns.Mappings, error) {
 	if !ran(record) {
 		config, _ := requestOf(record)

@@ -13,11 +13,12 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// Processes are the uses of ids by processes. A process of a container counts only for the ids that the container was given. Else a pod
-// on the node's users could starve the pool: with CAP_SETUID its processes may run as whom they like, and map what they like.
+// Processes returns the uses of ids by processes. A process in a container counts only for the ids
+// that the container was given. Otherwise a pod on the node's users could exhaust the pool: with
+// CAP_SETUID its processes run as any user, and map any ids.
 //
-// Which container a process is of, its cgroup says: a pod can't leave the one that it was started in. A process of no container that
-// containerd knows counts for all that it uses, because the record of a living pod may be lost.
+// The container of a process is found by its cgroup, which a pod can't leave. A process outside of
+// all known containers counts for all its ids, because the record of a living pod may be lost.
 func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) {
 	processes, err := userns.Processes(ctx)
 	if err != nil || len(processes) == 0 {
@@ -31,7 +32,7 @@ func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) {
 	for _, p := range processes {
 		cgroup, err := host.Read(ctx, p.Pid, "cgroup")
 		if errdefs.IsNotFound(err) {
-			continue // it has ended meanwhile
+			continue // the process has ended
 		}
 		if err != nil {
 			return nil, err
@@ -43,7 +44,8 @@ func (h idHost) Processes(ctx context.Context) ([]userns.Use, error) {
 	return uses, nil
 }
 
-// containersByID are the containers of all namespaces; an id may be used in several.
+// containersByID returns the containers of all containerd namespaces by id. Several namespaces may
+// have the same id.
 func (h idHost) containersByID(ctx context.Context) (map[string][]containers.Container, error) {
 	all, err := h.node.client.NamespaceService().List(ctx)
 	if err != nil {
@@ -62,13 +64,14 @@ func (h idHost) containersByID(ctx context.Context) (map[string][]containers.Con
 	return byID, nil
 }
 
-// containersOf are those that a process is in, by its cgroups.
+// containersOf returns the containers that a process is in, by its cgroups.
 func containersOf(cgroups map[string]string, known map[string][]containers.Container) []containers.Container {
 	id, _ := host.ContainerOf(cgroups, func(id string) bool { return known[id] != nil })
 	return known[id]
 }
 
-// useOf is what a process uses of the ids that its containers were given; without any, all that it uses.
+// useOf returns the ids that a process uses and its containers have. For a process in no container,
+// or in a container with unknown ids, it returns all ids that the process uses.
 func useOf(p userns.Process, in []containers.Container) userns.Use {
 	use := p.Use
 	for i, container := range in {
@@ -85,7 +88,7 @@ func useOf(p userns.Process, in []containers.Container) userns.Use {
 	return use
 }
 
-// podOfContainer is the pod of a container, in words, or where it is of none, the container.
+// podOfContainer names the pod of a container in messages, or the container if it is in no pod.
 func podOfContainer(container containers.Container) string {
 	namespace, name := container.Labels["io.kubernetes.pod.namespace"], container.Labels["io.kubernetes.pod.name"]
 	if name == "" {

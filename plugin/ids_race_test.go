@@ -19,8 +19,8 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cri"
-	"github.com/podfsm/podfsm/journal"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -88,14 +88,73 @@ func (ts *tenants) leave(id string) {
 	delete(ts.of, id)
 }
 
-// Pods ask for each other's ids through the front, while callers go away and come back, retries ask for other ids than the first try,
-// and sandboxes are ended at any moment. Never do two pods have processes under the same ids.
+// idCallers run and end pods whose ids overlap.
+type idCallers struct {
+	client             *criPlugin
+	ran, refused, gone atomic.Int64
+}
+
+// call runs one attempt of a pod after the other, each with other ids.
+func (c *idCallers) call(t *testing.T, pod int, random *rand.Rand) {
+	const ranges, rounds = 3, 40
+	var stopped []string
+	for round := range rounds {
+		first := uint32(1<<20) + uint32(random.IntN(2*ranges))*32768 // so that ranges overlap by halves, too
+		config := podConfig(onNode, named(fmt.Sprint("pod", pod)), func(c *runtime.PodSandboxConfig) {
+			c.Metadata.Uid, c.Metadata.Attempt = fmt.Sprint("u-", pod), uint32(round)
+			options(c).UsernsOptions = userns.Mappings{
+				UIDs: userns.Mapping{HostID: first, Length: 65536}, GIDs: userns.Mapping{HostID: first, Length: 65536},
+			}.CRI()
+		})
+		if id := c.runAndStop(t, config, random); id != "" {
+			stopped = append(stopped, id)
+		}
+		if round%4 == 3 { // late: others may have the ids of the stopped by now
+			c.remove(t, stopped)
+			stopped = nil
+		}
+	}
+	c.remove(t, stopped)
+}
+
+// runAndStop returns the sandbox that it stopped, "" if the pod was refused or the caller left.
+func (c *idCallers) runAndStop(t *testing.T, config *runtime.PodSandboxConfig, random *rand.Rand) string {
+	ctx, cancel := context.WithTimeout(inCRI(t), time.Second+time.Duration(random.IntN(2))*time.Minute)
+	defer cancel()
+	if random.IntN(2) == 0 {
+		time.AfterFunc(time.Duration(random.IntN(4000))*time.Microsecond, cancel)
+	}
+	resp, err := c.client.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: config, RuntimeHandler: "podfsm"})
+	switch {
+	case err == nil:
+		c.ran.Add(1)
+		_, err := c.client.StopPodSandbox(inCRI(t), &runtime.StopPodSandboxRequest{PodSandboxId: resp.GetPodSandboxId()})
+		require.NoError(t, err)
+	case ctx.Err() != nil:
+		c.gone.Add(1)
+	default:
+		c.refused.Add(1)
+		require.Contains(t, []codes.Code{codes.InvalidArgument, codes.AlreadyExists, codes.Aborted}, grpcstatus.Code(errgrpc.ToGRPC(err)), "%v", err)
+	}
+	return resp.GetPodSandboxId()
+}
+
+func (c *idCallers) remove(t *testing.T, ids []string) {
+	for _, id := range ids {
+		_, err := c.client.RemovePodSandbox(inCRI(t), &runtime.RemovePodSandboxRequest{PodSandboxId: id})
+		require.NoError(t, err)
+	}
+}
+
+// Pods ask for each other's ids, while callers go away and come back, retries ask for other ids
+// than the first try, and sandboxes are ended at any moment. Never do two pods have processes under
+// the same ids.
 func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
-	const pods, ranges, rounds = 6, 3, 40
+	const pods = 6
 	w := newWorld(t)
 	there := &tenants{of: map[string]userns.Mappings{}, pods: map[string]string{}}
 	w.host.do[StartPause] = func(ctx context.Context, id string) error {
-		view, err := w.engine.Get(journal.Key{Namespace: cri.Namespace, ID: id})
+		view, err := w.engine.Get(ledger.Key{Namespace: cri.Namespace, ID: id})
 		if err != nil {
 			return err
 		}
@@ -113,72 +172,28 @@ func TestNoTwoPodsRunUnderTheSameIDs(t *testing.T) {
 		return nil
 	}
 	stock := &stockOver{controller: w.Controller}
-	client := &criPlugin{RuntimeServiceServer: stock, ImageServiceServer: stock, Closer: &stockCRI{}}
-	require.NoError(t, cri.Install(client, w.Controller, 5*time.Millisecond, cri.Streaming{}))
+	callers := &idCallers{client: &criPlugin{RuntimeServiceServer: stock, ImageServiceServer: stock, Closer: &stockCRI{}}}
+	require.NoError(t, cri.Install(callers.client, w.Controller, 5*time.Millisecond, cri.Streaming{}))
 
-	ctx := inCRI(t)
-	remove := func(ids []string) {
-		for _, id := range ids {
-			_, err := client.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: id})
-			require.NoError(t, err)
-		}
-	}
-
-	var ran, refused, gone atomic.Int64
 	var group sync.WaitGroup
 	for pod := range pods {
 		for caller := range 2 { // the kubelet has one, but a restarted one may meet what its predecessor began
 			random := rand.New(rand.NewPCG(uint64(pod), uint64(caller)))
-			group.Go(func() {
-				var stopped []string
-				for round := range rounds {
-					first := uint32(1<<20) + uint32(random.IntN(2*ranges))*32768 // so that ranges overlap by halves, too
-					config := podConfig(onNode, named(fmt.Sprint("pod", pod)), func(c *runtime.PodSandboxConfig) {
-						c.Metadata.Uid, c.Metadata.Attempt = fmt.Sprint("u-", pod), uint32(round)
-						options(c).UsernsOptions = userns.Mappings{
-							UIDs: userns.Mapping{HostID: first, Length: 65536}, GIDs: userns.Mapping{HostID: first, Length: 65536},
-						}.CRI()
-					})
-					ctx, cancel := context.WithTimeout(ctx, time.Second+time.Duration(random.IntN(2))*time.Minute)
-					if random.IntN(2) == 0 {
-						time.AfterFunc(time.Duration(random.IntN(4000))*time.Microsecond, cancel)
-					}
-					resp, err := client.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: config, RuntimeHandler: "podfsm"})
-					left := ctx.Err() != nil
-					cancel()
-					switch {
-					case err == nil:
-						ran.Add(1)
-						stopped = append(stopped, resp.GetPodSandboxId())
-						_, err := client.StopPodSandbox(inCRI(t), &runtime.StopPodSandboxRequest{PodSandboxId: resp.GetPodSandboxId()})
-						require.NoError(t, err)
-					case left:
-						gone.Add(1)
-					default:
-						refused.Add(1)
-						require.Contains(t, []codes.Code{codes.InvalidArgument, codes.AlreadyExists, codes.Aborted}, grpcstatus.Code(errgrpc.ToGRPC(err)), "%v", err)
-					}
-					if round%4 == 3 { // late: others may have the ids of the stopped by now
-						remove(stopped)
-						stopped = nil
-					}
-				}
-				remove(stopped)
-			})
+			group.Go(func() { callers.call(t, pod, random) })
 		}
 	}
 	group.Wait()
-	require.NoError(t, client.Close())
+	require.NoError(t, callers.client.Close())
 	for _, view := range w.engine.List() {
-		require.NoError(t, w.RemovePod(namespaces.WithNamespace(t.Context(), cri.Namespace), view.Key.ID))
+		require.NoError(t, w.RemoveSandbox(namespaces.WithNamespace(t.Context(), cri.Namespace), view.Key.ID))
 	}
 	there.mu.Lock()
 	defer there.mu.Unlock()
 	require.Empty(t, there.bad)
 	require.Empty(t, there.of)
 	require.Greater(t, there.most, 1, "pods were never there together")
-	for name, count := range map[string]int64{"ran": ran.Load(), "were refused": refused.Load(), "were left by their caller": gone.Load()} {
-		require.Positive(t, count, "no pods %s", name)
+	for name, count := range map[string]*atomic.Int64{"ran": &callers.ran, "were refused": &callers.refused, "were left by their caller": &callers.gone} {
+		require.Positive(t, count.Load(), "no pods %s", name)
 	}
 	overview, err := w.node.ids.Overview(t.Context())
 	require.NoError(t, err)

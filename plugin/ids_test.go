@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -31,7 +31,7 @@ func TestSpecOfLowestHostID(t *testing.T) {
 	}
 	_, err := c.specFor("podfsm", podConfig(at(1999)), sandbox.Sandbox{}, "")
 	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
-	require.ErrorContains(t, err, `pod "default/web" asks for a user namespace that can't be: the uid mapping takes host ids 1999 to 67534: choose a range within 2000 to`)
+	require.ErrorContains(t, err, `invalid user namespace of pod "default/web": the uid mapping takes host ids 1999 to 67534: choose a range within 2000 to`)
 	spec, err := c.specFor("podfsm", podConfig(at(2000)), sandbox.Sandbox{}, "")
 	require.NoError(t, err)
 	require.EqualValues(t, 2000, spec.Mapping.UIDs.HostID)
@@ -46,7 +46,7 @@ func TestMappingsOfRecord(t *testing.T) {
 	request := func(change ...func(*runtime.PodSandboxConfig)) sandbox.Sandbox {
 		text, err := json.Marshal(map[string]any{"Metadata": map[string]any{"Config": podConfig(change...)}})
 		require.NoError(t, err)
-		return sandbox.Sandbox{ID: "s1", Extensions: map[string]typeurl.Any{"metadata": &journal.Data{TypeURL: "x", Value: text}}}
+		return sandbox.Sandbox{ID: "s1", Extensions: map[string]typeurl.Any{"metadata": &ledger.Data{TypeURL: "x", Value: text}}}
 	}
 	started := func(uids, gids []specs.LinuxIDMapping) sandbox.Sandbox {
 		record := request()
@@ -60,13 +60,13 @@ func TestMappingsOfRecord(t *testing.T) {
 		want   *userns.Mappings
 		fails  bool
 	}{
-		"not started":                  {record: request(), want: &private},
-		"not started, on host users":   {record: request(onHostUsers)},
-		"nothing in it":                {record: sandbox.Sandbox{ID: "s1"}},
-		"started":                      {record: started(uids, gids), want: &auto}, // what it runs with counts, not what it asked for
-		"started, on host users":       {record: started(nil, nil)},
-		"started, many extents":        {record: started(append(uids, uids...), gids), fails: true},
-		"started, a spec that is none": {record: sandbox.Sandbox{ID: "s1", Spec: &journal.Data{TypeURL: "types.containerd.io/nothing", Value: []byte("{")}}, fails: true},
+		"not started":                {record: request(), want: &private},
+		"not started, on host users": {record: request(onHostUsers)},
+		"nothing in it":              {record: sandbox.Sandbox{ID: "s1"}},
+		"started":                    {record: started(uids, gids), want: &auto}, // what it runs with counts, not what it asked for
+		"started, on host users":     {record: started(nil, nil)},
+		"started, many extents":      {record: started(append(uids, uids...), gids), fails: true},
+		"started, an invalid spec":   {record: sandbox.Sandbox{ID: "s1", Spec: &ledger.Data{TypeURL: "types.containerd.io/nothing", Value: []byte("{")}}, fails: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := mappingsOfRecord(tc.record)
@@ -129,7 +129,7 @@ func TestRestoredHolders(t *testing.T) {
 	view := w.view(t, "ready")
 	require.True(t, mayHold(view, false))
 	require.False(t, mayHold(w.view(t, "new"), false), "nothing has been made")
-	require.True(t, mayHold(w.view(t, "new"), true), "who knows")
+	require.True(t, mayHold(w.view(t, "new"), true), "its records are unknown")
 	require.True(t, mayHold(lifecycle.View{Steps: []lifecycle.StepView{{Name: AllocateIDs, Status: lifecycle.StepPending}, {Name: "reserve_ids", Unknown: true}}}, false),
 		"another release has made something")
 	require.NoError(t, w.Shutdown(inCRI(t), "ready"))
@@ -141,7 +141,7 @@ func TestRestoredHolders(t *testing.T) {
 	}})
 	require.NoError(t, err)
 	other.Spec = packed
-	w.restoreIDs(t.Context(), map[journal.Key]lifecycle.Action{{Namespace: "k8s.io", ID: "new"}: {Lost: true}}, map[journal.Key]sandbox.Sandbox{{Namespace: "k8s.io", ID: "stock"}: other})
+	w.restoreIDs(t.Context(), map[ledger.Key]lifecycle.Action{{Namespace: "k8s.io", ID: "new"}: {AssumeActed: true}}, map[ledger.Key]sandbox.Sandbox{{Namespace: "k8s.io", ID: "stock"}: other})
 	overview, err := w.node.ids.Overview(t.Context())
 	require.NoError(t, err)
 	var holders []string

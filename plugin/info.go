@@ -21,17 +21,18 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 )
 
-// instance is what containerd's service keeps of a sandbox that was started. The container record is pause's.
+// instance returns what containerd's service keeps of a started sandbox. The container record is
+// pause's.
 func instance(view lifecycle.View, container containers.Container) (sandbox.ControllerInstance, error) {
 	started, ok := view.Step(StartPause).Result.(*Pause)
 	if !ok {
-		return sandbox.ControllerInstance{}, fmt.Errorf("it isn't on record how sandbox %q was started: %w", view.Key.ID, errdefs.ErrDataLoss)
+		return sandbox.ControllerInstance{}, fmt.Errorf("no record of how sandbox %q was started: %w", view.Key.ID, errdefs.ErrDataLoss)
 	}
 	spec, err := specWithNetNS(view, container)
 	if err != nil {
@@ -50,8 +51,8 @@ func instance(view lifecycle.View, container containers.Container) (sandbox.Cont
 	}, nil
 }
 
-// specWithNetNS is pause's OCI spec with the network namespace by the path where it is pinned: NRI leaves out namespaces
-// without one.
+// specWithNetNS returns pause's OCI spec with the path of its pinned network namespace, because NRI
+// drops namespaces without a path.
 func specWithNetNS(view lifecycle.View, container containers.Container) (*specs.Spec, error) {
 	spec, err := specOf(container)
 	if err != nil {
@@ -68,7 +69,7 @@ func specWithNetNS(view lifecycle.View, container containers.Container) (*specs.
 	return spec, nil
 }
 
-// status is a sandbox in the CRI's words.
+// status returns the CRI status of a sandbox.
 func status(ctx context.Context, n *node, view lifecycle.View, verbose bool) (sandbox.ControllerStatus, error) {
 	s := sandbox.ControllerStatus{
 		SandboxID: view.Key.ID,
@@ -92,8 +93,8 @@ func status(ctx context.Context, n *node, view lifecycle.View, verbose bool) (sa
 	return s, err
 }
 
-// sandboxInfo has the fields of containerd's verbose sandbox info, which it reads and writes again; what is podfsm's own
-// stands beside it.
+// sandboxInfo has the fields of containerd's verbose sandbox info, which containerd decodes and
+// encodes again. It would drop other fields, so podfsm's are under a key of their own.
 type sandboxInfo struct {
 	Pid            uint32                      `json:"pid"`
 	Status         string                      `json:"processStatus"`
@@ -111,13 +112,13 @@ type sandboxInfo struct {
 	Resources      *runtime.ContainerResources `json:"resources,omitempty"`
 }
 
-// ownInfo is what podfsm says of a sandbox under its own key of the verbose info.
+// ownInfo is the verbose info under podfsm's own key.
 type ownInfo struct {
 	State       states.State          `json:"state"`
 	TraceID     string                `json:"traceID,omitempty"`
 	Transitions []ownInfoTransition   `json:"transitions"`
 	Steps       map[string]ownInfoRun `json:"steps"`
-	// Unread is what this release doesn't know of the sandbox's records.
+	// Unread lists what this release doesn't know in the sandbox's records.
 	Unread []string `json:"unread,omitempty"`
 }
 
@@ -134,12 +135,12 @@ type ownInfoRun struct {
 	Error   string               `json:"error,omitempty"`
 }
 
-// verboseInfo are the maps of a verbose status: "info" as containerd has it, "podfsm" of our own.
+// verboseInfo returns the maps of a verbose status: "info" as in containerd, and "podfsm".
 func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) (map[string]string, error) {
 	spec := view.Spec.(*Spec)
 	info := sandboxInfo{
 		Pid:         pid,
-		Status:      "deleted", // containerd's word for a task that is gone
+		Status:      "deleted", // containerd's status of a task that doesn't exist
 		Config:      spec.Config,
 		RuntimeType: spec.RuntimeType,
 		Snapshotter: spec.Snapshotter,
@@ -206,7 +207,7 @@ func marshalEach(values map[string]any) (map[string]string, error) {
 	return texts, nil
 }
 
-// podMetrics reads the cgroup above a pod's containers.
+// podMetrics reads the pod's cgroup, which is above those of its containers.
 func podMetrics(id, cgroupParent string) (*types.Metric, error) {
 	if cgroupParent == "" {
 		return nil, fmt.Errorf("sandbox %q has no cgroup parent to read metrics of: %w", id, errdefs.ErrFailedPrecondition)
@@ -215,10 +216,10 @@ func podMetrics(id, cgroupParent string) (*types.Metric, error) {
 	if cgroups.Mode() == cgroups.Unified {
 		read = cgroup2Metrics
 	}
-	return metricsBy(read, id, path.Join("/", cgroupParent)) // containerd's library takes no path that isn't clean, on v2
+	return metricsBy(read, id, path.Join("/", cgroupParent)) // on cgroup v2, containerd's library requires a clean path
 }
 
-// metricsBy packs what read has of the cgroup at a path below the hierarchies' roots.
+// metricsBy packs the metrics that read returns for a cgroup.
 func metricsBy(read func(path string) (any, error), id, cgroupParent string) (*types.Metric, error) {
 	data, err := read(cgroupParent)
 	if err != nil {
@@ -241,7 +242,7 @@ func cgroup1Metrics(path cgroup1.Path) (any, error) {
 
 func cgroup2Metrics(path string) (any, error) { return cgroup2MetricsBelow(cgroup2Root, path) }
 
-// cgroup2Root is where the unified hierarchy is mounted.
+// cgroup2Root is the mount point of the unified hierarchy.
 const cgroup2Root = "/sys/fs/cgroup"
 
 func cgroup2MetricsBelow(root, path string) (any, error) {

@@ -14,26 +14,37 @@ import (
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
 	"github.com/podfsm/podfsm/host"
-	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
 )
 
 const (
-	// settling is how long something isn't judged that is new, or whose sandbox has just ended: containerd's service makes a
-	// sandbox's lease before its record, and its record before it tells us, and deletes the record after it has told us.
+	// settling is how long new resources, and those of a sandbox that has just ended, can't be
+	// leaks. containerd's service makes a sandbox's lease before its record, and the record before
+	// it calls podfsm; it deletes the record after the last call.
 	settling = 30 * time.Second
-	// betweenLooks is the time between the two looks that must both find a leak. What is on its way out is gone by then.
+	// betweenLooks is the time between the two searches that must both find a leak. What is being
+	// removed is gone by then.
 	betweenLooks = time.Second
-	// fixTimeout bounds the removal of what one sandbox has left, pluginPatience the part of it that a CNI plugin's DEL gets to
-	// come to its end.
+	// fixTimeout bounds the removal of the leaks of one sandbox, and pluginPatience the part of it
+	// in which a CNI plugin's DEL may finish.
 	fixTimeout     = 30 * time.Second
 	pluginPatience = 10 * time.Second
 )
 
-// leaks is what has leaked, found in two looks.
+// leaks returns the leaked resources, and sets their metric.
 func (c *Controller) leaks(ctx context.Context) ([]leaks.Thing, error) {
+	found, err := c.lookTwice(ctx)
+	if err == nil {
+		c.meters.leaked(len(found))
+	}
+	return found, err
+}
+
+// lookTwice returns what two searches in a row have found.
+func (c *Controller) lookTwice(ctx context.Context) ([]leaks.Thing, error) {
 	first, err := c.lookForLeaks(ctx)
 	if err != nil || len(first) == 0 {
 		return nil, err
@@ -50,7 +61,8 @@ func (c *Controller) leaks(ctx context.Context) ([]leaks.Thing, error) {
 	return slices.DeleteFunc(second, func(t leaks.Thing) bool { return !slices.Contains(first, t) }), nil
 }
 
-// lookForLeaks returns what belongs to no sandbox that was known before the look or is known after it.
+// lookForLeaks returns the resources without a sandbox. A sandbox counts if it is known before or
+// after the search.
 func (c *Controller) lookForLeaks(ctx context.Context) ([]leaks.Thing, error) {
 	known, err := c.owners(ctx)
 	if err != nil {
@@ -75,8 +87,8 @@ func (c *Controller) lookForLeaks(ctx context.Context) ([]leaks.Thing, error) {
 	return things, nil
 }
 
-// owners are the ids of all that may have things: sandboxes of the engine, those of other controllers, and containers that aren't
-// podfsm's pauses.
+// owners returns all ids that may own resources: sandboxes of the engine and of other controllers,
+// and containers other than podfsm's pauses.
 func (c *Controller) owners(ctx context.Context) (map[string]bool, error) {
 	known := map[string]bool{}
 	for _, view := range c.engine.List() {
@@ -109,7 +121,7 @@ func (c *Controller) owners(ctx context.Context) (map[string]bool, error) {
 	return known, nil
 }
 
-// things are all that there are of sandboxes, whosever they are; cgroups aside.
+// things returns all resources that are named after a sandbox, except cgroups.
 func (c *Controller) things(ctx context.Context) ([]leaks.Thing, error) {
 	marked, err := c.node.host().Marked()
 	if err != nil {
@@ -126,7 +138,7 @@ func (c *Controller) things(ctx context.Context) ([]leaks.Thing, error) {
 	return slices.Concat(marked, unmarked, stored), nil
 }
 
-// storedThings are those in containerd's stores, in the namespace of ctx.
+// storedThings returns the resources in containerd's stores, in the namespace of ctx.
 func (c *Controller) storedThings(ctx context.Context) ([]leaks.Thing, error) {
 	var things []leaks.Thing
 	add := func(kind leaks.Kind, id, name string) {
@@ -146,7 +158,7 @@ func (c *Controller) storedThings(ctx context.Context) ([]leaks.Thing, error) {
 	}
 	for _, snapshotter := range c.stock.snapshotters() {
 		keys, err := c.node.snapshots.Keys(ctx, snapshotter)
-		if err != nil && !errdefs.IsFailedPrecondition(err) { // a handler may name one that isn't loaded
+		if err != nil && !errdefs.IsFailedPrecondition(err) { // a handler may name a snapshotter that isn't loaded
 			return nil, err
 		}
 		for _, key := range keys {
@@ -174,7 +186,7 @@ func (c *Controller) storedThings(ctx context.Context) ([]leaks.Thing, error) {
 	return things, nil
 }
 
-// host is where this node has the things of its sandboxes.
+// host returns where this node keeps the resources of its sandboxes.
 func (n *node) host() leaks.Host {
 	return leaks.Host{
 		NetNSDirs: []string{n.stock.netNSDir()},
@@ -185,7 +197,8 @@ func (n *node) host() leaks.Host {
 	}
 }
 
-// fix removes what has leaked. It returns, by sandbox, why something could not be removed; what is gone, another look says.
+// fix removes leaks and returns the errors by sandbox. The caller has to search again to learn what
+// is gone.
 func (c *Controller) fix(ctx context.Context, found []leaks.Thing) map[string]error {
 	failed := map[string]error{}
 	for _, id := range leaks.IDs(found) {
@@ -197,8 +210,8 @@ func (c *Controller) fix(ctx context.Context, found []leaks.Thing) map[string]er
 	return failed
 }
 
-// removeLeaks removes all of a sandbox that nobody knows: its processes, then what they have used. When a process can't be ended,
-// the rest stays.
+// removeLeaks removes all resources of an unknown sandbox: first its processes, then what they have
+// used. If a process can't be ended, the resources stay.
 func (c *Controller) removeLeaks(ctx context.Context, id string, found []leaks.Thing) error {
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, cri.Namespace), fixTimeout)
 	defer cancel()
@@ -222,11 +235,11 @@ func (c *Controller) removeLeaks(ctx context.Context, id string, found []leaks.T
 	if err := errors.Join(failed...); err != nil {
 		return err
 	}
-	sweep(ctx, c.node.client, journal.Key{Namespace: cri.Namespace, ID: id})
+	sweep(ctx, c.node.client, ledger.Key{Namespace: cri.Namespace, ID: id})
 	return nil
 }
 
-// unused fails while a container names the sandbox as its own: its shim may be the sandbox's.
+// unused fails if a container belongs to the sandbox: the container's shim may be the sandbox's.
 func (c *Controller) unused(ctx context.Context, id string) error {
 	stored, err := c.node.client.ContainerService().List(ctx)
 	if err != nil {
@@ -234,13 +247,14 @@ func (c *Controller) unused(ctx context.Context, id string) error {
 	}
 	for _, record := range stored {
 		if record.SandboxID == id && record.ID != id {
-			return fmt.Errorf("container %q is in it, remove that first: %w", record.ID, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("container %q belongs to the sandbox; remove the container first: %w", record.ID, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return nil
 }
 
-// endLeaked ends the processes, in the order of their dependence.
+// endLeaked ends the processes of an unknown sandbox: CNI plugins, then shims, then what is left in
+// its cgroups.
 func (c *Controller) endLeaked(ctx context.Context, id string, found []leaks.Thing) error {
 	if err := cni.End(ctx, c.node.groups, id, pluginPatience); err != nil {
 		return err
@@ -258,7 +272,7 @@ func (c *Controller) endLeaked(ctx context.Context, id string, found []leaks.Thi
 	return c.node.containers.Delete(ctx, id)
 }
 
-// unpinUnused leaves a network namespace alone that processes are in: they are nobody's that we know, so perhaps another
+// unpinUnused unpins a network namespace, unless processes run in it. They may be another
 // containerd's.
 func unpinUnused(ctx context.Context, path string) error {
 	users, err := netns.Users(ctx, path)
@@ -266,7 +280,7 @@ func unpinUnused(ctx context.Context, path string) error {
 		return err
 	}
 	if len(users) > 0 {
-		return fmt.Errorf("processes %v are in network namespace %q: %w", users, path, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("network namespace %q is in use by processes %v: %w", path, users, errdefs.ErrFailedPrecondition)
 	}
 	return netns.Unpin(ctx, path)
 }

@@ -23,8 +23,8 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cri"
-	"github.com/podfsm/podfsm/journal"
 	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/snapshot"
 )
@@ -84,7 +84,7 @@ func (w *storesWorld) files(t *testing.T, id string) {
 func (w *storesWorld) container(t *testing.T, c containers.Container) {
 	t.Helper()
 	c.Runtime.Name = "io.containerd.runc.v2"
-	c.Spec = &journal.Data{TypeURL: "spec"}
+	c.Spec = &ledger.Data{TypeURL: "spec"}
 	_, err := w.client.ContainerService().Create(w.ctx, c)
 	require.NoError(t, err)
 }
@@ -114,7 +114,7 @@ func TestOnlyWhatNobodyAnswersForHasLeaked(t *testing.T) {
 	require.NoError(t, w.create(t, ended, named("ended")))
 	require.NoError(t, w.Shutdown(inCRI(t), ended))
 	stock := idOf("03") // made by containerd 1.7: it has no record
-	metadata := map[string]typeurl.Any{"io.cri-containerd.sandbox.metadata": &journal.Data{TypeURL: "metadata"}}
+	metadata := map[string]typeurl.Any{"io.cri-containerd.sandbox.metadata": &ledger.Data{TypeURL: "metadata"}}
 	w.container(t, containers.Container{ID: stock, Labels: kindSandbox, Extensions: metadata})
 	stockInFlight := idOf("04")
 	w.record(t, stockInFlight, "podsandbox")
@@ -163,7 +163,7 @@ func TestFixLeavesAloneWhatAContainerNames(t *testing.T) {
 	w.files(t, lost)
 	w.container(t, containers.Container{ID: "app", SandboxID: lost})
 	failed := w.fix(t.Context(), w.found(t))
-	require.ErrorContains(t, failed[lost], `container "app" is in it, remove that first`)
+	require.ErrorContains(t, failed[lost], `container "app" belongs to the sandbox; remove the container first`)
 	require.Len(t, w.found(t), 3)
 }
 

@@ -3,7 +3,6 @@ package plugin
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -26,8 +25,8 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cri"
-	"github.com/podfsm/podfsm/history"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/history"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
 	"github.com/podfsm/podfsm/states"
@@ -100,12 +99,12 @@ func stockWith(change ...func(*stockConfig)) *stockConfig {
 // was forgotten.
 type book struct {
 	mu        sync.Mutex
-	before    func(r *journal.Record) error
-	forgotten map[journal.Key]bool
-	into      *journal.Ledger // keeps the records all the same; nil for none
+	before    func(r *ledger.Record) error
+	forgotten map[ledger.Key]bool
+	into      *ledger.Ledger // keeps the records all the same; nil for none
 }
 
-func (b *book) Append(ctx context.Context, r *journal.Record) error {
+func (b *book) Append(ctx context.Context, r *ledger.Record) error {
 	b.mu.Lock()
 	before, forgotten := b.before, b.forgotten[r.Key]
 	b.mu.Unlock()
@@ -123,7 +122,7 @@ func (b *book) Append(ctx context.Context, r *journal.Record) error {
 	return nil
 }
 
-func (b *book) Forget(_ context.Context, k journal.Key) error {
+func (b *book) Forget(_ context.Context, k ledger.Key) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.forgotten[k] = true
@@ -131,11 +130,11 @@ func (b *book) Forget(_ context.Context, k journal.Key) error {
 }
 
 // waitAt makes the ledger wait before it takes the next record of a kind: reached is closed then, until release is.
-func (b *book) waitAt(kind journal.Kind) (reached, release chan struct{}) {
+func (b *book) waitAt(kind ledger.Kind) (reached, release chan struct{}) {
 	reached, release = make(chan struct{}), make(chan struct{})
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.before = func(r *journal.Record) error {
+	b.before = func(r *ledger.Record) error {
 		if r.Kind == kind {
 			close(reached)
 			<-release
@@ -271,7 +270,7 @@ func (s *guardedIDs) Undo(ctx context.Context, r *lifecycle.Run) error {
 // fakePause is the step whose process is the sandbox's life.
 type fakePause struct{ fakeStep }
 
-func (s *fakePause) Stop(_ context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
+func (s *fakePause) End(_ context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
 	if s.host.ended != nil {
 		s.host.ended(r.Key.ID)
 	}
@@ -337,7 +336,7 @@ type world struct {
 	host      *fakeHost
 	book      *book
 	records   *containerRecords
-	wait      time.Duration // until what is owed is tried again: so long that tests do that themselves, unless one sets another
+	wait      time.Duration // the backoff of pending cleanups: so long that tests retry themselves, unless a test sets another
 	published press
 }
 
@@ -379,14 +378,14 @@ func (p *press) all() []*podfsmv1.SandboxTransition {
 }
 
 func newWorld(t *testing.T, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
-	b := &book{forgotten: map[journal.Key]bool{}}
+	b := &book{forgotten: map[ledger.Key]bool{}}
 	w := newWorldWith(t, b, change...)
 	w.book = b
 	return w
 }
 
 // newWorldWith has a ledger of the test's.
-func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
+func newWorldWith(t *testing.T, log lifecycle.Ledger, change ...func([]lifecycle.Step) []lifecycle.Step) *world {
 	w := &world{
 		host: &fakeHost{
 			exists: map[string][]states.Event{},
@@ -403,9 +402,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	stock := stockWith()
 	n := &node{limits: timeouts{cniAdd: time.Minute, cniDel: time.Minute, runtime: time.Minute}, stock: stock, client: client, containers: pause.NewContainers(client), tasks: taskEvents{&exchange.Exchange{}}}
 	n.shims = pause.NewShims(nil, pause.ShimDirs{State: t.TempDir()}) // of which none is started
-	init := filepath.Join(t.TempDir(), pause.InitName)
-	require.NoError(t, os.WriteFile(init, []byte("#!/bin/sh\necho podfsm-init of a test protocol 1\n"), 0o755))
-	n.pauses, err = pause.NewProcesses(init, func(string, pause.Exit) {}) // of which none is started
+	n.pauses, err = pause.NewProcesses(func(string, pause.Exit) {})   // of which none is started
 	require.NoError(t, err)
 	w.Controller = &Controller{stock: stock, node: n}
 	n.ids = userns.New(idHost{w.Controller}, nil)
@@ -433,7 +430,7 @@ func newWorldWith(t *testing.T, ledger lifecycle.Journal, change ...func([]lifec
 	w.ended = newEnded(file)
 	w.publishing = newPublishing(&w.published)
 	engine, err := lifecycle.New(lifecycle.Config{
-		Steps: steps, Process: StartPause, Journal: timedLedger{ledger, w.meters}, Backoff: func(int) time.Duration { return w.wait },
+		Steps: steps, Process: StartPause, Ledger: timedLedger{log, w.meters}, Backoff: func(int) time.Duration { return w.wait },
 		Observe: w.observe, WrittenOff: w.wroteOff, Meter: w.meters,
 	})
 	require.NoError(t, err)
@@ -461,7 +458,7 @@ func (w *world) run(t *testing.T, id string, change ...func(*runtime.PodSandboxC
 }
 
 func (w *world) view(t *testing.T, id string) lifecycle.View {
-	view, ok := w.find(journal.Key{Namespace: cri.Namespace, ID: id})
+	view, ok := w.find(ledger.Key{Namespace: cri.Namespace, ID: id})
 	require.True(t, ok, "sandbox %q", id)
 	return view
 }

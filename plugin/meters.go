@@ -4,6 +4,7 @@ import (
 	"context"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -11,19 +12,21 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/cri"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// meters are podfsm's metrics, as one collector. They are in Prometheus' default registry, which containerd serves on its own endpoint.
-// Labels have few values, whatever pods there are. What stands at a moment is counted when somebody asks, from memory: between two
-// scrapes nothing runs.
+// meters is the Prometheus collector of podfsm's metrics. It is in Prometheus' default registry,
+// which containerd serves. The number of label values is bounded and independent of the pods.
+// Gauges are computed from memory at each scrape, so nothing runs between scrapes.
 type meters struct {
 	controller *Controller
 	stock      stockMeters
+	failing    failingPods
+	leaks      atomic.Pointer[int] // found by the last search; nil before the first
 
 	steps      *prometheus.HistogramVec
 	stepErrors *prometheus.CounterVec
@@ -39,20 +42,34 @@ type meters struct {
 	pluginNames pluginNames
 }
 
-// The metrics that are counted when somebody asks.
+// The metrics that are computed at each scrape.
 var (
-	sandboxesDesc = describe("sandboxes", "Sandboxes that podfsm has, by state.", "state")
+	buildInfoDesc = describe("build_info", "Always 1. The labels name the releases of podfsm, containerd and Go that the daemon is built with.",
+		"version", "revision", "containerd_version", "go_version")
+	degradedDesc    = describe("degraded", "Whether podfsm is degraded: 1 or 0. The log has the reason.")
+	drainingDesc    = describe("draining", "Whether podfsm is draining and refuses new pods: 1 or 0.")
+	checkFailedDesc = describe("doctor_check_failed", "Whether the last run of a doctor check failed: 1 or 0, by check.", "check")
+	leaksDesc       = describe("leaks", "Leaked resources that the last podfsm leaks found. Absent until its first run after a start of containerd.")
+	failingPodsDesc = describe("failing_pods",
+		"Pods whose last creation failed within the last 10 minutes, by the step that failed.", "step")
+	recoveryDesc = describe("recovery_pending",
+		"Sandboxes found by the last restart of containerd whose recovery is not complete, by what it waits for.", "outcome")
+	sandboxesDesc = describe("sandboxes", "Sandboxes by state.", "state")
 	stepAgeDesc   = describe("unfinished_step_age_seconds",
-		"How long the oldest try at a step is under way, by step and by what is done with it; 0 when there is none.", "step", "act")
-	debtsDesc    = describe("debts", "Undos that have failed and are tried again, by step.", "step")
-	debtAgeDesc  = describe("debt_age_seconds", "Since when the oldest of them is owed, by step; 0 when there is none.", "step")
-	rangesDesc   = describe("id_ranges", "Ranges of the pool of host ids, by state. There are none without a pool.", "state")
-	ledgerDesc   = describe("ledger_size_bytes", "Size of the ledger's files: the one that outlives a reboot, and the log of this boot.", "file")
-	layersDesc   = describe("remap_layers_total", "Layers that were made to give images the owners of user namespaces, by strategy.", "strategy")
-	inodesDesc   = describe("remap_inodes_total", "Inodes that have got other owners in them, by strategy.", "strategy")
-	bytesDesc    = describe("remap_bytes_total", "Size of the files that have got other owners in them, by strategy; metacopy copies none of it.", "strategy")
-	remapSecDesc = describe("remap_seconds_total", "Time that making them took, by strategy.", "strategy")
-	refusesDesc  = describe("refuses_pods", "Whether podfsm runs degraded and refuses every pod, for the reason in the log: 1 or 0.")
+		"Age of the oldest attempt under way, by step and operation. 0 if there is none.", "step", "operation")
+	pendingDesc    = describe("pending_cleanups", "Undos that failed and are retried, by step.", "step")
+	pendingAgeDesc = describe("pending_cleanup_age_seconds", "Age of the oldest pending cleanup, by step. 0 if there is none.", "step")
+	rangesDesc     = describe("id_ranges", "Ranges of the pool of host ids, by state. Absent without a pool.", "state")
+	ledgerDesc     = describe("ledger_size_bytes", "Size of the ledger, by file: durable outlives a reboot, log does not.", "file")
+	layersDesc     = describe("remap_layers_total", "Layers that podfsm's snapshotter made to remap the owners of images, by strategy.", "strategy")
+	inodesDesc     = describe("remap_inodes_total", "Inodes whose owners were remapped, by strategy.", "strategy")
+	bytesDesc      = describe("remap_bytes_total", "Size of the files whose owners were remapped, by strategy. Strategy metacopy copies no content.", "strategy")
+	remapSecDesc   = describe("remap_seconds_total", "Time spent on remapping owners, by strategy.", "strategy")
+
+	scrapedDescs = []*prometheus.Desc{
+		buildInfoDesc, degradedDesc, drainingDesc, checkFailedDesc, leaksDesc, failingPodsDesc, recoveryDesc, sandboxesDesc, stepAgeDesc,
+		pendingDesc, pendingAgeDesc, rangesDesc, ledgerDesc, layersDesc, inodesDesc, bytesDesc, remapSecDesc,
+	}
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
@@ -60,9 +77,11 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	// secondsOfSteps span from a step that has nothing to do, over a CNI chain of 50 ms, to the deadlines of minutes.
+	// secondsOfSteps are the buckets of step durations: from a step without work, over a CNI chain
+	// of 50 ms, to deadlines of minutes.
 	secondsOfSteps = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 180}
-	// secondsOfWrites span from an append to a log on a tmpfs to an fsync on a disk in trouble.
+	// secondsOfWrites are the buckets of ledger writes: from an append on a tmpfs to an fsync on a
+	// failing disk.
 	secondsOfWrites = []float64{.00001, .000025, .0001, .00025, .001, .0025, .01, .025, .1, .25, 1, 5}
 )
 
@@ -71,19 +90,24 @@ func newMeters(c *Controller) *meters {
 		controller: c,
 		stock:      findStockMeters(),
 		steps: seconds("step_duration_seconds",
-			"Time of each try at a step, by step, by what is done with it (do, undo, stop, check) and by outcome.", secondsOfSteps, "step", "act", "outcome"),
-		stepErrors: count("step_errors_total", "Tries at a step that have failed, by step, by what was done with it and by the error's class.", "step", "act", "error_type"),
+			"Duration of each attempt at a step, by step, operation (do, undo, stop, check) and outcome.", secondsOfSteps, "step", "operation", "outcome"),
+		stepErrors: count("step_errors_total", "Failed attempts at a step, by step, operation and class of the error.", "step", "operation", "error_type"),
 		plugins: seconds("cni_command_duration_seconds",
-			"Time of each run of a CNI plugin, by command, by the plugin's type, by network and by outcome.", secondsOfSteps, "command", "plugin", "network", "outcome"),
-		creations:  seconds("creation_duration_seconds", "Time of each creation of a pod sandbox by CRI, with the pull of the pause image if there is one, by outcome.", secondsOfSteps, "outcome"),
-		retries:    count("retries_total", "Repeated requests for a pod sandbox that was being made or finished, by what became of them.", "outcome"),
-		unclaimed:  prometheus.NewCounter(prometheus.CounterOpts{Name: "podfsm_unclaimed_total", Help: "Finished pod sandboxes that were discarded, because nobody asked for them again."}),
-		recoveries: seconds("recovery_duration_seconds", "Time to take up a sandbox after a restart of containerd, by what became of it.", secondsOfSteps, "outcome"),
-		remaps:     count("remaps_total", "Root file systems of sandboxes, by how their ids were mapped.", "strategy"),
-		writes:     seconds("ledger_write_duration_seconds", "Time of each write to the ledger, by file and by outcome.", secondsOfWrites, "file", "outcome"),
-		writeOffs:  count("cleanups_written_off_total", "Undos, or parts of them, that were given up, by step and by who did it: the operator, or the bound of the tries after a reboot.", "step", "by"),
+			"Duration of each run of a CNI plugin, by command, plugin type, network and outcome.", secondsOfSteps, "command", "plugin", "network", "outcome"),
+		creations: seconds("sandbox_creation_duration_seconds",
+			"Duration of each sandbox creation requested by CRI, including the pull of the pause image and the rollback, by outcome.", secondsOfSteps, "outcome"),
+		retries: count("sandbox_creation_retries_total",
+			"Repeated requests for the same sandbox, by outcome of the request.", "outcome"),
+		unclaimed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "podfsm_unclaimed_sandboxes_total", Help: "Created sandboxes that podfsm removed because no caller claimed them.",
+		}),
+		recoveries: seconds("recovery_duration_seconds", "Duration of each sandbox's recovery after a restart of containerd, by outcome.", secondsOfSteps, "outcome"),
+		remaps:     count("remaps_total", "Root filesystems of sandboxes, by the strategy that mapped their ids.", "strategy"),
+		writes:     seconds("ledger_write_duration_seconds", "Duration of each write to the ledger, by file and outcome.", secondsOfWrites, "file", "outcome"),
+		writeOffs: count("cleanups_written_off_total",
+			"Pending cleanups, or parts of them, that were written off, by step and by cause: operator or reboot.", "step", "by"),
 	}
-	// What hasn't happened yet is 0, so that its first time is an increase.
+	// Each series starts at 0, so that its first event shows as an increase.
 	for _, outcome := range []string{outcomeOK, outcomeError} {
 		m.creations.WithLabelValues(outcome)
 	}
@@ -91,7 +115,7 @@ func newMeters(c *Controller) *meters {
 		m.writes.WithLabelValues(file, outcomeOK)
 		m.writes.WithLabelValues(file, outcomeError)
 	}
-	for _, outcome := range []cri.Happening{cri.RetryJoined, cri.RetryTook, cri.RetrySuperseded} {
+	for _, outcome := range []cri.RetryEvent{cri.RetryJoined, cri.RetryTook, cri.RetrySuperseded} {
 		m.retries.WithLabelValues(string(outcome))
 	}
 	for _, outcome := range lifecycle.Recoveries() {
@@ -100,8 +124,8 @@ func newMeters(c *Controller) *meters {
 	m.writeOffs.WithLabelValues(string(AttachNetwork), string(lifecycle.ByReboot))
 	for _, step := range Steps() {
 		m.writeOffs.WithLabelValues(string(step.Name), string(lifecycle.ByOperator))
-		m.steps.WithLabelValues(string(step.Name), string(lifecycle.ActDo), string(lifecycle.OutcomeError))
-		m.steps.WithLabelValues(string(step.Name), string(lifecycle.ActUndo), string(lifecycle.OutcomeError))
+		m.steps.WithLabelValues(string(step.Name), string(lifecycle.OperationDo), string(lifecycle.OutcomeError))
+		m.steps.WithLabelValues(string(step.Name), string(lifecycle.OperationUndo), string(lifecycle.OutcomeError))
 	}
 	return m
 }
@@ -114,7 +138,7 @@ func count(name, help string, labels ...string) *prometheus.CounterVec {
 	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "podfsm_" + name, Help: help}, labels)
 }
 
-// vectors are the metrics that are kept.
+// vectors returns the metrics that are updated by events.
 func (m *meters) vectors() []prometheus.Collector {
 	return []prometheus.Collector{m.steps, m.stepErrors, m.plugins, m.creations, m.retries, m.unclaimed, m.recoveries, m.remaps, m.writes, m.writeOffs}
 }
@@ -124,7 +148,7 @@ func (m *meters) Describe(descs chan<- *prometheus.Desc) {
 	for _, v := range m.vectors() {
 		v.Describe(descs)
 	}
-	for _, d := range []*prometheus.Desc{sandboxesDesc, stepAgeDesc, debtsDesc, debtAgeDesc, rangesDesc, ledgerDesc, layersDesc, inodesDesc, bytesDesc, remapSecDesc, refusesDesc} {
+	for _, d := range scrapedDescs {
 		descs <- d
 	}
 }
@@ -138,11 +162,21 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 		metrics <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
 	}
 	c := m.controller
-	refuses := 0.0
-	if c.well() != nil {
-		refuses = 1
+	gauge(buildInfoDesc, 1, buildInfo()...)
+	gauge(degradedDesc, oneIf(c.well() != nil))
+	_, draining := c.drain.draining()
+	gauge(drainingDesc, oneIf(draining))
+	if c.doctor != nil {
+		for check, failed := range c.doctor.Failed() {
+			gauge(checkFailedDesc, oneIf(failed), check)
+		}
 	}
-	gauge(refusesDesc, refuses)
+	if leaks := m.leaks.Load(); leaks != nil {
+		gauge(leaksDesc, float64(*leaks))
+	}
+	for step, pods := range m.failing.count(time.Now()) {
+		gauge(failingPodsDesc, float64(pods), step)
+	}
 	if c.engine != nil {
 		collectCensus(c.engine.Census(), time.Now(), gauge)
 	}
@@ -159,7 +193,9 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 	if c.ledger != nil {
 		durable, recent, err := c.ledger.Sizes()
 		if err != nil {
-			log.L.WithError(err).Debug("podfsm: a metric is left out") // each scrape would say so; the writes that fail are counted
+			// At debug level, because each scrape repeats it. Failed writes have a metric of their
+			// own.
+			log.L.WithError(err).Debug("failed to read the size of the ledger, metric left out")
 			return
 		}
 		gauge(ledgerDesc, float64(durable), fileDurable)
@@ -167,13 +203,13 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 	}
 }
 
-// remapper is what remaps images, and counts it.
+// remapper is the part of podfsm's snapshotter that counts remaps.
 type remapper interface {
 	Totals() map[remapping.Strategy]remapping.Totals
 }
 
 func collectRemaps(totals map[remapping.Strategy]remapping.Totals, metrics chan<- prometheus.Metric) {
-	for _, strategy := range []remapping.Strategy{remapping.Metacopy, remapping.Chown} { // idmap makes none
+	for _, strategy := range []remapping.Strategy{remapping.Metacopy, remapping.Chown} { // idmap makes no layers
 		counter := func(desc *prometheus.Desc, value float64) {
 			metrics <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, value, string(strategy))
 		}
@@ -195,19 +231,29 @@ func collectCensus(census lifecycle.Census, now time.Time, gauge func(desc *prom
 	for state, count := range census.States {
 		gauge(sandboxesDesc, float64(count), string(state))
 	}
-	for act, since := range census.Acts {
-		gauge(stepAgeDesc, age(since), string(act.Step), string(act.Kind))
+	for key, since := range census.UnderWay {
+		gauge(stepAgeDesc, age(since), string(key.Step), string(key.Operation))
 	}
-	for step, debt := range census.Debts {
-		gauge(debtsDesc, float64(debt.Count), string(step))
-		gauge(debtAgeDesc, age(debt.Since), string(step))
+	for step, pending := range census.Pending {
+		gauge(pendingDesc, float64(pending.Count), string(step))
+		gauge(pendingAgeDesc, age(pending.Since), string(step))
 	}
+	for recovery, count := range census.Recovering {
+		gauge(recoveryDesc, float64(count), string(recovery))
+	}
+}
+
+func oneIf(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
 }
 
 const (
 	outcomeOK       = "ok"
 	outcomeError    = "error"
-	outcomeCanceled = "canceled" // whoever wanted it had gone
+	outcomeCanceled = "canceled" // by the caller
 
 	fileDurable = "durable"
 	fileLog     = "log"
@@ -220,11 +266,11 @@ func outcomeOf(err error) string {
 	return outcomeOK
 }
 
-// Acted implements lifecycle.Meter.
-func (m *meters) Acted(act lifecycle.Act, outcome lifecycle.Outcome) {
-	m.steps.WithLabelValues(string(act.Step), string(act.Kind), string(outcome)).Observe(act.Ended.Sub(act.Started).Seconds())
+// Tried implements lifecycle.Meter.
+func (m *meters) Tried(try lifecycle.Try, outcome lifecycle.Outcome) {
+	m.steps.WithLabelValues(string(try.Step), string(try.Operation), string(outcome)).Observe(try.Ended.Sub(try.Started).Seconds())
 	if outcome == lifecycle.OutcomeError {
-		m.stepErrors.WithLabelValues(string(act.Step), string(act.Kind), tracing.KnownClass(act.Err)).Inc()
+		m.stepErrors.WithLabelValues(string(try.Step), string(try.Operation), tracing.KnownClass(try.Err)).Inc()
 	}
 }
 
@@ -238,9 +284,14 @@ func (m *meters) wroteOff(w lifecycle.WriteOff) {
 	m.writeOffs.WithLabelValues(string(w.Step), string(w.By)).Inc()
 }
 
-// moved counts what only the result of a step tells.
+// leaked sets the number of leaks that the last search found.
+func (m *meters) leaked(count int) { m.leaks.Store(&count) }
+
+// moved counts a transition: networks in containerd's metrics, failing pods, and the strategy of a
+// remap.
 func (m *meters) moved(view lifecycle.View) {
 	m.stock.moved(view)
+	m.failing.moved(view)
 	if last := view.Transitions[len(view.Transitions)-1]; last.Event != RemapSnapshot {
 		return
 	}
@@ -249,30 +300,32 @@ func (m *meters) moved(view lifecycle.View) {
 	}
 }
 
-// ran counts a run of a CNI plugin.
+// ran counts one run of a CNI plugin.
 func (m *meters) ran(c cni.Command) {
 	plugin, network := m.pluginNames.labels(c)
 	m.plugins.WithLabelValues(c.Name, plugin, network, outcomeOf(c.Err)).Observe(c.Took.Seconds())
 }
 
-// Created tells how a creation went, for the front.
+// Created counts a creation. It is part of [cri.Sandboxes].
 func (c *Controller) Created(took time.Duration, err error) {
 	c.meters.creations.WithLabelValues(outcomeOf(err)).Observe(took.Seconds())
 }
 
-// Happened counts what becomes of retries, for the front.
-func (c *Controller) Happened(what cri.Happening) {
-	if what == cri.PodUnclaimed {
+// CountRetry counts the outcome of a retry, or a sandbox that no caller claimed. It is part of
+// [cri.Attempts].
+func (c *Controller) CountRetry(event cri.RetryEvent) {
+	if event == cri.PodUnclaimed {
 		c.meters.unclaimed.Inc()
 		return
 	}
-	c.meters.retries.WithLabelValues(string(what)).Inc()
+	c.meters.retries.WithLabelValues(string(event)).Inc()
 }
 
-// maxPlugins is how many plugins of networks have labels of their own; a node has a few.
+// maxPlugins bounds the pairs of plugin and network with labels of their own. A node has a few.
 const maxPlugins = 32
 
-// pluginNames bound the labels of CNI plugins: they come from files that are written while containerd runs.
+// pluginNames bounds the labels of CNI plugins, since any program on the node may write the
+// configuration files that name them.
 type pluginNames struct {
 	mu   sync.Mutex
 	seen map[[2]string]bool
@@ -295,15 +348,15 @@ func (n *pluginNames) labels(c cni.Command) (plugin, network string) {
 	return plugin, network
 }
 
-// timedLedger is the ledger with a meter on its writes.
+// timedLedger measures the writes to the ledger.
 type timedLedger struct {
-	lifecycle.Journal
+	lifecycle.Ledger
 	meters *meters
 }
 
-func (l timedLedger) Append(ctx context.Context, r *journal.Record) error {
+func (l timedLedger) Append(ctx context.Context, r *ledger.Record) error {
 	begun := time.Now()
-	err := l.Journal.Append(ctx, r)
+	err := l.Ledger.Append(ctx, r)
 	file := fileLog
 	if r.Durable && !r.CanWait {
 		file = fileDurable
@@ -312,14 +365,14 @@ func (l timedLedger) Append(ctx context.Context, r *journal.Record) error {
 	return err
 }
 
-func (l timedLedger) Forget(ctx context.Context, k journal.Key) error {
+func (l timedLedger) Forget(ctx context.Context, k ledger.Key) error {
 	begun := time.Now()
-	err := l.Journal.Forget(ctx, k)
+	err := l.Ledger.Forget(ctx, k)
 	l.wrote(ctx, fileDurable, begun, err)
 	return err
 }
 
-// wrote tells a write that failed from one that nobody waited for.
+// wrote counts one write. If the caller gave up, the write counts as canceled, not as failed.
 func (l timedLedger) wrote(ctx context.Context, file string, begun time.Time, err error) {
 	outcome := outcomeOf(err)
 	if err != nil && ctx.Err() != nil {

@@ -4,19 +4,24 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/cni"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/snapshot/remapping"
+	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -57,9 +62,9 @@ func TestMetersOfPods(t *testing.T) {
 	require.Error(t, w.Stop(inCRI(t), "a"))
 
 	require.Equal(t, map[string]float64{"Ready": 1, "CleanupOwed": 1}, gathered(t, w.meters, "sandboxes"))
-	require.Equal(t, map[string]float64{"capture_netns": 1}, gathered(t, w.meters, "debts"))
+	require.Equal(t, map[string]float64{"capture_netns": 1}, gathered(t, w.meters, "pending_cleanups"))
 	require.Equal(t, map[string]float64{"idmap": 2}, gathered(t, w.meters, "remaps_total"))
-	require.Equal(t, map[string]float64{"undo unavailable capture_netns": 1}, gathered(t, w.meters, "step_errors_total"))
+	require.Equal(t, map[string]float64{"unavailable undo capture_netns": 1}, gathered(t, w.meters, "step_errors_total"))
 	done := gathered(t, w.meters, "step_duration_seconds")
 	for _, step := range creationPath() {
 		require.EqualValues(t, 2, done["do ok "+string(step)], "%v", done)
@@ -67,7 +72,8 @@ func TestMetersOfPods(t *testing.T) {
 	require.EqualValues(t, 1, done["stop ok start_pause"])
 	require.EqualValues(t, 1, done["undo error capture_netns"])
 	require.Empty(t, gathered(t, w.meters, "id_ranges"), "there is no pool")
-	require.Empty(t, gathered(t, w.meters, "refuses_pods"))
+	require.Empty(t, gathered(t, w.meters, "degraded"))
+	require.Empty(t, gathered(t, w.meters, "draining"))
 	w.host.heal(CaptureNetNS)
 }
 
@@ -75,7 +81,7 @@ func TestMetersOfADegradedController(t *testing.T) {
 	c := &Controller{}
 	c.meters = newMeters(c)
 	c.refuse(errNoLuck)
-	require.Equal(t, map[string]float64{"": 1}, gathered(t, c.meters, "refuses_pods"))
+	require.Equal(t, map[string]float64{"": 1}, gathered(t, c.meters, "degraded"))
 	require.Empty(t, gathered(t, c.meters, "sandboxes"))
 }
 
@@ -118,19 +124,19 @@ func TestLabelsOfPluginsAreBounded(t *testing.T) {
 // fullBook is a ledger that can't write.
 type fullBook struct{ book }
 
-func (*fullBook) Append(context.Context, *journal.Record) error { return errNoLuck }
+func (*fullBook) Append(context.Context, *ledger.Record) error { return errNoLuck }
 
 func TestMetersOfTheLedger(t *testing.T) {
 	m := newMeters(&Controller{})
-	good, bad := timedLedger{&book{forgotten: map[journal.Key]bool{}}, m}, timedLedger{&fullBook{}, m}
+	good, bad := timedLedger{&book{forgotten: map[ledger.Key]bool{}}, m}, timedLedger{&fullBook{}, m}
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
-	require.NoError(t, good.Append(t.Context(), &journal.Record{}))
-	require.NoError(t, good.Append(t.Context(), &journal.Record{Durable: true}))
-	require.NoError(t, good.Append(t.Context(), &journal.Record{Durable: true, CanWait: true}))
-	require.NoError(t, good.Forget(t.Context(), journal.Key{}))
-	require.Error(t, bad.Append(t.Context(), &journal.Record{}))
-	require.Error(t, bad.Append(gone, &journal.Record{}))
+	require.NoError(t, good.Append(t.Context(), &ledger.Record{}))
+	require.NoError(t, good.Append(t.Context(), &ledger.Record{Durable: true}))
+	require.NoError(t, good.Append(t.Context(), &ledger.Record{Durable: true, CanWait: true}))
+	require.NoError(t, good.Forget(t.Context(), ledger.Key{}))
+	require.Error(t, bad.Append(t.Context(), &ledger.Record{}))
+	require.Error(t, bad.Append(gone, &ledger.Record{}))
 	require.Equal(t, map[string]float64{"durable ok": 2, "log ok": 2, "log error": 1, "log canceled": 1}, gathered(t, m, "ledger_write_duration_seconds"))
 }
 
@@ -144,12 +150,85 @@ func TestErrorTypesAreBounded(t *testing.T) {
 		_, err := w.Start(inCRI(t), id)
 		require.Error(t, err)
 	}
-	require.Equal(t, map[string]float64{"do other attach_network": 2, "do not_found attach_network": 1}, gathered(t, w.meters, "step_errors_total"))
+	require.Equal(t, map[string]float64{"other do attach_network": 2, "not_found do attach_network": 1}, gathered(t, w.meters, "step_errors_total"))
+	require.Equal(t, map[string]float64{"attach_network": 3}, gathered(t, w.meters, "failing_pods"))
 }
 
 type testError struct{}
 
 func (*testError) Error() string { return "odd" }
+
+func TestMeterOfADrain(t *testing.T) {
+	c := &Controller{}
+	c.meters = newMeters(c)
+	require.NoError(t, c.drain.open(t.TempDir()))
+	require.Empty(t, gathered(t, c.meters, "draining"))
+	require.NoError(t, c.drain.begin(t.Context()))
+	require.Equal(t, map[string]float64{"": 1}, gathered(t, c.meters, "draining"))
+}
+
+func TestMeterOfLeaks(t *testing.T) {
+	m := newMeters(&Controller{})
+	require.False(t, exposed(t, m, "leaks"), "no search was run")
+	m.leaked(0)
+	require.True(t, exposed(t, m, "leaks"))
+	m.leaked(2)
+	require.Equal(t, map[string]float64{"": 2}, gathered(t, m, "leaks"))
+}
+
+// exposed says whether a scrape has the metric.
+func exposed(t *testing.T, c prometheus.Collector, name string) bool {
+	t.Helper()
+	registry := prometheus.NewPedanticRegistry()
+	require.NoError(t, registry.Register(c))
+	families, err := registry.Gather()
+	require.NoError(t, err)
+	return slices.ContainsFunc(families, func(f *dto.MetricFamily) bool { return f.GetName() == "podfsm_"+name })
+}
+
+func TestMeterOfTheBuild(t *testing.T) {
+	built := gathered(t, newMeters(&Controller{}), "build_info")
+	require.Len(t, built, 1)
+	for labels := range built {
+		require.Regexp(t, `^\S+ go1\.\S+ \S+ \S+$`, labels)
+	}
+}
+
+// A count of failures can't tell one bad pod from a bad node.
+func TestFailingPods(t *testing.T) {
+	begun := time.Now()
+	var f failingPods
+	move := func(pod string, after time.Duration, last lifecycle.Transition) {
+		last.At = begun.Add(after)
+		f.moved(lifecycle.View{Pod: pod, Transitions: []lifecycle.Transition{last}})
+	}
+	failed := lifecycle.Transition{Event: states.RollBack, To: states.RollingBack, Step: AttachNetwork, Err: errNoLuck}
+	count := func(after time.Duration) map[string]int {
+		counts := f.count(begun.Add(after))
+		maps.DeleteFunc(counts, func(_ string, pods int) bool { return pods == 0 })
+		return counts
+	}
+	require.Len(t, f.count(begun), len(Steps())+1)
+	for range 5 {
+		move("default/bad", 0, failed)
+	}
+	require.Equal(t, map[string]int{"attach_network": 1}, count(0), "the kubelet retries one pod")
+	move("default/other", time.Minute, failed)
+	move("default/lost", time.Minute, lifecycle.Transition{Event: states.RollBack, To: states.RollingBack, Err: errNoLuck})
+	require.Equal(t, map[string]int{"attach_network": 2, "other": 1}, count(time.Minute))
+
+	move("default/other", 2*time.Minute, lifecycle.Transition{Event: DeclareReady, To: states.Ready})
+	require.Equal(t, map[string]int{"attach_network": 1, "other": 1}, count(2*time.Minute), "its retry went well")
+	move("default/ended", 3*time.Minute, lifecycle.Transition{Event: states.RollBack, To: states.RollingBack, Err: errdefs.ErrAborted})
+	move("default/restart", 3*time.Minute, lifecycle.Transition{Event: states.RollBack, To: states.RollingBack})
+	require.Equal(t, map[string]int{"attach_network": 1, "other": 1}, count(3*time.Minute), "the creation was ended on request")
+	require.Equal(t, map[string]int{"other": 1}, count(failingFor+time.Second), "the other was not retried")
+
+	for i := range 2 * maxFailing {
+		move(fmt.Sprint("default/", i), time.Hour, failed)
+	}
+	require.Equal(t, map[string]int{"attach_network": maxFailing}, count(time.Hour))
+}
 
 // Every metric has the form that Prometheus asks for.
 func TestMetricNames(t *testing.T) {

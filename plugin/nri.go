@@ -14,18 +14,19 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// containerd's service tells NRI plugins what its own notes say of a pod, and for a pod of ours these have no addresses, and after a
-// restart no pid. There is no place to add them: the interfaces between the service, containerd's NRI plugin and NRI are internal to
-// containerd. But every request to an NRI plugin is encoded by the method table of its type, which protobuf hands out. The first method
-// that is called there measures the message, and podfsm completes the message before.
+// containerd's service has no addresses of podfsm's pods and, after a restart, no pids to tell NRI
+// plugins. There is no API to add them: the interfaces between the service, containerd's NRI plugin
+// and NRI are internal to containerd. However, protobuf encodes each request to an NRI plugin by the
+// method table of its type, which is public. Encoding first calls the method that measures the
+// message, so podfsm completes the message there.
 
 var (
 	nriTables sync.Once
 	nriPods   atomic.Pointer[func(*nri.PodSandbox)] // completes a pod
 )
 
-// completeNRI has complete called for each pod in each request to an NRI plugin, before the request is encoded. A panic of it leaves the pod
-// as containerd's service has it.
+// completeNRI calls complete for each pod in each request to an NRI plugin, before the request is
+// encoded. If complete panics, the pod stays as containerd's service has it.
 func completeNRI(complete func(*nri.PodSandbox)) {
 	protected := func(pod *nri.PodSandbox) {
 		_ = lifecycle.Protect(func() error {
@@ -42,11 +43,11 @@ func completeNRI(complete func(*nri.PodSandbox)) {
 	})
 }
 
-// hookNRI puts podfsm before the method that measures messages of a type, if those hold pods.
+// hookNRI wraps the method that measures messages of a type, if the messages hold pods.
 func hookNRI(name protoreflect.FullName) {
 	message, err := protoregistry.GlobalTypes.FindMessageByName(name)
 	if err != nil {
-		return // protobuf's own types of map entries
+		return // a map entry
 	}
 	empty := message.Zero()
 	if podsOf(empty) == nil {
@@ -54,7 +55,7 @@ func hookNRI(name protoreflect.FullName) {
 	}
 	methods := empty.ProtoMethods()
 	if methods == nil || methods.Size == nil {
-		log.L.Warnf("podfsm: NRI plugins will not be told the addresses of pods by %s", name)
+		log.L.Warnf("NRI plugins do not get the addresses of pods from %s", name)
 		return
 	}
 	size := methods.Size
@@ -68,7 +69,7 @@ func hookNRI(name protoreflect.FullName) {
 	}
 }
 
-// podsOf are the pods that a request holds; nil for one of a type without pods.
+// podsOf returns the pods in a request, nil if its type has no pods.
 func podsOf(message protoreflect.Message) []*nri.PodSandbox {
 	switch request := message.Interface().(type) {
 	case interface{ GetPod() *nri.PodSandbox }:
@@ -80,16 +81,16 @@ func podsOf(message protoreflect.Message) []*nri.PodSandbox {
 	}
 }
 
-// completePod tells NRI of a pod of ours what it would be told of a stock pod.
+// completePod adds to a podfsm pod what NRI plugins see of a stock pod.
 func (c *Controller) completePod(pod *nri.PodSandbox) {
 	if c.engine == nil {
 		return
 	}
-	view, ok := c.find(inFront(pod.GetId()))
+	view, ok := c.find(criKey(pod.GetId()))
 	if !ok {
 		return
 	}
-	pod.Ips = podOf(view).HadIPs
+	pod.Ips = criSandbox(view).HadIPs
 	if started, ok := view.Step(StartPause).Result.(*Pause); ok && pod.Pid == 0 && view.State == states.Ready {
 		pod.Pid = started.Pid
 	}

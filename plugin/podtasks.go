@@ -9,38 +9,40 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/log"
 
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// podTasks are the tasks of containers in podfsm's pods. The task API of a shim is told to shut down after each task that is deleted, and a
-// shim does so when it has no other one. A stock pod's has pause; ours would be on its way out while the next container is about to start
-// in it. So the tasks of one pod are made and deleted one at a time, and who deletes the last one sees the shim's end through.
+// podTasks serializes the creation and deletion of tasks per pod. containerd tells a shim to shut
+// down after each deleted task, and a shim without other tasks obeys. The shim of a stock pod
+// always has pause; the shim of a podfsm pod could exit while the next container is about to start
+// in it. So tasks of one pod are created and deleted one at a time, and the deletion of the last
+// task waits for the shim's end.
 type podTasks struct {
 	mu   sync.Mutex
-	pods map[journal.Key]*podTask
+	pods map[ledger.Key]*podTask
 }
 
-// podTask is one pod's.
+// podTask holds the lock and the tasks of one pod.
 type podTask struct {
-	turn  chan struct{} // is full while somebody has the turn
-	users int           // who has the turn, or waits for it; behind podTasks.mu
+	lock  chan struct{} // full while locked; a channel, so that waiting can be canceled
+	users int           // that hold the lock or wait for it; guarded by podTasks.mu
 
-	tasks map[string]bool // by container; of who has the turn
+	tasks map[string]bool // by container; guarded by lock
 }
 
-// shimEndTimeout bounds the end of a shim without containers, for which containerd gives it 5 s.
+// shimEndTimeout bounds the end of a shim without containers. containerd gives the shim 5 s.
 const shimEndTimeout = 10 * time.Second
 
-// enter waits for the turn of a pod.
-func (p *podTasks) enter(ctx context.Context, key journal.Key) (pod *podTask, leave func(), err error) {
+// enter locks a pod's tasks. The caller unlocks them with leave.
+func (p *podTasks) enter(ctx context.Context, key ledger.Key) (pod *podTask, leave func(), err error) {
 	p.mu.Lock()
 	if p.pods == nil {
-		p.pods = map[journal.Key]*podTask{}
+		p.pods = map[ledger.Key]*podTask{}
 	}
 	pod, ok := p.pods[key]
 	if !ok {
-		pod = &podTask{turn: make(chan struct{}, 1), tasks: map[string]bool{}}
+		pod = &podTask{lock: make(chan struct{}, 1), tasks: map[string]bool{}}
 		p.pods[key] = pod
 	}
 	pod.users++
@@ -53,16 +55,16 @@ func (p *podTasks) enter(ctx context.Context, key journal.Key) (pod *podTask, le
 		}
 	}
 	select {
-	case pod.turn <- struct{}{}:
-		return pod, func() { <-pod.turn; release() }, nil
+	case pod.lock <- struct{}{}:
+		return pod, func() { <-pod.lock; release() }, nil
 	case <-ctx.Done():
 		release()
-		return nil, nil, fmt.Errorf("another container of sandbox %q is being started or deleted: %w", key.ID, context.Cause(ctx))
+		return nil, nil, fmt.Errorf("waiting for another container of sandbox %q to start or to be deleted: %w", key.ID, context.Cause(ctx))
 	}
 }
 
-// settle ends the shim of a pod that has no tasks. The next container gets another.
-func (c *Controller) settle(ctx context.Context, key journal.Key, pod *podTask) {
+// endIdleShim ends the shim of a pod without tasks. The next container gets a new shim.
+func (c *Controller) endIdleShim(ctx context.Context, key ledger.Key, pod *podTask) {
 	if len(pod.tasks) > 0 {
 		return
 	}
@@ -70,11 +72,11 @@ func (c *Controller) settle(ctx context.Context, key journal.Key, pod *podTask) 
 	defer cancel()
 	if err := c.node.shims.End(ctx, key.ID); err != nil {
 		log.G(ctx).WithError(err).WithField(tracing.LogSandbox, key.ID).
-			Warn("podfsm: failed to end the shim of a pod without containers; the stop of the pod tries again")
+			Warn("failed to end the shim of a pod without containers, the stop of the pod will retry")
 	}
 }
 
-// restoreTasks finds the tasks that an earlier daemon has made.
+// restoreTasks restores the tasks that an earlier daemon made.
 func (c *Controller) restoreTasks(ctx context.Context) error {
 	for namespace := range namespacesOf(c.engine.Keys()) {
 		ctx := namespaces.WithNamespace(ctx, namespace)
@@ -83,7 +85,7 @@ func (c *Controller) restoreTasks(ctx context.Context) error {
 			return fmt.Errorf("failed to list containerd's containers: %w", err)
 		}
 		for _, record := range all {
-			key := journal.Key{Namespace: namespace, ID: record.SandboxID}
+			key := ledger.Key{Namespace: namespace, ID: record.SandboxID}
 			if c.engine.Created(key).IsZero() || !c.node.shims.Running(ctx, record.ID) {
 				continue
 			}
@@ -98,7 +100,7 @@ func (c *Controller) restoreTasks(ctx context.Context) error {
 	return nil
 }
 
-func namespacesOf(keys []journal.Key) map[string]bool {
+func namespacesOf(keys []ledger.Key) map[string]bool {
 	all := map[string]bool{}
 	for _, key := range keys {
 		all[key.Namespace] = true

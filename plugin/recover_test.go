@@ -24,7 +24,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/cri"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/internal/roottest"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/states"
@@ -69,11 +70,11 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			rootDir, stateDir := t.TempDir(), t.TempDir()
-			w.ledger, err = journal.Open(rootDir, stateDir)
+			w.ledger, err = ledger.Open(rootDir, stateDir)
 			require.NoError(t, err)
 			if !tc.lost {
 				require.NoError(t, w.ledger.Close())
-				w.ledger, err = journal.Open(rootDir, stateDir)
+				w.ledger, err = ledger.Open(rootDir, stateDir)
 				require.NoError(t, err)
 			}
 			client, ctx := newStores(t), inCRI(t)
@@ -104,12 +105,12 @@ func TestRecoverSweepsOnlyWhatNeverRan(t *testing.T) {
 
 // The daemon was killed when the ledger had lost a removed sandbox, and containerd's store not yet.
 func TestRecoverSweepsWhatWasRemoved(t *testing.T) {
-	rootDir, stateDir, key := t.TempDir(), t.TempDir(), journal.Key{Namespace: cri.Namespace, ID: "s1"}
-	ledger, err := journal.Open(rootDir, stateDir)
+	rootDir, stateDir, key := t.TempDir(), t.TempDir(), ledger.Key{Namespace: cri.Namespace, ID: "s1"}
+	log, err := ledger.Open(rootDir, stateDir)
 	require.NoError(t, err)
-	require.NoError(t, ledger.Append(t.Context(), &journal.Record{Key: key, Kind: journal.Begun}))
-	require.NoError(t, ledger.Forget(t.Context(), key))
-	require.NoError(t, ledger.Close())
+	require.NoError(t, log.Append(t.Context(), &ledger.Record{Key: key, Kind: ledger.Begun}))
+	require.NoError(t, log.Forget(t.Context(), key))
+	require.NoError(t, log.Close())
 	ran, err := typeurl.MarshalAny(&specs.Spec{})
 	require.NoError(t, err)
 	client := newStores(t)
@@ -117,7 +118,7 @@ func TestRecoverSweepsWhatWasRemoved(t *testing.T) {
 	require.NoError(t, err)
 
 	w := newWorld(t)
-	w.ledger, err = journal.Open(rootDir, stateDir)
+	w.ledger, err = ledger.Open(rootDir, stateDir)
 	require.NoError(t, err)
 	require.NoError(t, w.recover(t.Context(), client, true))
 	_, err = client.SandboxStore().Get(inCRI(t), "s1")
@@ -137,9 +138,9 @@ func restart(t *testing.T, spoil func(t *testing.T, stateDir string), change ...
 	})
 	require.NoError(t, err)
 
-	ledger, err := journal.Open(rootDir, stateDir)
+	log, err := ledger.Open(rootDir, stateDir)
 	require.NoError(t, err)
-	b := &book{forgotten: map[journal.Key]bool{}, into: ledger}
+	b := &book{forgotten: map[ledger.Key]bool{}, into: log}
 	before := newWorldWith(t, b)
 	before.book = b
 	before.run(t, "s1")
@@ -147,13 +148,13 @@ func restart(t *testing.T, spoil func(t *testing.T, stateDir string), change ...
 		c(before)
 	}
 	require.NoError(t, before.Close())
-	require.NoError(t, ledger.Close())
+	require.NoError(t, log.Close())
 	spoil(t, stateDir)
 
-	ledger, err = journal.Open(rootDir, stateDir)
+	log, err = ledger.Open(rootDir, stateDir)
 	require.NoError(t, err)
-	w := newWorldWith(t, ledger)
-	w.ledger = ledger
+	w := newWorldWith(t, log)
+	w.ledger = log
 	w.host.exists["s1"], w.host.exited = before.host.left("s1"), before.host.exited
 	require.NoError(t, w.recover(t.Context(), client, true))
 	return w
@@ -164,13 +165,13 @@ func restart(t *testing.T, spoil func(t *testing.T, stateDir string), change ...
 func TestRecoverSweepsLeasesWithoutASandbox(t *testing.T) {
 	w := newWorld(t)
 	var err error
-	w.ledger, err = journal.Open(t.TempDir(), t.TempDir())
+	w.ledger, err = ledger.Open(t.TempDir(), t.TempDir())
 	require.NoError(t, err)
 	client, ctx := newStores(t), inCRI(t)
 	orphan, sandboxs := strings.Repeat("a", 64), strings.Repeat("b", 64)
 	_, err = client.SandboxStore().Create(ctx, sandbox.Sandbox{ID: sandboxs, Sandboxer: "podsandbox", Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
 	require.NoError(t, err)
-	for _, id := range []string{orphan, sandboxs, "somebody's"} {
+	for _, id := range []string{orphan, sandboxs, "foreign"} {
 		_, err = client.LeasesService().Create(ctx, leases.WithID(id))
 		require.NoError(t, err)
 	}
@@ -181,11 +182,11 @@ func TestRecoverSweepsLeasesWithoutASandbox(t *testing.T) {
 	for i, lease := range left {
 		ids[i] = lease.ID
 	}
-	require.ElementsMatch(t, []string{sandboxs, "somebody's"}, ids)
+	require.ElementsMatch(t, []string{sandboxs, "foreign"}, ids)
 }
 
 func TestRecoverWithoutTheLogLosesNothing(t *testing.T) {
-	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
+	key := ledger.Key{Namespace: cri.Namespace, ID: "s1"}
 	for name, spoil := range map[string]func(t *testing.T, stateDir string){
 		"missing": func(t *testing.T, stateDir string) { require.NoError(t, os.RemoveAll(stateDir)) },
 		"damaged in the middle": func(t *testing.T, stateDir string) {
@@ -237,15 +238,15 @@ func rewriteLog(t *testing.T, stateDir string, change func([]byte) []byte) {
 func TestRecoverAfterAnExitThatIsHalfOnRecord(t *testing.T) {
 	w := restart(t, func(*testing.T, string) {}, func(before *world) {
 		before.book.mu.Lock()
-		before.book.before = func(r *journal.Record) error {
-			if r.Kind == journal.Moved {
+		before.book.before = func(r *ledger.Record) error {
+			if r.Kind == ledger.Moved {
 				return errNoLuck
 			}
 			return nil
 		}
 		before.book.mu.Unlock()
 		before.host.exited = &lifecycle.Exit{Code: 9, At: time.Unix(8, 0).UTC()}
-		before.engine.PauseExited(journal.Key{Namespace: cri.Namespace, ID: "s1"}, *before.host.exited)
+		before.engine.PauseExited(ledger.Key{Namespace: cri.Namespace, ID: "s1"}, *before.host.exited)
 		before.waitFor(t, "s1", states.NotReady)
 	})
 	got, err := w.Status(inCRI(t), "s1", false)
@@ -258,42 +259,43 @@ func TestRecoverAfterAnExitThatIsHalfOnRecord(t *testing.T) {
 	require.EqualValues(t, 9, exit.ExitStatus)
 }
 
-// What can't be read is quarantined, all of it, until it is removed: by who finds it in a list, or now, if nobody can.
+// All unreadable records are quarantined until the sandbox is removed: by a caller that finds the
+// sandbox in a list, else at once.
 func TestRecoverKeepsAllThatItCantRead(t *testing.T) {
-	ledger, err := journal.Open(t.TempDir(), t.TempDir())
+	log, err := ledger.Open(t.TempDir(), t.TempDir())
 	require.NoError(t, err)
 	client := newStores(t)
 	ids, unlisted := []string{"s1", "s2"}, "s3"
 	for _, id := range append(ids, unlisted) {
-		require.NoError(t, ledger.Append(t.Context(), &journal.Record{
-			Key: journal.Key{Namespace: cri.Namespace, ID: id}, Kind: journal.Begun, Data: &journal.Data{TypeURL: "of a later version"},
+		require.NoError(t, log.Append(t.Context(), &ledger.Record{
+			Key: ledger.Key{Namespace: cri.Namespace, ID: id}, Kind: ledger.Begun, Data: &ledger.Data{TypeURL: "of a later version"},
 		}))
 	}
 	for _, id := range ids {
 		_, err := client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: id, Sandboxer: Name, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
 		require.NoError(t, err)
 	}
-	w := newWorldWith(t, ledger)
-	w.ledger = ledger
+	w := newWorldWith(t, log)
+	w.ledger = log
 	w.host.exists[unlisted] = creationPath()
 	require.NoError(t, w.recover(t.Context(), client, true))
 	w.waitFor(t, unlisted, states.Removed)
 	require.Empty(t, w.host.left(unlisted))
 	for _, id := range ids {
 		require.Equal(t, states.Quarantined, w.view(t, id).State)
-		require.NoError(t, w.RemovePod(t.Context(), id))
+		require.NoError(t, w.RemoveSandbox(t.Context(), id))
 	}
-	require.Empty(t, ledger.Sandboxes())
+	require.Empty(t, log.Sandboxes())
 }
 
-// A removal that was owed is paid when nobody waits for it any more. containerd's record of the sandbox doesn't bring it back then, also
-// when the ledger's log is gone, which says that it was removed.
-func TestRecoverAfterAPaidRemoval(t *testing.T) {
+// A pending cleanup may complete a removal after its caller has gone. Then containerd's record
+// doesn't bring the sandbox back, even if the ledger's log, which tells of the removal, is lost.
+func TestRecoverAfterACompletedRemoval(t *testing.T) {
 	rootDir, stateDir, client := t.TempDir(), t.TempDir(), newStores(t)
-	ledger, err := journal.Open(rootDir, stateDir)
+	log, err := ledger.Open(rootDir, stateDir)
 	require.NoError(t, err)
-	before := newWorldWith(t, ledger)
-	before.ledger = ledger
+	before := newWorldWith(t, log)
+	before.ledger = log
 	require.NoError(t, before.recover(t.Context(), client, true))
 	before.run(t, "s1")
 	spec, err := typeurl.MarshalAny(&specs.Spec{})
@@ -311,7 +313,7 @@ func TestRecoverAfterAPaidRemoval(t *testing.T) {
 	require.NoError(t, os.RemoveAll(stateDir))
 
 	w := newWorld(t)
-	w.ledger, err = journal.Open(rootDir, stateDir)
+	w.ledger, err = ledger.Open(rootDir, stateDir)
 	require.NoError(t, err)
 	require.NoError(t, w.recover(t.Context(), client, true))
 	require.Empty(t, w.engine.List())
@@ -319,12 +321,12 @@ func TestRecoverAfterAPaidRemoval(t *testing.T) {
 	require.True(t, errdefs.IsNotFound(err), "%v", err)
 }
 
-// A creation that was finished stays for who asks for it again. It goes when nobody can know of it: discarded already, or not yet
-// containerd's service's when the daemon was killed.
+// A completed creation waits for a retry of its caller. It is removed if no caller can know of it:
+// it was discarded, or the daemon was killed before containerd's service had it.
 func TestRecoverOfFinishedCreations(t *testing.T) {
 	spec, err := typeurl.MarshalAny(&specs.Spec{})
 	require.NoError(t, err)
-	key := journal.Key{Namespace: cri.Namespace, ID: "s1"}
+	key := ledger.Key{Namespace: cri.Namespace, ID: "s1"}
 	for name, tc := range map[string]struct {
 		claim     lifecycle.Claim
 		handed    bool // to containerd's service
@@ -346,9 +348,9 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 			}
 			_, err := client.SandboxStore().Create(inCRI(t), record)
 			require.NoError(t, err)
-			ledger, err := journal.Open(rootDir, stateDir)
+			log, err := ledger.Open(rootDir, stateDir)
 			require.NoError(t, err)
-			before := newWorldWith(t, ledger)
+			before := newWorldWith(t, log)
 			require.NoError(t, before.engine.Create(inCRI(t), key, request(key, &Spec{Config: podConfig()})))
 			require.NoError(t, before.engine.Start(inCRI(t), key))
 			if tc.claim == lifecycle.Discarded {
@@ -357,12 +359,12 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 				require.True(t, before.Claim(inCRI(t), "s1", tc.claim))
 			}
 			require.NoError(t, before.Close())
-			require.NoError(t, ledger.Close())
+			require.NoError(t, log.Close())
 
-			ledger, err = journal.Open(rootDir, stateDir)
+			log, err = ledger.Open(rootDir, stateDir)
 			require.NoError(t, err)
-			w := newWorldWith(t, ledger)
-			w.ledger = ledger
+			w := newWorldWith(t, log)
+			w.ledger = log
 			w.host.exists["s1"] = before.host.left("s1")
 			require.NoError(t, w.recover(t.Context(), client, true))
 			require.Equal(t, tc.unclaimed, w.Unclaimed())
@@ -385,9 +387,7 @@ func TestRecoverOfFinishedCreations(t *testing.T) {
 
 // A namespace that is pinned under the pod's name is the pod's if pause is in it.
 func TestFindNetNS(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	roottest.Require(t)
 	pause := exec.Command("sleep", "100")
 	pause.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
 	require.NoError(t, pause.Start())
@@ -438,10 +438,10 @@ func TestRecoverWithASpecificationOfALaterRelease(t *testing.T) {
 	require.NoError(t, err)
 	_, err = client.SandboxStore().Create(inCRI(t), sandbox.Sandbox{ID: "s1", Sandboxer: Name, Spec: spec, Runtime: sandbox.RuntimeOpts{Name: "io.containerd.runc.v2"}})
 	require.NoError(t, err)
-	ledger, err := journal.Open(t.TempDir(), t.TempDir())
+	log, err := ledger.Open(t.TempDir(), t.TempDir())
 	require.NoError(t, err)
-	b := &book{forgotten: map[journal.Key]bool{}, into: ledger, before: func(r *journal.Record) error {
-		if r.Kind == journal.Begun {
+	b := &book{forgotten: map[ledger.Key]bool{}, into: log, before: func(r *ledger.Record) error {
+		if r.Kind == ledger.Begun {
 			r.Data.TypeURL = "of a later release"
 		}
 		return nil
@@ -451,15 +451,15 @@ func TestRecoverWithASpecificationOfALaterRelease(t *testing.T) {
 	before.run(t, "s1")
 	require.NoError(t, before.Close())
 
-	w := newWorldWith(t, ledger)
-	w.ledger = ledger
+	w := newWorldWith(t, log)
+	w.ledger = log
 	w.host.exists["s1"] = before.host.left("s1")
 	require.NoError(t, w.recover(t.Context(), client, true))
 	view := w.view(t, "s1")
 	require.Equal(t, states.Ready, view.State)
 	require.Contains(t, view.Unread[0], "of a later release")
 	require.True(t, before.view(t, "s1").Created.Equal(view.Created))
-	require.NoError(t, w.StopPod(t.Context(), "s1"))
-	require.NoError(t, w.RemovePod(t.Context(), "s1"))
+	require.NoError(t, w.StopSandbox(t.Context(), "s1"))
+	require.NoError(t, w.RemoveSandbox(t.Context(), "s1"))
 	require.Empty(t, w.host.left("s1"))
 }

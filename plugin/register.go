@@ -3,7 +3,8 @@
 //	import _ "github.com/podfsm/podfsm/plugin"
 //
 // It registers the sandbox controller "podfsm", the snapshotter "podfsm" and a small gRPC service for the CLI, and puts podfsm's
-// front on containerd's CRI service. A runtime handler is podfsm's when its configuration says sandboxer = "podfsm"; everything else stays as it is.
+// front on containerd's CRI service. A runtime handler is podfsm's if its configuration says
+// sandboxer = "podfsm". Everything else stays as it is.
 package plugin
 
 import (
@@ -14,7 +15,7 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 
-	// What is wrapped has to be registered before.
+	// init wraps registered plugins, so these packages must be initialized first.
 	_ "github.com/containerd/containerd/v2/plugins/cri"
 	_ "github.com/containerd/containerd/v2/plugins/diff/walking/plugin"
 	"github.com/containerd/containerd/v2/plugins/services"
@@ -23,7 +24,7 @@ import (
 	"github.com/podfsm/podfsm/cri"
 )
 
-//go:generate go run ./gen . ../docs
+//go:generate go run ./genconfig . ../docs/reference
 //go:generate go run ./genstates ..
 
 // Name is the sandboxer's name in a runtime handler's configuration, and the id of podfsm's plugins.
@@ -72,8 +73,9 @@ func init() {
 	wrapStock()
 }
 
-// wrapStock registers every plugin anew, with the init functions of containerd's CRI service, task service and differ wrapped: the
-// registry hands out copies only, and takes each id once.
+// wrapStock registers all plugins again, with wrapped init functions of containerd's CRI service,
+// task service and differ. The registry returns only copies and accepts an id once, so it has to be
+// reset.
 func wrapStock() {
 	graph := registry.Graph(nil)
 	registry.Reset()
@@ -90,13 +92,13 @@ func wrapStock() {
 	}
 }
 
-// fronted wraps the init function of containerd's CRI service. It fails only where that fails: without the front, the CRI
-// still serves every pod that isn't ours.
+// fronted wraps the init function of containerd's CRI service. It fails only if that function
+// fails: without the front, CRI still serves the pods of other handlers.
 func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitContext) (any, error) {
 	return func(ic *plugin.InitContext) (any, error) {
 		controller, err := registered(ic)
 		if err != nil {
-			log.G(ic.Context).WithError(err).Warn("podfsm: its sandbox controller isn't loaded, so the CRI service has no front")
+			log.G(ic.Context).WithError(err).Warn("sandbox controller not loaded, CRI front left out")
 			return stock(ic)
 		}
 		instance, err := stock(controller.watching(ic))
@@ -105,13 +107,13 @@ func fronted(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitCont
 		}
 		if err := cri.Install(instance, controller, controller.limits.unclaimed, readStreaming(ic)); err != nil {
 			controller.refuse(fmt.Errorf("failed to put podfsm in front of the CRI service: %w", err))
-			log.G(ic.Context).WithError(err).Error("podfsm: no pod of its handlers will be run")
+			log.G(ic.Context).WithError(err).Error("podfsm is degraded")
 		}
 		return instance, nil
 	}
 }
 
-// registered is the controller that this containerd has loaded.
+// registered returns the controller that this containerd has loaded.
 func registered(ic *plugin.InitContext) (*Controller, error) {
 	instance, err := ic.GetByID(plugins.PodSandboxPlugin, Name)
 	if err != nil {

@@ -243,7 +243,7 @@ func TestInitControllerNeverFails(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, tc.reads, ours, "a pod of ours must come to the refusal before containerd's service makes its network")
 			require.True(t, errdefs.IsUnavailable(c.Admit(t.Context(), "podfsm", podConfig())))
-			_, ok := c.Pod("s1")
+			_, ok := c.Sandbox("s1")
 			require.False(t, ok)
 		})
 	}

@@ -7,64 +7,64 @@ import (
 	"github.com/podfsm/podfsm/lifecycle"
 )
 
-// relay hands things on, one at a time and in their order. The sender never waits for the receiver. With nothing to hand on, a relay
-// costs no goroutine. Its methods may be called by many goroutines.
+// relay passes items to a receiver, one at a time and in order. The sender never waits for the
+// receiver. An idle relay has no goroutine. Its methods may be called by many goroutines.
 type relay[T any] struct {
-	bound int         // how many things may wait
-	pass  func(T)     // the receiver; it may block, and a panic of it costs only the thing
-	lost  func(n int) // is told how many things found no room, before the next thing
+	bound   int         // of waiting items
+	pass    func(T)     // the receiver; it may block, and a panic drops only the item
+	dropped func(n int) // is called with the number of dropped items, before the next item
 
 	mu      sync.Mutex
 	waiting []T
-	full    int           // things that found no room, since lost was told
-	passing chan struct{} // closed when the goroutine ends; nil when there is none
+	full    int           // dropped items since the last call of dropped
+	passing chan struct{} // closed when the goroutine ends; nil without a goroutine
 }
 
-// send queues a thing, or counts it as lost.
-func (r *relay[T]) send(thing T) {
+// send queues an item, or drops it if too many wait.
+func (r *relay[T]) send(item T) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.waiting) >= r.bound {
 		r.full++
 		return
 	}
-	r.waiting = append(r.waiting, thing)
+	r.waiting = append(r.waiting, item)
 	if r.passing == nil {
 		r.passing = make(chan struct{})
 		go r.run(r.passing)
 	}
 }
 
-// run hands on all that waits.
+// run passes all waiting items.
 func (r *relay[T]) run(done chan struct{}) {
 	defer close(done)
-	for thing, lost, ok := r.next(); ok; thing, lost, ok = r.next() {
+	for item, dropped, ok := r.next(); ok; item, dropped, ok = r.next() {
 		_ = lifecycle.Protect(func() error { // which logs a panic
-			if lost > 0 {
-				r.lost(lost)
+			if dropped > 0 {
+				r.dropped(dropped)
 			}
-			r.pass(thing)
+			r.pass(item)
 			return nil
 		})
 	}
 }
 
-// next takes the first thing that waits. Without one, the goroutine has to end.
-func (r *relay[T]) next() (thing T, lost int, ok bool) {
+// next returns the first waiting item. It returns false if the goroutine has to end.
+func (r *relay[T]) next() (item T, dropped int, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.waiting) == 0 {
 		r.waiting, r.passing = nil, nil
-		return thing, 0, false
+		return item, 0, false
 	}
-	thing, lost = r.waiting[0], r.full
+	item, dropped = r.waiting[0], r.full
 	clear(r.waiting[:1])
 	r.waiting, r.full = r.waiting[1:], 0
-	return thing, lost, true
+	return item, dropped, true
 }
 
-// settle waits until all is handed on, or ctx ends.
-func (r *relay[T]) settle(ctx context.Context) {
+// flush waits until all items are handled, or ctx ends.
+func (r *relay[T]) flush(ctx context.Context) {
 	r.mu.Lock()
 	passing := r.passing
 	r.mu.Unlock()

@@ -17,6 +17,6 @@ func TestRelayGoesOnAfterAPanic(t *testing.T) {
 	for n := range 4 {
 		r.send(n)
 	}
-	r.settle(t.Context())
+	r.flush(t.Context())
 	require.Equal(t, []int{0, 1, 3}, passed)
 }

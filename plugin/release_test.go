@@ -15,3 +15,13 @@ func TestReleaseOf(t *testing.T) {
 	require.Equal(t, "v0.3.0", releaseOf("v0.3.0", own))
 	require.Equal(t, "unknown", releaseOf("", &debug.BuildInfo{}))
 }
+
+func TestRevisionOf(t *testing.T) {
+	stamped := []debug.BuildSetting{{Key: "vcs", Value: "git"}, {Key: "vcs.revision", Value: "0123abc"}}
+	own := &debug.BuildInfo{Main: debug.Module{Path: "github.com/podfsm/podfsm"}, Settings: stamped}
+	embedded := &debug.BuildInfo{Main: debug.Module{Path: "example.org/containerd"}, Settings: stamped}
+	require.Equal(t, "0123abc", revisionOf("", own))
+	require.Equal(t, "unknown", revisionOf("", embedded), "the commit is the other module's")
+	require.Equal(t, "4567def", revisionOf("4567def", embedded))
+	require.Equal(t, "4567def", revisionOf("4567def", own))
+}

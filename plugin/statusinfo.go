@@ -2,14 +2,14 @@ package plugin
 
 import "github.com/podfsm/podfsm/userns"
 
-// runtimeInfo is what podfsm says of itself in the verbose status of the runtime, under its own key.
+// runtimeInfo is podfsm's part of the runtime's verbose status, under its own key.
 type runtimeInfo struct {
-	// UserNS tells by runtime handler who chooses the id mappings of its pods.
+	// UserNS tells, per runtime handler, how its pods get their id mappings.
 	UserNS map[string]userNSInfo `json:"userns"`
 }
 
-// userNSInfo has the names of the configuration. The mapping takes the place of the UserNamespaceConfig that GetRuntimeConfigInfo
-// had in the first patches for user namespaces.
+// userNSInfo has the names of the configuration options. The mapping replaces UserNamespaceConfig,
+// which GetRuntimeConfigInfo had in the first patches for user namespaces.
 type userNSInfo struct {
 	Mode               userns.Mode       `json:"mode"`
 	Unmappable         userns.Unmappable `json:"unmappable,omitempty"`
@@ -23,7 +23,7 @@ type mappingInfo struct {
 	Size        uint32 `json:"size"`
 }
 
-// StatusInfo is the runtimeInfo of the configuration in force, for the front.
+// StatusInfo returns the runtimeInfo of the configuration in force.
 func (c *Controller) StatusInfo() (map[string]string, error) {
 	info := runtimeInfo{UserNS: map[string]userNSInfo{}}
 	for name, handler := range c.stock.Containerd.Runtimes {

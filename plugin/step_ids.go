@@ -6,8 +6,8 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -15,7 +15,7 @@ import (
 // allocateIDs takes the pod's id mapping from the request, or chooses one.
 type allocateIDs struct{ *node }
 
-// AllocateIDs is the step of allocateIDs.
+// AllocateIDs is the name of the step allocateIDs.
 const AllocateIDs = records.AllocateIDs
 
 func (s *allocateIDs) Declaration() lifecycle.Declaration {
@@ -30,8 +30,9 @@ func (s *allocateIDs) Declaration() lifecycle.Declaration {
 	})
 }
 
-// Reserve returns the *userns.Mappings that podfsm has chosen, a range of the pool being the pod's from here on; nil for a pod whose
-// request says it all. It is the first thing that is done for a pod, and refuses one that the node lacks something for.
+// Reserve returns the *userns.Mappings that podfsm chooses, nil for a pod whose request decides. A
+// range of the pool is held from here on. It is the first call of a creation, so Reserve also refuses a
+// pod that the node lacks something for.
 func (s *allocateIDs) Reserve(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	if err := s.lacks(ctx, spec); err != nil {
@@ -51,7 +52,8 @@ func (s *allocateIDs) Reserve(ctx context.Context, r *lifecycle.Run) (any, error
 	}
 }
 
-// Do returns the *userns.Mappings, which no pod of another uid holds, unless they are the node's.
+// Do returns the *userns.Mappings. No pod with another uid holds the ids, except if they are
+// node-wide.
 func (s *allocateIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	h := holder(r.Key, spec)
@@ -71,14 +73,14 @@ func (s *allocateIDs) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 
 const inHostUserNS = "the pod is in the host's user namespace"
 
-// Find takes the mapping from the request, or from the plan, which lasts.
+// Find returns the mapping from the request, or from the plan, which outlives a reboot.
 func (s *allocateIDs) Find(_ context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	switch chosen, planned := r.Plan().(*userns.Mappings); {
 	case planned:
 		return chosen, nil
 	case spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode:
-		return nil, fmt.Errorf("it is not on record what ids sandbox %q was given: %w", r.Key.ID, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no record of the ids of sandbox %q: %w", r.Key.ID, errdefs.ErrNotFound)
 	case spec.Mapping == nil:
 		return &lifecycle.Skipped{Reason: inHostUserNS}, nil
 	default:
@@ -86,11 +88,11 @@ func (s *allocateIDs) Find(_ context.Context, r *lifecycle.Run) (any, error) {
 	}
 }
 
-// Undo gives the ids back: it comes after the undos of all that uses them.
+// Undo releases the ids. The undos of all steps that use the ids come before.
 func (s *allocateIDs) Undo(_ context.Context, r *lifecycle.Run) error {
 	s.releaseIDs(holderID(r.Key))
 	return nil
 }
 
-// Probe finds nothing: a mapping is on record, not on the host.
+// Probe returns false: a mapping is in the ledger, not on the host.
 func (s *allocateIDs) Probe(context.Context, *lifecycle.Run) (bool, error) { return false, nil }

@@ -16,12 +16,13 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// captureNetNS takes the network namespace that pause was cloned in, and pins it by a bind mount.
+// captureNetNS captures the network namespace that pause was cloned in, and pins it by a bind
+// mount.
 type captureNetNS struct{ *node }
 
 var _ lifecycle.Checker = (*captureNetNS)(nil)
 
-// CaptureNetNS is the step of captureNetNS.
+// CaptureNetNS is the name of the step captureNetNS.
 const CaptureNetNS states.Event = "capture_netns"
 
 func (s *captureNetNS) Declaration() lifecycle.Declaration {
@@ -62,7 +63,7 @@ func (s *captureNetNS) Do(_ context.Context, r *lifecycle.Run) (any, error) {
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
 }
 
-// adopt takes a namespace that the caller made and keeps.
+// adopt opens a namespace that the caller made and keeps.
 func (s *captureNetNS) adopt(path string) (any, error) {
 	handle, err := netns.Open(path)
 	if err != nil {
@@ -74,7 +75,7 @@ func (s *captureNetNS) adopt(path string) (any, error) {
 
 const onNodeNetwork = "the pod is on the node's network"
 
-// Find finds the namespace by the name of its pin. It is the pod's if pause is in it.
+// Find finds the namespace by the name of its pin. It is the pod's if pause runs in it.
 func (s *captureNetNS) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	if spec.OnNodeNetwork() {
@@ -86,7 +87,7 @@ func (s *captureNetNS) Find(ctx context.Context, r *lifecycle.Run) (any, error) 
 	}
 	started, ok := r.Result(StartPause).(*Pause)
 	if !ok {
-		return nil, fmt.Errorf("pause of sandbox %q is not known: %w", r.Key.ID, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no record of pause of sandbox %q: %w", r.Key.ID, errdefs.ErrNotFound)
 	}
 	return findNetNS(ctx, path, int(started.Pid))
 }
@@ -108,7 +109,8 @@ func findNetNS(ctx context.Context, path string, pid int) (*NetNS, error) {
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
 }
 
-// notThere is an error that says what stands in the place of something that is lost: it isn't there.
+// notThere returns err as NotFound if something else is in the place of a lost resource: the
+// resource is not there.
 func notThere(err error) error {
 	if errdefs.IsInvalidArgument(err) || errdefs.IsFailedPrecondition(err) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
@@ -116,11 +118,12 @@ func notThere(err error) error {
 	return err
 }
 
-// Check pins the namespace again where somebody has taken the pin away.
+// Check pins the namespace again if the pin is gone.
 func (s *captureNetNS) Check(ctx context.Context, r *lifecycle.Run) error { return s.keepPin(ctx, r) }
 
-// keepPin pins a sandbox's network namespace again if the pin is gone, and pause still runs in the namespace: "ip netns delete" takes pins
-// away, and mounts over their directory hide them. Without a pin, the end of pause would be the end of the namespace, before DEL has seen it.
+// keepPin pins a sandbox's network namespace again if the pin is gone and pause still runs in the
+// namespace. "ip netns delete" removes pins, and mounts over their directory hide them. Without a
+// pin, the namespace would end with pause, before CNI DEL.
 func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
 	captured, ok := n.pinOf(r)
 	if !ok || isPinned(captured) {
@@ -142,7 +145,7 @@ func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
 	}
 	defer handle.Close()
 	if handle.Inode() != captured.Inode {
-		return fmt.Errorf("pause of sandbox %q is in network namespace %d, not in %d: %w", r.Key.ID, handle.Inode(), captured.Inode, errdefs.ErrInternal) // nobody can mend that
+		return fmt.Errorf("pause of sandbox %q is in network namespace %d, not in %d: %w", r.Key.ID, handle.Inode(), captured.Inode, errdefs.ErrInternal)
 	}
 	if err := handle.Pin(captured.Path); err != nil {
 		return fmt.Errorf("failed to pin the network namespace of sandbox %q again: %w", r.Key.ID, err)
@@ -151,8 +154,9 @@ func (n *node) keepPin(ctx context.Context, r *lifecycle.Run) error {
 	return nil
 }
 
-// keepPinForDel is keepPin before DEL. What stands in the place of the pin is not the pod's, and no plugin may look into it. But that a pin
-// can't be made, as on a full filesystem, keeps nothing from being undone.
+// keepPinForDel is keepPin before CNI DEL. It fails if something else is in the place of the pin:
+// no plugin may look into that. But a pin that can't be made, as on a full filesystem, must not
+// block the undo.
 func (n *node) keepPinForDel(ctx context.Context, r *lifecycle.Run) error {
 	err := n.keepPin(ctx, r)
 	if err == nil || errdefs.IsAlreadyExists(err) || errdefs.IsFailedPrecondition(err) {
@@ -162,13 +166,13 @@ func (n *node) keepPinForDel(ctx context.Context, r *lifecycle.Run) error {
 	return nil
 }
 
-// pinOf is the pin on record that podfsm has made for a sandbox.
+// pinOf returns the recorded pin of a sandbox, false if podfsm didn't make one.
 func (n *node) pinOf(r *lifecycle.Run) (*NetNS, bool) {
 	captured, ok := r.Result(CaptureNetNS).(*NetNS)
 	return captured, ok && r.Spec.(*Spec).NetNSPath == ""
 }
 
-// isPinned says whether the namespace on record is where it was pinned.
+// isPinned reports whether the recorded namespace is still pinned at its path.
 func isPinned(captured *NetNS) bool {
 	info, err := netns.Inspect(captured.Path)
 	return err == nil && info.Pinned && info.Inode == captured.Inode
@@ -191,8 +195,9 @@ func (s *captureNetNS) Probe(_ context.Context, r *lifecycle.Run) (bool, error) 
 	return false, nil
 }
 
-// pinPaths are where the namespace of a sandbox may be pinned: where the record says, else under every name that podfsm may have given it. A
-// pin that a mount covers can't be found by looking.
+// pinPaths returns where the namespace of a sandbox may be pinned: the recorded path, else all
+// names that podfsm may have used. Looking at the files doesn't suffice, because a mount can cover
+// a pin.
 func (s *captureNetNS) pinPaths(r *lifecycle.Run) (paths []string) {
 	if captured, ok := s.pinOf(r); ok {
 		return []string{captured.Path}

@@ -16,8 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podfsm/podfsm/host"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/internal/roottest"
 	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
 	"github.com/podfsm/podfsm/pause"
@@ -36,9 +37,7 @@ type pinWorld struct {
 }
 
 func newPinWorld(t *testing.T) *pinWorld {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	roottest.Require(t)
 	process, capture, network := &realPause{real: &startPause{}}, &realCapture{real: &captureNetNS{}}, &detaching{}
 	w := newWorld(t, func(steps []lifecycle.Step) []lifecycle.Step {
 		for i, step := range steps {
@@ -70,7 +69,7 @@ func newPinWorld(t *testing.T) *pinWorld {
 		})
 		stat, err := host.ReadStat(ctx, cmd.Process.Pid)
 		require.NoError(t, err)
-		lives, err := w.node.pauses.Adopt(ctx, holderID(inFront(id)), pause.Record{Pid: cmd.Process.Pid, StartTime: stat.StartTime})
+		lives, err := w.node.pauses.Adopt(ctx, holderID(criKey(id)), pause.Record{Pid: cmd.Process.Pid, StartTime: stat.StartTime})
 		require.True(t, lives)
 		return err
 	}
@@ -96,7 +95,7 @@ func (w *pinWorld) isPinned() bool { return isPinned(&NetNS{Path: w.pin, Inode: 
 
 func (w *pinWorld) process(t *testing.T) *host.Process {
 	t.Helper()
-	process, err := w.node.pauses.Process(holderID(inFront(pinnedID)))
+	process, err := w.node.pauses.Process(holderID(criKey(pinnedID)))
 	require.NoError(t, err)
 	return process
 }
@@ -114,8 +113,8 @@ type realPause struct {
 	real *startPause
 }
 
-func (s *realPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
-	return s.real.Stop(ctx, r)
+func (s *realPause) End(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
+	return s.real.End(ctx, r)
 }
 
 // realCapture is the real step.
@@ -170,8 +169,8 @@ func TestPinAgainAfterFailures(t *testing.T) {
 	require.Equal(t, 1, failed[key].failed)
 	require.Equal(t, failed, w.pinAgain(t.Context(), failed), "its time has not come")
 
-	due := func() map[journal.Key]pinTries {
-		return map[journal.Key]pinTries{key: {failed: failed[key].failed, next: time.Now()}}
+	due := func() map[ledger.Key]pinTries {
+		return map[ledger.Key]pinTries{key: {failed: failed[key].failed, next: time.Now()}}
 	}
 	again := w.pinAgain(t.Context(), due())
 	require.Equal(t, 2, again[key].failed)
@@ -195,7 +194,8 @@ func TestStopWithoutAPin(t *testing.T) {
 	require.Empty(t, *w.network.delIn)
 }
 
-// What stands in the place of the pin is for somebody else to remove. The pod keeps its namespace until then.
+// Only an operator can remove what is in the place of the pin. The pod keeps its namespace until
+// then.
 func TestStopWithAFileInThePlaceOfThePin(t *testing.T) {
 	w := newPinWorld(t)
 	process := w.process(t)
@@ -269,7 +269,8 @@ func TestStopWithACoveredPin(t *testing.T) {
 	require.NoFileExists(t, w.pin)
 }
 
-// A pin is found where the record says, whatever the prefix of new ones is by then: a mount may cover it, so that nobody sees its name.
+// A pin is found by its record, even if the prefix of new pins has changed and a mount hides the
+// file.
 func TestUnpinAfterAChangeOfThePrefix(t *testing.T) {
 	w := newPinWorld(t)
 	w.killPause(t)
@@ -292,7 +293,7 @@ func TestUnpinWithoutARecord(t *testing.T) {
 	for _, prefix := range []string{leaks.PinPrefix, leaks.StockPinPrefix} {
 		t.Run(prefix, func(t *testing.T) {
 			w := newPinWorld(t)
-			step, r := &captureNetNS{w.node}, &lifecycle.Run{Key: inFront(id), Spec: &Spec{}}
+			step, r := &captureNetNS{w.node}, &lifecycle.Run{Key: criKey(id), Spec: &Spec{}}
 			path := filepath.Join(w.dir, prefix+id)
 			handle, err := netns.Capture(w.process(t))
 			require.NoError(t, err)

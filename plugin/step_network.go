@@ -10,9 +10,8 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/cni"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/pause"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/tracing"
 )
@@ -25,7 +24,7 @@ var (
 	_ lifecycle.Parted  = (*attachNetwork)(nil)
 )
 
-// AttachNetwork is the step of attachNetwork.
+// AttachNetwork is the name of the step attachNetwork.
 const AttachNetwork states.Event = "attach_network"
 
 func (s *attachNetwork) Declaration() lifecycle.Declaration {
@@ -36,18 +35,18 @@ func (s *attachNetwork) Declaration() lifecycle.Declaration {
 			State:   "NetworkReady",
 			Meaning: "Every CNI plugin of its chain has succeeded.",
 		},
-		// A DEL without the namespace would miss what is only found inside: the bridge plugin takes the addresses whose
-		// masquerade rules it removes from there.
+		// CNI DEL needs the namespace: the bridge plugin reads the addresses there whose masquerade
+		// rules it removes.
 		Holds:        []states.Event{CaptureNetNS},
 		AtStop:       true,
 		Lasting:      true,
 		Foreign:      true,
-		Deadline:     2 * s.limits.cniAdd, // the driver ends each plugin in time; this ends a chain of many slow ones
+		Deadline:     2 * s.limits.cniAdd, // the driver bounds each plugin; this bounds a long chain of slow plugins
 		UndoDeadline: 2 * s.limits.cniDel,
 	}
 }
 
-// networkConfig is where the networks of a pod are configured.
+// networkConfig returns where the networks of a pod are configured.
 func networkConfig(stock *stockConfig, spec *Spec) cni.Config {
 	dir, max := stock.cniConf(spec.Handler)
 	return cni.Config{
@@ -59,8 +58,9 @@ func networkConfig(stock *stockConfig, spec *Spec) cni.Config {
 	}
 }
 
-// networkReady fails unless a pod has networks to be attached to that take pods now. Of the node's own networks containerd's service
-// says that with every status, and the kubelet sends no pods meanwhile; a handler's are asked by nobody else.
+// networkReady fails if the networks of a handler with its own CNI configuration directory are not
+// ready. For the node's networks, containerd's service reports that with every status, and the
+// kubelet sends no pods meanwhile. Nothing else checks a handler's networks.
 func (c *Controller) networkReady(ctx context.Context, spec *Spec) error {
 	config := networkConfig(c.stock, spec)
 	networks, err := cni.Load(config)
@@ -70,7 +70,7 @@ func (c *Controller) networkReady(ctx context.Context, spec *Spec) error {
 	return c.node.driver.Status(ctx, config, networks)
 }
 
-// pluginTimes are how long the plugins took, in the order of the chains.
+// pluginTimes are the durations of the plugins, in the order of the chains.
 func pluginTimes(attachment *cni.Attachment) []records.PluginTime {
 	var times []records.PluginTime
 	for _, plugin := range attachment.Plugins {
@@ -79,7 +79,8 @@ func pluginTimes(attachment *cni.Attachment) []records.PluginTime {
 	return times
 }
 
-// Reserve returns the *cni.Attachment that ADD is going to make, and DEL to take back, whatever the configuration is by then.
+// Reserve returns the *cni.Attachment for ADD. DEL uses it too, even if the configuration has
+// changed by then.
 func (s *attachNetwork) Reserve(_ context.Context, r *lifecycle.Run) (any, error) {
 	spec := r.Spec.(*Spec)
 	if !spec.NetworkIsOurs() {
@@ -114,7 +115,7 @@ func (s *attachNetwork) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return s.result(attachment)
 }
 
-// result is what a pod that is attached has got.
+// result returns the network of an attached pod.
 func (s *attachNetwork) result(attachment *cni.Attachment) (*Network, error) {
 	result, err := attachment.GoCNIResult()
 	if err != nil {
@@ -127,13 +128,13 @@ func (s *attachNetwork) result(attachment *cni.Attachment) (*Network, error) {
 	return &Network{IP: ip, AdditionalIPs: additional, Result: result, Plugins: pluginTimes(attachment)}, nil
 }
 
-// Find makes the result again from the plan and the notes, which last.
+// Find rebuilds the result from the plan and the notes, which outlive a reboot.
 func (s *attachNetwork) Find(_ context.Context, r *lifecycle.Run) (any, error) {
 	if !r.Spec.(*Spec).NetworkIsOurs() {
 		return &lifecycle.Skipped{Reason: networkNotOurs}, nil
 	}
 	if r.Plan() == nil {
-		return nil, fmt.Errorf("it is not on record how sandbox %q was attached to its networks: %w", r.Key.ID, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no record of the networks of sandbox %q: %w", r.Key.ID, errdefs.ErrNotFound)
 	}
 	attachment, err := s.attachment(r)
 	if err != nil {
@@ -153,7 +154,7 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err != nil {
 		return err
 	}
-	if err := s.keepPinForDel(ctx, r); err != nil { // pause of a sandbox that is rolled back still runs
+	if err := s.keepPinForDel(ctx, r); err != nil { // in a rollback, pause may still run
 		return err
 	}
 	attachment.NetNSPath = s.netNSAtDel(r, attachment.NetNSPath)
@@ -164,8 +165,8 @@ func (s *attachNetwork) Undo(ctx context.Context, r *lifecycle.Run) error {
 	return err
 }
 
-// netNSAtDel is where DEL finds the pod's namespace, which was pinned at path; "" if it isn't there. DEL must not look into another one that
-// is, after pause has ended.
+// netNSAtDel returns the path of the pod's namespace for DEL, "" if the namespace is gone. After
+// pause has ended, another namespace may be at the path, and DEL must not look into that.
 func (n *node) netNSAtDel(r *lifecycle.Run, path string) string {
 	if captured, ok := n.pinOf(r); ok && !isPinned(captured) {
 		return ""
@@ -173,10 +174,10 @@ func (n *node) netNSAtDel(r *lifecycle.Run, path string) string {
 	return path
 }
 
-// WriteOff gives up the DEL of a CNI plugin.
+// WriteOff writes off the DEL of a CNI plugin.
 func (s *attachNetwork) WriteOff(ctx context.Context, r *lifecycle.Run, name, reason string) ([]string, error) {
 	if r.Plan() == nil {
-		return nil, fmt.Errorf("the plan of the network of sandbox %q is lost, write off the whole cleanup: %w", r.Key.ID, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("no record of the network plan of sandbox %q; write off the whole cleanup: %w", r.Key.ID, errdefs.ErrNotFound)
 	}
 	attachment, err := s.attachment(r)
 	if err != nil {
@@ -185,8 +186,8 @@ func (s *attachNetwork) WriteOff(ctx context.Context, r *lifecycle.Run, name, re
 	return attachment.WriteOff(ctx, name, reason, func(ctx context.Context, p cni.Progress) error { return r.Announce(ctx, &p) })
 }
 
-// detachUnrecorded detaches a pod whose plan is lost from the networks as they are configured today: the best guess there is. Without
-// any configuration nothing more can be done for it, and what it has is left to the next GC.
+// detachUnrecorded detaches a pod without a plan from the networks of today's configuration, the
+// best guess. Without a configuration it does nothing, and the next CNI GC frees what the pod has.
 func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) error {
 	spec := r.Spec.(*Spec)
 	if !spec.Guessed || !spec.NetworkIsOurs() {
@@ -194,20 +195,16 @@ func (s *attachNetwork) detachUnrecorded(ctx context.Context, r *lifecycle.Run) 
 	}
 	plan, err := s.Reserve(ctx, r)
 	if err != nil {
-		log.G(ctx).WithField(tracing.LogSandbox, r.Key.ID).WithError(err).Warn("podfsm: the records of a pod's network are lost, and it can't be detached from any of today")
+		log.G(ctx).WithField(tracing.LogSandbox, r.Key.ID).WithError(err).Warn("records of the pod's networks are lost, no configured network can detach it")
 		return nil
 	}
 	attachment := plan.(*cni.Attachment)
 	attachment.Suspect()
-	return s.driver.Del(ctx, attachment, func(context.Context, cni.Progress) error { return nil }) // there is no plan to keep notes for
+	return s.driver.Del(ctx, attachment, func(context.Context, cni.Progress) error { return nil }) // without a plan, notes are not recorded
 }
 
-// Check asks the plugins, where their specification has a command for it. They would take an interface for damaged whose IPv6 addresses
-// the pod's own sysctls have taken away.
+// Check runs CNI CHECK, for the plugins whose specification version has it.
 func (s *attachNetwork) Check(ctx context.Context, r *lifecycle.Run) error {
-	if pause.DisablesIPv6(r.Spec.(*Spec).Config) {
-		return nil
-	}
 	attachment, err := s.attachment(r)
 	if err != nil {
 		return err
@@ -226,7 +223,7 @@ func (s *attachNetwork) Probe(_ context.Context, r *lifecycle.Run) (bool, error)
 	return !attachment.Settled(), nil
 }
 
-// recorder puts what the driver does on record, plugin by plugin.
+// recorder records the progress of the driver, plugin by plugin.
 func recorder(r *lifecycle.Run) cni.Record {
 	return func(ctx context.Context, p cni.Progress) error {
 		if p.Announces() {
@@ -236,7 +233,8 @@ func recorder(r *lifecycle.Run) cni.Record {
 	}
 }
 
-// attachment is the plan with everything that has been noted since, in an own copy. Its plugins are looked for in today's directories, too.
+// attachment returns a copy of the plan with all notes recorded since. Its plugins are looked for
+// in today's directories, too.
 func (s *attachNetwork) attachment(r *lifecycle.Run) (*cni.Attachment, error) {
 	text, err := json.Marshal(r.Plan())
 	if err != nil {

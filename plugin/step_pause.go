@@ -25,7 +25,7 @@ type startPause struct{ *node }
 
 var _ lifecycle.Ender = (*startPause)(nil)
 
-// StartPause is the step of startPause.
+// StartPause is the name of the step startPause.
 const StartPause states.Event = "start_pause"
 
 func (s *startPause) Declaration() lifecycle.Declaration {
@@ -40,7 +40,7 @@ func (s *startPause) Declaration() lifecycle.Declaration {
 	})
 }
 
-// Reserve returns the *Cgroup, where the sandbox's id doesn't say where that is.
+// Reserve returns the *Cgroup of pause, nil if it follows from the sandbox's id.
 func (s *startPause) Reserve(_ context.Context, r *lifecycle.Run) (any, error) {
 	cgroup, err := s.cgroup(r)
 	if err != nil {
@@ -69,7 +69,7 @@ func (s *startPause) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return result, nil
 }
 
-// run makes the container's record and pause itself, and completes result.
+// run makes the container's record, starts pause, and completes result.
 func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.CreateRequest, result *Pause) error {
 	spec := r.Spec.(*Spec)
 	cgroup, err := s.cgroup(r)
@@ -106,7 +106,7 @@ func (s *startPause) run(ctx context.Context, r *lifecycle.Run, request pause.Cr
 	return nil
 }
 
-// joinedNetNS opens the network namespace that the caller brings; nil where there is none.
+// joinedNetNS opens the network namespace that the caller brings, nil if there is none.
 func joinedNetNS(path string) (*os.File, error) {
 	if path == "" {
 		return nil, nil
@@ -118,7 +118,7 @@ func joinedNetNS(path string) (*os.File, error) {
 	return handle.File(), nil
 }
 
-// specOf is the OCI specification in a container's record.
+// specOf returns the OCI specification in a container's record.
 func specOf(record containers.Container) (*specs.Spec, error) {
 	spec := &specs.Spec{}
 	if err := json.Unmarshal(record.Spec.GetValue(), spec); err != nil {
@@ -127,7 +127,7 @@ func specOf(record containers.Container) (*specs.Spec, error) {
 	return spec, nil
 }
 
-// container is the record of a sandbox's container, and the OCI specification in it.
+// container returns the record of a sandbox's container, and the OCI specification in it.
 func (n *node) container(ctx context.Context, id string) (containers.Container, *specs.Spec, error) {
 	record, err := n.containers.Get(ctx, id)
 	if err != nil {
@@ -137,7 +137,7 @@ func (n *node) container(ctx context.Context, id string) (containers.Container, 
 	return record, oci, err
 }
 
-// describe builds pause's container, and makes nothing.
+// describe returns pause's container. It makes nothing.
 func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pause.CreateRequest, error) {
 	spec := r.Spec.(*Spec)
 	image, err := s.client.GetImage(ctx, spec.Image)
@@ -180,7 +180,7 @@ func (s *startPause) describe(ctx context.Context, r *lifecycle.Run) (*Pause, pa
 	}, nil
 }
 
-// cgroupPath is pause's cgroup as its OCI specification names it.
+// cgroupPath returns pause's cgroup as its OCI specification names it.
 func cgroupPath(r *lifecycle.Run) string {
 	return pause.CgroupPath(r.Spec.(*Spec).Config, r.Key.Namespace, r.Key.ID)
 }
@@ -193,9 +193,10 @@ func (s *startPause) cgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
 	return host.PodCgroupOf(cgroupPath(r), r.Spec.(*Spec).SystemdCgroup(), places)
 }
 
-// Stop kills pause, and all that is left in its cgroup. The container's record stays: the CRI shows it until the sandbox is removed. The
-// network namespace has to outlive pause: CNI plugins look into it at DEL.
-func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
+// End kills pause and all processes in its cgroup. The container's record stays, because CRI shows
+// it until the sandbox is removed. The network namespace has to outlive pause: CNI plugins look
+// into it at DEL.
+func (s *startPause) End(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit, error) {
 	if err := s.keepPinForDel(ctx, r); err != nil {
 		return lifecycle.Exit{}, err
 	}
@@ -212,19 +213,26 @@ func (s *startPause) Stop(ctx context.Context, r *lifecycle.Run) (lifecycle.Exit
 	return lifecycle.Exit{Code: exit.Status, At: exit.At}, nil
 }
 
-// endCgroup ends a pause whose record is lost, too: it is found by its cgroup. Where no cgroup can be named, none was made.
+// endCgroup kills the processes in pause's cgroup, even if the record of pause is lost.
 func (s *startPause) endCgroup(ctx context.Context, r *lifecycle.Run) error {
-	cgroup, err := s.cgroup(r)
-	if _, planned := r.Plan().(*Cgroup); err == nil && !planned && cgroup.Places() != nil {
-		cgroup, err = host.PodCgroupOf("/"+cgroupPath(r), false, nil) // an earlier podfsm made it at the root of the hierarchy
-	}
-	if errdefs.IsInvalidArgument(err) {
-		return nil
-	}
-	if err != nil {
+	cgroup, err := s.leftCgroup(r)
+	if err != nil || cgroup == nil {
 		return err
 	}
 	return cgroup.End(ctx)
+}
+
+// leftCgroup returns the cgroup that Do may have made, even if the record of pause is lost; nil for
+// an invalid cgroup parent, which never had a cgroup.
+func (s *startPause) leftCgroup(r *lifecycle.Run) (*host.PodCgroup, error) {
+	cgroup, err := s.cgroup(r)
+	if _, planned := r.Plan().(*Cgroup); err == nil && !planned && cgroup.Places() != nil {
+		cgroup, err = host.PodCgroupOf("/"+cgroupPath(r), false, nil) // earlier releases made the cgroup at the root of the hierarchy
+	}
+	if errdefs.IsInvalidArgument(err) {
+		return nil, nil
+	}
+	return cgroup, err
 }
 
 func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
@@ -242,18 +250,19 @@ func (s *startPause) Undo(ctx context.Context, r *lifecycle.Run) error {
 	if err := s.settings.Files.Remove(ctx, r.Key.ID); err != nil {
 		return err
 	}
-	// The label of a sandbox that was ready is containerd's service's to release.
+	// The label of a sandbox that was ready is released by containerd's service.
 	if started, ok := r.Result(StartPause).(*Pause); ok && r.Result(DeclareReady) == nil {
 		selinux.ReleaseLabel(started.ProcessLabel)
 	}
 	return nil
 }
 
-// Exited compares what is on record of pause with the process that has its pid.
+// Exited adopts pause if the process with its recorded pid is the recorded one. Otherwise pause has
+// exited.
 func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.Exit, error) {
 	started, ok := r.Result(StartPause).(*Pause)
 	if !ok {
-		return nil, fmt.Errorf("it is not on record how pause of sandbox %q was started: %w", r.Key.ID, errdefs.ErrDataLoss)
+		return nil, fmt.Errorf("no record of how pause of sandbox %q was started: %w", r.Key.ID, errdefs.ErrDataLoss)
 	}
 	record := pause.Record{Pid: int(started.Pid), StartTime: started.StartTime}
 	if captured, ok := r.Result(CaptureNetNS).(*NetNS); ok {
@@ -266,7 +275,7 @@ func (s *startPause) Exited(ctx context.Context, r *lifecycle.Run) (*lifecycle.E
 	return &lifecycle.Exit{Code: pause.UnknownStatus, At: time.Now()}, nil
 }
 
-// Find finds pause by its cgroup, and what else was known of it by the container's record.
+// Find finds pause by its cgroup, and the rest of the result by the container's record.
 func (s *startPause) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	record, oci, err := s.container(ctx, r.Key.ID)
 	if err != nil {
@@ -293,7 +302,7 @@ func (s *startPause) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	}, nil
 }
 
-// mapsOf fails with NotFound unless a container's specification has the ids that the pod was given.
+// mapsOf fails with NotFound if a container's specification has other ids than the pod was given.
 func (s *startPause) mapsOf(r *lifecycle.Run, oci *specs.Spec) error {
 	uids, gids := mapping(r)
 	if oci.Linux == nil || !slices.Equal(oci.Linux.UIDMappings, uids) || !slices.Equal(oci.Linux.GIDMappings, gids) {
@@ -302,8 +311,21 @@ func (s *startPause) mapsOf(r *lifecycle.Run, oci *specs.Spec) error {
 	return nil
 }
 
+// Probe looks for what Undo removes.
 func (s *startPause) Probe(ctx context.Context, r *lifecycle.Run) (bool, error) {
-	_, err := s.containers.Get(ctx, r.Key.ID)
+	cgroup, err := s.leftCgroup(r)
+	if err != nil {
+		return false, err
+	}
+	if cgroup != nil {
+		if there, err := cgroup.Exists(); err != nil || there {
+			return there, err
+		}
+	}
+	if there, err := s.settings.Files.Exist(r.Key.ID); err != nil || there {
+		return there, err
+	}
+	_, err = s.containers.Get(ctx, r.Key.ID)
 	if errdefs.IsNotFound(err) {
 		return false, nil
 	}

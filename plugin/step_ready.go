@@ -11,11 +11,11 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// declareReady sets the pod's sysctls, now that its interfaces are there, and makes sure that pause still runs after all that was done
-// around it.
+// declareReady sets the pod's sysctls, now that its interfaces exist, and checks that pause still
+// runs.
 type declareReady struct{ *node }
 
-// DeclareReady is the step of declareReady.
+// DeclareReady is the name of the step declareReady.
 const DeclareReady states.Event = "declare_ready"
 
 func (s *declareReady) Declaration() lifecycle.Declaration {
@@ -48,7 +48,7 @@ func (s *declareReady) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return &Ready{}, nil
 }
 
-// Find relies on containerd's record that the sandbox was started, without which nobody looks.
+// Find succeeds: recovery only calls it if containerd's record says that the sandbox was started.
 func (s *declareReady) Find(context.Context, *lifecycle.Run) (any, error) { return &Ready{}, nil }
 
 func (s *declareReady) Undo(context.Context, *lifecycle.Run) error { return nil }

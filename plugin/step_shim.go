@@ -11,14 +11,14 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// startShim starts the process that runs the pod's containers, when the first of them needs it. The process ends with the last container,
-// see [podTasks], and the step is done again for the next one.
+// startShim starts the shim, which runs the pod's containers, when the first container needs it.
+// The shim ends with the last container, see [podTasks]; the step is repeated for the next one.
 type startShim struct{ *node }
 
-// StartShim is the step of startShim.
+// StartShim is the name of the step startShim.
 const StartShim states.Event = "start_shim"
 
-// shimTimeout bounds the start of a shim, which takes some 20 ms.
+// shimTimeout bounds the start of a shim, which takes about 20 ms.
 const shimTimeout = 30 * time.Second
 
 func (s *startShim) Declaration() lifecycle.Declaration {
@@ -28,10 +28,10 @@ func (s *startShim) Declaration() lifecycle.Declaration {
 			Done:     "The process that runs the pod's containers was started.",
 			OnDemand: true,
 		},
-		// It runs containers in the pod's namespaces, and under its ids.
+		// The shim runs containers in the pod's namespaces and with its ids.
 		Holds:  []states.Event{AllocateIDs, StartPause, CaptureNetNS},
 		AtStop: true,
-		// All other requests for the pod wait for it.
+		// Other requests for the pod wait meanwhile.
 		Deadline:     min(shimTimeout, s.limits.runtime),
 		UndoDeadline: s.limits.runtime,
 	}
@@ -47,7 +47,7 @@ func (s *startShim) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return nil, s.shims.Start(ctx, record, r.Spec.(*Spec).RuntimePath)
 }
 
-// Find finds a shim that containerd has, or what is left of one.
+// Find finds a shim that containerd knows, or the remains of one.
 func (s *startShim) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	exists, err := s.shims.Exists(ctx, r.Key.ID)
 	if err == nil && !exists {

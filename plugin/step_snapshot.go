@@ -13,10 +13,11 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// remapSnapshot makes pause's rootfs, under the pod's ids. Its key is the sandbox's id.
+// remapSnapshot makes pause's root filesystem with the pod's ids. The snapshot's key is the
+// sandbox's id.
 type remapSnapshot struct{ *node }
 
-// RemapSnapshot is the step of remapSnapshot.
+// RemapSnapshot is the name of the step remapSnapshot.
 const RemapSnapshot states.Event = "remap_snapshot"
 
 func (s *remapSnapshot) Declaration() lifecycle.Declaration {
@@ -54,14 +55,14 @@ func (s *remapSnapshot) Do(ctx context.Context, r *lifecycle.Run) (any, error) {
 	}
 	trace.SpanFromContext(ctx).SetAttributes(tracing.SnapshotStrategy.String(string(made.Strategy)))
 	log.G(ctx).WithFields(log.Fields{tracing.LogSandbox: r.Key.ID, "strategy": made.Strategy, "snapshotter": spec.Snapshotter}).
-		Debug("podfsm: pause has got its root filesystem")
+		Debug("root filesystem of pause prepared")
 	return &Snapshot{
 		Snapshotter: spec.Snapshotter, Parent: made.Parent, Strategy: string(made.Strategy),
 		Inodes: made.Work.Inodes, Bytes: made.Work.Bytes, Took: made.Work.Took,
 	}, nil
 }
 
-// Find finds the snapshot by its key. How its files got their owners is not known any more.
+// Find finds the snapshot by its key. The strategy that remapped it is unknown.
 func (s *remapSnapshot) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	snapshotter := r.Spec.(*Spec).Snapshotter
 	parent, err := s.snapshots.Parent(ctx, snapshotter, r.Key.ID)

@@ -12,15 +12,15 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/leaks"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// What is on record of a sandbox.
+// Types of the records of a sandbox.
 type (
 	Spec     = records.Spec
 	Snapshot = records.Snapshot
@@ -31,7 +31,7 @@ type (
 	Ready    = records.Ready
 )
 
-// node is what the steps work with; it is the same for all sandboxes.
+// node holds the dependencies of the steps, shared by all sandboxes.
 type node struct {
 	limits     timeouts
 	stock      *stockConfig
@@ -49,7 +49,7 @@ type node struct {
 	snapshots  *snapshot.Preparer
 	groups     host.Groups // of CNI plugins
 	driver     *cni.Driver
-	doctor     *doctor.Doctor // nil: nobody examines the node
+	doctor     *doctor.Doctor // nil: nodes are not examined
 }
 
 func newNode(stock *stockConfig, client *containerd.Client, groups host.Groups, limits timeouts, ran func(cni.Command)) *node {
@@ -71,14 +71,14 @@ func newNode(stock *stockConfig, client *containerd.Client, groups host.Groups, 
 	}
 }
 
-// change is what [ChangeSteps] was given.
+// change is the argument of [ChangeSteps].
 var change = func(steps []lifecycle.Step) []lifecycle.Step { return steps }
 
-// ChangeSteps has another list of steps run, in a build for tests: with fault points around the steps, or with the steps of another
-// release. It must be called before containerd runs.
+// ChangeSteps replaces the list of steps, for test builds: with fault points around the steps, or
+// with the steps of another release. It must be called before containerd runs.
 func ChangeSteps(to func([]lifecycle.Step) []lifecycle.Step) { change = to }
 
-// list is all steps: those of the creation path, in its order, and then those on demand.
+// list returns all steps: those of the creation path, in order, then those on demand.
 func (n *node) list() []lifecycle.Step {
 	return []lifecycle.Step{
 		&allocateIDs{n},
@@ -91,7 +91,7 @@ func (n *node) list() []lifecycle.Step {
 	}
 }
 
-// Steps returns what the steps declare to the table of states, in their order.
+// Steps returns the declarations of all steps for the table of states, in order.
 func Steps() []states.Step {
 	var declared []states.Step
 	for _, step := range (&node{}).list() {
@@ -100,13 +100,14 @@ func Steps() []states.Step {
 	return declared
 }
 
-// bounded is a declaration with the deadlines of a step that talks to the container runtime or to containerd.
+// bounded returns the declaration with the deadlines of steps that call the container runtime or
+// containerd.
 func (n *node) bounded(d lifecycle.Declaration) lifecycle.Declaration {
 	d.Deadline, d.UndoDeadline = n.limits.runtime, n.limits.runtime
 	return d
 }
 
-// mapping is the pod's user namespace as the OCI runtime wants it; nil for a pod on the host's.
+// mapping returns the pod's user namespace in OCI form, nil for a pod on the host's.
 func mapping(r *lifecycle.Run) (uids, gids []specs.LinuxIDMapping) {
 	if allocated, ok := r.Result(AllocateIDs).(*userns.Mappings); ok {
 		return allocated.Linux()
@@ -114,7 +115,8 @@ func mapping(r *lifecycle.Run) (uids, gids []specs.LinuxIDMapping) {
 	return nil, nil
 }
 
-// netNSPath is where a sandbox's network namespace is pinned, under whatever prefix that was, else where it will be.
+// netNSPath returns where a sandbox's network namespace is pinned, with any prefix. If no pin
+// exists, it returns the path for a new one.
 func (n *node) netNSPath(id string) string {
 	names := leaks.Pins(id)
 	for _, name := range names {

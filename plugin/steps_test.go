@@ -12,7 +12,7 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// labelPod is a step as somebody adds it: all of it is this declaration and these methods.
+// labelPod is a minimal step: this declaration and these methods are all that a new step needs.
 type labelPod struct{ labelled map[string]bool }
 
 func (s *labelPod) Declaration() lifecycle.Declaration {
@@ -60,7 +60,7 @@ func TestStepThatIsAdded(t *testing.T) {
 	require.EqualValues(t, 1, gathered(t, w.meters, "step_duration_seconds")["do ok label_pod"])
 	census := w.engine.Census()
 	require.Contains(t, census.States, states.State("Labelled"))
-	require.Contains(t, census.Debts, states.Event("label_pod"))
+	require.Contains(t, census.Pending, states.Event("label_pod"))
 
 	require.NoError(t, w.Shutdown(inCRI(t), "s1"))
 	require.Empty(t, added.labelled)

@@ -13,14 +13,15 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// stockMeters are metrics of containerd's CRI service that podfsm counts its pods in, because that service doesn't make and remove
-// their networks.
+// stockMeters are metrics of containerd's CRI service. The service doesn't set up the networks of
+// podfsm's pods, so podfsm counts them there.
 type stockMeters struct {
-	createNetwork prometheus.Observer // seconds to make a sandbox's network namespace and to attach it
+	createNetwork prometheus.Observer // seconds to create a sandbox's network namespace and to attach it to its networks
 	deleteNetwork prometheus.Observer // seconds to undo that
 }
 
-// findStockMeters finds them once: containerd registers them when it is loaded, and never again.
+// findStockMeters looks the metrics up once. containerd registers them when it loads and never
+// changes them.
 var findStockMeters = sync.OnceValue(func() stockMeters {
 	m := stockMeters{}
 	found := histograms()
@@ -30,15 +31,15 @@ var findStockMeters = sync.OnceValue(func() stockMeters {
 	} {
 		*into = found[name]
 		if *into == nil {
-			log.L.Warnf("podfsm: containerd has no metric %q, which podfsm's pods would be counted in", name)
+			log.L.WithField("metric", name).Warn("metric of containerd not found, pods are not counted there")
 			*into = prometheus.ObserverFunc(func(float64) {})
 		}
 	}
 	return m
 })
 
-// histograms are those without labels of Prometheus' default registry, by their names. The registry hands out the histograms
-// themselves, so that what is observed is in the next scrape.
+// histograms returns the histograms without labels in Prometheus' default registry, by name. They
+// are the registered ones, so the next scrape shows what is observed on them.
 func histograms() map[string]prometheus.Observer {
 	registry, ok := prometheus.DefaultRegisterer.(prometheus.Collector)
 	if !ok {
@@ -60,26 +61,26 @@ func histograms() map[string]prometheus.Observer {
 	return found
 }
 
-// moved counts the networks of pods that came by CRI.
+// moved counts the network setup and teardown of pods from CRI.
 func (m stockMeters) moved(view lifecycle.View) {
 	if _, attached := view.Step(AttachNetwork).Result.(*Network); !attached || view.Key.Namespace != cri.Namespace {
 		return
 	}
 	switch view.Transitions[len(view.Transitions)-1].Event {
 	case AttachNetwork:
-		m.createNetwork.Observe(took(view, lifecycle.ActDo, CaptureNetNS, AttachNetwork).Seconds())
+		m.createNetwork.Observe(took(view, lifecycle.OperationDo, CaptureNetNS, AttachNetwork).Seconds())
 	case states.FinishStop:
-		m.deleteNetwork.Observe(took(view, lifecycle.ActUndo, CaptureNetNS, AttachNetwork).Seconds())
+		m.deleteNetwork.Observe(took(view, lifecycle.OperationUndo, CaptureNetNS, AttachNetwork).Seconds())
 	}
 }
 
-// took is how long the last try at each of some steps took, in all.
-func took(view lifecycle.View, kind lifecycle.ActKind, steps ...states.Event) (sum time.Duration) {
+// took returns the total duration of the last attempts at the steps.
+func took(view lifecycle.View, operation lifecycle.Operation, steps ...states.Event) (sum time.Duration) {
 	for _, step := range steps {
 		last := time.Duration(0)
-		for _, act := range view.Acts {
-			if act.Step == step && act.Kind == kind && !act.Ended.IsZero() {
-				last = act.Ended.Sub(act.Started)
+		for _, try := range view.Tries {
+			if try.Step == step && try.Operation == operation && !try.Ended.IsZero() {
+				last = try.Ended.Sub(try.Started)
 			}
 		}
 		sum += last

@@ -57,15 +57,15 @@ func TestContainerdsMetricsCountNetworks(t *testing.T) {
 
 func TestTook(t *testing.T) {
 	begun := time.Now()
-	act := func(step states.Event, kind lifecycle.ActKind, seconds int) lifecycle.Act {
-		return lifecycle.Act{Step: step, Kind: kind, Started: begun, Ended: begun.Add(time.Duration(seconds) * time.Second)}
+	try := func(step states.Event, operation lifecycle.Operation, seconds int) lifecycle.Try {
+		return lifecycle.Try{Step: step, Operation: operation, Started: begun, Ended: begun.Add(time.Duration(seconds) * time.Second)}
 	}
-	unended := act(CaptureNetNS, lifecycle.ActUndo, 0)
+	unended := try(CaptureNetNS, lifecycle.OperationUndo, 0)
 	unended.Ended = time.Time{}
-	view := lifecycle.View{Acts: []lifecycle.Act{
-		act(CaptureNetNS, lifecycle.ActDo, 1), act(AttachNetwork, lifecycle.ActDo, 2), act(DeclareReady, lifecycle.ActDo, 4),
-		act(AttachNetwork, lifecycle.ActUndo, 8), act(AttachNetwork, lifecycle.ActUndo, 16), unended,
+	view := lifecycle.View{Tries: []lifecycle.Try{
+		try(CaptureNetNS, lifecycle.OperationDo, 1), try(AttachNetwork, lifecycle.OperationDo, 2), try(DeclareReady, lifecycle.OperationDo, 4),
+		try(AttachNetwork, lifecycle.OperationUndo, 8), try(AttachNetwork, lifecycle.OperationUndo, 16), unended,
 	}}
-	require.Equal(t, 3*time.Second, took(view, lifecycle.ActDo, CaptureNetNS, AttachNetwork))
-	require.Equal(t, 16*time.Second, took(view, lifecycle.ActUndo, CaptureNetNS, AttachNetwork), "the last try")
+	require.Equal(t, 3*time.Second, took(view, lifecycle.OperationDo, CaptureNetNS, AttachNetwork))
+	require.Equal(t, 16*time.Second, took(view, lifecycle.OperationUndo, CaptureNetNS, AttachNetwork), "the last try")
 }

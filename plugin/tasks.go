@@ -28,23 +28,25 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/podfsm/podfsm/host"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
 )
 
-// taskService is containerd's task service with podfsm's pauses among its tasks. No shim runs them, but the rest of the world sees a
-// container with a task all the same: cAdvisor takes the figures of a pod's network from the pid of its sandbox container's task.
+// taskService is containerd's task service, extended by podfsm's pauses. No shim runs pause, but
+// clients expect a task in every container: cAdvisor reads a pod's network statistics by the pid of
+// the sandbox container's task.
 //
-// It also has the pod's shim started before a container's task is created, see [podTasks].
+// It also starts the pod's shim before a container's task is created, see [podTasks].
 type taskService struct {
 	tasksapi.TasksClient
-	of atomic.Pointer[Controller] // nil until podfsm's controller is loaded, which is after this service, and before anybody calls it
+	of atomic.Pointer[Controller] // nil until podfsm's controller is loaded: after this service, and before its first call
 }
 
 var _ tasksapi.TasksClient = (*taskService)(nil)
 
-// withPauses wraps the init function of containerd's task service. It fails only where that fails.
+// withPauses wraps the init function of containerd's task service. It fails only if that function
+// fails.
 func withPauses(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitContext) (any, error) {
 	return func(ic *plugin.InitContext) (any, error) {
 		instance, err := stock(ic)
@@ -55,21 +57,21 @@ func withPauses(stock func(*plugin.InitContext) (any, error)) func(*plugin.InitC
 	}
 }
 
-// pauseTask is a pause that runs.
+// pauseTask is a running pause.
 type pauseTask struct {
-	key journal.Key
+	key ledger.Key
 	pid uint32
 }
 
-// find is the pause of a container, if it is one of podfsm's and runs. A task is NotFound once it has ended, as it is when containerd's
-// own controller has deleted it.
+// find returns the running pause of a podfsm container. After pause has ended, the task is
+// NotFound, as after a deletion by containerd's own controller.
 func (t *taskService) find(ctx context.Context, id string) (pauseTask, bool) {
 	controller := t.of.Load()
 	namespace, ok := namespaces.Namespace(ctx)
 	if controller == nil || controller.engine == nil || !ok {
 		return pauseTask{}, false
 	}
-	key := journal.Key{Namespace: namespace, ID: id}
+	key := ledger.Key{Namespace: namespace, ID: id}
 	process, err := controller.node.pauses.Process(holderID(key))
 	if err != nil || !process.Alive() {
 		return pauseTask{}, false
@@ -78,10 +80,11 @@ func (t *taskService) find(ctx context.Context, id string) (pauseTask, bool) {
 }
 
 func (p pauseTask) process() *task.Process {
-	return &task.Process{ID: p.key.ID, Pid: p.pid, Status: task.Status_RUNNING, ExitedAt: protobuf.ToTimestamp(time.Time{})} // as of a shim's
+	return &task.Process{ID: p.key.ID, Pid: p.pid, Status: task.Status_RUNNING, ExitedAt: protobuf.ToTimestamp(time.Time{})} // as a shim reports it
 }
 
-// refuse says what to do instead of a call that would end or change pause behind podfsm's back.
+// refuse returns the error of a call that would end or change pause without podfsm, with the
+// remedy.
 func (p pauseTask) refuse(what string) error {
 	return errgrpc.ToGRPC(fmt.Errorf("failed to %s the task of container %q: it is the pause of a pod that podfsm runs; stop or remove the pod instead, crictl stopp %s: %w",
 		what, p.key.ID, p.key.ID, errdefs.ErrFailedPrecondition))
@@ -115,19 +118,20 @@ func (t *taskService) Create(ctx context.Context, r *tasksapi.CreateTaskRequest,
 	if err == nil {
 		pod.tasks[r.GetContainerID()] = true
 	}
-	controller.settle(ctx, key, pod)
+	controller.endIdleShim(ctx, key, pod)
 	return response, err
 }
 
-// podOf is the pod of podfsm's that a container is in. That of a container which isn't there is for the service to say.
-func (t *taskService) podOf(ctx context.Context, container string) (key journal.Key, ok bool, err error) {
+// podOf returns the podfsm pod that a container is in. For an unknown container it returns false:
+// the service reports the error.
+func (t *taskService) podOf(ctx context.Context, container string) (key ledger.Key, ok bool, err error) {
 	controller := t.of.Load()
 	namespace, inNamespace := namespaces.Namespace(ctx)
 	if controller == nil || controller.engine == nil || !inNamespace {
-		return journal.Key{}, false, nil
+		return ledger.Key{}, false, nil
 	}
 	sandbox, err := controller.node.sandboxOf(ctx, container)
-	key = journal.Key{Namespace: namespace, ID: sandbox}
+	key = ledger.Key{Namespace: namespace, ID: sandbox}
 	return key, err == nil && !controller.engine.Created(key).IsZero(), err
 }
 
@@ -156,7 +160,7 @@ func (t *taskService) List(ctx context.Context, r *tasksapi.ListTasksRequest, op
 	return response, nil
 }
 
-// ids are those of all sandboxes of a containerd namespace.
+// ids returns the ids of all sandboxes in a containerd namespace.
 func (t *taskService) ids(ctx context.Context) (ids []string) {
 	controller := t.of.Load()
 	namespace, _ := namespaces.Namespace(ctx)
@@ -171,8 +175,8 @@ func (t *taskService) ids(ctx context.Context) (ids []string) {
 	return ids
 }
 
-// named are the ids that filters can match. containerd's CRI service asks for the figures of a container by its id: that costs the same
-// however many pods there are.
+// named returns the ids that filters can match. containerd's CRI service asks for the metrics of a
+// container by its id, so the cost doesn't grow with the number of pods.
 func (t *taskService) named(ctx context.Context, by []string) (ids []string) {
 	for _, filter := range by {
 		id := onlyID.FindStringSubmatch(filter)
@@ -188,7 +192,7 @@ func (t *taskService) named(ctx context.Context, by []string) (ids []string) {
 	return slices.Compact(ids)
 }
 
-// onlyID is a filter for one id, and nothing else.
+// onlyID matches a filter for exactly one id.
 var onlyID = regexp.MustCompile(`^id==([\w.-]+)$`)
 
 func (t *taskService) ListPids(ctx context.Context, r *tasksapi.ListPidsRequest, opts ...grpc.CallOption) (*tasksapi.ListPidsResponse, error) {
@@ -214,7 +218,7 @@ func (t *taskService) Metrics(ctx context.Context, r *tasksapi.MetricsRequest, o
 		}
 		metric, err := p.metric(ctx)
 		if err != nil {
-			log.G(ctx).WithError(err).WithField("id", p.key.ID).Debug("failed to read the metrics of a pause") // it may have ended just now
+			log.G(ctx).WithError(err).WithField("sandbox", p.key.ID).Debug("failed to read the metrics of a pause") // pause may have ended meanwhile
 			continue
 		}
 		response.Metrics = append(response.Metrics, metric)
@@ -233,7 +237,7 @@ func (p pauseTask) field(path []string) (string, bool) {
 	}
 }
 
-// metric reads the cgroup that pause is in.
+// metric returns the metrics of pause's cgroup.
 func (p pauseTask) metric(ctx context.Context) (*types.Metric, error) {
 	data, err := pauseMetrics(ctx, int(p.pid))
 	if err != nil {
@@ -308,7 +312,7 @@ func (t *taskService) Delete(ctx context.Context, r *tasksapi.DeleteTaskRequest,
 		return nil, err
 	}
 	delete(pod.tasks, r.GetContainerID())
-	controller.settle(ctx, key, pod)
+	controller.endIdleShim(ctx, key, pod)
 	return response, err
 }
 
@@ -353,32 +357,32 @@ type eventExchange interface {
 	Subscribe(ctx context.Context, filters ...string) (<-chan *events.Envelope, <-chan error)
 }
 
-// taskEvents publishes what containerd publishes of a task that a shim runs.
+// taskEvents publishes for pause the events that containerd publishes for a shim's task.
 type taskEvents struct{ publisher events.Publisher }
 
-func (e taskEvents) created(ctx context.Context, key journal.Key, pid uint32) {
+func (e taskEvents) created(ctx context.Context, key ledger.Key, pid uint32) {
 	e.publish(ctx, key, runtime.TaskCreateEventTopic, &eventtypes.TaskCreate{ContainerID: key.ID, Pid: pid})
 	e.publish(ctx, key, runtime.TaskStartEventTopic, &eventtypes.TaskStart{ContainerID: key.ID, Pid: pid})
 }
 
-func (e taskEvents) exited(key journal.Key, pid uint32, exit pause.Exit) {
+func (e taskEvents) exited(key ledger.Key, pid uint32, exit pause.Exit) {
 	ctx := context.Background()
 	at := protobuf.ToTimestamp(exit.At)
 	e.publish(ctx, key, runtime.TaskExitEventTopic, &eventtypes.TaskExit{ContainerID: key.ID, ID: key.ID, Pid: pid, ExitStatus: exit.Status, ExitedAt: at})
 	e.publish(ctx, key, runtime.TaskDeleteEventTopic, &eventtypes.TaskDelete{ContainerID: key.ID, Pid: pid, ExitStatus: exit.Status, ExitedAt: at})
 }
 
-func (e taskEvents) publish(ctx context.Context, key journal.Key, topic string, event events.Event) {
+func (e taskEvents) publish(ctx context.Context, key ledger.Key, topic string, event events.Event) {
 	if err := e.publisher.Publish(namespaces.WithNamespace(ctx, key.Namespace), topic, event); err != nil {
-		log.G(ctx).WithError(err).WithField("id", key.ID).Warnf("failed to publish %s of a pause", topic)
+		log.G(ctx).WithError(err).WithField("sandbox", key.ID).Warnf("failed to publish %s of a pause", topic)
 	}
 }
 
-// pauseExited tells the engine, and whoever watches containerd's events.
+// pauseExited reports the exit of a pause to the engine and to subscribers of containerd's events.
 func (c *Controller) pauseExited(engine *lifecycle.Engine, name string, exit pause.Exit) {
 	key, err := keyOfHolder(name)
 	if err != nil {
-		return // no sandbox has that name
+		return // not the name of a sandbox
 	}
 	if process, err := c.node.pauses.Process(name); err == nil {
 		c.node.tasks.exited(key, uint32(process.Pid()), exit)

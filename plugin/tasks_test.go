@@ -44,25 +44,25 @@ func newTasks(t *testing.T) (*world, *taskService, *countedTasks) {
 func TestPodOfContainer(t *testing.T) {
 	w, _, _ := newTasks(t)
 	before := w.records.gets
-	pod, ok, err := w.PodOfContainer(inCRI(t), "c1")
+	pod, ok, err := w.SandboxOfContainer(inCRI(t), "c1")
 	require.NoError(t, err)
 	require.True(t, ok)
 	require.Equal(t, "s1", pod.ID)
 	require.Equal(t, before+1, w.records.gets)
 	for _, id := range []string{"c2", "c3"} {
-		_, ok, err = w.PodOfContainer(inCRI(t), id)
+		_, ok, err = w.SandboxOfContainer(inCRI(t), id)
 		require.NoError(t, err)
 		require.False(t, ok)
 	}
 	w.records.err = errdefs.ErrNotFound
-	_, ok, err = w.PodOfContainer(inCRI(t), "c1")
+	_, ok, err = w.SandboxOfContainer(inCRI(t), "c1")
 	require.NoError(t, err)
 	require.False(t, ok)
 	w.records.err = errNoLuck
-	_, ok, err = w.PodOfContainer(inCRI(t), "c1")
+	_, ok, err = w.SandboxOfContainer(inCRI(t), "c1")
 	require.ErrorIs(t, err, errNoLuck)
 	require.False(t, ok)
-	_, ok, err = (&Controller{}).PodOfContainer(inCRI(t), "c1")
+	_, ok, err = (&Controller{}).SandboxOfContainer(inCRI(t), "c1")
 	require.NoError(t, err)
 	require.False(t, ok)
 }

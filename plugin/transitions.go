@@ -8,25 +8,27 @@ import (
 	"github.com/containerd/log"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/tracing"
 )
 
 const (
-	// transitionTopic is the topic of containerd's events that tell of transitions. They hold a podfsm.v1.SandboxTransition.
+	// transitionTopic is the topic of containerd's events on transitions. The events hold a
+	// podfsm.v1.SandboxTransition.
 	transitionTopic = "/podfsm/sandbox/transition"
-	// writeOffTopic is that of those that tell of cleanups that were written off. They hold a podfsm.v1.SandboxWriteOff.
+	// writeOffTopic is the topic of events on written-off cleanups. The events hold a
+	// podfsm.v1.SandboxWriteOff.
 	writeOffTopic = "/podfsm/sandbox/write-off"
 )
 
-// sandboxEvent is what an event of containerd holds: a transition or a write-off.
+// sandboxEvent is the content of an event: a transition or a write-off.
 type sandboxEvent interface {
 	GetSandboxId() string
 	GetContainerdNamespace() string
 }
 
-// topicOf is the topic of an event.
+// topicOf returns the topic of an event.
 func topicOf(event sandboxEvent) string {
 	if _, ok := event.(*podfsmv1.SandboxWriteOff); ok {
 		return writeOffTopic
@@ -34,27 +36,27 @@ func topicOf(event sandboxEvent) string {
 	return transitionTopic
 }
 
-// maxUntold bounds how many events may wait to be published.
-const maxUntold = 1 << 16
+// maxUnpublished bounds the events that wait to be published.
+const maxUnpublished = 1 << 16
 
-// newPublishing is a relay that publishes events of containerd. The log says how many were left out; the numbers of the transitions show
-// it, too.
+// newPublishing returns a relay that publishes events by containerd. Dropped events are logged;
+// gaps in the numbers of transitions show them, too.
 func newPublishing(publisher events.Publisher) *relay[sandboxEvent] {
 	return &relay[sandboxEvent]{
-		bound: maxUntold,
+		bound: maxUnpublished,
 		pass: func(event sandboxEvent) {
 			ctx := namespaces.WithNamespace(context.Background(), event.GetContainerdNamespace())
 			if err := publisher.Publish(ctx, topicOf(event), event); err != nil {
-				log.G(ctx).WithField(tracing.LogSandbox, event.GetSandboxId()).WithError(err).Warnf("podfsm: failed to publish an event of the topic %q", topicOf(event))
+				log.G(ctx).WithField(tracing.LogSandbox, event.GetSandboxId()).WithError(err).Warnf("failed to publish event of topic %q", topicOf(event))
 			}
 		},
-		lost: func(n int) {
-			log.L.Warnf("podfsm: containerd's event exchange is too slow: %d events were not published", n)
+		dropped: func(n int) {
+			log.L.Warnf("containerd's event exchange is too slow, %d events not published", n)
 		},
 	}
 }
 
-// observe is told of each transition by the engine.
+// observe is called by the engine at each transition.
 func (c *Controller) observe(view lifecycle.View) {
 	if view.State.Terminal() {
 		c.ended.add(view)
@@ -63,7 +65,7 @@ func (c *Controller) observe(view lifecycle.View) {
 	c.publishing.send(records.Transition(view))
 }
 
-// wroteOff is told of each cleanup that is written off by the engine.
+// wroteOff is called by the engine at each write-off.
 func (c *Controller) wroteOff(view lifecycle.View, w lifecycle.WriteOff) {
 	c.meters.wroteOff(w)
 	c.publishing.send(records.WriteOff(view, w))

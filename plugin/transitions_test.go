@@ -22,12 +22,12 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/history"
+	"github.com/podfsm/podfsm/ledger/history"
 )
 
 // told waits until the relay has nothing more to tell, and is what was published, as "seq from>to".
 func (w *world) told(t *testing.T) (told []string) {
-	w.publishing.settle(t.Context())
+	w.publishing.flush(t.Context())
 	for _, event := range w.published.all() {
 		told = append(told, fmt.Sprintf("%s %d %s>%s", event.GetSandboxId(), event.GetTransition().GetSeq(), event.GetTransition().GetFrom(), event.GetTransition().GetTo()))
 	}
@@ -60,7 +60,7 @@ func TestTransitionsArePublished(t *testing.T) {
 	require.Equal(t, "podfsm.v1.SandboxTransition", packed.GetTypeUrl())
 }
 
-// Nothing of a sandbox waits for who publishes.
+// No sandbox waits for the publisher.
 func TestPublishingKeepsNobodyWaiting(t *testing.T) {
 	w := newWorld(t)
 	release := make(chan struct{})
@@ -77,7 +77,7 @@ func TestPublishingKeepsNobodyWaiting(t *testing.T) {
 }
 
 func TestWhatCantBePublishedInTimeIsLeftOutAndTheRestGoesOn(t *testing.T) {
-	reached, release := make(chan struct{}, 2*maxUntold), make(chan struct{})
+	reached, release := make(chan struct{}, 2*maxUnpublished), make(chan struct{})
 	p := &press{before: func() { reached <- struct{}{}; <-release }}
 	h := newPublishing(p)
 	of := func(seq int) *podfsmv1.SandboxTransition {
@@ -85,20 +85,20 @@ func TestWhatCantBePublishedInTimeIsLeftOutAndTheRestGoesOn(t *testing.T) {
 	}
 	h.send(of(0))
 	<-reached
-	for i := range maxUntold + 5 {
+	for i := range maxUnpublished + 5 {
 		h.send(of(i + 1))
 	}
 	require.Equal(t, 5, h.full)
 	close(release)
-	h.settle(t.Context())
+	h.flush(t.Context())
 	all := p.all()
-	require.Len(t, all, maxUntold+1)
+	require.Len(t, all, maxUnpublished+1)
 	for i, event := range all {
 		require.EqualValues(t, i, event.GetTransition().GetSeq())
 	}
 	h.send(of(7))
-	h.settle(t.Context())
-	require.Len(t, p.all(), maxUntold+2)
+	h.flush(t.Context())
+	require.Len(t, p.all(), maxUnpublished+2)
 }
 
 func TestCloseTellsAll(t *testing.T) {
@@ -142,15 +142,15 @@ func TestHistory(t *testing.T) {
 	require.Empty(t, inspected.GetSandbox().GetError())
 	inspected, err = service.Inspect(t.Context(), &podfsmv1.InspectRequest{Ref: "failed"})
 	require.NoError(t, err)
-	var acts []string
-	for _, act := range inspected.GetActs() {
-		require.NotNil(t, act.GetDuration())
-		acts = append(acts, act.GetKind()+" "+act.GetStep())
+	var tries []string
+	for _, try := range inspected.GetTries() {
+		require.NotNil(t, try.GetDuration())
+		tries = append(tries, try.GetKind()+" "+try.GetStep())
 	}
 	require.Equal(t, []string{
 		"do allocate_ids", "do remap_snapshot", "do start_pause", "do capture_netns",
 		"undo capture_netns", "undo start_pause", "undo remap_snapshot", "undo allocate_ids",
-	}, acts)
+	}, tries)
 }
 
 // A history that can't be kept keeps no sandbox from anything.
@@ -238,7 +238,7 @@ func TestWatchThatStalls(t *testing.T) {
 		case <-f.ended:
 			taken = false
 		case <-deadline:
-			require.Fail(t, "nobody takes the events, and the subscription goes on")
+			require.Fail(t, "no subscriber takes the events, and the subscription goes on")
 		}
 	}
 	got := 0

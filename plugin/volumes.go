@@ -5,27 +5,30 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"golang.org/x/sync/singleflight"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// AdmitContainer refuses a container that can't be in the user namespace of its sandbox, before anything of it is made: InvalidArgument
-// for what it asks for, FailedPrecondition for a volume whose files can't be shown under the pod's ids. Of a sandbox that has ended
-// it says nothing: containerd's service will make nothing in it.
+// AdmitContainer refuses a container that can't run in the user namespace of its sandbox, before
+// anything is made for it. Errors: InvalidArgument for what the container asks for,
+// FailedPrecondition for a volume whose files can't be mapped to the pod's ids. For an ended
+// sandbox it succeeds, since containerd's service refuses the container.
 func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runtime.ContainerConfig) error {
 	if c.engine == nil {
 		return c.well()
 	}
-	view, err := c.engine.Get(inFront(id))
+	view, err := c.engine.Get(criKey(id))
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
@@ -40,52 +43,45 @@ func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runt
 	name := fmt.Sprintf("container %q of pod %q", config.GetMetadata().GetName(), records.PodName(view.Spec.(*Spec).Config))
 	user, err := c.node.imageUser(ctx, config)
 	if err != nil {
-		return fmt.Errorf("failed to find out who %s runs as: %w", name, err)
+		return fmt.Errorf("failed to find the user of %s: %w", name, err)
 	}
-	if chosen { // whose devices are looked at
+	if chosen { // Check will examine the devices
 		if err := c.reachDevices(ctx, config.GetDevices()); err != nil {
 			return fmt.Errorf("%s can't have its %w", name, err)
 		}
 	}
-	container := userns.Container{Config: config, ImageUser: user, Length: mapped.UIDs.Length, Chosen: chosen}
+	container := userns.Container{Config: config, ImageUser: user, Mapped: *mapped, Chosen: chosen}
 	if err := container.Check(); err != nil {
 		return fmt.Errorf("%s can't be in its pod's user namespace: %w", name, err)
 	}
-	for _, m := range config.GetMounts() {
-		// Images have no path on the host: the snapshotter maps them.
-		if (!chosen && len(m.GetUidMappings()) == 0) || !filepath.IsAbs(m.GetHostPath()) {
-			continue
-		}
-		if err := c.checkVolume(ctx, m.GetHostPath(), int(started.Pid), chosen); err != nil {
-			return fmt.Errorf("%s can't have its volume %q from %q: %w", name, m.GetContainerPath(), m.GetHostPath(), err)
-		}
+	if err := c.checkVolumes(ctx, config.GetMounts(), int(started.Pid), chosen); err != nil {
+		return fmt.Errorf("%s %w", name, err)
 	}
 	return nil
 }
 
-// reachDevices fails where a filesystem doesn't answer. It is left to containerd's service to say that a device isn't there.
+// reachDevices fails if the filesystem of a device doesn't respond. It ignores a missing device:
+// containerd's service reports it.
 func (c *Controller) reachDevices(ctx context.Context, devices []*runtime.Device) error {
 	for _, d := range devices {
-		err := c.looks.reach(ctx, d.GetHostPath())
-		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errdefs.IsUnavailable(err) {
-			return fmt.Errorf("device %q: %w", d.GetHostPath(), err)
+		for _, path := range []string{d.GetHostPath(), d.GetContainerPath()} { // the runtime bind-mounts both
+			err := c.looks.reach(ctx, path)
+			if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errdefs.IsUnavailable(err) {
+				return fmt.Errorf("device %q: %w", path, err)
+			}
 		}
 	}
 	return nil
 }
 
-// imageUser is the user that the image of a container names; "" where it names none, or the container one itself. It is left to
-// containerd's service to say that the image isn't there.
+// imageUser returns the user that the image of a container names. It returns "" if the container
+// overrides the user, or the image is missing, which containerd's service reports.
 func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (string, error) {
 	security := config.GetLinux().GetSecurityContext()
 	if security.GetRunAsUser() != nil || security.GetRunAsUsername() != "" {
 		return "", nil
 	}
-	name := config.GetImage().GetImage()
-	image, err := n.client.GetImage(ctx, name)
-	if full, parseErr := reference.ParseDockerRef(name); errdefs.IsNotFound(err) && parseErr == nil { // containerd keeps images by their full names
-		image, err = n.client.GetImage(ctx, full.String())
-	}
+	image, err := n.image(ctx, config.GetImage().GetImage())
 	if errdefs.IsNotFound(err) {
 		return "", nil
 	}
@@ -99,18 +95,59 @@ func (n *node) imageUser(ctx context.Context, config *runtime.ContainerConfig) (
 	return spec.Config.User, err
 }
 
-// checkVolume fails when the node's files at path can't be shown under the ids of a pod, whose pause is pid. What is mounted below path
-// is the pod's own business where it has asked for a user namespace.
-func (c *Controller) checkVolume(ctx context.Context, path string, pid int, chosen bool) error {
-	err := c.looks.at(ctx, path, pid, chosen)
-	unmappable := new(userns.UnmappableError)
-	if !errors.As(err, &unmappable) {
-		return err
+// image finds an image by its name or id, as containerd's CRI service does. Names are resolved to
+// their full form.
+func (n *node) image(ctx context.Context, name string) (containerd.Image, error) {
+	if full, err := reference.ParseDockerRef(name); err == nil {
+		image, err := n.client.GetImage(ctx, full.String())
+		if !errdefs.IsNotFound(err) {
+			return image, err
+		}
 	}
-	return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosen))
+	return n.client.GetImage(ctx, name)
 }
 
-// volumeRemedy is what to do about a volume that can't be mapped, in a pod whose ids the kubelet or podfsm has chosen.
+// checkVolumes fails if the files of a volume can't be mapped to the ids of the pod, whose pause is
+// pid. The error completes "container …". Mounts below a volume are only checked if podfsm chose
+// the user namespace: a pod that asked for one accepts how they look.
+func (c *Controller) checkVolumes(ctx context.Context, mounts []*runtime.Mount, pid int, chosen bool) error {
+	var paths []string
+	for _, m := range mounts {
+		// Images have no path on the host: the snapshotter maps them.
+		if (!chosen && len(m.GetUidMappings()) == 0) || !filepath.IsAbs(m.GetHostPath()) {
+			continue
+		}
+		if err := c.looks.at(ctx, m.GetHostPath(), pid); err != nil {
+			return volumeError(m, err, chosen)
+		}
+		paths = append(paths, m.GetHostPath())
+	}
+	if !chosen {
+		return nil
+	}
+	err := c.looks.below(ctx, paths, pid)
+	if err == nil {
+		return nil
+	}
+	unmappable := new(userns.UnmappableError)
+	if !errors.As(err, &unmappable) {
+		return fmt.Errorf("can't have its volumes: %w", err)
+	}
+	of := slices.IndexFunc(mounts, func(m *runtime.Mount) bool { return m.GetHostPath() == unmappable.Volume })
+	return volumeError(mounts[of], err, chosen)
+}
+
+// volumeError names the volume that can't be used, the reason and the remedy.
+func volumeError(m *runtime.Mount, err error, chosen bool) error {
+	err = fmt.Errorf("can't have its volume %q from %q: %w", m.GetContainerPath(), m.GetHostPath(), err)
+	if unmappable := new(userns.UnmappableError); errors.As(err, &unmappable) {
+		return fmt.Errorf("%w; %s", err, volumeRemedy(unmappable, chosen))
+	}
+	return err
+}
+
+// volumeRemedy returns the remedy for a volume that can't be mapped, by whether podfsm or the
+// kubelet chose the ids.
 func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
 	hostUsers := "run the pod with hostUsers: true"
 	if chosen {
@@ -127,48 +164,54 @@ func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
 }
 
 const (
-	// mostLooks are under way at a time: each may keep a thread that nothing can end.
-	mostLooks = 64
-	// lookTimeout is how long a caller waits for one at most.
+	// maxLooks bounds the looks under way: each may keep a thread that can't be ended.
+	maxLooks = 64
+	// lookTimeout is how long a caller waits for a look.
 	lookTimeout = 30 * time.Second
 )
 
-// looks are those at volumes that are under way.
+// looks are the looks at volumes under way.
 type looks struct {
 	group    singleflight.Group
 	underWay atomic.Int32
 }
 
-// at is [userns.CheckVolume] that ends with ctx, also where a filesystem doesn't answer, such as one of a dead server. The path is
-// reached first, as that is where it hangs: by one look for all pods, so a pod that comes again and again makes no more of them.
-func (l *looks) at(ctx context.Context, path string, pid int, below bool) error {
+// at is [userns.CheckVolume] bounded by ctx, even if the filesystem doesn't respond, such as one of
+// a dead server. It reaches the path first, because that is what hangs. Pods share the looks at a
+// path, so retries of a pod don't add threads.
+func (l *looks) at(ctx context.Context, path string, pid int) error {
 	if err := l.reach(ctx, path); err != nil {
 		return err
 	}
-	return l.join(ctx, fmt.Sprint(pid, " ", below, " ", path), func() error { return userns.CheckVolume(path, pid, below) })
+	return l.join(ctx, fmt.Sprint(pid, " ", path), func() error { return userns.CheckVolume(path, pid) })
 }
 
-// reach is [userns.Reach] that ends with ctx.
+// below is [userns.CheckBelow] bounded by ctx, for volumes of the pod whose pause is pid.
+func (l *looks) below(ctx context.Context, paths []string, pid int) error {
+	return l.join(ctx, fmt.Sprintf("%d %q", pid, paths), func() error { return userns.CheckBelow(paths) })
+}
+
+// reach is [userns.Reach] bounded by ctx.
 func (l *looks) reach(ctx context.Context, path string) error {
 	return l.join(ctx, path, func() error { return userns.Reach(path) })
 }
 
-// join waits for a look, which it begins unless the same is under way. Nothing can end a look whose filesystem doesn't answer. With
-// mostLooks under way another one is Unavailable.
+// join waits for a look, and starts it unless the same one is under way. A look whose filesystem
+// doesn't respond can't be ended. If maxLooks are under way, join fails with Unavailable.
 func (l *looks) join(ctx context.Context, key string, look func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	done := l.group.DoChan(key, func() (any, error) {
 		defer l.underWay.Add(-1)
-		if l.underWay.Add(1) > mostLooks {
-			return nil, fmt.Errorf("%d volumes are being looked at, whose filesystems may not answer; see to those: %w", mostLooks, errdefs.ErrUnavailable)
+		if l.underWay.Add(1) > maxLooks {
+			return nil, fmt.Errorf("%d volumes are being checked, and their filesystems may not respond; check the mounts of the node: %w", maxLooks, errdefs.ErrUnavailable)
 		}
-		return nil, lifecycle.Protect(look) // singleflight has a panic end the daemon
+		return nil, lifecycle.Protect(look) // in singleflight, a panic would end the daemon
 	})
 	select {
 	case answer := <-done:
 		return answer.Err
 	case <-ctx.Done():
-		return fmt.Errorf("its filesystem doesn't answer: %w", ctx.Err())
+		return fmt.Errorf("its filesystem does not respond: %w", ctx.Err())
 	}
 }

@@ -3,15 +3,28 @@ package plugin
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime/pprof"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	imagestore "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/require"
+	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -32,6 +45,80 @@ func deaf(t *testing.T) (dir string, answers func()) {
 	return dir, func() { require.NoError(t, server.Close()) }
 }
 
+// imagesOf is a client whose node has images, by the names of their records, each with the user that it names.
+func imagesOf(t *testing.T, users map[string]string) *containerd.Client {
+	dir, ctx := t.TempDir(), inCRI(t)
+	contents, err := local.NewStore(filepath.Join(dir, "content"))
+	require.NoError(t, err)
+	file, err := bolt.Open(filepath.Join(dir, "meta.db"), 0o600, nil)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, file.Close()) })
+	db := metadata.NewDB(file, contents, nil)
+	require.NoError(t, db.Init(ctx))
+	store := metadata.NewImageStore(db)
+	add := func(mediaType string, of any) imagespec.Descriptor {
+		blob, err := json.Marshal(of)
+		require.NoError(t, err)
+		d := imagespec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(blob), Size: int64(len(blob))}
+		require.NoError(t, content.WriteBlob(ctx, db.ContentStore(), d.Digest.String(), bytes.NewReader(blob), d))
+		return d
+	}
+	for name, user := range users {
+		config := imagespec.Image{Platform: platforms.DefaultSpec(), Config: imagespec.ImageConfig{User: user}}
+		manifest := imagespec.Manifest{MediaType: imagespec.MediaTypeImageManifest, Config: add(imagespec.MediaTypeImageConfig, config)}
+		_, err := store.Create(ctx, imagestore.Image{Name: name, Target: add(imagespec.MediaTypeImageManifest, manifest)})
+		require.NoError(t, err)
+	}
+	client, err := containerd.New("", containerd.WithServices(containerd.WithImageStore(store), containerd.WithContentStore(db.ContentStore())))
+	require.NoError(t, err)
+	return client
+}
+
+// The image of a container is the one that containerd's service takes, however short its name is.
+func TestImageUser(t *testing.T) {
+	id := "sha256:" + strings.Repeat("ab", 32)
+	n := &node{client: imagesOf(t, map[string]string{
+		"docker.io/library/busybox:latest": "70000",
+		"docker.io/rancher/tools:2":        "app:70000",
+		"registry.example:5000/tools:2":    "",
+		"tools:2":                          "1", // by ctr, which takes any name
+		"docker.io/library/tools:2":        "2",
+		"ctr-only":                         "3",
+		id:                                 "4",
+	})}
+	type security = runtime.LinuxContainerSecurityContext
+	for name, tc := range map[string]struct {
+		image    string
+		security *security
+		want     string
+	}{
+		"short":               {image: "busybox", want: "70000"},
+		"with a tag":          {image: "busybox:latest", want: "70000"},
+		"with a folder":       {image: "library/busybox", want: "70000"},
+		"full":                {image: "docker.io/library/busybox:latest", want: "70000"},
+		"other tag":           {image: "busybox:1"},
+		"group":               {image: "rancher/tools:2", want: "app:70000"},
+		"no user":             {image: "registry.example:5000/tools:2"},
+		"short and full":      {image: "tools:2", want: "2"},
+		"no reference's":      {image: "ctr-only", want: "3"},
+		"id":                  {image: id, want: "4"},
+		"unknown":             {image: "unknown"},
+		"none":                {},
+		"no name at all":      {image: "Not A Name"},
+		"container's user":    {image: "busybox", security: &security{RunAsUser: &runtime.Int64Value{Value: 7}}},
+		"container's by name": {image: "busybox", security: &security{RunAsUsername: "app"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			user, err := n.imageUser(inCRI(t), &runtime.ContainerConfig{
+				Image: &runtime.ImageSpec{Image: tc.image},
+				Linux: &runtime.LinuxContainerConfig{SecurityContext: tc.security},
+			})
+			require.NoError(t, err)
+			require.Equal(t, tc.want, user)
+		})
+	}
+}
+
 // looking are the goroutines that look at a volume.
 func looking(t *testing.T) int {
 	var stacks bytes.Buffer
@@ -44,37 +131,37 @@ func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
 	path, l := filepath.Join(dir, "volume"), looks{}
 	for n := range 3 {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-		err := l.at(ctx, path, os.Getpid()+n, true) // of other pods
+		err := l.at(ctx, path, os.Getpid()+n) // of other pods
 		cancel()
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		require.ErrorContains(t, err, "doesn't answer")
+		require.ErrorContains(t, err, "does not respond")
 		require.Equal(t, 1, looking(t), "retries join the first")
 	}
-	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid(), true), "proc", "others aren't kept")
+	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid()), "proc", "others aren't kept")
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	devices := []*runtime.Device{{HostPath: "/dev/nowhere"}, {HostPath: path}}
-	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices), fmt.Sprintf("device %q: its filesystem doesn't answer", path))
+	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices), fmt.Sprintf("device %q: its filesystem does not respond", path))
 	answers()
 	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
-	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid(), true), unix.ENOTCONN, "the next one looks anew")
+	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")
 }
 
 // Pods that come and go at a dead filesystem don't fill the node with threads.
 func TestLooksAreBounded(t *testing.T) {
 	dir, answers := deaf(t)
 	var l looks
-	for pid := range mostLooks {
+	for pid := range maxLooks {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
-		require.ErrorIs(t, l.at(ctx, filepath.Join(dir, fmt.Sprint(pid)), os.Getpid(), true), context.DeadlineExceeded)
+		require.ErrorIs(t, l.at(ctx, filepath.Join(dir, fmt.Sprint(pid)), os.Getpid()), context.DeadlineExceeded)
 		cancel()
 	}
-	require.Eventually(t, func() bool { return l.underWay.Load() == mostLooks }, 10*time.Second, time.Millisecond)
-	err := l.at(t.Context(), "/proc", os.Getpid(), true)
+	require.Eventually(t, func() bool { return l.underWay.Load() == maxLooks }, 10*time.Second, time.Millisecond)
+	err := l.at(t.Context(), "/proc", os.Getpid())
 	require.True(t, errdefs.IsUnavailable(err), "%v", err)
 	answers()
 	require.Eventually(t, func() bool { return l.underWay.Load() == 0 }, 10*time.Second, time.Millisecond)
-	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid(), true), "proc")
+	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid()), "proc")
 }
 
 // The remedy is one that helps: where the kernel can't map tmpfs, no other tmpfs will do.
@@ -99,4 +186,35 @@ func TestVolumeRemedy(t *testing.T) {
 		require.Equal(t, test.remedy, volumeRemedy(unmappable, test.chosen))
 		require.True(t, errdefs.IsFailedPrecondition(unmappable))
 	}
+}
+
+// What is mounted below a volume counts where podfsm has chosen the pod's ids. The error names the volume.
+func TestCheckVolumesWithMountsBelow(t *testing.T) {
+	users := exec.Command("sleep", "infinity")
+	maps := []syscall.SysProcIDMap{{HostID: 1_500_000_000, Size: 100}}
+	users.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: maps, GidMappings: maps}
+	require.NoError(t, users.Start())
+	t.Cleanup(func() {
+		require.NoError(t, users.Process.Kill())
+		_ = users.Wait() // it was killed
+	})
+	plain, above := t.TempDir(), t.TempDir()
+	below := filepath.Join(above, "below")
+	require.NoError(t, os.Mkdir(below, 0o755))
+	require.NoError(t, unix.Mount("tmpfs", below, "tmpfs", 0, ""))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(below, 0)) })
+	mapped := []*runtime.IDMapping{{HostId: 1_500_000_000, Length: 100}}
+	mounts := []*runtime.Mount{
+		nil,
+		{ContainerPath: "/image", Image: &runtime.ImageSpec{Image: "image"}},
+		{ContainerPath: "/plain", HostPath: plain, UidMappings: mapped},
+		{ContainerPath: "/above", HostPath: above, UidMappings: mapped},
+	}
+	c := &Controller{}
+	require.NoError(t, c.checkVolumes(t.Context(), mounts, users.Process.Pid, false))
+	require.NoError(t, c.checkVolumes(t.Context(), mounts[:3], users.Process.Pid, true))
+	err := c.checkVolumes(t.Context(), mounts, users.Process.Pid, true)
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+	require.EqualError(t, err, fmt.Sprintf(`can't have its volume "/above" from %q: %q, of the filesystem tmpfs, is mounted below it, and the runtime maps no ids there; `+
+		"give the container volumes that have no mount below them, or run the pod by a runtime handler that leaves it on the node's users", above, below))
 }

@@ -1,5 +1,5 @@
-// Package snapshot prepares the root filesystems of pause containers, with their
-// owners mapped into the pod's user namespace.
+// Package snapshot prepares the root filesystems of pause containers, with their owners mapped into
+// the pod's user namespace.
 package snapshot
 
 import (
@@ -26,16 +26,16 @@ import (
 )
 
 const (
-	// StrategyNone: files keep the owners that the image gives them.
+	// StrategyNone: files keep the owners of the image.
 	StrategyNone remapping.Strategy = "none"
 	// StrategyIDMap: the kernel maps the owners in the mount, nothing is copied.
 	StrategyIDMap = remapping.IDMap
 )
 
-// CapabilityRemapIDs is how containerd's snapshotters say that they take id maps.
+// CapabilityRemapIDs is the capability of containerd's snapshotters that support id maps.
 const CapabilityRemapIDs = "remap-ids"
 
-// labelGCRoot makes containerd's garbage collector keep what nothing refers to.
+// labelGCRoot keeps containerd's garbage collector from removing unreferenced resources.
 const labelGCRoot = "containerd.io/gc.root"
 
 // parallelLayers bounds the layers of an image that are unpacked at a time.
@@ -54,7 +54,7 @@ func NewPreparer(client *containerd.Client) *Preparer {
 	return &Preparer{client: client}
 }
 
-// Request asks for one snapshot.
+// Request is a request for a snapshot.
 type Request struct {
 	// Key names the snapshot: the sandbox's id.
 	Key         string
@@ -75,24 +75,23 @@ type Request struct {
 
 // Result says how a snapshot was made.
 type Result struct {
-	// Strategy is StrategyNone, StrategyIDMap, or what podfsm's snapshotter took.
+	// Strategy is StrategyNone, StrategyIDMap, or the strategy of podfsm's snapshotter.
 	Strategy remapping.Strategy
 	// Parent is the chain id of the image's layers.
 	Parent string
-	// Work is what giving the image other owners took; none where nothing is copied
-	// or it was done before.
+	// Work is the cost of remapping the image, zero if nothing was copied or a layer was reused.
 	Work remapping.Work
 }
 
-// Prepare makes a writable snapshot on top of the image, which it unpacks when
-// the snapshotter does not have it. A snapshot that an earlier attempt left under
-// the key is kept when it has the same parent and id maps, else replaced.
+// Prepare makes a writable snapshot on top of the image, and unpacks the image if the snapshotter
+// lacks it. A snapshot that an earlier attempt left under the key is kept if it has the same parent
+// and id maps, and otherwise replaced.
 //
-// containerd's garbage collector leaves the snapshot alone, though no container
-// refers to it yet: it stays until Remove.
+// containerd's garbage collector keeps the snapshot until Remove, even though no container refers
+// to it yet.
 //
-// A snapshotter that can't take id maps, or is not there, is a FailedPrecondition
-// error, as are ids of the image that aren't mapped.
+// Errors: FailedPrecondition if the snapshotter is not loaded or does not support id maps, or if
+// ids of the image are not mapped.
 func (p *Preparer) Prepare(ctx context.Context, r Request) (Result, error) {
 	result, err := p.prepare(ctx, r)
 	if err != nil {
@@ -101,8 +100,8 @@ func (p *Preparer) Prepare(ctx context.Context, r Request) (Result, error) {
 	return result, nil
 }
 
-// Remove removes a snapshot. It succeeds when there is none. The space comes
-// free with containerd's next garbage collection.
+// Remove removes a snapshot. It is idempotent. containerd's next garbage collection frees the
+// space.
 func (p *Preparer) Remove(ctx context.Context, snapshotter, key string) error {
 	sn, err := p.snapshotter(snapshotter)
 	if err != nil {
@@ -114,7 +113,7 @@ func (p *Preparer) Remove(ctx context.Context, snapshotter, key string) error {
 	return nil
 }
 
-// Mounts returns what mounts a snapshot that Prepare has made.
+// Mounts returns the mounts of a snapshot made by Prepare.
 func (p *Preparer) Mounts(ctx context.Context, snapshotter, key string) ([]mount.Mount, error) {
 	sn, err := p.snapshotter(snapshotter)
 	if err != nil {
@@ -127,7 +126,7 @@ func (p *Preparer) Mounts(ctx context.Context, snapshotter, key string) ([]mount
 	return mounts, nil
 }
 
-// Exists tells whether a snapshot exists.
+// Exists reports whether a snapshot exists.
 func (p *Preparer) Exists(ctx context.Context, snapshotter, key string) (bool, error) {
 	_, err := p.Parent(ctx, snapshotter, key)
 	if errdefs.IsNotFound(err) {
@@ -136,8 +135,7 @@ func (p *Preparer) Exists(ctx context.Context, snapshotter, key string) (bool, e
 	return err == nil, err
 }
 
-// Parent returns the parent of a snapshot, as [Result] has it. Without the
-// snapshot it is a NotFound error.
+// Parent returns the parent of a snapshot, as in [Result]. A missing snapshot is a NotFound error.
 func (p *Preparer) Parent(ctx context.Context, snapshotter, key string) (string, error) {
 	sn, err := p.snapshotter(snapshotter)
 	if err != nil {
@@ -150,9 +148,8 @@ func (p *Preparer) Parent(ctx context.Context, snapshotter, key string) (string,
 	return info.Parent, nil
 }
 
-// Keys returns the keys of the snapshots that Prepare has made in a snapshotter,
-// as far as that can be told: of writable snapshots that the garbage collector
-// has to leave alone.
+// Keys returns the keys of the snapshots of a snapshotter that Prepare may have made: writable ones
+// that the garbage collector keeps.
 func (p *Preparer) Keys(ctx context.Context, snapshotter string) ([]string, error) {
 	sn, err := p.snapshotter(snapshotter)
 	if err != nil {
@@ -203,11 +200,10 @@ func (p *Preparer) prepare(ctx context.Context, r Request) (Result, error) {
 	return result, nil
 }
 
-// Ready makes what a snapshot of the request's image with its id maps will stand on,
-// unpacking the image where the snapshotter does not have it. It is for snapshots
-// that somebody else prepares, which would hold up all others meanwhile. release is
-// to be called after that. The request's key and annotations don't matter. Errors
-// are those of Prepare.
+// Ready makes the parent of a snapshot of the request's image with its id maps, and unpacks the
+// image if needed. It is for snapshots that containerd's service prepares, which would block other
+// callers meanwhile. The caller calls release after that. The request's key and annotations are
+// ignored. Errors are those of Prepare.
 func (p *Preparer) Ready(ctx context.Context, r Request) (release func(), err error) {
 	sn, err := p.snapshotter(r.Snapshotter)
 	if err != nil {
@@ -228,8 +224,8 @@ func (p *Preparer) Ready(ctx context.Context, r Request) (release func(), err er
 	return ready.Release, nil
 }
 
-// ready has podfsm's snapshotter do its work before the snapshot is prepared. For
-// any other snapshotter, and without id maps, there is nothing to do.
+// ready makes the parent of a snapshot in podfsm's snapshotter. For other snapshotters, and without
+// id maps, it does nothing.
 func (r Request) ready(ctx context.Context, sn snapshots.Snapshotter, parent string) (remapping.Ready, error) {
 	ready := remapping.Ready{Release: func() {}}
 	if len(r.UIDs) == 0 {
@@ -242,8 +238,8 @@ func (r Request) ready(ctx context.Context, sn snapshots.Snapshotter, parent str
 	return ready, err
 }
 
-// unpacked runs what needs the image unpacked, and unpacks it where that fails for
-// the lack of it.
+// unpacked calls a function that needs the image to be unpacked. If the function fails because it
+// is not, unpacked unpacks it and retries.
 func (p *Preparer) unpacked(ctx context.Context, sn snapshots.Snapshotter, r Request, f func() error) error {
 	err := f()
 	if !errdefs.IsNotFound(err) {
@@ -258,19 +254,19 @@ func (p *Preparer) unpacked(ctx context.Context, sn snapshots.Snapshotter, r Req
 func (p *Preparer) snapshotter(name string) (snapshots.Snapshotter, error) {
 	sn := p.client.SnapshotService(name)
 	if sn == nil {
-		return nil, fmt.Errorf("snapshotter %q is not loaded, check containerd's configuration and log: %w", name, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("snapshotter %q is not loaded; check containerd's configuration and log: %w", name, errdefs.ErrFailedPrecondition)
 	}
 	return sn, nil
 }
 
-// strategy never falls back on changing the owners in a copy of the image, as
-// containerd's client does.
+// strategy returns the strategy for a request. It never falls back to changing owners in a copy of
+// the image, as containerd's client does.
 func (p *Preparer) strategy(ctx context.Context, r Request) (remapping.Strategy, error) {
 	if len(r.UIDs) == 0 && len(r.GIDs) == 0 {
 		return StrategyNone, nil
 	}
 	if len(r.UIDs) == 0 || len(r.GIDs) == 0 {
-		return "", fmt.Errorf("got %d uid and %d gid mappings, give both: %w", len(r.UIDs), len(r.GIDs), errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("got %d uid and %d gid mappings; both are required: %w", len(r.UIDs), len(r.GIDs), errdefs.ErrInvalidArgument)
 	}
 	capabilities, err := p.client.GetSnapshotterCapabilities(ctx, r.Snapshotter)
 	if err != nil {
@@ -285,8 +281,8 @@ func (p *Preparer) strategy(ctx context.Context, r Request) (remapping.Strategy,
 	return StrategyIDMap, nil
 }
 
-// labels are the snapshot's. The id maps come from the request alone, and a
-// pod's annotations don't name the snapshot: it could claim another's.
+// labels returns the labels of the snapshot. The id maps come from the request alone. An annotation
+// must not name the snapshot: it could claim another pod's.
 func (r Request) labels() map[string]string {
 	labels := snapshots.FilterInheritedLabels(r.Annotations)
 	if labels == nil {
@@ -298,17 +294,16 @@ func (r Request) labels() map[string]string {
 	labels[labelGCRoot] = time.Now().UTC().Format(time.RFC3339)
 	if len(r.UIDs) > 0 {
 		remap := snapshots.Info{Labels: labels}
-		// It returns no error.
+		// This never returns an error.
 		_ = containerd.WithUserNSRemapperLabels(r.UIDs, r.GIDs)(&remap)
 	}
 	return labels
 }
 
-// labelSnapshotRef is the label of unpacked layers; containerd has a name for it since 2.4.
+// labelSnapshotRef is the label of unpacked layers. containerd 2.4 and later export the name.
 const labelSnapshotRef = "containerd.io/snapshot.ref"
 
-// prepareOnce prepares a snapshot from a parent that exists, else it returns a
-// NotFound error.
+// prepareOnce prepares a snapshot. A missing parent is a NotFound error.
 func prepareOnce(ctx context.Context, sn snapshots.Snapshotter, key, parent string, labels map[string]string) error {
 	_, err := sn.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
 	if !errdefs.IsAlreadyExists(err) {
@@ -338,11 +333,11 @@ func isSame(old snapshots.Info, parent string, labels map[string]string) bool {
 
 // unpack extracts the layers of an image that the snapshotter lacks.
 func (p *Preparer) unpack(ctx context.Context, sn snapshots.Snapshotter, r Request) error {
-	ctx, done, err := p.client.WithLease(ctx) // for the layers that nothing refers to yet
+	ctx, done, err := p.client.WithLease(ctx) // keeps layers without references
 	if err != nil {
 		return err
 	}
-	defer func() { _ = done(context.WithoutCancel(ctx)) }() // it expires by itself
+	defer func() { _ = done(context.WithoutCancel(ctx)) }() // the lease expires by itself
 	capabilities, err := p.client.GetSnapshotterCapabilities(ctx, r.Snapshotter)
 	if err != nil {
 		return err
@@ -365,7 +360,7 @@ func (p *Preparer) unpack(ctx context.Context, sn snapshots.Snapshotter, r Reque
 		handler = snapshotters.AppendInfoHandlerWrapper(r.Image.Name())(handler)
 	}
 	err = images.Dispatch(ctx, unpacker.Unpack(handler), nil, r.Image.Target())
-	// Also after a failure, because the unpacker works in the background.
+	// Wait even after a failure: the unpacker works in the background.
 	_, waitErr := unpacker.Wait()
 	return errors.Join(err, waitErr)
 }

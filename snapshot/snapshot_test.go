@@ -35,6 +35,8 @@ import (
 	"github.com/stretchr/testify/require"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
 const overlayfs = "overlayfs"
@@ -56,12 +58,7 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("overlayfs needs root")
-		}
-		t.Skip("overlayfs needs root")
-	}
+	roottest.Require(t)
 	dir := t.TempDir()
 	ctx := namespaces.WithNamespace(t.Context(), "test")
 
@@ -222,7 +219,7 @@ func TestPrepare(t *testing.T) {
 		require.EqualValues(t, 7, uid)
 		require.EqualValues(t, 8, gid)
 	}
-	_, err = n.client.SnapshotService(overlayfs).Prepare(n.ctx, "somebody's", n.chainIDs[1])
+	_, err = n.client.SnapshotService(overlayfs).Prepare(n.ctx, "foreign", n.chainIDs[1])
 	require.NoError(t, err)
 	keys, err := p.Keys(n.ctx, overlayfs)
 	require.NoError(t, err)

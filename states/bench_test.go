@@ -2,7 +2,8 @@ package states
 
 import "testing"
 
-// BenchmarkMachine is the machine of one sandbox, and its way to Ready as the engine goes it.
+// BenchmarkMachine makes the machine of one sandbox and fires the events up to Ready, as the engine
+// does.
 func BenchmarkMachine(b *testing.B) {
 	b.Run("new", func(b *testing.B) {
 		b.ReportAllocs()

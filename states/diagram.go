@@ -7,18 +7,19 @@ import (
 	"strings"
 )
 
-// anyState stands in the diagrams for all source states of an event that is
-// legal wherever a sandbox has not ended, so that its edges don't hide the rest.
+// anyState is one node for all source states of an event that is legal in every unfinished state.
+// Its many edges would hide the rest of the diagram.
 const anyState State = "AnyOther"
 
-// Passage is a transition that a sandbox has made, by its number in the sandbox's history.
+// Passage is a transition of a sandbox with its number in the sandbox's history.
 type Passage struct {
 	Transition
 	Seq uint64
 }
 
-// Mermaid renders the table as a Mermaid stateDiagram-v2, and in it the path that a sandbox has taken: its states are filled, and its
-// transitions have their numbers. A passage through states of another release is drawn, too, unless it has names that no release uses.
+// Mermaid renders the table as a Mermaid stateDiagram-v2 with the path of a sandbox: the states of
+// the path are filled, and its transitions are numbered. It includes states of another release,
+// unless their names are not [Drawable].
 func (t *Table) Mermaid(path ...Passage) string {
 	taken := t.taken(path)
 	var b strings.Builder
@@ -42,8 +43,8 @@ func (t *Table) Mermaid(path ...Passage) string {
 	return b.String()
 }
 
-// DOT renders the table in Graphviz's language, and in it the path that a sandbox has taken, as [Table.Mermaid] does. Terminal states have a
-// double border.
+// DOT renders the same as [Table.Mermaid] in Graphviz's language. Terminal states have a double
+// border.
 func (t *Table) DOT(path ...Passage) string {
 	taken := t.taken(path)
 	var b strings.Builder
@@ -67,15 +68,17 @@ func (t *Table) DOT(path ...Passage) string {
 	return b.String()
 }
 
-// name is what the states and events of all releases are called by.
+// name matches the names of states and events of all releases.
 var name = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]{0,63}$`)
 
-// Drawable says whether the names of a transition can stand in a picture: it may come from a damaged ledger.
+// Drawable says whether a diagram can have the names of a transition. A transition from a damaged
+// ledger may have any names.
 func (t Transition) Drawable() bool {
 	return name.MatchString(string(t.From)) && name.MatchString(string(t.Event)) && name.MatchString(string(t.To))
 }
 
-// StatesWith returns every state of the table, and those of a path that the table doesn't have, each after the one that led to it.
+// StatesWith returns every state of the table, and the states of a path that the table doesn't
+// have, each after its predecessor.
 func (t *Table) StatesWith(path []Passage) []State {
 	all := t.States()
 	add := func(s, after State) {
@@ -92,13 +95,13 @@ func (t *Table) StatesWith(path []Passage) []State {
 	return all
 }
 
-// taken is the path that a sandbox has taken through the table.
+// taken is the path of a sandbox through the table.
 type taken struct {
 	table   *Table
 	all     []State // of the table and of the path
 	states  map[State]bool
 	numbers map[Transition]string // of the passages of each transition
-	extra   []Transition          // those that the diagrams don't have an edge for
+	extra   []Transition          // those without an edge in the diagrams
 }
 
 func (t *Table) taken(path []Passage) *taken {
@@ -120,7 +123,8 @@ func (t *Table) taken(path []Passage) *taken {
 	return taken
 }
 
-// Numbers are those of all the passages of a transition, of very many the first and the last.
+// Numbers returns the numbers of all passages of a transition; if there are very many, the first
+// and the last.
 func Numbers(all []uint64) string {
 	const most = 4
 	var texts []string
@@ -135,10 +139,10 @@ func Numbers(all []uint64) string {
 	return strings.Join(texts, ", ")
 }
 
-// edges are those of the table, and the sandbox's own.
+// edges returns the edges of the table and those of the sandbox.
 func (t *taken) edges() []Transition { return slices.Concat(t.table.edges(), t.extra) }
 
-// names are the states on the path, in the order of a sandbox's life.
+// names returns the states on the path, in the order of a sandbox's life.
 func (t *taken) names() (names []string) {
 	for _, s := range t.all {
 		if t.states[s] {
@@ -148,8 +152,8 @@ func (t *taken) names() (names []string) {
 	return names
 }
 
-// edges returns the table with the sources of an event that is legal in every
-// unfinished state but its target folded into anyState.
+// edges returns the table's transitions. If an event is legal in every unfinished state except its
+// target, its sources are folded into anyState.
 func (t *Table) edges() []Transition {
 	unfinished := slices.DeleteFunc(t.States(), State.Terminal)
 	var folded []Transition

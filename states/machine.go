@@ -10,52 +10,50 @@ import (
 	"github.com/looplab/fsm"
 )
 
-// Machine holds the current state of one sandbox and refuses events that are
-// illegal in it. It is safe for concurrent use.
+// Machine has the current state of one sandbox and refuses illegal events. It is safe for
+// concurrent use.
 //
-// What is legal is looplab/fsm's to say, without callbacks, on purpose. In
-// v1.0.3 a context that is cancelled before the state changes, or a callback
-// that panics on the way out of a state, leaves an FSM "in transition" for
-// good; Event, Can and SetState deadlock inside before_ and leave_ callbacks;
-// and a mistyped callback key is ignored. Side effects belong to the engine,
-// before the event is fired.
+// looplab/fsm decides what is legal, without callbacks. In v1.0.3, callbacks have traps. If a
+// context ends before the state changes, or a leave_ callback panics, the FSM stays "in transition"
+// forever. Event, Can and SetState deadlock inside before_ and leave_ callbacks. A mistyped
+// callback key is ignored. So the engine causes all side effects, before it fires the event.
 type Machine struct {
 	table *Table
 
-	// mu makes reading the state and firing an event one action, so that an
-	// error names the state that refused the event.
+	// mu is held from the check of an event to the change of the state, so that an error names the
+	// state that refused the event.
 	mu     sync.Mutex
 	state  State
-	byStep bool // a step led to the state, which the table doesn't have
+	byStep bool // the table doesn't have the state, to which a step of another release led
 }
 
 // NewMachine returns a machine in state [New].
 func (t *Table) NewMachine() *Machine { return &Machine{table: t, state: New} }
 
-// Current returns the state the machine is in.
+// Current returns the current state.
 func (m *Machine) Current() State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.state
 }
 
-// Creating says whether the sandbox is on the creation path before [Ready], on
-// that of another release, too.
+// Creating says whether the sandbox is on the creation path before [Ready], also on the path of
+// another release.
 func (m *Machine) Creating() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.table.onPath(m.state) || m.byStep
 }
 
-// Can reports whether event is legal in the current state. The answer may be
-// out of date at once when others fire events; [Machine.Fire] checks again.
+// Can says whether event is legal in the current state. With concurrent events, the answer may be
+// outdated at once. [Machine.Fire] checks again.
 func (m *Machine) Can(event Event) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.legality(event).Can(string(event))
 }
 
-// Next returns the state that event leads to now, and whether it is legal.
+// Next returns the state to which event leads now, and whether event is legal.
 func (m *Machine) Next(event Event) (State, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -69,10 +67,9 @@ func (m *Machine) Next(event Event) (State, bool) {
 	return "", false
 }
 
-// Fire moves the machine along event and returns the state it is in afterwards.
-// An event that is illegal in the current state, or unknown, leaves the machine
-// as it is and gives an [errdefs.ErrFailedPrecondition] that names both. The
-// context's cancellation is ignored: what the event reports has happened.
+// Fire moves the machine by event and returns the new state. For an illegal or unknown event, it
+// changes nothing and fails with FailedPrecondition. It ignores the end of ctx, because what the
+// event reports has happened.
 func (m *Machine) Fire(ctx context.Context, event Event) (State, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -86,15 +83,12 @@ func (m *Machine) Fire(ctx context.Context, event Event) (State, error) {
 	return m.state, nil
 }
 
-// Take moves the machine along a recorded transition. step says that the
-// completion of a step was recorded with it.
+// Take moves the machine by a recorded transition, whatever state it is in: records may be missing.
+// step says that the record is of the completion of a step.
 //
-// A record may be missing before it, so the transition counts from its own source.
-// One that the table has all names of, but that no release makes, is damage: it
-// gives an [errdefs.ErrDataLoss] and leaves the machine as it is. One with a name
-// that the table doesn't have is another release's, and is taken as recorded. So
-// is a step of the creation path at another place of the path: releases may have
-// other orders.
+// A transition with a name that the table doesn't have is another release's. Take makes it as
+// recorded. So it does for a step of the creation path in another order. If the table has all names
+// but not the transition, the record is damaged: Take changes nothing and fails with DataLoss.
 func (m *Machine) Take(t Transition, step bool) error {
 	if t.From == "" || t.Event == "" || t.To == "" || !m.table.allows(t, step) {
 		return fmt.Errorf("the recorded transition from %q by %q to %q is illegal: %w", t.From, t.Event, t.To, errdefs.ErrDataLoss)
@@ -105,8 +99,7 @@ func (m *Machine) Take(t Transition, step bool) error {
 	return nil
 }
 
-// allows says whether a release may have made a transition, as far as this one
-// can tell.
+// allows says whether some release may have made a transition.
 func (t *Table) allows(made Transition, step bool) bool {
 	if !t.knows(made.From) || !t.knows(made.To) || t.EventMeaning(made.Event) == "" {
 		return true
@@ -117,23 +110,21 @@ func (t *Table) allows(made Transition, step bool) bool {
 	return step && slices.Contains(t.Path(), made.Event) && t.leadsOn(made.From, made.To)
 }
 
-// leadsOn says whether a step can lead from one state to another, in some order of
-// the steps.
+// leadsOn says whether a step can lead from one state to another in some order of the steps.
 func (t *Table) leadsOn(from, to State) bool {
 	return t.onPath(from) && from != to && to != New && (to == Ready || t.onPath(to))
 }
 
-// legality returns an FSM in the machine's state that knows one event. An FSM of
-// them all takes up kilobytes, so no sandbox keeps one, and ten microseconds
-// to make; this one takes less than one. The caller holds mu.
+// legality returns an FSM in the machine's state that knows one event. It takes less than a
+// microsecond to make. An FSM with all events takes ten, and kilobytes of memory for each sandbox.
+// The caller holds mu.
 func (m *Machine) legality(event Event) *fsm.FSM {
 	return fsm.NewFSM(string(m.state), m.legal(event), nil)
 }
 
-// legal is the table's description of an event, with the ways out of a state that
-// the table doesn't have: what a step of another release has led to is rolled
-// back, and whatever else another release's sandbox is, it can be stopped. The
-// caller holds mu.
+// legal returns the table's description of an event. If the table doesn't have the current state,
+// legal allows only the ways out of it. If a step led to the state, the sandbox can be rolled back,
+// otherwise it can be stopped. It can also be quarantined. The caller holds mu.
 func (m *Machine) legal(event Event) fsm.Events {
 	if m.table.knows(m.state) {
 		return m.table.descriptions[event]

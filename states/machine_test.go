@@ -13,7 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// in is a machine in a state that the table has, or that a release without a step of that name was in.
+// in returns a machine in a state, which may be another release's.
 func in(t testing.TB, state State) *Machine {
 	m := table.NewMachine()
 	if state != New {
@@ -52,8 +52,8 @@ func TestMachineFollowsTheTable(t *testing.T) {
 	}
 }
 
-// looplab/fsm v1.0.3 given a cancelled context stays "in transition" for good:
-// every later event fails, and Can is always false.
+// With a cancelled context, looplab/fsm v1.0.3 stays "in transition" forever: every later event
+// fails, and Can is always false.
 func TestCancelledContextDoesNotWedge(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -94,8 +94,8 @@ func TestOneOfManyConcurrentFiresWins(t *testing.T) {
 	require.Equal(t, Stopping, m.Current())
 }
 
-// A recorded transition between names that the table has is taken if the table has it, or a release with another order of the steps could
-// have made it. Everything else is damage.
+// Take makes a recorded transition between known names if the table has it, or if a release with
+// another order of the steps could have made it. Any other transition is damage.
 func TestMachineTakesWhatTheTableAllows(t *testing.T) {
 	path := table.PathStates()
 	for _, from := range table.States() {
@@ -122,7 +122,8 @@ func TestMachineTakesWhatTheTableAllows(t *testing.T) {
 	}
 }
 
-// What another release calls by names of its own is taken as recorded, and there is a way out of where that leads.
+// Take makes a transition with names of another release as recorded, and there is a way out of the
+// state to which it leads.
 func TestMachineTakesWhatItDoesntKnow(t *testing.T) {
 	for _, tc := range []struct {
 		made     Transition

@@ -14,9 +14,9 @@ func TestDiagramsShowThePathTaken(t *testing.T) {
 	path := []Passage{
 		passage(1, New, "allocate_ids", idsAllocated),
 		passage(2, idsAllocated, RollBack, RollingBack),
-		passage(3, RollingBack, OweCleanup, CleanupOwed),
+		passage(3, RollingBack, LeaveCleanupPending, CleanupOwed),
 		passage(4, CleanupOwed, RollBack, RollingBack),
-		passage(5, RollingBack, OweCleanup, CleanupOwed),
+		passage(5, RollingBack, LeaveCleanupPending, CleanupOwed),
 		passage(6, CleanupOwed, Quarantine, Quarantined), // folded in the diagram
 		passage(7, `x"; evil`, "e", Ready),
 	}
@@ -24,7 +24,7 @@ func TestDiagramsShowThePathTaken(t *testing.T) {
 	for _, line := range []string{
 		"New --> IDsAllocated : allocate_ids (1)\n",
 		"IDsAllocated --> PauseStarted : start_pause\n",
-		"RollingBack --> CleanupOwed : owe_cleanup (3, 5)\n",
+		"RollingBack --> CleanupOwed : leave_cleanup_pending (3, 5)\n",
 		"CleanupOwed --> Quarantined : quarantine (6)\n",
 		"class New,IDsAllocated,RollingBack,CleanupOwed,Quarantined taken\n",
 	} {
@@ -52,7 +52,7 @@ func TestNumbersOfManyPassages(t *testing.T) {
 	}
 }
 
-// What another release has recorded is drawn where the sandbox went through it.
+// The diagram has the states of another release that are on the sandbox's path.
 func TestDiagramsShowThePathOfAnotherRelease(t *testing.T) {
 	path := []Passage{
 		passage(1, New, "allocate_ids", idsAllocated),

@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// testSteps are steps of the kinds that there are.
+// testSteps returns steps of all kinds.
 func testSteps() []Step {
 	return []Step{
 		{Name: "allocate_ids", Done: "Ids.", State: "IDsAllocated", Meaning: "It has ids."},
@@ -66,9 +66,9 @@ var expected = map[State]map[Event]State{
 		"quarantine": Quarantined,
 	},
 	RollingBack: {
-		"finish_rollback": RolledBack,
-		"owe_cleanup":     CleanupOwed,
-		"quarantine":      Quarantined,
+		"finish_rollback":       RolledBack,
+		"leave_cleanup_pending": CleanupOwed,
+		"quarantine":            Quarantined,
 	},
 	RolledBack: {},
 	CleanupOwed: {
@@ -82,18 +82,18 @@ var expected = map[State]map[Event]State{
 		"quarantine": Quarantined,
 	},
 	Stopping: {
-		"finish_stop": Stopped,
-		"owe_cleanup": CleanupOwed,
-		"quarantine":  Quarantined,
+		"finish_stop":           Stopped,
+		"leave_cleanup_pending": CleanupOwed,
+		"quarantine":            Quarantined,
 	},
 	Stopped: {
 		"remove":     Removing,
 		"quarantine": Quarantined,
 	},
 	Removing: {
-		"finish_remove": Removed,
-		"owe_cleanup":   CleanupOwed,
-		"quarantine":    Quarantined,
+		"finish_remove":         Removed,
+		"leave_cleanup_pending": CleanupOwed,
+		"quarantine":            Quarantined,
 	},
 	Removed: {},
 	Quarantined: {
@@ -156,7 +156,7 @@ func TestMeanings(t *testing.T) {
 	require.Equal(t, "Pause.", table.EventMeaning("start_pause"))
 	require.Empty(t, table.Meaning("Nowhere"))
 	require.Empty(t, table.EventMeaning("vanish"))
-	require.Empty(t, table.EventMeaning("start_shim"), "a step on demand is no event")
+	require.Empty(t, table.EventMeaning("start_shim"), "a step on demand is not an event")
 }
 
 func TestPath(t *testing.T) {
@@ -170,7 +170,7 @@ func TestPath(t *testing.T) {
 	require.False(t, ok)
 }
 
-// One more declaration is in the table, on the path and in the pictures.
+// A step is added by its declaration alone: the table, the path and the diagrams have it.
 func TestStepThatIsAdded(t *testing.T) {
 	steps := slices.Insert(testSteps(), 3, Step{Name: "label_pod", Done: "Labels.", State: "Labelled", Meaning: "It has labels."})
 	longer := tableOf(steps)
@@ -237,7 +237,7 @@ func reachable(start State) []State {
 	return found
 }
 
-// What a caller does to a returned slice must not reach the table.
+// A caller that changes a returned slice must not change the table.
 func TestReturnedSlicesAreCopies(t *testing.T) {
 	steps := testSteps()
 	own := tableOf(steps)

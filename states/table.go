@@ -8,42 +8,40 @@ import (
 	"github.com/looplab/fsm"
 )
 
-// Step declares a step of a sandbox to the table. A step of the creation path is
-// an event, and leads to a state of its own. A step on demand moves nothing: a
-// ready sandbox stays ready.
+// Step declares a step of a sandbox to the table. A step of the creation path is an event, and
+// leads to a state of its own. A step on demand changes no state.
 type Step struct {
-	// Name is the event that the completion of the step fires. The name stands in
-	// ledgers, spans and API answers, so it never changes.
+	// Name is the event that the completion of the step fires. Ledgers, spans and API responses
+	// have the name, so it never changes.
 	Name Event
-	// State is where the step leads, [Ready] for the last one; "" on demand.
+	// State is the state to which the step leads: [Ready] for the last step, "" for a step on
+	// demand.
 	State State
-	// Meaning says in a sentence what is true of a sandbox in State. Ready has
-	// its own.
+	// Meaning describes State in a sentence. Ready has its own.
 	Meaning string
-	// Done says in a sentence what has happened when the step is done.
+	// Done describes the completion of the step in a sentence.
 	Done string
 	// OnDemand says that the step is not on the creation path.
 	OnDemand bool
 }
 
-// Table says which event is legal in which state. It is immutable.
+// Table has the legal transitions. It is immutable.
 type Table struct {
 	steps        []Step
 	states       []described
 	rules        []rule
-	descriptions map[Event]fsm.Events // the rules in looplab/fsm's form
+	descriptions map[Event]fsm.Events // the rules for looplab/fsm
 }
 
-// NewTable makes the table of the fixed states and events, and of the steps: those
-// of the creation path in its order, then those on demand. It fails with
-// InvalidArgument for steps that make no path from [New] to [Ready], or that lack
-// a text.
+// NewTable makes the table of the fixed states and events and of the steps: those of the creation
+// path in its order, then those on demand. It fails with InvalidArgument if the steps make no path
+// from [New] to [Ready], or if one lacks a text.
 func NewTable(steps []Step) (*Table, error) {
 	t := &Table{steps: slices.Clone(steps), states: []described{newState}}
 	at, unfinished := New, []State{New}
 	for _, step := range steps {
 		if step.Done == "" {
-			return nil, fmt.Errorf("step %q does not say what it has done: %w", step.Name, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("step %q has no text for its completion: %w", step.Name, errdefs.ErrInvalidArgument)
 		}
 		if step.OnDemand {
 			if at != Ready || step.State != "" {
@@ -73,12 +71,12 @@ func NewTable(steps []Step) (*Table, error) {
 	return t, nil
 }
 
-// check refuses names that are used twice, and states without a meaning.
+// check refuses duplicate names and states without a meaning.
 func (t *Table) check() error {
 	seen := map[string]bool{string(anyState): true}
 	for _, d := range t.states {
 		if seen[string(d.state)] || d.meaning == "" {
-			return fmt.Errorf("state %q has no meaning, or there are two: %w", d.state, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("state %q has no meaning or is a duplicate: %w", d.state, errdefs.ErrInvalidArgument)
 		}
 		seen[string(d.state)] = true
 	}
@@ -88,7 +86,7 @@ func (t *Table) check() error {
 	}
 	for i, name := range names {
 		if name == "" || slices.Contains(names[:i], name) {
-			return fmt.Errorf("event %q has no name, or there are two: %w", name, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("event %q has no name or is a duplicate: %w", name, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil
@@ -170,8 +168,7 @@ func (t *Table) Transitions() []Transition {
 	return all
 }
 
-// Next returns the state that event leads to from s, and whether it is legal
-// there at all.
+// Next returns the state to which event leads from s, and whether event is legal in s.
 func (t *Table) Next(s State, event Event) (State, bool) {
 	for _, r := range t.rules {
 		if r.event == event && slices.Contains(r.from, s) {
@@ -181,8 +178,7 @@ func (t *Table) Next(s State, event Event) (State, bool) {
 	return "", false
 }
 
-// Meaning says in a sentence what is true of a sandbox in state s. It is empty
-// for a state that the table doesn't have.
+// Meaning describes state s in a sentence. It is empty for a state that the table doesn't have.
 func (t *Table) Meaning(s State) string {
 	for _, d := range t.states {
 		if d.state == s {
@@ -192,8 +188,8 @@ func (t *Table) Meaning(s State) string {
 	return ""
 }
 
-// EventMeaning says in a sentence what has happened when e is fired. It is empty
-// for an event that the table doesn't have.
+// EventMeaning describes event e in a sentence. It is empty for an event that the table doesn't
+// have.
 func (t *Table) EventMeaning(e Event) string {
 	for _, r := range t.rules {
 		if r.event == e {

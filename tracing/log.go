@@ -4,33 +4,35 @@ import (
 	"context"
 
 	"github.com/containerd/log"
+	"go.opentelemetry.io/otel/trace"
 )
 
-// Fields of log lines. The trace's name is that of OpenTelemetry's "Trace Context in non-OTLP Log Formats".
+// Fields of log lines. trace_id and span_id are those of OpenTelemetry's "Trace Context in non-OTLP Log Formats".
 const (
 	LogPod       = "pod"        // "namespace/name"
 	LogSandbox   = "sandbox"    // the sandbox's id
 	LogStep      = "step"       // as in the ledger and in span names
-	LogAct       = "act"        // what is done with the step: do, undo, stop, check
-	LogOutcome   = "outcome"    // how it went
-	LogSeconds   = "seconds"    // how long it took
-	LogErrorType = "error_type" // the class of the error, as error.type of the span
+	LogOperation = "operation"  // do, undo, stop or check
+	LogOutcome   = "outcome"    // of the try or the recovery
+	LogSeconds   = "seconds"    // the duration
+	LogErrorType = "error_type" // the class of the error, as in the span's error.type
 	LogFrom      = "from"       // the state before
 	LogTo        = "to"         // the state after
 	LogState     = "state"      // the state now
-	LogGoal      = "goal"       // the state that an owed cleanup leads to
-	LogAttempts  = "attempts"   // failed tries at it
-	LogRetryIn   = "retry_in"   // seconds until the next one
+	LogGoal      = "goal"       // the state to which a pending cleanup leads
+	LogAttempts  = "attempts"   // failed tries of the cleanup
+	LogRetryIn   = "retry_in"   // seconds until the next try
 	LogReason    = "reason"     // why a cleanup was written off
 	LogPlugin    = "plugin"     // a CNI plugin, as "network/type"
-	LogTraceID   = "trace_id"   // in hexadecimal; there is none outside of a trace
+	LogTraceID   = "trace_id"   // in hexadecimal; absent outside of a trace
+	LogSpanID    = "span_id"    // of the current span, likewise
 )
 
-// Log is the logger of ctx, with the id of the trace that ctx is in.
+// Log returns the logger of ctx, with the ids of its trace and span.
 func Log(ctx context.Context) *log.Entry {
 	entry := log.G(ctx)
-	if id := TraceID(ctx); id != "" {
-		entry = entry.WithField(LogTraceID, id)
+	if sc := trace.SpanContextFromContext(ctx); sc.IsValid() {
+		entry = entry.WithFields(log.Fields{LogTraceID: sc.TraceID().String(), LogSpanID: sc.SpanID().String()})
 	}
 	return entry
 }

@@ -1,7 +1,8 @@
-// Package tracing is the one home of podfsm's span names, attribute keys and of the way a span ends.
+// Package tracing has podfsm's span names, attribute keys and log fields, and the functions that
+// start and end spans.
 //
-// Spans are made with the tracer of the global OpenTelemetry provider, which containerd's own tracing plugin sets up; with no
-// collector configured they cost next to nothing.
+// The tracer is that of the global OpenTelemetry provider, which containerd's tracing plugin sets
+// up. Without a collector, spans cost next to nothing.
 package tracing
 
 import (
@@ -18,28 +19,30 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Name is the instrumentation scope of every tracer and meter of podfsm: the module path, as OpenTelemetry asks for.
+// Name is the instrumentation scope of podfsm's tracers and meters. It is the module path, as
+// OpenTelemetry recommends.
 const Name = "github.com/podfsm/podfsm"
 
-// Span names. The spans of a step are named by [Step] and [Undo].
+// Span names. [Step], [Undo] and [Stop] return those of a step. The prefix distinguishes podfsm's
+// spans from containerd's.
 const (
-	SpanRun       = "sandbox.run"
-	SpanRollback  = "sandbox.rollback"
-	SpanStop      = "sandbox.stop"
-	SpanRemove    = "sandbox.remove"
-	SpanDiscard   = "sandbox.discard" // the end of a sandbox that nobody has claimed
-	SpanRecover   = "sandbox.recover" // what a restart found unfinished
-	SpanCleanup   = "sandbox.cleanup" // a later try at an owed cleanup
-	SpanCNIAdd    = "cni.add"
-	SpanCNIDel    = "cni.del"
-	SpanCNICheck  = "cni.check"
-	SpanCNIStatus = "cni.status"
-	SpanCNIGC     = "cni.gc"
-	SpanCheck     = "sandbox.check"  // the look at an adopted sandbox
-	SpanRemap     = "snapshot.remap" // the making of a layer of owners
+	SpanRun       = "podfsm.sandbox.run"
+	SpanRollback  = "podfsm.sandbox.rollback"
+	SpanStop      = "podfsm.sandbox.stop"
+	SpanRemove    = "podfsm.sandbox.remove"
+	SpanDiscard   = "podfsm.sandbox.discard" // the removal of a sandbox that no caller claimed
+	SpanRecover   = "podfsm.sandbox.recover" // the recovery of a sandbox after a restart
+	SpanCleanup   = "podfsm.sandbox.cleanup" // a retry of a pending cleanup
+	SpanCheck     = "podfsm.sandbox.check"   // the CNI CHECK of an adopted sandbox
+	SpanCNIAdd    = "podfsm.cni.add"
+	SpanCNIDel    = "podfsm.cni.del"
+	SpanCNICheck  = "podfsm.cni.check"
+	SpanCNIStatus = "podfsm.cni.status"
+	SpanCNIGC     = "podfsm.cni.gc"
+	SpanRemap     = "podfsm.snapshot.remap" // the remap of the owners of an image
 )
 
-// Attribute keys. Where OpenTelemetry has a semantic convention, it is used.
+// Attribute keys: first those of OpenTelemetry's semantic conventions, then podfsm's own.
 const (
 	PodName      = semconv.K8SPodNameKey
 	PodNamespace = semconv.K8SNamespaceNameKey
@@ -50,34 +53,34 @@ const (
 	SandboxID      = attribute.Key("podfsm.sandbox.id")
 	RuntimeHandler = attribute.Key("podfsm.runtime.handler")
 	StepSkipped    = attribute.Key("podfsm.step.skipped")
-	Recovery       = attribute.Key("podfsm.recovery") // what became of a sandbox that a restart has found
-	Joined         = attribute.Key("podfsm.joined")   // the span is of a retry; its link leads to the creation
+	Recovery       = attribute.Key("podfsm.recovery.outcome")
+	Joined         = attribute.Key("podfsm.retry.joined") // the span is of a retry, and links to the creation
 	CNIPlugin      = attribute.Key("podfsm.cni.plugin")
 	CNINetwork     = attribute.Key("podfsm.cni.network")
 	CNIIfName      = attribute.Key("podfsm.cni.interface")
 	CNICommand     = attribute.Key("podfsm.cni.command")
 
 	SnapshotStrategy = attribute.Key("podfsm.snapshot.strategy")
-	SnapshotInodes   = attribute.Key("podfsm.snapshot.inodes") // that have got other owners
-	SnapshotBytes    = attribute.Key("podfsm.snapshot.bytes")  // of these
-
+	SnapshotInodes   = attribute.Key("podfsm.snapshot.inodes") // whose owners were remapped
+	SnapshotBytes    = attribute.Key("podfsm.snapshot.bytes")  // size of these
 )
 
-// Step is the name of the span of a step's work.
-func Step(step string) string { return "sandbox." + step }
+// Step returns the name of the span of a step's Do.
+func Step(step string) string { return "podfsm.sandbox." + step }
 
-// Undo is the name of the span of a step's undo.
-func Undo(step string) string { return "sandbox." + step + ".undo" }
+// Undo returns the name of the span of a step's undo.
+func Undo(step string) string { return "podfsm.sandbox." + step + ".undo" }
 
-// Stop is the name of the span of ending a step's process.
-func Stop(step string) string { return "sandbox." + step + ".stop" }
+// Stop returns the name of the span in which a step's process is ended.
+func Stop(step string) string { return "podfsm.sandbox." + step + ".stop" }
 
-// Start starts a span as a child of the one in ctx.
+// Start starts a span as a child of the span in ctx.
 func Start(ctx context.Context, name string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {
 	return otel.Tracer(Name).Start(ctx, name, trace.WithAttributes(attrs...))
 }
 
-// End ends span; with an error, the span records it, carries its class as error.type and has the status Error.
+// End ends span. With an error, the span has the status Error, the error as an event, and its class
+// as error.type.
 func End(span trace.Span, err error) {
 	if err != nil {
 		span.RecordError(err)
@@ -87,7 +90,7 @@ func End(span trace.Span, err error) {
 	span.End()
 }
 
-// classes are the low-cardinality error types, asked in this order.
+// classes are the error types of low cardinality. The first that matches counts.
 var classes = []struct {
 	name string
 	is   func(error) bool
@@ -106,7 +109,8 @@ var classes = []struct {
 	{"internal", errdefs.IsInternal},
 }
 
-// KnownClass is [Class] where no more values may come than these: "other" for an error without an errdefs class.
+// KnownClass returns the errdefs class of err; "other" without one. Use it if the set of values
+// must be closed, as for metrics.
 func KnownClass(err error) string {
 	for _, c := range classes {
 		if c.is(err) {
@@ -116,8 +120,8 @@ func KnownClass(err error) string {
 	return "other"
 }
 
-// Class names the class of err for error.type, which must be of low cardinality: its errdefs class, else the Go type of its
-// innermost error, the first of joined ones.
+// Class returns the class of err for error.type, which must be of low cardinality: its errdefs
+// class, or else the Go type of its innermost error. Of joined errors, the first counts.
 func Class(err error) string {
 	if known := KnownClass(err); known != "other" {
 		return known
@@ -134,20 +138,20 @@ func Class(err error) string {
 	}
 }
 
-// Parent is the W3C traceparent of the span in ctx, "" when there is none.
+// Parent returns the W3C traceparent of the span in ctx; "" without a span.
 func Parent(ctx context.Context) string {
 	carrier := propagation.MapCarrier{}
 	propagation.TraceContext{}.Inject(ctx, carrier)
 	return carrier["traceparent"]
 }
 
-// FromParent is the span context that a W3C traceparent names; it is invalid when the text is.
+// FromParent returns the span context of a W3C traceparent. It is invalid if the text is.
 func FromParent(traceparent string) trace.SpanContext {
 	ctx := propagation.TraceContext{}.Extract(context.Background(), propagation.MapCarrier{"traceparent": traceparent})
 	return trace.SpanContextFromContext(ctx)
 }
 
-// TraceID is the id of the trace that ctx is in, "" when it is in none.
+// TraceID returns the id of the trace of ctx; "" without a trace.
 func TraceID(ctx context.Context) string {
 	if sc := trace.SpanContextFromContext(ctx); sc.HasTraceID() {
 		return sc.TraceID().String()
@@ -155,7 +159,7 @@ func TraceID(ctx context.Context) string {
 	return ""
 }
 
-// Link leads to the span that a W3C traceparent names; there is none when the text is invalid.
+// Link returns a link to the span of a W3C traceparent; nil if the text is invalid.
 func Link(traceparent string) []trace.Link {
 	if origin := FromParent(traceparent); origin.IsValid() {
 		return []trace.Link{{SpanContext: origin}}
@@ -163,8 +167,9 @@ func Link(traceparent string) []trace.Link {
 	return nil
 }
 
-// StartLinked starts a trace of its own for work that a traced request of an earlier time led to, linked to it by its W3C
-// traceparent. Where that request wasn't sampled, the work isn't either: its span is a child, which follows that decision.
+// StartLinked starts a new trace for work that an earlier request caused. The trace links to the
+// request by its W3C traceparent. If the request wasn't sampled, the work isn't either: its span is
+// then a child of the request's.
 func StartLinked(ctx context.Context, name, traceparent string, attrs ...attribute.KeyValue) (context.Context, trace.Span) {
 	if origin := FromParent(traceparent); origin.IsValid() && !origin.IsSampled() {
 		return otel.Tracer(Name).Start(trace.ContextWithRemoteSpanContext(ctx, origin), name)

@@ -34,14 +34,14 @@ func TestEndRecordsTheError(t *testing.T) {
 
 	ended := spans.Ended()
 	require.Len(t, ended, 2)
-	require.Equal(t, "sandbox.start_pause", ended[0].Name())
+	require.Equal(t, "podfsm.sandbox.start_pause", ended[0].Name())
 	require.Equal(t, codes.Error, ended[0].Status().Code)
 	require.Contains(t, ended[0].Attributes(), ErrorType.String("unavailable"))
 	require.Len(t, ended[0].Events(), 1)
 	require.Equal(t, codes.Unset, ended[1].Status().Code)
 }
 
-// A request that isn't sampled isn't recorded later either.
+// Later work for a request that wasn't sampled isn't sampled either.
 func TestStartLinkedFollowsTheSampling(t *testing.T) {
 	const origin = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
 	spans := record(t)
@@ -53,23 +53,30 @@ func TestStartLinkedFollowsTheSampling(t *testing.T) {
 		span.End()
 	}
 	for _, span := range spans.Ended() {
-		require.NotEqual(t, "0af7651916cd43dd8448eb211c80319c", span.SpanContext().TraceID().String(), "it is linked to, not continued")
+		require.NotEqual(t, "0af7651916cd43dd8448eb211c80319c", span.SpanContext().TraceID().String(), "the trace is new, with a link to the request")
 	}
 	require.Len(t, spans.Ended(), 4)
 }
 
-// An operator finds every span and every field of the log on one page.
+// The reference documents every span and every field of the log.
 func TestSpansAndFieldsAreInTheDocs(t *testing.T) {
-	docs, err := os.ReadFile("../docs/operators.md")
+	spans, err := os.ReadFile("../docs/reference/traces.md")
 	require.NoError(t, err)
 	for _, name := range []string{
 		SpanRun, SpanRollback, SpanStop, SpanRemove, SpanDiscard, SpanRecover, SpanCleanup, SpanCheck,
-		SpanCNIAdd, SpanCNIDel, SpanCNICheck, SpanCNIStatus, SpanCNIGC, Step("<step>"), Undo("<step>"), Stop("start_pause"),
+		SpanCNIAdd, SpanCNIDel, SpanCNICheck, SpanCNIStatus, SpanCNIGC, SpanRemap, Step("<step>"), Undo("<step>"), Stop("start_pause"),
 		string(PodName), string(PodNamespace), string(PodUID), string(ErrorType), string(PodAttempt), string(SandboxID), string(RuntimeHandler),
 		string(StepSkipped), string(Recovery), string(Joined), string(CNIPlugin),
-		LogPod, LogSandbox, LogStep, LogAct, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogRetryIn, LogTraceID,
 	} {
-		require.Contains(t, string(docs), "`"+name+"`")
+		require.Contains(t, string(spans), "`"+name+"`")
+	}
+	logs, err := os.ReadFile("../docs/reference/logs.md")
+	require.NoError(t, err)
+	for _, name := range []string{
+		LogPod, LogSandbox, LogStep, LogOperation, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogRetryIn,
+		LogReason, LogPlugin, LogTraceID, LogSpanID,
+	} {
+		require.Contains(t, string(logs), "`"+name+"`")
 	}
 }
 
@@ -86,6 +93,15 @@ func TestClass(t *testing.T) {
 	} {
 		require.Equal(t, tc.want, Class(tc.err), "%v", tc.err)
 	}
+}
+
+func TestLogNamesTraceAndSpan(t *testing.T) {
+	record(t)
+	ctx, span := Start(context.Background(), SpanRun)
+	defer span.End()
+	require.Equal(t, span.SpanContext().TraceID().String(), Log(ctx).Data[LogTraceID])
+	require.Equal(t, span.SpanContext().SpanID().String(), Log(ctx).Data[LogSpanID])
+	require.Empty(t, Log(context.Background()).Data)
 }
 
 func TestParentRoundTrip(t *testing.T) {

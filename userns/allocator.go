@@ -9,35 +9,35 @@ import (
 	"time"
 )
 
-// Standing is what has become of a holder's sandbox.
+// Standing is the state of a holder's sandbox.
 type Standing int
 
 const (
-	// Lives: it may have processes, or get some.
+	// Lives: the sandbox may have processes, or get some.
 	Lives Standing = iota
-	// Ended: it is stopped, and gets no process any more.
+	// Ended: the sandbox is stopped and gets no more processes.
 	Ended
-	// Gone: there is no such sandbox.
+	// Gone: the sandbox does not exist.
 	Gone
 )
 
-// Host is the outside world, as far as the allocator has to look at it.
+// Host is what the allocator has to know of the node.
 type Host interface {
-	// Standing is asked when a holder is in the way of another.
+	// Standing returns the state of a holder that blocks another one.
 	Standing(ctx context.Context, h Holder) (Standing, error)
-	// Uses are all uses of host ids by user namespaces, mounts and snapshots.
+	// Uses returns all uses of host ids by processes, mounts and snapshots.
 	Uses(ctx context.Context) ([]Use, error)
-	// Processes are the uses by processes alone.
+	// Processes returns the uses by processes alone.
 	Processes(ctx context.Context) ([]Use, error)
 }
 
-// Use says by whom a range of host uids and gids is used; a nil side is not used.
+// Use is a use of host uids and gids, and its user in words. A nil side is not used.
 type Use struct {
 	UIDs, GIDs []Mapping
 	By         string
 }
 
-// touches says whether the use is of any id of m.
+// touches reports whether the use includes any id of m.
 func (u Use) touches(m Mappings) bool {
 	return slices.ContainsFunc(u.UIDs, m.UIDs.overlaps) || slices.ContainsFunc(u.GIDs, m.GIDs.overlaps)
 }
@@ -51,7 +51,7 @@ type Allocator struct {
 	holdings *holdings
 	refusals []Refusal
 
-	searching sync.Mutex // one search for uses at a time; taken before mu
+	searching sync.Mutex // one search for uses at a time; locked before mu
 }
 
 // New makes an allocator without holders. pool may be nil.
@@ -59,7 +59,7 @@ func New(host Host, pool *Pool) *Allocator {
 	return &Allocator{host: host, pool: pool, holdings: newHoldings()}
 }
 
-// Restore makes a holder of a sandbox that holds its ids already.
+// Restore makes a sandbox a holder that already holds its ids.
 func (a *Allocator) Restore(h Holder) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -69,8 +69,9 @@ func (a *Allocator) Restore(h Holder) {
 	}
 }
 
-// Check fails as [Allocator.Hold] or, for a holder without mappings, [Allocator.Allocate] would now, and holds nothing. A pod that has a
-// range of the pool needs no other one yet: the request may be a retry for the sandbox that has it.
+// Check returns the error that [Allocator.Hold], or for a holder without mappings
+// [Allocator.Allocate], would return now. It holds nothing. For a pod that has a range of the pool
+// it succeeds: the request may be a retry for the same sandbox.
 func (a *Allocator) Check(ctx context.Context, h Holder) error {
 	if h.Origin != OriginAuto {
 		return a.hold(ctx, h, false)
@@ -93,8 +94,9 @@ func (a *Allocator) hasRange(owner string) bool {
 	return false
 }
 
-// Hold makes h a holder of its mappings. It is idempotent. Ids of another owner are an InvalidArgument error that names the pod;
-// those of a sandbox that is stopped and has no process left are given away, unless they are the pool's.
+// Hold makes h a holder of its mappings. It is idempotent. If another owner holds any of the ids,
+// it fails with InvalidArgument and names the pod, unless that pod's sandbox is stopped, has no
+// process left, and doesn't hold a range of the pool.
 func (a *Allocator) Hold(ctx context.Context, h Holder) error { return a.hold(ctx, h, true) }
 
 func (a *Allocator) hold(ctx context.Context, h Holder, keep bool) error {
@@ -110,7 +112,8 @@ func (a *Allocator) hold(ctx context.Context, h Holder, keep bool) error {
 	}
 }
 
-// tryHold makes h a holder, if there is no rival and it shall be kept; else it says who the rival is, and for which kind of id.
+// tryHold makes h a holder if keep is set and h has no rival. It returns the rival, and the kind of
+// the shared ids.
 func (a *Allocator) tryHold(h Holder, keep bool) (*Holder, string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -124,7 +127,7 @@ func (a *Allocator) tryHold(h Holder, keep bool) (*Holder, string) {
 	return nil, ""
 }
 
-// yields looks whether a rival needs its ids no more, and takes them from it if so.
+// yields reports whether a rival no longer needs its ids, and releases them in that case.
 func (a *Allocator) yields(ctx context.Context, rival Holder) (bool, error) {
 	standing, err := a.host.Standing(ctx, rival)
 	if err != nil {
@@ -133,7 +136,7 @@ func (a *Allocator) yields(ctx context.Context, rival Holder) (bool, error) {
 	switch {
 	case standing == Gone:
 		return true, a.Release(rival.ID)
-	case standing == Lives, rival.Origin == OriginAuto: // a range of the pool waits for snapshots and mounts, too
+	case standing == Lives, rival.Origin == OriginAuto: // a range of the pool also waits for snapshots and mounts
 		return false, nil
 	}
 	uses, err := a.host.Processes(ctx)
@@ -146,7 +149,7 @@ func (a *Allocator) yields(ctx context.Context, rival Holder) (bool, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if held, ok := a.holdings.byID[rival.ID]; ok {
-		held.spent = true
+		held.yielded = true
 	}
 	return true, nil
 }
@@ -156,13 +159,13 @@ func conflict(h, rival Holder, kind string, err error) error {
 	text := fmt.Sprintf("host %ss %d to %d of pod %q overlap %d to %d, which pod %q (sandbox %q) holds",
 		kind, asked.HostID, asked.last(), h.Pod, taken.HostID, taken.last(), rival.Pod, rival.ID)
 	if err != nil {
-		text = fmt.Sprintf("%s, as far as can be seen (%s)", text, err)
+		text = fmt.Sprintf("%s, as far as is known (%s)", text, err)
 	}
 	return invalid("%s; give each pod a range of its own", text)
 }
 
-// Allocate gives h a range of the pool, and makes it its holder. A holder that has one keeps it. It fails with ResourceExhausted when
-// no range is free, also after a search of the host for those in quarantine.
+// Allocate makes h a holder of a range of the pool. It is idempotent. If no range is free, not even
+// after a search for unused ranges in quarantine, it fails with ResourceExhausted.
 func (a *Allocator) Allocate(ctx context.Context, h Holder) (Mappings, error) {
 	return a.allocate(ctx, h, true)
 }
@@ -199,12 +202,13 @@ func (a *Allocator) tryAllocate(h Holder, keep bool) (Mappings, bool) {
 	return s.mappings, true
 }
 
-// search frees the ranges in quarantine that nothing on the host uses. It returns what uses the others.
+// search frees the ranges in quarantine that nothing on the host uses. It returns the users of the
+// others.
 func (a *Allocator) search(ctx context.Context) (map[Mappings]string, error) {
 	a.searching.Lock()
 	defer a.searching.Unlock()
 	a.mu.Lock()
-	suspects := a.pool.quarantined() // before the search: what comes into quarantine later may have been used later
+	suspects := a.pool.quarantined() // before the search, because a range quarantined later may be used after it
 	a.mu.Unlock()
 	if len(suspects) == 0 {
 		return nil, nil
@@ -222,8 +226,8 @@ func (a *Allocator) search(ctx context.Context) (map[Mappings]string, error) {
 	return users, nil
 }
 
-// sortOut says by whom each of the suspects is used, and which are not. It looks at each use once, by the blocks that it touches,
-// because a pool may have tens of thousands of ranges.
+// sortOut returns the users of the suspects, and the unused suspects. It finds uses by the blocks
+// of ids that they touch, because a pool may have tens of thousands of ranges.
 func sortOut(suspects []Mappings, uses []Use) (users map[Mappings]string, unused []Mappings) {
 	uids, gids := map[uint32][]Use{}, map[uint32][]Use{}
 	for _, u := range uses {
@@ -249,7 +253,7 @@ func sortOut(suspects []Mappings, uses []Use) (users map[Mappings]string, unused
 	return users, unused
 }
 
-// near are the uses in the blocks of m.
+// near returns the uses in the blocks of m.
 func near(m Mapping, byBlock map[uint32][]Use) (uses []Use) {
 	for first, last := blocks(m); first <= last; first++ {
 		uses = append(uses, byBlock[first]...)
@@ -257,7 +261,7 @@ func near(m Mapping, byBlock map[uint32][]Use) (uses []Use) {
 	return uses
 }
 
-// userOf is by whom a range is used, if it is.
+// userOf returns the user of a range, false if it is unused.
 func userOf(m Mappings, uses ...[]Use) (string, bool) {
 	for _, some := range uses {
 		if i := slices.IndexFunc(some, func(u Use) bool { return u.touches(m) }); i >= 0 {
@@ -267,8 +271,8 @@ func userOf(m Mappings, uses ...[]Use) (string, bool) {
 	return "", false
 }
 
-// Release ends a holding. It is idempotent. The ranges of the pool that it has ids of go into quarantine. An error says that the order in
-// which ranges are used may be lost over a restart, and nothing else.
+// Release ends a holding. It is idempotent. The pool's ranges that overlap the holding go into
+// quarantine. An error only means that a restart may lose the order in which ranges were used.
 func (a *Allocator) Release(id string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -277,11 +281,11 @@ func (a *Allocator) Release(id string) error {
 	if a.pool == nil || !ok {
 		return nil
 	}
-	a.pool.distrust(held.Mappings)
+	a.pool.quarantineFreed(held.Mappings)
 	return a.pool.release(id)
 }
 
-// Refusal is a request that was refused for its ids.
+// Refusal is a request that was refused because of its ids.
 type Refusal struct {
 	Pod    string
 	Reason string
@@ -289,10 +293,10 @@ type Refusal struct {
 	Count  int
 }
 
-// keepRefusals is how many different refusals are kept.
+// keepRefusals is the number of different refusals that are kept.
 const keepRefusals = 64
 
-// refuse keeps err as the reason why h was refused, and returns it.
+// refuse records err as the reason why h was refused, and returns err.
 func (a *Allocator) refuse(h Holder, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -308,14 +312,14 @@ func (a *Allocator) refuse(h Holder, err error) error {
 	return err
 }
 
-// Overview is the allocator at one moment.
+// Overview is the state of the allocator.
 type Overview struct {
-	Holders  []Holder // in the order of their uids
+	Holders  []Holder // sorted by host uid
 	Refusals []Refusal
 	Pool     *PoolOverview // nil for none
 }
 
-// PoolOverview is the pool at one moment.
+// PoolOverview is the state of the pool.
 type PoolOverview struct {
 	Source             string
 	Ranges, Held, Free int
@@ -323,13 +327,14 @@ type PoolOverview struct {
 	Quarantined []Quarantined
 }
 
-// Quarantined is a range in quarantine, and what was seen to use it.
+// Quarantined is a range in quarantine, and its user that the search found.
 type Quarantined struct {
 	Mappings Mappings
 	UsedBy   string
 }
 
-// Usage is how many ranges of the pool are free, held, and in quarantine. It searches nothing; ok is false without a pool.
+// Usage returns the numbers of free, held and quarantined ranges of the pool. It does not search.
+// ok is false without a pool.
 func (a *Allocator) Usage() (free, held, quarantined int, ok bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -339,8 +344,8 @@ func (a *Allocator) Usage() (free, held, quarantined int, ok bool) {
 	return len(a.pool.free), len(a.pool.held), len(a.pool.quarantine), true
 }
 
-// Overview searches the host for what uses the ranges in quarantine, and returns how things stand. An error of the search is returned
-// with the overview.
+// Overview searches the host for users of ranges in quarantine, and returns the state of the
+// allocator, also if the search fails.
 func (a *Allocator) Overview(ctx context.Context) (Overview, error) {
 	var users map[Mappings]string
 	var err error

@@ -311,7 +311,7 @@ func TestRangesOfOthersAreQuarantined(t *testing.T) {
 	}
 }
 
-// No request has such mappings, but a record that somebody else wrote may.
+// No request has such mappings, but a damaged record may.
 func TestMappingsWithoutIDs(t *testing.T) {
 	a := New(&world{}, poolOf(t, 1))
 	for _, first := range []uint32{0, 1 << 20, 1<<32 - 1} {
@@ -363,16 +363,16 @@ func TestOpenPoolRefuses(t *testing.T) {
 		uids, gids []Extent
 		text       string
 	}{
-		"the node's root": {[]Extent{{0, 65536}}, one, "65536 uids from 0 up are not all within 1000"},
-		"the node's last": {one, []Extent{{999, 65536}}, "65536 gids from 999 up are not all within 1000"},
-		"an empty extent": {one, []Extent{{1 << 20, 0}}, "0 gids from 1048576 up"},
-		"beyond the last": {[]Extent{{4294901760, 65536}}, one, "65536 uids from 4294901760 up"},
-		"far beyond":      {[]Extent{{1 << 20, 1 << 63}}, one, "uids from 1048576 up"},
+		"the node's root": {[]Extent{{0, 65536}}, one, "65536 uids from 0 are not all within 1000"},
+		"the node's last": {one, []Extent{{999, 65536}}, "65536 gids from 999 are not all within 1000"},
+		"an empty extent": {one, []Extent{{1 << 20, 0}}, "0 gids from 1048576"},
+		"beyond the last": {[]Extent{{4294901760, 65536}}, one, "65536 uids from 4294901760"},
+		"far beyond":      {[]Extent{{1 << 20, 1 << 63}}, one, "uids from 1048576"},
 		"starts far out":  {[]Extent{{1 << 63, 65536}}, one, "65536 uids"},
-		"overlap":         {[]Extent{{2 << 20, 131072}, {1 << 20, 1<<20 + 1}}, one, "uids from 1048576 up and from 2097152 up overlap"},
-		"none":            {nil, nil, "no 65536 uids and gids in one piece"},
-		"too few":         {[]Extent{{1 << 20, 65535}, {2 << 20, 65535}}, one, "no 65536 uids and gids in one piece"},
-		"gids only":       {nil, one, "no 65536 uids and gids in one piece"},
+		"overlap":         {[]Extent{{2 << 20, 131072}, {1 << 20, 1<<20 + 1}}, one, "ranges of uids from 1048576 and from 2097152 overlap"},
+		"none":            {nil, nil, "no range of 65536 contiguous uids and gids"},
+		"too few":         {[]Extent{{1 << 20, 65535}, {2 << 20, 65535}}, one, "no range of 65536 contiguous uids and gids"},
+		"gids only":       {nil, one, "no range of 65536 contiguous uids and gids"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := OpenPool("test", Ranges{tc.uids, tc.gids}, filepath.Join(t.TempDir(), "history"))
@@ -415,7 +415,7 @@ func TestHistoryIsOnlyAdvice(t *testing.T) {
 		for range 2 {
 			_, err := a.Allocate(t.Context(), auto("s1", "pod"))
 			require.NoError(t, err)
-			require.ErrorContains(t, a.Release("s1"), "failed to note")
+			require.ErrorContains(t, a.Release("s1"), "failed to record")
 		}
 		require.NoFileExists(t, path+".new")
 	})
@@ -534,7 +534,7 @@ func runModel(t *testing.T, seed uint64) {
 					delete(sandboxes, id)
 				}
 			}
-		case 9: // somebody looks
+		case 9: // overview
 			_, err := a.Overview(t.Context())
 			require.NoError(t, err)
 		}
@@ -553,7 +553,7 @@ func requireApart(t *testing.T, sandboxes map[string]*sandboxModel) {
 			}
 			m, n := s.holder.Mappings, o.holder.Mappings
 			if m.Overlap(n) {
-				// A pod of which the ledger lost everything is only kept off the pool's ranges: nobody knows its ids.
+				// A pod without records can't block others, because its ids are unknown; it is only kept off the pool's ranges.
 				if (s.recorded || o.holder.Origin != OriginRequest) && (o.recorded || s.holder.Origin != OriginRequest) {
 					t.Fatalf("%s and %s share ids: %v %v", id, other, m, n)
 				}

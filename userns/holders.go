@@ -6,27 +6,28 @@ import (
 	"time"
 )
 
-// Origin says who chose a holder's mapping.
+// Origin is the source of a holder's mapping.
 type Origin string
 
 const (
-	// OriginRequest: the request that made the sandbox, so the kubelet.
+	// OriginRequest: the CRI request of a podfsm sandbox, so the kubelet.
 	OriginRequest Origin = "request"
-	// OriginAuto: podfsm, out of its pool.
+	// OriginAuto: the pool.
 	OriginAuto Origin = "auto"
-	// OriginNode: podfsm's configuration, for all pods of a runtime handler.
+	// OriginNode: the configuration, for all pods of a runtime handler.
 	OriginNode Origin = "node"
-	// OriginStock: the request that made the sandbox of another controller.
+	// OriginStock: the CRI request of a sandbox of another controller.
 	OriginStock Origin = "stock"
 )
 
 // Holder is a sandbox that holds host ids.
 type Holder struct {
-	// ID names the sandbox, and no other one.
+	// ID is unique among holders.
 	ID string
-	// Owner may hold the same ids by several sandboxes: a pod by its attempts, or all pods with one node-wide mapping.
+	// Owner is whose sandboxes share ids: a pod with its attempts, or all pods with one node-wide
+	// mapping.
 	Owner string
-	// Pod is the pod's "namespace/name".
+	// Pod is "namespace/name" of the pod.
 	Pod      string
 	Origin   Origin
 	Mappings Mappings
@@ -36,11 +37,11 @@ type Holder struct {
 // holding is a holder as the allocator keeps it.
 type holding struct {
 	Holder
-	// spent: the sandbox is stopped and none of its processes is left, so its ids may be given to others.
-	spent bool
+	// yielded: the sandbox is stopped without processes, so other owners may hold its ids.
+	yielded bool
 }
 
-// holdings are all holders, by sandbox and by what they hold.
+// holdings are all holders, indexed by sandbox and by their ids.
 type holdings struct {
 	byID       map[string]*holding
 	uids, gids index
@@ -66,7 +67,8 @@ func (h *holdings) remove(id string) {
 	}
 }
 
-// rival is a holder of another owner that some of the ids are taken by, and which kind of id; nil when there is none.
+// rival returns a holder of another owner with some of the ids, and the kind of the shared ids. It
+// returns nil if there is none.
 func (h *holdings) rival(m Mappings, owner string) (rival *holding, kind string) {
 	if rival := h.uids.rival(m.UIDs, owner); rival != nil {
 		return rival, "uid"
@@ -74,21 +76,23 @@ func (h *holdings) rival(m Mappings, owner string) (rival *holding, kind string)
 	return h.gids.rival(m.GIDs, owner), "gid"
 }
 
-// blockBits make blocks of 64Ki ids, the size that the kubelet and the pool give out.
+// blockBits is the size of a block of ids as a power of two: 64Ki ids, as many as the kubelet and
+// the pool give to a pod.
 const blockBits = 16
 
-// index finds the claims on a range of ids by the blocks that it touches. With ranges of about a block's size, what a look costs
-// doesn't depend on how many holders there are.
+// index finds the claims on a range of ids by the blocks that it touches. For ranges of about a
+// block, the cost of a lookup does not depend on the number of holders.
 type index map[uint32][]*claim
 
-// claim is one range and all that hold it for one owner.
+// claim is a range and its holders of one owner.
 type claim struct {
 	owner   string
 	extent  Mapping
 	holders map[string]*holding
 }
 
-// blocks are those that m touches; of a mapping without ids, which only a record could have, first is above last.
+// blocks returns the first and last block that m touches. For a mapping without ids, which only a
+// record could have, first is above last.
 func blocks(m Mapping) (first, last uint32) {
 	if m.Length == 0 {
 		return 1, 0
@@ -120,7 +124,7 @@ func (x index) add(m Mapping, h *holding) {
 func (x index) remove(m Mapping, h *holding) {
 	c := x.find(m, h.Owner)
 	if c == nil {
-		return // it has no ids
+		return // no ids
 	}
 	delete(c.holders, h.ID)
 	if len(c.holders) > 0 {
@@ -134,14 +138,14 @@ func (x index) remove(m Mapping, h *holding) {
 	}
 }
 
-// rival is a holder of another owner whose ids overlap m, and which isn't spent.
+// rival returns a holder of another owner that overlaps m and hasn't yielded.
 func (x index) rival(m Mapping, owner string) *holding {
 	for first, last := blocks(m); first <= last; first++ {
 		for _, c := range x[first] {
 			if c.owner == owner || !c.extent.overlaps(m) {
 				continue
 			}
-			if rival := c.unspent(); rival != nil {
+			if rival := c.active(); rival != nil {
 				return rival
 			}
 		}
@@ -149,7 +153,7 @@ func (x index) rival(m Mapping, owner string) *holding {
 	return nil
 }
 
-// taken says whether any holder at all has ids of m, spent or not.
+// taken reports whether any holder overlaps m, even one that has yielded.
 func (x index) taken(m Mapping) bool {
 	for first, last := blocks(m); first <= last; first++ {
 		if slices.ContainsFunc(x[first], func(c *claim) bool { return c.extent.overlaps(m) }) {
@@ -159,10 +163,11 @@ func (x index) taken(m Mapping) bool {
 	return false
 }
 
-// unspent is the first of the claim's holders, by id, that isn't spent: the same one from call to call.
-func (c *claim) unspent() *holding {
+// active returns the claim's first holder by id that hasn't yielded: the same one at each call, for
+// constant error texts.
+func (c *claim) active() *holding {
 	for _, id := range slices.Sorted(maps.Keys(c.holders)) {
-		if h := c.holders[id]; !h.spent {
+		if h := c.holders[id]; !h.yielded {
 			return h
 		}
 	}

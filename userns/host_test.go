@@ -189,13 +189,13 @@ func TestSubIDs(t *testing.T) {
 	require.True(t, errdefs.IsFailedPrecondition(err))
 	require.ErrorContains(t, err, "none")
 	for text, want := range map[string]string{
-		"root:1:1\npods:100000":  `line 2, "pods:100000": it is not of the form`,
-		"pods:100000:65536:1":    `"65536:1" is no number`,
-		"pods:-1:65536":          `"-1" is no number`,
-		"pods:100000:":           `"" is no number`,
-		"pods:0x10:65536":        `"0x10" is no number`,
-		"pods:100000:4294967296": `"4294967296" is no number`,
-		"pods: 100000:65536":     `" 100000" is no number`,
+		"root:1:1\npods:100000":  `line 2, "pods:100000": not of the form`,
+		"pods:100000:65536:1":    `invalid number of ids "65536:1"`,
+		"pods:-1:65536":          `invalid number of ids "-1"`,
+		"pods:100000:":           `invalid number of ids ""`,
+		"pods:0x10:65536":        `invalid number of ids "0x10"`,
+		"pods:100000:4294967296": `invalid number of ids "4294967296"`,
+		"pods: 100000:65536":     `invalid number of ids " 100000"`,
 	} {
 		_, err := SubIDs("pods", file("bad", text), gids)
 		require.True(t, errdefs.IsInvalidArgument(err), "%q: %v", text, err)

@@ -11,13 +11,13 @@ import (
 )
 
 const (
-	// MinHostID is the lowest host id that a pod may be mapped to: those below
-	// belong to the node's root and its system users. A configuration may raise
-	// it, to keep pods off the ids of people, too.
+	// MinHostID is the lowest host id that a pod may be mapped to. The ids below belong to the
+	// node's root and system users. A configuration may raise it, to keep pods off the ids of human
+	// users, too.
 	MinHostID = 1000
 
-	// TryHostID is the host id of whatever is made only to try what a node can.
-	// No pod may have it, so nobody takes a try for a pod.
+	// TryHostID is the host id that probes of the node's capabilities use. No pod may have it, so
+	// no probe looks like a pod.
 	TryHostID = MinHostID - 1
 
 	// maxHostID is the last host id a pod may be mapped to. The one above it,
@@ -76,12 +76,12 @@ func (m Mappings) Linux() (uids, gids []specs.LinuxIDMapping) {
 	return m.UIDs.linux(), m.GIDs.linux()
 }
 
-// Overlap says whether the two have any uid or any gid in common.
+// Overlap reports whether the two have any uid or any gid in common.
 func (m Mappings) Overlap(other Mappings) bool {
 	return m.UIDs.overlaps(other.UIDs) || m.GIDs.overlaps(other.GIDs)
 }
 
-// of is the uid or the gid map; kind is "uid" or "gid".
+// of returns the uid or the gid map. kind is "uid" or "gid".
 func (m Mappings) of(kind string) Mapping {
 	if kind == "uid" {
 		return m.UIDs
@@ -113,7 +113,7 @@ func podMappings(uids, gids []*runtime.IDMapping) (*Mappings, error) {
 	return m, nil
 }
 
-// single is the only extent of one id map; kind is "uid" or "gid".
+// single returns the only extent of one id map. kind is "uid" or "gid".
 func single(kind string, extents []*runtime.IDMapping) (Mapping, error) {
 	if len(extents) != 1 {
 		return Mapping{}, invalid("user namespace mode POD came with %d %s mappings: give exactly one", len(extents), kind)
@@ -125,7 +125,7 @@ func single(kind string, extents []*runtime.IDMapping) (Mapping, error) {
 	}, nil
 }
 
-// Validate fails with InvalidArgument for mappings that no pod may have.
+// Validate fails with InvalidArgument if no pod may have the mappings.
 func (m Mappings) Validate() error {
 	if err := m.UIDs.validate("uid"); err != nil {
 		return err
@@ -152,8 +152,7 @@ func (m Mapping) validate(kind string) error {
 	return nil
 }
 
-// CheckLowest fails with InvalidArgument for mappings to host ids below the
-// lowest that pods may have.
+// CheckLowest fails with InvalidArgument for host ids below lowest, the lowest that pods may have.
 func (m Mappings) CheckLowest(lowest uint32) error {
 	for _, kind := range []string{"uid", "gid"} {
 		if m := m.of(kind); m.HostID < lowest {
@@ -163,7 +162,10 @@ func (m Mappings) CheckLowest(lowest uint32) error {
 	return nil
 }
 
-// last is the last host id, as 64 bits wide, because the sum may not fit into 32.
+// hasHostID reports whether a host id is mapped.
+func (m Mapping) hasHostID(id uint32) bool { return id >= m.HostID && id-m.HostID < m.Length }
+
+// last returns the last host id. It is 64 bits wide, because the sum may not fit into 32.
 func (m Mapping) last() uint64 { return uint64(m.HostID) + uint64(m.Length) - 1 }
 
 func invalid(format string, args ...any) error {

@@ -15,20 +15,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mounts are the host ids that idmapped mounts of this mount namespace map to. The kernel tells which since 6.15; before, an idmapped
-// mount counts as using all ids that pods may have.
+// Mounts returns the host ids that idmapped mounts of this mount namespace map to. Kernels before
+// 6.15 don't report these; there an idmapped mount counts as using all ids that pods may have.
 func Mounts(ctx context.Context) ([]Use, error) {
 	uses, err := listedMounts(ctx)
-	if errors.Is(err, unix.ENOSYS) || errors.Is(err, errUntold) {
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, errNotReported) {
 		return flaggedMounts()
 	}
 	return uses, err
 }
 
-// errUntold says that the kernel doesn't tell the id maps of mounts.
-var errUntold = errors.New("statmount(2) knows no id maps")
+// errNotReported means that the kernel doesn't report the id maps of mounts.
+var errNotReported = errors.New("statmount(2) does not report id maps")
 
-// flaggedMounts are the idmapped mounts of mountinfo, each with all ids.
+// flaggedMounts returns the idmapped mounts in mountinfo, each with all ids.
 func flaggedMounts() (uses []Use, err error) {
 	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		return !slices.Contains(strings.Split(m.Options, ","), "idmapped"), false
@@ -38,12 +38,12 @@ func flaggedMounts() (uses []Use, err error) {
 	}
 	all := []Mapping{{HostID: MinHostID, Length: maxHostID - MinHostID + 1}}
 	for _, m := range mounts {
-		uses = append(uses, Use{UIDs: all, GIDs: all, By: fmt.Sprintf("mount %s, of whose id map this kernel doesn't tell", m.Mountpoint)})
+		uses = append(uses, Use{UIDs: all, GIDs: all, By: fmt.Sprintf("mount %s, whose id map this kernel does not report", m.Mountpoint)})
 	}
 	return uses, nil
 }
 
-// What listmount(2) and statmount(2) take and give, as in linux/mount.h.
+// Constants and structures of listmount(2) and statmount(2), as in linux/mount.h.
 const (
 	lsmtRoot        = ^uint64(0)
 	mountAttrIDMap  = 0x00100000
@@ -53,7 +53,7 @@ const (
 	statMountGIDMap = 0x4000
 )
 
-// mountRequest is struct mnt_id_req of its first version.
+// mountRequest is the first version of struct mnt_id_req.
 type mountRequest struct {
 	size, spare uint32
 	id, param   uint64
@@ -61,10 +61,10 @@ type mountRequest struct {
 
 const mountRequestSize = uint32(unsafe.Sizeof(mountRequest{}))
 
-// listedMounts are the idmapped mounts by listmount(2) and statmount(2).
+// listedMounts returns the idmapped mounts by listmount(2) and statmount(2).
 func listedMounts(ctx context.Context) (uses []Use, err error) {
 	var last uint64
-	ids, reply := make([]uint64, 512), make([]byte, 1<<16) // 340 extents, the most there can be, are 11 KiB
+	ids, reply := make([]uint64, 512), make([]byte, 1<<16) // the maximum of 340 extents takes 11 KiB
 	for {
 		request := mountRequest{size: mountRequestSize, id: lsmtRoot, param: last}
 		n, _, errno := unix.Syscall6(unix.SYS_LISTMOUNT, uintptr(unsafe.Pointer(&request)), uintptr(unsafe.Pointer(&ids[0])), uintptr(len(ids)), 0, 0, 0)
@@ -90,7 +90,7 @@ func listedMounts(ctx context.Context) (uses []Use, err error) {
 	}
 }
 
-// statMount says what one mount maps to, if it is idmapped. A mount that has gone is not.
+// statMount returns the ids that one mount maps to, false if it is not idmapped or is gone.
 func statMount(id uint64, reply []byte) (use Use, idmapped bool, err error) {
 	request := mountRequest{size: mountRequestSize, id: id, param: statMountBasic | statMountPoint | statMountUIDMap | statMountGIDMap}
 	_, _, errno := unix.Syscall6(unix.SYS_STATMOUNT, uintptr(unsafe.Pointer(&request)), uintptr(unsafe.Pointer(&reply[0])), uintptr(len(reply)), 0, 0, 0)
@@ -103,11 +103,11 @@ func statMount(id uint64, reply []byte) (use Use, idmapped bool, err error) {
 	return parseStatMount(reply)
 }
 
-// parseStatMount reads struct statmount, whose strings stand behind its 512 bytes.
+// parseStatMount reads struct statmount. Its strings follow after its 512 bytes.
 func parseStatMount(reply []byte) (use Use, idmapped bool, err error) {
 	const fixed = 512
 	if len(reply) < fixed {
-		return use, false, fmt.Errorf("statmount(2) has answered %d bytes: %w", len(reply), errdefs.ErrInternal)
+		return use, false, fmt.Errorf("statmount(2) returned %d bytes: %w", len(reply), errdefs.ErrInternal)
 	}
 	word := func(offset int) uint32 { return binary.NativeEndian.Uint32(reply[offset:]) }
 	texts := func(offset, n uint32) string {
@@ -124,15 +124,15 @@ func parseStatMount(reply []byte) (use Use, idmapped bool, err error) {
 		return use, false, nil
 	}
 	if mask := binary.NativeEndian.Uint64(reply[8:]); mask&statMountUIDMap == 0 || mask&statMountGIDMap == 0 {
-		return use, false, errUntold
+		return use, false, errNotReported
 	}
 	use.By = "mount " + strings.TrimSpace(texts(word(108), 1))
 	return use, true, use.addMaps(texts(word(156), word(152)), texts(word(164), word(160)))
 }
 
-// MapsAreTold says whether statmount(2) of this kernel tells the id maps of mounts, since Linux 6.15. [Mounts] takes an idmapped mount
-// for one with all ids where it doesn't.
-func MapsAreTold() bool {
+// ReportsMountMaps reports whether statmount(2) of this kernel returns the id maps of mounts, since
+// Linux 6.15. Otherwise [Mounts] assumes all ids for an idmapped mount.
+func ReportsMountMaps() bool {
 	const supportedMask = 0x1000 // STATMOUNT_SUPPORTED_MASK came with the id maps
 	var stat unix.Statx_t
 	if err := unix.Statx(unix.AT_FDCWD, "/", 0, unix.STATX_MNT_ID_UNIQUE, &stat); err != nil {

@@ -6,11 +6,12 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Mode says who chooses the id mappings of pods that ask for none.
+// Mode is how pods that ask for no id mapping get one.
 type Mode string
 
 const (
-	// ModeKubelet: nobody does. They stay in the node's user namespace.
+	// ModeKubelet: podfsm maps only pods that ask for a mapping. Others stay in the node's user
+	// namespace.
 	ModeKubelet Mode = "kubelet"
 	// ModeAuto: each pod gets a private range of a [Pool].
 	ModeAuto Mode = "auto"
@@ -18,28 +19,29 @@ const (
 	ModeNode Mode = "node"
 )
 
-// Unmappable says what becomes of pods that can't have a user namespace of their own.
+// Unmappable is what happens to pods that can't have a user namespace of their own.
 type Unmappable string
 
 const (
-	// UnmappableRefuse: they don't run.
+	// UnmappableRefuse: they are refused.
 	UnmappableRefuse Unmappable = "refuse"
 	// UnmappableHost: they stay in the node's user namespace.
 	UnmappableHost Unmappable = "host"
 )
 
-// Policy is what holds for the pods of one runtime handler.
+// Policy applies to the pods of one runtime handler.
 type Policy struct {
 	Mode       Mode
 	Unmappable Unmappable
-	// NodeWide is the mapping of all pods in mode node, nil in the others.
+	// NodeWide is the mapping of all pods in mode node, nil in other modes.
 	NodeWide *Mappings
 }
 
-// Choose says who chooses a pod's mapping: ModeAuto or ModeNode where podfsm does, ModeKubelet where the request's own answer stands. Of a
-// pod that podfsm leaves on the node's users, because it can't be mapped, kept says why.
+// Choose returns how a pod is mapped: ModeAuto or ModeNode if podfsm chooses, ModeKubelet if the
+// request decides. If podfsm leaves a pod on the node's users because it can't be mapped, kept is
+// the reason.
 //
-// A pod that can't be mapped and may not stay on the node's users is an InvalidArgument error.
+// A pod that can't be mapped and must not stay on the node's users is an InvalidArgument error.
 func (p Policy) Choose(config *runtime.PodSandboxConfig) (mode Mode, kept string, err error) {
 	asked := config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
 	if p.Mode == ModeKubelet || asked != nil && asked.GetMode() == runtime.NamespaceMode_POD {
@@ -58,7 +60,7 @@ func (p Policy) Choose(config *runtime.PodSandboxConfig) (mode Mode, kept string
 	}
 }
 
-// length is how many ids a pod gets.
+// length returns the number of ids per pod.
 func (p Policy) length() uint32 {
 	if p.NodeWide != nil {
 		return p.NodeWide.UIDs.Length

@@ -40,14 +40,14 @@ func TestChoose(t *testing.T) {
 		"id of no user":     {reason: "it runs as user 4294967296, beyond", change: func(s *security, _ *options) { s.RunAsUser = id(1 << 32) }},
 		"sysctl of a pod":   {sysctls: map[string]string{"net.ipv4.ip_forward": "1", "kernel.shm_rmid_forced": "1"}},
 		"groups that may":   {sysctls: map[string]string{"net.ipv4.ping_group_range": "0 65535"}},
-		"nobody may":        {sysctls: map[string]string{"net.ipv4.ping_group_range": "1 0"}},
+		"empty range":       {sysctls: map[string]string{"net.ipv4.ping_group_range": "1 0"}},
 		"no groups":         {sysctls: map[string]string{"net.ipv4.ping_group_range": "all"}},
 		"all groups may":    {sysctls: map[string]string{"net.ipv4.ping_group_range": "0 2147483647"}},
 		"groups beyond":     {reason: `it has the sysctl net.ipv4.ping_group_range = "65536 2147483647", beyond`, sysctls: map[string]string{"net.ipv4.ping_group_range": "65536 2147483647"}},
 		"with slashes":      {reason: `it has the sysctl net/ipv4/ping_group_range = "65536 65536", beyond`, sysctls: map[string]string{"net/ipv4/ping_group_range": "65536 65536"}},
 		"routes of IPv6":    {sysctls: map[string]string{"net.ipv6.route.max_size": "4096"}},
-		"sysctl that hides": {reason: "it has the sysctl net.ipv6.route.gc_thresh, which is", sysctls: map[string]string{"net.ipv6.route.gc_thresh": "1"}},
-		"sysctls that hide": {reason: "it has the sysctl net.core.xfrm_larval_drop, which is the node's users' alone and has the sysctl net.ipv6.route.flush", sysctls: map[string]string{"net.ipv6.route.flush": "1", "net.core.xfrm_larval_drop": "1"}},
+		"sysctl that hides": {reason: "it has the sysctl net.ipv6.route.gc_thresh, reserved", sysctls: map[string]string{"net.ipv6.route.gc_thresh": "1"}},
+		"sysctls that hide": {reason: "it has the sysctl net.core.xfrm_larval_drop, reserved to the node's users and has the sysctl net.ipv6.route.flush", sysctls: map[string]string{"net.ipv6.route.flush": "1", "net.core.xfrm_larval_drop": "1"}},
 		"several at a time": {reason: "it shares the node's pid namespace and runs as user 70000, beyond the 65536 ids of its user namespace, which", change: func(s *security, o *options) { o.Pid, s.RunAsUser = node, id(70000) }},
 	} {
 		config := &runtime.PodSandboxConfig{Linux: &runtime.LinuxPodSandboxConfig{Sysctls: tc.sysctls, SecurityContext: &security{

@@ -8,21 +8,22 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// RangeSize is how many ids mode auto gives to a pod, as many as the kubelet does.
+// RangeSize is the number of ids per pod in mode auto, the same as the kubelet's.
 const RangeSize = 1 << 16
 
-// slot is a range of a pool, and the time of its last use on the pool's own clock; 0 when it was never used.
+// slot is a range of a pool, with the time of its last use on the pool's own clock, 0 if it was
+// never used.
 type slot struct {
 	mappings Mappings
 	lastUsed uint64
-	holder   string // "" for none
+	holder   string // "" if it is not held
 }
 
-// Pool is the ranges that mode auto gives to pods. A range is free, held or in quarantine.
+// Pool holds the ranges that mode auto gives to pods. A range is free, held or in quarantine.
 //
-// Every range that no sandbox holds starts in quarantine, since nobody knows what a daemon before this one did with it.
+// A range that no sandbox holds starts in quarantine, because an earlier daemon may have used it.
 type Pool struct {
-	// Source says where the ranges come from, for people.
+	// Source names where the ranges come from, for messages.
 	Source string
 
 	history    *history
@@ -42,10 +43,12 @@ type Extent struct {
 	First, Size uint64
 }
 
-// OpenPool makes a pool of ranges. The first 64Ki uids go together with the first 64Ki gids, and so on; what is left over on one
-// side is not used. path is a file in which the pool keeps what was used when; without it, or with a damaged one, only that is lost.
+// OpenPool makes a pool of ranges. The first 64Ki uids are paired with the first 64Ki gids, and so
+// on; the rest of the longer side is not used. path is the file for the history of use. If the file
+// is missing or damaged, only the order of use is lost.
 //
-// It fails with InvalidArgument for ids that pods can't have, for ranges that overlap, and for fewer than 64Ki ids.
+// It fails with InvalidArgument for ids that pods can't have, for overlapping ranges, and for fewer
+// than 64Ki ids.
 func OpenPool(source string, ranges Ranges, path string) (*Pool, error) {
 	uids, err := split("uid", ranges.UIDs)
 	if err != nil {
@@ -57,7 +60,7 @@ func OpenPool(source string, ranges Ranges, path string) (*Pool, error) {
 	}
 	size := min(len(uids), len(gids))
 	if size == 0 {
-		return nil, invalid("%s: there are no %d uids and gids in one piece each, the fewest that a pool can be made of", source, RangeSize)
+		return nil, invalid("%s: no range of %d contiguous uids and gids; the pool needs at least one", source, RangeSize)
 	}
 	p := &Pool{Source: source, slots: map[Mappings]*slot{}, quarantine: map[Mappings]*slot{}, held: map[string]*slot{}}
 	for i := range size {
@@ -74,10 +77,10 @@ func split(kind string, extents []Extent) (ranges []Mapping, err error) {
 	sorted := slices.SortedFunc(slices.Values(extents), func(a, b Extent) int { return cmp.Compare(a.First, b.First) })
 	for i, e := range sorted {
 		if e.Size == 0 || e.First < MinHostID || e.First > maxHostID || e.Size > maxHostID-e.First+1 {
-			return nil, invalid("the pool's %d %ss from %d up are not all within %d to %d", e.Size, kind, e.First, MinHostID, uint32(maxHostID))
+			return nil, invalid("the pool's %d %ss from %d are not all within %d to %d", e.Size, kind, e.First, MinHostID, uint32(maxHostID))
 		}
 		if i > 0 && sorted[i-1].First+sorted[i-1].Size > e.First {
-			return nil, invalid("the pool's %ss from %d up and from %d up overlap", kind, sorted[i-1].First, e.First)
+			return nil, invalid("the pool's ranges of %ss from %d and from %d overlap", kind, sorted[i-1].First, e.First)
 		}
 	}
 	for _, e := range extents {
@@ -88,7 +91,7 @@ func split(kind string, extents []Extent) (ranges []Mapping, err error) {
 	return ranges, nil
 }
 
-// Overlaps says whether any of the pool's ids are m's, too.
+// Overlaps reports whether the pool and m have any id in common.
 func (p *Pool) Overlaps(m Mappings) bool {
 	for own := range p.slots {
 		if own.Overlap(m) {
@@ -98,7 +101,7 @@ func (p *Pool) Overlaps(m Mappings) bool {
 	return false
 }
 
-// restore marks a range as held, where it is one of the pool's.
+// restore marks a range as held, if it is one of the pool's.
 func (p *Pool) restore(id string, m Mappings) {
 	if s, ok := p.slots[m]; ok && s.holder == "" {
 		delete(p.quarantine, m)
@@ -106,7 +109,7 @@ func (p *Pool) restore(id string, m Mappings) {
 	}
 }
 
-// next is the least recently used free range that nobody outside the pool has ids of.
+// next returns the least recently used free range that no holder outside the pool overlaps.
 func (p *Pool) next(taken func(Mappings) bool) *slot {
 	for _, s := range p.free {
 		if !taken(s.mappings) {
@@ -132,8 +135,9 @@ func (p *Pool) release(id string) error {
 	return p.history.used(s)
 }
 
-// distrust puts the free ranges that a holder outside the pool had ids of into quarantine.
-func (p *Pool) distrust(m Mappings) {
+// quarantineFreed puts the free ranges that a released holder outside the pool overlapped into
+// quarantine.
+func (p *Pool) quarantineFreed(m Mappings) {
 	p.free = slices.DeleteFunc(p.free, func(s *slot) bool {
 		had := s.mappings.Overlap(m)
 		if had {
@@ -154,7 +158,7 @@ func (p *Pool) clear(m Mappings) {
 	p.free = slices.Insert(p.free, at, s)
 }
 
-// quarantined are the ranges in quarantine, the least recently used first.
+// quarantined returns the ranges in quarantine, the least recently used first.
 func (p *Pool) quarantined() (all []Mappings) {
 	slots := make([]*slot, 0, len(p.quarantine))
 	for _, s := range p.quarantine {
@@ -171,12 +175,12 @@ func byUse(a, b *slot) int {
 	return cmp.Or(cmp.Compare(a.lastUsed, b.lastUsed), cmp.Compare(a.mappings.UIDs.HostID, b.mappings.UIDs.HostID))
 }
 
-// exhausted says in numbers why there is no range.
+// exhausted returns an error with the numbers of ranges by state, and the error of the search.
 func (p *Pool) exhausted(why error) error {
 	err := fmt.Errorf("the pool of id ranges (%s) has none left: of %d ranges, %d are held, %d are in quarantine and %d belong to pods outside the pool",
 		p.Source, len(p.slots), len(p.held), len(p.quarantine), len(p.free))
 	if why != nil {
-		err = fmt.Errorf("%w; the host can't be searched for what uses them: %w", err, why)
+		err = fmt.Errorf("%w; failed to search the host for unused ranges: %w", err, why)
 	}
 	return fmt.Errorf("%w; remove pods or make the pool larger: %w", err, errdefs.ErrResourceExhausted)
 }

@@ -12,15 +12,16 @@ import (
 	"github.com/podfsm/podfsm/host"
 )
 
-// Process is a process and the host ids that it uses.
+// Process is a process, and the host ids that it uses.
 type Process struct {
 	Pid int
 	Use
 }
 
-// Processes are the host's processes that use ids which pods may have, from [MinHostID] up: those that their user namespaces map, where these
-// aren't ours, and the user and the group that they run as. Supplementary groups don't count: a process may have 65536 of them, each in
-// another range, and with none it is a process of a pod that was given the range.
+// Processes returns the host's processes that use ids which pods may have, from [MinHostID] up: the
+// ids that their user namespace maps, if it isn't containerd's, and the user and group that they
+// run as. Supplementary groups don't count. A process may have 65536 of these, in as many ranges,
+// and none makes it a process of a pod with that range.
 //
 // Errors: those of [host.Read], naming the process.
 func Processes(ctx context.Context) ([]Process, error) {
@@ -36,7 +37,7 @@ func Processes(ctx context.Context) ([]Process, error) {
 	for _, pid := range pids {
 		p, err := process(ctx, pid, string(own))
 		if errdefs.IsNotFound(err) {
-			continue // it has ended meanwhile
+			continue // the process has ended
 		}
 		if err != nil {
 			return nil, fmt.Errorf("failed to look at process %d: %w", pid, err)
@@ -48,7 +49,8 @@ func Processes(ctx context.Context) ([]Process, error) {
 	return all, nil
 }
 
-// process is what one process uses. own is the id map that means no user namespace of its own.
+// process returns the ids that one process uses. own is the id map of processes without a user
+// namespace of their own.
 func process(ctx context.Context, pid int, own string) (p Process, err error) {
 	status, err := host.Read(ctx, pid, "status")
 	if err != nil {
@@ -70,8 +72,9 @@ func process(ctx context.Context, pid int, own string) (p Process, err error) {
 	return p, p.addMaps(string(uids), string(gids))
 }
 
-// ended tells by its /proc/PID/status that a process has ended, with all its threads, and only waits for its parent: the first thread of a
-// pod's process may end long before the others, and is a zombie until they have.
+// ended reports whether a process has ended with all its threads, and only waits for its parent.
+// The first thread of a process may end long before the others, and is a zombie until they have
+// ended.
 func ended(status string) bool {
 	var zombie, alone bool
 	for line := range strings.Lines(status) {
@@ -86,7 +89,7 @@ func ended(status string) bool {
 	return zombie && alone
 }
 
-// runsAs are the ids of a /proc/PID/status, by the process's name.
+// runsAs returns the ids in /proc/PID/status, with the name of the process.
 func runsAs(status string) (use Use) {
 	for line := range strings.Lines(status) {
 		key, values, _ := strings.Cut(line, ":")
@@ -117,7 +120,7 @@ func (u *Use) addMaps(uids, gids string) error {
 	return nil
 }
 
-// singles are the ids of a line of /proc/PID/status.
+// singles returns the ids in a line of /proc/PID/status.
 func singles(values string) (ids []Mapping) {
 	for _, field := range strings.Fields(values) {
 		if id, err := strconv.ParseUint(field, 10, 32); err == nil && id >= MinHostID {
@@ -127,12 +130,12 @@ func singles(values string) (ids []Mapping) {
 	return ids
 }
 
-// Within returns what of the use is of a pod that was given the extents, and of nobody else's.
+// Within returns the part of the use that is in the given extents.
 func (u Use) Within(uids, gids []Mapping) Use {
 	return Use{UIDs: within(u.UIDs, uids), GIDs: within(u.GIDs, gids), By: u.By}
 }
 
-// within are the parts of the used extents that are in given ones.
+// within returns the parts of the used extents that are in the given ones.
 func within(used, given []Mapping) (parts []Mapping) {
 	for _, u := range used {
 		for _, g := range given {

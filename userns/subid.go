@@ -14,12 +14,13 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// SubIDs are the ranges that subuid(5) and subgid(5) files give to a user, who needs no account. It fails with FailedPrecondition
-// when there are none, and with InvalidArgument for an entry of the user that can't be read.
+// SubIDs returns the ranges that subuid(5) and subgid(5) files give to a user. The user needs no
+// account. It fails with FailedPrecondition if there are none, and with InvalidArgument if an entry
+// of the user is invalid.
 func SubIDs(name, subuid, subgid string) (Ranges, error) {
 	names := []string{name}
 	if account, err := user.Lookup(name); err == nil {
-		names = append(names, account.Uid) // entries may have either
+		names = append(names, account.Uid) // entries have the name or the uid
 	}
 	uids, err := subIDFile(subuid, names)
 	if err != nil {
@@ -32,7 +33,7 @@ func SubIDs(name, subuid, subgid string) (Ranges, error) {
 func subIDFile(path string, names []string) ([]Extent, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("there is no %s, so user %q has no ids in it: %w", path, names[0], errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("%s does not exist, so user %q has no ids: %w", path, names[0], errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("failed to open %s: %w", path, err)
@@ -48,8 +49,9 @@ func subIDFile(path string, names []string) ([]Extent, error) {
 	return extents, nil
 }
 
-// parseSubIDs reads lines "name:first:count". Those of others are no concern of ours, however they look; one of ours that can't be
-// read is an error, because a number taken for another gives ids to pods that are somebody else's.
+// parseSubIDs reads lines "name:first:count". It skips lines of other users, valid or not. An
+// invalid line of this user is an error, because a misread number would give the ids of others to
+// pods.
 func parseSubIDs(r io.Reader, names []string) (extents []Extent, err error) {
 	lines := bufio.NewScanner(r)
 	for number := 1; lines.Scan(); number++ {
@@ -71,7 +73,7 @@ func parseSubIDs(r io.Reader, names []string) (extents []Extent, err error) {
 func parseExtent(text string) (Extent, error) {
 	first, count, ok := strings.Cut(text, ":")
 	if !ok {
-		return Extent{}, errors.New("it is not of the form name:first:count")
+		return Extent{}, errors.New("not of the form name:first:count")
 	}
 	e := Extent{}
 	for _, number := range []struct {
@@ -80,7 +82,7 @@ func parseExtent(text string) (Extent, error) {
 	}{{first, &e.First}, {count, &e.Size}} {
 		var err error
 		if *number.into, err = strconv.ParseUint(number.text, 10, 32); err != nil {
-			return Extent{}, fmt.Errorf("%q is no number of ids", number.text)
+			return Extent{}, fmt.Errorf("invalid number of ids %q", number.text)
 		}
 	}
 	return e, nil

@@ -2,9 +2,6 @@ package userns
 
 import (
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,7 +9,8 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// unmappable are the reasons why a sandbox can't have a user namespace of length ids, as the rest of "the pod …".
+// unmappable returns the reasons why a sandbox can't have a user namespace of length ids, as the
+// rest of "the pod …".
 func unmappable(config *runtime.PodSandboxConfig, length uint32) (reasons []string) {
 	security := config.GetLinux().GetSecurityContext()
 	if security.GetPrivileged() {
@@ -35,15 +33,15 @@ func unmappable(config *runtime.PodSandboxConfig, length uint32) (reasons []stri
 	return append(reasons, unmappableSysctls(config.GetLinux().GetSysctls(), length, false)...)
 }
 
-// securityContext is that of a sandbox or of a container.
+// securityContext is the common part of the security contexts of sandboxes and containers.
 type securityContext interface {
 	GetRunAsUser() *runtime.Int64Value
 	GetRunAsGroup() *runtime.Int64Value
 	GetSupplementalGroups() []int64
 }
 
-// outside are the ids of a security context that a user namespace of length ids doesn't map, as reasons. A negative id is none, and
-// refused in any case.
+// outside returns the reasons why a security context does not fit into a user namespace of length
+// ids. Negative ids are skipped, because they are always refused.
 func outside(security securityContext, length uint32) (reasons []string) {
 	beyond := func(what string, id int64) {
 		if id >= int64(length) {
@@ -52,13 +50,14 @@ func outside(security securityContext, length uint32) (reasons []string) {
 	}
 	beyond("runs as user", security.GetRunAsUser().GetValue())
 	beyond("runs as group", security.GetRunAsGroup().GetValue())
-	for _, group := range security.GetSupplementalGroups() { // the pod's fsGroup is among them
+	for _, group := range security.GetSupplementalGroups() { // includes the pod's fsGroup
 		beyond("has the group", group)
 	}
 	return reasons
 }
 
-// hiddenSysctl says whether the kernel doesn't show a sysctl in a network namespace which belongs to a user namespace.
+// hiddenSysctl reports whether the kernel hides a sysctl in network namespaces that belong to a
+// user namespace.
 func hiddenSysctl(file string) bool {
 	if file == "net/ipv6/route/max_size" { // shown since Linux 5.15
 		return false
@@ -66,26 +65,28 @@ func hiddenSysctl(file string) bool {
 	return strings.HasPrefix(file, "net/core/xfrm_") || strings.HasPrefix(file, "net/ipv6/route/")
 }
 
-// unmappableSysctls are the sysctls that can't be set in a user namespace of length ids, as reasons. A pod that has not asked to be mapped
-// means all groups that it has by a range of groups that goes on beyond them, such as "0 2147483647": it gets the range up to its last one.
+// unmappableSysctls returns the reasons why sysctls can't be set in a user namespace of length ids.
+// In a pod that has not asked for a mapping, a range of groups that exceeds the mapping, such as "0
+// 2147483647", means all groups of the pod; it is cut at the last mapped one.
 func unmappableSysctls(sysctls map[string]string, length uint32, asked bool) (reasons []string) {
 	for name, value := range sysctls {
 		file := strings.ReplaceAll(name, ".", "/")
 		var first, last uint64
-		n, _ := fmt.Sscan(value, &first, &last) // what is no range is refused when it is set
+		n, _ := fmt.Sscan(value, &first, &last) // an invalid range is refused when it is set
 		beyond := first >= uint64(length) || asked && last >= uint64(length)
 		switch {
 		case file == "net/ipv4/ping_group_range" && n == 2 && beyond:
 			reasons = append(reasons, fmt.Sprintf("has the sysctl %s = %q, beyond the %d ids of its user namespace", name, value, length))
 		case hiddenSysctl(file):
-			reasons = append(reasons, fmt.Sprintf("has the sysctl %s, which is the node's users' alone", name))
+			reasons = append(reasons, fmt.Sprintf("has the sysctl %s, reserved to the node's users", name))
 		}
 	}
 	slices.Sort(reasons)
 	return reasons
 }
 
-// CheckPod refuses a sandbox whose ids aren't in the user namespace that it asks for: InvalidArgument.
+// CheckPod returns InvalidArgument for a sandbox with ids outside of the user namespace that it
+// asks for.
 func CheckPod(config *runtime.PodSandboxConfig, m Mappings) error {
 	length := m.UIDs.Length
 	reasons := append(outside(config.GetLinux().GetSecurityContext(), length), unmappableSysctls(config.GetLinux().GetSysctls(), length, true)...)
@@ -95,34 +96,36 @@ func CheckPod(config *runtime.PodSandboxConfig, m Mappings) error {
 	return invalid("it %s; "+askedRemedy, strings.Join(reasons, " and "), length)
 }
 
-// askedRemedy is what to do about ids in a pod that has asked for a user namespace.
+// askedRemedy is the remedy for unmapped ids in a pod that has asked for a user namespace.
 const askedRemedy = "run the pod with hostUsers: true, or choose ids below %d"
 
-// nodeCapabilities are those which the kernel asks of the node's own users only, wherever it asks for them: a container in a user
-// namespace has them for nothing. One that is given ALL has all that there are in its user namespace. MKNOD, which every container has
-// unless it drops it, is not among them, nor is MAC_ADMIN, which AppArmor takes in a policy namespace.
+// nodeCapabilities are the capabilities that the kernel always checks against the node's user
+// namespace, so they have no effect in a container with its own. A container with ALL gets all
+// capabilities of its user namespace and is allowed. MKNOD is not listed, because each container
+// has it unless it drops it, nor is MAC_ADMIN, which AppArmor accepts in a policy namespace.
 var nodeCapabilities = []string{
 	"AUDIT_CONTROL", "AUDIT_READ", "BLOCK_SUSPEND", "BPF", "LINUX_IMMUTABLE", "MAC_OVERRIDE", "PERFMON", "SYSLOG",
 	"SYS_MODULE", "SYS_PACCT", "SYS_RAWIO", "SYS_TIME", "SYS_TTY_CONFIG", "WAKE_ALARM",
 }
 
-// Container is one that is about to be made in a pod with a user namespace.
+// Container is a container that is about to be made in a pod with a user namespace.
 type Container struct {
 	Config *runtime.ContainerConfig
 	// ImageUser is the user of the image that the container runs as, "user" or "user:group"; "" for none.
 	ImageUser string
-	// Length is how many ids the pod has, and Chosen says that podfsm has mapped it, though it has asked for no user namespace.
-	Length uint32
+	// Mapped are the ids of the pod. Chosen is set if podfsm mapped the pod without its request.
+	Mapped Mappings
 	Chosen bool
 }
 
-// Check refuses a container that can't be in the pod's user namespace. All errors are InvalidArgument.
+// Check refuses a container that can't run in the pod's user namespace. All errors are
+// InvalidArgument.
 //
-// A container of a pod that has asked for a user namespace is only refused what can't be: ids that are not in it.
+// If the pod has asked for a user namespace, only ids outside of it are refused.
 func (c Container) Check() error {
 	security := c.Config.GetLinux().GetSecurityContext()
-	reasons := append(outside(security, c.Length), c.imageOutside()...)
-	remedy := fmt.Sprintf(askedRemedy, c.Length)
+	reasons := append(outside(security, c.length()), c.imageOutside()...)
+	remedy := fmt.Sprintf(askedRemedy, c.length())
 	if c.Chosen {
 		if err := c.checkAsked(); err != nil {
 			return err
@@ -136,19 +139,22 @@ func (c Container) Check() error {
 	return invalid("it %s; %s", strings.Join(reasons, " and "), remedy)
 }
 
-// imageOutside are the ids of the image that the user namespace doesn't map, as reasons. Names are not looked up: that takes the root
-// filesystem, which is yet to be made.
+// length returns the number of ids of the pod.
+func (c Container) length() uint32 { return c.Mapped.UIDs.Length }
+
+// imageOutside returns the reasons why the image's numeric user or group is not mapped. Names are
+// not resolved, because that needs the root filesystem, which does not exist yet.
 func (c Container) imageOutside() (reasons []string) {
 	user, group, _ := strings.Cut(c.ImageUser, ":")
 	for _, of := range []struct{ kind, id string }{{"user", user}, {"group", group}} {
-		if id, err := strconv.ParseUint(of.id, 10, 64); err == nil && id >= uint64(c.Length) {
-			reasons = append(reasons, fmt.Sprintf("runs as %s %d, which its image names, beyond the %d ids of its user namespace", of.kind, id, c.Length))
+		if id, err := strconv.ParseUint(of.id, 10, 64); err == nil && id >= uint64(c.length()) {
+			reasons = append(reasons, fmt.Sprintf("runs as %s %d, which its image names, beyond the %d ids of its user namespace", of.kind, id, c.length()))
 		}
 	}
 	return reasons
 }
 
-// checkAsked refuses mappings in a pod that has asked for none.
+// checkAsked refuses id mappings in the container if its pod has asked for none.
 func (c Container) checkAsked() error {
 	asked := c.Config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
 	if asked != nil && asked.GetMode() == runtime.NamespaceMode_POD {
@@ -162,15 +168,15 @@ func (c Container) checkAsked() error {
 	return nil
 }
 
-// beyondNamespace are the reasons why a container needs the node's users.
+// beyondNamespace returns the reasons why a container needs the node's users.
 func (c Container) beyondNamespace() (reasons []string) {
 	security := c.Config.GetLinux().GetSecurityContext()
 	if security.GetPrivileged() {
 		reasons = append(reasons, "is privileged")
 	}
-	capabilities := security.GetCapabilities() // the ambient ones containerd takes away
+	capabilities := security.GetCapabilities() // containerd drops ambient capabilities
 	for _, capability := range capabilities.GetAddCapabilities() {
-		same := func(dropped string) bool { return strings.EqualFold(dropped, capability) } // containerd drops last, but ALL first
+		same := func(dropped string) bool { return strings.EqualFold(dropped, capability) } // containerd applies ALL first and drops last
 		if slices.Contains(nodeCapabilities, strings.ToUpper(capability)) && !slices.ContainsFunc(capabilities.GetDropCapabilities(), same) {
 			reasons = append(reasons, "has the capability "+capability+", which only the node's users can use")
 		}
@@ -181,60 +187,9 @@ func (c Container) beyondNamespace() (reasons []string) {
 		}
 	}
 	for _, d := range c.Config.GetDevices() {
-		if path := closedDevice(d); path != "" {
-			reasons = append(reasons, fmt.Sprintf("has the device %q, which only the node's users may open", path))
+		if reason := c.Mapped.unusableDevice(d); reason != "" {
+			reasons = append(reasons, reason)
 		}
 	}
 	return reasons
-}
-
-// mostEntries of a directory of devices are looked at.
-const mostEntries = 10000
-
-// notDevices are the directories below one of devices that containerd passes over.
-var notDevices = []string{"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"}
-
-// closedDevice is a device of the node that its mode keeps from all but its owner and its group, who are the node's: in a user namespace
-// a device can't get another owner. Of a directory it is the first device, unless another one there is open to all. It is "" where there
-// is none.
-func closedDevice(d *runtime.Device) (closed string) {
-	var needed fs.FileMode
-	if strings.Contains(d.GetPermissions(), "r") {
-		needed |= 0o4
-	}
-	if strings.Contains(d.GetPermissions(), "w") {
-		needed |= 0o2
-	}
-	root, err := filepath.EvalSymlinks(d.GetHostPath())
-	if err != nil {
-		return "" // containerd's service says so
-	}
-	open, left := false, mostEntries
-	_ = filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
-		if left--; left < 0 {
-			return fs.SkipAll
-		}
-		switch {
-		case err != nil:
-			return nil
-		case path != root && entry.IsDir() && slices.Contains(notDevices, entry.Name()):
-			return fs.SkipDir
-		case entry.Type()&os.ModeDevice == 0 || path != root && entry.Name() == "console":
-			return nil
-		}
-		info, err := entry.Info()
-		switch {
-		case err != nil: // it has just gone
-		case info.Mode().Perm()&needed == needed:
-			open = true
-			return fs.SkipAll
-		case closed == "":
-			closed = path
-		}
-		return nil
-	})
-	if open {
-		return ""
-	}
-	return closed
 }

@@ -1,6 +1,9 @@
 package userns
 
 import (
+	"encoding/binary"
+	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,6 +36,21 @@ func TestContainerCheck(t *testing.T) {
 	passed := filepath.Dir(device("passed/console", 0o600))
 	link := filepath.Join(dir, "link")
 	require.NoError(t, os.Symlink(closed, link))
+	owned, grouped, nodes := device("owned", 0o640), device("grouped", 0o060), device("nodes", 0o660)
+	require.NoError(t, os.Chown(owned, 131072+65535, 5))
+	require.NoError(t, os.Chown(grouped, 131072+65536, 131072))
+	require.NoError(t, os.Chown(nodes, 131071, 131072+65536))
+	listed := device("listed", 0o600)
+	acl := []byte{2, 0, 0, 0} // its version, then entries of a tag, permissions and an id
+	for _, entry := range []struct {
+		tag, permissions uint16
+		id               uint32
+	}{{0x01, 6, math.MaxUint32}, {0x02, 6, 131072}, {0x04, 0, math.MaxUint32}, {0x10, 6, math.MaxUint32}, {0x20, 0, math.MaxUint32}} {
+		acl = binary.LittleEndian.AppendUint16(acl, entry.tag)
+		acl = binary.LittleEndian.AppendUint16(acl, entry.permissions)
+		acl = binary.LittleEndian.AppendUint32(acl, entry.id)
+	}
+	require.NoError(t, unix.Setxattr(listed, "system.posix_acl_access", acl, 0))
 	type security = runtime.LinuxContainerSecurityContext
 	id := func(n int64) *runtime.Int64Value { return &runtime.Int64Value{Value: n} }
 	capabilities := func(added []string, dropped ...string) func(*runtime.ContainerConfig, *security) {
@@ -43,7 +61,12 @@ func TestContainerCheck(t *testing.T) {
 	add := func(names ...string) func(*runtime.ContainerConfig, *security) { return capabilities(names) }
 	with := func(path, permissions string) func(*runtime.ContainerConfig, *security) {
 		return func(c *runtime.ContainerConfig, _ *security) {
-			c.Devices = []*runtime.Device{{HostPath: path, ContainerPath: "/dev/it", Permissions: permissions}}
+			c.Devices = []*runtime.Device{{HostPath: path, ContainerPath: path, Permissions: permissions}}
+		}
+	}
+	as := func(path, inside string) func(*runtime.ContainerConfig, *security) {
+		return func(c *runtime.ContainerConfig, _ *security) {
+			c.Devices = []*runtime.Device{{HostPath: path, ContainerPath: inside, Permissions: "rw"}}
 		}
 	}
 	mount := func(m *runtime.Mount) func(*runtime.ContainerConfig, *security) {
@@ -82,7 +105,7 @@ func TestContainerCheck(t *testing.T) {
 		"node's users": {change: func(_ *runtime.ContainerConfig, s *security) {
 			s.NamespaceOptions = &runtime.NamespaceOption{UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}}
 		}},
-		"closed device":                 {saysOwn: `it has the device "` + closed + `", which only the node's users may open`, change: with(closed, "rwm")},
+		"closed device":                 {saysOwn: `it has the device "` + closed + `", which no id of its user namespace may open`, change: with(closed, "rwm")},
 		"link to it":                    {saysOwn: `it has the device "` + closed + `"`, change: with(link, "r")},
 		"directory of devices":          {saysOwn: `it has the device "` + one + `"`, change: with(filepath.Dir(one), "r")},
 		"directory with an open one":    {change: with(some, "rw")},
@@ -90,6 +113,15 @@ func TestContainerCheck(t *testing.T) {
 		"device that all may read":      {change: with(readable, "rm")},
 		"device that few may write":     {saysOwn: `it has the device "` + readable + `"`, change: with(readable, "rw")},
 		"device that all may use":       {change: with("/dev/null", "rwm")},
+		"device elsewhere":              {saysOwn: `it has the device "/dev/null" as "/dev/nowhere", and in a user namespace a device keeps its path; `, change: as("/dev/null", "/dev/nowhere")},
+		"device for another":            {saysOwn: `it has the device "/dev/null" as "/dev/zero", and`, change: as("/dev/null", "/dev/zero")},
+		"directory elsewhere":           {saysOwn: `" as "/dev/nowhere/`, change: as(some, "/dev/nowhere")},
+		"device by another file":        {change: as(closed, "/dev/null")},
+		"device without a path":         {change: as("/dev/null", "")},
+		"device of one of its users":    {change: with(owned, "rwm")},
+		"device of one of its groups":   {change: with(grouped, "rw")},
+		"device of no mapped id":        {saysOwn: `it has the device "` + nodes + `"`, change: with(nodes, "r")},
+		"device with an access list":    {change: with(listed, "rw")},
 		"device that isn't there":       {change: with("/dev/nowhere", "rwm")},
 		"ids and more":                  {saysOwn: "it is privileged and runs as user 70000", says: "runs as user 70000", change: func(_ *runtime.ContainerConfig, s *security) { s.Privileged, s.RunAsUser = true, id(70000) }},
 	} {
@@ -106,7 +138,7 @@ func TestContainerCheck(t *testing.T) {
 						says = tc.saysOwn
 					}
 				}
-				err := Container{Config: config, ImageUser: tc.imageUser, Length: 65536, Chosen: chosen}.Check()
+				err := Container{Config: config, ImageUser: tc.imageUser, Mapped: ids(131072, 65536), Chosen: chosen}.Check()
 				if says == "" {
 					require.NoError(t, err)
 					return
@@ -119,7 +151,7 @@ func TestContainerCheck(t *testing.T) {
 			})
 		}
 	}
-	require.NoError(t, Container{Length: 65536, Chosen: true}.Check())
+	require.NoError(t, Container{Mapped: ids(131072, 65536), Chosen: true}.Check())
 }
 
 // What the kernel hides from a user namespace is what hiddenSysctl says.
@@ -152,4 +184,21 @@ func TestCheckPod(t *testing.T) {
 	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 	require.ErrorContains(t, err, `it has the group 1000, beyond the 1000 ids of its user namespace and has the sysctl net.ipv4.ping_group_range = "0 1000", beyond the 1000 ids of its user namespace; `+
 		"run the pod with hostUsers: true, or choose ids below 1000")
+}
+
+// A directory with more entries than anybody looks at is not judged by the first of them.
+func TestManyDevices(t *testing.T) {
+	for _, tc := range []struct {
+		entries int
+		closed  bool
+	}{{maxEntries, true}, {maxEntries + 1, false}} {
+		dir := t.TempDir()
+		closed := filepath.Join(dir, "0")
+		require.NoError(t, unix.Mknod(closed, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))))
+		for n := range tc.entries - 1 {
+			require.NoError(t, os.Symlink("/dev/null", filepath.Join(dir, fmt.Sprint("link", n)))) // which containerd passes over
+		}
+		reason := ids(131072, 65536).unusableDevice(&runtime.Device{HostPath: dir, Permissions: "rw"})
+		require.Equal(t, tc.closed, strings.Contains(reason, closed), "%d entries: %q", tc.entries, reason)
+	}
 }

@@ -13,64 +13,63 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CheckVolume says whether the files at an absolute path can be mounted under other ids (mount_setattr(2), "ID-mapped mounts"), by
-// doing so with the user namespace of process pid, which must not be this process's own, on a mount that is attached nowhere. Of a path
-// that isn't there yet, the directory in which it would be made is looked at. Symbolic links are followed, as the container runtime does,
-// and an automount point is triggered: what is mounted there then is looked at.
+// CheckVolume fails if the files at an absolute path can't be mounted under other ids
+// (mount_setattr(2), "ID-mapped mounts"). It maps a detached copy of the mount to the user
+// namespace of process pid, which must not be this process's own. If path does not exist, it checks
+// the closest directory above. It follows symlinks as the container runtime does, and triggers
+// automounts.
 //
-// A mount that the kernel doesn't map is an [UnmappableError]. So is, where below is asked for, one below path: the runtime binds it
-// without mapping its ids.
-func CheckVolume(path string, pid int, below bool) error {
+// A mount that the kernel can't map is an [UnmappableError].
+func CheckVolume(path string, pid int) error {
 	users, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
 	if err != nil {
 		return fmt.Errorf("failed to find the pod's user namespace: %w", err)
 	}
 	defer users.Close()
-	source, exists, err := openExisting(path)
+	source, _, err := openExisting(path)
 	if err != nil {
-		return fmt.Errorf("failed to look at it: %w", err)
+		return fmt.Errorf("failed to open it: %w", err)
 	}
 	defer source.Close()
 
 	tree, err := unix.OpenTree(int(source.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
 	if err != nil {
-		return fmt.Errorf("failed to take a copy of its mount: %w", err)
+		return fmt.Errorf("failed to copy its mount: %w", err)
 	}
 	defer unix.Close(tree)
 	if err := mapIDs(tree, users); err != nil {
 		return &UnmappableError{Filesystem: filesystem(source), Err: err}
 	}
-	if !below || !exists { // what is to be made has nothing below it
-		return nil
-	}
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(source.Fd()), &stat); err != nil {
-		return fmt.Errorf("failed to look at it: %w", err)
-	}
-	if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil
-	}
-	return checkBelow(source)
+	return nil
 }
 
-// Reach opens a path, as [CheckVolume] does: where its filesystem doesn't answer, it doesn't return.
+// Reach opens a path as [CheckVolume] does. It blocks as long as the path's filesystem does not
+// respond.
 func Reach(path string) error {
 	f, _, err := openExisting(path)
 	if err != nil {
-		return fmt.Errorf("failed to look at it: %w", err)
+		return fmt.Errorf("failed to open it: %w", err)
 	}
 	return f.Close()
 }
 
-// checkBelow fails with an [UnmappableError] if there is a mount below source.
-func checkBelow(source *os.File) error {
-	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", source.Fd()))
-	if err != nil {
-		return fmt.Errorf("failed to find its path: %w", err)
+// CheckBelow fails with an [UnmappableError] if a filesystem is mounted below one of the paths: the
+// runtime bind-mounts it with the volume, without mapping its ids. It follows paths as
+// [CheckVolume] does. All paths share one list of the node's mounts, because a node has several
+// mounts per pod.
+func CheckBelow(paths []string) error {
+	var volumes []volume
+	for _, path := range paths {
+		v, exists, err := openVolume(path)
+		if err != nil {
+			return fmt.Errorf("failed to open %q: %w", path, err)
+		}
+		if exists { // a missing path has no mounts below it
+			volumes = append(volumes, v)
+		}
 	}
-	id, err := mountID(source)
-	if err != nil {
-		return err
+	if len(volumes) == 0 {
+		return nil
 	}
 	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
@@ -80,18 +79,42 @@ func checkBelow(source *os.File) error {
 	for _, m := range mounts {
 		parents[m.ID] = m.Parent
 	}
-	for _, m := range mounts {
-		// One that isn't on source's own mount, or on one on that, is covered by it.
-		if strings.HasPrefix(m.Mountpoint, strings.TrimSuffix(path, "/")+"/") && descends(m.ID, id, parents) {
-			return &UnmappableError{Filesystem: m.FSType, Below: m.Mountpoint}
+	for _, v := range volumes {
+		for _, m := range mounts {
+			// A mount that is not on the volume's own mount, directly or not, is covered by it.
+			if strings.HasPrefix(m.Mountpoint, v.prefix) && descends(m.ID, v.mount, parents) {
+				return &UnmappableError{Volume: v.path, Filesystem: m.FSType, Below: m.Mountpoint}
+			}
 		}
 	}
 	return nil
 }
 
-// descends says whether a mount is on another one, or on one that is.
+// volume is a directory or file of the node.
+type volume struct {
+	path   string
+	prefix string // of the paths below it, without symbolic links
+	mount  int    // the id of its mount
+}
+
+// openVolume examines path, which need not exist.
+func openVolume(path string) (v volume, exists bool, err error) {
+	f, exists, err := openExisting(path)
+	if err != nil {
+		return v, false, err
+	}
+	defer f.Close()
+	real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return v, false, err
+	}
+	id, err := mountID(f)
+	return volume{path: path, prefix: strings.TrimSuffix(real, "/") + "/", mount: id}, exists, err
+}
+
+// descends reports whether a mount is on another one, directly or not.
 func descends(id, ancestor int, parents map[int]int) bool {
-	for range parents { // no chain is longer
+	for range parents { // the maximum length of a chain
 		parent, ok := parents[id]
 		if !ok || parent == ancestor {
 			return ok && id != ancestor
@@ -101,8 +124,8 @@ func descends(id, ancestor int, parents map[int]int) bool {
 	return false
 }
 
-// CheckTmpfs says whether this kernel mounts tmpfs under other ids, which Linux does since 6.3, by doing so on a mount that is attached
-// nowhere. A kernel that can't is an [UnmappableError].
+// CheckTmpfs fails with an [UnmappableError] if this kernel can't mount tmpfs under other ids,
+// which Linux can since 6.3. It tries on a detached mount.
 func CheckTmpfs() error {
 	users, err := Try()
 	if err != nil {
@@ -120,13 +143,13 @@ func CheckTmpfs() error {
 	return nil
 }
 
-// Try makes a user namespace, whose root is the user and the group [TryHostID], and returns its descriptor.
+// Try makes a user namespace that maps root to [TryHostID], and returns its descriptor.
 func Try() (*os.File, error) {
 	onlyRoot := fmt.Sprintf("0:%d:1", TryHostID)
 	return mount.GetUsernsFD(onlyRoot, onlyRoot)
 }
 
-// newTmpfs is a mount that is attached nowhere.
+// newTmpfs returns a detached tmpfs mount.
 func newTmpfs() (tree int, err error) {
 	context, err := unix.Fsopen(Tmpfs, unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -143,17 +166,19 @@ func mapIDs(tree int, users *os.File) error {
 	return unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(users.Fd())})
 }
 
-// Tmpfs is a filesystem type (tmpfs(5)).
+// Tmpfs is the filesystem type of tmpfs(5).
 const Tmpfs = "tmpfs"
 
-// UnmappableError says that a mount can't have other ids. It is a FailedPrecondition error.
+// UnmappableError is a mount whose ids can't be mapped. It is a FailedPrecondition error.
 type UnmappableError struct {
 	Filesystem string // its type
-	Below      string // where it is, for one below the volume, which nobody has tried to map
-	Err        error  // the kernel's, for any other
+	Volume     string // the path given to CheckBelow
+	Below      string // the mount below Volume, which was not tried; "" for Volume itself
+	Err        error  // of the kernel; nil for a mount below Volume
 }
 
-// Mapped says whether the mount, not the kernel, is the reason: it is mapped already, or belongs to a user namespace.
+// Mapped reports whether the mount is the reason, not the kernel: it is mapped already, or belongs
+// to a user namespace.
 func (e *UnmappableError) Mapped() bool { return errors.Is(e.Err, unix.EPERM) }
 
 func (e *UnmappableError) Error() string {
@@ -166,7 +191,7 @@ func (e *UnmappableError) Error() string {
 	return fmt.Sprintf("this kernel can't map the ids of its filesystem, %s: %v", e.Filesystem, e.Err)
 }
 
-// Unwrap is the kernel's error, and its class.
+// Unwrap returns the kernel's error, and the error's class.
 func (e *UnmappableError) Unwrap() []error {
 	if e.Err == nil {
 		return []error{errdefs.ErrFailedPrecondition}
@@ -174,8 +199,8 @@ func (e *UnmappableError) Unwrap() []error {
 	return []error{e.Err, errdefs.ErrFailedPrecondition}
 }
 
-// openExisting opens path, or what is there of the directories above it. It triggers automounts, as open_tree(2) does, unlike open(2)
-// with O_PATH.
+// openExisting opens path, or the closest existing directory above it. It triggers automounts, as
+// open_tree(2) does, unlike open(2) with O_PATH.
 func openExisting(path string) (f *os.File, exists bool, err error) {
 	for at := path; ; at = filepath.Dir(at) {
 		fd, err := unix.OpenTree(unix.AT_FDCWD, at, unix.OPEN_TREE_CLOEXEC)
@@ -188,7 +213,7 @@ func openExisting(path string) (f *os.File, exists bool, err error) {
 	}
 }
 
-// mountID is the id, as in mountinfo, of the mount that f is on.
+// mountID returns the id in mountinfo of the mount that f is on.
 func mountID(f *os.File) (int, error) {
 	var stat unix.Statx_t
 	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &stat); err != nil {
@@ -197,7 +222,7 @@ func mountID(f *os.File) (int, error) {
 	return int(stat.Mnt_id), nil
 }
 
-// filesystem is the type of the filesystem that f is on, for messages.
+// filesystem returns the type of the filesystem that f is on, for messages.
 func filesystem(f *os.File) string {
 	id, err := mountID(f)
 	if err != nil {

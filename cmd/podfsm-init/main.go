@@ -1,22 +1,26 @@
 // Command podfsm-init becomes the pause process of a pod.
 //
-// The daemon starts it with clone(2) in the pod's namespaces and cgroup. It sets up what only a process inside can set up,
-// gives up every privilege, and executes the pause program of the image. It is static and knows nothing but the OCI
-// specification that it is given, so that it starts in a millisecond.
+// The daemon starts it with clone(2) in the namespaces and the cgroup of the pod. It sets up what only
+// a process inside can set up, drops every privilege, and executes the pause program of the image. To
+// start within a millisecond it is static, and knows only the OCI specification that it receives.
 //
 // Its arguments and descriptors are a protocol with the daemon of the same release:
 //
 //	podfsm-init PROTOCOL
 //
 //	0, 1, 2  /dev/null
-//	3        a stream socket. The daemon sends a byte with the mounts as SCM_RIGHTS (unix(7)), none of which is attached anywhere: the
-//	         root filesystem, and the sources of the bind mounts of the specification in their order; then the OCI runtime
-//	         specification as JSON, up to the end of the stream, with only those sysctls that are to be set here, by their files
-//	         below /proc/sys. It ends the stream without a word when pause is not to be
-//	         started, also by dying. Back comes a NUL byte right before pause is executed, and the reason of a failure as text.
-//	         Closed without either, it says that this program was killed.
+//	3        a stream socket
 //	4        a seccomp filter: an array of struct sock_filter (seccomp(2))
 //	5        this program
+//
+// On the socket, the daemon sends a byte with detached mounts as SCM_RIGHTS (unix(7)): the root
+// filesystem, and the sources of the specification's bind mounts in their order. The OCI runtime
+// specification follows as JSON, up to the end of the stream. Its sysctls are those to set here, by
+// their files below /proc/sys. If the stream ends without a specification, because the creation was
+// canceled or the daemon died, pause is not started.
+//
+// podfsm-init answers with a NUL byte right before it executes pause, or with the text of an error.
+// If the socket is closed without an answer, podfsm-init was killed.
 //
 // podfsm-init --version prints the release and the protocol.
 package main
@@ -34,7 +38,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -52,10 +55,11 @@ const (
 	seccompFD = 4
 )
 
-// daemon is kept, because a file that is garbage is closed.
+// daemon is a variable of the package because a garbage-collected file is closed.
 var daemon = os.NewFile(daemonFD, "daemon")
 
-// Credentials, the seccomp filter and no_new_privs are the thread's. execve(2) keeps those of its thread and ends the others.
+// The credentials, the seccomp filter and no_new_privs belong to a thread. execve(2) keeps those of
+// the calling thread and ends the others.
 func init() { runtime.LockOSThread() }
 
 func main() {
@@ -64,10 +68,10 @@ func main() {
 		fmt.Printf("podfsm-init %s protocol %s\n", cmp.Or(version, "(devel)"), protocol)
 		return
 	case len(os.Args) != 2 || os.Args[1] != protocol:
-		fmt.Fprintf(os.Stderr, "podfsm-init: the arguments are %q, want %q: the daemon starts it, and both must be of one release\n", os.Args[1:], protocol)
+		fmt.Fprintf(os.Stderr, "podfsm-init: the arguments are %q, want %q: only the daemon starts podfsm-init, and both must be of the same release\n", os.Args[1:], protocol)
 		os.Exit(1)
 	}
-	err := run() // returns only when it has failed
+	err := run() // returns only after a failure
 	_, _ = daemon.WriteString(err.Error())
 	os.Exit(1)
 }
@@ -76,36 +80,59 @@ func run() error {
 	if err := unix.CloseRange(daemonFD, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("failed to mark descriptors close-on-exec: %w", err)
 	}
-	mounts, err := receiveMounts()
+	o, err := receive()
 	if err != nil {
 		return err
 	}
+	labels, err := openLabels(o.spec.Process)
+	if err != nil {
+		return err
+	}
+	if err := setUp(&o.spec, o.mounts); err != nil {
+		return err
+	}
+	return execute(o.spec.Process, labels, o.filter)
+}
+
+// order is what the daemon sends.
+type order struct {
+	mounts []int // the root filesystem, then the bind mounts
+	spec   specs.Spec
+	filter []byte // of seccomp
+}
+
+// receive reads the order of the daemon.
+func receive() (o order, err error) {
+	if o.mounts, err = receiveMounts(); err != nil {
+		return o, err
+	}
 	text, err := io.ReadAll(daemon)
 	if err != nil {
-		return fmt.Errorf("failed to read the specification: %w", err)
+		return o, fmt.Errorf("failed to read the specification: %w", err)
 	}
-	var spec specs.Spec
-	if err := json.Unmarshal(text, &spec); err != nil {
-		return fmt.Errorf("failed to parse the specification: %w", err)
+	if err := json.Unmarshal(text, &o.spec); err != nil {
+		return o, fmt.Errorf("failed to parse the specification: %w", err)
 	}
-	filter, err := io.ReadAll(io.NewSectionReader(os.NewFile(seccompFD, "seccomp"), 0, math.MaxInt32)) // many share the file, but not its offset
+	o.filter, err = io.ReadAll(io.NewSectionReader(os.NewFile(seccompFD, "seccomp"), 0, math.MaxInt32)) // other processes share the file and its offset
 	if err != nil {
-		return fmt.Errorf("failed to read the seccomp filter: %w", err)
+		return o, fmt.Errorf("failed to read the seccomp filter: %w", err)
 	}
-	if len(filter) == 0 {
-		return errors.New("the seccomp filter is empty")
+	if len(o.filter) == 0 {
+		return o, errors.New("the seccomp filter is empty")
 	}
-	// The cgroup namespace begins at the cgroup that the process is in: the daemon has moved it there before it sent the specification.
+	return o, nil
+}
+
+// setUp sets up the namespaces of this process, while it is privileged in them.
+func setUp(spec *specs.Spec, mounts []int) error {
+	// The root of a cgroup namespace is the cgroup of its creator. The daemon has moved this
+	// process to the pod's cgroup before it sent the specification.
 	if slices.ContainsFunc(spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.CgroupNamespace }) {
 		if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 			return fmt.Errorf("failed to make a cgroup namespace: %w", err)
 		}
 	}
 	if err := setSysctls(spec.Linux.Sysctl); err != nil {
-		return err
-	}
-	labels, err := openLabels(spec.Process)
-	if err != nil {
 		return err
 	}
 	if err := enterRoot(mounts[0]); err != nil {
@@ -119,14 +146,20 @@ func run() error {
 			return fmt.Errorf("failed to set the hostname: %w", err)
 		}
 	}
-	if err := unix.Chdir(spec.Process.Cwd); err != nil {
-		return fmt.Errorf("failed to change to the working directory %q: %w", spec.Process.Cwd, err)
+	return nil
+}
+
+// execute drops every privilege, reports to the daemon, and executes the program of the image. It
+// returns only after a failure.
+func execute(process *specs.Process, labels []label, filter []byte) error {
+	if err := unix.Chdir(process.Cwd); err != nil {
+		return fmt.Errorf("failed to change to the working directory %q: %w", process.Cwd, err)
 	}
-	program, err := lookPath(spec.Process.Args[0], spec.Process.Env)
+	program, err := lookPath(process.Args[0], process.Env)
 	if err != nil {
 		return err
 	}
-	if err := dropPrivileges(spec.Process.User); err != nil {
+	if err := dropPrivileges(process.User); err != nil {
 		return err
 	}
 	for _, l := range labels {
@@ -138,15 +171,15 @@ func run() error {
 		return err
 	}
 	if _, err := daemon.Write([]byte{0}); err != nil {
-		return fmt.Errorf("failed to report: %w", err) // the daemon is gone, and nobody knows of this process
+		return fmt.Errorf("failed to report: %w", err) // the daemon is gone: nothing would stop pause
 	}
-	return fmt.Errorf("failed to execute %q of the pause image: %w", program, unix.Exec(program, spec.Process.Args, spec.Process.Env))
+	return fmt.Errorf("failed to execute %q of the pause image: %w", program, unix.Exec(program, process.Args, process.Env))
 }
 
 // maxMounts bounds how many mounts the daemon sends.
 const maxMounts = 16
 
-// receiveMounts returns the descriptors of the mounts.
+// receiveMounts returns the descriptors of the mounts in their order.
 func receiveMounts() ([]int, error) {
 	var first [1]byte
 	control := make([]byte, unix.CmsgSpace(4*maxMounts))
@@ -155,19 +188,20 @@ func receiveMounts() ([]int, error) {
 		return nil, fmt.Errorf("failed to receive the mounts: %w", err)
 	}
 	if n == 0 {
-		return nil, errors.New("the daemon has given up")
+		return nil, errors.New("the daemon closed the socket")
 	}
 	messages, err := unix.ParseSocketControlMessage(control[:controls])
 	if err != nil {
 		return nil, fmt.Errorf("failed to receive the mounts: %w", err)
 	}
 	if len(messages) != 1 {
-		return nil, fmt.Errorf("the daemon has sent no mounts, but %d messages", len(messages))
+		return nil, fmt.Errorf("failed to receive the mounts: got %d control messages, want 1", len(messages))
 	}
 	return unix.ParseUnixRights(&messages[0])
 }
 
-// setSysctls writes sysctls of the own namespaces, as long as the host's /proc is there: it shows each process its own.
+// setSysctls writes sysctls of this process's namespaces. It needs the host's /proc, which shows
+// each process its own sysctls.
 func setSysctls(values map[string]string) error {
 	for _, file := range slices.Sorted(maps.Keys(values)) {
 		f, err := os.OpenFile("/proc/sys/"+file, os.O_WRONLY, 0)
@@ -182,10 +216,11 @@ func setSysctls(values map[string]string) error {
 	return nil
 }
 
-// enterRoot makes the rootfs the root of the mount namespace, with nothing of the host's mounts in it. pivot_root(2) describes the
-// way with one directory for both roots.
+// enterRoot makes the rootfs the root of the mount namespace and detaches all mounts of the host.
+// pivot_root(2) describes how one directory can be both the old and the new root.
 func enterRoot(rootfs int) error {
-	// What is unmounted here must stay on the host. What the host unmounts meanwhile must not stay here, or it is busy there.
+	// An unmount here must not propagate to the host. An unmount on the host must propagate here,
+	// or the mount stays busy.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("failed to make the mounts slaves of the host's: %w", err)
 	}
@@ -199,7 +234,7 @@ func enterRoot(rootfs int) error {
 		return fmt.Errorf("failed to change the root: %w", err)
 	}
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("failed to let go of the host's mounts: %w", err)
+		return fmt.Errorf("failed to detach the host's mounts: %w", err)
 	}
 	if err := unix.Chdir("/"); err != nil {
 		return fmt.Errorf("failed to enter the new root: %w", err)
@@ -207,7 +242,8 @@ func enterRoot(rootfs int) error {
 	return nil
 }
 
-// mountAll mounts what the specification names, and then makes all of the root but the bind mounts read-only.
+// mountAll makes the mounts of the specification, and then the whole root read-only, except for
+// bind mounts.
 func mountAll(mounts []specs.Mount, binds []int) error {
 	readonly := []string{"/"}
 	for _, m := range mounts {
@@ -249,12 +285,12 @@ func mkdirAll(dir string) error {
 	return nil
 }
 
-// flags are the mount options that mount(2) takes as flags.
+// flags are the mount options that mount(2) takes as bits.
 var flags = map[string]uintptr{
 	"nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC, "strictatime": unix.MS_STRICTATIME,
 }
 
-// options splits mount options into flags and the filesystem's own data.
+// options splits mount options into flags and the data of the filesystem.
 func options(all []string) (flag uintptr, data string) {
 	var rest []string
 	for _, option := range all {
@@ -285,91 +321,4 @@ func lookPath(name string, env []string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("the pause image has no program %q in %q", name, dirs)
-}
-
-// label is a label of a Linux security module that the program gets when it is executed.
-type label struct {
-	file *os.File
-	text string
-}
-
-// openLabels opens the files that take the process's labels, as long as the host's /proc is there. A task may write its own only
-// (proc_pid_attr(5)).
-func openLabels(process *specs.Process) ([]label, error) {
-	var all []label
-	for _, l := range []struct{ file, text string }{
-		{"/proc/thread-self/attr/exec", process.SelinuxLabel},
-		{"/proc/thread-self/attr/apparmor/exec", apparmorExec(process.ApparmorProfile)},
-	} {
-		if l.text == "" {
-			continue
-		}
-		file, err := os.OpenFile(l.file, os.O_WRONLY, 0)
-		if err != nil {
-			return nil, fmt.Errorf("failed to label the process: %w", err)
-		}
-		all = append(all, label{file, l.text})
-	}
-	return all, nil
-}
-
-func apparmorExec(profile string) string {
-	if profile == "" {
-		return ""
-	}
-	return "exec " + profile
-}
-
-func (l label) set() error {
-	if _, err := l.file.WriteString(l.text); err != nil {
-		return fmt.Errorf("failed to label the process %q: %w", l.text, err)
-	}
-	return nil
-}
-
-// dropPrivileges takes on the user, and leaves no capability in any set: pause needs none, whatever the user is.
-func dropPrivileges(user specs.User) error {
-	for capability := uintptr(0); ; capability++ {
-		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
-		if err == unix.EINVAL && capability > unix.CAP_AUDIT_READ {
-			break // the kernel knows no more
-		}
-		if err != nil {
-			return fmt.Errorf("failed to drop capability %d: %w", capability, err)
-		}
-	}
-	unix.Umask(0o022)
-	// Raw calls are for this thread alone. Go's own wrappers stop all threads to make the call on each.
-	groups, uid, gid := user.AdditionalGids, uintptr(user.UID), uintptr(user.GID)
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(unsafe.SliceData(groups))), 0); errno != 0 {
-		return fmt.Errorf("failed to set the groups %v: %w", groups, errno)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, gid, gid, gid); errno != 0 {
-		return fmt.Errorf("failed to set the group %d: %w", gid, errno)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
-		return fmt.Errorf("failed to set the user %d: %w", uid, errno)
-	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var none [2]unix.CapUserData
-	if err := unix.Capset(&header, &none[0]); err != nil {
-		return fmt.Errorf("failed to drop the capabilities: %w", err)
-	}
-	return nil
-}
-
-// confine sets no_new_privs, and then the seccomp filter, which an unprivileged thread may set only after it (seccomp(2)).
-func confine(filter []byte) error {
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("failed to set no_new_privs: %w", err)
-	}
-	program := unix.SockFprog{
-		Len:    uint16(len(filter) / int(unsafe.Sizeof(unix.SockFilter{}))),
-		Filter: (*unix.SockFilter)(unsafe.Pointer(unsafe.SliceData(filter))),
-	}
-	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0); err != nil {
-		return fmt.Errorf("failed to set the seccomp filter: %w", err)
-	}
-	runtime.KeepAlive(filter)
-	return nil
 }

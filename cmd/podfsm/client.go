@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -21,14 +20,13 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
 
-// method is one of the client's methods, as a method expression.
+// method is a method of the client, as a method expression.
 type method[Request, Response any] func(podfsmv1.SandboxesClient, context.Context, Request, ...grpc.CallOption) (Response, error)
 
-// call sends one request to the daemon that cmd's flags name. Its errors are
-// for the operator to read.
+// call sends one request to the daemon that cmd's flags name. Its errors are for the operator.
 func call[Request, Response any](ctx context.Context, cmd *cli.Command, m method[Request, Response], request Request) (Response, error) {
 	var none Response
-	d, err := connect(cmd)
+	d, err := connect(ctx, cmd)
 	if err != nil {
 		return none, err
 	}
@@ -42,17 +40,17 @@ func call[Request, Response any](ctx context.Context, cmd *cli.Command, m method
 	return response, nil
 }
 
-// daemon is a connection to the daemon that cmd's flags name. It is made with
-// the first request.
+// daemon is a connection to the daemon that cmd's flags name. The first request connects.
 type daemon struct {
 	dialer
 	timeout time.Duration
+	unread  error // why the configuration, which may name another socket, could not be read
 	conn    *grpc.ClientConn
 }
 
-func connect(cmd *cli.Command) (_ *daemon, err error) {
-	// crictl and kubelet flags have addresses with a scheme.
-	d := &daemon{dialer: dialer{address: strings.TrimPrefix(cmd.String("address"), "unix://")}, timeout: cmd.Duration("timeout")}
+func connect(ctx context.Context, cmd *cli.Command) (_ *daemon, err error) {
+	p := locate(ctx, cmd)
+	d := &daemon{dialer: dialer{address: p.address}, timeout: cmd.Duration("timeout"), unread: p.unread}
 	d.conn, err = grpc.NewClient("passthrough:///containerd",
 		grpc.WithContextDialer(d.dial),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -60,32 +58,31 @@ func connect(cmd *cli.Command) (_ *daemon, err error) {
 	return d, err
 }
 
-// explain makes an error of a request one for the operator to read.
+// explain turns the error of a request into one for the operator.
 func (d *daemon) explain(err error) error {
 	if failure := d.failure.Load(); failure != nil {
-		return explainDial(d.address, *failure)
+		return explainDial(d.address, *failure, d.unread)
 	}
 	return explainCall(d.address, d.timeout, err)
 }
 
-// stockError says that a containerd without podfsm has answered.
+// stockError says that the daemon is a containerd without podfsm.
 type stockError struct{ error }
 
-// timeoutError says that the daemon has not answered in time.
+// timeoutError says that the daemon did not answer in time.
 type timeoutError struct{ error }
 
-// unavailableError says that a daemon with podfsm can't answer: it is degraded,
-// or about to end.
+// unavailableError says that the daemon has podfsm but can't answer: it is degraded or about to
+// stop.
 type unavailableError struct{ error }
 
-// dialer connects to one socket and keeps the error when that fails, because
-// gRPC hands it on only as a text.
+// dialer connects to one socket and keeps the error, which gRPC only passes on as text.
 type dialer struct {
 	address string
 	failure atomic.Pointer[error]
 }
 
-// dial ignores gRPC's target: a path can hold what a target can't.
+// dial ignores the target of gRPC, which can not hold every path.
 func (d *dialer) dial(ctx context.Context, _ string) (net.Conn, error) {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", d.address)
 	if err != nil {
@@ -94,12 +91,18 @@ func (d *dialer) dial(ctx context.Context, _ string) (net.Conn, error) {
 	return conn, err
 }
 
-func explainDial(address string, err error) error {
+// explainDial explains why nothing could be reached at an address. unread, if set, is the error of
+// the configuration that may name another address.
+func explainDial(address string, err, unread error) error {
+	elsewhere := ""
+	if unread != nil {
+		elsewhere = fmt.Sprintf("\nand %v", unread)
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return downError{fmt.Errorf("no socket at %s: is the daemon running? (--address names another)", address)}
+		return downError{fmt.Errorf("no socket at %s: is the daemon running? (--address names another)%s", address, elsewhere)}
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return downError{fmt.Errorf("nothing listens on %s: is the daemon running?", address)}
+		return downError{fmt.Errorf("nothing listens on %s: is the daemon running?%s", address, elsewhere)}
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("permission denied on %s: run podfsm as root", address)
 	}
@@ -110,11 +113,13 @@ func explainCall(address string, timeout time.Duration, err error) error {
 	message := printable(status.Convert(err).Message())
 	switch status.Code(err) {
 	case codes.Unimplemented:
-		return stockError{fmt.Errorf("the daemon at %s is a containerd without podfsm, or its podfsm plugin did not load: %s", address, message)}
+		return stockError{fmt.Errorf("the daemon at %s is a containerd without podfsm, or its podfsm plugin did not load: %s; if podfsm was just installed, restart containerd", address, message)}
 	case codes.DeadlineExceeded:
 		return timeoutError{fmt.Errorf("no answer from the daemon at %s within %s", address, timeout)}
 	case codes.Unavailable:
 		return unavailableError{fmt.Errorf("the daemon at %s is unavailable: %s", address, message)}
+	case codes.NotFound:
+		return notFoundError{errors.New(message)}
 	case codes.Internal, codes.Unknown:
 		return fmt.Errorf("the daemon at %s failed: %s", address, message)
 	}

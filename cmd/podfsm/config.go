@@ -10,29 +10,28 @@ import (
 	"slices"
 
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
-	"github.com/containerd/containerd/v2/defaults"
+
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/pelletier/go-toml/v2"
-	"github.com/urfave/cli/v3"
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// The sections of containerd's configuration that are read here.
+// The sections of containerd's configuration that podfsm reads.
 const (
 	runtimeSection = "io.containerd.cri.v1.runtime"
 	imagesSection  = "io.containerd.cri.v1.images"
 	podfsmSection  = ledgerDir
 )
 
-// oldestConfig is the version of containerd's configuration that has those
-// sections; only the daemon can translate an older one.
+// oldestConfig is the first version of containerd's configuration with these sections. Only the
+// daemon can migrate an older one.
 const oldestConfig = 3
 
-// runtimeConfig is what the doctor needs of containerd's CRI runtime section,
-// with containerd's own defaults.
+// runtimeConfig is the part of containerd's CRI runtime section that the doctor needs, with
+// containerd's defaults.
 type runtimeConfig struct {
 	Containerd struct {
 		Default  string                   `toml:"default_runtime_name"`
@@ -63,7 +62,7 @@ type runcOptions struct {
 	SystemdCgroup bool
 }
 
-// runc are the handler's options for runc's shim; nil where it has none.
+// runc returns the handler's options for runc's shim, or nil without options.
 func (h handlerConfig) runc() *runcOptions {
 	if h.Type != plugins.RuntimeRuncV2 {
 		return nil
@@ -76,7 +75,7 @@ func (h handlerConfig) systemdCgroup() bool {
 	return options != nil && options.SystemdCgroup
 }
 
-// ownConfig is what the doctor needs of podfsm's section.
+// ownConfig is the part of podfsm's section that the doctor needs.
 type ownConfig struct {
 	InitPath string `toml:"init_path"`
 	UserNS   map[string]struct {
@@ -88,20 +87,14 @@ type ownConfig struct {
 	} `toml:"userns_pool"`
 }
 
-// configFlag says where containerd's configuration is.
-func configFlag(usage string) cli.Flag {
-	return &cli.StringFlag{Name: "config", Usage: usage, Value: filepath.Join(defaults.DefaultConfigDir, "config.toml")}
-}
-
-// readConfig reads the configuration of a containerd that is down, as far as
-// the doctor needs it.
+// readConfig reads the part of the configuration that the doctor needs, while containerd is down.
 func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, error) {
 	var file server.Config
 	if err := server.LoadConfig(ctx, path, &file); err != nil {
 		return nil, fmt.Errorf("failed to read containerd's configuration: %w", err)
 	}
 	if file.Version < oldestConfig {
-		return nil, fmt.Errorf("containerd's configuration %s has version %d, which only the daemon can read", path, file.Version)
+		return nil, fmt.Errorf("failed to read containerd's configuration %s: only the daemon can read version %d", path, file.Version)
 	}
 	sections, err := readSections(&file)
 	if err != nil {
@@ -110,7 +103,7 @@ func readConfig(ctx context.Context, path, root, state string) (*doctor.Config, 
 	return sections.examined(root, state), nil
 }
 
-// sections are those that are read.
+// sections are the sections that podfsm reads.
 type sections struct {
 	runtime runtimeConfig
 	images  struct {
@@ -133,7 +126,7 @@ func readSections(file *server.Config) (*sections, error) {
 	return s, nil
 }
 
-// examined is what the doctor needs.
+// examined returns what the doctor needs of the sections.
 func (s *sections) examined(root, state string) *doctor.Config {
 	standard := s.runtime.Containerd.Runtimes[s.runtime.Containerd.Default]
 	config := &doctor.Config{
@@ -155,7 +148,7 @@ func (s *sections) examined(root, state string) *doctor.Config {
 	return config
 }
 
-// readSection reads what a configuration says of a plugin, if anything.
+// readSection reads the section of a plugin, if the configuration has it.
 func readSection(config *server.Config, section string, into any) error {
 	values, set := config.Plugins[section]
 	if !set {
@@ -196,8 +189,8 @@ func (s *sections) handler(name string, h handlerConfig, root string) doctor.Han
 	return examined
 }
 
-// snapshotterOf is a snapshotter as far as it shows without the daemon: where
-// its directory is by default.
+// snapshotterOf describes a snapshotter while the daemon is down: only its default directory can be
+// seen.
 func snapshotterOf(root, name string) doctor.Snapshotter {
 	s := doctor.Snapshotter{Name: name}
 	dir := filepath.Join(root, string(plugins.SnapshotPlugin)+"."+name)

@@ -10,16 +10,15 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Commands of podfsm that the texts of the pages and the package name have the
-// flags that stand beside them. Those that stand alone are run by
-// TestCommandsInTheDocs.
+// Commands of podfsm within the text of the pages and of the package exist, with their flags.
+// TestCommandsInTheDocs runs the commands in code blocks.
 func TestFlagsInTheDocs(t *testing.T) {
 	t.Parallel()
 	inText, inScript := regexp.MustCompile("`podfsm ([a-z]+)([^`\n]*)"), regexp.MustCompile(`(?m)(?:\) |^)podfsm ([a-z]+)(.*)`)
 	flag := regexp.MustCompile(`(?:^|[ \[])(--?[a-z][a-z-]*)`)
 	count := 0
 	for pattern, command := range map[string]*regexp.Regexp{
-		"../../README.md": inText, "../../docs/*.md": inText, "../../deploy/*.yaml": inText, "../../deploy/package/*": inScript,
+		"../../README.md": inText, "../../docs/*.md": inText, "../../docs/*/*.md": inText, "../../deploy/*.yaml": inText, "../../deploy/package/*": inScript,
 	} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)

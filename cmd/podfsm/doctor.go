@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -15,22 +14,22 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/doctor"
-	"github.com/podfsm/podfsm/journal"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
 func doctorCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "doctor",
-		Usage: "examine whether the node has what podfsm's pods need, and say what to do where it hasn't",
-		Description: "The verdict of a check is ok, unknown, warn (pods run, but something is missing or will be) or fail (some or all don't run).\n" +
-			"The exit status is 0 when nothing fails, 2 when something does, and 1 when the node could not be examined.\n" +
-			"While the daemon is down, its configuration is read, and what only the daemon knows is unknown.\n" +
-			"With --preflight the node is examined before podfsm is in place, beside a containerd without it or while that is down. Nothing is changed.",
+		Usage: "check whether the node has what podfsm's pods need, and print remedies",
+		Description: "The status of a check is ok, unknown, warn (pods run, but something is missing or will be) or fail (some or all don't run).\n" +
+			"The exit status is 0 if no check fails, and 2 if one does.\n" +
+			"While the daemon is down, podfsm reads its configuration, and what only the daemon knows is unknown.\n" +
+			"With --preflight, podfsm examines a node before the installation, beside a containerd without podfsm or while that is down. Nothing changes.",
 		HideHelpCommand: true,
-		Flags: []cli.Flag{outputFlag("json"), configFlag("containerd's configuration, read while the daemon is down and by --preflight"),
-			&cli.BoolFlag{Name: "preflight", Usage: "examine the node before podfsm is in place: what to change before containerd-podfsm replaces containerd"}},
+		Flags: []cli.Flag{outputFlag("json"),
+			&cli.BoolFlag{Name: "preflight", Usage: "check the node before podfsm is installed: what to change before containerd-podfsm replaces containerd"}},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if err := noArguments(cmd); err != nil {
 				return err
@@ -60,7 +59,7 @@ func doctorCommand() *cli.Command {
 	}
 }
 
-// examine asks the daemon, or looks itself while that is down.
+// examine asks the daemon, or examines the node itself while the daemon is down.
 func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, error) {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Doctor, &podfsmv1.DoctorRequest{})
 	if !errors.As(err, new(downError)) {
@@ -72,32 +71,32 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 	w := cmd.Root().ErrWriter
 	fmt.Fprintf(w, "podfsm: %v\n", err)
 	fmt.Fprintln(w, "podfsm: the daemon is down; what only it knows is unknown")
-	root, state := cmd.String("root"), cmd.String("state")
-	config, err := readConfig(ctx, cmd.String("config"), root, state)
+	p := locate(ctx, cmd)
+	config, err := readConfig(ctx, cmd.String("config"), p.root, p.state)
 	if err != nil {
 		fmt.Fprintf(w, "podfsm: %s; what depends on it is unknown\n", printable(err.Error()))
 	}
-	n := thisNode(root, state)
+	n := thisNode(p)
 	n.Config = config
 	d := doctor.New(n)
 	defer d.Close()
 	return records.Examination(d.Examine(ctx)), nil
 }
 
-// thisNode is this machine with a containerd's directories, as far as it shows
-// without the daemon.
-func thisNode(root, state string) doctor.Node {
+// thisNode describes this machine with a containerd's directories, as far as can be seen without
+// the daemon.
+func thisNode(p place) doctor.Node {
 	return doctor.Node{
 		Proc:       "/proc",
 		Sys:        "/sys",
 		Etc:        "/etc",
 		SystemdDir: "/run/systemd/system",
-		Root:       root,
-		State:      state,
+		Root:       p.root,
+		State:      p.state,
 		Strategies: doctor.TryStrategies,
 		Tmpfs:      userns.CheckTmpfs,
 		Ledger: func() (doctor.Ledger, error) {
-			return closedLedger(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
+			return closedLedger(p.rootLedger(), p.stateLedger())
 		},
 	}
 }
@@ -105,7 +104,7 @@ func thisNode(root, state string) doctor.Node {
 // closedLedger is the ledger of a daemon that is down.
 func closedLedger(rootDir, stateDir string) (doctor.Ledger, error) {
 	l := doctor.Ledger{Dirs: []string{rootDir, stateDir}}
-	saved, err := journal.OpenReadOnly(rootDir, stateDir)
+	saved, err := ledger.OpenReadOnly(rootDir, stateDir)
 	if errdefs.IsNotFound(err) {
 		return l, nil
 	}
@@ -116,52 +115,60 @@ func closedLedger(rootDir, stateDir string) (doctor.Ledger, error) {
 	if err != nil {
 		return l, err
 	}
-	l.Files = journal.Files(rootDir, stateDir)
+	l.Files = ledger.Files(rootDir, stateDir)
 	l.Damaged = records.Damaged(saved.Damage, saved.Aside)
-	l.Owed = records.Owing(views)
+	l.Pending = records.Pending(views)
 	return l, nil
 }
 
-// The columns of the table, in characters: those of the verdict and of the
-// check, and what is left for the evidence.
+// The widths of the columns in characters: status, check, and the rest of the line for the
+// evidence.
 const (
-	pageWidth    = 80
-	verdictWidth = 9
-	checkWidth   = 22
+	pageWidth   = 80
+	statusWidth = 9
+	checkWidth  = 22
 )
 
-// writeFindings has a row per finding, with its evidence wrapped, and below its
-// remedy and which pods are refused.
+var statusStyles = map[string]style{string(doctor.Fail): red, string(doctor.Warn): yellow}
+
+// writeFindings writes a row per finding. The evidence is wrapped, and followed by the remedy and
+// the pods that are refused.
 func writeFindings(w io.Writer, findings []*podfsmv1.Finding, refused string) error {
 	var b bytes.Buffer
-	row := func(verdict, check, text string) {
-		for i, line := range wrapped(text, pageWidth-verdictWidth-checkWidth) {
+	inColour := coloured(w)
+	row := func(s style, status, check, text string) {
+		for i, line := range wrapped(text, pageWidth-statusWidth-checkWidth) {
 			if i > 0 {
-				verdict, check = "", ""
+				status, check = "", ""
 			}
-			fmt.Fprintf(&b, "%-*s%-*s%s\n", verdictWidth, verdict, checkWidth, check, line)
+			line = fmt.Sprintf("%-*s%-*s%s", statusWidth, status, checkWidth, check, line)
+			if inColour {
+				line = s.paint(line)
+			}
+			fmt.Fprintln(&b, line)
 		}
 	}
-	row("VERDICT", "CHECK", "EVIDENCE")
+	row(plain, "STATUS", "CHECK", "EVIDENCE")
 	for _, f := range findings {
 		text := printable(f.GetEvidence())
 		if f.GetSubject() != "" {
 			text = printable(f.GetSubject()) + ": " + text
 		}
-		row(f.GetVerdict(), f.GetCheck(), text)
+		s := statusStyles[f.GetStatus()]
+		row(s, f.GetStatus(), f.GetCheck(), text)
 		if f.GetRemedy() != "" {
-			row("", "", "-> "+printable(f.GetRemedy()))
+			row(s, "", "", "-> "+printable(f.GetRemedy()))
 		}
 		if f.GetRefusedPods() != "" {
-			row("", "", refused+": "+f.GetRefusedPods())
+			row(s, "", "", refused+": "+f.GetRefusedPods())
 		}
 	}
 	_, err := w.Write(b.Bytes())
 	return err
 }
 
-// wrapped are the words of text in lines of a width in characters. A word that
-// is longer, such as a path, has a line for itself, so that it can be copied.
+// wrapped returns the words of a text in lines of a width in characters. A longer word, such as a
+// path, gets its own line, so that it can be copied.
 func wrapped(text string, width int) (lines []string) {
 	var line string
 	for _, word := range strings.Fields(text) {
@@ -177,7 +184,7 @@ func wrapped(text string, width int) (lines []string) {
 	return append(lines, line)
 }
 
-// failedError says that checks have failed: podfsm doctor itself has not.
+// failedError says that checks failed, while podfsm doctor itself succeeded.
 type failedError struct{ failed int }
 
 func (e failedError) Error() string {
@@ -187,11 +194,11 @@ func (e failedError) Error() string {
 	return fmt.Sprintf("%d checks have failed", e.failed)
 }
 
-// failures is an error unless nothing has failed.
+// failures returns an error if any check has failed.
 func failures(findings []*podfsmv1.Finding) error {
 	var e failedError
 	for _, f := range findings {
-		if f.GetVerdict() == string(doctor.Fail) {
+		if f.GetStatus() == string(doctor.Fail) {
 			e.failed++
 		}
 	}

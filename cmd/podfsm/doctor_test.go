@@ -17,24 +17,24 @@ import (
 )
 
 var examination = &podfsmv1.DoctorResponse{Findings: []*podfsmv1.Finding{
-	{Check: "kernel", Verdict: "ok", Evidence: "Linux 6.18.44"},
+	{Check: "kernel", Status: "ok", Evidence: "Linux 6.18.44"},
 	{
-		Check: "runtime", Subject: "podfsm, podfsm-auto", Verdict: "fail", RefusedPods: "with a user namespace",
+		Check: "runtime", Subject: "podfsm, podfsm-auto", Status: "fail", RefusedPods: "with a user namespace",
 		Evidence: "/usr/local/sbin/runc features: no idmapped mounts",
 		Remedy:   "install runc 1.2 or later, or another runtime with these features",
 	},
 	{
-		Check: "disk space", Verdict: "warn", Remedy: "free some space there before it is full",
+		Check: "disk space", Status: "warn", Remedy: "free some space there before it is full",
 		Evidence: "/var/lib/containerd/io.containerd.podsandbox.controller.v1.podfsm has 12MiB free and 400 inodes",
 	},
-	{Check: "networks", Verdict: "unknown", Evidence: "a name\x1b[2J of a network", Remedy: "start containerd"},
+	{Check: "networks", Status: "unknown", Evidence: "a name\x1b[2J of a network", Remedy: "start containerd"},
 }}
 
 func (fakeSandboxes) Doctor(context.Context, *podfsmv1.DoctorRequest) (*podfsmv1.DoctorResponse, error) {
 	return examination, nil
 }
 
-func TestDoctor(t *testing.T) {
+func TestDoctorOutput(t *testing.T) {
 	address := serve(t, fakeSandboxes{})
 	out, err := podfsm(t, "--address", address, "doctor")
 	require.EqualError(t, err, "1 check has failed")
@@ -50,21 +50,21 @@ func TestDoctor(t *testing.T) {
 	requireGolden(t, "doctor.json", []byte(out))
 	_, err = podfsm(t, "--address", address, "doctor", "now")
 	require.ErrorContains(t, err, "takes no arguments")
-	require.Equal(t, 1, exitStatus(err))
+	require.Equal(t, exitUsage, exitStatus(err))
 	_, err = podfsm(t, "--address", serve(t, nil), "doctor")
 	require.ErrorContains(t, err, "a containerd without podfsm")
-	require.Equal(t, 1, exitStatus(err))
+	require.Equal(t, exitNoDaemon, exitStatus(err))
 
 	require.NoError(t, failures(examination.GetFindings()[2:]), "warnings don't fail")
 }
 
-// Without a daemon what can be seen without it is, and the rest is unknown.
+// Without a daemon, the doctor checks what it can see itself, and the rest is unknown.
 func TestDoctorWithoutDaemon(t *testing.T) {
 	dir := t.TempDir()
 	var out, errOut bytes.Buffer
-	args := []string{"podfsm", "--address", filepath.Join(dir, "no.sock"), "--root", dir, "--state", dir, "doctor", "--config", filepath.Join(dir, "config.toml")}
+	args := []string{"podfsm", "--address", filepath.Join(dir, "no.sock"), "--root-dir", dir, "--state-dir", dir, "doctor", "--config", filepath.Join(dir, "config.toml")}
 	err := run(t.Context(), args, &out, &errOut)
-	require.EqualError(t, err, "1 check has failed", "nobody may pass to a directory of tests")
+	require.EqualError(t, err, "1 check has failed", "users can't traverse the directory of a test")
 	require.Contains(t, errOut.String(), "the daemon is down; what only it knows is unknown")
 	require.Contains(t, errOut.String(), "config.toml: no such file or directory; what depends on it is unknown")
 	for _, row := range []string{
@@ -73,16 +73,16 @@ func TestDoctorWithoutDaemon(t *testing.T) {
 		`(?m)^ok +overlay +idmap: overlayfs`,
 		`(?m)^fail +directories `,
 		`(?m)^unknown +runtime +containerd's configuration isn't known$`,
-		`(?m)^ok +ledger +there is none yet`,
+		`(?m)^ok +ledger +no ledger yet`,
 	} {
 		require.Regexp(t, row, out.String())
 	}
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
-	require.Empty(t, left, "what it makes for its tries is gone")
+	require.Empty(t, left, "the doctor removes what it made")
 }
 
-// The daemon's configuration is read with containerd's own defaults.
+// The daemon's configuration is read with containerd's defaults.
 func TestReadConfig(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "config.toml")
@@ -150,7 +150,7 @@ user = "pods"
 		},
 	}, config)
 
-	// What containerd tells the kubelet of the cgroup driver, by its default handler.
+	// The cgroup driver that containerd reports to the kubelet, by its default handler.
 	for text, want := range map[string]string{
 		``: "cgroupfs", // containerd's own handler
 		"runc]\noptions = {SystemdCgroup = true}":                                            "systemd",
@@ -172,7 +172,7 @@ default_runtime_name = "bare"
 runtimes = {bare = {runtime_type = "io.containerd.runc.v2"}}
 `)
 	require.NoError(t, err)
-	require.Empty(t, config.CgroupDriver, "containerd goes by what it finds on the node")
+	require.Empty(t, config.CgroupDriver, "containerd detects the driver of the node")
 
 	_, err = read("version = 2\n")
 	require.ErrorContains(t, err, "version 2")

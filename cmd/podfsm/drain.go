@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,9 +10,6 @@ import (
 	"strings"
 	"time"
 
-	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
-	"github.com/containerd/containerd/v2/plugins"
-	containerd "github.com/containerd/containerd/v2/version"
 	"github.com/containerd/errdefs"
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
@@ -21,92 +17,71 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/host"
-	"github.com/podfsm/podfsm/journal"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/states"
 )
 
 const (
 	drainWait = 10 * time.Minute
-	// drainPoll is between two looks at what is left.
+	// drainPoll is the time between two looks at the sandboxes that are left.
 	drainPoll = time.Second
-	// endTimeout bounds the stop and the removal of one sandbox. The daemon's own
-	// deadlines, which say more, are shorter.
+	// endTimeout bounds the stop and removal of one sandbox. The daemon's own deadlines are
+	// shorter, and their errors say more.
 	endTimeout = 5 * time.Minute
-	// endsAtOnce is how many sandboxes are ended at the same time.
+	// endsAtOnce is how many sandboxes are ended at a time.
 	endsAtOnce = 8
 )
 
 func drainCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "drain",
-		Usage: "take no new pods and wait until there are none, for going back to a containerd without podfsm",
+		Usage: "refuse new pods and wait until no sandbox is left, before the node runs a containerd without podfsm",
 		Description: "From the start of the drain the daemon refuses new pods of podfsm's handlers, also after a restart, until --cancel.\n" +
-			"Pods that there are run on until the kubelet ends them (kubectl drain), or until --force does.\n" +
-			"The exit status is 0 when no sandbox is left, 2 when there are some or can be, and 1 when that could not be found out.\n" +
-			"Where the daemon listens and has its directories is read from --config, unless flags say so.",
+			"Running pods stay until the kubelet ends them (kubectl drain), or until --force does.\n" +
+			"The exit status is 0 if no sandbox is left, and 2 if one is or may be left.",
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "force", Usage: "stop and remove all sandboxes, whose containers are killed without grace"},
 			&cli.BoolFlag{Name: "check", Usage: "change nothing and don't wait: say whether the node can do without podfsm"},
 			&cli.BoolFlag{Name: "cancel", Usage: "take new pods again"},
+			&cli.BoolFlag{Name: "dry-run", Usage: "change nothing and don't wait: list the pods that a drain would wait for, or end with --force"},
+			outputFlag("json"),
 			&cli.DurationFlag{Name: "wait", Usage: "how long to wait until no sandbox is left", Value: drainWait},
-			configFlag("containerd's configuration"),
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if err := noArguments(cmd); err != nil {
 				return err
 			}
-			force, check, cancel := cmd.Bool("force"), cmd.Bool("check"), cmd.Bool("cancel")
+			force, check, cancel, dry := cmd.Bool("force"), cmd.Bool("check"), cmd.Bool("cancel"), cmd.Bool("dry-run")
 			if force && check || force && cancel || check && cancel {
-				return errors.New("drain takes one of --force, --check and --cancel")
+				return usagef("drain takes one of --force, --check and --cancel")
 			}
-			config, err := findDaemon(ctx, cmd)
-			if err != nil {
-				return err
+			if dry && (check || cancel) {
+				return usagef("drain takes --dry-run alone or with --force")
+			}
+			p := locate(ctx, cmd)
+			if p.unread != nil { // the default directories may hold the ledger of another daemon
+				return p.unread
 			}
 			if check {
-				return checkDrained(ctx, cmd, config)
+				return checkDrained(ctx, cmd, p)
+			}
+			if dry {
+				return planDrain(ctx, cmd)
 			}
 			if _, err := call(ctx, cmd, podfsmv1.SandboxesClient.Drain, &podfsmv1.DrainRequest{Cancel: cancel}); err != nil {
 				return explainDrain(err)
 			}
-			w := cmd.Root().Writer
+			w := progress(cmd)
 			if cancel {
-				_, err := fmt.Fprintln(w, "podfsm takes new pods again")
-				return err
+				fmt.Fprintln(w, "podfsm takes new pods again")
+				return writeDrained(cmd, &podfsmv1.DrainOutput{})
 			}
 			fmt.Fprintln(w, "podfsm takes no new pods from now on, also after a restart of containerd (podfsm drain --cancel ends that)")
 			return awaitDrained(ctx, cmd, force)
 		},
 	}
-}
-
-// findDaemon sets the flags that say where the daemon is, as far as they aren't
-// set, to what its configuration says, and returns that. Without one, they are
-// the defaults.
-func findDaemon(ctx context.Context, cmd *cli.Command) (*server.Config, error) {
-	path := cmd.String("config")
-	config := &server.Config{Version: containerd.ConfigVersion, Root: cmd.String("root"), State: cmd.String("state")}
-	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && !cmd.IsSet("config") {
-		return config, nil
-	}
-	if err := server.LoadConfig(ctx, path, config); err != nil {
-		return nil, fmt.Errorf("failed to read containerd's configuration %s, to find the daemon (or give --address, --root and --state, and --config=%s): %w",
-			path, os.DevNull, err)
-	}
-	says := map[string]string{"root": config.Root, "state": config.State}
-	if socket, ok := config.Plugins[string(plugins.ServerPlugin)+".grpc"].(map[string]any); ok {
-		says["address"], _ = socket["address"].(string)
-	}
-	for flag, value := range says {
-		if value != "" && !cmd.IsSet(flag) {
-			if err := cmd.Set(flag, value); err != nil {
-				return nil, err
-			}
-		}
-	}
-	return config, nil
 }
 
 func explainDrain(err error) error {
@@ -121,14 +96,52 @@ func explainDrain(err error) error {
 	return err
 }
 
-// undrainedError says that the node can't do without podfsm yet.
+// progress is where a drain reports its progress: nowhere if its output is for a program.
+func progress(cmd *cli.Command) io.Writer {
+	if cmd.String("output") == "json" {
+		return io.Discard
+	}
+	return cmd.Root().Writer
+}
+
+// writeDrained writes the result of a drain for a program.
+func writeDrained(cmd *cli.Command, out *podfsmv1.DrainOutput) error {
+	if cmd.String("output") != "json" {
+		return nil
+	}
+	return writeJSON(cmd.Root().Writer, out)
+}
+
+// planDrain lists the sandboxes that a drain would wait for, or end.
+func planDrain(ctx context.Context, cmd *cli.Command) error {
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
+	if err != nil {
+		return explainDrain(err)
+	}
+	left, would := response.GetSandboxes(), "wait for"
+	if cmd.Bool("force") {
+		would = "stop and remove"
+	}
+	w := progress(cmd)
+	if len(left) == 0 {
+		fmt.Fprintln(w, "a drain would end at once: podfsm has no sandboxes")
+	} else {
+		fmt.Fprintf(w, "a drain would take no new pods and %s %s:\n", would, count(left))
+		if err := writeList(w, left, false, time.Now()); err != nil {
+			return err
+		}
+	}
+	return writeDrained(cmd, &podfsmv1.DrainOutput{DrainingSince: response.GetDrainingSince(), Left: left})
+}
+
+// undrainedError says that the node still needs podfsm.
 type undrainedError struct{ error }
 
-// awaitDrained waits until no sandbox is left, and tells of each that goes: since
-// the daemon has begun the drain, none comes. With force it ends each of them,
-// and again when its state has changed since.
+// awaitDrained waits until no sandbox is left, and reports each sandbox that goes. No new sandbox
+// comes, since the daemon has begun the drain. With force, it ends each sandbox, and again after
+// its state has changed.
 func awaitDrained(ctx context.Context, cmd *cli.Command, force bool) error {
-	w := cmd.Root().Writer
+	w := progress(cmd)
 	deadline := time.Now().Add(cmd.Duration("wait"))
 	var before []*podfsmv1.Sandbox
 	tried := map[string]string{}
@@ -139,19 +152,21 @@ func awaitDrained(ctx context.Context, cmd *cli.Command, force bool) error {
 		}
 		left := response.GetSandboxes()
 		tellGone(w, before, left)
+		out := &podfsmv1.DrainOutput{DrainingSince: response.GetDrainingSince(), Left: left}
 		switch {
 		case response.GetDrainingSince() == nil:
-			return undrainedError{errors.New("somebody has ended the drain: podfsm takes new pods")}
+			return errors.Join(writeDrained(cmd, out), undrainedError{errors.New("the drain was canceled: podfsm takes new pods")})
 		case len(left) == 0:
-			_, err := fmt.Fprintln(w, "drained: podfsm has no sandboxes")
-			return err
+			fmt.Fprintln(w, "drained: podfsm has no sandboxes")
+			out.Drained = true
+			return writeDrained(cmd, out)
 		case first:
 			fmt.Fprintf(w, "waiting for %s:\n", count(left))
-			if err := writeList(w, left, false, false, time.Now()); err != nil {
+			if err := writeList(w, left, false, time.Now()); err != nil {
 				return err
 			}
 		case time.Now().After(deadline):
-			return stillThere(w, left)
+			return errors.Join(writeDrained(cmd, out), stillThere(w, left))
 		}
 		if force {
 			endAll(ctx, cmd, left, tried)
@@ -165,7 +180,7 @@ func awaitDrained(ctx context.Context, cmd *cli.Command, force bool) error {
 	}
 }
 
-// tellGone has a line for each sandbox that is not there any more.
+// tellGone writes a line for each sandbox that has gone.
 func tellGone(w io.Writer, before, now []*podfsmv1.Sandbox) {
 	there := map[string]bool{}
 	for _, s := range now {
@@ -178,21 +193,20 @@ func tellGone(w io.Writer, before, now []*podfsmv1.Sandbox) {
 	}
 }
 
-// stillThere lists what a drain has not come to the end of.
+// stillThere lists the sandboxes that a drain has left, and returns the error.
 func stillThere(w io.Writer, left []*podfsmv1.Sandbox) error {
 	fmt.Fprintln(w, "left:")
-	if err := writeList(w, left, false, true, time.Now()); err != nil {
+	if err := writeList(w, left, true, time.Now()); err != nil {
 		return err
 	}
 	return undrainedError{fmt.Errorf("%s left, and new pods are still refused; let the kubelet end them (kubectl drain) or use --force%s", count(left), wayOut(left))}
 }
 
-// wayOut is how those of the sandboxes come to an end that have a pending
-// cleanup, as the end of an error's text.
+// wayOut returns the remedy for sandboxes with a pending cleanup, as the end of an error text.
 func wayOut(sandboxes []*podfsmv1.Sandbox) string {
 	pending := 0
 	for _, s := range sandboxes {
-		if len(s.GetDebts()) > 0 {
+		if len(s.GetPendingCleanups()) > 0 {
 			pending++
 		}
 	}
@@ -213,8 +227,8 @@ func nameOf(s *podfsmv1.Sandbox) string {
 	return printable(shorten(s.GetId()) + " " + podOf(s))
 }
 
-// endAll stops and removes the sandboxes that are due, as the kubelet would, and
-// tells of those that can't be.
+// endAll stops and removes the sandboxes that are due, as the kubelet would, and reports those that
+// fail.
 func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox, tried map[string]string) {
 	var ends errgroup.Group
 	ends.SetLimit(endsAtOnce)
@@ -230,16 +244,16 @@ func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox
 			return nil
 		})
 	}
-	_ = ends.Wait() // their errors are among the failures
+	_ = ends.Wait() // the errors are in failures
 	close(failures)
 	for failure := range failures {
 		fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: %s\n", failure)
 	}
 }
 
-// due says whether a sandbox has to be ended that wasn't tried, or has come to
-// another state since: its cleanup was written off meanwhile. tried has the
-// state that the last try led to, "" until that is seen.
+// due reports whether a sandbox has to be ended: it was not tried yet, or its state has changed
+// since the last try, for example by a write-off. tried has the state in which the last try left
+// each sandbox, and "" until that state is seen.
 func due(s *podfsmv1.Sandbox, tried map[string]string) bool {
 	before, again := tried[s.GetId()]
 	switch state := s.GetState(); {
@@ -247,7 +261,7 @@ func due(s *podfsmv1.Sandbox, tried map[string]string) bool {
 		tried[s.GetId()] = ""
 		return true
 	case state == string(states.Stopping) || state == string(states.Removing) || state == string(states.RollingBack):
-		return false // it is on its way
+		return false // under way
 	case before == "":
 		tried[s.GetId()] = state
 		return false
@@ -261,9 +275,9 @@ func due(s *podfsmv1.Sandbox, tried map[string]string) bool {
 
 func end(ctx context.Context, cmd *cli.Command, s *podfsmv1.Sandbox) error {
 	if s.GetContainerdNamespace() != records.Namespace {
-		return fmt.Errorf("it is in containerd's namespace %q, so it isn't the kubelet's; who made it has to end it", s.GetContainerdNamespace())
+		return fmt.Errorf("the sandbox belongs to containerd's namespace %q, not to the kubelet; end it with the client that made it", s.GetContainerdNamespace())
 	}
-	d, err := connect(cmd)
+	d, err := connect(ctx, cmd)
 	if err != nil {
 		return err
 	}
@@ -282,54 +296,56 @@ func end(ctx context.Context, cmd *cli.Command, s *podfsmv1.Sandbox) error {
 	return nil
 }
 
-// checkDrained is an error unless a containerd without podfsm can take over:
-// podfsm has no sandboxes, and will have none, and nothing else needs it.
-func checkDrained(ctx context.Context, cmd *cli.Command, config *server.Config) error {
+// checkDrained returns an error unless a containerd without podfsm can take over: podfsm has no
+// sandboxes and accepts none, and the configuration doesn't need podfsm.
+func checkDrained(ctx context.Context, cmd *cli.Command, p place) error {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{})
 	takesPods := err == nil && response.GetDrainingSince() == nil
 	if errors.As(err, new(downError)) || errors.As(err, new(stockError)) || errors.As(err, new(unavailableError)) {
-		response, err = onRecord(ctx, cmd, err)
+		response, err = onRecord(ctx, p, err)
 	}
 	if err != nil {
 		return err
 	}
-	w := cmd.Root().Writer
+	w := progress(cmd)
+	out := &podfsmv1.DrainOutput{DrainingSince: response.GetDrainingSince(), Left: response.GetSandboxes()}
 	if left := response.GetSandboxes(); len(left) > 0 {
-		var table bytes.Buffer
-		if err := writeList(&table, left, false, false, time.Now()); err != nil {
+		if err := errors.Join(writeList(w, left, false, time.Now()), writeDrained(cmd, out)); err != nil {
 			return err
 		}
-		fmt.Fprint(w, table.String())
 		return undrainedError{fmt.Errorf("podfsm has %s, which a containerd without podfsm can't stop; "+
 			"have them ended while containerd-podfsm runs: podfsm drain, or podfsm drain --force%s", count(left), wayOut(left))}
 	}
 	if takesPods {
+		if err := writeDrained(cmd, out); err != nil {
+			return err
+		}
 		return undrainedError{errors.New("podfsm has no sandboxes, but takes new pods; end that first: podfsm drain")}
 	}
-	if err := checkStock(config); err != nil {
+	if err := checkStock(p.config); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintln(w, "drained: podfsm has no sandboxes")
-	return err
+	fmt.Fprintln(w, "drained: podfsm has no sandboxes")
+	out.Drained = true
+	return writeDrained(cmd, out)
 }
 
-// onRecord is what the ledger has on record while no daemon with podfsm runs, or
-// one that runs no pods, which why says. Without a ledger podfsm has never run,
-// and has nothing, unless it runs elsewhere.
-func onRecord(ctx context.Context, cmd *cli.Command, why error) (*podfsmv1.ListResponse, error) {
-	root, state := cmd.String("root"), cmd.String("state")
-	saved, err := journal.OpenReadOnly(filepath.Join(root, ledgerDir), filepath.Join(state, ledgerDir))
+// onRecord returns the sandboxes in the ledger. why is the error of the daemon, which has no
+// podfsm, is degraded, or is down. Without a ledger podfsm has never run here, and has no
+// sandboxes, unless it runs with other directories.
+func onRecord(ctx context.Context, p place, why error) (*podfsmv1.ListResponse, error) {
+	saved, err := ledger.OpenReadOnly(p.rootLedger(), p.stateLedger())
 	switch {
 	case errdefs.IsNotFound(err) && errors.As(why, new(unavailableError)):
 		return &podfsmv1.ListResponse{}, nil
 	case errdefs.IsNotFound(err):
 		return &podfsmv1.ListResponse{}, runsElsewhere(ctx, why)
 	case err != nil:
-		return nil, explainLedger(downError{why}, root, state, err)
+		return nil, explainLedger(downError{why}, p, err)
 	case saved.InUse:
-		return nil, fmt.Errorf("%w\nbut %s", why, inUse(root))
+		return nil, fmt.Errorf("%w\nbut %s", why, inUse(p.root))
 	case len(saved.Damage) > 0:
-		return nil, fmt.Errorf("%w\nand podfsm's ledger is damaged, sandboxes may be missing: %s: %s; run containerd-podfsm, which puts that right",
+		return nil, fmt.Errorf("%w\nand podfsm's ledger is damaged, sandboxes may be missing: %s: %s; run containerd-podfsm, which repairs the ledger",
 			why, saved.Damage[0].File, saved.Damage[0].Reason)
 	}
 	views, err := records.Replay(saved.Sandboxes)
@@ -339,8 +355,8 @@ func onRecord(ctx context.Context, cmd *cli.Command, why error) (*podfsmv1.ListR
 	return records.List(views), nil
 }
 
-// runsElsewhere is an error when the daemon that is installed beside this program
-// runs, although why says that it isn't where its configuration says.
+// runsElsewhere returns an error if the daemon beside this program runs, although the daemon of the
+// configuration does not (why).
 func runsElsewhere(ctx context.Context, why error) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -352,7 +368,8 @@ func runsElsewhere(ctx context.Context, why error) error {
 		return err
 	}
 	for _, pid := range pids {
-		// An upgrade leaves a daemon whose file is deleted. A process that has ended is none.
+		// After an upgrade, the file of a running daemon is deleted. A process that has ended has
+		// no executable.
 		if exe, err := host.Readlink(ctx, pid, "exe"); err == nil && strings.TrimSuffix(exe, " (deleted)") == beside {
 			return fmt.Errorf("%w\nbut %s runs (process %d): name its socket by --address or in CONTAINERD_ADDRESS", why, beside, pid)
 		}

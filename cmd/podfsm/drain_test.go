@@ -20,11 +20,9 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
 
-// drained is a daemon with some sandboxes, which end by the CRI, unless it is
-// told that they don't.
+// drained is a daemon with sandboxes. They end by the CRI, unless the test says otherwise.
 type drained struct {
 	podfsmv1.UnimplementedSandboxesServer
-	runtime.UnimplementedRuntimeServiceServer
 
 	mu        sync.Mutex
 	since     *timestamppb.Timestamp
@@ -55,7 +53,15 @@ func (d *drained) Drain(_ context.Context, r *podfsmv1.DrainRequest) (*podfsmv1.
 	return &podfsmv1.DrainResponse{}, nil
 }
 
-func (d *drained) StopPodSandbox(_ context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
+// kubeletsEnd is the part of the CRI by which a drain ends sandboxes.
+type kubeletsEnd struct {
+	runtime.UnimplementedRuntimeServiceServer
+	*drained
+}
+
+func (d *drained) cri() runtime.RuntimeServiceServer { return kubeletsEnd{drained: d} }
+
+func (d kubeletsEnd) StopPodSandbox(_ context.Context, r *runtime.StopPodSandboxRequest) (*runtime.StopPodSandboxResponse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.stopped = append(d.stopped, r.GetPodSandboxId())
@@ -65,15 +71,14 @@ func (d *drained) StopPodSandbox(_ context.Context, r *runtime.StopPodSandboxReq
 	return &runtime.StopPodSandboxResponse{}, nil
 }
 
-func (d *drained) RemovePodSandbox(_ context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
+func (d kubeletsEnd) RemovePodSandbox(_ context.Context, r *runtime.RemovePodSandboxRequest) (*runtime.RemovePodSandboxResponse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.sandboxes = slices.DeleteFunc(d.sandboxes, func(s *podfsmv1.Sandbox) bool { return s.GetId() == r.GetPodSandboxId() })
 	return &runtime.RemovePodSandboxResponse{}, nil
 }
 
-// drain runs the command with a containerd configuration that says where the
-// daemon is.
+// drain runs the command with a containerd configuration that names the daemon's socket.
 func drain(t *testing.T, address string, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	return drainWith(t, "", address, args...)
@@ -138,7 +143,7 @@ func TestDrain(t *testing.T) {
 			stopped: []string{ready.GetId(), ready.GetId()},
 		},
 		{
-			name:   "somebody has ended the drain",
+			name:   "the drain was canceled",
 			daemon: &drained{sandboxes: []*podfsmv1.Sandbox{ready}, looked: func(d *drained) { d.since = nil }},
 			status: 2,
 			stdout: `^podfsm takes no new pods`,
@@ -166,7 +171,7 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// Who looks at the node is told that it takes no pods.
+// ps and status report a drain.
 func TestPsWhileDraining(t *testing.T) {
 	address := serve(t, &drained{sandboxes: []*podfsmv1.Sandbox{ready}, since: timestamppb.New(time.Now().Add(-time.Hour))})
 	out, errOut, err := daemonDirs{}.run(t, "podfsm", "--address", address, "ps")
@@ -185,7 +190,7 @@ func TestDrainWithoutTheDaemon(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, _, err := drain(t, address, "--force")
 			require.ErrorContains(t, err, "containerd-podfsm and try again")
-			require.Equal(t, 1, exitStatus(err))
+			require.Equal(t, exitNoDaemon, exitStatus(err))
 
 			out, _, err := drain(t, address, "--check")
 			require.NoError(t, err, "podfsm has never run")
@@ -193,31 +198,31 @@ func TestDrainWithoutTheDaemon(t *testing.T) {
 
 			d := newDaemonDirs(t)
 			l := d.openLedger(t)
-			_, _, err = d.run(t, "podfsm", "--address", address, "--root", d.root, "--state", d.state, "drain", "--check")
+			_, _, err = d.run(t, "podfsm", "--address", address, "--root-dir", d.root, "--state-dir", d.state, "drain", "--check")
 			require.ErrorContains(t, err, "a daemon has the ledger")
 			fill(t, l)
 			require.NoError(t, l.Close())
-			out, _, err = d.run(t, "podfsm", "--address", address, "--root", d.root, "--state", d.state, "drain", "--check")
+			out, _, err = d.run(t, "podfsm", "--address", address, "--root-dir", d.root, "--state-dir", d.state, "drain", "--check")
 			require.ErrorContains(t, err, "podfsm has 2 sandboxes, which a containerd without podfsm can't stop")
 			require.Equal(t, 2, exitStatus(err))
-			require.Regexp(t, `default/owed +CleanupOwed`, out)
+			require.Regexp(t, `default/pending +CleanupOwed`, out)
 
 			require.NoError(t, os.Truncate(filepath.Join(d.state, ledgerDir, "ledger.log"), 100))
-			_, _, err = d.run(t, "podfsm", "--address", address, "--root", d.root, "--state", d.state, "drain", "--check")
+			_, _, err = d.run(t, "podfsm", "--address", address, "--root-dir", d.root, "--state-dir", d.state, "drain", "--check")
 			require.ErrorContains(t, err, "damaged")
-			require.Equal(t, 1, exitStatus(err))
+			require.Equal(t, exitNoDaemon, exitStatus(err))
 		})
 	}
 }
 
-// degraded is a daemon that runs no pods.
+// degraded is a daemon with a degraded podfsm.
 type degraded struct{ *drained }
 
 func (degraded) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
-	return nil, status.Error(codes.Unavailable, "podfsm runs no pods: unknown option cni_gcc")
+	return nil, status.Error(codes.Unavailable, "podfsm is degraded: unknown option cni_gcc")
 }
 
-// A daemon that runs no pods has what is on record, if it can be read.
+// For a degraded daemon, drain --check reads the ledger.
 func TestDrainOfADegradedDaemon(t *testing.T) {
 	d := newDaemonDirs(t)
 	d.socket = serve(t, degraded{&drained{}})
@@ -236,7 +241,7 @@ func TestDrainOfADegradedDaemon(t *testing.T) {
 	require.ErrorContains(t, err, "podfsm has 2 sandboxes")
 }
 
-// Where nothing is known, a daemon that runs is not overlooked.
+// Without a ledger, drain --check still finds a running daemon.
 func TestDrainOfADaemonElsewhere(t *testing.T) {
 	self, err := os.Executable()
 	require.NoError(t, err)
@@ -253,16 +258,16 @@ func TestDrainOfADaemonElsewhere(t *testing.T) {
 	d := newDaemonDirs(t)
 	d.socket = serve(t, degraded{&drained{}})
 	_, _, err = d.podfsm(t, "drain", "--check")
-	require.NoError(t, err, "it is the one that has answered")
+	require.NoError(t, err, "the running daemon is the one that answered")
 	for range 2 {
 		_, _, err = newDaemonDirs(t).podfsm(t, "drain", "--check")
 		require.ErrorContains(t, err, fmt.Sprintf("%s runs (process %d)", daemon, running.Process.Pid))
-		require.Equal(t, 1, exitStatus(err))
-		require.NoError(t, os.RemoveAll(daemon), "an upgrade removes the file of the one that runs")
+		require.Equal(t, exitNoDaemon, exitStatus(err))
+		require.NoError(t, os.RemoveAll(daemon), "an upgrade removes the file of the running daemon")
 	}
 }
 
-// Nothing that containerd needs to serve other pods is taken away.
+// drain --check refuses while containerd needs podfsm to serve other pods.
 func TestDrainChecksTheConfiguration(t *testing.T) {
 	t.Parallel()
 	const cri, runtimes = "[plugins.'io.containerd.cri.v1.runtime'.containerd", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes"
@@ -291,9 +296,9 @@ func TestDrainChecksTheConfiguration(t *testing.T) {
 
 func TestDrainRefuses(t *testing.T) {
 	for want, args := range map[string][]string{
-		"takes no arguments":                            {"all"},
-		"takes one of --force":                          {"--force", "--check"},
-		"failed to read containerd's configuration /no": {"--config=/no"},
+		"takes no arguments":                              {"all"},
+		"takes one of --force":                            {"--force", "--check"},
+		`failed to read containerd's configuration "/no"`: {"--config=/no"},
 	} {
 		_, _, err := daemonDirs{}.run(t, append([]string{"podfsm", "drain"}, args...)...)
 		require.ErrorContains(t, err, want)

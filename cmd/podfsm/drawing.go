@@ -11,9 +11,9 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// The picture of all states has three columns of boxes, narrow enough for a
-// phone; the creation path goes down the first one, with as many boxes as this
-// release's table and the sandbox's own path have. All is in pixels.
+// The diagram of states has three columns of boxes, narrow enough for a phone. The first column is
+// the creation path, with the boxes of this release's table and of the sandbox's own path. The unit
+// is a pixel.
 const (
 	boxWidth, boxHeight = 130, 28
 	columnGap           = 165
@@ -21,18 +21,18 @@ const (
 	margin              = 3
 )
 
-// minRows is how many rows apart the first and the last state are at least, so
-// that the states off the creation path have room beside it.
+// minRows is the minimal distance in rows from the first to the last state, so that the states off
+// the creation path fit beside it.
 const minRows = 6
 
-// offPath is where each state stands that is not on the creation path: its
-// column, and its place between the first state of the path and the last.
+// offPath is the position of each state off the creation path: its column, and its place between
+// the first and the last state of the path.
 var offPath = map[states.State]struct{ column, place float64 }{
 	states.Quarantined: {1, 0}, states.RolledBack: {1, 0.21}, states.RollingBack: {1, 0.42}, states.CleanupOwed: {1, 0.67},
 	states.Removed: {2, 0}, states.Removing: {2, 0.21}, states.Stopped: {2, 0.43}, states.Stopping: {2, 0.67}, states.NotReady: {2, 1},
 }
 
-// drawing is the picture, for the page's template.
+// drawing is the diagram, for the template of the page.
 type drawing struct {
 	Width, Height int
 	Nodes         []node
@@ -55,8 +55,8 @@ type edge struct {
 	NumberX, NumberY float64
 }
 
-// plan is where everything stands: the table's states, and those of another
-// release that a sandbox went through.
+// plan has the position of every state: those of the table, and those of another release in the
+// path of the sandbox.
 type plan struct {
 	table *states.Table
 	all   []states.State
@@ -81,7 +81,7 @@ func newPlan(table *states.Table, path []states.Passage) *plan {
 	return p
 }
 
-// draw makes the picture with the path that a sandbox has taken.
+// draw returns the diagram with the path of a sandbox.
 func draw(table *states.Table, transitions []*podfsmv1.Transition) drawing {
 	path := slices.DeleteFunc(passages(transitions), func(p states.Passage) bool { return !p.Drawable() })
 	p := newPlan(table, path)
@@ -103,9 +103,8 @@ func draw(table *states.Table, transitions []*podfsmv1.Transition) drawing {
 	return d
 }
 
-// edges are the transitions of the table, without those into quarantine, which
-// lead there from almost everywhere; and those taken, last so that they are on
-// top.
+// edges returns the transitions of the table, except for those into quarantine, which come from
+// almost every state. The transitions of the path come last, so that they are drawn on top.
 func (p *plan) edges(path []states.Passage, taken map[states.Transition][]uint64) []states.Transition {
 	var edges []states.Transition
 	for _, t := range p.table.Transitions() {
@@ -143,9 +142,8 @@ func (p *plan) edge(t states.Transition, taken []uint64) edge {
 	return e
 }
 
-// ends are where an edge leaves one box and meets the other: above or below
-// within a column, else at the side. Where another one leads back, each keeps to
-// its right.
+// ends returns where an edge leaves one box and meets the other: above or below within a column,
+// else at the side. If another edge leads back, each keeps to its right.
 func (p *plan) ends(from, to states.State) (x1, y1, x2, y2 float64) {
 	apart := 0.0
 	if p.leads(to, from) {
@@ -162,7 +160,7 @@ func (p *plan) ends(from, to states.State) (x1, y1, x2, y2 float64) {
 	return x1 + half, y1 + apart, x2 - half, y2 + apart
 }
 
-// leads says whether the table has a way from one state right to the other.
+// leads reports whether the table has a transition from one state to the other.
 func (p *plan) leads(from, to states.State) bool {
 	return slices.ContainsFunc(p.table.Transitions(), func(t states.Transition) bool { return t.From == from && t.To == to })
 }

@@ -17,10 +17,10 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// daemonName is the program that takes containerd's place.
+// daemonName is the program that replaces containerd.
 const daemonName = "containerd-podfsm"
 
-// dumpWait is how long to wait for the output of a program that has ended or was killed.
+// dumpWait bounds the wait for the output of a program that has ended or was killed.
 const dumpWait = time.Second
 
 // findProgram finds the daemon beside this program or in PATH.
@@ -35,14 +35,13 @@ func findProgram() (string, error) {
 	}
 	found, err := exec.LookPath(daemonName)
 	if err != nil {
-		return "", fmt.Errorf("there is no %s beside %q nor in PATH: install podfsm's package, or run podfsm where the package was unpacked", daemonName, self)
+		return "", fmt.Errorf("failed to find %s beside %q and in PATH: install podfsm's package, or run podfsm from the unpacked package", daemonName, self)
 	}
 	return found, nil
 }
 
-// dumpConfig is what the daemon makes of its configuration and all files that
-// this imports: of any version, and with the defaults of all plugins. A program
-// that takes longer than timeout is killed.
+// dumpConfig returns the configuration as the daemon reads it: migrated from any version, with all
+// imports and the defaults of all plugins. A program that takes longer than timeout is killed.
 func dumpConfig(ctx context.Context, timeout time.Duration, program, path string) (*server.Config, error) {
 	limited, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -60,7 +59,7 @@ func dumpConfig(ctx context.Context, timeout time.Duration, program, path string
 	}
 	config := &server.Config{}
 	if err := toml.Unmarshal(out, config); err != nil {
-		return nil, fmt.Errorf("failed to read what %s config dump has printed: %w", program, err)
+		return nil, fmt.Errorf("failed to read the output of %s config dump: %w", program, err)
 	}
 	return config, nil
 }
@@ -70,14 +69,13 @@ func lastLine(text []byte) string {
 	return string(text[bytes.LastIndexByte(text, '\n')+1:])
 }
 
-// mainFile is what containerd's configuration file says of itself.
+// mainFile is the part of containerd's configuration file that podfsm reads.
 type mainFile struct {
 	Version int      `toml:"version"`
 	Imports []string `toml:"imports"`
 }
 
-// readMainFile reads the file alone, without what it imports. It is empty when
-// there is none.
+// readMainFile reads the file without its imports. A missing file is empty.
 func readMainFile(path string) (file mainFile, missing bool, err error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -92,13 +90,13 @@ func readMainFile(path string) (file mainFile, missing bool, err error) {
 	return file, false, nil
 }
 
-// dropIn is the file with podfsm's handler that belongs to a configuration.
+// dropIn returns the file with podfsm's handler that belongs to a configuration.
 func dropIn(config string) string {
 	return filepath.Join(filepath.Dir(config), "conf.d", "podfsm.toml")
 }
 
-// flagValue is the value of one of a program's flags, given as --NAME VALUE or
-// --NAME=VALUE, with one dash or two.
+// flagValue returns the value of a flag in a program's arguments: --NAME VALUE or --NAME=VALUE,
+// with one dash or two.
 func flagValue(args []string, names ...string) string {
 	for i, arg := range args {
 		name, value, joined := strings.Cut(strings.TrimLeft(arg, "-"), "=")

@@ -63,8 +63,8 @@ var starting = &podfsmv1.Sandbox{
 	Step:                "attach_network",
 }
 
-// owing comes from no CRI, and its texts are hostile.
-var owing = &podfsmv1.Sandbox{
+// pending was not made over the CRI, has a pending cleanup, and its texts are hostile.
+var pending = &podfsmv1.Sandbox{
 	Id:                  "ff00ff00ff00ff00",
 	ContainerdNamespace: "example",
 	State:               "CleanupOwed",
@@ -72,7 +72,7 @@ var owing = &podfsmv1.Sandbox{
 	CreatedAt:           at(0),
 	Since:               at(time.Second),
 	Error:               "failed to undo \"attach_network\": \x1b[2Jplugin\nsaid \u202eno",
-	Debts: []*podfsmv1.Debt{
+	PendingCleanups: []*podfsmv1.PendingCleanup{
 		{Step: "attach_network", Error: "plugin\tsaid no", Attempts: 3, Since: at(time.Second), NextTry: timestamppb.New(now.Add(4 * time.Second))},
 		{Step: "start_pause", Error: "waits for attach_network", Attempts: 1, Since: at(time.Second), NextTry: timestamppb.New(now.Add(-time.Second))},
 	},
@@ -109,13 +109,13 @@ var startingInspection = &podfsmv1.InspectResponse{
 	},
 }
 
-var owingInspection = &podfsmv1.InspectResponse{
-	Sandbox: owing,
+var pendingInspection = &podfsmv1.InspectResponse{
+	Sandbox: pending,
 	Steps: []*podfsmv1.Step{
-		{Name: "attach_network", Status: "owed", StartedAt: at(0), Duration: took(time.Second), Error: "plugin \"bad\"\nsaid no", Detail: map[string]string{"network": "net\x1b[31m"}},
+		{Name: "attach_network", Status: "cleanup_pending", StartedAt: at(0), Duration: took(time.Second), Error: "plugin \"bad\"\nsaid no", Detail: map[string]string{"network": "net\x1b[31m"}},
 	},
 	Transitions: []*podfsmv1.Transition{
-		{Seq: 8, At: at(time.Second), Event: "owe_cleanup", From: "RollingBack", To: "CleanupOwed", Error: "plugin said no"},
+		{Seq: 8, At: at(time.Second), Event: "leave_cleanup_pending", From: "RollingBack", To: "CleanupOwed", Error: "plugin said no"},
 	},
 	CniResult: "not JSON\x1b[2J",
 }

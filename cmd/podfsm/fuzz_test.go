@@ -8,7 +8,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// FuzzPrintable has a text of a pod, an image or a CNI plugin, which an operator's terminal is to show and not to obey.
+// FuzzPrintable fuzzes a text of a pod, an image or a CNI plugin. A terminal must show the text and
+// not interpret it.
 func FuzzPrintable(f *testing.F) {
 	for _, text := range []string{"web", "\x1b[2J", "a\nb", "\u202etxt", "\xff", "'", "\u2028", "é"} {
 		f.Add(text)

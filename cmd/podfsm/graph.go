@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -12,15 +11,16 @@ import (
 	"github.com/urfave/cli/v3"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/states"
 )
 
 func graphCommand() *cli.Command {
 	return &cli.Command{
-		Name:      "graph",
-		Usage:     "show the states of a sandbox and what leads from one to the next, and the path that one has taken",
-		ArgsUsage: "[REF]",
+		Name:          "graph",
+		Usage:         "draw the states that sandboxes can have, or the path that one sandbox took",
+		ArgsUsage:     "[REF]",
+		ShellComplete: completeRef,
 		Description: `Without REF it needs no daemon. ` + refDescription + `
 
 podfsm graph default/web                              the path that the pod's newest sandbox has taken
@@ -29,13 +29,13 @@ podfsm graph -o mermaid                               the picture, for a page th
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("dot", "mermaid")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if cmd.NArg() > 1 {
-				return errors.New("graph takes one argument at most: a pod's namespace/name or name, a sandbox id or its beginning")
+			ref, err := optionalRef(cmd)
+			if err != nil {
+				return err
 			}
 			r := &podfsmv1.InspectResponse{}
-			if cmd.Args().Present() {
-				var err error
-				if r, err = inspect(ctx, cmd, cmd.Args().First()); err != nil {
+			if ref != "" {
+				if r, err = inspect(ctx, cmd, ref); err != nil {
 					return err
 				}
 			}
@@ -47,7 +47,7 @@ podfsm graph -o mermaid                               the picture, for a page th
 			case output == "mermaid":
 				_, err := io.WriteString(w, records.Table().Mermaid(passages(r.GetTransitions())...))
 				return err
-			case cmd.Args().Present():
+			case ref != "":
 				return writePath(w, r)
 			default:
 				return writeStates(w, records.Table())
@@ -56,19 +56,19 @@ podfsm graph -o mermaid                               the picture, for a page th
 	}
 }
 
-// passages are transitions as the diagrams take them.
+// passages returns transitions in the form of the diagrams.
 func passages(transitions []*podfsmv1.Transition) []states.Passage {
 	var path []states.Passage
 	for _, t := range transitions {
 		path = append(path, states.Passage{
-			Transition: states.Transition{From: states.State(t.GetFrom()), Event: states.Event(t.GetEvent()), To: states.State(t.GetTo())},
+			Transition: states.Transition{From: states.State(t.GetFrom()), Event: states.EventOnRecord(t.GetEvent()), To: states.State(t.GetTo())},
 			Seq:        t.GetSeq(),
 		})
 	}
 	return path
 }
 
-// writeStates has a line for each legal transition.
+// writeStates writes a line for each legal transition.
 func writeStates(w io.Writer, table *states.Table) error {
 	var b bytes.Buffer
 	t := newTable(&b, "STATE", "EVENT", "NEXT STATE")
@@ -80,7 +80,7 @@ func writeStates(w io.Writer, table *states.Table) error {
 	return err
 }
 
-// writePath shows the states that a sandbox went through, one below the other.
+// writePath writes the states of a sandbox, one below the other.
 func writePath(w io.Writer, r *podfsmv1.InspectResponse) error {
 	var b bytes.Buffer
 	s := r.GetSandbox()

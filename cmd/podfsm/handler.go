@@ -24,12 +24,11 @@ func handlerCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "handler",
 		Usage: "print or write the runtime handler podfsm for this node, as a file for containerd's conf.d",
-		Description: "The handler has the settings of one that the node has already, so that podfsm's pods have its runtime and cgroup driver:\n" +
-			"the default handler, or runc where that is podfsm's. Without --write nothing is changed.",
+		Description: "The handler gets the settings of a handler that the node has already, so that podfsm's pods have the same runtime and\n" +
+			"cgroup driver: those of the default handler, or of runc if the default is podfsm's. Without --write, nothing changes.",
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
-			configFlag("containerd's configuration"),
-			&cli.StringFlag{Name: "like", Usage: "the handler whose settings are taken"},
+			&cli.StringFlag{Name: "like", Usage: "the handler whose settings are copied"},
 			&cli.StringFlag{Name: "write", TakesFile: true, Usage: "write the handler to this `FILE`, unless the file has settings that would be lost"},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
@@ -57,8 +56,7 @@ func handlerCommand() *cli.Command {
 	}
 }
 
-// handlerText is a file with the handler podfsm, with the settings of another
-// handler.
+// handlerText returns a file with the handler podfsm, which has the settings of another handler.
 func handlerText(config *server.Config, like string) (string, error) {
 	sections, err := readSections(config)
 	if err != nil {
@@ -85,10 +83,10 @@ func handlerText(config *server.Config, like string) (string, error) {
 
 const handlerHead = `# The runtime handler %q: this node's handler %q with podfsm's sandboxer.
 # Printed by podfsm handler. podfsm's own options are explained in
-# /usr/share/doc/podfsm/docs/operators.md.
+# /usr/share/doc/podfsm/docs/reference/configuration.md.
 %s`
 
-// withoutEmptyTables leaves out the headers of tables that only have tables.
+// withoutEmptyTables removes the headers of tables that only contain tables.
 func withoutEmptyTables(text string) string {
 	lines := slices.Collect(strings.Lines(text))
 	var kept strings.Builder
@@ -101,9 +99,8 @@ func withoutEmptyTables(text string) string {
 	return kept.String()
 }
 
-// replaceHandler replaces file as a whole, so that containerd and an operator
-// find the old text or the new one. A file with settings that the new text lacks
-// stays as it is: an operator has put them there.
+// replaceHandler replaces the file atomically. A file with settings that the new text lacks stays
+// as it is: an operator has written them.
 func replaceHandler(file, text string) error {
 	old, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -134,8 +131,7 @@ func replaceHandler(file, text string) error {
 	return f.Close()
 }
 
-// lacking names the settings of one table that another one lacks. Their values
-// may differ.
+// lacking names the settings of one table that another table lacks. Their values may differ.
 func lacking(has, gets map[string]any, prefix string) (names []string) {
 	for name, value := range has {
 		got, there := gets[name]
@@ -149,7 +145,7 @@ func lacking(has, gets map[string]any, prefix string) (names []string) {
 	return names
 }
 
-// settingsOf are those of a runtime handler, without the ones that say nothing.
+// settingsOf returns the settings of a runtime handler, without those that are unset.
 func settingsOf(config *server.Config, name string) (map[string]any, error) {
 	var runtimes struct {
 		Containerd struct {
@@ -162,13 +158,13 @@ func settingsOf(config *server.Config, name string) (map[string]any, error) {
 	all := runtimes.Containerd.Runtimes
 	settings, ok := all[name]
 	if !ok {
-		return nil, fmt.Errorf("there is no runtime handler %q in containerd's configuration; name one by --like: %s", name, strings.Join(slices.Sorted(maps.Keys(all)), ", "))
+		return nil, fmt.Errorf("failed to find runtime handler %q in containerd's configuration; name a handler by --like: %s", name, strings.Join(slices.Sorted(maps.Keys(all)), ", "))
 	}
 	options, _ := settings["options"].(map[string]any)
 	systemd, _ := options["SystemdCgroup"].(bool)
 	maps.DeleteFunc(options, unset)
 	maps.DeleteFunc(settings, unset)
-	if settings["runtime_type"] == plugins.RuntimeRuncV2 { // the cgroup driver is there to be seen, also where it is the default
+	if settings["runtime_type"] == plugins.RuntimeRuncV2 { // show the cgroup driver also if it is the default
 		if options == nil {
 			options = map[string]any{}
 		}
@@ -178,7 +174,7 @@ func settingsOf(config *server.Config, name string) (map[string]any, error) {
 	return settings, nil
 }
 
-// unset says of a setting that it is what containerd takes without it.
+// unset reports whether a setting has the value that containerd uses without it.
 func unset(_ string, value any) bool {
 	v := reflect.ValueOf(value)
 	return !v.IsValid() || v.IsZero() || (v.Kind() == reflect.Slice || v.Kind() == reflect.Map) && v.Len() == 0

@@ -16,7 +16,7 @@ import (
 func idsCommand() *cli.Command {
 	return &cli.Command{
 		Name:            "ids",
-		Usage:           "show who holds which host ids, what is in quarantine, and which pods were refused",
+		Usage:           "show the id ranges that sandboxes hold, the pool, its quarantine, and the pods that were refused",
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("json")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {

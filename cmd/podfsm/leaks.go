@@ -13,26 +13,25 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
 
-// leaksTimeout is how long leaks waits when nothing else is said: the daemon
-// looks at the whole node, twice, and a process may take its time to end.
+// leaksTimeout is the default timeout of leaks: the daemon examines the whole node twice, and waits
+// for killed processes.
 const leaksTimeout = 3 * time.Minute
 
 func leaksCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "leaks",
-		Usage: "list what stands on the host and belongs to no sandbox that is known",
-		Description: "The exit status is 0 when there is nothing (left), 2 when there is, and 1 when that could not be found out.\n" +
-			"It waits for 3 minutes unless --timeout says otherwise: the daemon looks at the whole node, twice.\n" +
-			"While the daemon is down, only network namespaces and CNI plugins can be told from other pods' things, and what belongs to them.",
+		Name:      "leaks",
+		Usage:     "list or remove leaks: what is on the node and belongs to no known sandbox",
+		ArgsUsage: "[SANDBOX...]",
+		Description: "With SANDBOX, an id or at least its first 13 characters, podfsm lists or removes only the leaks of that sandbox.\n" +
+			"The exit status is 0 if no leak is left, and 2 if one is.\n" +
+			"podfsm waits for 3 minutes, or for --timeout: the daemon looks at the whole node, twice.\n" +
+			"While the daemon is down, podfsm finds only network namespaces, CNI plugins, and what belongs to their sandboxes.",
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			outputFlag("json"),
-			&cli.BoolFlag{Name: "fix", Usage: "have the daemon remove it"},
+			&cli.BoolFlag{Name: "fix", Usage: "have the daemon remove the leaks"},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if err := noArguments(cmd); err != nil {
-				return err
-			}
 			fix := cmd.Bool("fix")
 			response, err := findLeaks(ctx, cmd, fix)
 			if err != nil {
@@ -51,27 +50,33 @@ func leaksCommand() *cli.Command {
 	}
 }
 
-// findLeaks asks the daemon, or looks itself while that is down.
+// findLeaks asks the daemon, or looks for leaks itself while the daemon is down.
 func findLeaks(ctx context.Context, cmd *cli.Command, fix bool) (*podfsmv1.LeaksResponse, error) {
 	if !cmd.IsSet("timeout") {
 		if err := cmd.Set("timeout", leaksTimeout.String()); err != nil {
 			return nil, err
 		}
 	}
-	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Leaks, &podfsmv1.LeaksRequest{Fix: fix})
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Leaks, &podfsmv1.LeaksRequest{Fix: fix, Sandboxes: cmd.Args().Slice()})
 	if fix && errors.As(err, new(downError)) {
-		return nil, fmt.Errorf("%w\nonly the daemon knows what belongs to whom, and removes leaks: start it and try again", err)
+		return nil, fmt.Errorf("%w\nonly the daemon knows all owners and can remove leaks: start it and try again", err)
 	}
-	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.LeaksResponse, error) {
-		if l.InUse { // what it makes meanwhile would be taken for a leak
-			return nil, fmt.Errorf("%w\nbut %s", err, inUse(cmd.String("root")))
+	return orLedger(ctx, cmd, response, err, func(l *savedLedger) (*podfsmv1.LeaksResponse, error) {
+		if l.InUse { // what the daemon makes now would look like a leak
+			return nil, fmt.Errorf("%w\nbut %s", err, inUse(locate(ctx, cmd).root))
 		}
-		return l.leaks(ctx)
+		fmt.Fprintln(cmd.Root().ErrWriter, "podfsm: only network namespaces, CNI plugins and what belongs to their sandboxes were examined; "+
+			"start the daemon and run podfsm leaks again for the rest")
+		return l.leaks(ctx, cmd.Args().Slice())
 	})
 }
 
-// writeLeaks has a line for each leak, with what became of it after a fix.
+// writeLeaks writes a line for each leak, with the outcome of a fix.
 func writeLeaks(w io.Writer, r *podfsmv1.LeaksResponse, fix bool) error {
+	if len(r.GetLeaks())+len(r.GetDamagedLedgerFiles()) == 0 {
+		_, err := fmt.Fprintln(w, "No leaks found")
+		return err
+	}
 	header := []string{"SANDBOX", "KIND", "NAME"}
 	if fix {
 		header = append(header, "RESULT")
@@ -103,7 +108,7 @@ func outcome(leak *podfsmv1.Leak) string {
 	return "not removed: " + leak.GetError()
 }
 
-// leftError says that there are leaks: no failure, but not what one hopes for.
+// leftError says that there are leaks, while podfsm leaks itself succeeded.
 type leftError struct{ left, removed int }
 
 func (e leftError) Error() string {
@@ -117,7 +122,7 @@ func (e leftError) Error() string {
 	return fmt.Sprintf("%d %s", e.left, things)
 }
 
-// remaining is an error unless nothing has leaked, or all of it was removed.
+// remaining returns an error if a leak is left.
 func remaining(r *podfsmv1.LeaksResponse) error {
 	var e leftError
 	for _, leak := range r.GetLeaks() {

@@ -11,7 +11,7 @@ import (
 
 const lostID = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
 
-// someLeaks are as an answer without a fix has them.
+// someLeaks is an answer without a fix.
 func someLeaks() *podfsmv1.LeaksResponse {
 	return &podfsmv1.LeaksResponse{
 		Leaks: []*podfsmv1.Leak{
@@ -66,19 +66,19 @@ func TestLeaksExitStatus(t *testing.T) {
 		{"one", one, []string{"leaks", "-o", "json"}, "podfsm: 1 thing has leaked\n", 2},
 		{"not all fixed", fixedLeaks(), []string{"leaks", "--fix"}, "podfsm: 1 thing has leaked and could not be removed; 2 removed\n", 2},
 		{"all fixed", all, []string{"leaks", "--fix"}, "", 0},
-		{"a daemon that fails", nil, []string{"leaks"}, "podfsm: the daemon at ADDRESS is a containerd without podfsm", 1},
+		{"a daemon that fails", nil, []string{"leaks"}, "podfsm: the daemon at ADDRESS is a containerd without podfsm", 3},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var asked bool
 			var service podfsmv1.SandboxesServer
 			if tc.response != nil {
-				service = fakeSandboxes{leaks: func(fix bool) *podfsmv1.LeaksResponse {
-					asked = fix
+				service = fakeSandboxes{leaks: func(r *podfsmv1.LeaksRequest) *podfsmv1.LeaksResponse {
+					asked = r.GetFix()
 					return tc.response
 				}}
 			}
 			address := serve(t, service)
-			stdout, stderr, code := program(t, append([]string{"--address", address}, tc.args...)...)
+			stdout, stderr, code := runProgram(t, append([]string{"--address", address}, tc.args...)...)
 			require.Equal(t, tc.code, code)
 			require.Equal(t, tc.args[len(tc.args)-1] == "--fix", asked)
 			if tc.response == nil {
@@ -95,7 +95,7 @@ func TestLeaksExitStatus(t *testing.T) {
 }
 
 func TestLeaksJSON(t *testing.T) {
-	address := serve(t, fakeSandboxes{leaks: func(bool) *podfsmv1.LeaksResponse { return fixedLeaks() }})
+	address := serve(t, fakeSandboxes{leaks: func(*podfsmv1.LeaksRequest) *podfsmv1.LeaksResponse { return fixedLeaks() }})
 	out, err := podfsm(t, "--address", address, "leaks", "-o", "json")
 	require.ErrorAs(t, err, new(leftError))
 	requireGolden(t, "leaks.json", []byte(out))

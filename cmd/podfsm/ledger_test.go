@@ -10,13 +10,13 @@ import (
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/history"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/history"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/netns"
-	"github.com/podfsm/podfsm/records"
 )
 
-// daemonDirs are the directories of a daemon that is down, and its ledger.
+// daemonDirs has the directories and the ledger of a daemon that is down.
 type daemonDirs struct{ root, state, socket string }
 
 func newDaemonDirs(t *testing.T) daemonDirs {
@@ -27,7 +27,7 @@ func newDaemonDirs(t *testing.T) daemonDirs {
 // podfsm runs the command line tool against the daemon.
 func (d daemonDirs) podfsm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
-	return d.run(t, append([]string{"podfsm", "--address", d.socket, "--root", d.root, "--state", d.state}, args...)...)
+	return d.run(t, append([]string{"podfsm", "--address", d.socket, "--root-dir", d.root, "--state-dir", d.state}, args...)...)
 }
 
 func (daemonDirs) run(t *testing.T, args ...string) (stdout, stderr string, err error) {
@@ -37,61 +37,61 @@ func (daemonDirs) run(t *testing.T, args ...string) (stdout, stderr string, err 
 	return out.String(), errOut.String(), err
 }
 
-func (d daemonDirs) openLedger(t *testing.T) *journal.Ledger {
+func (d daemonDirs) openLedger(t *testing.T) *ledger.Ledger {
 	t.Helper()
-	l, err := journal.Open(filepath.Join(d.root, ledgerDir), filepath.Join(d.state, ledgerDir))
+	l, err := ledger.Open(filepath.Join(d.root, ledgerDir), filepath.Join(d.state, ledgerDir))
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, l.Close()) })
 	return l
 }
 
-// fill puts a pod on record whose DEL is owed, and one that is being made.
-func fill(t *testing.T, l *journal.Ledger) {
+// fill records a pod with a pending DEL, and a pod that is being made.
+func fill(t *testing.T, l *ledger.Ledger) {
 	t.Helper()
-	for id, name := range map[string]string{lostID: "owed", ready.GetId(): "half"} {
-		spec, err := journal.Marshal(&records.Spec{
+	for id, name := range map[string]string{lostID: "pending", ready.GetId(): "half"} {
+		spec, err := ledger.Marshal(&records.Spec{
 			Config:  &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: name, Namespace: "default", Uid: "u"}},
 			Handler: "podfsm",
 		})
 		require.NoError(t, err)
-		all := []*journal.Record{
-			{Kind: journal.Begun, Data: spec},
-			{Kind: journal.Intent, Step: "allocate_ids"},
-			{Kind: journal.Done, Step: "allocate_ids", From: "New", Event: "allocate_ids", State: "IDsAllocated"},
-			{Kind: journal.Intent, Step: "remap_snapshot"},
+		all := []*ledger.Record{
+			{Kind: ledger.Begun, Data: spec},
+			{Kind: ledger.Intent, Step: "allocate_ids"},
+			{Kind: ledger.Done, Step: "allocate_ids", From: "New", Event: "allocate_ids", State: "IDsAllocated"},
+			{Kind: ledger.Intent, Step: "remap_snapshot"},
 		}
-		if name == "owed" {
+		if name == "pending" {
 			all = append(all,
-				&journal.Record{Kind: journal.Moved, From: "IDsAllocated", Event: "roll_back", State: "RollingBack"},
-				&journal.Record{Kind: journal.UndoIntent, Step: "remap_snapshot"},
-				&journal.Record{Kind: journal.Owed, From: "RollingBack", Event: "owe_cleanup", State: "CleanupOwed", Goal: "RolledBack", Error: "no\nluck"})
+				&ledger.Record{Kind: ledger.Moved, From: "IDsAllocated", Event: "roll_back", State: "RollingBack"},
+				&ledger.Record{Kind: ledger.UndoIntent, Step: "remap_snapshot"},
+				&ledger.Record{Kind: ledger.CleanupPending, From: "RollingBack", Event: "leave_cleanup_pending", State: "CleanupOwed", Goal: "RolledBack", Error: "no\nluck"})
 		}
 		for _, r := range all {
-			r.Key = journal.Key{Namespace: "k8s.io", ID: id}
+			r.Key = ledger.Key{Namespace: "k8s.io", ID: id}
 			require.NoError(t, l.Append(t.Context(), r))
 		}
 	}
 }
 
-func TestDaemonDown(t *testing.T) {
+func TestCommandsWithoutDaemon(t *testing.T) {
 	d := newDaemonDirs(t)
 	l := d.openLedger(t)
 	fill(t, l)
 
 	out, errOut, err := d.podfsm(t, "cleanups")
-	require.NoError(t, err)
+	require.Equal(t, exitLeft, exitStatus(err))
 	require.Contains(t, errOut, "no socket at "+d.socket)
 	require.Contains(t, errOut, "a daemon has the ledger in "+d.root+" open: it starts, hangs, or listens elsewhere; this is its ledger")
-	require.Contains(t, out, "default/owed")
+	require.Contains(t, out, "default/pending")
 	_, _, err = d.podfsm(t, "leaks")
 	require.ErrorContains(t, err, "but a daemon has the ledger in "+d.root+" open")
 	require.NoError(t, l.Close())
 
 	out, errOut, err = d.podfsm(t, "cleanups")
-	require.NoError(t, err)
+	require.Equal(t, exitLeft, exitStatus(err))
 	require.Regexp(t, `^podfsm: no socket at .*\npodfsm: the daemon is down; this is its ledger, last written \S+ ago\n$`, errOut)
-	require.Regexp(t, `(?m)^0011223344556 +default/owed +CleanupOwed->RolledBack +remap_snapshot +\S+ +- +- +no\\nluck$`, out)
-	require.Regexp(t, `(?m)^0011223344556 +default/owed +CleanupOwed->RolledBack +allocate_ids +\S+ +- +- +waits for the others$`, out)
+	require.Regexp(t, `(?m)^0011223344556 +default/pending +CleanupOwed->RolledBack +remap_snapshot +\S+ +- +- +no\\nluck$`, out)
+	require.Regexp(t, `(?m)^0011223344556 +default/pending +CleanupOwed->RolledBack +allocate_ids +\S+ +- +- +waits for the others$`, out)
 	require.NotContains(t, out, "default/half")
 
 	out, _, err = d.podfsm(t, "ps", "-o", "json")
@@ -103,14 +103,20 @@ func TestDaemonDown(t *testing.T) {
 	_, errOut, err = d.podfsm(t, "ps")
 	require.NoError(t, err)
 	require.Regexp(t, `(?m)^podfsm: no new pods are taken since \d+s ago`, errOut)
-	out, _, err = d.podfsm(t, "inspect", "half")
+	out, _, err = d.podfsm(t, "describe", "half")
 	require.NoError(t, err)
 	require.Regexp(t, `remap_snapshot +running`, out)
 	_, _, err = d.podfsm(t, "inspect", "nobody")
 	require.ErrorContains(t, err, `no sandbox of podfsm matches "nobody"`)
+	require.Equal(t, exitNotFound, exitStatus(err))
+	out, errOut, err = d.podfsm(t, "status")
+	require.Equal(t, exitNoDaemon, exitStatus(err))
+	require.Contains(t, errOut, "the daemon is down; this is its ledger")
+	require.Regexp(t, `(?m)^Sandboxes: +2: 1 IDsAllocated, 1 CleanupOwed$`, out)
 }
 
-// What has ended is found while the daemon is down, too; a history that can't be read is said to be so, and stops nothing else.
+// Ended sandboxes are found while the daemon is down, too. An unreadable history is reported, and
+// stops nothing else.
 func TestHistoryWhileTheDaemonIsDown(t *testing.T) {
 	d := newDaemonDirs(t)
 	l := d.openLedger(t)
@@ -133,7 +139,7 @@ func TestHistoryWhileTheDaemonIsDown(t *testing.T) {
 		require.Contains(t, out, crashed.GetSandbox().GetId())
 		require.Contains(t, errOut, "the daemon is down")
 	}
-	out, _, err = d.podfsm(t, "timeline", "owed")
+	out, _, err = d.podfsm(t, "timeline", "pending")
 	require.NoError(t, err)
 	require.Regexp(t, `(?m)^undo remap_snapshot +\S+ +\S+ \[ *!+ *\]$`, out)
 	require.Contains(t, out, `no\nluck`)
@@ -162,12 +168,13 @@ func TestLeaksWhileTheDaemonIsDown(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, pins, 4)
 
-	out, _, err := d.podfsm(t, "leaks")
+	out, errOut, err := d.podfsm(t, "leaks")
+	require.Contains(t, errOut, "podfsm: only network namespaces, CNI plugins and what belongs to their sandboxes were examined; start the daemon and run podfsm leaks again for the rest\n")
 	require.EqualError(t, err, "2 things have leaked")
 	require.Regexp(t, `^SANDBOX +KIND +NAME\nababababababa +files +(ab){32}\nababababababa +netns +\S+/podfsm-(ab){32}\n$`, out)
 
 	_, _, err = d.podfsm(t, "leaks", "--fix")
-	require.ErrorContains(t, err, "only the daemon knows what belongs to whom")
+	require.ErrorContains(t, err, "only the daemon knows all owners")
 	require.False(t, exitStatus(err) == 2)
 	require.FileExists(t, below("netns", "podfsm-"+unknown))
 }

@@ -1,9 +1,12 @@
 // Command podfsm shows an operator the pod sandboxes that podfsm runs in
-// containerd: their states, their steps, what is owed for them and what has
-// leaked. While the daemon is down it reads its ledger.
+// containerd: their states, their steps, pending cleanups and leaks. While the
+// daemon is down it reads its ledger.
 package main
 
+//go:generate go test -run ^TestReference$ . -update
+
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +16,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/log"
 	"github.com/urfave/cli/v3"
 
@@ -30,29 +32,21 @@ func main() {
 	}
 }
 
-// exitStatus is 2 for leaks, for checks that fail, for a drain that isn't done
-// and for a cleanup that is still pending, and 1 for whatever could not be done.
-func exitStatus(err error) int {
-	if errors.As(err, new(leftError)) || errors.As(err, new(failedError)) || errors.As(err, new(undrainedError)) || errors.As(err, new(pendingError)) {
-		return 2
-	}
-	return 1
+// run is the whole program. The first of args is the program's name.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	return program(stdout, stderr).Run(ctx, args)
 }
 
-// run is the whole program; args starts with the program's name.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+// program returns the tree of all commands.
+func program(stdout, stderr io.Writer) *cli.Command {
 	root := &cli.Command{
-		Name:      "podfsm",
-		Usage:     "show the pod sandboxes that podfsm runs in containerd",
+		Name:  "podfsm",
+		Usage: "show and mend the pod sandboxes that podfsm runs in containerd",
+		Description: "podfsm asks the daemon on containerd's socket, which it finds by containerd's configuration.\n" +
+			"While the daemon is down, it reads the daemon's ledger and says so.",
 		Writer:    stdout,
 		ErrWriter: stderr,
-		Flags: append([]cli.Flag{
-			&cli.StringFlag{
-				Name:    "address",
-				Usage:   "containerd's gRPC socket",
-				Value:   defaults.DefaultAddress,
-				Sources: cli.EnvVars("CONTAINERD_ADDRESS"),
-			},
+		Flags: append(placeFlags(),
 			&cli.DurationFlag{
 				Name:  "timeout",
 				Usage: "how long to wait for an answer",
@@ -69,118 +63,73 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 				Usage: "print the version of podfsm and of the containerd it was built with",
 				Local: true,
 			},
-		}, directoryFlags()...),
-		Commands: []*cli.Command{psCommand(), inspectCommand(), timelineCommand(), watchCommand(), graphCommand(), cleanupsCommand(), idsCommand(), leaksCommand(), doctorCommand(), handlerCommand(), drainCommand()},
+		),
+		Commands: []*cli.Command{
+			statusCommand(), psCommand(), watchCommand(),
+			describeCommand(), inspectCommand(), timelineCommand(), graphCommand(), logsCommand(),
+			cleanupsCommand(), leaksCommand(), idsCommand(),
+			doctorCommand(), bundleCommand(), drainCommand(), handlerCommand(), versionCommand(),
+		},
+		EnableShellCompletion:           true,
+		ConfigureShellCompletionCommand: func(completion *cli.Command) { completion.Hidden = false },
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if cmd.Bool("version") {
 				_, err := fmt.Fprintf(stdout, "podfsm %s\n", versions())
 				return err
 			}
 			if cmd.Args().Present() {
-				return fmt.Errorf("unknown command %q (see podfsm --help)", cmd.Args().First())
+				return usagef("unknown command %q (see podfsm --help)", cmd.Args().First())
 			}
 			return cli.ShowRootCommandHelp(cmd)
 		},
 	}
 	returnUsageErrors(root)
-	return root.Run(ctx, args)
+	return root
 }
 
-// returnUsageErrors keeps a command and those below it from printing its help
-// for a mistake.
+// returnUsageErrors makes a command and its subcommands return a usage error instead of printing
+// their help.
 func returnUsageErrors(cmd *cli.Command) {
-	cmd.OnUsageError = func(_ context.Context, _ *cli.Command, err error, _ bool) error { return err }
+	cmd.OnUsageError = func(_ context.Context, _ *cli.Command, err error, _ bool) error { return usageError{err} }
 	for _, below := range cmd.Commands {
 		returnUsageErrors(below)
 	}
 }
 
-func psCommand() *cli.Command {
-	return &cli.Command{
-		Name:            "ps",
-		Usage:           "list the sandboxes, the oldest first",
-		HideHelpCommand: true,
-		Flags: []cli.Flag{
-			outputFlag("wide", "json"),
-			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "also those that have ended: the last 200, failed creations among them"},
-		},
-		Action: func(ctx context.Context, cmd *cli.Command) error {
-			if err := noArguments(cmd); err != nil {
-				return err
-			}
-			all := cmd.Bool("all")
-			response, err := list(ctx, cmd, all)
-			if err != nil {
-				return err
-			}
-			output := cmd.String("output")
-			if output == "json" {
-				return writeJSON(cmd.Root().Writer, response)
-			}
-			if since := response.GetDrainingSince(); since != nil {
-				fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: no new pods are taken since %s ago (podfsm drain --cancel ends that)\n", age(since, time.Now()))
-			}
-			return writeList(cmd.Root().Writer, response.GetSandboxes(), all, output == "wide", time.Now())
-		},
+// list asks the daemon, or reads its ledger while the daemon is down.
+func list(ctx context.Context, cmd *cli.Command, ended bool) (*podfsmv1.ListResponse, error) {
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{Ended: ended})
+	return orLedger(ctx, cmd, response, err, func(l *savedLedger) (*podfsmv1.ListResponse, error) { return l.list(ended), nil })
+}
+
+// completeRef completes REF with the names of pods, and the ids of sandboxes without a pod.
+func completeRef(ctx context.Context, cmd *cli.Command) {
+	cli.DefaultCompleteWithFlags(ctx, cmd)
+	if args := cmd.Args().Slice(); len(args) > 0 && strings.HasPrefix(args[len(args)-1], "-") {
+		return
+	}
+	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{Ended: true})
+	if err != nil {
+		return // completion has no place for an error
+	}
+	var refs []string
+	for _, s := range response.GetSandboxes() {
+		refs = append(refs, printable(cmp.Or(podOf(s), s.GetId())))
+	}
+	slices.Sort(refs)
+	for _, ref := range slices.Compact(refs) {
+		fmt.Fprintln(cmd.Root().Writer, ref)
 	}
 }
 
-// list asks the daemon, or its ledger while that is down.
-func list(ctx context.Context, cmd *cli.Command, ended bool) (*podfsmv1.ListResponse, error) {
-	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{Ended: ended})
-	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.ListResponse, error) { return l.list(ended), nil })
-}
-
-// refDescription says what a sandbox can be named by.
+// refDescription explains the references to sandboxes.
 const refDescription = `REF is a pod's namespace/name or name, a sandbox id or its beginning. Of several sandboxes of one
 pod the newest counts. Sandboxes that have ended are found, too: the last 200, failed creations among them.`
 
-func inspectCommand() *cli.Command {
-	return &cli.Command{
-		Name:        "inspect",
-		Usage:       "show the steps, transitions and pending cleanups of one sandbox",
-		ArgsUsage:   "REF",
-		Description: refDescription,
-		// Otherwise a pod named "help" could not be inspected.
-		HideHelpCommand: true,
-		Flags:           []cli.Flag{outputFlag("json")},
-		Action: func(ctx context.Context, cmd *cli.Command) error {
-			ref, err := oneRef(cmd)
-			if err != nil {
-				return err
-			}
-			response, err := inspect(ctx, cmd, ref)
-			if err != nil {
-				return err
-			}
-			if cmd.String("output") == "json" {
-				return writeJSON(cmd.Root().Writer, response)
-			}
-			return writeInspection(cmd.Root().Writer, response, time.Now())
-		},
-	}
-}
-
-// inspect asks the daemon, or its ledger while that is down.
+// inspect asks the daemon, or reads its ledger while the daemon is down.
 func inspect(ctx context.Context, cmd *cli.Command, ref string) (*podfsmv1.InspectResponse, error) {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.Inspect, &podfsmv1.InspectRequest{Ref: ref})
-	return orLedger(cmd, response, err, func(l *ledger) (*podfsmv1.InspectResponse, error) { return l.inspect(ref) })
-}
-
-// noArguments fails where the command has any.
-func noArguments(cmd *cli.Command) error {
-	if cmd.Args().Present() {
-		return fmt.Errorf("%s takes no arguments", cmd.Name)
-	}
-	return nil
-}
-
-// oneRef is the command's only argument.
-func oneRef(cmd *cli.Command) (string, error) {
-	if cmd.NArg() != 1 {
-		return "", fmt.Errorf("%s takes one argument: a pod's namespace/name or name, a sandbox id or its beginning", cmd.Name)
-	}
-	return cmd.Args().First(), nil
+	return orLedger(ctx, cmd, response, err, func(l *savedLedger) (*podfsmv1.InspectResponse, error) { return l.inspect(ref) })
 }
 
 func outputFlag(formats ...string) cli.Flag {
@@ -188,7 +137,7 @@ func outputFlag(formats ...string) cli.Flag {
 	return &cli.StringFlag{
 		Name:    "output",
 		Aliases: []string{"o"},
-		Usage:   "output format: " + choice + "; for people to read without it",
+		Usage:   "`FORMAT` of the output: " + choice,
 		Validator: func(format string) error {
 			if !slices.Contains(formats, format) {
 				return errors.New("must be " + choice)

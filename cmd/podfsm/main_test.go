@@ -41,7 +41,9 @@ func TestMain(m *testing.M) {
 type fakeSandboxes struct {
 	podfsmv1.UnimplementedSandboxesServer
 	inspect func(ctx context.Context, ref string) (*podfsmv1.InspectResponse, error)
-	leaks   func(fix bool) *podfsmv1.LeaksResponse
+	leaks   func(*podfsmv1.LeaksRequest) *podfsmv1.LeaksResponse
+	list    func() []*podfsmv1.Sandbox
+	status  *podfsmv1.StatusResponse
 	ended   []*podfsmv1.Sandbox
 	watch   func(grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error
 	cleanup func(request proto.Message) (*podfsmv1.CleanupResponse, error)
@@ -56,7 +58,10 @@ func (f fakeSandboxes) WriteOffCleanup(_ context.Context, r *podfsmv1.WriteOffCl
 }
 
 func (f fakeSandboxes) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
-	all := []*podfsmv1.Sandbox{ready, owing, starting}
+	all := []*podfsmv1.Sandbox{ready, pending, starting}
+	if f.list != nil {
+		all = f.list()
+	}
 	if r.GetEnded() {
 		all = append(f.ended, all...)
 	}
@@ -68,19 +73,25 @@ func (f fakeSandboxes) Inspect(ctx context.Context, r *podfsmv1.InspectRequest) 
 }
 
 func (f fakeSandboxes) Leaks(_ context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.LeaksResponse, error) {
-	return f.leaks(r.GetFix()), nil
+	return f.leaks(r), nil
 }
 
-// serve starts a daemon on a socket of its own and returns the socket's path.
-// Without a service it is a containerd without podfsm.
+func (f fakeSandboxes) Status(context.Context, *podfsmv1.StatusRequest) (*podfsmv1.StatusResponse, error) {
+	return f.status, nil
+}
+
+// serve starts a daemon on its own socket and returns the path. Without a service, it is a
+// containerd without podfsm.
 func serve(t *testing.T, service podfsmv1.SandboxesServer) string {
 	t.Helper()
 	return serveAll(t, func(server *grpc.Server) {
 		if service != nil {
 			podfsmv1.RegisterSandboxesServer(server, service)
 		}
-		if cri, ok := service.(runtime.RuntimeServiceServer); ok {
-			runtime.RegisterRuntimeServiceServer(server, cri)
+		if node, ok := service.(interface {
+			cri() runtime.RuntimeServiceServer
+		}); ok {
+			runtime.RegisterRuntimeServiceServer(server, node.cri())
 		}
 	})
 }
@@ -114,7 +125,7 @@ func TestPs(t *testing.T) {
 	address := serve(t, fakeSandboxes{})
 	out, err := podfsm(t, "--address", address, "ps")
 	require.NoError(t, err)
-	require.Regexp(t, `(?m)^3b1f0c9a7e5d4 +default/web +Ready +\S+ +- +10\.88\.0\.5$`, out)
+	require.Regexp(t, `(?m)^3b1f0c9a7e5d4 +default/web +Ready +\S+ +- +10\.88\.0\.5 +\S+$`, out)
 
 	out, err = podfsm(t, "ps", "--address", "unix://"+address, "-o", "wide")
 	require.NoError(t, err)
@@ -125,16 +136,18 @@ func TestPs(t *testing.T) {
 	requireGolden(t, "ps.json", []byte(out))
 }
 
-func TestDebtsAreOnlyThoseThatOwe(t *testing.T) {
+func TestCleanupsListsOnlySandboxesWithOne(t *testing.T) {
 	address := serve(t, fakeSandboxes{})
 	out, err := podfsm(t, "--address", address, "cleanups")
-	require.NoError(t, err)
+	require.EqualError(t, err, "sandboxes with a pending cleanup: 1")
+	require.Equal(t, exitLeft, exitStatus(err))
 	require.Contains(t, out, "attach_network")
 	require.NotContains(t, out, "default/web")
 
 	out, err = podfsm(t, "--address", address, "cleanups", "-o", "json")
-	require.NoError(t, err)
+	require.Equal(t, exitLeft, exitStatus(err))
 	require.NotContains(t, out, ready.GetId())
+	requireGolden(t, "cleanups.json", []byte(out))
 }
 
 func TestCleanups(t *testing.T) {
@@ -146,7 +159,7 @@ func TestCleanups(t *testing.T) {
 		return response, failure
 	}})
 	out, err := podfsm(t, "--address", address, "cleanups", "list")
-	require.NoError(t, err)
+	require.Equal(t, exitLeft, exitStatus(err))
 	require.Contains(t, out, "attach_network")
 
 	response = &podfsmv1.CleanupResponse{Sandbox: ready}
@@ -155,7 +168,7 @@ func TestCleanups(t *testing.T) {
 	require.Equal(t, "3b1f0c9a7e5d4 default/web: the cleanup is completed\n", out)
 	require.True(t, proto.Equal(&podfsmv1.RetryCleanupRequest{Ref: "default/web"}, asked))
 
-	response = &podfsmv1.CleanupResponse{Sandbox: owing, Error: "no luck"}
+	response = &podfsmv1.CleanupResponse{Sandbox: pending, Error: "no luck"}
 	for _, args := range [][]string{
 		{"write-off", "db", "--plugin", "sbr", "--reason", "gone for good"},
 		{"write-off", "--reason=gone for good", "--plugin=sbr", "db"},
@@ -198,19 +211,19 @@ func TestCleanups(t *testing.T) {
 	require.ErrorContains(t, err, "only the daemon can do that")
 }
 
-func TestInspect(t *testing.T) {
+func TestDescribeAndInspect(t *testing.T) {
 	address := serve(t, fakeSandboxes{inspect: func(_ context.Context, ref string) (*podfsmv1.InspectResponse, error) {
 		if ref != "default/web" && ref != "help" {
 			return nil, status.Errorf(codes.NotFound, "no sandbox matches %q", ref)
 		}
 		return readyInspection, nil
 	}})
-	out, err := podfsm(t, "--address", address, "inspect", "default/web")
+	out, err := podfsm(t, "--address", address, "describe", "default/web")
 	require.NoError(t, err)
 	require.Contains(t, out, ready.GetId())
 	require.Contains(t, out, "NetworkReady")
 
-	out, err = podfsm(t, "--address", address, "inspect", "-o", "json", "default/web")
+	out, err = podfsm(t, "--address", address, "inspect", "default/web")
 	require.NoError(t, err)
 	requireGolden(t, "inspect.json", []byte(out))
 
@@ -238,7 +251,7 @@ func TestCallErrors(t *testing.T) {
 		service podfsmv1.SandboxesServer
 		want    string // ADDRESS is the socket
 	}{
-		{"no podfsm", nil, "the daemon at ADDRESS is a containerd without podfsm, or its podfsm plugin did not load: unknown service podfsm.v1.Sandboxes"},
+		{"no podfsm", nil, "the daemon at ADDRESS is a containerd without podfsm, or its podfsm plugin did not load: unknown service podfsm.v1.Sandboxes; if podfsm was just installed, restart containerd"},
 		{"not found", refuse(codes.NotFound, `no sandbox matches "x"`), `no sandbox matches "x"`},
 		{"ambiguous", refuse(codes.InvalidArgument, `"x" matches 2 sandboxes: x1, x2`), `"x" matches 2 sandboxes: x1, x2`},
 		{"shutting down", refuse(codes.Unavailable, "closing"), "the daemon at ADDRESS is unavailable: closing"},
@@ -262,7 +275,7 @@ func TestTimeout(t *testing.T) {
 	require.EqualError(t, err, "no answer from the daemon at "+address+" within 50ms")
 }
 
-// A socket's path may hold what has a meaning in a gRPC target.
+// The path of a socket may hold characters that are special in a gRPC target.
 func TestOddSocketPath(t *testing.T) {
 	address := serve(t, fakeSandboxes{})
 	odd := filepath.Join(t.TempDir(), "a b%zz?c#d,e")
@@ -274,7 +287,7 @@ func TestOddSocketPath(t *testing.T) {
 func TestDialErrors(t *testing.T) {
 	none := t.TempDir()
 	missing := filepath.Join(none, "none.sock")
-	_, err := podfsm(t, "--root", none, "--state", none, "--address", missing, "ps")
+	_, err := podfsm(t, "--root-dir", none, "--state-dir", none, "--address", missing, "ps")
 	require.ErrorContains(t, err, "no socket at "+missing+": is the daemon running? (--address names another)")
 
 	dead := filepath.Join(t.TempDir(), "dead.sock")
@@ -282,14 +295,14 @@ func TestDialErrors(t *testing.T) {
 	require.NoError(t, err)
 	listener.SetUnlinkOnClose(false)
 	require.NoError(t, listener.Close())
-	_, err = podfsm(t, "--root", none, "--state", none, "--address", dead, "ps")
+	_, err = podfsm(t, "--root-dir", none, "--state-dir", none, "--address", dead, "ps")
 	require.ErrorContains(t, err, "nothing listens on "+dead+": is the daemon running?")
 
-	// Root is never refused, so these two can't be had from the kernel.
+	// The kernel never refuses root, so these two errors are made here.
 	refused := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
-	require.EqualError(t, explainDial("/s", refused), "permission denied on /s: run podfsm as root")
+	require.EqualError(t, explainDial("/s", refused, nil), "permission denied on /s: run podfsm as root")
 	other := errors.New("odd")
-	require.ErrorIs(t, explainDial("/s", other), other)
+	require.ErrorIs(t, explainDial("/s", other, nil), other)
 }
 
 func TestUsageErrors(t *testing.T) {
@@ -300,7 +313,6 @@ func TestUsageErrors(t *testing.T) {
 		{[]string{"sp"}, `unknown command "sp"`},
 		{[]string{"ps", "x"}, "ps takes no arguments"},
 		{[]string{"cleanups", "x"}, "cleanups takes no arguments"},
-		{[]string{"leaks", "x"}, "leaks takes no arguments"},
 		{[]string{"timeline"}, "timeline takes one argument"},
 		{[]string{"timeline", "a", "b"}, "timeline takes one argument"},
 		{[]string{"watch", "-o", "wide"}, "must be json"},
@@ -309,13 +321,19 @@ func TestUsageErrors(t *testing.T) {
 		{[]string{"ps", "--colour"}, "not defined: -colour"},
 		{[]string{"inspect"}, "inspect takes one argument"},
 		{[]string{"inspect", "a", "b"}, "inspect takes one argument"},
-		{[]string{"inspect", "-o", "wide", "a"}, "must be json"},
+		{[]string{"inspect", "-o", "json", "a"}, "not defined: -o"},
+		{[]string{"ps", "--state", "Redy"}, "invalid state"},
+		{[]string{"ps", "--sort-by", "size"}, "must be age"},
+		{[]string{"logs", "--file", "-", "-f", "a"}, "either --file or --follow"},
+		{[]string{"drain", "--dry-run", "--check"}, "--dry-run alone"},
+		{[]string{"cleanups", "write-off", "--all", "a"}, "reason"},
 		{[]string{"--timeout", "0s", "ps"}, "must be positive"},
 		{[]string{"--timeout", "soon", "ps"}, `invalid value "soon"`},
 	} {
 		t.Run(fmt.Sprint(tc.args), func(t *testing.T) {
 			_, err := podfsm(t, tc.args...)
 			require.ErrorContains(t, err, tc.want)
+			require.Equal(t, exitUsage, exitStatus(err))
 		})
 	}
 }
@@ -354,8 +372,8 @@ func TestDescribe(t *testing.T) {
 	}
 }
 
-// program runs the command line tool as a program of its own.
-func program(t *testing.T, args ...string) (stdout, stderr string, code int) {
+// runProgram runs the command line tool as a process.
+func runProgram(t *testing.T, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
 	cmd.Env = append(os.Environ(), asProgram+"=1")
@@ -369,13 +387,13 @@ func program(t *testing.T, args ...string) (stdout, stderr string, code int) {
 }
 
 func TestExitCode(t *testing.T) {
-	stdout, stderr, code := program(t, "ps", "--address", serve(t, fakeSandboxes{}))
+	stdout, stderr, code := runProgram(t, "ps", "--address", serve(t, fakeSandboxes{}))
 	require.Equal(t, 0, code)
 	require.Contains(t, stdout, "default/web")
 	require.Empty(t, stderr)
 
-	stdout, stderr, code = program(t, "ps", "x")
-	require.Equal(t, 1, code)
+	stdout, stderr, code = runProgram(t, "ps", "x")
+	require.Equal(t, 64, code)
 	require.Empty(t, stdout)
 	require.Equal(t, "podfsm: ps takes no arguments\n", stderr)
 }

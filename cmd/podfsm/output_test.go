@@ -27,7 +27,7 @@ func requireGolden(t *testing.T, name string, got []byte) {
 }
 
 func TestList(t *testing.T) {
-	all := []*podfsmv1.Sandbox{ready, owing, starting}
+	all := []*podfsmv1.Sandbox{ready, pending, starting}
 	for _, tc := range []struct {
 		golden    string
 		sandboxes []*podfsmv1.Sandbox
@@ -41,31 +41,31 @@ func TestList(t *testing.T) {
 	} {
 		t.Run(tc.golden, func(t *testing.T) {
 			var b bytes.Buffer
-			require.NoError(t, writeList(&b, tc.sandboxes, tc.all, tc.wide, now))
+			require.NoError(t, listing{all: tc.all, wide: tc.wide}.writeTable(&b, tc.sandboxes, now))
 			requireGolden(t, tc.golden, b.Bytes())
 		})
 	}
 }
 
-func TestDebts(t *testing.T) {
+func TestCleanupsTable(t *testing.T) {
 	var b bytes.Buffer
-	require.NoError(t, writeDebts(&b, []*podfsmv1.Sandbox{ready, owing}, now))
-	requireGolden(t, "debts.txt", b.Bytes())
+	require.NoError(t, writeCleanups(&b, []*podfsmv1.Sandbox{ready, pending}, now))
+	requireGolden(t, "cleanups.txt", b.Bytes())
 }
 
-func TestInspection(t *testing.T) {
+func TestDescription(t *testing.T) {
 	for _, tc := range []struct {
 		golden   string
 		response *podfsmv1.InspectResponse
 	}{
-		{"inspect-ready.txt", readyInspection},
-		{"inspect-starting.txt", startingInspection},
-		{"inspect-owing.txt", owingInspection},
-		{"inspect-blank.txt", &podfsmv1.InspectResponse{}},
+		{"describe-ready.txt", readyInspection},
+		{"describe-starting.txt", startingInspection},
+		{"describe-pending.txt", pendingInspection},
+		{"describe-blank.txt", &podfsmv1.InspectResponse{}},
 	} {
 		t.Run(tc.golden, func(t *testing.T) {
 			var b bytes.Buffer
-			require.NoError(t, writeInspection(&b, tc.response, now))
+			require.NoError(t, writeDescription(&b, tc.response, now))
 			requireGolden(t, tc.golden, b.Bytes())
 		})
 	}

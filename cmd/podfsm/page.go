@@ -18,7 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 )
 
 // pageText is the page; html/template escapes what is put into it, wherever
@@ -46,14 +46,14 @@ func writePage(cmd *cli.Command, t *timeline, now time.Time) error {
 	return nil
 }
 
-// replaceFile makes content what the file has: all of it, or what it had.
+// replaceFile replaces the content of the file atomically.
 func replaceFile(path string, content []byte) error {
 	info, err := os.Stat(path)
 	switch {
 	case path == "":
 		return errors.New("the file has no name")
 	case err == nil && !info.Mode().IsRegular():
-		return fmt.Errorf("%s is no file, and isn't replaced by one", path)
+		return fmt.Errorf("%s is not a regular file", path)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
@@ -72,11 +72,11 @@ func replaceFile(path string, content []byte) error {
 	return nil
 }
 
-// text is what pods, images and plugins may have had a hand in. What could
-// reorder or hide it is shown; line breaks stay.
+// text may contain text of pods, images and plugins. Characters that could reorder or hide text are
+// escaped; line breaks stay.
 type text string
 
-// String is what html/template writes, and escapes.
+// String returns the text for html/template, which escapes it for HTML.
 func (t text) String() string {
 	lines := strings.Split(string(t), "\n")
 	for i, line := range lines {
@@ -85,7 +85,7 @@ func (t text) String() string {
 	return strings.Join(lines, "\n")
 }
 
-// page is what stands on the page.
+// page is the content of the page.
 type page struct {
 	Name        text
 	IsPod       bool
@@ -94,14 +94,15 @@ type page struct {
 	Created     moment
 	State       text
 	For         string
-	Verdict     string // a class: "bad", "warn" or none
+	Note        text
+	Verdict     string // a CSS class: "bad", "warn" or ""
 	FailedStep  text
-	Owes        string
+	Cleanups    string
 	Reason      text
 	Slowest     text
 	Stretches   []pageStretch
 	Mishaps     []pageNote
-	Debts       []pageNote
+	Pending     []pageNote
 	WrittenOff  []pageNote
 	Graph       drawing
 	Transitions []pageTransition
@@ -128,7 +129,7 @@ type pageLane struct {
 	Class       string
 }
 
-// pageNote is a text and what it is of.
+// pageNote is a text and its subject.
 type pageNote struct{ What, Text text }
 
 type pageTransition struct {
@@ -147,7 +148,7 @@ type pageSibling struct {
 	This              bool
 }
 
-// moment is a time for people and for machines.
+// moment is a time for people and for programs.
 type moment struct{ time.Time }
 
 func (m moment) ISO() string   { return m.Format("2006-01-02T15:04:05.000Z07:00") }
@@ -161,8 +162,8 @@ func newPage(t *timeline, now time.Time) page {
 	all := waterfall(t.InspectResponse, now)
 	p := page{
 		Name: text(cmp.Or(podOf(s), s.GetId())), IsPod: podOf(s) != "", Attempt: s.GetAttempt(), Short: text(shorten(s.GetId())),
-		Created: at(s.GetCreatedAt()), State: text(stateOf(s)), For: age(s.GetSince(), now), Verdict: verdictOf(s), FailedStep: text(s.GetFailedStep()),
-		Owes: owes(len(s.GetDebts())), Reason: text(reason(t.InspectResponse)), Graph: draw(records.Table(), t.GetTransitions()),
+		Created: at(s.GetCreatedAt()), State: text(stateOf(s)), For: age(s.GetSince(), now), Note: text(t.note()), Verdict: verdictOf(s), FailedStep: text(s.GetFailedStep()),
+		Cleanups: pendingCount(len(s.GetPendingCleanups())), Reason: text(reason(t.InspectResponse)), Graph: draw(records.Table(), t.GetTransitions()),
 		Facts: factsOf(t.InspectResponse), Version: versions(), Now: moment{now},
 	}
 	if most, total, ok := slowest(all); ok {
@@ -174,10 +175,10 @@ func newPage(t *timeline, now time.Time) page {
 	for _, m := range mishaps(all) {
 		p.Mishaps = append(p.Mishaps, pageNote{text(m.what), text(m.text)})
 	}
-	for _, d := range s.GetDebts() {
-		p.Debts = append(p.Debts, pageNote{text("undo of " + d.GetStep() + ", " + when(d, now)), text(d.GetError())})
+	for _, d := range s.GetPendingCleanups() {
+		p.Pending = append(p.Pending, pageNote{text("undo of " + d.GetStep() + ", " + when(d, now)), text(d.GetError())})
 	}
-	for _, m := range writtenOff(t.GetActs(), now) {
+	for _, m := range writtenOff(t.GetTries(), now) {
 		p.WrittenOff = append(p.WrittenOff, pageNote{text(m.what), text(m.text)})
 	}
 	for _, tr := range t.GetTransitions() {
@@ -195,20 +196,20 @@ func newPage(t *timeline, now time.Time) page {
 	return p
 }
 
-func owes(debts int) string {
-	switch debts {
+func pendingCount(cleanups int) string {
+	switch cleanups {
 	case 0:
 		return ""
 	case 1:
-		return "1 undo is still owed"
+		return "1 cleanup is pending"
 	}
-	return fmt.Sprintf("%d undos are still owed", debts)
+	return fmt.Sprintf("%d cleanups are pending", cleanups)
 }
 
-// verdictOf is the class of how a sandbox fares.
+// verdictOf returns the CSS class for the state of a sandbox.
 func verdictOf(s *podfsmv1.Sandbox) string {
 	switch {
-	case len(s.GetDebts()) > 0 || s.GetFailedStep() != "" || s.GetState() == "Quarantined":
+	case len(s.GetPendingCleanups()) > 0 || s.GetFailedStep() != "" || s.GetState() == "Quarantined":
 		return "bad"
 	case s.GetError() != "" || s.GetState() == "NotReady":
 		return "warn"
@@ -236,12 +237,12 @@ func newPageStretch(s stretch, now time.Time) pageStretch {
 	return view
 }
 
-// percent is a fraction in percent, to a hundredth.
+// percent returns a fraction in percent, rounded to a hundredth.
 func percent(fraction float64) float64 {
 	return math.Round(max(fraction, 0)*1e4) / 100
 }
 
-// factsOf are what is known of a sandbox, without what isn't.
+// factsOf returns the known properties of a sandbox.
 func factsOf(r *podfsmv1.InspectResponse) []pageNote {
 	s := r.GetSandbox()
 	var facts []pageNote

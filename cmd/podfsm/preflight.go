@@ -17,6 +17,7 @@ import (
 	containerdversion "github.com/containerd/containerd/api/services/version/v1"
 	containerd "github.com/containerd/containerd/v2/client"
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/urfave/cli/v3"
 	"google.golang.org/grpc/codes"
@@ -29,19 +30,18 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/leaks"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/userns"
 )
 
-// kubeletConfig is where kubeadm has the kubelet's configuration.
+// kubeletConfig is the kubelet's configuration on a node of kubeadm.
 const kubeletConfig = "/var/lib/kubelet/config.yaml"
 
-// otherRuntimes are sockets of runtimes that attach pods to CNI networks, too.
+// otherRuntimes are the sockets of other runtimes that attach pods to CNI networks.
 var otherRuntimes = []string{"/run/crio/crio.sock", "/run/cri-dockerd.sock"}
 
-// preflight examines the node before its containerd is replaced, by the files
-// that containerd-podfsm is going to read, and by what the containerd that runs
-// tells. It changes nothing.
+// preflight examines the node before its containerd is replaced. It reads the files that
+// containerd-podfsm will read, asks the running containerd, and changes nothing.
 func preflight(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("only root can examine the node: run podfsm doctor --preflight as root")
@@ -58,8 +58,7 @@ func preflight(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse,
 	return records.Examination(d.Examine(ctx)), nil
 }
 
-// podKinds are pods by what they need of a node, which is what a finding can say
-// that they are refused for.
+// podKinds are pods by what they need of a node. A finding names the kinds that it refuses.
 var podKinds = []struct {
 	name  string
 	needs []doctor.Pods
@@ -70,22 +69,21 @@ var podKinds = []struct {
 	{"with a user namespace and a volume on tmpfs, such as a service account token", []doctor.Pods{doctor.AllPods, doctor.NetworkPods, doctor.UserNSPods, doctor.TmpfsPods}},
 }
 
-// writeKinds says of each kind of pods whether podfsm will run it, and which
-// findings are in the way. One that fails without naming pods is in the way of
-// all.
+// writeKinds writes, for each kind of pods, whether podfsm will run it, and which findings prevent
+// that. A failed check that names no pods prevents all.
 func writeKinds(w io.Writer, findings []*podfsmv1.Finding) error {
 	fmt.Fprintln(w, "\nAfter the switch, podfsm's pods would:")
 	for _, kind := range podKinds {
 		var blocking []string
 		for _, f := range findings {
 			stops := doctor.Pods(f.GetRefusedPods())
-			if slices.Contains(kind.needs, stops) || stops == doctor.NoPods && f.GetVerdict() == string(doctor.Fail) {
+			if slices.Contains(kind.needs, stops) || stops == doctor.NoPods && f.GetStatus() == string(doctor.Fail) {
 				blocking = append(blocking, printable(strings.TrimSpace(f.GetCheck()+" "+f.GetSubject())))
 			}
 		}
 		text := "run"
 		if len(blocking) > 0 {
-			text = "not run until this is put right: " + strings.Join(blocking, ", ")
+			text = "not run until this is fixed: " + strings.Join(blocking, ", ")
 		}
 		if _, err := fmt.Fprintf(w, "  %s: %s\n", kind.name, text); err != nil {
 			return err
@@ -94,21 +92,20 @@ func writeKinds(w io.Writer, findings []*podfsmv1.Finding) error {
 	return nil
 }
 
-// preparation is what is known of a node before podfsm is in place.
+// preparation is what is known of a node before podfsm is installed.
 type preparation struct {
 	program     string
 	file        doctor.ConfigFile
 	root, state string
-	sections    *sections // nil where the configuration can't be read
+	sections    *sections // nil if the configuration can't be read
 	running     *running  // nil while containerd is down
 }
 
-// gather reads the files and asks the containerd that runs. A containerd that
-// runs with another file has the last word on which one counts, unless --config
-// is set.
+// gather reads the files and asks the running containerd. If that runs with another configuration
+// file, its file is read, unless --config is set.
 func gather(ctx context.Context, cmd *cli.Command) (*preparation, error) {
 	p := &preparation{}
-	p.program, _ = findProgram() // whose absence is a finding
+	p.program, _ = findProgram() // a missing program is a finding
 	address := p.read(ctx, cmd, cmd.String("config"))
 	if !cmd.IsSet("address") && address != "" {
 		if err := cmd.Set("address", address); err != nil {
@@ -132,9 +129,9 @@ func gather(ctx context.Context, cmd *cli.Command) (*preparation, error) {
 	return p, nil
 }
 
-// read reads the configuration at a path, and returns the socket that it names.
+// read reads the configuration at a path, and returns the address of its socket.
 func (p *preparation) read(ctx context.Context, cmd *cli.Command, path string) (address string) {
-	p.sections, p.root, p.state = nil, cmd.String("root"), cmd.String("state")
+	p.sections, p.root, p.state = nil, cmp.Or(cmd.String("root-dir"), defaults.DefaultRootDir), cmp.Or(cmd.String("state-dir"), defaults.DefaultStateDir)
 	p.file = doctor.ConfigFile{Path: path, DropIn: dropIn(path)}
 	main, missing, err := readMainFile(path)
 	p.file.Version, p.file.Imports, p.file.Missing, p.file.Err = main.Version, main.Imports, missing, err
@@ -150,23 +147,23 @@ func (p *preparation) read(ctx context.Context, cmd *cli.Command, path string) (
 		return ""
 	}
 	p.file.NoCRI = slices.Contains(config.DisabledPlugins, criDir)
-	if !cmd.IsSet("root") {
+	if !cmd.IsSet("root-dir") {
 		p.root = config.Root
 	}
-	if !cmd.IsSet("state") {
+	if !cmd.IsSet("state-dir") {
 		p.state = config.State
 	}
 	return socketOf(config)
 }
 
-// socketOf is the address of containerd's gRPC server; "" where it isn't set.
+// socketOf returns the address of containerd's gRPC server, "" if it is not set.
 func socketOf(config *server.Config) string {
 	settings, _ := config.Plugins[string(plugins.ServerPlugin)+".grpc"].(map[string]any)
 	address, _ := settings["address"].(string)
 	return address
 }
 
-// node is what the doctor examines.
+// node returns the node for the doctor.
 func (p *preparation) node() doctor.Node {
 	rootDir := filepath.Join(p.root, ledgerDir)
 	stock := &doctor.Stock{
@@ -177,7 +174,7 @@ func (p *preparation) node() doctor.Node {
 		Sockets:  otherRuntimes,
 		Attached: cni.Cached,
 	}
-	n := thisNode(p.root, p.state)
+	n := thisNode(place{root: p.root, state: p.state})
 	n.Stock = stock
 	n.Draining = func() (time.Time, bool) {
 		since, err := records.DrainingSince(rootDir)
@@ -198,8 +195,8 @@ func (p *preparation) node() doctor.Node {
 	return n
 }
 
-// stockHandler is the handler that podfsm's goes by: the node's default one, or
-// that of runc where the default one is podfsm's or has a runtime of another kind.
+// stockHandler returns the handler whose settings podfsm's handler copies: the default one of the
+// node, or "runc" if the default one is podfsm's or has another runtime type.
 func (s *sections) stockHandler(root string) doctor.Handler {
 	for _, name := range []string{s.runtime.Containerd.Default, "runc"} {
 		if h := s.runtime.Containerd.Runtimes[name]; h.Type == plugins.RuntimeRuncV2 && h.Sandboxer != own {
@@ -209,23 +206,22 @@ func (s *sections) stockHandler(root string) doctor.Handler {
 	return doctor.Handler{}
 }
 
-// running is a containerd without podfsm that runs.
+// running is a running containerd without podfsm.
 type running struct {
 	close    func()
 	version  string
 	pid      int
 	args     []string
 	path     string // its PATH
-	unread   error  // why args or path aren't known
+	unread   error  // why args or path are unknown
 	plugins  []*introspection.Plugin
-	config   *doctor.Running // nil where its CRI service is disabled
+	config   *doctor.Running // nil if its CRI service is disabled
 	networks func(context.Context) (map[string]bool, error)
 }
 
-// ask connects to the containerd that cmd's flags name. One that has podfsm
-// already is an error.
+// ask connects to the containerd that cmd's flags name. It is an error if that has podfsm already.
 func ask(ctx context.Context, cmd *cli.Command) (_ *running, err error) {
-	d, err := connect(cmd)
+	d, err := connect(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
@@ -246,14 +242,14 @@ func ask(ctx context.Context, cmd *cli.Command) (_ *running, err error) {
 		return nil, d.explain(err)
 	}
 	if slices.ContainsFunc(loaded.GetPlugins(), isController) {
-		return nil, fmt.Errorf("the containerd at %s has podfsm already: podfsm doctor examines the node", d.address)
+		return nil, fmt.Errorf("the containerd at %s has podfsm already: run podfsm doctor without --preflight", d.address)
 	}
 	process, err := client.Server(limited, &emptypb.Empty{})
 	if err != nil {
 		return nil, d.explain(err)
 	}
 	told, err := runtime.NewRuntimeServiceClient(d.conn).Status(limited, &runtime.StatusRequest{Verbose: true})
-	if err != nil && status.Code(err) != codes.Unimplemented { // where CRI is disabled
+	if err != nil && status.Code(err) != codes.Unimplemented { // if CRI is disabled
 		return nil, d.explain(err)
 	}
 	api, err := containerd.NewWithConn(d.conn)
@@ -280,7 +276,7 @@ func isController(p *introspection.Plugin) bool {
 	return p.GetType() == string(plugins.PodSandboxPlugin) && p.GetID() == own
 }
 
-// readRunning reads what a containerd tells of its CRI's configuration.
+// readRunning reads the configuration of the CRI service from its status.
 func readRunning(status *runtime.StatusResponse) (*doctor.Running, error) {
 	var config struct {
 		Containerd struct {
@@ -291,7 +287,7 @@ func readRunning(status *runtime.StatusResponse) (*doctor.Running, error) {
 		RootDir string `json:"rootDir"`
 	}
 	if err := json.Unmarshal([]byte(status.GetInfo()["config"]), &config); err != nil {
-		return nil, fmt.Errorf("failed to read the configuration that containerd's CRI service tells of: %w", err)
+		return nil, fmt.Errorf("failed to read the configuration in the status of containerd's CRI service: %w", err)
 	}
 	running := &doctor.Running{Root: filepath.Dir(config.RootDir), SystemdCgroup: map[string]bool{}}
 	for name, h := range config.Containerd.Runtimes {
@@ -300,14 +296,13 @@ func readRunning(status *runtime.StatusResponse) (*doctor.Running, error) {
 	return running, nil
 }
 
-// readProcess reads a process's command line, without the program, and its PATH:
-// what can be read of them where there is an error.
+// readProcess reads a process's arguments and its PATH. After an error it returns the part that it
+// could read.
 func readProcess(ctx context.Context, pid int) (args []string, path string, err error) {
-	line, err := host.Read(ctx, pid, "cmdline")
-	if err != nil {
+	if args, err = host.Args(ctx, pid); err != nil {
 		return nil, "", fmt.Errorf("failed to read containerd's command line: %w", err)
 	}
-	args = strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")[1:]
+	args = args[1:]
 	environment, err := host.Read(ctx, pid, "environ")
 	if err != nil {
 		return args, "", fmt.Errorf("failed to read containerd's environment: %w", err)
@@ -320,7 +315,7 @@ func readProcess(ctx context.Context, pid int) (args []string, path string, err 
 	return args, path, nil
 }
 
-// tell adds to a node what the containerd that runs knows.
+// tell adds what the running containerd knows to a node.
 func (r *running) tell(n *doctor.Node) {
 	n.Daemon, n.Path = r.pid, r.path
 	n.Stock.Version, n.Stock.Args, n.Stock.Unread, n.Stock.Running, n.Stock.Known = r.version, r.args, r.unread, r.config, r.networks
@@ -333,8 +328,7 @@ func (r *running) tell(n *doctor.Node) {
 	}
 }
 
-// snapshotter is one as containerd has loaded it. podfsm's own comes with
-// podfsm.
+// snapshotter describes a snapshotter that containerd has loaded. podfsm's own comes with podfsm.
 func (r *running) snapshotter(name, root string) doctor.Snapshotter {
 	if name == own {
 		return doctor.Snapshotter{Name: name, Loaded: true, Root: root, RemapIDs: true}

@@ -20,7 +20,8 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 )
 
-// installed puts a containerd-podfsm into PATH that dumps a configuration, after an error where there is one.
+// installed puts a containerd-podfsm into PATH that dumps a configuration, or fails if there is an
+// error.
 func installed(t *testing.T, dump, failure string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "dump")
@@ -40,7 +41,7 @@ func installedScript(t *testing.T, script string) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
 
-// dumped is what containerd-podfsm config dump makes of a node's configuration, as far as it matters.
+// dumped is the relevant part of containerd-podfsm config dump.
 const dumped = `version = 4
 root = '/var/lib/containerd'
 state = '/run/containerd'
@@ -78,7 +79,7 @@ runtime_type = 'io.containerd.kata.v2'
 address = '/no/socket'
 `
 
-// The handler has the settings of the node's own, and what those don't say isn't said.
+// The handler copies the settings of the default handler, and omits what that omits.
 func TestHandler(t *testing.T) {
 	installed(t, dumped, "")
 	out, err := podfsm(t, "handler")
@@ -89,7 +90,7 @@ func TestHandler(t *testing.T) {
 	require.Contains(t, out, "SystemdCgroup = true")
 	require.NotContains(t, out, "crun")
 	_, err = podfsm(t, "handler", "--like", "nobody")
-	require.EqualError(t, err, `there is no runtime handler "nobody" in containerd's configuration; name one by --like: bare, crun, kata, runc`)
+	require.EqualError(t, err, `failed to find runtime handler "nobody" in containerd's configuration; name a handler by --like: bare, crun, kata, runc`)
 	_, err = podfsm(t, "handler", "now")
 	require.ErrorContains(t, err, "takes no arguments")
 
@@ -101,7 +102,8 @@ func TestHandler(t *testing.T) {
 	require.ErrorContains(t, err, "install podfsm's package")
 }
 
-// A containerd-podfsm that hangs is given up, and one that says nothing is told of by its exit status.
+// A hanging containerd-podfsm is killed at the timeout. The error of a silent one has its exit
+// status.
 func TestDumpThatFails(t *testing.T) {
 	installedScript(t, "exec sleep 60")
 	_, err := podfsm(t, "--timeout", "50ms", "handler")
@@ -114,7 +116,7 @@ func TestDumpThatFails(t *testing.T) {
 	require.ErrorContains(t, err, "signal: segmentation fault")
 }
 
-// The handler is written as a whole or not at all, and nothing is lost that an operator has put into the file.
+// The handler is written atomically, and settings of an operator are not lost.
 func TestHandlerIsWritten(t *testing.T) {
 	installed(t, dumped, "")
 	printed, err := podfsm(t, "handler")
@@ -167,20 +169,21 @@ func TestHandlerIsWritten(t *testing.T) {
 	has("version = 3 3")
 }
 
-// Without a containerd that runs, the files count, and a handler that isn't there yet is like the node's own.
+// Without a running containerd, preflight reads the files. A missing podfsm handler is assumed to
+// be like the default one.
 func TestPreflightOfFiles(t *testing.T) {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.toml")
 	preflight := func() (string, string, error) {
 		var out, errOut bytes.Buffer
-		err := run(t.Context(), []string{"podfsm", "--root", dir, "--state", dir, "doctor", "--preflight", "--config", config}, &out, &errOut)
+		err := run(t.Context(), []string{"podfsm", "--root-dir", dir, "--state-dir", dir, "doctor", "--preflight", "--config", config}, &out, &errOut)
 		return strings.Join(strings.Fields(out.String()), " "), errOut.String(), err // as it isn't wrapped
 	}
 	require.NoError(t, os.WriteFile(config, []byte("version = 2\nimports = [\"/other/*.toml\"]\n"), 0o644))
 	installed(t, dumped, "")
 	out, errOut, err := preflight()
 	require.Equal(t, 2, exitStatus(err))
-	require.Contains(t, errOut, "podfsm: no socket at /no/socket", "as the files say")
+	require.Contains(t, errOut, "podfsm: no socket at /no/socket", "the socket is that of the files")
 	require.Contains(t, errOut, "containerd is down; what only it knows is unknown")
 	for _, row := range []string{
 		"unknown containerd containerd is down, so its version isn't known",
@@ -191,14 +194,14 @@ func TestPreflightOfFiles(t *testing.T) {
 		"fail directories ",
 		"pods that podfsm would refuse: with a user namespace",
 		"ok tmpfs ",
-		"ok ledger there is none yet",
-		"After the switch, podfsm's pods would: on the node's users and network: not run until this is put right: configuration",
+		"ok ledger no ledger yet",
+		"After the switch, podfsm's pods would: on the node's users and network: not run until this is fixed: configuration",
 	} {
 		require.Contains(t, out, row)
 	}
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
-	require.Len(t, left, 1, "what it makes for its tries is gone")
+	require.Len(t, left, 1, "the doctor removes what it made")
 
 	installed(t, "", "containerd: bad line 7")
 	out, _, err = preflight()
@@ -207,13 +210,13 @@ func TestPreflightOfFiles(t *testing.T) {
 	require.Contains(t, out, "unknown runtime containerd's configuration isn't known -> see the check configuration")
 }
 
-// What is in the way of a kind of pods is named with it, and nothing else.
+// A kind of pods names exactly the findings that refuse it.
 func TestKindsOfPods(t *testing.T) {
-	finding := func(check string, verdict doctor.Verdict, stops doctor.Pods) *podfsmv1.Finding {
-		return &podfsmv1.Finding{Check: check, Subject: "podfsm", Verdict: string(verdict), RefusedPods: string(stops)}
+	finding := func(check string, status doctor.Status, stops doctor.Pods) *podfsmv1.Finding {
+		return &podfsmv1.Finding{Check: check, Subject: "podfsm", Status: string(status), RefusedPods: string(stops)}
 	}
 	const run = "run"
-	put := func(checks string) string { return "not run until this is put right: " + checks }
+	put := func(checks string) string { return "not run until this is fixed: " + checks }
 	for _, test := range []struct {
 		findings []*podfsmv1.Finding
 		want     []string // by kind
@@ -247,7 +250,7 @@ func TestFlagValue(t *testing.T) {
 	}
 }
 
-// containerd 1.7 and 2 tell their configuration in the same form.
+// containerd 1.7 and 2 report their configuration in the same form.
 func TestReadRunning(t *testing.T) {
 	config := `{"containerd": {"defaultRuntimeName": "runc", "runtimes": {
 		"runc": {"runtimeType": "io.containerd.runc.v2", "options": {"SystemdCgroup": true, "BinaryName": ""}}, "kata": {"options": null}}},
@@ -256,10 +259,10 @@ func TestReadRunning(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, &doctor.Running{Root: "/data/containerd", SystemdCgroup: map[string]bool{"runc": true, "kata": false}}, running)
 	_, err = readRunning(&runtime.StatusResponse{})
-	require.ErrorContains(t, err, "configuration that containerd's CRI service tells of")
+	require.ErrorContains(t, err, "configuration in the status of containerd's CRI service")
 }
 
-// What a process has is read as it was started.
+// The arguments and the PATH are those with which the process was started.
 func TestReadProcess(t *testing.T) {
 	args, path, err := readProcess(t.Context(), os.Getpid())
 	require.NoError(t, err)
@@ -269,7 +272,7 @@ func TestReadProcess(t *testing.T) {
 	require.ErrorContains(t, err, "command line")
 }
 
-// hidden is a stock containerd whose process nobody can look at.
+// hidden is a stock containerd whose process can not be examined.
 type hidden struct {
 	introspection.UnimplementedIntrospectionServer
 	containerdversion.UnimplementedVersionServer
@@ -287,7 +290,7 @@ func (hidden) Server(context.Context, *emptypb.Empty) (*introspection.ServerResp
 	return &introspection.ServerResponse{Pid: 1 << 30}, nil
 }
 
-// A containerd whose command line can't be read is examined as far as it can be.
+// If the command line of containerd is not readable, the rest is examined.
 func TestPreflightWithoutTheProcess(t *testing.T) {
 	address := serveAll(t, func(server *grpc.Server) {
 		introspection.RegisterIntrospectionServer(server, hidden{})
@@ -297,7 +300,7 @@ func TestPreflightWithoutTheProcess(t *testing.T) {
 	config := filepath.Join(dir, "config.toml")
 	require.NoError(t, os.WriteFile(config, []byte("version = 3\n"), 0o644))
 	installed(t, dumped, "")
-	out, err := podfsm(t, "--address", address, "--root", dir, "--state", dir, "doctor", "--preflight", "--config", config)
+	out, err := podfsm(t, "--address", address, "--root-dir", dir, "--state-dir", dir, "doctor", "--preflight", "--config", config)
 	require.Equal(t, 2, exitStatus(err), "%v", err)
 	out = strings.Join(strings.Fields(out), " ") // as it isn't wrapped
 	require.Contains(t, out, "containerd containerd v2.4.2 runs")

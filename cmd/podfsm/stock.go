@@ -9,12 +9,11 @@ import (
 	server "github.com/containerd/containerd/v2/cmd/containerd/server/config"
 )
 
-// own is the name of podfsm's sandboxer, and of its snapshotter.
+// own is the name of podfsm's sandboxer and of its snapshotter.
 const own = "podfsm"
 
-// checkStock is an error while the configuration has settings that a containerd
-// without podfsm can't do with, for pods that aren't podfsm's: without the
-// default snapshotter, or the default handler, it has no CRI at all.
+// checkStock returns an error if pods of other handlers need podfsm, too. Without its default
+// snapshotter or its default handler, a containerd without podfsm has no CRI.
 func checkStock(config *server.Config) error {
 	settings, err := neededSettings(config)
 	if err != nil {
@@ -26,15 +25,15 @@ func checkStock(config *server.Config) error {
 	return nil
 }
 
-// criSettings is what can need podfsm in a section of the CRI's, in any version
-// of the configuration.
+// criSettings are the settings of a CRI section that can need podfsm, in any version of the
+// configuration.
 type criSettings struct {
 	Snapshotter string                   `toml:"snapshotter"`
 	Default     string                   `toml:"default_runtime_name"`
 	Runtimes    map[string]handlerConfig `toml:"runtimes"`
 }
 
-// neededSettings are the settings that need podfsm, with their sections.
+// neededSettings returns the settings that need podfsm, with their sections.
 func neededSettings(config *server.Config) (needed []string, _ error) {
 	for _, section := range []string{imagesSection, runtimeSection, criDir} {
 		var given struct {

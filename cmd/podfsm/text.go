@@ -6,48 +6,94 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"k8s.io/apimachinery/pkg/util/duration"
 )
 
-// absent stands for a value that there isn't, so that every table cell has a
-// word in it.
+// absent stands for a missing value, so that every cell of a table has a word.
 const absent = "-"
 
-// table aligns rows of cells; it makes the cells' texts safe for a terminal.
+// style is the look of a row on a terminal.
+type style string
+
+const (
+	plain  style = ""
+	red    style = "31"
+	yellow style = "33"
+)
+
+func (s style) paint(text string) string {
+	if s == plain {
+		return text
+	}
+	return "\x1b[" + string(s) + "m" + text + "\x1b[0m"
+}
+
+// coloured reports whether w is a terminal that shows colours. NO_COLOR disables them
+// (https://no-color.org).
+func coloured(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// table aligns rows of cells, and makes their texts safe for a terminal.
 type table struct {
-	rows *tabwriter.Writer
+	into     *bytes.Buffer
+	text     bytes.Buffer
+	rows     *tabwriter.Writer
+	styles   []style // of the rows
+	coloured bool
 }
 
 func newTable(b *bytes.Buffer, header ...string) *table {
-	t := &table{rows: tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)}
+	t := &table{into: b}
+	t.rows = tabwriter.NewWriter(&t.text, 0, 0, 2, ' ', 0)
 	if len(header) > 0 {
 		t.row(header...)
 	}
 	return t
 }
 
-func (t *table) row(cells ...string) {
+func (t *table) row(cells ...string) { t.styled(plain, cells...) }
+
+// styled adds a row in a style, which a coloured table shows.
+func (t *table) styled(s style, cells ...string) {
 	texts := make([]string, 0, len(cells))
 	for _, cell := range cells {
 		texts = append(texts, cmp.Or(printable(cell), absent))
 	}
 	fmt.Fprintln(t.rows, strings.Join(texts, "\t"))
+	t.styles = append(t.styles, s)
 }
 
 func (t *table) flush() {
 	t.rows.Flush()
+	if !t.coloured {
+		t.into.Write(t.text.Bytes())
+		return
+	}
+	row := 0
+	for line := range strings.Lines(t.text.String()) {
+		t.into.WriteString(t.styles[row].paint(strings.TrimSuffix(line, "\n")) + "\n")
+		row++
+	}
 }
 
-// printable escapes what could move the cursor, reorder text or break a line.
-// Names and error texts come from pods, images and CNI plugins.
+// printable escapes characters that could move the cursor, reorder text or break a line. Names and
+// error texts come from pods, images and CNI plugins.
 func printable(s string) string {
 	var b strings.Builder
 	for _, r := range s {
@@ -60,8 +106,7 @@ func printable(s string) string {
 	return b.String()
 }
 
-// writeJSON writes m indented, with every field, under the names of the proto3
-// JSON mapping.
+// writeJSON writes m indented, with every field, by the names of the proto3 JSON mapping.
 func writeJSON(w io.Writer, m proto.Message) error {
 	compact, err := protojson.MarshalOptions{EmitDefaultValues: true}.Marshal(m)
 	if err != nil {
@@ -77,7 +122,21 @@ func writeJSON(w io.Writer, m proto.Message) error {
 	return err
 }
 
-// age is the time from ts to now in kubectl's format, as "5m12s".
+// writeJSONLine writes m as JSON on one line.
+func writeJSONLine(w io.Writer, m proto.Message) error {
+	varied, err := protojson.MarshalOptions{EmitDefaultValues: true}.Marshal(m)
+	if err != nil {
+		return err
+	}
+	line, err := json.Marshal(json.RawMessage(varied)) // protojson varies its white space on purpose
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(line, '\n'))
+	return err
+}
+
+// age returns the time from ts to now in the format of kubectl, as "5m12s".
 func age(ts *timestamppb.Timestamp, now time.Time) string {
 	if ts == nil {
 		return absent
@@ -85,7 +144,7 @@ func age(ts *timestamppb.Timestamp, now time.Time) string {
 	return duration.HumanDuration(now.Sub(ts.AsTime()))
 }
 
-// instant is ts in the time zone of now, to the millisecond.
+// instant returns ts in the time zone of now, in milliseconds.
 func instant(ts *timestamppb.Timestamp, now time.Time) string {
 	if ts == nil {
 		return absent
@@ -93,7 +152,7 @@ func instant(ts *timestamppb.Timestamp, now time.Time) string {
 	return ts.AsTime().In(now.Location()).Format("2006-01-02T15:04:05.000Z07:00")
 }
 
-// between is the time from one to the other.
+// between returns the time from one to the other.
 func between(from, to *timestamppb.Timestamp) string {
 	if from == nil || to == nil {
 		return absent
@@ -101,7 +160,7 @@ func between(from, to *timestamppb.Timestamp) string {
 	return span(to.AsTime().Sub(from.AsTime()))
 }
 
-// span is d to three or four significant digits.
+// span returns d with three or four significant digits.
 func span(d time.Duration) string {
 	if d < time.Second {
 		return d.Round(100 * time.Microsecond).String()

@@ -15,16 +15,19 @@ import (
 
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 )
 
 func timelineCommand() *cli.Command {
 	return &cli.Command{
-		Name:      "timeline",
-		Usage:     "show what took how long, failed, was undone and is owed, of one sandbox of a pod",
-		ArgsUsage: "REF",
+		Name:          "timeline",
+		Usage:         "show how long each step of a sandbox took, what failed and what was undone",
+		ArgsUsage:     "REF",
+		ShellComplete: completeRef,
 		Description: refDescription + `
 
 podfsm timeline default/web                     the newest sandbox of the pod
@@ -34,6 +37,7 @@ podfsm timeline --html web.html default/web     one page for a browser, which ne
 		HideHelpCommand: true,
 		Flags: []cli.Flag{
 			&cli.Uint32Flag{Name: "attempt", Usage: "the newest sandbox of this attempt of the kubelet's"},
+			outputFlag("json"),
 			&cli.StringFlag{Name: "html", Usage: "write a page for a browser into `FILE`; - is stdout", TakesFile: true},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
@@ -45,22 +49,48 @@ podfsm timeline --html web.html default/web     one page for a browser, which ne
 			if err != nil {
 				return err
 			}
-			if !cmd.IsSet("html") {
+			switch {
+			case cmd.IsSet("html"):
+				return writePage(cmd, t, time.Now())
+			case cmd.String("output") == "json":
+				return writeJSON(cmd.Root().Writer, timelineOutput(t, time.Now()))
+			default:
 				return writeTimeline(cmd.Root().Writer, t, widthOf(cmd.Root().Writer), time.Now())
 			}
-			return writePage(cmd, t, time.Now())
 		},
 	}
 }
 
-// timeline is a sandbox, and all of its pod, the oldest first.
+// timeline is a sandbox, and all sandboxes of its pod with the oldest first.
 type timeline struct {
 	*podfsmv1.InspectResponse
 	siblings []*podfsmv1.Sandbox
+	newest   *podfsmv1.Sandbox // of all pods of this name
 }
 
-// findTimeline finds a sandbox, and those of the same pod. What ends between
-// the two requests is there in both.
+// note warns if the sandbox is, or may be, of an earlier pod of the same name. podfsm keeps no record
+// of a pod that it refused before the first step, or that the kubelet never asked for.
+func (t *timeline) note() string {
+	s := t.GetSandbox()
+	switch {
+	case podOf(s) == "" || t.newest == nil:
+		return ""
+	case !samePod(s, t.newest):
+		return "this is an earlier pod of this name; podfsm timeline " + podOf(s) + " shows the newest"
+	case s.GetId() == t.newest.GetId() && isEnded(s.GetState()):
+		return "podfsm has no newer sandbox of this name. If kubectl shows another uid, this is an earlier pod of this name: see kubectl describe pod"
+	}
+	return ""
+}
+
+// samePod reports whether two sandboxes belong to one pod. A pod that is made again under its name has
+// another uid.
+func samePod(a, b *podfsmv1.Sandbox) bool {
+	return podOf(a) == podOf(b) && a.GetPodUid() == b.GetPodUid()
+}
+
+// findTimeline finds a sandbox and the other sandboxes of its pod. A sandbox that ends between the
+// two requests is in both answers.
 func findTimeline(ctx context.Context, cmd *cli.Command, ref string) (*timeline, error) {
 	all, inspect, err := source(ctx, cmd)
 	if err != nil {
@@ -68,7 +98,7 @@ func findTimeline(ctx context.Context, cmd *cli.Command, ref string) (*timeline,
 	}
 	matching, err := records.Match(ref, all)
 	if err != nil {
-		return nil, errors.New(printable(err.Error()))
+		return nil, notFoundError{errors.New(printable(err.Error()))}
 	}
 	if cmd.IsSet("attempt") {
 		if matching, err = ofAttempt(matching, cmd.Uint32("attempt")); err != nil {
@@ -79,20 +109,47 @@ func findTimeline(ctx context.Context, cmd *cli.Command, ref string) (*timeline,
 	for _, s := range matching {
 		if podOf(s) != podOf(newest) {
 			ref = cmp.Or(podOf(s), s.GetId())
-			return nil, fmt.Errorf("several pods are meant: name one, as %s or %s", printable(podOf(newest)), printable(ref))
+			return nil, fmt.Errorf("ambiguous REF: name one pod, such as %s or %s", printable(podOf(newest)), printable(ref))
 		}
 	}
 	response, err := inspect(newest.GetId())
 	if err != nil {
 		return nil, err
 	}
-	return &timeline{response, slices.DeleteFunc(all, func(s *podfsmv1.Sandbox) bool {
-		return s.GetId() != newest.GetId() && (podOf(s) == "" || podOf(s) != podOf(newest))
-	})}, nil
+	t := &timeline{InspectResponse: response}
+	for _, s := range all {
+		if podOf(s) == podOf(newest) {
+			t.newest = s
+		}
+		if s.GetId() == newest.GetId() || podOf(s) != "" && samePod(s, newest) {
+			t.siblings = append(t.siblings, s)
+		}
+	}
+	return t, nil
 }
 
-// source is the daemon, or its ledger while that is down: all sandboxes, also
-// those that have ended, and a look at one of them.
+// timelineOutput is a timeline for programs.
+func timelineOutput(t *timeline, now time.Time) *podfsmv1.TimelineOutput {
+	out := &podfsmv1.TimelineOutput{Sandbox: t.GetSandbox(), Siblings: t.siblings}
+	for _, s := range waterfall(t.InspectResponse, now) {
+		shown := &podfsmv1.Stretch{Title: s.title, StartedAt: timestamppb.New(s.whole.start), Duration: durationpb.New(s.whole.length())}
+		for _, l := range s.lanes {
+			lane := &podfsmv1.Lane{Label: l.label, Plugin: l.nested, Outcome: string(l.ending), Error: l.err}
+			if l.timed {
+				lane.StartedAt = timestamppb.New(l.when.start)
+				if l.ending != unknownEnd {
+					lane.Duration = durationpb.New(l.when.length())
+				}
+			}
+			shown.Lanes = append(shown.Lanes, lane)
+		}
+		out.Stretches = append(out.Stretches, shown)
+	}
+	return out
+}
+
+// source is the daemon, or its ledger while the daemon is down. It lists all sandboxes, also ended
+// ones, and inspects one.
 func source(ctx context.Context, cmd *cli.Command) (all []*podfsmv1.Sandbox, inspect func(id string) (*podfsmv1.InspectResponse, error), err error) {
 	response, err := call(ctx, cmd, podfsmv1.SandboxesClient.List, &podfsmv1.ListRequest{Ended: true})
 	if err == nil {
@@ -100,7 +157,7 @@ func source(ctx context.Context, cmd *cli.Command) (all []*podfsmv1.Sandbox, ins
 			return call(ctx, cmd, podfsmv1.SandboxesClient.Inspect, &podfsmv1.InspectRequest{Ref: id})
 		}, nil
 	}
-	found, err := readLedger(cmd, err)
+	found, err := readLedger(ctx, cmd, err)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -118,7 +175,7 @@ func ofAttempt(all []*podfsmv1.Sandbox, attempt uint32) ([]*podfsmv1.Sandbox, er
 		}
 	}
 	if len(of) == 0 {
-		return nil, fmt.Errorf("no sandbox of attempt %d is known; there are some of %s", attempt, strings.Join(others, ", "))
+		return nil, notFoundError{fmt.Errorf("unknown attempt %d; known attempts: %s", attempt, strings.Join(others, ", "))}
 	}
 	return of, nil
 }
@@ -128,7 +185,7 @@ const (
 	labelWidth        = 28
 )
 
-// widthOf is how many columns w has: 80 when it is no terminal.
+// widthOf returns the number of columns of w, 80 if w is not a terminal.
 func widthOf(w io.Writer) int {
 	file, ok := w.(*os.File)
 	if !ok {
@@ -141,7 +198,7 @@ func widthOf(w io.Writer) int {
 	return min(max(int(size.Col), narrowest), widest)
 }
 
-// writeTimeline draws a timeline for a terminal of so many columns.
+// writeTimeline draws a timeline for a terminal of a width in columns.
 func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 	var b bytes.Buffer
 	all := waterfall(t.InspectResponse, now)
@@ -153,8 +210,8 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 		addLegend(&b, all)
 	}
 	addMishaps(&b, mishaps(all), width)
-	addOwed(&b, t.GetSandbox().GetDebts(), width, now)
-	addWrittenOff(&b, writtenOff(t.GetActs(), now), width)
+	addPending(&b, t.GetSandbox().GetPendingCleanups(), width, now)
+	addWrittenOff(&b, writtenOff(t.GetTries(), now), width)
 	addSiblings(&b, t, now)
 	_, err := w.Write(b.Bytes())
 	return err
@@ -163,10 +220,13 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 func addSummary(b *bytes.Buffer, t *timeline, all []stretch, width int, now time.Time) {
 	s := t.GetSandbox()
 	if pod := podOf(s); pod != "" {
-		addField(b, "Pod:", fmt.Sprintf("%s, attempt %d", pod, s.GetAttempt()), width)
+		addField(b, "Pod:", fmt.Sprintf("%s, uid %s, attempt %d", pod, s.GetPodUid(), s.GetAttempt()), width)
 	}
 	addField(b, "Sandbox:", s.GetId(), width)
 	addField(b, "State:", fmt.Sprintf("%s for %s", stateOf(s), age(s.GetSince(), now)), width)
+	if note := t.note(); note != "" {
+		addField(b, "Note:", note, width)
+	}
 	if s.GetFailedStep() != "" {
 		addField(b, "Failed:", s.GetFailedStep(), width)
 	}
@@ -184,7 +244,7 @@ func addSummary(b *bytes.Buffer, t *timeline, all []stretch, width int, now time
 	}
 }
 
-// pathOf are the states that a sandbox went through, as "New > Ready".
+// pathOf returns the states of a sandbox in their order, as "New > Ready".
 func pathOf(transitions []*podfsmv1.Transition) string {
 	var names []string
 	for i, t := range transitions {
@@ -218,8 +278,8 @@ func addStretch(b *bytes.Buffer, s stretch, width int, now time.Time) {
 	}
 }
 
-// pad makes a text exactly as wide, and cuts out the middle of one that is too
-// wide: its end tells the most.
+// pad returns a text of exactly this width. It cuts out the middle of a longer text, whose end says
+// the most.
 func pad(text string, width int) string {
 	runes := []rune(text)
 	if over := len(runes) - width; over > 0 {
@@ -252,17 +312,17 @@ func addMishaps(b *bytes.Buffer, all []mishap, width int) {
 	}
 }
 
-func addOwed(b *bytes.Buffer, debts []*podfsmv1.Debt, width int, now time.Time) {
-	if len(debts) == 0 {
+func addPending(b *bytes.Buffer, cleanups []*podfsmv1.PendingCleanup, width int, now time.Time) {
+	if len(cleanups) == 0 {
 		return
 	}
-	b.WriteString("\nOwed\n")
-	for _, d := range debts {
+	b.WriteString("\nPending cleanups\n")
+	for _, d := range cleanups {
 		addHanging(b, printable(fmt.Sprintf("undo of %s, %s: %s", d.GetStep(), when(d, now), d.GetError())), "  ", width)
 	}
 }
 
-// addWrittenOff has what was given up, and why.
+// addWrittenOff adds what was written off, and the reasons.
 func addWrittenOff(b *bytes.Buffer, all []mishap, width int) {
 	if len(all) == 0 {
 		return
@@ -273,8 +333,8 @@ func addWrittenOff(b *bytes.Buffer, all []mishap, width int) {
 	}
 }
 
-// when says since when a debt is owed, and when it will be tried again.
-func when(d *podfsmv1.Debt, now time.Time) string {
+// when returns since when a cleanup is pending, and when its next try is.
+func when(d *podfsmv1.PendingCleanup, now time.Time) string {
 	parts := []string{"since " + age(d.GetSince(), now)}
 	if n := tries(d); n != "" {
 		parts = append(parts, "tries: "+n)
@@ -308,7 +368,7 @@ func addSiblings(b *bytes.Buffer, t *timeline, now time.Time) {
 	table.flush()
 }
 
-// cut shortens a text that is longer than most characters.
+// cut shortens a text to a number of characters.
 func cut(text string, most int) string {
 	if runes := []rune(printable(text)); len(runes) > most {
 		return string(runes[:most-1]) + "…"
@@ -323,8 +383,7 @@ func addField(b *bytes.Buffer, name, text string, width int) {
 	addHanging(b, fmt.Sprintf("%-*s", fieldWidth-1, name)+" "+printable(text), strings.Repeat(" ", fieldWidth), width)
 }
 
-// addHanging writes a text in lines of at most so many columns, the further
-// ones indented.
+// addHanging adds a text in lines of at most this width. Lines after the first one are indented.
 func addHanging(b *bytes.Buffer, text, indent string, width int) {
 	for i, line := range wrap(text, width, width-len(indent)) {
 		if i > 0 {
@@ -334,8 +393,8 @@ func addHanging(b *bytes.Buffer, text, indent string, width int) {
 	}
 }
 
-// wrap breaks a text at spaces, and a word that is too long anywhere. The first
-// line may have another width than the rest.
+// wrap breaks a text at spaces, and a word that is longer than a line anywhere. The first line may
+// have another width.
 func wrap(text string, first, rest int) []string {
 	var lines []string
 	runes, width := []rune(text), first
@@ -354,76 +413,4 @@ func wrap(text string, first, rest int) []string {
 		width = rest
 	}
 	return append(lines, string(runes))
-}
-
-// barWidth is the width of a timeline in characters.
-const barWidth = 30
-
-// period is the time from start to end.
-type period struct {
-	start, end time.Time
-}
-
-func (p period) length() time.Duration {
-	return p.end.Sub(p.start)
-}
-
-// stepPeriod is when s ran, up to now when it still runs. It is false for a step
-// that was never started.
-func stepPeriod(s *podfsmv1.Step, now time.Time) (period, bool) {
-	if s.GetStartedAt() == nil {
-		return period{}, false
-	}
-	start := s.GetStartedAt().AsTime()
-	if s.GetDuration() == nil {
-		return period{start, now}, true
-	}
-	return period{start, start.Add(s.GetDuration().AsDuration())}, true
-}
-
-// periodOf is the time from the first start of all steps to the last end.
-func periodOf(steps []*podfsmv1.Step, now time.Time) period {
-	var whole period
-	for _, s := range steps {
-		p, ok := stepPeriod(s, now)
-		if !ok {
-			continue
-		}
-		if whole.start.IsZero() || p.start.Before(whole.start) {
-			whole.start = p.start
-		}
-		if p.end.After(whole.end) {
-			whole.end = p.end
-		}
-	}
-	return whole
-}
-
-// bar draws where in the whole part lies, as "[   ===     ]"; however short,
-// it has a mark.
-func (whole period) bar(part period) string {
-	return whole.draw(part, barWidth, "=")
-}
-
-// draw is bar with another width and mark.
-func (whole period) draw(part period, width int, mark string) string {
-	from := whole.column(part.start, width)
-	to := max(whole.column(part.end, width), from+1)
-	if to > width {
-		from, to = width-1, width
-	}
-	return "[" + strings.Repeat(" ", from) + strings.Repeat(mark, to-from) + strings.Repeat(" ", width-to) + "]"
-}
-
-// column is the character of a bar that t falls on, from 0 to width.
-func (whole period) column(t time.Time, width int) int {
-	return min(max(int(whole.fraction(t)*float64(width)+0.5), 0), width)
-}
-
-// fraction is how far into the whole t is, from 0 to 1 unless it is outside.
-func (whole period) fraction(t time.Time) float64 {
-	if whole.length() <= 0 {
-		return 0
-	}
-	return float64(t.Sub(whole.start)) / float64(whole.length())
 }

@@ -20,18 +20,18 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/states"
 )
 
 const ms = time.Millisecond
 
-func act(kind, step string, start, took time.Duration, err string) *podfsmv1.Act {
-	return &podfsmv1.Act{Step: step, Kind: kind, StartedAt: at(start), Duration: durationpb.New(took), Error: err}
+func try(kind, step string, start, took time.Duration, err string) *podfsmv1.Try {
+	return &podfsmv1.Try{Step: step, Kind: kind, StartedAt: at(start), Duration: durationpb.New(took), Error: err}
 }
 
-func plugin(kind, name string, start, took time.Duration, err string) *podfsmv1.Act {
-	a := act(kind, "attach_network", start, took, err)
+func plugin(kind, name string, start, took time.Duration, err string) *podfsmv1.Try {
+	a := try(kind, "attach_network", start, took, err)
 	a.Plugin = name
 	return a
 }
@@ -42,7 +42,7 @@ func transition(seq uint64, after, moment time.Duration, event, from, to, err st
 
 const pluginError = `plugin type="portmap" name="pods" failed (add): unable to create chain CNI-HOSTPORT-SETMARK: running [/usr/sbin/iptables -t nat -N CNI-HOSTPORT-SETMARK --wait]: exit status 4: iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)`
 
-// crashed was rolled back because of its network, whose first DEL failed.
+// crashed was rolled back because its network failed, and its first DEL failed, too.
 var crashed = &podfsmv1.InspectResponse{
 	Sandbox: &podfsmv1.Sandbox{
 		Id: "7c41d09e55aa" + strings.Repeat("0", 52), ContainerdNamespace: "k8s.io", PodName: "web", PodNamespace: "default",
@@ -60,73 +60,73 @@ var crashed = &podfsmv1.InspectResponse{
 		transition(3, 50*ms, -time.Minute+62*ms, "start_pause", "SnapshotRemapped", "PauseStarted", ""),
 		transition(4, 2*ms, -time.Minute+64*ms, "capture_netns", "PauseStarted", "NetNSCaptured", ""),
 		transition(5, 340*ms, -time.Minute+404*ms, "roll_back", "NetNSCaptured", "RollingBack", `step attach_network of pod "default/web" failed: `+pluginError),
-		transition(6, 90*ms, -time.Minute+494*ms, "owe_cleanup", "RollingBack", "CleanupOwed", "undo of step attach_network of pod \"default/web\" failed: no luck"),
+		transition(6, 90*ms, -time.Minute+494*ms, "leave_cleanup_pending", "RollingBack", "CleanupOwed", "undo of step attach_network of pod \"default/web\" failed: no luck"),
 		transition(7, 2400*ms, -time.Minute+2894*ms, "roll_back", "CleanupOwed", "RollingBack", ""),
 		transition(8, 106*ms, -time.Minute+3*time.Second, "finish_rollback", "RollingBack", "RolledBack", ""),
 	},
-	Acts: []*podfsmv1.Act{
-		act("do", "allocate_ids", -time.Minute, 300*time.Microsecond, ""),
-		act("do", "remap_snapshot", -time.Minute+ms, 11*ms, ""),
-		act("do", "start_pause", -time.Minute+12*ms, 50*ms, ""),
-		act("do", "capture_netns", -time.Minute+62*ms, 2*ms, ""),
-		act("do", "attach_network", -time.Minute+64*ms, 340*ms, pluginError),
+	Tries: []*podfsmv1.Try{
+		try("do", "allocate_ids", -time.Minute, 300*time.Microsecond, ""),
+		try("do", "remap_snapshot", -time.Minute+ms, 11*ms, ""),
+		try("do", "start_pause", -time.Minute+12*ms, 50*ms, ""),
+		try("do", "capture_netns", -time.Minute+62*ms, 2*ms, ""),
+		try("do", "attach_network", -time.Minute+64*ms, 340*ms, pluginError),
 		plugin("ADD", "pods/bridge", -time.Minute+70*ms, 44*ms, ""),
 		plugin("ADD", "pods/portmap", -time.Minute+115*ms, 288*ms, pluginError),
-		act("undo", "attach_network", -time.Minute+405*ms, 60*ms, "no luck"),
-		act("undo", "attach_network", -time.Minute+2894*ms, 70*ms, ""),
+		try("undo", "attach_network", -time.Minute+405*ms, 60*ms, "no luck"),
+		try("undo", "attach_network", -time.Minute+2894*ms, 70*ms, ""),
 		plugin("DEL", "pods/portmap", -time.Minute+2900*ms, 20*ms, ""),
 		plugin("DEL", "pods/bridge", -time.Minute+2921*ms, 30*ms, ""),
-		act("undo", "capture_netns", -time.Minute+2965*ms, ms, ""),
-		act("undo", "start_pause", -time.Minute+2966*ms, 30*ms, ""),
-		act("undo", "remap_snapshot", -time.Minute+2996*ms, 3*ms, ""),
-		act("undo", "allocate_ids", -time.Minute+2999*ms, ms, ""),
+		try("undo", "capture_netns", -time.Minute+2965*ms, ms, ""),
+		try("undo", "start_pause", -time.Minute+2966*ms, 30*ms, ""),
+		try("undo", "remap_snapshot", -time.Minute+2996*ms, 3*ms, ""),
+		try("undo", "allocate_ids", -time.Minute+2999*ms, ms, ""),
 	},
 }
 
-// readyTimeline is a pod that runs; its attempt before was rolled back.
+// readyTimeline is a pod that runs after an attempt that was rolled back.
 var readyTimeline = &timeline{
 	InspectResponse: &podfsmv1.InspectResponse{
 		Sandbox: ready, Steps: readyInspection.GetSteps(), Transitions: readyInspection.GetTransitions(),
-		Acts: []*podfsmv1.Act{
-			act("do", "allocate_ids", 0, 300*time.Microsecond, ""),
-			act("do", "remap_snapshot", ms, 11*ms, ""),
-			act("do", "start_pause", 12*ms, 50*ms, ""),
-			act("do", "capture_netns", 62*ms, 2*ms, ""),
-			act("do", "attach_network", 64*ms, 55*ms, ""),
+		Tries: []*podfsmv1.Try{
+			try("do", "allocate_ids", 0, 300*time.Microsecond, ""),
+			try("do", "remap_snapshot", ms, 11*ms, ""),
+			try("do", "start_pause", 12*ms, 50*ms, ""),
+			try("do", "capture_netns", 62*ms, 2*ms, ""),
+			try("do", "attach_network", 64*ms, 55*ms, ""),
 			plugin("ADD", "pods/bridge", 66*ms, 40*ms, ""),
 			plugin("ADD", "a-network-with-a-very-long-name/host-device", 107*ms, 11*ms, ""),
-			act("do", "declare_ready", 120*ms, 100*time.Microsecond, ""),
+			try("do", "declare_ready", 120*ms, 100*time.Microsecond, ""),
 		},
 	},
 	siblings: []*podfsmv1.Sandbox{crashed.GetSandbox(), ready},
 }
 
-// servingTimeline is the same pod, whose first container came a minute later.
+// servingTimeline is the same pod with a first container a minute later.
 var servingTimeline = func() *timeline {
 	r := proto.CloneOf(readyTimeline.InspectResponse)
 	r.Steps = append(r.Steps, &podfsmv1.Step{Name: "start_shim", Status: "done"})
-	r.Acts = append(r.Acts, act("do", "start_shim", time.Minute, 30*ms, ""))
+	r.Tries = append(r.Tries, try("do", "start_shim", time.Minute, 30*ms, ""))
 	return &timeline{InspectResponse: r, siblings: readyTimeline.siblings}
 }()
 
-// hostile is written by a pod that means no good.
+// hostile is the text of a malicious pod.
 const hostile = `</title></style></pre><script>alert(1)</script><img src=x onerror="alert(2)">'"` + "`{{.}}\x1b[2J\u202e\u2028\x00" + `javascript:alert(3)`
 
-// owingTimeline owes something, and all its texts are hostile.
-var owingTimeline = func() *timeline {
-	s := proto.CloneOf(owing)
+// pendingTimeline has a pending cleanup, and all its texts are hostile.
+var pendingTimeline = func() *timeline {
+	s := proto.CloneOf(pending)
 	s.PodName, s.PodNamespace, s.Error, s.FailedStep, s.Step, s.RuntimeHandler, s.TraceId = hostile, hostile, hostile, hostile, "attach_network", hostile, hostile
 	s.Ip, s.NetnsPath = hostile, hostile
-	s.Debts = append(s.Debts, &podfsmv1.Debt{Step: hostile, Error: hostile})
+	s.PendingCleanups = append(s.PendingCleanups, &podfsmv1.PendingCleanup{Step: hostile, Error: hostile})
 	return &timeline{
 		InspectResponse: &podfsmv1.InspectResponse{
 			Sandbox: s,
 			Steps:   []*podfsmv1.Step{{Name: "attach_network", Status: "undoing"}, {Name: hostile, Status: hostile, Error: hostile, Detail: map[string]string{hostile: hostile}}},
 			Transitions: []*podfsmv1.Transition{
-				{Seq: 8, At: at(time.Second), Event: "owe_cleanup", From: "RollingBack", To: "CleanupOwed", Error: hostile},
+				{Seq: 8, At: at(time.Second), Event: "leave_cleanup_pending", From: "RollingBack", To: "CleanupOwed", Error: hostile},
 				{Seq: 99, At: at(2 * time.Second), Event: hostile, From: hostile, To: hostile, Error: hostile},
 			},
-			Acts: []*podfsmv1.Act{
+			Tries: []*podfsmv1.Try{
 				{Step: hostile, Kind: hostile, StartedAt: at(0), Error: hostile},
 				{Step: "attach_network", Kind: "undo", StartedAt: at(time.Second)},
 				{Step: "attach_network", Kind: "DEL", Plugin: hostile, Error: hostile},
@@ -141,9 +141,9 @@ var timelines = map[string]*timeline{
 	"crashed": {InspectResponse: crashed, siblings: readyTimeline.siblings},
 	"ready":   readyTimeline,
 	"serving": servingTimeline,
-	"owing":   owingTimeline,
-	"starting": {InspectResponse: &podfsmv1.InspectResponse{Sandbox: starting, Steps: startingInspection.GetSteps(), Acts: []*podfsmv1.Act{
-		act("do", "allocate_ids", 5*time.Minute, time.Second, ""),
+	"pending": pendingTimeline,
+	"starting": {InspectResponse: &podfsmv1.InspectResponse{Sandbox: starting, Steps: startingInspection.GetSteps(), Tries: []*podfsmv1.Try{
+		try("do", "allocate_ids", 5*time.Minute, time.Second, ""),
 		{Step: "start_pause", Kind: "do", StartedAt: at(5*time.Minute + time.Second)},
 		{Step: "attach_network", Kind: "do", StartedAt: at(5*time.Minute + 2*time.Second)},
 	}}},
@@ -206,16 +206,56 @@ func TestTimelineFindsTheSandbox(t *testing.T) {
 	}{
 		{nil, "timeline takes one argument"},
 		{[]string{"nobody"}, `no sandbox of podfsm matches "nobody"`},
-		{[]string{"--attempt", "3", "web"}, "no sandbox of attempt 3 is known; there are some of 0"},
+		{[]string{"--attempt", "3", "web"}, "unknown attempt 3; known attempts: 0"},
 		{[]string{"--attempt", "-1", "web"}, "invalid value"},
 		{[]string{"--html", "", "web"}, "the file has no name"},
-		{[]string{"--html", t.TempDir(), "web"}, "is no file"},
-		{[]string{"--html", "/dev/null", "web"}, "is no file"},
+		{[]string{"--html", t.TempDir(), "web"}, "is not a regular file"},
+		{[]string{"--html", "/dev/null", "web"}, "is not a regular file"},
 		{[]string{"--html", filepath.Join(t.TempDir(), "none", "x"), "web"}, "no such file"},
 	} {
 		_, err := podfsm(t, append([]string{"--address", address, "timeline"}, tc.args...)...)
 		require.ErrorContains(t, err, tc.want)
 	}
+}
+
+// A pod that was deleted and made again under its name is another pod.
+func TestTimelineTellsPodsOfOneNameApart(t *testing.T) {
+	earlier := proto.CloneOf(crashed)
+	earlier.Sandbox.PodUid = "a-former-uid"
+	removed := proto.CloneOf(readyTimeline.InspectResponse)
+	removed.Sandbox.State = "Removed"
+	daemon := fakeSandboxes{
+		ended: []*podfsmv1.Sandbox{earlier.GetSandbox()},
+		list:  func() []*podfsmv1.Sandbox { return []*podfsmv1.Sandbox{ready} },
+		inspect: func(_ context.Context, ref string) (*podfsmv1.InspectResponse, error) {
+			if ref == ready.GetId() {
+				return readyTimeline.InspectResponse, nil
+			}
+			return earlier, nil
+		},
+	}
+	address := serve(t, daemon)
+	out, err := podfsm(t, "--address", address, "timeline", "web")
+	require.NoError(t, err)
+	require.Contains(t, out, "Pod:      default/web, uid "+ready.GetPodUid()+", attempt 0\n")
+	require.NotContains(t, out, "Note:")
+	require.NotContains(t, out, earlier.GetSandbox().GetId()[:shortID], "a sandbox of another pod")
+
+	out, err = podfsm(t, "--address", address, "timeline", earlier.GetSandbox().GetId())
+	require.NoError(t, err)
+	require.Contains(t, out, "Note:     this is an earlier pod of this name")
+	require.NotContains(t, out, ready.GetId()[:shortID])
+
+	daemon.list = func() []*podfsmv1.Sandbox { return []*podfsmv1.Sandbox{removed.GetSandbox()} }
+	daemon.inspect = func(context.Context, string) (*podfsmv1.InspectResponse, error) { return removed, nil }
+	address = serve(t, daemon)
+	out, err = podfsm(t, "--address", address, "timeline", "web")
+	require.NoError(t, err)
+	require.Contains(t, out, "Note:     podfsm has no newer sandbox of this name")
+	page, err := podfsm(t, "--address", address, "timeline", "--html", "-", "web")
+	require.NoError(t, err)
+	require.Contains(t, page, "podfsm has no newer sandbox of this name")
+	require.NotContains(t, page, earlier.GetSandbox().GetId()[:shortID])
 }
 
 func TestPageIsWrittenWhole(t *testing.T) {
@@ -233,11 +273,10 @@ func TestPageIsWrittenWhole(t *testing.T) {
 	require.Contains(t, out, "</html>")
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
-	require.Len(t, left, 1, "nothing else is left")
+	require.Len(t, left, 1, "no temporary file is left")
 }
 
-// render is the page of a timeline, parsed: a mistake of the parser's is one of
-// the page.
+// render returns the parsed page of a timeline. The page must parse without an error.
 func render(t testing.TB, tl *timeline) (string, *html.Node) {
 	t.Helper()
 	var b bytes.Buffer
@@ -248,11 +287,11 @@ func render(t testing.TB, tl *timeline) (string, *html.Node) {
 	return b.String(), root
 }
 
-// inert are the elements that a page may have; none loads or runs anything.
+// inert are the elements that a page may have. None of them loads or runs anything.
 var inert = strings.Fields(`html head meta title style body header h1 h2 h3 small div span section p strong code pre main ol li
 	time svg path g rect text table thead tbody tr th td dl dt dd footer`)
 
-// requireInert fails for anything in a page that loads, runs or leads anywhere.
+// requireInert fails if anything in a page loads, runs or links to something.
 func requireInert(t testing.TB, root *html.Node) {
 	t.Helper()
 	for n := range root.Descendants() {
@@ -313,13 +352,12 @@ func TestPageShowsWhatHappened(t *testing.T) {
 	} {
 		require.True(t, strings.Contains(text, want), want)
 	}
-	text, _ = render(t, owingTimeline)
-	require.True(t, strings.Contains(text, "3 undos are still owed"))
+	text, _ = render(t, pendingTimeline)
+	require.True(t, strings.Contains(text, "3 cleanups are pending"))
 	require.True(t, strings.Contains(text, "&lt;script&gt;alert(1)&lt;/script&gt;"))
 }
 
-// requireDrawn holds that every state has its place in the picture, and no two
-// share one.
+// requireDrawn requires that every state is drawn, and no two at the same place.
 func requireDrawn(t *testing.T, d drawing, want []states.State) {
 	t.Helper()
 	require.Len(t, d.Nodes, len(want))
@@ -335,7 +373,7 @@ func requireDrawn(t *testing.T, d drawing, want []states.State) {
 	}
 }
 
-// tableWith is a table with steps of a path between New and Ready.
+// tableWith returns a table with a path of steps between New and Ready.
 func tableWith(t *testing.T, count int) *states.Table {
 	t.Helper()
 	var steps []states.Step
@@ -347,7 +385,7 @@ func tableWith(t *testing.T, count int) *states.Table {
 	return table
 }
 
-// However many steps there are, all of their states are drawn.
+// All states are drawn, whatever the number of steps.
 func TestEachStateOfATableIsDrawn(t *testing.T) {
 	for _, count := range []int{0, 1, 4, 5, 6, 12} {
 		table := tableWith(t, count)
@@ -358,6 +396,14 @@ func TestEachStateOfATableIsDrawn(t *testing.T) {
 			require.Equal(t, transition.Event != states.Quarantine, drawn, "%v", transition)
 		}
 	}
+}
+
+// An ended sandbox keeps the names of the release that ran it.
+func TestEarlierNameOfAnEventIsDrawnAsTodays(t *testing.T) {
+	path := func(event states.Event) []states.Passage {
+		return passages([]*podfsmv1.Transition{{Seq: 1, From: "RollingBack", Event: string(event), To: "CleanupOwed"}})
+	}
+	require.Equal(t, path(states.LeaveCleanupPending), path("owe_cleanup"))
 }
 
 // A sandbox of another release is drawn with the states that it went through.
@@ -420,8 +466,8 @@ func TestWrap(t *testing.T) {
 	}
 }
 
-// FuzzTimeline renders whatever a daemon may send: nothing panics, every line
-// fits, and no page loads or runs anything.
+// FuzzTimeline renders any answer of a daemon: nothing panics, every line fits, and no page loads
+// or runs anything.
 func FuzzTimeline(f *testing.F) {
 	for _, tl := range timelines {
 		text, err := proto.Marshal(tl.InspectResponse)
@@ -433,7 +479,7 @@ func FuzzTimeline(f *testing.F) {
 		if proto.Unmarshal(text, r) != nil {
 			return
 		}
-		tl := &timeline{r, []*podfsmv1.Sandbox{r.GetSandbox(), r.GetSandbox()}}
+		tl := &timeline{InspectResponse: r, siblings: []*podfsmv1.Sandbox{r.GetSandbox(), r.GetSandbox()}}
 		var b bytes.Buffer
 		require.NoError(t, writeTimeline(&b, tl, 80, now))
 		require.NoError(t, writePath(&b, r))
@@ -443,21 +489,35 @@ func FuzzTimeline(f *testing.F) {
 	})
 }
 
-// What was given up is told with its reason, and is no stretch of a waterfall.
+// The first rollback of a creation that a crash interrupted begins after a pause, and is no second try.
+func TestTitleOfARollback(t *testing.T) {
+	interrupted := proto.CloneOf(crashed)
+	interrupted.Tries = slices.DeleteFunc(interrupted.Tries, func(a *podfsmv1.Try) bool { return a.GetError() == "no luck" })
+	titles := func(r *podfsmv1.InspectResponse) (all []string) {
+		for _, s := range waterfall(r, now) {
+			all = append(all, s.title)
+		}
+		return all
+	}
+	require.Equal(t, []string{"Creation", "Rollback"}, titles(interrupted))
+	require.Equal(t, []string{"Creation and rollback", "Rollback, tried again"}, titles(crashed))
+}
+
+// A write-off is listed with its reason, and is not a part of the waterfall.
 func TestWrittenOffIsShown(t *testing.T) {
 	r := proto.CloneOf(readyInspection)
 	stretches := len(waterfall(r, now))
-	r.Acts = append(r.Acts,
-		&podfsmv1.Act{Step: "attach_network", Kind: "write-off", Plugin: "net/sbr", StartedAt: at(time.Minute), Reason: "it is gone\x1b for good"},
-		&podfsmv1.Act{Step: "capture_netns", Kind: "write-off", StartedAt: at(2 * time.Minute), Duration: took(0), Error: "busy", Reason: "the node is wiped"})
+	r.Tries = append(r.Tries,
+		&podfsmv1.Try{Step: "attach_network", Kind: "write-off", Plugin: "net/sbr", StartedAt: at(time.Minute), Reason: "it is gone\x1b for good"},
+		&podfsmv1.Try{Step: "capture_netns", Kind: "write-off", StartedAt: at(2 * time.Minute), Duration: took(0), Error: "busy", Reason: "the node is wiped"})
 	require.Len(t, waterfall(r, now), stretches)
 	const text = "\nWritten off\nnet/sbr DEL, 4m12s ago: it is gone\\x1b for good\nundo of capture_netns, 3m12s ago: the node is wiped\n"
-	drawn := &timeline{r, nil}
+	drawn := &timeline{InspectResponse: r}
 	var b bytes.Buffer
 	require.NoError(t, writeTimeline(&b, drawn, 80, now))
 	require.Contains(t, b.String(), text)
 	b.Reset()
-	require.NoError(t, writeInspection(&b, r, now))
+	require.NoError(t, writeDescription(&b, r, now))
 	require.Contains(t, b.String(), text)
 	b.Reset()
 	require.NoError(t, pageTemplate.Execute(&b, newPage(drawn, now)))

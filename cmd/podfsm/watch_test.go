@@ -3,8 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,12 +23,12 @@ func (f fakeSandboxes) Watch(_ *podfsmv1.WatchRequest, stream grpc.ServerStreami
 	return f.watch(stream)
 }
 
-// told are the transitions that a daemon tells, of two pods.
+// told are the transitions of two pods.
 func told() (all []*podfsmv1.SandboxTransition) {
-	for _, s := range []*podfsmv1.Sandbox{ready, owing} {
+	for _, s := range []*podfsmv1.Sandbox{ready, pending} {
 		of := readyInspection
-		if s == owing {
-			of = owingInspection
+		if s == pending {
+			of = pendingInspection
 		}
 		for _, t := range of.GetTransitions() {
 			t = proto.CloneOf(t)
@@ -43,9 +43,10 @@ func told() (all []*podfsmv1.SandboxTransition) {
 	return all
 }
 
-// tells is a daemon that tells all and then goes with an error.
-func tells(end error) fakeSandboxes {
-	return fakeSandboxes{watch: func(stream grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error {
+// tells is a daemon that lists some sandboxes, sends all transitions, and then ends the stream with
+// an error.
+func tells(end error, listed ...*podfsmv1.Sandbox) fakeSandboxes {
+	return fakeSandboxes{list: func() []*podfsmv1.Sandbox { return listed }, watch: func(stream grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error {
 		if err := stream.SendHeader(metadata.MD{}); err != nil {
 			return err
 		}
@@ -58,67 +59,144 @@ func tells(end error) fakeSandboxes {
 	}}
 }
 
-// watched runs podfsm watch until it ends.
-func watched(t *testing.T, address string, args ...string) (stdout, stderr string, err error) {
+// watched runs a watching command until its output has a number of lines.
+func watched(t *testing.T, lines int, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
-	var out, errOut bytes.Buffer
-	err = run(t.Context(), append([]string{"podfsm", "--address", address, "watch"}, args...), &out, &errOut)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	out := &countedLines{most: lines, reached: cancel}
+	var errOut bytes.Buffer
+	err = run(ctx, append([]string{"podfsm"}, args...), out, &errOut)
 	return out.String(), errOut.String(), err
+}
+
+// countedLines calls reached after a number of lines.
+type countedLines struct {
+	bytes.Buffer
+	most    int
+	reached func()
+}
+
+func (c *countedLines) Write(p []byte) (int, error) {
+	n, err := c.Buffer.Write(p)
+	if bytes.Count(c.Bytes(), []byte("\n")) >= c.most {
+		c.reached()
+	}
+	return n, err
 }
 
 func TestWatch(t *testing.T) {
 	var b bytes.Buffer
 	require.NoError(t, writeWatchHeader(&b))
+	require.NoError(t, writeTransition(&b, standing(starting), time.UTC))
 	for _, transition := range told() {
 		require.NoError(t, writeTransition(&b, transition, time.UTC))
 	}
 	requireGolden(t, "watch.txt", b.Bytes())
 
-	address := serve(t, tells(nil))
-	gone := "the daemon at " + address + " has gone"
-	out, errOut, err := watched(t, address)
-	require.EqualError(t, err, gone)
-	require.Equal(t, "podfsm: following the daemon at "+address+"\n", errOut)
+	address := serve(t, tells(nil, starting))
+	out, errOut, err := watched(t, strings.Count(b.String(), "\n"), "--address", address, "watch")
+	require.NoError(t, err, "it was told to end")
+	require.True(t, strings.HasPrefix(errOut, "podfsm: following the daemon at "+address+"\n"), errOut)
 	require.Equal(t, strings.Count(b.String(), "\n"), strings.Count(out, "\n"))
+	require.Regexp(t, `(?m)^\S+ +9d +2 +default/slow +- +NetNSCaptured$`, out)
 	require.Regexp(t, `(?m)^\S+ +3b1f0c9a7e5d4 +0 +default/web +7ms +Ready$`, out)
 
-	out, _, err = watched(t, address, "-o", "json", "default/web")
-	require.EqualError(t, err, gone)
+	out, _, err = watched(t, len(readyInspection.GetTransitions()), "--address", address, "watch", "-o", "json", "default/web")
+	require.NoError(t, err)
 	requireGolden(t, "watch.json", []byte(out))
-	require.Equal(t, len(readyInspection.GetTransitions()), strings.Count(out, "\n"))
 
-	out, _, err = watched(t, address, owing.GetId()[:6])
-	require.EqualError(t, err, gone)
-	require.Equal(t, 2, strings.Count(out, "\n"))
-	out, _, err = watched(t, address, "nobody")
-	require.EqualError(t, err, gone)
-	require.Equal(t, 1, strings.Count(out, "\n"))
+	out, _, err = watched(t, 2, "--address", address, "watch", pending.GetId()[:6])
+	require.NoError(t, err)
+	require.NotContains(t, out, "default/web")
+	require.Contains(t, out, "CleanupOwed")
+}
+
+// watch waits for a daemon that restarts. It reports what changed in the meantime, and nothing
+// twice.
+func TestWatchSurvivesARestart(t *testing.T) {
+	var daemons atomic.Int32
+	gone, stopped := proto.CloneOf(ready), proto.CloneOf(ready)
+	gone.Id, gone.PodName, gone.State, gone.Seq = lostID, "gone", "Removed", 9
+	stopped.State, stopped.Seq = "NotReady", 7
+	step := func(seq uint64, s *podfsmv1.Sandbox, to string) *podfsmv1.SandboxTransition {
+		return &podfsmv1.SandboxTransition{SandboxId: s.GetId(), PodName: s.GetPodName(), PodNamespace: s.GetPodNamespace(),
+			Transition: &podfsmv1.Transition{Seq: seq, At: at(0), Event: "e", To: to}}
+	}
+	address := serve(t, fakeSandboxes{
+		ended: []*podfsmv1.Sandbox{gone, crashed.GetSandbox()},
+		list: func() []*podfsmv1.Sandbox {
+			if daemons.Load() < 2 {
+				return nil
+			}
+			return []*podfsmv1.Sandbox{stopped}
+		},
+		watch: func(stream grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error {
+			first := daemons.Add(1) == 1
+			if err := stream.SendHeader(metadata.MD{}); err != nil {
+				return err
+			}
+			tell := []*podfsmv1.SandboxTransition{step(6, ready, "Ready"), step(8, gone, "Stopping")}
+			if !first {
+				tell = []*podfsmv1.SandboxTransition{step(7, ready, "NotReady"), step(8, ready, "Stopping")}
+			}
+			for _, one := range tell {
+				if err := stream.Send(one); err != nil {
+					return err
+				}
+			}
+			return status.Error(codes.Unavailable, "closing")
+		},
+	})
+	out, errOut, err := watched(t, 6, "--address", address, "watch")
+	require.NoError(t, err)
+	var entered []string
+	for line := range strings.Lines(out) {
+		fields := strings.Fields(line)
+		entered = append(entered, fields[3]+" "+fields[len(fields)-1])
+	}
+	require.Equal(t, []string{"POD ERROR", "default/web Ready", "default/gone Stopping", "default/gone Removed", "default/web NotReady", "default/web Stopping"}, entered)
+	require.Contains(t, errOut, "the daemon at "+address+" has gone; waiting for the next one\n")
+}
+
+func TestPsWatch(t *testing.T) {
+	service := tells(nil, starting)
+	service.inspect = func(_ context.Context, id string) (*podfsmv1.InspectResponse, error) {
+		if id == ready.GetId() {
+			return readyInspection, nil
+		}
+		return nil, status.Error(codes.NotFound, "it has ended")
+	}
+	address := serve(t, service)
+	out, _, err := watched(t, 8, "--address", address, "ps", "-w")
+	require.NoError(t, err)
+	require.Regexp(t, `^SANDBOX +POD +STATE .*\n9d +default/slow +NetNSCaptured .*\n3b1f0c9a7e5d4 +default/web +Ready .*\n`, out)
+
+	out, _, err = watched(t, 6, "--address", address, "ps", "-w", "-q", "--state", "Ready")
+	require.NoError(t, err)
+	require.Equal(t, strings.Repeat(ready.GetId()+"\n", 6), out)
 }
 
 func TestWatchErrors(t *testing.T) {
 	refuses := fakeSandboxes{watch: func(grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error {
-		return status.Error(codes.Unavailable, "podfsm runs no pods: no luck")
+		return status.Error(codes.Unavailable, "podfsm is degraded: no luck")
 	}}
 	address := serve(t, refuses)
-	_, errOut, err := watched(t, address)
-	require.EqualError(t, err, "the daemon at "+address+" is unavailable: podfsm runs no pods: no luck")
+	_, errOut, err := watched(t, 9, "--address", address, "watch")
+	require.EqualError(t, err, "the daemon at "+address+" is unavailable: podfsm is degraded: no luck")
 	require.Empty(t, errOut)
 
 	address = serve(t, nil)
-	_, _, err = watched(t, address)
+	_, _, err = watched(t, 9, "--address", address, "watch")
 	require.ErrorContains(t, err, "is a containerd without podfsm")
 
-	address = serve(t, tells(status.Error(codes.Unavailable, "closing")))
-	_, _, err = watched(t, address)
-	require.EqualError(t, err, "the daemon at "+address+" has gone")
-
 	address = serve(t, tells(status.Error(codes.Internal, "bad\x1b[2J")))
-	_, _, err = watched(t, address)
+	_, _, err = watched(t, 99, "--address", address, "watch")
 	require.EqualError(t, err, "the daemon at "+address+` failed: bad\x1b[2J`)
 
-	_, _, err = watched(t, t.TempDir()+"/none")
+	_, _, err = watched(t, 9, "--address", t.TempDir()+"/none", "watch")
 	require.ErrorContains(t, err, "is the daemon running?")
-	_, _, err = watched(t, address, "a", "b")
+	_, _, err = watched(t, 9, "--address", address, "watch", "a", "b")
 	require.ErrorContains(t, err, "watch takes one argument at most")
 }
 
@@ -127,28 +205,9 @@ func TestWatchWaitsAsLongAsForAnyAnswer(t *testing.T) {
 		<-stream.Context().Done()
 		return stream.Context().Err()
 	}})
-	_, _, err := watched(t, address, "--timeout", "50ms")
+	_, _, err := watched(t, 9, "--address", address, "watch", "--timeout", "50ms")
 	require.EqualError(t, err, "no answer from the daemon at "+address+" within 50ms")
-}
-
-// Who ends it has asked for that.
-func TestWatchEndsWithItsContext(t *testing.T) {
-	reached := make(chan struct{})
-	address := serve(t, fakeSandboxes{watch: func(stream grpc.ServerStreamingServer[podfsmv1.SandboxTransition]) error {
-		if err := stream.SendHeader(metadata.MD{}); err != nil {
-			return err
-		}
-		close(reached)
-		<-stream.Context().Done()
-		return errors.New("gone")
-	}})
-	ctx, cancel := context.WithCancel(t.Context())
-	go func() {
-		<-reached
-		cancel()
-	}()
-	var out, errOut bytes.Buffer
-	require.NoError(t, run(ctx, []string{"podfsm", "--address", address, "watch", "--timeout", "10s"}, &out, &errOut))
+	require.Equal(t, exitNoDaemon, exitStatus(err))
 }
 
 func TestGraph(t *testing.T) {
@@ -169,7 +228,7 @@ func TestGraph(t *testing.T) {
 		})
 	}
 	var b bytes.Buffer
-	require.NoError(t, writePath(&b, owingTimeline.InspectResponse))
+	require.NoError(t, writePath(&b, pendingTimeline.InspectResponse))
 	require.NotContains(t, b.String(), "\x1b")
 	_, err := podfsm(t, "graph", "a", "b")
 	require.ErrorContains(t, err, "graph takes one argument at most")

@@ -7,15 +7,15 @@ import (
 	"time"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/records"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/states"
 )
 
-// idle is how long nothing may go on before a waterfall is broken off and goes
-// on with a scale of its own: a pod may live for months.
+// idle is the longest pause within a stretch of a waterfall. After a longer one, a new stretch with
+// its own scale begins: a pod may live for months.
 const idle = time.Second
 
-// ending is how a try went.
+// ending is the outcome of a try.
 type ending string
 
 const (
@@ -28,34 +28,36 @@ const (
 	unknownEnd ending = "interrupted"
 )
 
-// marks draw an ending in a terminal.
+// marks are the characters that draw an ending on a terminal.
 var marks = map[ending]string{succeeded: "=", skipped: ".", failed: "x", undone: "-", undoFailed: "!", underWay: "~", unknownEnd: "?"}
 
-// writeOff is the kind of an act that gave an undo up. It takes no time.
+// writeOff is the kind of a try that wrote an undo off. It takes no time.
 const writeOff = "write-off"
 
-// lane is a line of a waterfall: one try at something.
+// lane is a line of a waterfall: one try of a step, an undo or a CNI plugin.
 type lane struct {
 	label  string
-	nested bool // it is a part of the lane above it that isn't
+	nested bool // a part of the last lane above that is not nested
 	when   period
-	timed  bool // when is known
+	timed  bool // the time in when is known
 	ending ending
 	err    string
 }
 
-// stretch is a part of a sandbox's life in which something went on.
+// stretch is a part of a sandbox's life without a long pause.
 type stretch struct {
 	title string
 	whole period
 	lanes []lane
 }
 
-// waterfall are the stretches of a sandbox's life, in their order.
+// waterfall returns the stretches of a sandbox's life in their order.
 func waterfall(r *podfsmv1.InspectResponse, now time.Time) []stretch {
 	var all []stretch
+	tried := false // something was undone in an earlier stretch
 	for _, group := range together(r, now) {
-		s := stretch{whole: group[0].when, title: titleOf(r, group)}
+		s := stretch{whole: group[0].when, title: titleOf(r, group, tried)}
+		tried = tried || slices.ContainsFunc(group, undoes)
 		for _, l := range group {
 			if l.timed && l.when.end.After(s.whole.end) {
 				s.whole.end = l.when.end
@@ -67,7 +69,7 @@ func waterfall(r *podfsmv1.InspectResponse, now time.Time) []stretch {
 	return all
 }
 
-// together are a sandbox's lanes, those without a pause between them together.
+// together groups the lanes of a sandbox: those without a long pause in between.
 func together(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 	var groups [][]lane
 	var end time.Time
@@ -84,22 +86,22 @@ func together(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 	return groups
 }
 
-// families are the acts of a sandbox, each with those of the CNI plugins that
-// were run for it, in the order in which they began.
+// families returns the tries of a sandbox in the order of their start, each with the CNI plugins
+// that ran for it.
 func families(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 	var all [][]lane
-	var acts []*podfsmv1.Act
-	for _, act := range r.GetActs() {
-		if act.GetPlugin() == "" && act.GetStartedAt() != nil && act.GetKind() != writeOff {
-			all, acts = append(all, []lane{laneOf(r, act, now)}), append(acts, act)
+	var tries []*podfsmv1.Try
+	for _, try := range r.GetTries() {
+		if try.GetPlugin() == "" && try.GetStartedAt() != nil && try.GetKind() != writeOff {
+			all, tries = append(all, []lane{laneOf(r, try, now)}), append(tries, try)
 		}
 	}
-	for _, act := range r.GetActs() {
-		if act.GetPlugin() == "" || act.GetKind() == writeOff {
+	for _, try := range r.GetTries() {
+		if try.GetPlugin() == "" || try.GetKind() == writeOff {
 			continue
 		}
-		if i := parentOf(act, acts); i >= 0 {
-			l := laneOf(r, act, now)
+		if i := parentOf(try, tries); i >= 0 {
+			l := laneOf(r, try, now)
 			l.nested = true
 			all[i] = append(all[i], l)
 		}
@@ -107,59 +109,59 @@ func families(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 	return all
 }
 
-// parentOf is the act that a plugin was run for: the last one of its kind that
-// had begun by then. It is -1 when there is none.
-func parentOf(plugin *podfsmv1.Act, acts []*podfsmv1.Act) int {
+// parentOf returns the index of the try for which a plugin ran: the last matching try that had
+// started by then, or -1.
+func parentOf(plugin *podfsmv1.Try, tries []*podfsmv1.Try) int {
 	kind := "do"
 	if plugin.GetKind() == "DEL" {
 		kind = "undo"
 	}
-	for i, act := range slices.Backward(acts) {
-		late := plugin.GetStartedAt() != nil && act.GetStartedAt().AsTime().After(plugin.GetStartedAt().AsTime())
-		if act.GetStep() == plugin.GetStep() && act.GetKind() == kind && !late {
+	for i, try := range slices.Backward(tries) {
+		late := plugin.GetStartedAt() != nil && try.GetStartedAt().AsTime().After(plugin.GetStartedAt().AsTime())
+		if try.GetStep() == plugin.GetStep() && try.GetKind() == kind && !late {
 			return i
 		}
 	}
 	return -1
 }
 
-func laneOf(r *podfsmv1.InspectResponse, act *podfsmv1.Act, now time.Time) lane {
-	l := lane{label: labelOf(act), ending: endingOf(r, act), err: act.GetError(), timed: act.GetStartedAt() != nil}
-	start := act.GetStartedAt().AsTime()
-	l.when = period{start, start.Add(act.GetDuration().AsDuration())}
+func laneOf(r *podfsmv1.InspectResponse, try *podfsmv1.Try, now time.Time) lane {
+	l := lane{label: labelOf(try), ending: endingOf(r, try), err: try.GetError(), timed: try.GetStartedAt() != nil}
+	start := try.GetStartedAt().AsTime()
+	l.when = period{start, start.Add(try.GetDuration().AsDuration())}
 	if l.ending == underWay && now.After(start) {
 		l.when.end = now
 	}
 	return l
 }
 
-func labelOf(act *podfsmv1.Act) string {
+func labelOf(try *podfsmv1.Try) string {
 	switch {
-	case act.GetPlugin() != "":
-		return act.GetPlugin() + " " + act.GetKind()
-	case act.GetKind() == "do":
-		return act.GetStep()
+	case try.GetPlugin() != "":
+		return try.GetPlugin() + " " + try.GetKind()
+	case try.GetKind() == "do":
+		return try.GetStep()
 	default:
-		return act.GetKind() + " " + act.GetStep()
+		return try.GetKind() + " " + try.GetStep()
 	}
 }
 
-func endingOf(r *podfsmv1.InspectResponse, act *podfsmv1.Act) ending {
-	does := act.GetKind() == "do" || act.GetKind() == "ADD"
-	ended := act.GetDuration() != nil || act.GetStartedAt() == nil
-	status := statusOf(r, act.GetStep())
+func endingOf(r *podfsmv1.InspectResponse, try *podfsmv1.Try) ending {
+	does := try.GetKind() == "do" || try.GetKind() == "ADD"
+	ended := try.GetDuration() != nil || try.GetStartedAt() == nil
+	status := statusOf(r, try.GetStep())
 	switch {
-	case act.GetError() != "" && does:
+	case try.GetError() != "" && does:
 		return failed
-	case act.GetError() != "":
+	case try.GetError() != "":
 		return undoFailed
-	case !ended && (status == "running" || status == "undoing" || act.GetKind() == "stop"): // on no record, so it is today's
+	case !ended && (status == "running" || status == "undoing" || try.GetKind() == "stop"): // without an end, and of the running daemon
 		return underWay
 	case !ended:
 		return unknownEnd
 	case !does:
 		return undone
-	case act.GetKind() == "do" && status == "skipped":
+	case try.GetKind() == "do" && status == "skipped":
 		return skipped
 	default:
 		return succeeded
@@ -175,8 +177,8 @@ func statusOf(r *podfsmv1.InspectResponse, step string) string {
 	return ""
 }
 
-// titleOf says what a stretch was about.
-func titleOf(r *podfsmv1.InspectResponse, lanes []lane) string {
+// titleOf returns the title of a stretch. again says that something was undone in an earlier stretch.
+func titleOf(r *podfsmv1.InspectResponse, lanes []lane, again bool) string {
 	does := slices.ContainsFunc(lanes, creates)
 	demanded := slices.ContainsFunc(lanes, onDemand)
 	ends := slices.ContainsFunc(lanes, func(l lane) bool { return !l.nested && undoes(l) })
@@ -188,8 +190,10 @@ func titleOf(r *podfsmv1.InspectResponse, lanes []lane) string {
 		return "Creation and removal"
 	case does:
 		return "Creation"
-	case rolledBack:
+	case rolledBack && again:
 		return "Rollback, tried again"
+	case rolledBack:
+		return "Rollback"
 	case demanded && ends:
 		return "First container, stop and removal"
 	case demanded:
@@ -203,18 +207,18 @@ func undoes(l lane) bool {
 	return strings.HasPrefix(l.label, "undo ") || strings.HasPrefix(l.label, "stop ")
 }
 
-// creates says whether a lane is a step of the creation.
+// creates reports whether a lane is a step of the creation.
 func creates(l lane) bool { return !l.nested && !undoes(l) && !onDemand(l) }
 
-// onDemand says whether a lane is the start of what a pod's containers need,
-// which the first of them waits for, maybe long after the creation.
+// onDemand reports whether a lane starts what a pod's containers need. The first container waits
+// for it, maybe long after the creation.
 func onDemand(l lane) bool {
 	step, _ := records.Table().Step(states.Event(l.label))
 	return step.OnDemand
 }
 
-// slowest is the lane of the creation's step that took longest to do, and how
-// long all of them took; it is false when there is none.
+// slowest returns the longest step of the creation, and the time of the whole creation. It is false
+// without a creation.
 func slowest(all []stretch) (most lane, total time.Duration, ok bool) {
 	var whole period
 	for _, s := range all {
@@ -236,13 +240,13 @@ func slowest(all []stretch) (most lane, total time.Duration, ok bool) {
 	return most, whole.length(), ok
 }
 
-// mishap is an error and what it is of.
+// mishap is an error text and its subject.
 type mishap struct {
 	what, text string
 }
 
-// mishaps are the errors of all that was tried, each text once: that of a
-// plugin is in its step's, too.
+// mishaps returns the errors of all tries without repetition: a plugin's error is also a part of
+// its step's.
 func mishaps(all []stretch) []mishap {
 	var found []mishap
 	for _, s := range all {
@@ -256,23 +260,22 @@ func mishaps(all []stretch) []mishap {
 	return found
 }
 
-// writtenOff are the undos that were given up, and why.
-func writtenOff(acts []*podfsmv1.Act, now time.Time) (all []mishap) {
-	for _, act := range acts {
-		if act.GetKind() != writeOff {
+// writtenOff returns the undos that were written off, and the reasons.
+func writtenOff(tries []*podfsmv1.Try, now time.Time) (all []mishap) {
+	for _, try := range tries {
+		if try.GetKind() != writeOff {
 			continue
 		}
-		what := "undo of " + act.GetStep()
-		if act.GetPlugin() != "" {
-			what = act.GetPlugin() + " DEL"
+		what := "undo of " + try.GetStep()
+		if try.GetPlugin() != "" {
+			what = try.GetPlugin() + " DEL"
 		}
-		all = append(all, mishap{what + ", " + age(act.GetStartedAt(), now) + " ago", act.GetReason()})
+		all = append(all, mishap{what + ", " + age(try.GetStartedAt(), now) + " ago", try.GetReason()})
 	}
 	return all
 }
 
-// reason is why a sandbox is as it is, in its own words or those of the
-// transition that took it there.
+// reason returns why a sandbox is in its state: the error of its rollback, or its own.
 func reason(r *podfsmv1.InspectResponse) string {
 	for _, t := range r.GetTransitions() {
 		if t.GetEvent() == "roll_back" && t.GetError() != "" {

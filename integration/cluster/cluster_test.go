@@ -26,20 +26,21 @@ import (
 func TestMain(m *testing.M) { os.Exit(harness.Main(m)) }
 
 var (
-	// wait is how long the cluster may take for anything but rare rounds.
+	// wait bounds what the cluster does, except for removals.
 	wait = harness.Patience(2 * time.Minute)
-	// roundsWait is how long it may take until all of a pod is gone: the kubelet removes sandboxes once a minute.
+	// roundsWait bounds the removal of a pod: the kubelet removes sandboxes once a minute.
 	roundsWait = harness.Patience(3 * time.Minute)
 	tick       = harness.Patience(200 * time.Millisecond)
 )
 
-// Handlers of podfsm that map pods which ask for nothing, each with a RuntimeClass of its name.
+// The handlers of podfsm that map pods without hostUsers: false. Each has a RuntimeClass of its
+// name.
 const (
 	autoHandler = "podfsm-auto"
 	nodeHandler = "podfsm-node"
 )
 
-// Ids of the host that are none of kubelet.IDs.
+// Host ids outside of kubelet.IDs.
 const (
 	nodeWide  = 2_000_000_000
 	poolStart = 3_000_000_000
@@ -61,8 +62,8 @@ var config = harness.Config{
 `, poolStart, nodeWide),
 }
 
-// A Kubernetes cluster works as ever when podfsm runs its pods, with each of the kubelets: what is deployed, how it is updated, reached and
-// looked into, when containerd is killed, when the node is drained. In the end nothing is left.
+// podfsm runs the pods of a Kubernetes cluster, with each kubelet: workloads are deployed, updated,
+// reached and inspected, containerd is killed, and the node is drained. In the end nothing is left.
 func TestCluster(t *testing.T) {
 	programs, err := harness.BuildCluster(t.Context())
 	require.NoError(t, err)
@@ -99,17 +100,17 @@ func TestCluster(t *testing.T) {
 
 // cluster is a cluster of one node.
 type cluster struct {
-	*ControlPlane
-	node    *harness.Node
-	kubelet *kubelet.Kubelet
+	*OneNode
+	node *harness.Node
 }
 
-// start returns a cluster whose node is ready, which ends with the test, and the census of its node without pods. When the test has failed, the
-// ends of all logs are shown.
+// start returns a cluster with a ready node, and the census of the node without pods. The cluster
+// ends with the test. A failed test shows the end of each log.
 func start(t *testing.T, programs, executable string) (*cluster, harness.Census) {
 	t.Helper()
 	n := harness.StartNode(t, config)
-	// The first pod makes what stays: the pool's own file, and the chains of rules for ports.
+	// The first pod makes resources that stay: the file of the id pool, and the iptables chains for
+	// ports.
 	withPort := func(c *runtime.PodSandboxConfig) {
 		c.PortMappings = []*runtime.PortMapping{{ContainerPort: 8080, HostPort: 8080}}
 	}
@@ -120,23 +121,17 @@ func start(t *testing.T, programs, executable string) (*cluster, harness.Census)
 	require.NoError(t, err)
 
 	c := &cluster{node: n}
-	c.ControlPlane, err = NewControlPlane(t.Context(), n, programs)
+	c.OneNode, err = New(t.Context(), n, programs, executable)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("the ends of the control plane's logs:\n%s", c.LogTails(30))
 		}
-		assert.NoError(t, c.Close(context.WithoutCancel(t.Context())))
+		assert.NoError(t, c.ControlPlane.Close(context.WithoutCancel(t.Context())))
 	})
-	c.kubelet, err = kubelet.New(t.Context(), n, kubelet.Config{
-		Executable: executable,
-		Kubeconfig: c.Kubeconfig("system:node:" + kubelet.NodeName),
-		Settings:   map[string]any{"address": "0.0.0.0"}, // where the API server finds it
-	})
-	require.NoError(t, err)
 	t.Cleanup(func() {
-		log := c.kubelet.Log()
-		err := c.kubelet.Close(context.WithoutCancel(t.Context()))
+		log := c.Kubelet.Log()
+		err := c.Kubelet.Close(context.WithoutCancel(t.Context()))
 		if t.Failed() { // pods may run on, and then it cannot clean up
 			t.Logf("closing the kubelet: %v", err)
 			n.KeepLog(t, "kubelet", log)
@@ -157,7 +152,7 @@ func versionOf(t *testing.T, executable string) string {
 	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes ")
 }
 
-// requireVersions says which versions the cluster reports.
+// requireVersions requires the versions of the cluster, and logs them.
 func (c *cluster) requireVersions(t *testing.T, server, kubelet string) {
 	t.Helper()
 	var version struct{ ServerVersion struct{ GitVersion string } }
@@ -173,14 +168,14 @@ func (c *cluster) requireVersions(t *testing.T, server, kubelet string) {
 	t.Logf("kube-apiserver %s, kubelet %s, %s", server, info.KubeletVersion, info.ContainerRuntimeVersion)
 }
 
-// harmless are the reasons of warnings that a cluster gives without a failure: probes come before servers listen, a job's containers fail
-// on purpose, and the node's machine is what it is.
+// harmless are the reasons of warnings in a healthy cluster: probes run before servers listen, the
+// containers of a job fail on purpose, and the machine lacks some features.
 var harmless = []string{"Unhealthy", "BackOff", "CgroupV1", "InvalidDiskCapacity"}
 
-// slow is what the kubelet says when the API server has not answered yet. It tries again.
+// slow matches the warning of a kubelet that waits for the API server and tries again.
 var slow = regexp.MustCompile(`failed to sync (configmap|secret) cache: timed out waiting for the condition`)
 
-// requireNoFailures reads what the cluster has complained of.
+// requireNoFailures requires that the cluster has no other warnings than harmless ones.
 func (c *cluster) requireNoFailures(t *testing.T) {
 	var events corev1.EventList
 	c.getJSON(t, &events, "get", "events", "--all-namespaces", "--field-selector=type=Warning")
@@ -191,7 +186,8 @@ func (c *cluster) requireNoFailures(t *testing.T) {
 	}
 }
 
-// A pod whose network fails has one event, which names the step and counts the tries, and runs once the network is well.
+// A pod whose network fails has one event, which names the step and counts the tries. It runs after
+// the network was repaired.
 func (c *cluster) requireOneEvent(t *testing.T) {
 	ns := c.namespace(t, "network-fails")
 	require.NoError(t, c.node.Fault("portmap.ADD", "error(no luck)"))
@@ -225,16 +221,16 @@ spec:
 	require.Contains(t, events[0].Message, "no luck")
 }
 
-// While a deployment is being updated containerd is killed, and comes back some time later. The update ends well, and of other pods nothing
-// changes, nor do they notice.
+// containerd is killed during the update of a deployment, and starts some time later. The update
+// completes, and no other pod changes or notices.
 func (c *cluster) requireNothingChangesByKill(t *testing.T) {
 	c.waitSettled(t)
 	before := c.look(t)
 
 	c.namespaceOf("deployment").kubectl(t, "rollout", "restart", "deployment/web")
-	logged := len(c.kubelet.Log())
+	logged := len(c.Kubelet.Log())
 	require.NoError(t, c.node.Kill(t.Context()))
-	require.Eventually(t, func() bool { return strings.Contains(c.kubelet.Log()[logged:], "connection refused") }, wait, tick)
+	require.Eventually(t, func() bool { return strings.Contains(c.Kubelet.Log()[logged:], "connection refused") }, wait, tick)
 	require.NoError(t, c.node.Start(t.Context()))
 	c.waitSyncs(t)
 	c.namespaceOf("deployment").rolledOut(t, "deployment/web")
@@ -252,7 +248,7 @@ func (c *cluster) requireNothingChangesByKill(t *testing.T) {
 	}
 }
 
-// All but daemons leave a node that is drained, and come back when it is uncordoned.
+// All pods except for daemons leave a drained node, and return after kubectl uncordon.
 func (c *cluster) requireDrain(t *testing.T) {
 	deployment, daemons := c.namespaceOf("deployment"), c.namespaceOf("daemonset")
 	before := daemons.pods(t)
@@ -273,33 +269,34 @@ func (c *cluster) requireDrain(t *testing.T) {
 	require.Equal(t, uids(before), uids(daemons.pods(t)))
 }
 
-// requireEnd deletes all and requires that nothing is left.
+// requireEnd deletes everything and requires that nothing is left.
 func (c *cluster) requireEnd(t *testing.T, before harness.Census) {
 	t.Helper()
 	c.kubectl(t, "delete", "namespaces", "--selector="+label, "--timeout="+roundsWait.String())
 	require.EventuallyWithT(t, func(t *assert.CollectT) {
 		assert.Empty(t, c.sandboxes(t))
-		left, err := c.kubelet.Leftovers()
+		left, err := c.Kubelet.Leftovers()
 		assert.NoError(t, err)
 		assert.Empty(t, left)
 	}, roundsWait, tick)
-	require.NoError(t, c.kubelet.Close(t.Context()))
+	require.NoError(t, c.Kubelet.Close(t.Context()))
 	require.NoError(t, c.Close(t.Context()))
 	c.node.RequireClean(t, before)
 }
 
-// podView is what must not change of a pod whose containers run on.
+// podView is what must not change for a pod whose containers continue to run.
 type podView struct {
 	UID        string
 	Phase      corev1.PodPhase
 	Sandbox    string
-	Created    int64 // when the sandbox was
+	Created    int64 // when the sandbox was created
 	State      runtime.PodSandboxState
 	IP         string
 	Containers map[string]corev1.ContainerStatus
 }
 
-// look returns all pods by namespace, slash and name, each with its one sandbox, and requires that there is no other sandbox.
+// look returns all pods as namespace/name, each with its only sandbox. It requires that no other
+// sandbox exists.
 func (c *cluster) look(t require.TestingT) map[string]podView {
 	sandboxes := map[string][]*runtime.PodSandbox{}
 	for _, s := range c.sandboxes(t) {
@@ -325,7 +322,8 @@ func (c *cluster) look(t require.TestingT) map[string]podView {
 	return views
 }
 
-// waitSettled returns when each pod has one sandbox, which is as far as the pod is, and all that runs is ready.
+// waitSettled waits until each pod has exactly one sandbox in the state of the pod, and all running
+// pods are ready.
 func (c *cluster) waitSettled(t *testing.T) {
 	t.Helper()
 	require.EventuallyWithT(t, func(t *assert.CollectT) {
@@ -344,16 +342,17 @@ func (c *cluster) waitSettled(t *testing.T) {
 	}, roundsWait, tick)
 }
 
-// waitSyncs returns when the kubelet has looked again at each pod that runs.
+// waitSyncs waits until the kubelet has synced each running pod again.
 func (c *cluster) waitSyncs(t *testing.T) {
 	t.Helper()
-	before := c.kubelet.AllSyncs()
+	before := c.Kubelet.AllSyncs()
 	require.EventuallyWithT(t, func(t *assert.CollectT) {
-		now := c.kubelet.AllSyncs()
+		now := c.Kubelet.AllSyncs()
 		for _, pod := range c.pods(t) {
 			if pod.Status.Phase == corev1.PodRunning {
 				name := pod.Namespace + "/" + pod.Name
-				// The first may have begun before, and the second with what was seen before.
+				// The first sync may have begun before the call, and the second may have used an
+				// earlier view.
 				require.GreaterOrEqual(t, now[name], before[name]+3, name)
 			}
 		}
@@ -386,11 +385,11 @@ func (c *cluster) kubectl(t require.TestingT, args ...string) string {
 	return c.kubectlWith(t, "", args...)
 }
 
-// kubectlWith is kubectl with this stdin. It fails the test by kubectl's stderr.
+// kubectlWith runs kubectl with this stdin. On failure, the test fails with the stderr of kubectl.
 func (c *cluster) kubectlWith(t require.TestingT, stdin string, args ...string) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*roundsWait)
 	defer cancel()
-	out, err := c.Kubectl(ctx, strings.NewReader(stdin), args...)
+	out, err := c.Kubectl(ctx, stdin, args...)
 	require.NoError(t, err)
 	return out
 }
@@ -399,7 +398,7 @@ func (c *cluster) getJSON(t require.TestingT, value any, args ...string) {
 	require.NoError(t, json.Unmarshal([]byte(c.kubectl(t, append(args, "--output=json")...)), value))
 }
 
-// wait returns when kubectl holds something for true of an object.
+// wait waits until a condition of kubectl wait is true of an object.
 func (c *cluster) wait(t require.TestingT, object, what string, args ...string) {
 	c.kubectl(t, append([]string{"wait", object, "--for=" + what, "--timeout=" + wait.String()}, args...)...)
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,18 +20,18 @@ import (
 )
 
 const (
-	// startTimeout is how long a part of the control plane may take until it serves.
+	// startTimeout bounds the start of each part of the control plane.
 	startTimeout = 2 * time.Minute
 	stopTimeout  = 20 * time.Second
 	pollInterval = 200 * time.Millisecond
 
 	etcdAddress = "http://127.0.0.1:2379"
-	// apiAddress is on the node's bridge, where pods reach it.
+	// apiAddress is on the node's bridge, so that pods reach it.
 	apiAddress = "https://" + harness.Gateway + ":6443"
 )
 
-// users are the API server's users and their groups. The name of each is its
-// token, too: no one else reaches the API server.
+// users are the users of the API server and their groups. A user's token is its name: only the
+// tests reach the API server.
 var users = map[string]string{
 	"admin":                          "system:masters",
 	"system:kube-controller-manager": "",
@@ -40,8 +39,8 @@ var users = map[string]string{
 	"system:node:node":               "system:nodes",
 }
 
-// ControlPlane is all of a cluster except its nodes. Its methods may be used from
-// several goroutines, except Close.
+// ControlPlane is a cluster without its nodes. Its methods are safe for concurrent use, except for
+// Close.
 type ControlPlane struct {
 	node     *harness.Node
 	programs string // the folder of its programs
@@ -49,16 +48,15 @@ type ControlPlane struct {
 	parts    []*part // in the order of their start
 }
 
-// part is a process of the control plane, which is waited for from the start.
+// part is a process of the control plane whose end is awaited from its start.
 type part struct {
 	name   string
 	cmd    *exec.Cmd
 	exited chan struct{}
 }
 
-// NewControlPlane starts the control plane from a folder of programs, beside a
-// node that has run a pod, and so has a bridge. It returns when the API server is
-// ready. The caller ends it with Close.
+// NewControlPlane starts the control plane from a folder of programs, beside a node that has run a
+// pod and so has a bridge. It returns when the API server is ready. The caller must Close it.
 func NewControlPlane(ctx context.Context, n *harness.Node, programs string) (_ *ControlPlane, err error) {
 	c := &ControlPlane{node: n, programs: programs, dir: filepath.Join(n.Dir(), "control-plane")}
 	defer func() {
@@ -103,7 +101,7 @@ func NewControlPlane(ctx context.Context, n *harness.Node, programs string) (_ *
 		"--use-service-account-credentials",
 		"--leader-elect=false",
 		"--secure-port=0",
-		"--node-monitor-grace-period=5m", // a slow machine isn't a lost node
+		"--node-monitor-grace-period=5m", // a slow node isn't a lost node
 	); err != nil {
 		return nil, err
 	}
@@ -114,8 +112,7 @@ func NewControlPlane(ctx context.Context, n *harness.Node, programs string) (_ *
 	)
 }
 
-// Close ends the control plane, the last started first. To close it twice is no
-// error.
+// Close ends the control plane in the reverse order of its start. Closing it twice is no error.
 func (c *ControlPlane) Close(ctx context.Context) error {
 	for len(c.parts) > 0 {
 		last := len(c.parts) - 1
@@ -127,17 +124,27 @@ func (c *ControlPlane) Close(ctx context.Context) error {
 	return nil
 }
 
-// Kubeconfig returns the path of a user's.
+// Kubeconfig returns the path of the kubeconfig of a user.
 func (c *ControlPlane) Kubeconfig(user string) string {
 	return c.path(strings.ReplaceAll(user, ":", "-") + ".kubeconfig")
 }
 
-// Kubectl runs kubectl as the cluster's administrator, on the node, and returns
-// its stdout. Its stdin may be nil.
-func (c *ControlPlane) Kubectl(ctx context.Context, stdin io.Reader, args ...string) (string, error) {
+// Kubectl runs kubectl on the node as the cluster's administrator, and returns its stdout. It tries
+// again while a busy machine takes longer for a TLS handshake than the 10 s that client-go waits:
+// the request was not sent.
+func (c *ControlPlane) Kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
+	for {
+		out, err := c.kubectlOnce(ctx, stdin, args...)
+		if err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "net/http: TLS handshake timeout") {
+			return out, err
+		}
+	}
+}
+
+func (c *ControlPlane) kubectlOnce(ctx context.Context, stdin string, args ...string) (string, error) {
 	cmd := c.KubectlCommand(ctx, args...)
 	var stdout, stderr strings.Builder
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 	if err := c.node.Inside(cmd.Start); err != nil {
 		return "", err
 	}
@@ -147,8 +154,7 @@ func (c *ControlPlane) Kubectl(ctx context.Context, stdin io.Reader, args ...str
 	return stdout.String(), nil
 }
 
-// KubectlCommand returns kubectl's command, which has to be started inside the
-// node.
+// KubectlCommand returns a command that runs kubectl. It has to be started inside the node.
 func (c *ControlPlane) KubectlCommand(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(c.programs, "kubectl"), args...)
 	cmd.Env = append(c.environment(), "KUBECONFIG="+c.Kubeconfig("admin"))
@@ -170,7 +176,7 @@ func (c *ControlPlane) LogTails(lines int) string {
 	return tails.String()
 }
 
-// prepare makes everything that is there before the first part starts.
+// prepare makes what must exist before the first part starts.
 func (c *ControlPlane) prepare() error {
 	if err := os.MkdirAll(c.dir, 0o700); err != nil {
 		return err
@@ -225,19 +231,18 @@ func (c *ControlPlane) start(name string, args ...string) error {
 	c.parts = append(c.parts, p)
 	go func() {
 		defer close(p.exited)
-		_ = cmd.Wait() // its outcome is in cmd.ProcessState
+		_ = cmd.Wait() // cmd.ProcessState has the outcome
 	}()
 	return nil
 }
 
-// waitReady waits for the API server, which was started last, and ends by itself
-// when etcd doesn't serve.
+// waitReady waits for the API server, which is started last and ends if etcd doesn't serve.
 func (c *ControlPlane) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, harness.Patience(startTimeout))
 	defer cancel()
 	server := c.parts[len(c.parts)-1]
 	for {
-		_, err := c.Kubectl(ctx, nil, "get", "--raw", "/readyz")
+		_, err := c.Kubectl(ctx, "", "get", "--raw", "/readyz")
 		if err == nil {
 			return nil
 		}
@@ -251,8 +256,8 @@ func (c *ControlPlane) waitReady(ctx context.Context) error {
 	}
 }
 
-// end ends a part: by SIGTERM, and by SIGKILL if it takes too long, as
-// kube-apiserver may with connections that are open.
+// end ends a part by SIGTERM, and by SIGKILL after a while: kube-apiserver waits for open
+// connections.
 func (p *part) end(ctx context.Context) error {
 	for _, signal := range []syscall.Signal{unix.SIGTERM, unix.SIGKILL} {
 		if err := p.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {

@@ -1,14 +1,7 @@
 package cluster
 
 import (
-	"bufio"
-	"bytes"
-	"context"
 	"fmt"
-	"io"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -22,7 +15,7 @@ import (
 	"github.com/podfsm/podfsm/integration/kubelet"
 )
 
-// workload is a use of the cluster in a namespace of its own, which it leaves running.
+// workload is a use of the cluster in its own namespace. It keeps running.
 type workload struct {
 	name  string
 	run   func(*testing.T, namespace)
@@ -57,10 +50,10 @@ metadata: {name: podfsm-node}
 handler: podfsm-node
 `
 
-// image is the image of all containers, indented as in a pod. No registry has it.
+// image is the image of all containers, indented as in the manifest of a pod. No registry has it.
 const image = "image: " + harness.BusyboxImage + "\n    imagePullPolicy: Never"
 
-// runDeployment updates a deployment, and takes the update back.
+// runDeployment updates a deployment, and rolls the update back.
 func runDeployment(t *testing.T, ns namespace) {
 	ns.apply(t, `
 apiVersion: apps/v1
@@ -94,17 +87,17 @@ spec:
 	}
 }
 
-// requireDeployed returns when the deployment has two pods, both of this version.
+// requireDeployed waits until the deployment has two pods, both of this version.
 func requireDeployed(t *testing.T, ns namespace, version string) {
 	t.Helper()
 	ns.rolledOut(t, "deployment/web")
-	require.EventuallyWithT(t, func(t *assert.CollectT) { assert.Len(t, ns.pods(t), 2) }, wait, tick) // older ones are gone
+	require.EventuallyWithT(t, func(t *assert.CollectT) { assert.Len(t, ns.pods(t), 2) }, wait, tick) // no older pod is left
 	for _, pod := range ns.pods(t) {
 		require.Equal(t, version+"\n", ns.fetch(t, pod.Status.PodIP+":8080"))
 	}
 }
 
-// runDaemonSet has a daemon as those of nodes are: privileged and on the node's network.
+// runDaemonSet runs a daemon as nodes have them: privileged and on the network of the node.
 func runDaemonSet(t *testing.T, ns namespace) {
 	ns.apply(t, `
 apiVersion: apps/v1
@@ -136,7 +129,7 @@ spec:
 	require.Equal(t, harness.IndexPage, ns.fetch(t, harness.Gateway+":8099"))
 }
 
-// runJob has three pods whose containers fail the first time, and are restarted in their pods.
+// runJob runs three pods whose containers fail the first time, and are restarted in their pods.
 func runJob(t *testing.T, ns namespace) {
 	ns.apply(t, `
 apiVersion: batch/v1
@@ -166,10 +159,10 @@ spec:
 	}
 }
 
-// podUsers says how a pod gets its users.
+// podUsers is a way for a pod to get its users.
 type podUsers struct {
 	name         string // of the pod
-	runtimeClass string // the default handler when empty
+	runtimeClass string // "" is the default handler
 	hostUsers    bool
 }
 
@@ -184,7 +177,7 @@ var allUsers = []podUsers{
 	{"runc-own", harness.StockHandler, false},
 }
 
-// spec is the part of a pod's spec that says so. With the node's users, the pod doesn't ask for any.
+// spec returns the part of the spec that selects the users. It is empty for the users of the node.
 func (u podUsers) spec() string {
 	var spec strings.Builder
 	if u.runtimeClass != "" {
@@ -196,7 +189,8 @@ func (u podUsers) spec() string {
 	return spec.String()
 }
 
-// runVolumes has pods of all users read, as a user that isn't root, what the API server has.
+// runVolumes runs pods of all users that read, as a user other than root, volumes of the API
+// server.
 func runVolumes(t *testing.T, ns namespace) {
 	ns.apply(t, `
 apiVersion: v1
@@ -264,7 +258,7 @@ func requireVolumes(t *testing.T, ns namespace) {
 	}
 }
 
-// requireToken requires that the API server knows the pod by its token.
+// requireToken requires that the API server authenticates the pod by its token.
 func requireToken(t *testing.T, ns namespace, pod string) {
 	t.Helper()
 	token := ns.exec(t, pod, "cat", "/all/token")
@@ -274,7 +268,7 @@ func requireToken(t *testing.T, ns namespace, pod string) {
 	require.Equal(t, authenticationv1.ExtraValue{pod}, review.Status.UserInfo.Extra["authentication.kubernetes.io/pod-name"])
 }
 
-// runUsers has a pod of each kind of users.
+// runUsers runs a pod of each kind of users.
 func runUsers(t *testing.T, ns namespace) {
 	for _, u := range allUsers {
 		ns.apply(t, `
@@ -294,8 +288,8 @@ spec:
 	requireUsers(t, ns)
 }
 
-// requireUsers requires that each pod has the users it should have, no two that are not to share any have the same, and podfsm runs those that
-// it should.
+// requireUsers requires that each pod has the users of its kind, that pods share users only where
+// they should, and that podfsm runs the pods of its handlers.
 func requireUsers(t *testing.T, ns namespace) {
 	t.Helper()
 	list, err := ns.node.Sandboxes().List(t.Context(), &podfsmv1.ListRequest{})
@@ -324,7 +318,7 @@ func requireUsers(t *testing.T, ns namespace) {
 			require.Zero(t, outside, u.name)
 			require.Equal(t, ^uint32(0), length, u.name)
 			continue
-		default: // a range of the kubelet's
+		default: // a range of the kubelet
 			require.GreaterOrEqual(t, outside, uint32(kubelet.FirstID), u.name)
 			require.Less(t, outside, uint32(kubelet.FirstID+kubelet.IDs), u.name)
 		}
@@ -333,7 +327,8 @@ func requireUsers(t *testing.T, ns namespace) {
 	}
 }
 
-// runHostPort has a pod with users of its own, and one with the node's, on ports of the node.
+// runHostPort runs a pod with a user namespace and a pod with the users of the node, both on ports
+// of the node.
 func runHostPort(t *testing.T, ns namespace) {
 	for port, u := range hostPorts {
 		ns.apply(t, fmt.Sprintf(`
@@ -364,8 +359,8 @@ func requireHostPort(t *testing.T, ns namespace) {
 	}
 }
 
-// runProbes has a pod that isn't asked whether it is ready before it says that it has started, isn't ready when it says so, and whose
-// container is restarted, in the same sandbox, when it says that it isn't alive.
+// runProbes runs a pod with probes: it is ready only after its startup probe, becomes unready by
+// its readiness probe, and its container is restarted in the same sandbox by its liveness probe.
 func runProbes(t *testing.T, ns namespace) {
 	ns.apply(t, `
 apiVersion: v1
@@ -402,171 +397,4 @@ spec:
 	ns.wait(t, "pod/probed", "condition=Ready")
 	ns.wait(t, "pod/probed", "jsonpath={.status.containerStatuses[0].lastState.terminated.reason}=Error")
 	require.NotEqual(t, before.ContainerID, main().ContainerID)
-}
-
-// looked are the pods that kubectl looks into.
-var looked = []podUsers{{"own", "", false}, {"auto", autoHandler, true}}
-
-func runKubectl(t *testing.T, ns namespace) {
-	for _, u := range looked {
-		ns.apply(t, `
-apiVersion: v1
-kind: Pod
-metadata: {name: `+u.name+`}
-spec:
-`+u.spec()+`
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: server
-    `+image+`
-    command: [sh, -c, "echo hello from $HOSTNAME; exec httpd -f -p 8080 -h /www"]
-    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 10}
-`)
-	}
-	ns.wait(t, "pods", "condition=Ready", "--all")
-	for _, u := range looked {
-		requireDebug(t, ns, u.name)
-	}
-	requireKubectl(t, ns)
-}
-
-// requireKubectl has kubectl look into pods.
-func requireKubectl(t *testing.T, ns namespace) {
-	t.Helper()
-	for _, u := range looked {
-		requireExec(t, ns, u.name)
-		require.Equal(t, "hello from "+u.name+"\n", ns.kubectl(t, "logs", u.name, "--container=server"))
-		requireCopy(t, ns, u.name)
-		requireForward(t, ns, u.name)
-	}
-}
-
-func requireExec(t *testing.T, ns namespace, pod string) {
-	t.Helper()
-	require.Equal(t, "over and back", ns.kubectlWith(t, "over and back", "exec", "--stdin", pod, "--container=server", "--", "cat"))
-	_, err := ns.Kubectl(t.Context(), nil, "exec", "--namespace="+ns.name, pod, "--container=server", "--", "sh", "-c", "echo to stderr >&2; exit 42")
-	var exit *exec.ExitError
-	require.ErrorAs(t, err, &exit)
-	require.Equal(t, 42, exit.ExitCode())
-	require.ErrorContains(t, err, "to stderr")
-}
-
-// requireCopy copies a file into a pod and back.
-func requireCopy(t *testing.T, ns namespace, pod string) {
-	t.Helper()
-	dir := t.TempDir()
-	there, back := filepath.Join(dir, "there"), filepath.Join(dir, "back")
-	content := bytes.Repeat([]byte("to and fro\n"), 10_000)
-	require.NoError(t, os.WriteFile(there, content, 0o640))
-	ns.kubectl(t, "cp", "--container=server", there, pod+":/tmp/copy")
-	require.Equal(t, "0 640\n", ns.exec(t, pod, "stat", "-c", "%u %a", "/tmp/copy"))
-	ns.kubectl(t, "cp", "--container=server", pod+":/tmp/copy", back)
-	copied, err := os.ReadFile(back)
-	require.NoError(t, err)
-	require.True(t, bytes.Equal(content, copied))
-}
-
-// requireForward fetches a pod's page by a port of the node's loopback.
-func requireForward(t *testing.T, ns namespace, pod string) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), wait)
-	defer cancel()
-	cmd := ns.KubectlCommand(ctx, "port-forward", "--namespace="+ns.name, pod, ":8080")
-	stdout, err := cmd.StdoutPipe()
-	require.NoError(t, err)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	require.NoError(t, ns.node.Inside(cmd.Start))
-	defer func() {
-		_ = cmd.Process.Kill() // it ends by itself only when it fails
-		_ = cmd.Wait()
-	}()
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	require.NoError(t, err)
-	var port int
-	_, err = fmt.Sscanf(line, "Forwarding from 127.0.0.1:%d -> 8080", &port)
-	require.NoError(t, err, line)
-	require.Equal(t, harness.IndexPage, ns.fetch(t, fmt.Sprintf("127.0.0.1:%d", port)))
-}
-
-// requireDebug puts an ephemeral container into a pod, which sees the processes of another one.
-func requireDebug(t *testing.T, ns namespace, pod string) {
-	t.Helper()
-	ns.kubectl(t, "debug", pod, "--container=debugger", "--target=server", "--image="+harness.BusyboxImage, "--image-pull-policy=Never",
-		"--profile=general", "--", "sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline; cat /proc/1/root/www/index.html; ip -o -4 addr show eth0")
-	ns.wait(t, "pod/"+pod, "jsonpath={.status.ephemeralContainerStatuses[0].state.terminated.exitCode}=0")
-	said := ns.kubectl(t, "logs", pod, "--container=debugger")
-	require.Contains(t, said, "httpd -f -p 8080 -h /www")
-	require.Contains(t, said, harness.IndexPage)
-	require.Contains(t, said, ns.kubectl(t, "get", "pod", pod, "--output=jsonpath={.status.podIP}"))
-}
-
-// namespace is one of Kubernetes.
-type namespace struct {
-	*cluster
-	name string
-}
-
-func (c *cluster) namespaceOf(name string) namespace { return namespace{c, name} }
-
-// label is that of the tests' namespaces.
-const label = "podfsm.test"
-
-// namespace makes one, and returns when pods can be made in there.
-func (c *cluster) namespace(t *testing.T, name string) namespace {
-	t.Helper()
-	c.kubectlWith(t, fmt.Sprintf("apiVersion: v1\nkind: Namespace\nmetadata: {name: %s, labels: {%s: here}}\n", name, label), "apply", "--filename=-")
-	ns := c.namespaceOf(name)
-	ns.wait(t, "serviceaccount/default", "create")
-	ns.wait(t, "configmap/kube-root-ca.crt", "create")
-	return ns
-}
-
-func (ns namespace) kubectl(t require.TestingT, args ...string) string {
-	return ns.kubectlWith(t, "", args...)
-}
-
-func (ns namespace) kubectlWith(t require.TestingT, stdin string, args ...string) string {
-	return ns.cluster.kubectlWith(t, stdin, append([]string{"--namespace=" + ns.name}, args...)...)
-}
-
-func (ns namespace) getJSON(t require.TestingT, value any, args ...string) {
-	ns.cluster.getJSON(t, value, append([]string{"--namespace=" + ns.name}, args...)...)
-}
-
-func (ns namespace) wait(t require.TestingT, object, what string, args ...string) {
-	ns.cluster.wait(t, object, what, append(args, "--namespace="+ns.name)...)
-}
-
-func (ns namespace) apply(t require.TestingT, manifest string) {
-	ns.kubectlWith(t, manifest, "apply", "--filename=-")
-}
-
-// rolledOut returns when all pods of a workload are up to date and ready.
-func (ns namespace) rolledOut(t require.TestingT, workload string) {
-	ns.kubectl(t, "rollout", "status", workload, "--timeout="+wait.String())
-}
-
-func (ns namespace) pods(t require.TestingT) []corev1.Pod {
-	var pods corev1.PodList
-	ns.getJSON(t, &pods, "get", "pods")
-	return pods.Items
-}
-
-// exec runs a program in a pod's first container and returns its stdout.
-func (ns namespace) exec(t require.TestingT, pod string, command ...string) string {
-	return ns.kubectl(t, append([]string{"exec", pod, "--"}, command...)...)
-}
-
-// fetch returns the page at an address, as it is reached from the node.
-func (ns namespace) fetch(t *testing.T, address string) string {
-	t.Helper()
-	client := ns.node.HTTP()
-	client.Timeout = wait
-	resp, err := client.Get("http://" + address)
-	require.NoError(t, err)
-	defer resp.Body.Close()
-	page, err := io.ReadAll(resp.Body)
-	require.NoError(t, err)
-	return string(page)
 }

@@ -1,8 +1,9 @@
-// Command conformance runs the public test suite of the CRI, critest, against an unmodified containerd and against containerd-podfsm, whose
-// default runtime handler is podfsm's. It fails when anything fails with podfsm that passes with stock. It leaves nothing behind, except
-// AppArmor profiles that critest loads, and empty cgroups of pods that were being made when it was interrupted.
+// Command conformance runs the public test suite of the CRI, critest, against an unmodified
+// containerd and against containerd-podfsm with podfsm's handler as the default. It fails if a spec
+// fails with podfsm that passes with stock. It leaves nothing behind, except for AppArmor profiles
+// that critest loads, and empty cgroups of pods that were being made when it was interrupted.
 //
-// It runs in the repository's folder.
+// It runs in the folder of the repository.
 package main
 
 import (
@@ -57,7 +58,7 @@ func run(ctx context.Context, focus string, parallel int) error {
 	return errors.Join(lists{deviations, withoutImages, races}.verdict(rows), enough(stock, fewest))
 }
 
-// both runs the specs on both sides at the same time: they wait most of it.
+// both runs the specs on both sides in parallel: most of their time is waiting.
 func (s suite) both(ctx context.Context) (stock, podfsm map[string]result, err error) {
 	sides, sideCtx := errgroup.WithContext(ctx)
 	sides.Go(func() (err error) {
@@ -74,7 +75,7 @@ func (s suite) both(ctx context.Context) (stock, podfsm map[string]result, err e
 	harness.RemoveEmptyDirs()
 	left, err := harness.Leftovers()
 	if err == nil && len(left) > 0 {
-		err = fmt.Errorf("nodes have left something on the machine: %q", left)
+		err = fmt.Errorf("nodes left resources on the machine: %q", left)
 	}
 	return stock, podfsm, err
 }

@@ -19,8 +19,9 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// serve makes a registry with the images on the node's loopback, and has the node's containerd, whose registry config_path is hosts, ask
-// it for the images of every registry. Closing it ends it.
+// serve serves the images by a registry on the loopback of the node, and configures the node's
+// containerd, whose registry config_path is hosts, to use it for all registries. The caller must
+// close it.
 func serve(ctx context.Context, n *harness.Node, images map[string]v1.Image, hosts string) (io.Closer, error) {
 	l, err := n.Listen()
 	if err != nil {
@@ -40,7 +41,7 @@ func serve(ctx context.Context, n *harness.Node, images map[string]v1.Image, hos
 	return server, nil
 }
 
-// everyHost configures the registry at address as that of all hosts.
+// everyHost makes the registry at address a mirror for all hosts.
 func everyHost(address, hosts string) error {
 	dir := filepath.Join(hosts, "_default")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -49,8 +50,8 @@ func everyHost(address, hosts string) error {
 	return os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = %q\n", address), 0o644)
 }
 
-// push puts images into the registry at an address, by OCI's distribution specification. Its own client comes with the dependencies of
-// Docker's command line.
+// push puts images into the registry at an address, by OCI's distribution specification.
+// go-containerregistry's client would add the dependencies of Docker's command line.
 type push struct {
 	client  *http.Client
 	address string

@@ -10,35 +10,39 @@ import (
 	"text/tabwriter"
 )
 
-// deviations are the specs that podfsm fails on purpose, by their text, with the reason. There are none today.
+// deviations are the specs that podfsm fails on purpose, by their text, with the reason. There are
+// none today.
 var deviations = map[string]string{}
 
-// withoutImages are the specs that fail everywhere here, because nothing stands in for their images.
+// withoutImages are the specs that fail on both sides, because the registry here lacks their
+// images.
 var withoutImages = map[string]string{
 	"[k8s.io] Image Manager public image with digest should be pulled and removed [Conformance]": "the spec names the image by its digest",
 	"[k8s.io] Security Context bucket runtime should support MaskedPaths":                        "the shell of Debian's busybox has an ls of its own, which no mask hides",
 }
 
-// races are the specs that skip themselves when containerd loses a container while an NRI plugin connects, and pass when it doesn't. Which
-// of the two happens is chance, with both handlers.
+// races are the specs that skip themselves if containerd loses a container while an NRI plugin
+// connects, and pass otherwise. This happens by chance, with both handlers.
 var races = []string{
 	"[k8s.io] NRI plugin synchronization should receive a callback for container created during the Synchronize call",
 	"[k8s.io] NRI plugin synchronization should receive information about all containers without the race condition during initialization",
 }
 
-// fewest is how many specs pass with stock at least. With fewer, the images or this machine are broken, and the comparison says nothing.
+// fewest is the minimal number of specs that pass with stock. With fewer, the images or the machine
+// are broken, and the comparison is worthless.
 const fewest = 120
 
-// row is what became of one spec on both sides.
+// row is the outcome of a spec on both sides.
 type row struct {
 	text          string
 	stock, podfsm result
 }
 
-// differs says that podfsm does not pass what stock passes.
+// differs reports whether a spec passes with stock and not with podfsm.
 func (r row) differs() bool { return r.stock.state == passed && r.podfsm.state != passed }
 
-// table has the specs that differ first, then those that fail, then those that pass on one side alone or are skipped.
+// table lists the specs that differ first, then those that fail, then those that pass on one side
+// only or are skipped.
 func table(stock, podfsm map[string]result) (rows []row) {
 	all := maps.Clone(stock)
 	maps.Copy(all, podfsm)
@@ -86,13 +90,13 @@ func show(w io.Writer, rows []row) {
 	}
 }
 
-// begin is the beginning of a message: the rest shows how gRPC holds an error.
+// begin returns the beginning of a message: the rest is the structure of a gRPC error.
 func begin(message string) string {
 	lines := strings.Split(strings.TrimSpace(message), "\n")
 	return strings.Join(lines[:min(len(lines), 5)], "\n    ")
 }
 
-// lists are what is known of specs, by their text.
+// lists are the known exceptions, by the text of the spec.
 type lists struct {
 	deviations, withoutImages map[string]string // with the reason
 	races                     []string
@@ -102,8 +106,8 @@ func (l lists) all() []string {
 	return slices.Concat(slices.Sorted(maps.Keys(l.deviations)), slices.Sorted(maps.Keys(l.withoutImages)), l.races)
 }
 
-// verdict fails where podfsm does not pass what stock passes, except for the deviations, which it has to fail. podfsm
-// may lose a race each time.
+// verdict fails if podfsm does not pass what stock passes, except for the deviations, which podfsm
+// has to fail. Either result of a race is accepted.
 func (l lists) verdict(rows []row) error {
 	var errs []error
 	wrong := func(r row, list string) {
@@ -130,10 +134,10 @@ func (l lists) verdict(rows []row) error {
 	return errors.Join(errs...)
 }
 
-// enough fails where fewer specs than least pass with stock, so that a comparison says nothing.
+// enough fails if fewer specs than least pass with stock.
 func enough(stock map[string]result, least int) error {
 	if n := count(stock, passed); n < least {
-		return fmt.Errorf("%d specs pass with stock, fewer than %d: look at why the others fail or are skipped", n, least)
+		return fmt.Errorf("%d specs pass with stock, fewer than %d: find out why the others fail or are skipped", n, least)
 	}
 	return nil
 }

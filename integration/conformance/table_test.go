@@ -11,33 +11,34 @@ func TestVerdict(t *testing.T) {
 		return table(map[string]result{"a": {state: stock}, "b": {state: passed}}, map[string]result{"a": {state: podfsm}, "b": {state: passed}})
 	}
 	a, c := map[string]string{"a": "why"}, map[string]string{"c": "why"}
-	for name, tc := range map[string]struct {
+	for _, tc := range []struct {
+		name  string
 		rows  []row
 		lists lists
 		says  string // "" where all is well
 	}{
-		"passes with both":              {of("passed", "passed"), lists{}, ""},
-		"fails with both":               {of("failed", "failed"), lists{}, ""},
-		"passes with podfsm alone":      {of("failed", "passed"), lists{}, ""},
-		"skipped with both":             {of("skipped", "skipped"), lists{}, ""},
-		"fails with podfsm":             {of("passed", "failed"), lists{}, "passed with stock, failed with podfsm: a"},
-		"skipped with podfsm":           {of("passed", "skipped"), lists{}, "passed with stock, skipped with podfsm: a"},
-		"panics with podfsm":            {of("passed", "panicked"), lists{}, "passed with stock, panicked with podfsm: a"},
-		"podfsm's report is too short":  {table(map[string]result{"a": {state: passed}}, nil), lists{}, "passed with stock, missing with podfsm: a"},
-		"a deviation":                   {of("passed", "failed"), lists{deviations: a}, ""},
-		"a deviation that passes":       {of("passed", "passed"), lists{deviations: a}, "passed with podfsm, take it out of the deviations: a"},
-		"a deviation of stock's":        {of("failed", "failed"), lists{deviations: a}, "take it out of the deviations: a"},
-		"a deviation that is no spec":   {of("passed", "passed"), lists{deviations: c}, "critest has no such spec: c"},
-		"without an image":              {of("failed", "failed"), lists{withoutImages: a}, ""},
-		"with an image by now":          {of("passed", "passed"), lists{withoutImages: a}, "take it out of the specs without images: a"},
-		"without an image, and no spec": {of("passed", "passed"), lists{withoutImages: c}, "critest has no such spec: c"},
-		"a race that is lost":           {of("passed", "skipped"), lists{races: []string{"a"}}, ""},
-		"a race that stock loses":       {of("skipped", "passed"), lists{races: []string{"a"}}, ""},
-		"a race that fails":             {of("passed", "failed"), lists{races: []string{"a"}}, "passed with stock, failed with podfsm: a"},
-		"a race that is no spec":        {of("passed", "passed"), lists{races: []string{"c"}}, "critest has no such spec: c"},
-		"listed, and fails with podfsm": {of("passed", "failed"), lists{withoutImages: a}, "passed with stock, failed with podfsm: a"},
+		{"passes with both", of("passed", "passed"), lists{}, ""},
+		{"fails with both", of("failed", "failed"), lists{}, ""},
+		{"passes with podfsm alone", of("failed", "passed"), lists{}, ""},
+		{"skipped with both", of("skipped", "skipped"), lists{}, ""},
+		{"fails with podfsm", of("passed", "failed"), lists{}, "passed with stock, failed with podfsm: a"},
+		{"skipped with podfsm", of("passed", "skipped"), lists{}, "passed with stock, skipped with podfsm: a"},
+		{"panics with podfsm", of("passed", "panicked"), lists{}, "passed with stock, panicked with podfsm: a"},
+		{"podfsm's report is too short", table(map[string]result{"a": {state: passed}}, nil), lists{}, "passed with stock, missing with podfsm: a"},
+		{"a deviation", of("passed", "failed"), lists{deviations: a}, ""},
+		{"a deviation that passes", of("passed", "passed"), lists{deviations: a}, "passed with podfsm, take it out of the deviations: a"},
+		{"a deviation of stock's", of("failed", "failed"), lists{deviations: a}, "take it out of the deviations: a"},
+		{"a deviation that is no spec", of("passed", "passed"), lists{deviations: c}, "critest has no such spec: c"},
+		{"without an image", of("failed", "failed"), lists{withoutImages: a}, ""},
+		{"with an image by now", of("passed", "passed"), lists{withoutImages: a}, "take it out of the specs without images: a"},
+		{"without an image, and no spec", of("passed", "passed"), lists{withoutImages: c}, "critest has no such spec: c"},
+		{"a race that is lost", of("passed", "skipped"), lists{races: []string{"a"}}, ""},
+		{"a race that stock loses", of("skipped", "passed"), lists{races: []string{"a"}}, ""},
+		{"a race that fails", of("passed", "failed"), lists{races: []string{"a"}}, "passed with stock, failed with podfsm: a"},
+		{"a race that is no spec", of("passed", "passed"), lists{races: []string{"c"}}, "critest has no such spec: c"},
+		{"listed, and fails with podfsm", of("passed", "failed"), lists{withoutImages: a}, "passed with stock, failed with podfsm: a"},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tc.name, func(t *testing.T) {
 			err := tc.lists.verdict(tc.rows)
 			if tc.says == "" {
 				require.NoError(t, err)

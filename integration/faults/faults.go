@@ -6,8 +6,8 @@
 //
 //	1*error(no space left)->2*delay(500)->block
 //
-// Each term says what the next hits of the point do, N times with a leading
-// "N*", else for ever:
+// Each term says what the next hits of the point do: N times with a leading
+// "N*", else forever:
 //
 //	off           nothing
 //	error(TEXT)   Hit returns an error with this text, which must not contain ")->"
@@ -34,13 +34,12 @@ import (
 // Env names the environment variable that holds the control directory.
 const Env = "PODFSM_FAULTS"
 
-// pollInterval is how often a wait looks at the control directory. Waits cross
-// processes that may die at any time, which a file survives and a connection
-// does not.
+// pollInterval is the time between two looks at the control directory. Files survive the death of a
+// process, a connection would not.
 const pollInterval = 2 * time.Millisecond
 
-// Hit passes the point in the control directory named by Env. Without that
-// variable, or without a program for the point, it returns nil at once.
+// Hit passes the point in the control directory named by Env. Without that variable or a program
+// for the point, it returns nil at once.
 func Hit(ctx context.Context, point string) error {
 	dir := os.Getenv(Env)
 	if dir == "" {
@@ -53,8 +52,9 @@ func Hit(ctx context.Context, point string) error {
 // from several processes.
 type Dir string
 
-// Set gives the point a program and forgets its earlier hits. The error is
-// ErrInvalidArgument when the program cannot be parsed.
+// Set gives the point a program and resets its hits.
+//
+// Errors: ErrInvalidArgument for an invalid program.
 func (d Dir) Set(point, text string) error {
 	if _, err := parse(text); err != nil {
 		return err
@@ -69,7 +69,7 @@ func (d Dir) Set(point, text string) error {
 	return os.Rename(d.file(point, "new"), d.file(point, "program"))
 }
 
-// Clear turns the point off. Hits that block there go on.
+// Clear turns the point off. Blocked hits continue.
 func (d Dir) Clear(point string) error {
 	for _, kind := range []string{"program", "hits", "release"} {
 		if err := os.Remove(d.file(point, kind)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -79,7 +79,7 @@ func (d Dir) Clear(point string) error {
 	return nil
 }
 
-// Release lets the hits that block at the point go on, and those to come.
+// Release lets blocked and later hits of the point continue.
 func (d Dir) Release(point string) error {
 	if err := os.WriteFile(d.file(point, "release"), nil, 0o600); err != nil {
 		return fmt.Errorf("failed to release fault point %q: %w", point, err)
@@ -99,7 +99,7 @@ func (d Dir) Hits(point string) (int, error) {
 	return len(data), nil
 }
 
-// WaitReached returns once the point was reached n times since its program was set.
+// WaitReached waits until the point was reached n times since its program was set.
 func (d Dir) WaitReached(ctx context.Context, point string, n int) error {
 	for {
 		hits, err := d.Hits(point)
@@ -112,9 +112,8 @@ func (d Dir) WaitReached(ctx context.Context, point string, n int) error {
 	}
 }
 
-// Hit passes the point: it counts the hit and does what the point's program
-// says for it. The error is that of an error(TEXT) term, or wraps the one ctx
-// ended with.
+// Hit counts a hit of the point and runs the point's program for it. The error is that of an
+// error(TEXT) term, or wraps the error of ctx.
 func (d Dir) Hit(ctx context.Context, point string) error {
 	text, err := os.ReadFile(d.file(point, "program"))
 	if errors.Is(err, os.ErrNotExist) {
@@ -159,8 +158,8 @@ func (d Dir) block(ctx context.Context, point string) error {
 	}
 }
 
-// Lock waits until this process has the exclusive lock of a file. A signal ends
-// the system call, but not the wait.
+// Lock waits for the exclusive lock of a file. A signal interrupts the system call, but not the
+// wait.
 func Lock(f *os.File) error {
 	for {
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
@@ -169,8 +168,8 @@ func Lock(f *os.File) error {
 	}
 }
 
-// count adds a byte for this hit and returns the hit's number. The lock orders
-// the hits of several processes.
+// count adds a byte for this hit and returns its number. The lock orders the hits of several
+// processes.
 func (d Dir) count(point string) (int, error) {
 	f, err := os.OpenFile(d.file(point, "hits"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {

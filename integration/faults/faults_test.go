@@ -89,11 +89,14 @@ func TestHitCountsAndFails(t *testing.T) {
 }
 
 func TestBlockUntilReleased(t *testing.T) {
-	for name, release := range map[string]func(Dir) error{
-		"released": func(d Dir) error { return d.Release("step") },
-		"cleared":  func(d Dir) error { return d.Clear("step") },
+	for _, tc := range []struct {
+		name    string
+		release func(Dir) error
+	}{
+		{"released", func(d Dir) error { return d.Release("step") }},
+		{"cleared", func(d Dir) error { return d.Clear("step") }},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tc.name, func(t *testing.T) {
 			d := Dir(t.TempDir())
 			require.NoError(t, d.Set("step", "block"))
 			passed := make(chan error, 1)
@@ -105,7 +108,7 @@ func TestBlockUntilReleased(t *testing.T) {
 				t.Fatalf("went on before its release: %v", err)
 			case <-time.After(10 * pollInterval):
 			}
-			require.NoError(t, release(d))
+			require.NoError(t, tc.release(d))
 			require.NoError(t, <-passed)
 		})
 	}

@@ -10,21 +10,20 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// action is what one hit of a point does.
+// action is the effect of one hit of a point.
 type action struct {
 	kind  string        // "off", "error", "delay", "block" or "die"
 	text  string        // of "error"
 	delay time.Duration // of "delay"
 }
 
-// term is an action for its next times hits, or for all that follow when times is 0.
+// term is an action for its next hits, as many as times says; 0 is for all that follow.
 type term struct {
 	times int
 	action
 }
 
-// program says what each hit of a point does. See the package documentation for
-// its text form.
+// program has the actions for the hits of a point. The package documentation has its text form.
 type program []term
 
 var termPattern = regexp.MustCompile(`^(?:(\d+)\*)?(off|block|die|error\((.*?)\)|delay\((\d+)\))(?:->\b|$)`)
@@ -67,8 +66,7 @@ func newTerm(m []string) (term, error) {
 	return t, nil
 }
 
-// at returns the action of the hit numbered from 1. A program that has run out
-// is off.
+// at returns the action of a hit, counted from 1. A program without a term for the hit is off.
 func (p program) at(hit int) action {
 	for _, t := range p {
 		if t.times == 0 || hit <= t.times {

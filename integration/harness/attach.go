@@ -9,13 +9,12 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Attach returns a node whose containerd somebody else runs, such as systemd, in
-// this machine's own namespaces, with its socket in its state directory dir. CRI
-// serves when it returns. The node's methods that start or end a daemon, or look
-// at its process, aren't for it.
+// Attach returns a node for a containerd that it did not start, such as one of systemd's. It runs
+// in this machine's namespaces and has its socket in its state directory dir. CRI serves when
+// Attach returns. Methods that start, end or examine the daemon's process must not be used.
 func Attach(ctx context.Context, dir string) (*Node, error) {
 	n := &Node{dir: dir, name: filepath.Base(dir)}
-	// Pods that other processes have made have ranges, too.
+	// Pods of other processes have id ranges, too.
 	n.ranges.Store(rand.Uint32N(30_000))
 	if err := n.connect(); err != nil {
 		return nil, err

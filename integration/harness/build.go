@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -31,23 +30,25 @@ const (
 	TestDaemon Daemon = "testdaemon"
 )
 
-// modulePath is that of the repository's main module.
+// modulePath is the path of the main module.
 const modulePath = "github.com/podfsm/podfsm"
 
-// install is one `go install`. Its own staleness check makes it fast when
-// nothing has changed.
+// install is one `go install`, which is fast when nothing has changed.
 type install struct {
 	module   string // a folder of the repository
 	bin      string // where the binaries go, below the repository
 	args     []string
 	produces string // for the progress line
-	// kubernetes has the programs report the version of Kubernetes that the
-	// module requires.
+	// kubernetes makes the programs report the version of Kubernetes that the module requires.
 	kubernetes bool
+	release    string // the release that podfsm reports instead of its own
 }
 
+// productBin is where make build puts the product, below the repository.
+const productBin = "bin"
+
 var daemons = map[Daemon]install{
-	Podfsm:     {module: ".", bin: "bin", args: []string{"./cmd/..."}, produces: "containerd-podfsm, podfsm, podfsm-init"},
+	Podfsm:     {module: ".", bin: productBin, args: []string{"./cmd/..."}, produces: "containerd-podfsm, podfsm, podfsm-init"},
 	PodfsmRace: {module: ".", bin: ".build/race", args: []string{"-race", "./cmd/containerd-podfsm"}, produces: "containerd-podfsm with the race detector"},
 	Stock:      {module: ".", bin: ".build/bin", args: []string{"github.com/containerd/containerd/v2/cmd/containerd"}, produces: "containerd"},
 	Own:        {module: "examples/own-containerd", bin: ".build/bin", args: []string{"."}, produces: "own-containerd"},
@@ -56,46 +57,23 @@ var daemons = map[Daemon]install{
 	CRIO:       crio,
 }
 
-// parts are what every daemon needs around it. The tools have modules of their
-// own, so that they are built with the dependencies their authors tested.
+// parts are the programs that every daemon needs. Tools have their own modules, and so the
+// dependencies of their authors.
 var parts = []install{
 	{module: ".", bin: ".build/bin", args: []string{
 		"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
 		"github.com/containerd/containerd/v2/integration/failpoint/cmd/containerd-shim-runc-fp-v1",
 		"github.com/containerd/containerd/v2/cmd/ctr",
 		"./cmd/podfsm-init",
-		"./integration/attack",
-		"./integration/faultwrap",
-		"./integration/delegate",
+		"./integration/programs/attack",
+		"./integration/programs/faultwrap",
+		"./integration/programs/delegate",
 	}, produces: "containerd-shim-runc-v2 and -fp-v1, ctr, podfsm-init, attack, faultwrap, delegate"},
-	{module: "integration/tools/runc", bin: ".build/bin", args: []string{"-tags=seccomp", "tool"}, produces: "runc"},
-	{module: "integration/tools/cni", bin: ".build/bin", args: []string{"tool"}, produces: "CNI plugins"},
+	{module: "tools/modules/runc", bin: ".build/bin", args: []string{"-tags=seccomp", "tool"}, produces: "runc"},
+	{module: "tools/modules/cni", bin: ".build/bin", args: []string{"tool"}, produces: "CNI plugins"},
 }
 
-// kubelet is not a part: few tests need it, and its first build takes minutes.
-var kubelet = install{module: "integration/tools/kubelet", bin: ".build/bin", args: []string{"tool"}, produces: "kubelet (minutes the first time)", kubernetes: true}
-
-// cluster is a control plane, with the kubelet of its version.
-var cluster = []install{
-	{module: "integration/tools/etcd", bin: ".build/kubernetes", args: []string{"."}, produces: "etcd"},
-	{
-		module: "integration/tools/kubernetes", bin: ".build/kubernetes", args: []string{"tool"},
-		produces: "Kubernetes (many minutes the first time)", kubernetes: true,
-	},
-}
-
-// otherPlugins are CNI plugins of other projects, which few tests need.
-var otherPlugins = map[string]install{
-	"flannel": {module: "integration/tools/flannel", bin: ".build/bin", args: []string{"tool"}, produces: "flannel's CNI plugin"},
-	"multus":  {module: "integration/tools/multus", bin: ".build/bin", args: []string{"tool"}, produces: "Multus (minutes the first time)"},
-	// Its program has the name of the folder that its source is in.
-	"whereabouts": {module: "integration/tools/whereabouts", bin: ".build/whereabouts", args: []string{"tool"}, produces: "whereabouts (minutes the first time)"},
-}
-
-// promql reads PromQL as Prometheus does.
-var promql = install{module: "integration/tools/promql", bin: ".build/bin", args: []string{"."}, produces: "promql"}
-
-// path returns where a daemon's binary is, below the repository.
+// path returns the path of a daemon's binary below the repository.
 func (d Daemon) path() string {
 	switch {
 	case d == PodfsmRace:
@@ -107,8 +85,8 @@ func (d Daemon) path() string {
 	}
 }
 
-// prebuiltEnv names a folder that is laid out as the repository and has all
-// programs, on a machine where nothing can be built.
+// prebuiltEnv names a folder with the layout of the repository and all programs, for machines that
+// can not build.
 const prebuiltEnv = "PODFSM_PREBUILT"
 
 // builder builds each thing at most once in this process.
@@ -118,13 +96,18 @@ type builder struct {
 	prebuilt bool             // repo has all programs
 	images   []byte           // as `docker save` writes them
 	done     map[string]error // by what is produced
+	ready    sync.Map         // the daemons that build has built
 }
 
 var builds builder
 
-// build brings the daemon, all parts and the images up to date, and returns the
-// repository's folder and the images. Progress goes to stderr.
+// build builds the daemon, all parts and the images, and returns the folder of the repository and
+// the images. Progress goes to stderr. If the daemon was built before, build returns at once, even
+// while another build runs.
 func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images []byte, _ error) {
+	if _, ready := b.ready.Load(daemon); ready {
+		return b.repo, b.images, nil
+	}
 	end, err := b.begin(ctx)
 	if err != nil {
 		return "", nil, err
@@ -153,11 +136,15 @@ func (b *builder) build(ctx context.Context, daemon Daemon) (repo string, images
 		b.images, err = imageArchive(ctx, b.repo)
 		return err
 	})
+	if err == nil {
+		b.ready.Store(daemon, true)
+	}
 	return b.repo, b.images, err
 }
 
-// BuildAll brings all that the integration tests run up to date, except the kubelet, promql and CRI-O, and returns the repository's
-// folder and the images, as docker save writes them. Progress goes to stderr.
+// BuildAll builds everything that the integration tests run, except for the kubelet, promql and
+// CRI-O. It returns the folder of the repository and the images in the format of docker save.
+// Progress goes to stderr.
 func BuildAll(ctx context.Context) (repo string, images []byte, err error) {
 	for _, daemon := range []Daemon{Podfsm, TestDaemon, Stock} {
 		if repo, images, err = builds.build(ctx, daemon); err != nil {
@@ -167,48 +154,13 @@ func BuildAll(ctx context.Context) (repo string, images []byte, err error) {
 	return repo, images, nil
 }
 
-// nfpm makes Debian packages.
-var nfpm = install{module: "integration/tools/nfpm", bin: ".build/bin", args: []string{"tool"}, produces: "nfpm"}
-
-// BuildKubelet brings the kubelet up to date and returns its path. Progress goes
-// to stderr.
-func BuildKubelet(ctx context.Context) (string, error) { return builds.tool(ctx, kubelet, "kubelet") }
-
-// BuildCluster brings etcd, the control plane of Kubernetes, kubectl and the
-// kubelet of that version up to date and returns the folder they are in.
-// Progress goes to stderr.
-func BuildCluster(ctx context.Context) (dir string, err error) {
-	for _, i := range cluster {
-		if dir, err = builds.tool(ctx, i, ""); err != nil {
-			return "", err
-		}
-	}
-	return dir, nil
-}
-
-// BuildPlugin brings a CNI plugin of another project up to date and returns its path. Progress goes to stderr.
-func BuildPlugin(ctx context.Context, name string) (string, error) {
-	program := name
-	if name == "whereabouts" {
-		program = "cmd"
-	}
-	return builds.tool(ctx, otherPlugins[name], program)
-}
-
-// BuildPromQL brings the reader of PromQL up to date and returns its path.
-// Progress goes to stderr.
-func BuildPromQL(ctx context.Context) (string, error) { return builds.tool(ctx, promql, "promql") }
-
-// BuildNFPM brings nfpm up to date and returns its path. Progress goes to stderr.
-func BuildNFPM(ctx context.Context) (string, error) { return builds.tool(ctx, nfpm, "nfpm") }
-
-// BuildDaemon brings a daemon up to date, with the podfsm CLI beside it where it
-// is the product, and returns its path. Progress goes to stderr.
+// BuildDaemon builds a daemon, and the podfsm CLI beside the product, and returns the path of the
+// daemon. Progress goes to stderr.
 func BuildDaemon(ctx context.Context, d Daemon) (string, error) {
 	return builds.tool(ctx, daemons[d], filepath.Base(d.path()))
 }
 
-// tool brings a single program up to date and returns its path.
+// tool builds a single program and returns its path.
 func (b *builder) tool(ctx context.Context, i install, name string) (string, error) {
 	end, err := b.begin(ctx)
 	if err != nil {
@@ -218,9 +170,8 @@ func (b *builder) tool(ctx context.Context, i install, name string) (string, err
 	return filepath.Join(b.repo, i.bin, name), b.install(ctx, i)
 }
 
-// begin finds the repository and waits for its turn: builds run one after
-// another, in this process by mu and among the test processes of one checkout by
-// flock.
+// begin finds the repository and takes the lock for builds: mu within this process, flock among the
+// test processes of a checkout.
 func (b *builder) begin(ctx context.Context) (end func(), err error) {
 	b.mu.Lock()
 	defer func() {
@@ -280,9 +231,8 @@ func (b *builder) once(what string, build func() error) error {
 	return err
 }
 
-// reportProgress says on stderr what is being built, after a second and then
-// once a minute. It returns when done is closed, and tells whether it has said
-// anything.
+// reportProgress reports the running build on stderr, after a second and then once a minute, until
+// done is closed. It returns whether it has reported anything.
 func reportProgress(what string, start time.Time, done <-chan struct{}) (slow bool) {
 	for wait := time.Second; ; wait = time.Minute {
 		select {
@@ -301,24 +251,33 @@ func (b *builder) install(ctx context.Context, i install) error {
 	}
 	return b.once(i.produces, func() error {
 		dir := filepath.Join(b.repo, i.module)
-		args := append([]string{"install", "-buildvcs=false"}, i.args...)
-		if i.kubernetes {
-			ldflags, err := kubernetesLDFlags(ctx, dir)
-			if err != nil {
-				return err
+		args := []string{"install", "-buildvcs=false"}
+		if i.bin != productBin { // make build links the product with symbols
+			ldflags := withoutSymbols
+			if i.kubernetes {
+				version, err := kubernetesVersion(ctx, dir)
+				if err != nil {
+					return err
+				}
+				ldflags += " -X k8s.io/component-base/version.gitVersion=" + version
 			}
-			args = slices.Insert(args, 1, ldflags)
+			if i.release != "" {
+				ldflags += " -X " + modulePath + "/plugin.release=" + i.release
+			}
+			args = append(args, ldflags)
 		}
-		cmd := exec.CommandContext(ctx, "go", args...)
+		cmd := exec.CommandContext(ctx, "go", append(args, i.args...)...)
 		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "GOBIN="+filepath.Join(b.repo, i.bin), "CGO_ENABLED=1", "GOWORK=off")
 		return run(cmd)
 	})
 }
 
-// kubernetesLDFlags have a program of Kubernetes say its version, as a release's
-// does. Without symbols it is linked faster and a third smaller.
-func kubernetesLDFlags(ctx context.Context, module string) (string, error) {
+// withoutSymbols halves the link time. Stack traces of panics don't need symbols.
+const withoutSymbols = "-ldflags=-s -w"
+
+// kubernetesVersion returns the version that a program of Kubernetes reports, as that of a release.
+func kubernetesVersion(ctx context.Context, module string) (string, error) {
 	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
 	cmd.Dir = module
 	cmd.Env = append(os.Environ(), "GOWORK=off")
@@ -326,10 +285,10 @@ func kubernetesLDFlags(ctx context.Context, module string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("failed to read the version of Kubernetes in %q: %w", module, err)
 	}
-	return "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=" + strings.TrimSpace(string(version)), nil
+	return strings.TrimSpace(string(version)), nil
 }
 
-// daemon brings a daemon up to date.
+// daemon builds a daemon.
 func (b *builder) daemon(ctx context.Context, d Daemon) error {
 	if d.isVariant() {
 		return b.variant(ctx, d)
@@ -339,11 +298,10 @@ func (b *builder) daemon(ctx context.Context, d Daemon) error {
 
 func (b *builder) pause(ctx context.Context) error {
 	return run(exec.CommandContext(ctx, "gcc", "-static", "-Os", "-s", "-Wall", "-Werror",
-		"-o", filepath.Join(b.repo, ".build/bin/pause"), filepath.Join(b.repo, "integration/pause/pause.c")))
+		"-o", filepath.Join(b.repo, ".build/bin/pause"), filepath.Join(b.repo, "integration/programs/pause/pause.c")))
 }
 
-// repository returns the folder of the main module that the working directory
-// is in.
+// repository returns the folder of the main module around the working directory.
 func repository(ctx context.Context) (string, error) {
 	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Path}}\t{{.Dir}}")
 	out, err := cmd.Output()
@@ -357,7 +315,7 @@ func repository(ctx context.Context) (string, error) {
 	return dir, nil
 }
 
-// run runs cmd and puts what it printed into the error.
+// run runs cmd. The error has its output.
 func run(cmd *exec.Cmd) error {
 	out, err := cmd.CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {

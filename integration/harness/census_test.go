@@ -26,7 +26,7 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-func TestDiff(t *testing.T) {
+func TestCensusDiff(t *testing.T) {
 	before := harness.Census{"links": {"lo", "cni0"}, "leases": {"a"}, "mounts": {"same", "same"}}
 	after := harness.Census{"links": {"lo", "veth1", "veth2"}, "mounts": {"same", "same"}, "shims": {"1"}}
 	require.Equal(t, `leases:
@@ -42,8 +42,7 @@ shims:
 	require.Equal(t, "mounts:\n  + same\n", harness.Census{"mounts": {"x"}}.Diff(harness.Census{"mounts": {"x", "same"}}))
 }
 
-// TestCensusSeesEachLeak plants what a bug could leave behind: a census that
-// cannot fail is worthless.
+// TestCensusSeesEachLeak plants every kind of leak: a census that can not fail is worthless.
 func TestCensusSeesEachLeak(t *testing.T) {
 	n, before := start(t, harness.Config{})
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
@@ -67,49 +66,52 @@ func TestCensusSeesEachLeak(t *testing.T) {
 		require.NoError(t, err)
 	}
 
-	for category, plant := range map[string]func(t *testing.T) (uproot func()){
-		harness.Mounts: func(*testing.T) func() {
+	for _, tc := range []struct {
+		category string
+		plant    func(t *testing.T) (uproot func())
+	}{
+		{harness.Mounts, func(*testing.T) func() {
 			return mount("tmpfs", path("logs"), "tmpfs", 0)
-		},
-		harness.NetNSMounts: func(*testing.T) func() {
+		}},
+		{harness.NetNSMounts, func(*testing.T) func() {
 			remove := write(path("logs/pin"), "")
 			unmount := mount("/proc/self/ns/net", path("logs/pin"), "", unix.MS_BIND)
 			return func() { unmount(); remove() }
-		},
-		harness.Links: func(*testing.T) func() {
+		}},
+		{harness.Links, func(*testing.T) func() {
 			leaked := &netlink.Ifb{LinkAttrs: netlink.LinkAttrs{Name: "ifb9"}}
 			inNode(func() error { return netlink.LinkAdd(leaked) })
 			return func() { inNode(func() error { return netlink.LinkDel(leaked) }) }
-		},
-		harness.IPTables: func(*testing.T) func() {
+		}},
+		{harness.IPTables, func(*testing.T) func() {
 			command("iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "10.88.0.9", "-j", "MASQUERADE")
 			return func() { command("iptables", "-t", "nat", "-D", "POSTROUTING", "-s", "10.88.0.9", "-j", "MASQUERADE") }
-		},
-		harness.IPAM: func(*testing.T) func() {
+		}},
+		{harness.IPAM, func(*testing.T) func() {
 			return write(path("cni/ipam/"+filepath.Base(n.Dir())+"/10.88.0.99"), "id\r\neth0")
-		},
-		harness.CNICache: func(*testing.T) func() {
+		}},
+		{harness.CNICache, func(*testing.T) func() {
 			return write("/var/lib/cni/results/cni-loopback-"+filepath.Base(n.Dir())+"-lo", `{"netns":"`+path("state/netns")+`"}`)
-		},
-		harness.Fifos: func(*testing.T) func() {
+		}},
+		{harness.Fifos, func(*testing.T) func() {
 			require.NoError(t, unix.Mkfifo(path("state/fifo"), 0o600))
 			return func() { require.NoError(t, os.Remove(path("state/fifo"))) }
-		},
-		harness.Cgroups: func(*testing.T) func() {
+		}},
+		{harness.Cgroups, func(*testing.T) func() {
 			pod := filepath.Join("/sys/fs/cgroup/pids", filepath.Base(n.Dir()), "poduid")
 			if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
 				pod = filepath.Join("/sys/fs/cgroup", filepath.Base(n.Dir()), "poduid")
 			}
 			require.NoError(t, os.MkdirAll(pod+"/container", 0o755))
 			return func() { require.NoError(t, os.Remove(pod+"/container")) }
-		},
-		harness.SandboxDirs: func(*testing.T) func() {
+		}},
+		{harness.SandboxDirs, func(*testing.T) func() {
 			return mkdir(path("root/io.containerd.grpc.v1.cri/sandboxes/leaked"))
-		},
-		harness.Files: func(*testing.T) func() {
+		}},
+		{harness.Files, func(*testing.T) func() {
 			return mkdir(path("state/io.containerd.runtime.v2.task/k8s.io/leaked"))
-		},
-		harness.Processes: func(t *testing.T) func() {
+		}},
+		{harness.Processes, func(t *testing.T) func() {
 			cmd := exec.Command("sleep", "1000")
 			cmd.Env = []string{"CNI_PATH=" + path("cni/bin")}
 			require.NoError(t, cmd.Start())
@@ -117,40 +119,40 @@ func TestCensusSeesEachLeak(t *testing.T) {
 				require.NoError(t, cmd.Process.Kill())
 				_ = cmd.Wait()
 			}
-		},
-		harness.Leases: func(t *testing.T) func() {
+		}},
+		{harness.Leases, func(t *testing.T) func() {
 			lease, err := n.Containerd.LeasesService().Create(ctx, leases.WithID("leaked"))
 			require.NoError(t, err)
 			return func() { require.NoError(t, n.Containerd.LeasesService().Delete(ctx, lease)) }
-		},
-		harness.Snapshots: func(t *testing.T) func() {
+		}},
+		{harness.Snapshots, func(t *testing.T) func() {
 			overlay := n.Containerd.SnapshotService("overlayfs")
 			// Without the label, containerd would soon remove it as garbage.
 			root := map[string]string{"containerd.io/gc.root": "test"}
 			_, err := overlay.Prepare(ctx, "leaked", "", snapshots.WithLabels(root))
 			require.NoError(t, err)
 			return func() { require.NoError(t, overlay.Remove(ctx, "leaked")) }
-		},
-		harness.Containers: func(t *testing.T) func() {
+		}},
+		{harness.Containers, func(t *testing.T) func() {
 			_, err := n.Containerd.ContainerService().Create(ctx, containers.Container{ID: "leaked", Runtime: containers.RuntimeInfo{Name: "x"}})
 			require.NoError(t, err)
 			return func() { require.NoError(t, n.Containerd.ContainerService().Delete(ctx, "leaked")) }
-		},
-		harness.Sandboxes: func(t *testing.T) func() {
+		}},
+		{harness.Sandboxes, func(t *testing.T) func() {
 			_, err := n.Containerd.SandboxStore().Create(ctx, sandbox.Sandbox{ID: "leaked", Runtime: sandbox.RuntimeOpts{Name: "x"}, Sandboxer: "x"})
 			require.NoError(t, err)
 			return func() { require.NoError(t, n.Containerd.SandboxStore().Delete(ctx, "leaked")) }
-		},
-		harness.Tasks:       func(t *testing.T) func() { return runTask(t, n) },
-		harness.Shims:       func(t *testing.T) func() { return runTask(t, n) },
-		harness.ShimSockets: func(t *testing.T) func() { return runTask(t, n) },
+		}},
+		{harness.Tasks, func(t *testing.T) func() { return runTask(t, n) }},
+		{harness.Shims, func(t *testing.T) func() { return runTask(t, n) }},
+		{harness.ShimSockets, func(t *testing.T) func() { return runTask(t, n) }},
 	} {
-		t.Run(category, func(t *testing.T) {
-			uproot := plant(t)
-			// A process is seen a little after it was started.
+		t.Run(tc.category, func(t *testing.T) {
+			uproot := tc.plant(t)
+			// A new process is visible after a moment.
 			found := assert.Eventually(t, func() bool {
 				after, err := n.Census(t.Context())
-				return err == nil && strings.Contains("\n"+before.Diff(after), "\n"+category+":\n  + ")
+				return err == nil && strings.Contains("\n"+before.Diff(after), "\n"+tc.category+":\n  + ")
 			}, time.Second, 10*time.Millisecond)
 			uproot()
 			require.True(t, found)

@@ -10,9 +10,9 @@ import (
 	"github.com/opencontainers/cgroups/manager"
 )
 
-// cgroupsEnv is "systemd" where systemd makes the cgroups of pods, as for a
-// kubelet with that driver, and "slices" where only the kubelet has it and the
-// runtime handlers don't, which is a mistake.
+// cgroupsEnv is "systemd" if systemd makes the cgroups of pods, as for a kubelet with that driver.
+// It is "slices" if only the kubelet has that driver and the runtime handlers don't, which is a
+// misconfiguration.
 const cgroupsEnv = "PODFSM_CGROUPS"
 
 var (
@@ -20,8 +20,8 @@ var (
 	podSlices      = systemdCgroups || os.Getenv(cgroupsEnv) == "slices"
 )
 
-// nodeCgroup is the name of the cgroup that all pods of a node are below. A dash
-// in the name of a slice is a level of the hierarchy (systemd.slice(5)).
+// nodeCgroup is the name of the cgroup above all pods of a node. A dash in the name of a slice is a
+// level of the hierarchy (systemd.slice(5)).
 func nodeCgroup(node string) string {
 	if podSlices {
 		return sliceName(node) + ".slice"
@@ -29,7 +29,7 @@ func nodeCgroup(node string) string {
 	return node
 }
 
-// sliceName begins the names of a node's slices, whoever makes them.
+// sliceName is the prefix of the slices of a node, whether of systemd or the harness.
 func sliceName(node string) string { return strings.ReplaceAll(node, "-", "_") }
 
 // CgroupDriver is the driver that the kubelet needs for the node's pods.
@@ -40,8 +40,8 @@ func CgroupDriver() string {
 	return "cgroupfs"
 }
 
-// Cgroup is a cgroup below that of the node's pods as the kubelet names it, in
-// each hierarchy.
+// Cgroup returns a cgroup below that of the node's pods by the name that the kubelet uses, in each
+// hierarchy.
 func (n *Node) Cgroup(below ...string) string {
 	if podSlices {
 		return n.SliceParent(below...)
@@ -49,7 +49,7 @@ func (n *Node) Cgroup(below ...string) string {
 	return filepath.Join("/", n.name, filepath.Join(below...))
 }
 
-// SliceParent is a cgroup as a kubelet with the systemd driver names it.
+// SliceParent returns a cgroup by the name that a kubelet with the systemd driver uses.
 func (n *Node) SliceParent(below ...string) string {
 	name := sliceName(n.name)
 	path := "/" + name + ".slice"
@@ -60,8 +60,8 @@ func (n *Node) SliceParent(below ...string) string {
 	return path
 }
 
-// MakeCgroup makes the cgroup that all pods of the node are below, with every
-// controller, as a kubelet demands of its cgroupRoot.
+// MakeCgroup makes the cgroup above all pods of the node with every controller, as a kubelet
+// requires of its cgroupRoot.
 func (n *Node) MakeCgroup() error {
 	c := &cgroups.Cgroup{Path: n.Cgroup(), Resources: &cgroups.Resources{SkipDevices: true}}
 	if systemdCgroups {
@@ -74,10 +74,10 @@ func (n *Node) MakeCgroup() error {
 	return m.Apply(-1) // no process
 }
 
-// podCgroup is a pod's cgroup, as the kubelet would send it.
+// podCgroup returns the cgroup of a pod as the kubelet would send it.
 func (n *Node) podCgroup(uid string) string { return n.Cgroup("pod" + uid) }
 
-// stopSlice has systemd forget the node's slices.
+// stopSlice stops the slices of the node in systemd.
 func stopSlice(node string) error {
 	if !systemdCgroups {
 		return nil

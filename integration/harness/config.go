@@ -25,8 +25,8 @@ const (
 // settings is a TOML table.
 type settings = map[string]any
 
-// writeConfig writes config.toml: containerd's own defaults, with every path
-// inside the node's directory, and c's own merged over it.
+// writeConfig writes config.toml: containerd's defaults with every path inside the node's
+// directory, and c's TOML merged over it.
 func (n *Node) writeConfig(c Config) error {
 	config := n.config(c.Handlers)
 	if c.TOML != "" {
@@ -62,8 +62,8 @@ func (n *Node) config(handlers []string) settings {
 			"io.containerd.image-verifier.v1.bindir": settings{"bin_dir": n.path("opt/image-verifier")},
 			"io.containerd.nri.v1.nri":               settings{"disable": true, "socket_path": n.path("nri.sock"), "plugin_path": n.path("opt/nri"), "plugin_config_path": n.path("nri.d")},
 			"io.containerd.cri.v1.images":            settings{"pinned_images": settings{"sandbox": PauseImage}},
-			// Garbage is collected after every removal, at up to half of the time:
-			// what nothing protects is soon lost.
+			// Collect garbage after every removal, for up to half of the time, so that unprotected
+			// objects vanish soon.
 			"io.containerd.gc.v1.scheduler": settings{"deletion_threshold": 1, "pause_threshold": 0.5},
 			"io.containerd.cri.v1.runtime":  n.criConfig(handlers),
 		},
@@ -92,8 +92,8 @@ func (n *Node) criConfig(handlers []string) settings {
 	return settings{
 		"cdi_spec_dirs":                []string{n.path("cdi")},
 		"netns_mounts_under_state_dir": true, // default: /var/run/netns
-		// Without CAP_SYS_RESOURCE, as in many virtual machines for tests, the
-		// score of a pod's pause process cannot be lowered.
+		// Without CAP_SYS_RESOURCE, as in many virtual machines for tests, the OOM score of pause
+		// can not be lowered.
 		"restrict_oom_score_adj": true,
 		"cni": settings{
 			"bin_dirs": []string{n.path("cni/bin")},
@@ -106,7 +106,7 @@ func (n *Node) criConfig(handlers []string) settings {
 	}
 }
 
-// merge puts from over to, table by table.
+// merge copies from into to, table by table.
 func merge(to, from settings) {
 	for key, value := range from {
 		table, isTable := value.(settings)
@@ -139,15 +139,14 @@ func (n *Node) DefaultChain() []Plugin {
 	}
 }
 
-// SetChain replaces the node's CNI chain, and returns when a running daemon has
-// noticed; without plugins, the node has no network. The network has the node's
-// name: libcni's default cache is shared by all daemons of a machine, keyed by
-// network.
+// SetChain replaces the CNI chain of the node and waits until a running daemon has loaded it.
+// Without plugins, the node has no network. The network has the name of the node, because all
+// daemons of a machine share libcni's default cache, whose key is the network.
 func (n *Node) SetChain(ctx context.Context, plugins ...Plugin) error {
 	return n.SetChainOf(ctx, "1.0.0", plugins...)
 }
 
-// SetChainOf is SetChain in a version of the CNI specification.
+// SetChainOf is SetChain with a version of the CNI specification.
 func (n *Node) SetChainOf(ctx context.Context, cniVersion string, plugins ...Plugin) error {
 	var list []byte
 	path := filepath.Join(n.CNIConfDir(), "10-pods.conflist")
@@ -161,8 +160,8 @@ func (n *Node) SetChainOf(ctx context.Context, cniVersion string, plugins ...Plu
 		if err != nil {
 			return err
 		}
-		// Renamed within the directory: containerd's CRI ignores a file that
-		// comes from elsewhere.
+		// A rename within the directory: containerd ignores a file that is renamed into it from
+		// elsewhere.
 		next := filepath.Join(n.CNIConfDir(), "next")
 		if err := os.WriteFile(next, list, 0o644); err != nil {
 			return err
@@ -177,7 +176,7 @@ func (n *Node) SetChainOf(ctx context.Context, cniVersion string, plugins ...Plu
 	return poll(ctx, pollInterval, func() error { return n.hasLoaded(ctx, string(list)) })
 }
 
-// hasLoaded fails unless CRI has loaded this conflist, or none when it is empty.
+// hasLoaded fails unless CRI has loaded this conflist; "" is no conflist.
 func (n *Node) hasLoaded(ctx context.Context, list string) error {
 	status, err := n.Runtime.Status(ctx, &runtime.StatusRequest{Verbose: true})
 	if err != nil {

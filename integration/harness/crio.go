@@ -12,13 +12,13 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// CRIO is CRI-O, for comparisons. Its node has the CRI, but none of
-// containerd's API: no Census, no Memory, no Pid of a pod. Of a node's Config,
-// only Env counts. Its one runtime handler is StockHandler.
+// CRIO is CRI-O, for comparisons. Its node has the CRI, but no containerd API, and so no Census, no
+// Memory and no Pid of a pod. Of a Config, only Env counts. Its only runtime handler is
+// StockHandler.
 const CRIO Daemon = "crio"
 
-var crio = install{module: "integration/tools/crio", bin: ".build/bin", args: []string{
-	"-tags=containers_image_openpgp,exclude_graphdriver_btrfs,exclude_graphdriver_devicemapper,seccomp", "-ldflags=-s -w", "tool", "./loadimages",
+var crio = install{module: "tools/modules/crio", bin: ".build/bin", args: []string{
+	"-tags=containers_image_openpgp,exclude_graphdriver_btrfs,exclude_graphdriver_devicemapper,seccomp", "tool", "./loadimages",
 }, produces: "CRI-O (minutes the first time)"}
 
 // pinns builds the program that makes namespaces for CRI-O. Its source is C, in
@@ -40,15 +40,42 @@ func (b *builder) pinns(ctx context.Context) error {
 
 func (n *Node) isCRIO() bool { return filepath.Base(n.executable) == string(CRIO) }
 
-// prepareCRIO writes the configuration of CRI-O (its own defaults, with
-// cgroupfs, the node's runc, and every path inside the node's directory) and
-// puts the images into its storage.
+// prepareCRIO writes the configuration of CRI-O and of its storage, and imports the images there.
 func (n *Node) prepareCRIO(ctx context.Context, images []byte) error {
+	config, err := n.crioConfig()
+	if err != nil {
+		return err
+	}
+	n.env = append(n.env,
+		"CONTAINERS_STORAGE_CONF="+n.path("storage.conf"),
+		"CONTAINER_CONFIG_DIR="+n.path("crio.conf.d")) // default: /etc/crio/crio.conf.d
+	storage := fmt.Sprintf("[storage]\ndriver = 'overlay'\ngraphroot = %q\nrunroot = %q\n", n.path("root"), n.path("state/storage"))
+	for file, content := range map[string][]byte{
+		"config.toml":  config,
+		"policy.json":  []byte(`{"default": [{"type": "insecureAcceptAnything"}]}`),
+		"storage.conf": []byte(storage),
+	} {
+		if err := os.WriteFile(n.path(file), content, 0o644); err != nil {
+			return err
+		}
+	}
+	archive := n.path("tmp/images.tar")
+	if err := os.WriteFile(archive, images, 0o644); err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, n.binary("loadimages"), archive, n.path("root"), n.path("state/storage"), PauseImage, BusyboxImage)
+	cmd.Env = n.env
+	return errors.Join(run(cmd), os.Remove(archive))
+}
+
+// crioConfig returns CRI-O's defaults, with cgroupfs, the node's runc, and every path inside the
+// node's directory.
+func (n *Node) crioConfig() ([]byte, error) {
 	conmon, err := exec.LookPath("conmon")
 	if err != nil {
-		return fmt.Errorf("%w: `make deps` installs it", err)
+		return nil, fmt.Errorf("%w: `make deps` installs it", err)
 	}
-	config, err := toml.Marshal(settings{"crio": settings{
+	return toml.Marshal(settings{"crio": settings{
 		"root":                n.path("root"),
 		"runroot":             n.path("state/storage"),
 		"storage_driver":      "overlay",
@@ -81,27 +108,4 @@ func (n *Node) prepareCRIO(ctx context.Context, images []byte) error {
 		"network": settings{"network_dir": n.CNIConfDir(), "plugin_dirs": []string{n.path("cni/bin")}},
 		"nri":     settings{"enable_nri": false},
 	}})
-	if err != nil {
-		return err
-	}
-	n.env = append(n.env,
-		"CONTAINERS_STORAGE_CONF="+n.path("storage.conf"),
-		"CONTAINER_CONFIG_DIR="+n.path("crio.conf.d")) // default: /etc/crio/crio.conf.d
-	storage := fmt.Sprintf("[storage]\ndriver = 'overlay'\ngraphroot = %q\nrunroot = %q\n", n.path("root"), n.path("state/storage"))
-	for file, content := range map[string][]byte{
-		"config.toml":  config,
-		"policy.json":  []byte(`{"default": [{"type": "insecureAcceptAnything"}]}`),
-		"storage.conf": []byte(storage),
-	} {
-		if err := os.WriteFile(n.path(file), content, 0o644); err != nil {
-			return err
-		}
-	}
-	archive := n.path("tmp/images.tar")
-	if err := os.WriteFile(archive, images, 0o644); err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, n.binary("loadimages"), archive, n.path("root"), n.path("state/storage"), PauseImage, BusyboxImage)
-	cmd.Env = n.env
-	return errors.Join(run(cmd), os.Remove(archive))
 }

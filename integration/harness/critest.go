@@ -10,16 +10,18 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+
+	"github.com/podfsm/podfsm/tools/ociimage"
 )
 
 // critest is a test binary, which go install can't build. ginkgo runs its specs in parallel.
 var (
-	critest = install{module: "integration/tools/critest", bin: ".build/bin", produces: "critest"}
-	ginkgo  = install{module: "integration/tools/critest", bin: ".build/bin", args: []string{"github.com/onsi/ginkgo/v2/ginkgo"}, produces: "ginkgo"}
+	critest = install{module: "tools/modules/critest", bin: ".build/bin", produces: "critest"}
+	ginkgo  = install{module: "tools/modules/critest", bin: ".build/bin", args: []string{"github.com/onsi/ginkgo/v2/ginkgo"}, produces: "ginkgo"}
 )
 
-// BuildCritest brings critest, the daemons that it is run against, and all that both need up to date, and returns the folder that critest
-// is in. Progress goes to stderr.
+// BuildCritest builds critest, the daemons that it is run against, and their parts, and returns the
+// folder of critest. Progress goes to stderr.
 func BuildCritest(ctx context.Context) (bin string, err error) {
 	for _, daemon := range []Daemon{Stock, Podfsm} {
 		if _, _, err := builds.build(ctx, daemon); err != nil {
@@ -47,8 +49,8 @@ func BuildCritest(ctx context.Context) (bin string, err error) {
 	})
 }
 
-// CritestImages returns what stands in for the images that critest's specs name, by reference without the host of its registry. Their
-// programs have been built by [BuildCritest].
+// CritestImages returns replacements for the images that critest's specs name, by reference without
+// the host of its registry. [BuildCritest] has built their programs.
 func CritestImages(ctx context.Context) (map[string]v1.Image, error) {
 	end, err := builds.begin(ctx)
 	if err != nil {
@@ -79,18 +81,19 @@ func CritestImages(ctx context.Context) (map[string]v1.Image, error) {
 	}
 	images["e2e-test-images/nonewprivs:1.3"], err = variant{
 		entrypoint: []string{"/nonewprivs"},
-		files:      layer{{name: "nonewprivs", mode: 0o4755, body: nonewprivs}},
+		files:      []ociimage.File{{Name: "nonewprivs", Mode: 0o4755, Body: nonewprivs}},
 	}.of(busybox)
 	if err != nil {
 		return nil, err
 	}
-	// An image of its own: the specs count its names, and the node's pause image has another.
+	// A separate image: the specs count its names, and the pause image of the node has another
+	// name.
 	images["pause:3.9"], err = marked("pause-3.9").of(pause)
 	return images, err
 }
 
-// critestBusybox has what the busybox of critest's images has and this machine's hasn't: two applets, and an ls that can be masked without
-// masking all of busybox.
+// critestBusybox adds what critest's images have and this machine's busybox lacks: two applets, and
+// an ls that can be masked without masking all of busybox.
 func (p Programs) critestBusybox(ctx context.Context) (v1.Image, error) {
 	busybox, err := p.busyboxImage(ctx)
 	if err != nil {
@@ -100,10 +103,10 @@ func (p Programs) critestBusybox(ctx context.Context) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return variant{files: layer{
-		{name: "bin/ls", mode: 0o755, body: body},
-		{name: "bin/pgrep", mode: 0o755, body: []byte("#!/bin/sh\npidof \"$@\"\n")},
-		{name: "bin/ipcs", mode: 0o755, body: []byte("#!/bin/sh\ncat /proc/sysvipc/shm\n")},
+	return variant{files: []ociimage.File{
+		{Name: "bin/ls", Mode: 0o755, Body: body},
+		{Name: "bin/pgrep", Mode: 0o755, Body: []byte("#!/bin/sh\npidof \"$@\"\n")},
+		{Name: "bin/ipcs", Mode: 0o755, Body: []byte("#!/bin/sh\ncat /proc/sysvipc/shm\n")},
 	}}.of(busybox)
 }
 
@@ -129,39 +132,40 @@ var critestImages = map[string]variant{
 	staging + "test-image-user-username:latest":       {user: "www-data"},
 	staging + "test-image-user-uid-group:latest":      {user: "1003:1004"},
 	staging + "test-image-user-username-group:latest": {user: "www-data:1004"},
-	staging + "test-image-predefined-group:latest": {user: "1000", files: layer{
-		{name: "etc/passwd", mode: 0o644, body: []byte("root:x:0:0:root:/root:/bin/sh\ndefault-user:x:1000:1000::/home/default-user:/bin/sh\n")},
-		{name: "etc/group", mode: 0o644, body: []byte("root:x:0:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")},
+	staging + "test-image-predefined-group:latest": {user: "1000", files: []ociimage.File{
+		{Name: "etc/passwd", Mode: 0o644, Body: []byte("root:x:0:0:root:/root:/bin/sh\ndefault-user:x:1000:1000::/home/default-user:/bin/sh\n")},
+		{Name: "etc/group", Mode: 0o644, Body: []byte("root:x:0:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")},
 	}},
 }
 
-// variant is what an image has besides those of its base.
+// variant is what an image adds to its base.
 type variant struct {
-	files      layer
+	files      []ociimage.File
 	entrypoint []string
 	user       string
 }
 
-// marked is an image like no other.
+// marked is an image with unique content.
 func marked(name string) variant {
-	return variant{files: layer{{name: name, mode: 0o644}}}
+	return variant{files: []ociimage.File{{Name: name, Mode: 0o644}}}
 }
 
-// webServer looks like nginx and httpd to the specs: by its page, its process's name and title, its file with a pid, and what it logs.
+// webServer looks like nginx and httpd to the specs: its page, the name and title of its process,
+// its pid file, and its log.
 func webServer(port string) variant {
 	script := "#!/bin/sh\necho $$ >/var/run/nginx.pid\necho httpd\ntrap exit TERM\nhttpd -f -p " + port + " -h /www & wait\n"
 	return variant{
 		entrypoint: []string{"/usr/sbin/nginx", "master process"},
-		files: layer{
-			{name: "usr/sbin/nginx", mode: 0o755, body: []byte(script)},
-			{name: "var/", mode: 0o755},
-			{name: "var/run/", mode: 0o755},
+		files: []ociimage.File{
+			{Name: "usr/sbin/nginx", Mode: 0o755, Body: []byte(script)},
+			{Name: "var/", Mode: 0o755},
+			{Name: "var/run/", Mode: 0o755},
 		},
 	}
 }
 
 func (v variant) of(base v1.Image) (v1.Image, error) {
-	files, err := v.files.image()
+	files, err := fastLayer(v.files)
 	if err != nil {
 		return nil, err
 	}

@@ -26,7 +26,7 @@ const (
 	removeTimeout = 20 * time.Second
 )
 
-// makeDir makes the node's directory, which also gives the node its name.
+// makeDir makes the directory of the node, whose name is also the name of the node.
 func (n *Node) makeDir() error {
 	dir, err := os.MkdirTemp("", dirPattern)
 	if err != nil {
@@ -39,7 +39,7 @@ func (n *Node) makeDir() error {
 	if len(n.path("s")) > maxSocketDir {
 		return errors.Join(os.Remove(dir), fmt.Errorf("%q is too long for a directory of unix sockets, set TMPDIR to a shorter path: %w", dir, errdefs.ErrInvalidArgument))
 	}
-	// Remapped root must be able to pass to its rootfs.
+	// Remapped root must be able to traverse to its rootfs.
 	if err := os.Chmod(dir, 0o711); err != nil {
 		return err
 	}
@@ -52,8 +52,9 @@ func (n *Node) makeDir() error {
 	return err
 }
 
-// lockDir locks a node's directory for as long as the file is open. The error
-// is unix.EWOULDBLOCK when another process has it.
+// lockDir locks the directory of a node until the file is closed.
+//
+// Errors: unix.EWOULDBLOCK when another process has the lock.
 func lockDir(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -66,8 +67,7 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// Sweep removes the nodes of test processes that were killed. Nodes in use are
-// left alone.
+// Sweep removes the nodes of killed test processes. It skips nodes in use and kept nodes.
 func Sweep(ctx context.Context) error {
 	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), dirPattern))
 	if err != nil {
@@ -75,6 +75,9 @@ func Sweep(ctx context.Context) error {
 	}
 	var errs []error
 	for _, dir := range dirs {
+		if isKept(dir) {
+			continue
+		}
 		lock, err := lockDir(dir)
 		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, os.ErrNotExist) {
 			continue // in use, or closed meanwhile
@@ -89,23 +92,22 @@ func Sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// remove ends and removes all that belongs to the node with this directory, and
-// nothing else.
+// remove removes everything of the node with this directory, processes included.
 func remove(ctx context.Context, dir string) error {
 	if is, err := filepath.Match(dirPattern, filepath.Base(dir)); !is || err != nil {
 		return fmt.Errorf("%q is not the directory of a node: %w", dir, errdefs.ErrInvalidArgument)
 	}
 	ctx, cancel := context.WithTimeout(ctx, Patience(removeTimeout))
 	defer cancel()
-	// Processes hold the rest. Nothing is removed through a mount.
+	// Processes first: they hold the rest. Mounts next, so that nothing is removed through them.
 	if err := powerOff(ctx, dir); err != nil {
 		return err
 	}
 	return errors.Join(removeCNICache(dir), removeAll(dir))
 }
 
-// removeAll removes a directory, with the files in there that a container has
-// made immutable when its test was killed.
+// removeAll removes a directory, including files that a container made immutable before its test
+// was killed.
 func removeAll(dir string) error {
 	err := os.RemoveAll(dir)
 	if !errors.Is(err, unix.EPERM) {
@@ -130,8 +132,7 @@ func removeAll(dir string) error {
 	return errors.Join(err, os.RemoveAll(dir))
 }
 
-// powerOff ends all of a node that isn't on disk: processes, then mounts, then
-// cgroups.
+// powerOff removes all of a node except for its files: processes, then mounts, then cgroups.
 func powerOff(ctx context.Context, dir string) error {
 	if err := poll(ctx, pollInterval, func() error { return killAll(dir) }); err != nil {
 		return err
@@ -145,7 +146,7 @@ func powerOff(ctx context.Context, dir string) error {
 	return poll(ctx, pollInterval, func() error { return removeCgroups(filepath.Base(dir)) })
 }
 
-// killAll kills every process of the node, and fails while there are any.
+// killAll kills every process of the node, and fails while any is left.
 func killAll(dir string) error {
 	processes, err := nodeProcesses(dir)
 	if err != nil {
@@ -157,12 +158,12 @@ func killAll(dir string) error {
 		}
 	}
 	if len(processes) > 0 {
-		return fmt.Errorf("%d processes do not end: %v: %w", len(processes), processes, errdefs.ErrUnavailable)
+		return fmt.Errorf("%d processes still run: %v: %w", len(processes), processes, errdefs.ErrUnavailable)
 	}
 	return nil
 }
 
-// unmountAll unmounts what is mounted below dir, the last mount first.
+// unmountAll unmounts everything below dir, the last mount first.
 func unmountAll(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
@@ -202,14 +203,14 @@ func removeCNICache(dir string) error {
 	return nil
 }
 
-// made are the directories of all nodes that this process has made.
+// made are the directories of all nodes of this process.
 var made struct {
 	sync.Mutex
 	dirs []string
 }
 
-// Leftovers returns what is on the machine of nodes that this process has made.
-// After every Close that is nothing.
+// Leftovers returns the resources on the machine that belong to nodes of this process. After every
+// Close it is empty.
 func Leftovers() ([]string, error) {
 	made.Lock()
 	defer made.Unlock()

@@ -5,10 +5,10 @@ import (
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/integration/feed"
+	"github.com/podfsm/podfsm/integration/programs/feed"
 )
 
-// Events are the CRI container events since the subscription.
+// Events are the CRI container events of a subscription.
 type Events struct {
 	feed.Feed[*runtime.ContainerEventResponse]
 
@@ -16,8 +16,8 @@ type Events struct {
 	ended  chan struct{}
 }
 
-// Events subscribes to CRI's container events, as the kubelet with evented PLEG
-// does, and returns once the daemon has accepted. The caller ends it with Close.
+// Events subscribes to CRI's container events, as the kubelet with evented PLEG does, and returns
+// once the daemon has accepted. The caller must Close it.
 func (n *Node) Events(ctx context.Context) (*Events, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	stream, err := n.Runtime.GetContainerEvents(ctx, &runtime.GetEventsRequest{})
@@ -45,7 +45,7 @@ func (e *Events) Close() {
 	<-e.ended
 }
 
-// OfType returns the events of one container or sandbox with the given type.
+// OfType returns the events of a type for one container or sandbox.
 func OfType(events []*runtime.ContainerEventResponse, id string, kind runtime.ContainerEventType) []*runtime.ContainerEventResponse {
 	var of []*runtime.ContainerEventResponse
 	for _, e := range events {

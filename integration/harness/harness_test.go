@@ -3,6 +3,8 @@ package harness_test
 import (
 	"context"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -94,11 +96,14 @@ func TestDaemonsSideBySide(t *testing.T) {
 }
 
 func TestRestartAndKill(t *testing.T) {
-	for name, end := range map[string]func(*harness.Node, context.Context) error{
-		"stop": (*harness.Node).Stop,
-		"kill": (*harness.Node).Kill,
+	for _, tc := range []struct {
+		name string
+		end  func(*harness.Node, context.Context) error
+	}{
+		{"stop", (*harness.Node).Stop},
+		{"kill", (*harness.Node).Kill},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tc.name, func(t *testing.T) {
 			n, before := start(t, harness.Config{})
 			ctx := t.Context()
 			pod, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("survivor"))
@@ -107,7 +112,7 @@ func TestRestartAndKill(t *testing.T) {
 			require.NoError(t, err)
 			pid := n.Pid()
 
-			require.NoError(t, end(n, ctx))
+			require.NoError(t, tc.end(n, ctx))
 			require.NoDirExists(t, "/proc/"+itoa(pid))
 			require.NoError(t, n.Start(ctx))
 			require.NotEqual(t, pid, n.Pid())
@@ -123,11 +128,11 @@ func TestRestartAndKill(t *testing.T) {
 
 func TestStartShowsWhyTheDaemonEnded(t *testing.T) {
 	_, err := harness.NewNode(t.Context(), harness.Config{Daemon: harness.Stock, TOML: "required_plugins = ['io.containerd.no.such']"})
-	require.ErrorContains(t, err, "it ended: exit status 1")
+	require.ErrorContains(t, err, "the daemon ended: exit status 1")
 	require.ErrorContains(t, err, "io.containerd.no.such", "the end of the log")
 }
 
-func TestTraces(t *testing.T) {
+func TestTracesOfANode(t *testing.T) {
 	n, _ := start(t, harness.Config{Traces: true})
 	ctx, traceID := traces.NewContext(t.Context())
 	_, err := n.RunPod(ctx, harness.StockHandler, n.PodConfig("traced"))
@@ -191,9 +196,39 @@ func TestSetChain(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, pod.StopAndRemove(ctx))
 
-	// Stock containerd keeps the address of the first pod for ever: the DEL of a
-	// chain with a missing plugin ends before it reaches the IPAM.
+	// Stock containerd keeps the address of the first pod forever: the DEL of a
+	// chain with a missing plugin stops before it reaches the IPAM.
 	after, err := n.Census(ctx)
 	require.NoError(t, err)
 	require.Contains(t, before.Diff(after), harness.IPAM)
+}
+
+// A kept node outlives its test and later sweeps, until a person removes it.
+func TestKeep(t *testing.T) {
+	ctx := t.Context()
+	tmp, err := os.MkdirTemp("", "k") // of its own, for kept nodes of other tests to stay
+	require.NoError(t, err)
+	require.NoError(t, os.Chmod(tmp, 0o711))
+	t.Setenv("TMPDIR", tmp)
+	t.Cleanup(func() {
+		require.NoError(t, harness.SweepKept(context.WithoutCancel(ctx)))
+		require.NoError(t, os.Remove(tmp))
+	})
+
+	var n *harness.Node
+	var pod *harness.Pod
+	t.Run("test", func(t *testing.T) {
+		t.Setenv("PODFSM_KEEP", "1")
+		n, _ = start(t, harness.Config{})
+		pod, err = n.RunPod(ctx, harness.StockHandler, n.PodConfig("kept"))
+		require.NoError(t, err)
+	})
+	require.NoError(t, harness.Sweep(ctx))
+	out, err := exec.CommandContext(ctx, filepath.Join(n.Dir(), "shell"), "-c", "crictl pods -q").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	require.Equal(t, pod.ID+"\n", string(out))
+
+	require.NoError(t, harness.SweepKept(ctx))
+	require.NoDirExists(t, n.Dir())
+	require.NoDirExists(t, "/proc/"+itoa(n.Pid()))
 }

@@ -11,7 +11,7 @@ import (
 	"strconv"
 )
 
-// Memory is what the daemon holds.
+// Memory is what the daemon holds in memory and descriptors.
 type Memory struct {
 	Heap       int // bytes that are reachable
 	Goroutines int
@@ -22,11 +22,11 @@ func (m Memory) String() string {
 	return fmt.Sprintf("%d KiB of heap, %d goroutines, %d descriptors", m.Heap>>10, m.Goroutines, m.Files)
 }
 
-// Memory has the daemon collect garbage and returns what it holds then.
+// Memory collects garbage in the daemon and returns what the daemon holds then.
 func (n *Node) Memory(ctx context.Context) (Memory, error) {
 	var m Memory
 	var err error
-	// What a sync.Pool or a finalizer holds is free after a second collection.
+	// A second collection frees what a sync.Pool or a finalizer held.
 	for range 2 {
 		if m.Heap, err = n.profiled(ctx, "heap?gc=1&debug=1", heapInUse); err != nil {
 			return Memory{}, err
@@ -46,7 +46,7 @@ var (
 	goroutines = regexp.MustCompile(`(?m)^goroutine profile: total (\d+)$`)
 )
 
-// profiled reads a figure from one of the daemon's profiles.
+// profiled reads a number from a profile of the daemon.
 func (n *Node) profiled(ctx context.Context, profile string, figure *regexp.Regexp) (int, error) {
 	text, err := n.Profile(ctx, profile)
 	if err != nil {
@@ -54,7 +54,7 @@ func (n *Node) profiled(ctx context.Context, profile string, figure *regexp.Rege
 	}
 	found := figure.FindSubmatch(text)
 	if found == nil {
-		return 0, fmt.Errorf("profile %q has no figure %v", profile, figure)
+		return 0, fmt.Errorf("profile %q has no number %v", profile, figure)
 	}
 	return strconv.Atoi(string(found[1]))
 }
@@ -76,5 +76,5 @@ func (n *Node) Profile(ctx context.Context, profile string) ([]byte, error) {
 	return io.ReadAll(response.Body)
 }
 
-// debugSocket is where the daemon serves its profiles.
+// debugSocket is the socket on which the daemon serves its profiles.
 func (n *Node) debugSocket() string { return n.path("debug.sock") }

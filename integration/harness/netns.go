@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Each node has a network namespace of its own, as a machine would: its bridge,
-// veths, addresses, iptables rules and ports cannot meet those of other nodes or
-// of the machine, and all that is found in there is the node's.
+// Each node has its own network namespace, like a machine. Its bridge, veths, addresses, iptables
+// rules and ports never conflict with those of other nodes or of the machine, and everything in the
+// namespace belongs to the node.
 
 func (n *Node) netnsPath() string { return filepath.Join(n.dir, "netns") }
 
@@ -40,8 +40,8 @@ func (n *Node) makeNetNS() error {
 	})
 }
 
-// Inside runs f on a thread in the node's network namespace. Processes that f
-// starts, and sockets that it opens, stay there. Goroutines that f starts don't.
+// Inside runs f on a thread in the node's network namespace. Processes and sockets of f stay there;
+// goroutines that f starts run outside.
 func (n *Node) Inside(f func() error) error {
 	return onOwnThread(func() error {
 		ns, err := os.Open(n.netnsPath())
@@ -56,8 +56,8 @@ func (n *Node) Inside(f func() error) error {
 	})
 }
 
-// onOwnThread runs f on a thread that ends with it, so that what f does to the
-// thread's namespaces reaches no other goroutine.
+// onOwnThread runs f on a thread that ends with f, so that changes of the thread's namespaces reach
+// no other goroutine.
 func onOwnThread(f func() error) error {
 	result := make(chan error)
 	go func() {
@@ -85,8 +85,8 @@ func (n *Node) Dial(ctx context.Context, network, address string) (conn net.Conn
 	return conn, err
 }
 
-// HTTP returns a client for servers that can be reached from the node by their
-// literal IP address. It keeps no connection.
+// HTTP returns a client that runs on the node and keeps no connections. URLs must have literal IP
+// addresses.
 func (n *Node) HTTP() *http.Client {
 	return &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}}
 }

@@ -1,8 +1,7 @@
-// Package harness runs real containerds side by side and looks at what they
-// leave behind. It knows the plugin only from outside: by CRI, containerd's API,
-// traces and the machine's state.
+// Package harness runs real containerds side by side and examines what they leave behind. It knows
+// podfsm only from outside: by CRI, containerd's API, traces and the state of the machine.
 //
-// It needs root, cgroups, and what `make deps` installs.
+// It needs root, cgroups, and the packages of `make deps`.
 package harness
 
 import (
@@ -38,14 +37,14 @@ const (
 )
 
 const (
-	// startTimeout is how long a daemon may take until CRI serves. A race build
-	// on a busy machine needs several seconds.
+	// startTimeout bounds the start of a daemon until CRI serves. A race build on a busy machine
+	// needs several seconds.
 	startTimeout = 60 * time.Second
 	stopTimeout  = 30 * time.Second
 	pollInterval = 10 * time.Millisecond
 )
 
-// Config says what a node is like. The zero value is the product with defaults.
+// Config configures a node. The zero value is the product with defaults.
 type Config struct {
 	Daemon Daemon   // Podfsm when empty
 	TOML   string   // merged over the harness's config.toml
@@ -53,22 +52,20 @@ type Config struct {
 	Traces bool     // receive the daemon's spans
 	// Handlers are runtime handlers of podfsm besides PodfsmHandler.
 	Handlers []string
-	// Install puts the daemon where it is run from, before its first start, and
-	// returns the program that runs it. Nil runs it from where it was built.
+	// Install, if set, installs the daemon before its first start and returns the program to run.
+	// Otherwise the daemon runs from the build folder.
 	Install func(*Node) (executable string, err error)
 }
 
-// Node is one containerd with everything that is its own: directories, sockets,
-// network namespace, CNI network, cgroups. Its methods may be used from several
-// goroutines, except those that start and end the daemon.
+// Node is one containerd with its own directories, sockets, network namespace, CNI network and
+// cgroups. Its methods are safe for concurrent use, except for those that start and end the daemon.
 type Node struct {
 	// Faults is the control directory for Fault's points.
 	Faults faults.Dir
 	// Traces is nil unless Config.Traces was set.
 	Traces *traces.Collector
 
-	// Runtime, Images and Containerd talk to the running daemon. They are
-	// replaced by every Start.
+	// Runtime, Images and Containerd are clients of the running daemon. Every Start replaces them.
 	Runtime    runtime.RuntimeServiceClient
 	Images     runtime.ImageServiceClient
 	Containerd *client.Client
@@ -76,18 +73,17 @@ type Node struct {
 	dir        string
 	name       string
 	repo       string
-	lock       *os.File // held for as long as this process may use dir
+	lock       *os.File // held while this process uses dir
 	executable string
 	env        []string
 	daemon     *process
-	tracer     *exec.Cmd // strace, which stalls the daemon
+	tracer     *exec.Cmd // strace, while it stalls the daemon
 	conn       *grpc.ClientConn
 	ranges     atomic.Uint32 // id ranges given to pods
 	boots      int
 }
 
-// NewNode makes a node, starts its daemon and gives it the images. The caller
-// ends it with Close.
+// NewNode makes a node, starts its daemon and imports the images. The caller must Close it.
 func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	daemon := cmp.Or(c.Daemon, Podfsm)
 	repo, images, err := builds.build(ctx, daemon)
@@ -114,7 +110,7 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	if err := n.Start(ctx); err != nil {
 		return nil, err
 	}
-	if !n.isCRIO() { // which had them before
+	if !n.isCRIO() { // CRI-O got them before its start
 		if err := n.load(ctx, images); err != nil {
 			return nil, err
 		}
@@ -122,7 +118,7 @@ func NewNode(ctx context.Context, c Config) (_ *Node, err error) {
 	return n, nil
 }
 
-// prepare makes everything that is there before the daemon starts.
+// prepare makes what must exist before the daemon starts.
 func (n *Node) prepare(ctx context.Context, c Config, images []byte) error {
 	if err := n.makeNetNS(); err != nil {
 		return err
@@ -162,20 +158,21 @@ func (n *Node) prepare(ctx context.Context, c Config, images []byte) error {
 // binary returns the path of a built program, such as "ctr".
 func (n *Node) binary(name string) string { return filepath.Join(n.repo, ".build/bin", name) }
 
-// Program returns the path of one of the built programs that are no daemons, such as "containerd-shim-runc-v2".
+// Program returns the path of a built program other than a daemon, such as
+// "containerd-shim-runc-v2".
 func (n *Node) Program(name string) string { return n.binary(name) }
 
 // CLI returns the path of the podfsm command line tool.
 func (n *Node) CLI() string { return filepath.Join(filepath.Dir(n.executable), "podfsm") }
 
-// Attack returns the path of the program that does what a pod must not be able to.
+// Attack returns the path of the program that tries what a pod must not be able to do.
 func (n *Node) Attack() string { return n.binary("attack") }
 
-// Dir returns the node's directory. All it has on the machine's filesystems is
-// below it, but for cgroups and libcni's default cache.
+// Dir returns the node's directory. All files of the node are below it, except for cgroups and
+// libcni's default cache.
 func (n *Node) Dir() string { return n.dir }
 
-// Name returns the node's name, which its CNI network and its cgroups bear.
+// Name returns the node's name, which is also that of its CNI network and its cgroups.
 func (n *Node) Name() string { return n.name }
 
 // Socket returns the path of the daemon's gRPC socket.
@@ -184,7 +181,7 @@ func (n *Node) Socket() string { return n.path("containerd.sock") }
 // Pid returns the process id of the running daemon.
 func (n *Node) Pid() int { return n.daemon.cmd.Process.Pid }
 
-// Log returns what all daemons of this node have logged so far.
+// Log returns the log of all daemons of this node so far.
 func (n *Node) Log() string {
 	log, err := os.ReadFile(n.path("containerd.log"))
 	if err != nil {
@@ -193,8 +190,7 @@ func (n *Node) Log() string {
 	return string(log)
 }
 
-// Start starts the daemon and returns when CRI serves. The error shows the end
-// of the log.
+// Start starts the daemon and waits until CRI serves. The error has the end of the log.
 func (n *Node) Start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, Patience(startTimeout), fmt.Errorf("not ready within %v", Patience(startTimeout)))
 	defer cancel()
@@ -212,17 +208,17 @@ func (n *Node) Start(ctx context.Context) error {
 	return nil
 }
 
-// Use has another build as the daemon from the next Start on, as an upgrade does.
+// Use replaces the daemon with another build at the next Start, as an upgrade does.
 func (n *Node) Use(ctx context.Context, daemon Daemon) error {
 	repo, _, err := builds.build(ctx, daemon)
 	n.executable = filepath.Join(repo, daemon.path())
 	return err
 }
 
-// Stop ends the daemon by SIGTERM. Pods run on.
+// Stop ends the daemon by SIGTERM. Pods continue to run.
 func (n *Node) Stop(ctx context.Context) error { return n.end(ctx, unix.SIGTERM) }
 
-// Kill ends the daemon by SIGKILL. Pods run on.
+// Kill ends the daemon by SIGKILL. Pods continue to run.
 func (n *Node) Kill(ctx context.Context) error { return n.end(ctx, unix.SIGKILL) }
 
 // Restart stops the daemon and starts it again.
@@ -233,8 +229,8 @@ func (n *Node) Restart(ctx context.Context) error {
 	return n.Start(ctx)
 }
 
-// Close ends the daemon and everything else of the node. The error names what
-// could not be removed.
+// Close ends the daemon and removes everything else of the node. The error names what could not be
+// removed.
 func (n *Node) Close(ctx context.Context) error {
 	err := n.Kill(ctx)
 	if n.Traces != nil {
@@ -245,7 +241,7 @@ func (n *Node) Close(ctx context.Context) error {
 	return err
 }
 
-// process is a child process that is waited for from the start.
+// process is a child process whose end is awaited from its start.
 type process struct {
 	cmd    *exec.Cmd
 	exited chan struct{}
@@ -265,7 +261,7 @@ func (n *Node) launch() (*process, error) {
 	p := &process{cmd: cmd, exited: make(chan struct{})}
 	go func() {
 		defer close(p.exited)
-		_ = cmd.Wait() // its outcome is in cmd.ProcessState
+		_ = cmd.Wait() // cmd.ProcessState has the outcome
 	}()
 	return p, nil
 }
@@ -281,12 +277,12 @@ func (n *Node) connect() error {
 	return err
 }
 
-// waitReady waits for a daemon that may be killed meanwhile.
+// waitReady waits for a daemon that may be killed at the same time.
 func (n *Node) waitReady(ctx context.Context, daemon *process) error {
 	return poll(ctx, pollInterval, func() error {
 		select {
 		case <-daemon.exited:
-			return final{fmt.Errorf("it ended: %v", daemon.cmd.ProcessState)}
+			return final{fmt.Errorf("the daemon ended: %v", daemon.cmd.ProcessState)}
 		default:
 		}
 		_, err := n.Runtime.Status(ctx, &runtime.StatusRequest{})
@@ -294,8 +290,8 @@ func (n *Node) waitReady(ctx context.Context, daemon *process) error {
 	})
 }
 
-// end signals the daemon while its callers are still there: one that sees them
-// go first cancels what it does for them, which a killed one never does.
+// end signals the daemon before its clients disconnect. A daemon that sees its clients disconnect
+// cancels their requests, which must not happen before a kill.
 func (n *Node) end(ctx context.Context, signal syscall.Signal) error {
 	defer n.disconnect()
 	if n.daemon == nil {
@@ -312,7 +308,7 @@ func (n *Node) end(ctx context.Context, signal syscall.Signal) error {
 		n.daemon = nil
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("containerd of node %q does not end on %v: %w", n.name, signal, ctx.Err())
+		return fmt.Errorf("containerd of node %q did not end after %v: %w", n.name, signal, ctx.Err())
 	}
 }
 
@@ -323,8 +319,7 @@ func (n *Node) disconnect() {
 	}
 }
 
-// load imports the images and waits until CRI knows them: it learns of them by
-// an event.
+// load imports the images and waits for the event by which CRI learns of them.
 func (n *Node) load(ctx context.Context, images []byte) error {
 	ctx = namespaces.WithNamespace(ctx, criNamespace)
 	imported, err := n.Containerd.Import(ctx, bytes.NewReader(images))
@@ -332,7 +327,7 @@ func (n *Node) load(ctx context.Context, images []byte) error {
 		return fmt.Errorf("failed to import the images: %w", err)
 	}
 	for _, i := range imported {
-		if i.Name != OwnersImage { // which has many files that few tests need
+		if i.Name != OwnersImage { // it has many files, and few tests need it
 			if err := client.NewImage(n.Containerd, i).Unpack(ctx, "overlayfs"); err != nil {
 				return fmt.Errorf("failed to unpack image %q: %w", i.Name, err)
 			}

@@ -10,10 +10,10 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 )
 
-// Sandboxes is podfsm's own API on the running daemon.
+// Sandboxes returns a client of podfsm's own API on the running daemon.
 func (n *Node) Sandboxes() podfsmv1.SandboxesClient { return podfsmv1.NewSandboxesClient(n.conn) }
 
-// countLedger lists the sandboxes that podfsm is not done with.
+// countLedger lists the sandboxes of podfsm that have not ended.
 func (n *Node) countLedger(ctx context.Context, c Census) error {
 	list, err := n.Sandboxes().List(ctx, &podfsmv1.ListRequest{})
 	if status.Code(err) == codes.Unimplemented {
@@ -28,7 +28,7 @@ func (n *Node) countLedger(ctx context.Context, c Census) error {
 	return nil
 }
 
-// countHostIDs lists who holds ids of the host, by podfsm's books.
+// countHostIDs lists the holders of host ids, as podfsm reports them.
 func (n *Node) countHostIDs(ctx context.Context, c Census) error {
 	ids, err := n.Sandboxes().IDs(ctx, &podfsmv1.IDsRequest{})
 	if status.Code(err) == codes.Unimplemented {

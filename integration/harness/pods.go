@@ -12,13 +12,13 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// rangeLength is how many ids the kubelet gives a pod.
+// rangeLength is the number of ids that the kubelet gives a pod.
 const rangeLength = 65536
 
-// PodOption changes a pod before it is run.
+// PodOption changes the request for a pod.
 type PodOption func(*runtime.PodSandboxConfig)
 
-// UserNS maps a pod's ids from 0 on to length host ids from hostID on.
+// UserNS maps the pod's ids from 0 to length host ids from hostID on.
 func UserNS(hostID, length uint32) PodOption {
 	return func(c *runtime.PodSandboxConfig) {
 		mapping := []*runtime.IDMapping{{ContainerId: 0, HostId: hostID, Length: length}}
@@ -28,15 +28,15 @@ func UserNS(hostID, length uint32) PodOption {
 	}
 }
 
-// HostUsers makes a pod share the node's user namespace, in the form that the
-// kubelet uses for hostUsers: true and for none.
+// HostUsers runs a pod in the node's user namespace, in the form that the kubelet sends for
+// hostUsers: true and for an unset hostUsers.
 func HostUsers() PodOption {
 	return func(c *runtime.PodSandboxConfig) {
 		c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = &runtime.UserNamespace{Mode: runtime.NamespaceMode_NODE}
 	}
 }
 
-// HostNetwork makes a pod share the node's network and user namespace.
+// HostNetwork runs a pod in the node's network and user namespaces.
 func HostNetwork() PodOption {
 	return func(c *runtime.PodSandboxConfig) {
 		HostUsers()(c)
@@ -45,8 +45,8 @@ func HostNetwork() PodOption {
 	}
 }
 
-// PodConfig returns what the kubelet would send for a pod with hostUsers:
-// false, with ids that no other pod of this node has.
+// PodConfig returns what the kubelet would send for a pod with hostUsers: false, with ids of no
+// other pod of this node.
 func (n *Node) PodConfig(name string, options ...PodOption) *runtime.PodSandboxConfig {
 	uid := fmt.Sprintf("uid-of-%s", name)
 	c := &runtime.PodSandboxConfig{
@@ -75,7 +75,7 @@ func (n *Node) PodConfig(name string, options ...PodOption) *runtime.PodSandboxC
 	return c
 }
 
-// Pod is a pod sandbox that was run.
+// Pod is a pod sandbox.
 type Pod struct {
 	ID      string
 	Config  *runtime.PodSandboxConfig
@@ -114,8 +114,7 @@ func (p *Pod) IP(ctx context.Context) (string, error) {
 	return status.GetNetwork().GetIp(), err
 }
 
-// FindPod returns the pod that has this id, which an earlier call was asked to
-// run from config.
+// FindPod returns the pod with this id, which was requested with config before.
 func (n *Node) FindPod(id string, config *runtime.PodSandboxConfig) *Pod {
 	return &Pod{ID: id, Config: config, node: n}
 }
@@ -135,7 +134,7 @@ func (p *Pod) Remove(ctx context.Context) error {
 	return err
 }
 
-// StopAndRemove does what the kubelet does to be rid of a pod.
+// StopAndRemove stops and removes the pod, as the kubelet does.
 func (p *Pod) StopAndRemove(ctx context.Context) error {
 	if err := p.Stop(ctx); err != nil {
 		return fmt.Errorf("failed to stop pod %q: %w", p.Config.GetMetadata().GetName(), err)
@@ -149,18 +148,18 @@ func (p *Pod) StopAndRemove(ctx context.Context) error {
 // ContainerOption changes a container before it is created.
 type ContainerOption func(*runtime.ContainerConfig)
 
-// Run makes a container run a program instead of waiting to be killed.
+// Run sets the program of a container, which waits to be killed by default.
 func Run(command ...string) ContainerOption {
 	return func(c *runtime.ContainerConfig) { c.Command = command }
 }
 
-// Image makes a container have another image than busybox.
+// Image sets the image of a container, which is busybox by default.
 func Image(name string) ContainerOption {
 	return func(c *runtime.ContainerConfig) { c.Image = &runtime.ImageSpec{Image: name} }
 }
 
-// Volume mounts a file or directory of the machine into a container, under the
-// pod's ids where it has its own, as the kubelet does.
+// Volume mounts a file or directory of the machine into a container. If the pod has a user
+// namespace, the mount has its mapping, as with the kubelet.
 func Volume(hostPath, containerPath string) ContainerOption {
 	return func(c *runtime.ContainerConfig) {
 		users := c.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
@@ -170,7 +169,7 @@ func Volume(hostPath, containerPath string) ContainerOption {
 	}
 }
 
-// Container is a container that was started.
+// Container is a container that was created.
 type Container struct {
 	ID  string
 	Pod *Pod
@@ -178,19 +177,43 @@ type Container struct {
 	config *runtime.ContainerConfig
 }
 
-// StartContainer creates and starts a busybox container in the pod, with the
-// pod's namespaces, as the kubelet does. The error is the daemon's own.
+// StartContainer creates and starts a busybox container in the pod. The error is that of the
+// daemon. If the start fails, the created container is returned, too.
 func (p *Pod) StartContainer(ctx context.Context, name string, options ...ContainerOption) (*Container, error) {
+	c, err := p.CreateContainer(ctx, name, options...)
+	if err != nil {
+		return nil, err
+	}
+	_, err = p.node.Runtime.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: c.ID})
+	return c, err
+}
+
+// CreateContainer creates a busybox container in the namespaces of the pod, as the kubelet does.
+// The error is that of the daemon.
+func (p *Pod) CreateContainer(ctx context.Context, name string, options ...ContainerOption) (*Container, error) {
+	c := containerConfig(p.Config, name, options...)
+	created, err := p.node.Runtime.CreateContainer(ctx, &runtime.CreateContainerRequest{
+		PodSandboxId: p.ID, Config: c, SandboxConfig: p.Config,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Container{ID: created.GetContainerId(), Pod: p, config: c}, nil
+}
+
+// containerConfig returns what the kubelet would send for a busybox container in the namespaces of
+// its pod.
+func containerConfig(pod *runtime.PodSandboxConfig, name string, options ...ContainerOption) *runtime.ContainerConfig {
 	c := &runtime.ContainerConfig{
 		Metadata: &runtime.ContainerMetadata{Name: name},
 		Image:    &runtime.ImageSpec{Image: BusyboxImage},
 		Command:  []string{"tail", "-f", "/dev/null"},
 		LogPath:  name + ".log",
-		Labels:   p.Config.GetLabels(),
+		Labels:   pod.GetLabels(),
 		Linux: &runtime.LinuxContainerConfig{
 			Resources: &runtime.LinuxContainerResources{CpuShares: 2},
 			SecurityContext: &runtime.LinuxContainerSecurityContext{
-				NamespaceOptions: p.Config.GetLinux().GetSecurityContext().GetNamespaceOptions(),
+				NamespaceOptions: pod.GetLinux().GetSecurityContext().GetNamespaceOptions(),
 				Seccomp:          &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_RuntimeDefault},
 			},
 		},
@@ -199,19 +222,10 @@ func (p *Pod) StartContainer(ctx context.Context, name string, options ...Contai
 		option(c)
 	}
 	c.Image.UserSpecifiedImage = c.Image.Image // CRI-O requires it
-	created, err := p.node.Runtime.CreateContainer(ctx, &runtime.CreateContainerRequest{
-		PodSandboxId: p.ID, Config: c, SandboxConfig: p.Config,
-	})
-	if err != nil {
-		return nil, err
-	}
-	started := &Container{ID: created.GetContainerId(), Pod: p, config: c}
-	_, err = p.node.Runtime.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: started.ID})
-	return started, err
+	return c
 }
 
-// Exec runs a program in the container and returns its stdout. The error shows
-// its stderr.
+// Exec runs a program in the container and returns its stdout. The error has its stderr.
 func (c *Container) Exec(ctx context.Context, command ...string) (string, error) {
 	resp, err := c.Pod.node.Runtime.ExecSync(ctx, &runtime.ExecSyncRequest{ContainerId: c.ID, Cmd: command})
 	if err != nil {
@@ -223,7 +237,7 @@ func (c *Container) Exec(ctx context.Context, command ...string) (string, error)
 	return string(resp.GetStdout()), nil
 }
 
-// Log returns what the container has printed, in the form of CRI's log files.
+// Log returns the container's log in the format of CRI.
 func (c *Container) Log() (string, error) {
 	log, err := os.ReadFile(filepath.Join(c.Pod.Config.GetLogDirectory(), c.config.GetLogPath()))
 	return string(log), err
@@ -238,7 +252,7 @@ func (c *Container) Status(ctx context.Context) (*runtime.ContainerStatus, error
 // Pid returns the host pid of the container's first process.
 func (c *Container) Pid(ctx context.Context) (int, error) { return c.Pod.node.taskPid(ctx, c.ID) }
 
-// Stop kills the container when it has not ended after grace, in whole seconds.
+// Stop stops the container with a grace period in whole seconds.
 func (c *Container) Stop(ctx context.Context, grace time.Duration) error {
 	_, err := c.Pod.node.Runtime.StopContainer(ctx, &runtime.StopContainerRequest{ContainerId: c.ID, Timeout: int64(grace / time.Second)})
 	return err

@@ -10,13 +10,13 @@ import (
 	"time"
 )
 
-// patienceEnv is how many times slower than a usual machine this one is, such as
-// a virtual one without hardware virtualization.
+// patienceEnv is how many times slower this machine is than a usual one, such as a virtual machine
+// without hardware virtualization.
 const patienceEnv = "PODFSM_PATIENCE"
 
 var patience, _ = strconv.Atoi(os.Getenv(patienceEnv))
 
-// Patience is how long to wait on this machine for what takes up to d on a usual
+// Patience returns how long to wait on this machine for something that takes up to d on a usual
 // one.
 func Patience(d time.Duration) time.Duration { return d * time.Duration(max(1, patience)) }
 
@@ -25,8 +25,8 @@ type final struct{ error }
 
 func (f final) Unwrap() error { return f.error }
 
-// poll calls try, at intervals, until it succeeds. When ctx ends first, the error is that of
-// the last try.
+// poll calls try at intervals until it succeeds. If ctx ends first, the error has the last error of
+// try.
 func poll(ctx context.Context, interval time.Duration, try func() error) error {
 	for {
 		err := try()

@@ -20,16 +20,15 @@ type proc struct {
 
 func (p proc) String() string { return fmt.Sprintf("%d (%s) %s", p.pid, p.name, p.cmdline) }
 
-// nodeProcesses returns the processes that are a node's: their command line or
-// environment names its directory, or they are in its network namespace or
-// cgroups. This process is none of them.
+// nodeProcesses returns the processes of a node: their command line or environment names the node's
+// directory, or they are in its network namespace or cgroups. This process is not among them.
 func nodeProcesses(dir string) ([]proc, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
 	var netns unix.Stat_t
-	// Without a namespace there is nothing to compare with.
+	// Without a namespace, no process can be in it.
 	_ = unix.Stat(filepath.Join(dir, "netns"), &netns)
 
 	var of []proc
@@ -73,15 +72,16 @@ func isOf(pid int, dir string, netns unix.Stat_t) (bool, error) {
 	return err == nil && in.Dev == netns.Dev && in.Ino == netns.Ino, nil
 }
 
-// isOrphanedZombie says that a process has ended and waits for the machine's first process to reap it, which may take its time.
+// isOrphanedZombie reports whether a process has ended and waits until the machine's first process
+// reaps it.
 func isOrphanedZombie(pid int) bool {
 	stat, _ := procFile(pid, "stat")
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:]) // state and ppid come first, proc_pid_stat(5)
 	return len(fields) > 1 && string(fields[0]) == "Z" && string(fields[1]) == "1"
 }
 
-// procFile reads a file of a process. It is empty when the process has ended
-// meanwhile, or is closed even to root, which no process of a node is.
+// procFile reads a file of a process. It is empty for a process that has ended, and for a file that
+// root can not read, which no process of a node has.
 func procFile(pid int, file string) ([]byte, error) {
 	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, os.ErrPermission) {

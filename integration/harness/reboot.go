@@ -7,14 +7,13 @@ import (
 	"os"
 )
 
-// bootIDEnv is where TestDaemon finds the file that the boot id is read from.
+// bootIDEnv tells TestDaemon the file with the boot id.
 const bootIDEnv = "PODFSM_BOOT_ID_FILE"
 
-// Reboot does to the node what a reboot does to a machine, and leaves the daemon
-// for Start: no process, mount, cgroup, link or iptables rule is left, and the
-// boot id is a new one, which only TestDaemon sees. What was on disk stays, and
-// the shims' sockets, in /run on a machine, don't; the state directory does if
-// keepState, else it was on a tmpfs.
+// Reboot simulates a reboot of the node, without starting the daemon. It removes all processes,
+// mounts, cgroups, links and iptables rules, and changes the boot id, which only TestDaemon reads.
+// Files stay, except for the sockets of shims, which are in /run on a machine. Without keepState,
+// the state directory was a tmpfs and is removed, too.
 func (n *Node) Reboot(ctx context.Context, keepState bool) error {
 	if err := n.Kill(ctx); err != nil {
 		return err
@@ -33,7 +32,7 @@ func (n *Node) Reboot(ctx context.Context, keepState bool) error {
 	return errors.Join(n.makeNetNS(), n.boot())
 }
 
-// boot gives the node a new boot id.
+// boot changes the boot id of the node.
 func (n *Node) boot() error {
 	n.boots++
 	return os.WriteFile(n.path("boot-id"), fmt.Appendf(nil, "boot-%d\n", n.boots), 0o644)

@@ -13,20 +13,20 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// PodfsmSnapshotter is the one of podfsm's own.
+// PodfsmSnapshotter is podfsm's own snapshotter.
 const PodfsmSnapshotter = "podfsm"
 
 const (
-	// snapshotter is the one that pods use by default.
+	// snapshotter is the default snapshotter of pods.
 	snapshotter = "overlayfs"
-	// scratchKey names a snapshot that exists only to be removed.
+	// scratchKey is the key of a snapshot that is made only to be removed.
 	scratchKey = "census-scratch"
 )
 
 // criNamespace is the containerd namespace of CRI.
 const criNamespace = "k8s.io"
 
-// countRecords lists what the daemon's own stores hold, in every namespace.
+// countRecords lists the records in the daemon's stores, in every namespace.
 func (n *Node) countRecords(ctx context.Context, c Census) error {
 	all, err := n.Containerd.NamespaceService().List(ctx)
 	if err != nil {
@@ -65,7 +65,7 @@ func (n *Node) countNamespace(ctx context.Context, ns string, snapshotters []str
 	}
 	for _, i := range held {
 		if _, expires := i.Labels["containerd.io/gc.expire"]; expires {
-			continue // of a call that was cut off: containerd's client has it end within a day
+			continue // of an interrupted call; containerd's client lets the lease expire within a day
 		}
 		c.add(Leases, "%s/%s", ns, i.ID)
 	}
@@ -88,12 +88,12 @@ func (n *Node) countNamespace(ctx context.Context, ns string, snapshotters []str
 	return nil
 }
 
-// collectGarbage has containerd remove what nothing refers to any more, such as
-// the directories of removed snapshots, and returns when that is done.
+// collectGarbage removes what nothing refers to, such as the directories of removed snapshots, and
+// waits for the end of the collection.
 //
-// containerd looks for such directories only after it has removed a snapshot
-// itself: a daemon that was killed in between leaves them until the next one is
-// removed. So one is.
+// containerd only looks for such directories after it has removed a snapshot. A daemon that was
+// killed in between leaves them until the next removal, so collectGarbage makes and removes a
+// snapshot.
 func (n *Node) collectGarbage(ctx context.Context) error {
 	ctx = namespaces.WithNamespace(ctx, criNamespace)
 	for _, name := range n.usedSnapshotters() {
@@ -115,7 +115,7 @@ func (n *Node) collectGarbage(ctx context.Context) error {
 	return nil
 }
 
-// usedSnapshotters are the one that pods use by default, and podfsm's if any uses it.
+// usedSnapshotters returns the default snapshotter of pods, and podfsm's if it is in use.
 func (n *Node) usedSnapshotters() []string {
 	if _, err := os.Stat(n.path("root/io.containerd.snapshotter.v1." + PodfsmSnapshotter + "/metadata.db")); err != nil {
 		return []string{snapshotter}
@@ -123,7 +123,7 @@ func (n *Node) usedSnapshotters() []string {
 	return []string{snapshotter, PodfsmSnapshotter}
 }
 
-// snapshotters returns the names of those that work on this machine.
+// snapshotters returns the names of the snapshotters that work on this machine.
 func (n *Node) snapshotters(ctx context.Context) ([]string, error) {
 	loaded, err := n.Containerd.IntrospectionService().Plugins(ctx, "type=="+plugins.SnapshotPlugin.String())
 	if err != nil {

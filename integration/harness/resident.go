@@ -6,9 +6,8 @@ import (
 	"strings"
 )
 
-// Resident returns the memory of the daemon, and that of all processes of the
-// node together: the daemon, pause, shims, monitors. It is in bytes, and
-// proportional: processes that share a page have an equal part of it each
+// Resident returns the memory in bytes of the daemon, and of all processes of the node: daemon,
+// pause, shims, monitors. Processes that share a page have an equal part of it each
 // (proc_pid_smaps(5)).
 func (n *Node) Resident() (daemon, all float64, err error) {
 	processes, err := nodeProcesses(n.dir)
@@ -28,7 +27,7 @@ func (n *Node) Resident() (daemon, all float64, err error) {
 	return daemon, all, nil
 }
 
-// proportionalSize is 0 when the process has ended.
+// proportionalSize returns 0 for a process that has ended.
 func proportionalSize(pid int) (float64, error) {
 	rollup, err := procFile(pid, "smaps_rollup")
 	if err != nil {

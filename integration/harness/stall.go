@@ -15,33 +15,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stallTime is how long a stalled system call lasts unless the daemon ends.
+// stallTime bounds a stalled system call, which usually ends with the daemon.
 const stallTime = time.Minute
 
-// StallAfter has strace hold the running daemon when it has made the system
-// call on the path, and StallBefore when it is about to. It lasts until the
-// daemon is killed, and reaches what no fault point can: the middle of what one
-// function does. They return when strace watches all of the daemon's threads.
+// StallAfter lets strace stall the running daemon after it has made the system call on the path;
+// StallBefore stalls it before. The stall lasts until the daemon is killed. Unlike a fault point,
+// it reaches the middle of a function. Both return when strace watches all threads of the daemon.
 func (n *Node) StallAfter(ctx context.Context, syscall, path string) error {
 	return n.trace(ctx, syscall, stalled("delay_exit"), "-P", path)
 }
 
-// StallBefore: see StallAfter.
+// StallBefore stalls the daemon before a system call. See StallAfter.
 func (n *Node) StallBefore(ctx context.Context, syscall, path string) error {
 	return n.trace(ctx, syscall, stalled("delay_enter"), "-P", path)
 }
 
-// StallChild has strace hold each process that the daemon starts when it is about
-// to make a system call. See StallBefore.
+// StallChild lets strace stall each process that the daemon starts before a system call. See
+// StallAfter.
 func (n *Node) StallChild(ctx context.Context, syscall string) error {
 	return n.trace(ctx, syscall, stalled("delay_enter"))
 }
 
-// calls are the numbers of the system calls that WaitChildIn knows.
+// calls are the numbers of the system calls for WaitChildIn.
 var calls = map[string]int{"close_range": unix.SYS_CLOSE_RANGE, "pivot_root": unix.SYS_PIVOT_ROOT, "capset": unix.SYS_CAPSET}
 
-// WaitChildIn waits until a process that the daemon has started is held in a
-// system call by StallChild.
+// WaitChildIn waits until a process of the daemon is stalled in a system call by StallChild.
 func (n *Node) WaitChildIn(ctx context.Context, syscall string) error {
 	return poll(ctx, pollInterval, func() error {
 		children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", n.Pid()))
@@ -49,9 +47,9 @@ func (n *Node) WaitChildIn(ctx context.Context, syscall string) error {
 			return err
 		}
 		for _, file := range children {
-			pids, _ := os.ReadFile(file) // a thread that has ended has none
+			pids, _ := os.ReadFile(file) // empty for a thread that has ended
 			for pid := range strings.FieldsSeq(string(pids)) {
-				// It begins with the number, proc_pid_syscall(5).
+				// The file begins with the number (proc_pid_syscall(5)).
 				call, _ := os.ReadFile(filepath.Join("/proc", pid, "syscall"))
 				if strings.HasPrefix(string(call), strconv.Itoa(calls[syscall])+" ") {
 					return nil
@@ -62,24 +60,24 @@ func (n *Node) WaitChildIn(ctx context.Context, syscall string) error {
 	})
 }
 
-// FailChild has strace fail a system call of the processes that the daemon starts,
-// with an error such as "EIO". It lasts until EndTrace.
+// FailChild lets strace fail a system call of the processes that the daemon starts, with an error
+// such as "EIO", until EndTrace.
 func (n *Node) FailChild(ctx context.Context, syscall, errno string) error {
 	return n.trace(ctx, syscall, "error="+errno)
 }
 
-// EndTrace has strace let go of the daemon, which goes on.
+// EndTrace detaches strace from the daemon, which continues.
 func (n *Node) EndTrace() error {
 	if n.tracer == nil {
 		return nil
 	}
-	err := n.tracer.Process.Signal(unix.SIGTERM) // it lets go of each thread first
+	err := n.tracer.Process.Signal(unix.SIGTERM) // strace detaches from each thread first
 	_ = n.tracer.Wait()
 	n.tracer = nil
 	return err
 }
 
-// stalled is what strace does to a system call that has to wait.
+// stalled returns what strace does to a system call that has to wait.
 func stalled(when string) string {
 	return fmt.Sprintf("%s=%d", when, stallTime.Microseconds())
 }
@@ -105,13 +103,13 @@ func (n *Node) trace(ctx context.Context, syscall, injection string, flags ...st
 	})
 }
 
-// endStall lets go of a daemon that is being killed: strace would keep it from
-// being waited for.
+// endStall detaches strace from a daemon that is being killed: otherwise the daemon could not be
+// reaped.
 func (n *Node) endStall() {
 	if n.tracer == nil {
 		return
 	}
-	_ = n.tracer.Process.Signal(unix.SIGKILL) // it may have ended
+	_ = n.tracer.Process.Signal(unix.SIGKILL) // strace may have ended
 	_ = n.tracer.Wait()
 	n.tracer = nil
 }

@@ -10,18 +10,17 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/podfsm/podfsm/internal/roottest"
 )
 
-// Main runs a package's tests from its TestMain and returns the exit code. It
-// fails when a node of this process has left anything on the machine.
+// Main runs a package's tests from its TestMain and returns the exit code. It fails without root,
+// and if a node of this process has left anything on the machine.
 func Main(m *testing.M) int {
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "the integration tests need root")
-		if os.Getenv("CI") != "" {
-			return 1
-		}
-		return 0
-	}
+	return roottest.Main(func() int { return runAndSweep(m) }, os.Stderr)
+}
+
+func runAndSweep(m *testing.M) int {
 	if err := Sweep(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, "failed to remove the nodes of killed test runs:", err)
 		return 1
@@ -36,10 +35,9 @@ func Main(m *testing.M) int {
 	return code
 }
 
-// RemoveEmptyDirs removes the directories that stock pods and pods without a
-// cgroup parent share with those of other containerds, unless something is in
-// there: libcni's cache, and the cgroup named by containerd's namespace. A
-// daemon that needs them makes them again.
+// RemoveEmptyDirs removes empty directories that stock pods, and pods without a cgroup parent,
+// share with those of other containerds: libcni's cache, and the cgroup named after containerd's
+// namespace. A daemon makes them again when needed.
 func RemoveEmptyDirs() {
 	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/" + criNamespace) // a pattern that is well-formed
 	dirs = append(dirs, "/sys/fs/cgroup/"+criNamespace, cniCacheDir, filepath.Dir(cniCacheDir))
@@ -48,16 +46,18 @@ func RemoveEmptyDirs() {
 	}
 }
 
-// StartNode makes a node for the test and closes it at its end. When the test
-// has failed, the end of the daemon's log is shown. A data race or panic of the
-// daemon fails the test.
+// StartNode makes a node for the test and closes it at the end. A failed test shows the end of the
+// daemon's log. A data race or panic of the daemon fails the test. With PODFSM_KEEP in the
+// environment, the node is kept.
 func StartNode(t testing.TB, c Config) *Node {
 	t.Helper()
 	n, err := NewNode(t.Context(), c)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		log := n.Log()
-		if err := n.Close(context.WithoutCancel(t.Context())); err != nil {
+		if os.Getenv(keepEnv) != "" {
+			n.keep(t)
+		} else if err := n.Close(context.WithoutCancel(t.Context())); err != nil {
 			t.Errorf("failed to close the node: %v", err)
 		}
 		for _, bug := range []string{"WARNING: DATA RACE", "\npanic: ", "\nfatal error: "} {
@@ -72,7 +72,8 @@ func StartNode(t testing.TB, c Config) *Node {
 	return n
 }
 
-// KeepLog shows the end of a program's log, and writes all of it into the build folder, for a test that has failed.
+// KeepLog shows the end of a program's log if the test has failed, and writes the whole log into
+// the build folder.
 func (n *Node) KeepLog(t testing.TB, program, log string) {
 	t.Helper()
 	t.Logf("the end of the log of %s:\n%s", program, tail(log, 100))
@@ -85,7 +86,7 @@ func (n *Node) KeepLog(t testing.TB, program, log string) {
 	t.Logf("all of it is in %s", file)
 }
 
-// RequireClean fails the test unless the node soon is as it was before.
+// RequireClean fails the test unless the node returns to the state before within a time limit.
 func (n *Node) RequireClean(t testing.TB, before Census) {
 	t.Helper()
 	require.NoError(t, n.WaitClean(t.Context(), before))

@@ -15,21 +15,19 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Variants are test daemons of other sources than the working tree's. Each has
-// its own podfsm-init and podfsm beside it, and a folder of the build cache. Its
-// release is the commit, or the name of the change.
+// Variants are test daemons built from other sources than the working tree. Each has its own
+// podfsm-init and podfsm beside it, and a folder in the build cache. Its release is the commit, or
+// the name of the change.
 const (
 	commitPrefix  = "commit/"
 	changedPrefix = "changed/"
 )
 
-// At names the test daemon of a commit of this repository, given by its whole
-// hash. It is built from the repository's history.
+// At returns the test daemon of a commit of this repository, which is named by its full hash.
 func At(commit string) Daemon { return Daemon(commitPrefix + commit) }
 
-// Changed names the test daemon of the working tree with some files of it
-// replaced or added: files maps paths below the repository to contents. One name
-// always means the same files.
+// Changed returns the test daemon of the working tree with replaced or added files: files maps
+// paths below the repository to contents. A name must always have the same files.
 func Changed(name string, files map[string]string) Daemon {
 	changed.Lock()
 	defer changed.Unlock()
@@ -41,7 +39,7 @@ func Changed(name string, files map[string]string) Daemon {
 	return d
 }
 
-// changed are the files of the daemons that Changed has named.
+// changed has the files of the daemons that Changed has returned.
 var changed struct {
 	sync.Mutex
 	files map[Daemon]map[string]string
@@ -51,16 +49,16 @@ func (d Daemon) isVariant() bool {
 	return strings.HasPrefix(string(d), commitPrefix) || strings.HasPrefix(string(d), changedPrefix)
 }
 
-// variantDir is where a variant is built, below the repository.
+// variantDir returns the folder in which a variant is built, below the repository.
 func (d Daemon) variantDir() string { return filepath.Join(".build/variants", string(d)) }
 
-// variant brings a variant up to date.
+// variant builds a variant.
 func (b *builder) variant(ctx context.Context, d Daemon) error {
 	if b.prebuilt {
 		return fmt.Errorf("daemon %q can be built only from sources: unset %s: %w", d, prebuiltEnv, errdefs.ErrFailedPrecondition)
 	}
-	i := install{module: ".", bin: filepath.Join(d.variantDir(), "bin"), produces: "testdaemon of " + string(d)}
-	i.args = []string{"-ldflags=-X " + modulePath + "/plugin.release=" + filepath.Base(string(d)), "./integration/testdaemon", "./cmd/podfsm", "./cmd/podfsm-init"}
+	i := install{module: ".", bin: filepath.Join(d.variantDir(), "bin"), produces: "testdaemon of " + string(d), release: filepath.Base(string(d))}
+	i.args = []string{"./integration/testdaemon", "./cmd/podfsm", "./cmd/podfsm-init"}
 	if commit, ok := strings.CutPrefix(string(d), commitPrefix); ok {
 		i.module = filepath.Join(d.variantDir(), "src")
 		if err := b.once("sources of "+commit, func() error { return b.checkout(ctx, commit, i.module) }); err != nil {
@@ -94,7 +92,7 @@ func (b *builder) checkout(ctx context.Context, commit, to string) error {
 		return err
 	}
 	var sources bytes.Buffer
-	archive := git("archive", "--format=tar", commit, "--", ".", ":(exclude)*_test.go") // what walks the repository looks for tests
+	archive := git("archive", "--format=tar", commit, "--", ".", ":(exclude)*_test.go") // tests that walk the repository would find these
 	archive.Stdout = &sources
 	if err := archive.Run(); err != nil {
 		return fmt.Errorf("failed to read the sources of commit %q: %w", commit, err)
@@ -104,11 +102,11 @@ func (b *builder) checkout(ctx context.Context, commit, to string) error {
 	if err := run(extract); err != nil {
 		return err
 	}
-	return os.Rename(next, dir) // a build that is killed leaves no half of them
+	return os.Rename(next, dir) // the rename is atomic: a killed build leaves no partial sources
 }
 
-// overlay writes the files of a variant and go's list of them, whose path it
-// returns (go help build, -overlay).
+// overlay writes the files of a variant and a list of them for go build -overlay, whose path it
+// returns.
 func (b *builder) overlay(d Daemon) (list string, err error) {
 	changed.Lock()
 	files := changed.files[d]

@@ -9,7 +9,7 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// A shallow clone lacks old commits. The error says what to do.
+// A shallow clone lacks old commits. The error has the remedy.
 func TestMissingCommit(t *testing.T) {
 	_, err := harness.NewNode(t.Context(), harness.Config{Daemon: harness.At(strings.Repeat("0", 40))})
 	require.ErrorContains(t, err, `failed to find commit "0000000000`)

@@ -26,28 +26,27 @@ import (
 )
 
 const (
-	// startTimeout is how long the kubelet may take until its API serves.
+	// startTimeout bounds the start of the kubelet until its API serves.
 	startTimeout = 60 * time.Second
 	stopTimeout  = 20 * time.Second
 	apiTimeout   = 10 * time.Second
 	pollInterval = 100 * time.Millisecond
 
-	// address is where the kubelet's API listens in the node's network namespace.
+	// address is the address of the kubelet's API in the network namespace of the node.
 	address = "127.0.0.1:10250"
-	// NodeName is the kubelet's name for its node. It ends every static pod's name.
+	// NodeName is the name of the kubelet's node. The name of every static pod ends with it.
 	NodeName = "node"
 )
 
-// Config says which kubelet runs and how. The zero value is the standalone one
-// of the tools.
+// Config configures a kubelet. The zero value is the standalone kubelet of the tools.
 type Config struct {
-	Executable string         // BuildKubelet's when empty
+	Executable string         // "" is that of BuildKubelet
 	Kubeconfig string         // of the API server that has the pods
 	Settings   map[string]any // added to the KubeletConfiguration
 }
 
-// Kubelet is a kubelet with everything that is its own. Its methods may be used
-// from several goroutines, except those that start and end it.
+// Kubelet is a kubelet with its own files. Its methods are safe for concurrent use, except for
+// those that start and end it.
 type Kubelet struct {
 	node    *harness.Node
 	config  Config
@@ -56,16 +55,15 @@ type Kubelet struct {
 	api     *http.Client
 }
 
-// process is a kubelet's process, which is waited for from the start.
+// process is the process of a kubelet, whose end is awaited from its start.
 type process struct {
 	cmd    *exec.Cmd
 	exited chan struct{}
 }
 
-// New starts the kubelet on a node that has run a pod, and so has a bridge,
-// whose address is the node's. It builds a kubelet if c names none, which takes
-// minutes the first time. It returns when the kubelet's API serves. The caller
-// ends it with Close.
+// New starts the kubelet on a node that has run a pod and so has a bridge, whose address becomes
+// that of the node. If c has no executable, New builds the kubelet, which takes minutes the first
+// time. It returns when the API of the kubelet serves. The caller must Close it.
 func New(ctx context.Context, n *harness.Node, c Config) (*Kubelet, error) {
 	if c.Executable == "" {
 		executable, err := harness.BuildKubelet(ctx)
@@ -81,7 +79,7 @@ func New(ctx context.Context, n *harness.Node, c Config) (*Kubelet, error) {
 		api: &http.Client{Transport: &http.Transport{
 			DialContext:       n.Dial,
 			DisableKeepAlives: true,
-			// The kubelet has signed its certificate itself.
+			// The certificate of the kubelet is self-signed.
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		}},
 	}
@@ -94,8 +92,8 @@ func New(ctx context.Context, n *harness.Node, c Config) (*Kubelet, error) {
 	return k, nil
 }
 
-// Start starts a kubelet that is down and returns when its API serves. It finds
-// the files and the volumes of the one before it.
+// Start starts a kubelet that is down and waits until its API serves. The files and volumes of the
+// earlier kubelet stay.
 func (k *Kubelet) Start(ctx context.Context) error {
 	running, err := k.launch()
 	if err != nil {
@@ -105,14 +103,14 @@ func (k *Kubelet) Start(ctx context.Context) error {
 	return k.waitReady(ctx)
 }
 
-// Stop ends the kubelet by SIGTERM. Pods run on.
+// Stop ends the kubelet by SIGTERM. Pods continue to run.
 func (k *Kubelet) Stop(ctx context.Context) error { return k.end(ctx, unix.SIGTERM) }
 
-// Kill ends the kubelet by SIGKILL. Pods run on.
+// Kill ends the kubelet by SIGKILL. Pods continue to run.
 func (k *Kubelet) Kill(ctx context.Context) error { return k.end(ctx, unix.SIGKILL) }
 
-// Close ends the kubelet and removes what it does not remove itself. Pods run
-// on. The error names what could not be removed. To close it twice is no error.
+// Close ends the kubelet and removes what it leaves. Pods continue to run. The error names what
+// could not be removed. Closing it twice is no error.
 func (k *Kubelet) Close(ctx context.Context) error {
 	if err := k.Stop(ctx); err != nil {
 		return err
@@ -134,11 +132,11 @@ func (k *Kubelet) end(ctx context.Context, signal syscall.Signal) error {
 		k.running = nil
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("the kubelet does not end on %v: %w", signal, ctx.Err())
+		return fmt.Errorf("the kubelet did not end after %v: %w", signal, ctx.Err())
 	}
 }
 
-// prepare makes everything that is there before the kubelet starts.
+// prepare makes what must exist before the kubelet starts.
 func (k *Kubelet) prepare() error {
 	for _, below := range []string{"pods", "root", "logs", "plugins"} {
 		if err := os.MkdirAll(k.path(below), 0o711); err != nil {
@@ -163,8 +161,7 @@ func (k *Kubelet) prepare() error {
 	return k.shareRoot()
 }
 
-// settings are what keeps the kubelet within the node, able to run without an
-// API server, and quick.
+// settings keep the kubelet within the node, let it run without an API server, and make it quick.
 func (k *Kubelet) settings() map[string]any {
 	host, port, _ := strings.Cut(address, ":")
 	return map[string]any{
@@ -191,7 +188,7 @@ func (k *Kubelet) settings() map[string]any {
 		"oomScoreAdj":            0, // a lower one needs CAP_SYS_RESOURCE
 		"makeIPTablesUtilChains": false,
 
-		// A machine for tests may be low on anything.
+		// A test machine may be low on any resource.
 		"failSwapOn":                  false,
 		"imageGCHighThresholdPercent": 100,
 		"evictionHard":                map[string]string{"memory.available": "0%", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%", "imagefs.inodesFree": "0%"},
@@ -215,6 +212,9 @@ func (k *Kubelet) launch() (*process, error) {
 		"--cert-dir=" + k.path("pki"),
 		"--hostname-override=" + NodeName,
 		"--node-ip=" + harness.Gateway,
+		// The kubelet takes a container that is created and not started yet for a dead one. With the
+		// default of 1 it may remove the last state of a container that restarts on a slow machine.
+		"--maximum-dead-containers-per-container=2",
 	}
 	if k.config.Kubeconfig != "" {
 		args = append(args, "--kubeconfig="+k.config.Kubeconfig)
@@ -234,7 +234,7 @@ func (k *Kubelet) launch() (*process, error) {
 	p := &process{cmd: cmd, exited: make(chan struct{})}
 	go func() {
 		defer close(p.exited)
-		_ = cmd.Wait() // its outcome is in cmd.ProcessState
+		_ = cmd.Wait() // cmd.ProcessState has the outcome
 	}()
 	return p, nil
 }
@@ -257,7 +257,7 @@ func (k *Kubelet) waitReady(ctx context.Context) error {
 	}
 }
 
-// Log returns what all kubelets of this node have logged so far.
+// Log returns the log of all kubelets of this node so far.
 func (k *Kubelet) Log() string {
 	log, err := os.ReadFile(k.path("kubelet.log"))
 	if err != nil {
@@ -272,8 +272,7 @@ func (k *Kubelet) LogTail(lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// Run makes the kubelet run a static pod. The manifest is a v1.Pod in YAML, and
-// name the one in its metadata.
+// Run runs a static pod. The manifest is a v1.Pod in YAML, and name is the one in its metadata.
 func (k *Kubelet) Run(name, manifest string) error {
 	// The kubelet ignores files that begin with a dot.
 	next := k.path("pods/." + name)
@@ -283,12 +282,12 @@ func (k *Kubelet) Run(name, manifest string) error {
 	return os.Rename(next, k.manifest(name))
 }
 
-// Remove makes the kubelet end a static pod.
+// Remove ends a static pod.
 func (k *Kubelet) Remove(name string) error { return os.Remove(k.manifest(name)) }
 
 func (k *Kubelet) manifest(name string) string { return k.path("pods/" + name + ".yaml") }
 
-// Pod is what the kubelet says of a pod.
+// Pod is a pod in the API of the kubelet.
 type Pod struct {
 	Metadata struct{ Name, UID string }
 	Status   struct {
@@ -300,7 +299,7 @@ type Pod struct {
 	}
 }
 
-// ContainerStatus is what the kubelet says of a container.
+// ContainerStatus is the status of a container in the API of the kubelet.
 type ContainerStatus struct {
 	Name         string
 	ContainerID  string // "containerd://" and the id
@@ -311,8 +310,8 @@ type ContainerStatus struct {
 // Name returns the pod's name in its manifest.
 func (p *Pod) Name() string { return strings.TrimSuffix(p.Metadata.Name, "-"+NodeName) }
 
-// Ready tells whether the kubelet holds the pod for ready: all containers run
-// and their readiness probes succeed.
+// Ready reports whether the pod is ready for the kubelet: all containers run, and their readiness
+// probes succeed.
 func (p *Pod) Ready() bool {
 	for _, c := range p.Status.Conditions {
 		if c.Type == "Ready" {
@@ -322,7 +321,7 @@ func (p *Pod) Ready() bool {
 	return false
 }
 
-// Pods returns the pods that the kubelet knows, by their name in the manifest.
+// Pods returns the pods of the kubelet by their names in the manifests.
 func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
 	var list struct{ Items []*Pod }
 	if err := k.GetJSON(ctx, "/pods", &list); err != nil {
@@ -335,8 +334,8 @@ func (k *Kubelet) Pods(ctx context.Context) (map[string]*Pod, error) {
 	return pods, nil
 }
 
-// Get asks the kubelet's API for a path, with its query. Any status but 200 is an
-// error. The caller closes the answer, and ends it by ctx if it has no end.
+// Get requests a path of the kubelet's API, with its query. Any status except for 200 is an error.
+// The caller closes the body, and cancels ctx if the body is endless.
 func (k *Kubelet) Get(ctx context.Context, path string) (io.ReadCloser, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.URL(path), nil)
 	if err != nil {
@@ -344,17 +343,17 @@ func (k *Kubelet) Get(ctx context.Context, path string) (io.ReadCloser, error) {
 	}
 	resp, err := k.api.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("failed to ask the kubelet for %q: %w", path, err)
+		return nil, fmt.Errorf("failed to get %q from the kubelet: %w", path, err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
 		text, _ := io.ReadAll(resp.Body)
-		return nil, fmt.Errorf("the kubelet answers %q to the question for %q: %s", resp.Status, path, text)
+		return nil, fmt.Errorf("failed to get %q from the kubelet: %s: %s", path, resp.Status, text)
 	}
 	return resp.Body, nil
 }
 
-// GetJSON decodes an answer of the kubelet's API into value. It may take apiTimeout.
+// GetJSON decodes an answer of the kubelet's API into value, within apiTimeout.
 func (k *Kubelet) GetJSON(ctx context.Context, path string, value any) error {
 	ctx, cancel := context.WithTimeout(ctx, harness.Patience(apiTimeout))
 	defer cancel()
@@ -369,24 +368,22 @@ func (k *Kubelet) GetJSON(ctx context.Context, path string, value any) error {
 	return nil
 }
 
-// URL returns the address of a path of the kubelet's API, as it is reached from
-// the node.
+// URL returns the address of a path of the kubelet's API for requests from the node.
 func (k *Kubelet) URL(path string) string { return "https://" + address + path }
 
-// PodPath returns the path of the kubelet's API for what is done with a pod, such
-// as "exec", and with one of its containers if it is named.
+// PodPath returns the path of the kubelet's API for an action on a pod, such as "exec", and on one
+// of its containers if it is named.
 func PodPath(verb, name string, container ...string) string {
 	return path.Join(append([]string{"/", verb, "default", name + "-" + NodeName}, container...)...)
 }
 
-// VolumePath returns where the node has a pod's volume of a kind, such as
+// VolumePath returns the path of a volume of a pod on the node, by the kind of the volume, such as
 // "empty-dir".
 func (k *Kubelet) VolumePath(p *Pod, kind, volume string) string {
 	return filepath.Join(k.path("root/pods"), p.Metadata.UID, "volumes", "kubernetes.io~"+kind, volume)
 }
 
-// Syncs returns how often the kubelet has brought a pod to its desired state and
-// found it there, or not.
+// Syncs returns how often the kubelet has synced a pod, whether or not that succeeded.
 func (k *Kubelet) Syncs(name string) int {
 	return k.AllSyncs()["default/"+name+"-"+NodeName]
 }

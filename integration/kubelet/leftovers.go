@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Leftovers returns the directories and cgroups of pods. The kubelet removes a
-// pod's a little after its end.
+// Leftovers returns the directories and cgroups of pods. The kubelet removes them some time after
+// the end of a pod.
 func (k *Kubelet) Leftovers() ([]string, error) {
 	left, err := filepath.Glob(k.path("root/pods/*"))
 	if err != nil {
@@ -27,8 +27,8 @@ func (k *Kubelet) Leftovers() ([]string, error) {
 	return left, nil
 }
 
-// qosClasses are the cgroups that hold those of pods, parents last. The kubelet
-// makes them and never removes them.
+// qosClasses are the cgroups above those of pods, parents last. The kubelet makes them and never
+// removes them.
 var qosClasses = [][]string{{"kubepods", "besteffort"}, {"kubepods", "burstable"}, {"kubepods"}}
 
 // cgroups returns the cgroups that match a pattern below the node's, in every

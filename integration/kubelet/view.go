@@ -10,12 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A kubelet holds the machine for its own: it has fixed paths in /var, looks for
-// its user in /etc/passwd, and sets the kernel to reboot on an oops, among others.
-// This one runs in a mount namespace where private files stand in for them.
+// A kubelet assumes that the machine is its own: it uses fixed paths in /var, looks for its user in
+// /etc/passwd, changes kernel settings such as panic_on_oops, and more. This kubelet runs in a
+// mount namespace with private files in their place.
 
-// directories are where the kubelet has fixed paths: the socket for device
-// plugins in /var/lib/kubelet, and links to logs in /var/log/containers.
+// directories are the fixed paths of the kubelet: the socket for device plugins in
+// /var/lib/kubelet, and links to logs in /var/log/containers.
 var directories = []string{"/var/lib", "/var/log"}
 
 // settings are the kernel settings that the kubelet changes
@@ -26,8 +26,8 @@ var settings = []string{
 	"/proc/sys/kernel/keys/root_maxkeys", "/proc/sys/kernel/keys/root_maxbytes",
 }
 
-// Subordinate ids of the user "kubelet", of which pods with hostUsers: false have
-// theirs. Without that user the kubelet picks from all 32 bits.
+// The subordinate ids of the user "kubelet", from which pods with hostUsers: false get theirs.
+// Without that user, the kubelet uses all 32 bits.
 const (
 	FirstID = 65536
 	IDs     = 256 * 65536
@@ -35,8 +35,8 @@ const (
 
 const passwd = "/etc/passwd"
 
-// makeStandIns makes empty directories, copies of the kernel's settings and of
-// the users, with the kubelet's, and the program that tells its ids.
+// makeStandIns makes empty directories, copies of the kernel settings, users that include the
+// kubelet's, and the program that reports its subordinate ids.
 func (k *Kubelet) makeStandIns() error {
 	if err := k.makeUser(); err != nil {
 		return err
@@ -61,8 +61,8 @@ func (k *Kubelet) makeStandIns() error {
 	return nil
 }
 
-// makeUser makes the kubelet's user. Its ids are in no file: not every machine has
-// the program of shadow that reads /etc/subuid for the kubelet.
+// makeUser makes the user of the kubelet. A program reports its ids instead of /etc/subuid, because
+// some machines lack shadow's program that reads this file.
 func (k *Kubelet) makeUser() error {
 	users, err := os.ReadFile(passwd)
 	if err != nil {
@@ -82,11 +82,11 @@ func (k *Kubelet) makeUser() error {
 	return nil
 }
 
-// standIn returns the path of what stands in for path.
+// standIn returns the path of the replacement of path.
 func (k *Kubelet) standIn(path string) string { return filepath.Join(k.path("machine"), path) }
 
-// shareRoot makes the kubelet's root directory a mount of its own, from which
-// volumes that the kubelet mounts in its namespace reach the others.
+// shareRoot makes the root directory of the kubelet a shared mount, so that volumes mounted in the
+// kubelet's namespace appear in the others.
 func (k *Kubelet) shareRoot() error {
 	root := k.path("root")
 	if err := unix.Mount(root, root, "", unix.MS_BIND, ""); err != nil {
@@ -101,34 +101,34 @@ func (k *Kubelet) shareRoot() error {
 // unshareRoot fails while a volume is mounted.
 func (k *Kubelet) unshareRoot() error {
 	err := unix.Unmount(k.path("root"), unix.UMOUNT_NOFOLLOW)
-	if err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: it is no mount, and was none
+	if err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: not a mount
 		return fmt.Errorf("failed to unmount %q: %w", k.path("root"), err)
 	}
 	return nil
 }
 
-// enterView moves the calling thread for good to the kubelet's mount namespace.
+// enterView moves the calling thread to the mount namespace of the kubelet, permanently.
 func (k *Kubelet) enterView() error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("failed to make a mount namespace: %w", err)
 	}
-	// With the volumes that an earlier kubelet has mounted in there.
+	// The clone has the volumes that an earlier kubelet has mounted.
 	root, err := unix.OpenTree(unix.AT_FDCWD, k.path("root"), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
 	if err != nil {
 		return fmt.Errorf("failed to clone the mount %q: %w", k.path("root"), err)
 	}
 	defer unix.Close(root)
-	// What the machine mounts and unmounts is seen here, and nothing the other
-	// way round, but for the clone, which still is a peer.
+	// Mounts of the machine propagate into this namespace, and none propagate back, except for
+	// those in the clone, which remains a peer.
 	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("failed to keep mounts from the machine: %w", err)
+		return fmt.Errorf("failed to stop the propagation of mounts to the machine: %w", err)
 	}
 	if err := unix.MoveMount(root, "", unix.AT_FDCWD, k.path("root"), unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("failed to mount %q: %w", k.path("root"), err)
 	}
 	for _, path := range slices.Concat(directories, settings, []string{passwd}) {
 		if err := unix.Mount(k.standIn(path), path, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("failed to put %q in the place of %q: %w", k.standIn(path), path, err)
+			return fmt.Errorf("failed to replace %q with %q: %w", path, k.standIn(path), err)
 		}
 	}
 	return nil

@@ -1,4 +1,4 @@
-# Gives the node podfsm, by the words of docs/install.md: DRIVER. Pods run on.
+# Gives the node podfsm, by the words of docs/howto/install.md: DRIVER. Pods run on.
 driver=$1
 [ "$driver" = systemd ] && systemd=true || systemd=false
 dpkg --install /lab/package/*.deb

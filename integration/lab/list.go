@@ -24,15 +24,17 @@ func scenarios(o options) []scenario {
 		{name: "life-cgroupfs-v1", on: debian13, options: v1, do: life("cgroupfs")},
 		{name: "life-debian12-systemd", on: debian12, do: life("systemd")},
 		{name: "life-debian12-cgroupfs", on: debian12, do: life("cgroupfs")},
-		// The kubelet's driver is systemd, and nobody has told the runtime handlers.
+		// The driver of the kubelet is systemd, and the runtime handlers are not configured for it.
 		{name: "slices-without-systemd", on: debian13, do: steps(node("cgroupfs"), pods("slices", "TestRun|TestRunStock|TestStillRun"), kill,
 			pods("slices", "TestStillRun|TestRemoveAll"))},
 		{name: "tests-systemd", on: debian13, do: integrationTests(tests, "systemd")},
 		{name: "tests-cgroupfs", on: debian13, do: integrationTests(tests, "cgroupfs")},
-		// Plugins that need more of a kernel, and Debian's crun, which is today's.
+		// Plugins that need a full kernel, and the current crun of Debian.
 		{name: "plugins", on: debian13, do: integrationTests("TestChains|TestOtherHandlers", "cgroupfs")},
 		{name: "conformance", on: debian13, critest: true, do: conformance},
-		{name: "cluster", on: debian13, cluster: true, do: clusterTests("systemd")},
+		{name: "cluster", on: debian13, cluster: true, do: clusterTests("systemd", o.tests)},
+		// From stock containerd by the manifests, and back.
+		{name: "deploy", on: debian13, cluster: true, do: steps(stock("systemd"), command(deployScript))},
 		{name: "reboot", on: debian13, do: again(reboot)},
 		{name: "power-cut", on: debian13, do: again(cut)},
 		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1), afterCut))},
@@ -42,21 +44,22 @@ func scenarios(o options) []scenario {
 	}
 }
 
-var smoke = steps(node("systemd"), pods("systemd", "TestRun"), kill, pods("systemd", "TestStillRun|TestExits|TestRemoveAll"),
+var smoke = steps(node("systemd"), pods("systemd", "TestRun"), kill, pods("systemd", "TestStillRun|TestExitsAfterAKill|TestRemoveAll"),
 	reconfigure("cgroupfs"), pods("cgroupfs", "TestRun"), cut, pods("cgroupfs", "TestNoneReady|TestRemoveAll"))
 
-// life is that of a node with podfsm from the first day to the last: pods of containerd's own run through all of it.
+// life is the whole life of a node with podfsm. Pods of containerd's own handler run through all of
+// it.
 func life(driver string) step {
 	return steps(stock(driver), pods(driver, "TestRunStock"),
 		install(driver), pods(driver, "TestStillRun|TestRun|TestTmpfsVolumes"),
 		kill, pods(driver, "TestStillRun"),
 		command("systemctl restart containerd"), pods(driver, "TestStillRun"),
 		command("systemctl stop containerd; systemctl start containerd"), pods(driver, "TestStillRun"),
-		command(upgrade), pods(driver, "TestStillRun|TestExits"),
+		command(upgrade), pods(driver, "TestStillRun|TestExitsAfterAKill"),
 		command(refuseRemoval), command(drain), command(purge), pods(driver, "TestStockStillRuns|TestRemoveAll"))
 }
 
-// The node's last days with podfsm, by the words of docs/install.md.
+// The upgrade and the removal of podfsm, as in docs/howto.
 const (
 	upgrade       = "dpkg --install /lab/upgrade/*.deb; systemctl restart containerd; podfsm --version | grep 0.0.1-lab"
 	refuseRemoval = "if apt-get purge --yes podfsm; then exit 1; fi; podfsm ps"
@@ -67,29 +70,30 @@ systemctl show --property ExecStart containerd | grep -q path=/usr/local/bin/con
 [ -z "$(ls -d {/var/lib,/run}/containerd/*podfsm* 2>/dev/null | grep -v snapshotter)" ]`
 )
 
-// again runs pods, has the machine start anew, and runs pods after it.
+// again runs pods, restarts the machine, and runs pods after that.
 func again(start step) step {
 	return steps(node("systemd"), pods("systemd", "TestRun"), start, afterCut, pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))
 }
 
-// afterCut finds what has to be true after a start of the machine, whatever was under way when it ended.
+// afterCut checks what must be true after every start of the machine, whatever was running when the
+// power was cut.
 var afterCut = pods("systemd", "TestNoneReady|TestRemoveAll")
 
 const (
-	// upgrades installs the package over and over. After a power cut dpkg wants to be told to go on, or, where it was unpacking, that the
-	// package is installed anew.
+	// upgrades installs the package repeatedly. After a power cut, dpkg has to be continued, or the
+	// package has to be installed again if dpkg was unpacking it.
 	upgrades = "while dpkg --install /lab/upgrade/*.deb && systemctl restart containerd; do dpkg --install /lab/package/*.deb; systemctl restart containerd; done"
 	repair   = "dpkg --configure --pending || true; dpkg --audit; dpkg --install /lab/upgrade/*.deb; systemctl restart containerd"
-	// fill leaves no block of the root filesystem free, not for root either.
+	// fill fills the root filesystem completely, including the blocks reserved for root.
 	fill = "fallocate --length $(($(stat --file-system --format '%f * %S' /))) /filler || true; cat /dev/zero >>/filler || true"
-	// empty is what an operator does when containerd doesn't start.
+	// empty frees space, as an operator does when containerd doesn't start.
 	empty = "systemctl is-active containerd || true; rm /filler; systemctl reset-failed containerd; systemctl restart containerd"
 )
 
-// v1 has systemd 257 mount the hierarchies of cgroup v1, as before it was told not to.
+// v1 makes systemd 257 mount the hierarchies of cgroup v1.
 const v1 = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1 systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1"
 
-// everywhere are the integration tests that run on the machines.
+// everywhere selects the integration tests that run on the machines.
 var everywhere = []string{
 	"TestContainersLikeStock", "TestUserNSPod", "TestUserNSPodsAreApart", "TestFailureOfEachStep", "TestRestart", "TestNetworks",
 	"TestUserModes", "TestUserModesOverRestart", "TestIsolation", "TestLeaks", "TestDrainWhilePodsCome", "TestStatsLikeStock", "TestPodKinds",
@@ -122,9 +126,9 @@ func repeat(rounds int, all ...step) step {
 	}
 }
 
-// environment is that of the tests on a machine.
+// environment returns the environment of the tests on a machine.
 func environment(driver string) string {
-	return fmt.Sprintf("export HOME=/root TMPDIR=/var/tmp CI=1 PODFSM_PREBUILT=/lab PODFSM_PATIENCE=10 PODFSM_CGROUPS=%s\n", driver)
+	return fmt.Sprintf("export HOME=/root TMPDIR=/var/tmp PODFSM_PREBUILT=/lab PODFSM_PATIENCE=10 PODFSM_CGROUPS=%s\n", driver)
 }
 
 // integrationTests runs tests of ./integration.
@@ -133,12 +137,13 @@ func integrationTests(pattern, driver string) step {
 		"/lab/.build/bin/integration.test -test.v -test.timeout 100m -test.run '^(" + pattern + ")$'")
 }
 
-// conformance runs critest against stock and podfsm. Two specs at a time on each side are what two slow processors can do.
+// conformance runs critest against stock and podfsm, with two specs at a time on each side, which
+// is the limit of two slow processors.
 var conformance = command(environment("systemd") + "cd /lab\n.build/bin/conformance -parallel 2")
 
-// clusterTests runs those of ./integration/cluster.
-func clusterTests(driver string) step {
-	return command(environment(driver) + "/lab/.build/kubernetes/cluster.test -test.v -test.timeout 110m")
+// clusterTests runs the tests of ./integration/cluster that match.
+func clusterTests(driver, pattern string) step {
+	return command(environment(driver) + "/lab/.build/kubernetes/cluster.test -test.v -test.timeout 110m -test.run '" + pattern + "'")
 }
 
 // pods runs tests of ./node.
@@ -153,6 +158,9 @@ func command(script string) step {
 //go:embed stock.sh
 var stockScript string
 
+//go:embed deploy.sh
+var deployScript string
+
 //go:embed install.sh
 var installScript string
 
@@ -160,13 +168,13 @@ func stock(driver string) step   { return command("set -- " + driver + "\n" + st
 func install(driver string) step { return command("set -- " + driver + "\n" + installScript) }
 func node(driver string) step    { return steps(stock(driver), install(driver)) }
 
-// reconfigure has all handlers use the other driver.
+// reconfigure switches all handlers to the other cgroup driver.
 func reconfigure(driver string) step {
 	return command(fmt.Sprintf("sed -i 's/SystemdCgroup = .*/SystemdCgroup = %t/' /etc/containerd/config.toml /etc/containerd/conf.d/*.toml\n"+
 		"systemctl restart containerd", driver == "systemd"))
 }
 
-// kill kills the daemon, and returns when systemd has started another.
+// kill kills the daemon, and waits until systemd has started another.
 var kill = command(`before=$(systemctl show --property MainPID containerd)
 systemctl kill --signal KILL --kill-whom main containerd
 until [ "$(systemctl show --property MainPID containerd)" != "$before" ] && systemctl --quiet is-active containerd; do sleep 1; done`)
@@ -187,14 +195,16 @@ func reboot(ctx context.Context, m *machine, _ io.Writer) error {
 	return m.boot(ctx)
 }
 
-// churnPatience bounds the wait for the first pods of a churn: an upgrade restarts containerd meanwhile, and machines are slow.
+// churnPatience bounds the wait for the first pods of a churn: an upgrade restarts containerd at
+// the same time, and the machines are slow.
 const churnPatience = 5 * time.Minute
 
-// churnAndCut cuts the power while pods come and go, of which at least so many have run, and while scripts run.
+// churnAndCut cuts the power while pods are started and removed, after a number of them have run,
+// and while scripts run.
 func churnAndCut(atLeast int64, scripts ...string) step {
 	return func(ctx context.Context, m *machine, log io.Writer) error {
 		churn := &churned{out: log, missing: atLeast, enough: make(chan struct{})}
-		all := []func() error{func() error { return pods("systemd", "TestChurn")(ctx, m, churn) }}
+		all := []func() error{func() error { return pods("systemd", "TestChurnUntilPowerCut")(ctx, m, churn) }}
 		for _, script := range scripts {
 			all = append(all, func() error { return m.run(ctx, log, script) })
 		}
@@ -204,7 +214,7 @@ func churnAndCut(atLeast int64, scripts ...string) step {
 		}
 		begun, moment := time.Now(), 10*time.Second+rand.N(30*time.Second)
 		err := churn.until(ended, moment)
-		m.cut() // ends them
+		m.cut() // ends the churn and the scripts
 		if err != nil {
 			return err
 		}
@@ -216,7 +226,7 @@ func churnAndCut(atLeast int64, scripts ...string) step {
 	}
 }
 
-// until returns some time after enough pods have run, unless the churn ends before.
+// until waits until enough pods have run and some more time, unless the churn ends before.
 func (c *churned) until(ended <-chan error, moment time.Duration) error {
 	if c.missing > 0 {
 		select {
@@ -235,12 +245,12 @@ func (c *churned) until(ended <-chan error, moment time.Duration) error {
 	}
 }
 
-// churned counts the pods that TestChurn has run, by what it prints.
+// churned counts the pods of TestChurnUntilPowerCut in its output.
 type churned struct {
 	out     io.Writer
-	missing int64         // pods that have to run at least
-	enough  chan struct{} // closed when they have
-	pods    int64         // readable when the churn has ended
+	missing int64         // how many pods have to run
+	enough  chan struct{} // closed when they have run
+	pods    int64         // read it only after the end of the churn
 }
 
 func (c *churned) Write(p []byte) (int, error) {

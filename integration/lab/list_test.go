@@ -37,7 +37,8 @@ func TestChoose(t *testing.T) {
 	require.Error(t, err)
 }
 
-// A test that was renamed, or is named in a pattern that go test reads otherwise, would silently be missing on the machines.
+// The patterns of scenarios must match existing tests. A renamed test would silently be missing on
+// the machines.
 func TestListedTestsExist(t *testing.T) {
 	files, err := filepath.Glob("../*_test.go")
 	require.NoError(t, err)
@@ -56,7 +57,7 @@ func TestListedTestsExist(t *testing.T) {
 	}
 }
 
-// The log gets everything, in whatever pieces it comes.
+// The log gets the whole output, however it is split into writes.
 func TestResultsKeepAll(t *testing.T) {
 	var log bytes.Buffer
 	r := &results{log: &log}

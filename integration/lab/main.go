@@ -1,5 +1,6 @@
-// Command lab runs podfsm on real nodes: virtual machines with Debian, systemd, cgroup v2 and AppArmor. It shows its progress and
-// leaves nothing behind but its cache, and the logs of what has failed, in .build/nodes.
+// Command lab runs podfsm on real nodes: virtual machines with Debian, systemd, cgroup v2 and
+// AppArmor. It shows its progress. It leaves nothing behind except for its cache, and the logs of
+// failures in .build/nodes.
 package main
 
 import (
@@ -21,14 +22,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The machine is killed when the thread that has started it ends.
+// The kernel kills the machine when the thread that started it ends.
 func init() { runtime.LockOSThread() }
 
 func main() {
 	smoke := flag.Bool("smoke", false, "run the scenarios of the smoke alone, in a few minutes")
 	shell := flag.Bool("shell", false, "boot a machine and give a shell in it, instead of scenarios")
 	pattern := flag.String("run", ".", "run the scenarios whose `name` matches")
-	tests := flag.String("tests", "", "run the integration tests that match, instead of a scenario's own list")
+	tests := flag.String("tests", "", "run the tests that match, instead of a scenario's own list")
 	rounds := flag.Int("rounds", 3, "cut the power so many times in the scenario power-cuts")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -118,7 +119,8 @@ func choose(o options) ([]scenario, error) {
 	return chosen, nil
 }
 
-// lock waits until no other lab runs on this machine: a virtual one takes two processors and 4 GiB.
+// lock waits until no other lab runs on this machine: a virtual machine takes two processors and 4
+// GiB.
 func lock() (unlock func(), err error) {
 	f, err := os.OpenFile(filepath.Join(os.TempDir(), "podfsm-lab.lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -161,7 +163,7 @@ func shell(ctx context.Context, dir string) error {
 	return qemu.Run()
 }
 
-// run runs a program. The error shows the end of what it has printed, and names the log that has all of it.
+// run runs a program. The error has the end of its output and the path of the whole log.
 func run(ctx context.Context, log, name string, args ...string) error {
 	f, err := os.Create(log)
 	if err != nil {

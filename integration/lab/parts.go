@@ -9,17 +9,19 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/client-go/util/keyutil"
+
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// parts is the content of the machines' second disk, which is mounted at /lab: all programs, the integration tests and what these read,
-// laid out as the repository is.
+// parts is the content of the second disk of the machines, which is mounted at /lab: all programs,
+// the integration tests and their files, in the layout of the repository.
 type parts struct {
 	dir, log string // of the lab
 	repo     string
 	arch     string
 	cluster  bool   // has Kubernetes and its tests; not for another architecture
-	stage    string // the content, while it comes together
+	stage    string // the folder in which the content is built
 }
 
 // makeParts makes the image of the parts for an architecture.
@@ -40,7 +42,11 @@ func makeParts(ctx context.Context, dir string, base base, cluster bool) (image 
 	if err != nil {
 		return "", err
 	}
-	for name, content := range map[string][]byte{"containerd.service": unit, "images.tar": images} {
+	key, err := keyutil.MakeEllipticPrivateKeyPEM() // of the service accounts of the scenario deploy
+	if err != nil {
+		return "", err
+	}
+	for name, content := range map[string][]byte{"containerd.service": unit, "images.tar": images, "service-accounts.key": key} {
 		if err := os.WriteFile(filepath.Join(p.stage, name), content, 0o644); err != nil {
 			return "", err
 		}
@@ -49,7 +55,7 @@ func makeParts(ctx context.Context, dir string, base base, cluster bool) (image 
 	return image, run(ctx, p.log, "mkfs.ext4", "-q", "-F", "-d", p.stage, "-L", "lab", image, "4G")
 }
 
-// build builds the programs into the stage, and returns the images, as docker save writes them.
+// build builds the programs into the stage, and returns the images in the format of docker save.
 func (p *parts) build(ctx context.Context, base base) (images []byte, err error) {
 	if p.repo, images, err = harness.BuildAll(ctx); err != nil {
 		return nil, err
@@ -70,14 +76,15 @@ func (p *parts) build(ctx context.Context, base base) (images []byte, err error)
 	if err := run(ctx, p.log, "cp", copies...); err != nil {
 		return nil, err
 	}
-	// As make test builds it, from the same cache.
+	// Built like make test does, with the same cache.
 	if err := p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", bin+"/integration.test", "./integration"); err != nil {
 		return nil, err
 	}
 	return images, p.static(ctx, bin)
 }
 
-// buildConformance builds what only the scenario conformance runs, into the folder that the parts are copied from.
+// buildConformance builds what only the conformance scenario runs, into the folder from which the
+// parts are copied.
 func buildConformance(ctx context.Context, dir string) error {
 	bin, err := harness.BuildCritest(ctx)
 	if err != nil {
@@ -86,7 +93,7 @@ func buildConformance(ctx context.Context, dir string) error {
 	return run(ctx, filepath.Join(dir, "parts.log"), "go", "build", "-o", filepath.Join(bin, "conformance"), "./integration/conformance")
 }
 
-// kubernetes builds what ./integration/cluster runs, and that.
+// kubernetes builds ./integration/cluster and its programs.
 func (p *parts) kubernetes(ctx context.Context) error {
 	if _, err := harness.BuildKubelet(ctx); err != nil { // comes with .build/bin
 		return err
@@ -101,7 +108,7 @@ func (p *parts) kubernetes(ctx context.Context) error {
 	return p.goBuild(ctx, ".", []string{"CGO_ENABLED=1"}, "test", "-c", "-o", p.stage+"/.build/kubernetes/cluster.test", "./integration/cluster")
 }
 
-// static builds what runs on machines alone.
+// static builds the programs that run on machines only.
 func (p *parts) static(ctx context.Context, bin string) error {
 	if err := p.goBuild(ctx, ".", nil, "test", "-c", "-o", bin+"/node.test", "./integration/lab/node"); err != nil {
 		return err
@@ -109,7 +116,7 @@ func (p *parts) static(ctx context.Context, bin string) error {
 	return p.goBuild(ctx, ".", nil, "build", "-o", bin+"/", "./integration/lab/agent")
 }
 
-// cross builds what a node of another architecture needs. The integration tests don't run on it.
+// cross builds what a node of another architecture needs. The integration tests don't run there.
 func (p *parts) cross(ctx context.Context, base base, bin string) ([]byte, error) {
 	const containerd = "github.com/containerd/containerd/v2/cmd/"
 	builds := []struct {
@@ -118,8 +125,8 @@ func (p *parts) cross(ctx context.Context, base base, bin string) ([]byte, error
 		args   []string
 	}{
 		{".", nil, []string{containerd + "containerd", containerd + "containerd-shim-runc-v2", containerd + "ctr"}},
-		{"integration/tools/cni", nil, []string{"tool"}},
-		{"integration/tools/runc", []string{
+		{"tools/modules/cni", nil, []string{"tool"}},
+		{"tools/modules/runc", []string{
 			"CGO_ENABLED=1", "CC=" + crossCompiler,
 			"PKG_CONFIG_SYSROOT_DIR=" + base.sysroot, "PKG_CONFIG_LIBDIR=" + base.sysroot + "/usr/lib/aarch64-linux-gnu/pkgconfig",
 		}, []string{"-tags=seccomp", "tool"}},
@@ -131,7 +138,7 @@ func (p *parts) cross(ctx context.Context, base base, bin string) ([]byte, error
 		}
 	}
 	pause := bin + "/pause"
-	if err := run(ctx, p.log, crossCompiler, "-static", "-Os", "-s", "-o", pause, filepath.Join(p.repo, "integration/pause/pause.c")); err != nil {
+	if err := run(ctx, p.log, crossCompiler, "-static", "-Os", "-s", "-o", pause, filepath.Join(p.repo, "integration/programs/pause/pause.c")); err != nil {
 		return nil, err
 	}
 	if err := p.static(ctx, bin); err != nil {
@@ -140,18 +147,20 @@ func (p *parts) cross(ctx context.Context, base base, bin string) ([]byte, error
 	return harness.Images(ctx, harness.Programs{Arch: p.arch, Pause: pause, Busybox: base.sysroot + "/busybox"})
 }
 
-// crossCompiler is the C compiler for the only other architecture that there are packages for.
+// crossCompiler is the C compiler for the other architecture of the packages.
 const crossCompiler = "aarch64-linux-gnu-gcc"
 
-// goBuild runs the go command in a module of the repository, for the parts' architecture; without cgo, unless env says otherwise.
+// goBuild runs the go command in a module of the repository for the architecture of the parts,
+// without cgo unless env enables it.
 func (p *parts) goBuild(ctx context.Context, module string, env []string, args ...string) error {
 	env = append([]string{"GOARCH=" + p.arch, "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false"}, env...)
 	return run(ctx, p.log, "env", slices.Concat([]string{"-C", filepath.Join(p.repo, module)}, env, []string{"go"}, args)...)
 }
 
-// pack makes the project's Debian packages of static binaries, as make dist does: one to install and one to upgrade to.
+// pack makes the project's Debian packages and images of static binaries, as make dist does: one to
+// install and one to upgrade to.
 func (p *parts) pack(ctx context.Context) error {
-	nfpm, err := harness.BuildNFPM(ctx)
+	programs, err := harness.BuildPacking(ctx)
 	if err != nil {
 		return err
 	}
@@ -165,7 +174,7 @@ func (p *parts) pack(ctx context.Context) error {
 		if err := os.MkdirAll(out, 0o755); err != nil {
 			return err
 		}
-		if err := run(ctx, p.log, filepath.Join(p.repo, "deploy/package/pack"), pkg.version, "1795529540", p.arch, bin, nfpm, out); err != nil {
+		if err := run(ctx, p.log, filepath.Join(p.repo, "deploy/package/pack"), pkg.version, "1795529540", p.arch, bin, programs, out, "deb", "image"); err != nil {
 			return err
 		}
 	}

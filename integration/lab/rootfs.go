@@ -23,7 +23,7 @@ var (
 
 func (p platform) String() string { return p.release + "-" + p.arch }
 
-// packages are what a node has besides Debian's minimal system.
+// packages are the packages of a node beside Debian's minimal system.
 func (p platform) packages() []string {
 	return []string{
 		"systemd", "systemd-sysv", "dbus", "udev", "kmod", "linux-image-cloud-" + p.arch, // boots
@@ -37,13 +37,15 @@ func (p platform) packages() []string {
 //go:embed rootfs.sh
 var rootfsScript string
 
-// base is a root filesystem that no machine writes to, with the kernel that boots it. sysroot has what a build for it needs.
+// base is a read-only root filesystem with the kernel that boots it. sysroot has what cross builds
+// need.
 type base struct {
 	platform
 	image, kernel, initrd, sysroot string
 }
 
-// makeBase makes the root filesystem of a platform, or finds the one that an earlier run has made the same way.
+// makeBase makes the root filesystem of a platform, or returns the cached one of an earlier run
+// with the same input.
 func makeBase(ctx context.Context, dir string, p platform) (base, error) {
 	arguments := append([]string{p.release, p.arch}, p.packages()...)
 	id := fmt.Sprintf("%x", sha256.Sum256([]byte(rootfsScript+strings.Join(arguments, " "))))[:12]

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// scenario is what a machine goes through.
+// scenario is a sequence of steps on a machine.
 type scenario struct {
 	name    string
 	smoke   bool
@@ -23,10 +23,11 @@ type scenario struct {
 	do      step
 }
 
-// scenarioTimeout ends a scenario that hangs.
+// scenarioTimeout bounds a scenario.
 const scenarioTimeout = 2 * time.Hour
 
-// try runs the scenario on a new machine. The machine's logs and journal are kept if it fails.
+// try runs the scenario on a new machine. After a failure, the logs and the journal of the machine
+// are kept.
 func (s scenario) try(ctx context.Context, dir string, base base, parts string) (err error) {
 	begun := time.Now()
 	dir = filepath.Join(dir, s.name)
@@ -70,7 +71,7 @@ func (s scenario) try(ctx context.Context, dir string, base base, parts string) 
 	return nil
 }
 
-// keep saves what tells why a scenario has failed.
+// keep saves what explains a failure.
 func (m *machine) keep(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 	defer cancel()
@@ -90,7 +91,7 @@ func (m *machine) keep(ctx context.Context) {
 	}
 }
 
-// results shows the result of each test, and keeps all that a test has printed. Several may write at once.
+// results shows the result of each test, and keeps the whole output. It is safe for concurrent use.
 type results struct {
 	mu   sync.Mutex
 	log  io.Writer

@@ -18,13 +18,14 @@ import (
 )
 
 const (
-	// bootTimeout is how long a machine may take from its start to a shell. It takes 20 s where nobody else works.
+	// bootTimeout bounds the time from the start of a machine to a shell. On an idle host this
+	// takes 20 s.
 	bootTimeout = 5 * time.Minute
-	// shutdownTimeout is systemd's own for a service that doesn't end, and some.
+	// shutdownTimeout is somewhat longer than systemd's own timeout for a service that doesn't end.
 	shutdownTimeout = 3 * time.Minute
 )
 
-// machine is a virtual machine. Its disks outlive a boot.
+// machine is a virtual machine. Its disks survive reboots.
 type machine struct {
 	dir     string // of its disks and logs
 	base    base
@@ -35,7 +36,8 @@ type machine struct {
 	address string // of its agent
 }
 
-// newMachine gives a machine disks of its own: changes to the root filesystem, and a copy of the parts.
+// newMachine returns a machine with its own disks: changes to the root filesystem, and a copy of
+// the parts.
 func newMachine(ctx context.Context, dir string, base base, parts string) (*machine, error) {
 	m := &machine{dir: dir, base: base}
 	for name, backing := range map[string]string{"root": base.image, "parts": parts} {
@@ -48,43 +50,51 @@ func newMachine(ctx context.Context, dir string, base base, parts string) (*mach
 
 func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 
-// qemu is the command that runs the machine. KVM isn't used: it isn't there in many build machines, which are virtual themselves.
+// qemu returns the command that runs the machine. It does not use KVM, which many build machines
+// lack because they are virtual.
 func (m *machine) qemu(ctx context.Context, more ...string) *exec.Cmd {
 	emulator := emulators[m.base.arch]
 	cmd := exec.CommandContext(ctx, emulator.program, slices.Concat(emulator.machine, []string{
 		"-accel", "tcg,thread=multi", "-smp", "2", "-m", "4096",
-		// Mitigations of the processor's flaws flush what emulation has translated, at every system call.
+		// Mitigations of processor flaws flush translated code at every system call of an emulated
+		// processor.
 		"-kernel", m.base.kernel, "-initrd", m.base.initrd, "-append", "console=" + emulator.console + " root=/dev/vda rw quiet mitigations=off panic=-1 " + m.options,
 		"-drive", "file=" + m.path("root.qcow2") + ",if=virtio", "-drive", "file=" + m.path("parts.qcow2") + ",if=virtio",
 		"-display", "none", "-no-reboot",
 	}, more)...)
-	// A lab that is killed takes its machine with it. main holds the thread that this is about.
+	// The machine is killed with the lab. The signal is bound to the starting thread, which main
+	// holds.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return cmd
 }
 
-// emulators are qemu's programs by architecture.
+// emulators are the programs of qemu by architecture.
 var emulators = map[string]struct {
 	program string
 	machine []string
 	console string
 }{
 	"amd64": {"qemu-system-x86_64", []string{"-machine", "q35", "-cpu", "max"}, "ttyS0"},
-	// Pointer authentication in the way of the architecture's specification takes half of the time.
+	// Emulating the specified algorithm of pointer authentication takes half of the time.
 	"arm64": {"qemu-system-aarch64", []string{"-machine", "virt", "-cpu", "max,pauth-impdef=on"}, "ttyAMA0"},
 }
 
-// boots is how often a machine is booted whose kernel panics meanwhile. Emulation without KVM runs several processors at once, and loses a
-// race now and then when the kernel patches its own code: "Oops: int3" before there is a root filesystem.
+// boots is how often a machine is booted if the emulation fails. Without KVM several processors run
+// in parallel, and qemu sometimes loses a race: when the kernel patches its own code ("Oops: int3"
+// before there is a root filesystem), and in its device models.
 const boots = 3
 
-var errPanic = errors.New("the kernel panicked while it booted")
+var errEmulation = errors.New("emulation failed while the machine booted")
 
-// boot starts the machine and returns when it runs commands.
+// failuresOfEmulation are the messages of such failures on the console: those of the kernel, and of
+// assert(3) in qemu.
+var failuresOfEmulation = []string{"Kernel panic", ": Assertion `"}
+
+// boot starts the machine and waits until it runs commands.
 func (m *machine) boot(ctx context.Context) error {
 	for try := 1; ; try++ {
 		err := m.bootOnce(ctx)
-		if try == boots || !errors.Is(err, errPanic) {
+		if try == boots || !errors.Is(err, errEmulation) {
 			return err
 		}
 		progress("%v: booting again", err)
@@ -116,9 +126,9 @@ func (m *machine) bootOnce(ctx context.Context) error {
 	m.exited = make(chan struct{})
 	go func() {
 		defer close(m.exited)
-		_ = m.process.Wait() // whatever it was, the machine is off
+		_ = m.process.Wait() // the machine is off with any outcome
 	}()
-	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("the machine doesn't boot within %v, see %s", bootTimeout, m.path("console.log")))
+	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("the machine did not boot within %v, see %s", bootTimeout, m.path("console.log")))
 	defer cancel()
 	for {
 		try, cancel := context.WithTimeout(ctx, 20*time.Second)
@@ -138,19 +148,21 @@ func (m *machine) bootOnce(ctx context.Context) error {
 	}
 }
 
-// ended says why a machine that was booting has ended. Its console has what it said from an offset on.
+// ended returns why a booting machine has ended, by its console from an offset on.
 func (m *machine) ended(from int64) error {
 	said, err := os.ReadFile(m.path("console.log"))
 	if err != nil {
 		return err
 	}
-	if bytes.Contains(said[min(from, int64(len(said))):], []byte("Kernel panic")) {
-		return fmt.Errorf("%w, see %s", errPanic, m.path("console.log"))
+	for _, failure := range failuresOfEmulation {
+		if bytes.Contains(said[min(from, int64(len(said))):], []byte(failure)) {
+			return fmt.Errorf("%w (%s), see %s", errEmulation, failure, m.path("console.log"))
+		}
 	}
 	return fmt.Errorf("the machine has ended, see %s", m.path("console.log"))
 }
 
-// run runs a script of bash on the machine and copies what it prints to out.
+// run runs a bash script on the machine and copies its output to out.
 func (m *machine) run(ctx context.Context, out io.Writer, script string) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+m.address+"/run", strings.NewReader(script))
 	if err != nil {
@@ -171,7 +183,7 @@ func (m *machine) run(ctx context.Context, out io.Writer, script string) error {
 	return nil
 }
 
-// output is run, and returns what the script has printed; the error shows it, too.
+// output is run, but returns the output, also as a part of the error.
 func (m *machine) output(ctx context.Context, script string) (string, error) {
 	var out bytes.Buffer
 	if err := m.run(ctx, &out, script); err != nil {
@@ -180,7 +192,7 @@ func (m *machine) output(ctx context.Context, script string) (string, error) {
 	return out.String(), nil
 }
 
-// cut cuts the machine's power: what it had not synced is lost.
+// cut cuts the power of the machine: unsynced data is lost.
 func (m *machine) cut() {
 	if m.process == nil {
 		return
@@ -190,7 +202,7 @@ func (m *machine) cut() {
 	m.process = nil
 }
 
-// shutDown ends the machine in order.
+// shutDown shuts the machine down.
 func (m *machine) shutDown(ctx context.Context) error {
 	if _, err := m.output(ctx, "systemctl poweroff --no-block"); err != nil {
 		return err
@@ -200,7 +212,7 @@ func (m *machine) shutDown(ctx context.Context) error {
 		m.process = nil
 		return nil
 	case <-time.After(shutdownTimeout):
-		return errors.New("the machine doesn't shut down")
+		return errors.New("the machine did not shut down")
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}

@@ -1,13 +1,16 @@
-// Command testdaemon is containerd-podfsm with a fault point before and after everything that a step does. It is for tests only.
+// Command testdaemon is containerd-podfsm with fault points around everything that a step does. It is
+// for tests only.
 //
-// The points are STEP.do.before, STEP.do.after, STEP.undo.before, STEP.undo.after, STEP.stop.before and STEP.stop.after, where
-// STEP is a step's name as in the ledger, and start_pause.exited.before and .after around the look at a pause that an earlier
-// daemon started. The points STEP.do@POD.before and so on are within them and are those of one pod, by its name. The step between
-// them is the real one. Likewise leases.create, sandboxes.create, .update and .delete, and snapshotter.prepare and .remove, around
-// containerd's own stores; and remap.PHASE in the making of a layer of owners by podfsm's snapshotter (package remapping).
+// The points are STEP.do.before, STEP.do.after, STEP.undo.before, STEP.undo.after, STEP.stop.before
+// and STEP.stop.after, where STEP is the name of a step in the ledger. start_pause.exited.before and
+// .after are around the look at a pause of an earlier daemon. Within them, STEP.do@POD.before and so
+// on are the points of one pod by its name. Likewise, leases.create, sandboxes.create, .update and
+// .delete, and snapshotter.prepare and .remove are around containerd's own stores, and remap.PHASE
+// is in the making of a layer by podfsm's snapshotter (package remapping).
 //
-// The boot id is read from the file that the environment variable PODFSM_BOOT_ID_FILE names, so that a test can reboot. Likewise the file
-// that PODFSM_STEPS_FILE names says which other release's steps the daemon has (releases.go).
+// The environment variable PODFSM_BOOT_ID_FILE names a file with the boot id, so that a test can
+// simulate a reboot. PODFSM_STEPS_FILE names a file that selects the steps of another release
+// (releases.go).
 package main
 
 import (
@@ -21,10 +24,10 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/podfsm/podfsm/integration/faults"
-	"github.com/podfsm/podfsm/journal"
+	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/plugin"
-	"github.com/podfsm/podfsm/records"
 	"github.com/podfsm/podfsm/snapshot/remapping"
 )
 
@@ -41,7 +44,7 @@ func main() {
 	wrapStores()
 	remapping.AtPhase = func(ctx context.Context, phase string) error { return faults.Hit(ctx, "remap."+phase) }
 	if file := os.Getenv("PODFSM_BOOT_ID_FILE"); file != "" {
-		journal.BootIDFile = file
+		ledger.BootIDFile = file
 	}
 	if err := command.App().Run(context.Background(), os.Args); err != nil {
 		_, _ = fmt.Fprintln(os.Stderr, "testdaemon:", err)
@@ -49,7 +52,7 @@ func main() {
 	}
 }
 
-// withFaults puts the points around step, and keeps what else it can do.
+// withFaults adds the points to a step, and keeps its optional interfaces.
 func withFaults(step lifecycle.Step) lifecycle.Step {
 	faulty := &faultyStep{step}
 	if ender, ok := step.(lifecycle.Ender); ok {
@@ -75,7 +78,7 @@ func (s *faultyStep) Undo(ctx context.Context, r *lifecycle.Run) error {
 	return s.between(ctx, r, "undo", func() error { return s.Step.Undo(ctx, r) })
 }
 
-// Find is the step's own, where it has one.
+// Find calls that of the step, if the step has it.
 func (s *faultyStep) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	finder, ok := s.Step.(lifecycle.Finder)
 	if !ok {
@@ -84,13 +87,14 @@ func (s *faultyStep) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	return finder.Find(ctx, r)
 }
 
-// between runs act between the points before and after it: those of all pods, and within them those of the one.
+// between runs act between the points before and after it, both those of all pods and, within them,
+// those of one pod.
 func (s *faultyStep) between(ctx context.Context, r *lifecycle.Run, what string, act func() error) error {
 	point := string(s.Declaration().Name) + "." + what
 	return between(ctx, point, func() error { return between(ctx, point+"@"+podName(r), act) })
 }
 
-// podName is the name of the pod that a step is called for, or "" for one whose specification is lost.
+// podName returns the name of the pod for which a step is called, "" if its specification is lost.
 func podName(r *lifecycle.Run) string {
 	spec, _ := r.Spec.(*records.Spec)
 	if spec == nil {
@@ -104,9 +108,9 @@ type faultyEnder struct {
 	ender lifecycle.Ender
 }
 
-func (s *faultyEnder) Stop(ctx context.Context, r *lifecycle.Run) (exit lifecycle.Exit, err error) {
+func (s *faultyEnder) End(ctx context.Context, r *lifecycle.Run) (exit lifecycle.Exit, err error) {
 	err = s.between(ctx, r, "stop", func() (err error) {
-		exit, err = s.ender.Stop(ctx, r)
+		exit, err = s.ender.End(ctx, r)
 		return err
 	})
 	return exit, err

@@ -14,14 +14,14 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// stepsFileEnv names a file with a word: the daemon then has the steps of a release that marks pods.
+// stepsFileEnv names a file with a word, which selects the steps of a release that marks pods.
 //
 //   - "early" marks a pod before its pause starts, "late" right before it is ready.
-//   - "renamed" does so late, under another name.
+//   - "renamed" is "late" under another name.
 //   - Any other word is this release.
 const stepsFileEnv = "PODFSM_STEPS_FILE"
 
-// ofRelease are the steps of the release in a file.
+// ofRelease returns the steps of the release in a file.
 func ofRelease(steps []lifecycle.Step, file string) []lifecycle.Step {
 	word, err := os.ReadFile(file)
 	if err != nil {

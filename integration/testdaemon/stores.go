@@ -15,8 +15,8 @@ import (
 	"github.com/podfsm/podfsm/integration/faults"
 )
 
-// wrapStores puts points around what containerd itself keeps of a pod: its lease, its sandbox record, and the snapshotter
-// below its metadata. It registers every plugin anew, as the front does.
+// wrapStores adds points to containerd's own records of a pod: its lease, its sandbox record, and
+// the snapshotter below its metadata. It registers every plugin again, as the front does.
 func wrapStores() {
 	around := map[string]func(any) any{
 		plugins.LeasePlugin.String() + ".manager":      func(i any) any { return &faultyLeases{i.(leases.Manager)} },
@@ -83,7 +83,7 @@ func (s *faultySandboxes) Delete(ctx context.Context, id string) error {
 	return between(ctx, "sandboxes.delete", func() error { return s.Store.Delete(ctx, id) })
 }
 
-// cleaningSnapshotter is what the metadata store finds the overlayfs snapshotter to be.
+// cleaningSnapshotter has the interfaces of the overlayfs snapshotter that the metadata store uses.
 type cleaningSnapshotter interface {
 	snapshots.Snapshotter
 	snapshots.Cleaner

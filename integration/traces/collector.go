@@ -13,7 +13,7 @@ import (
 	trace "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 
-	"github.com/podfsm/podfsm/integration/feed"
+	"github.com/podfsm/podfsm/integration/programs/feed"
 )
 
 // Span is one finished span. Ids are lower-case hex.
@@ -22,20 +22,20 @@ type Span struct {
 	Name                      string
 	Scope                     string // the instrumentation scope, the tracer's name
 	Start, End                time.Time
-	Failed                    bool   // its status is Error
+	Failed                    bool   // the status is Error
 	Message                   string // of the status
 	Attributes                map[string]string
 	Events                    []Event
 	Links                     []Link
 }
 
-// Event is something that happened in a span, such as a recorded error.
+// Event is an event of a span, such as a recorded error.
 type Event struct {
 	Name       string
 	Attributes map[string]string
 }
 
-// Link points from a span into another trace, or elsewhere in its own.
+// Link points from a span to another span, usually of another trace.
 type Link struct {
 	TraceID, SpanID string
 	Attributes      map[string]string
@@ -61,7 +61,7 @@ func Serve(l net.Listener) *Collector {
 	return c
 }
 
-// Close ends the collector and waits for its goroutine. What it received stays.
+// Close ends the collector and waits for its goroutine. The received spans stay available.
 func (c *Collector) Close() {
 	c.server.Stop()
 	<-c.served
@@ -84,8 +84,8 @@ func (c *Collector) Trace(traceID string) []Span {
 	return ofTrace(c.spans.Items(), traceID)
 }
 
-// WaitFor returns the spans of a trace as soon as done is true of them. When
-// ctx ends first, it returns what has arrived, and an error that wraps ctx's.
+// WaitFor waits until done is true of the spans of a trace, and returns them. If ctx ends first, it
+// returns the spans so far and an error that wraps that of ctx.
 func (c *Collector) WaitFor(ctx context.Context, traceID string, done func([]Span) bool) ([]Span, error) {
 	spans, err := c.spans.WaitFor(ctx, func(all []Span) bool { return done(ofTrace(all, traceID)) })
 	spans = ofTrace(spans, traceID)
@@ -98,8 +98,8 @@ func (c *Collector) WaitFor(ctx context.Context, traceID string, done func([]Spa
 // All returns all spans that have arrived so far.
 func (c *Collector) All() []Span { return c.spans.Items() }
 
-// WaitForLinked returns the spans of the first trace whose root has a name and
-// is linked to a trace, as soon as the root has arrived: it ends last.
+// WaitForLinked waits for the root of a trace that has a name and a link to another trace, and
+// returns the spans of that trace. A root ends last.
 func (c *Collector) WaitForLinked(ctx context.Context, traceID, name string) ([]Span, error) {
 	var found string
 	spans, err := c.spans.WaitFor(ctx, func(all []Span) bool {
@@ -123,7 +123,7 @@ func linked(spans []Span, traceID, name string) string {
 	return ""
 }
 
-// Finished tells whether spans hold, for each of the names, a span of that name.
+// Finished reports whether spans have a span of each name.
 func Finished(names ...string) func([]Span) bool {
 	return func(spans []Span) bool {
 		seen := map[string]bool{}

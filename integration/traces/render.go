@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// Render draws spans as trees, one line a span, children below their parent in
-// the order they started:
+// Render draws spans as trees with one line per span. Children are below their parent, in the
+// order of their start:
 //
 //   - sandbox.run ERROR "failed to …"
 //     k8s.pod.name = web
@@ -18,11 +18,10 @@ import (
 //     link sandbox.run
 //   - sandbox.allocate_ids
 //
-// A span whose parent is not among spans is a root. Span ids, trace ids and
-// times are left out. normalise, unless nil, replaces the value of an attribute,
-// and under the keys "status" and "event" a status message and an event's name;
-// with ok false it drops it. A link shows the name of the span it leads to, or
-// "elsewhere".
+// A span whose parent is not among spans is a root. Span ids, trace ids and times are left out.
+// normalise, if set, replaces the value of an attribute, and a status message or an event's name
+// under the keys "status" and "event". If ok is false, the value is left out. A link has the name of
+// the span to which it points, or "elsewhere".
 func Render(spans []Span, normalise func(key, value string) (_ string, ok bool)) string {
 	if normalise == nil {
 		normalise = func(_, value string) (string, bool) { return value, true }

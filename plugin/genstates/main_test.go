@@ -29,14 +29,14 @@ func TestStepThatIsAdded(t *testing.T) {
 	files, err := generate(slices.Concat(path, demanded))
 	require.NoError(t, err)
 	for name, parts := range map[string][]string{
-		"docs/states.md": {
+		"docs/reference/states.md": {
 			"    NetworkReady --> Labelled : label_pod\n    Labelled --> Ready : declare_ready\n", "    Labelled --> RollingBack : roll_back\n",
 			"| `Labelled` | Its labels are set. | `declare_ready`, `roll_back`, `quarantine` |\n",
 			"| `label_pod` | Its labels were set. | `Labelled` |\n",
 			"| `open_gate` | Its gate was opened. |\n",
 		},
-		"docs/states.dot":  {`"NetworkReady" -> "Labelled" [label="label_pod"];`, `"Labelled" -> "Ready" [label="declare_ready"];`},
-		"records/steps.go": {`Name: "label_pod", State: "Labelled", OnDemand: false`, `Name: "open_gate", State: "", OnDemand: true`},
+		"docs/reference/states.dot": {`"NetworkReady" -> "Labelled" [label="label_pod"];`, `"Labelled" -> "Ready" [label="declare_ready"];`},
+		"ledger/records/steps.go":   {`Name: "label_pod", State: "Labelled", OnDemand: false`, `Name: "open_gate", State: "", OnDemand: true`},
 	} {
 		for _, part := range parts {
 			require.Contains(t, string(files[name]), part, name)

@@ -20,8 +20,8 @@ type attribute struct {
 	value []byte
 }
 
-// shifter returns what gives an attribute's value the ids of the map, nil for an
-// attribute that holds none.
+// shifter returns the function that maps the ids in an attribute's value, nil for an attribute
+// without ids.
 func shifter(name string) func([]byte, Map) ([]byte, error) {
 	switch name {
 	case nameCapability:
@@ -50,7 +50,7 @@ const (
 // revision 2, as the kernel does.
 func shiftCapability(value []byte, m Map) ([]byte, error) {
 	if len(value) < 4 {
-		return nil, errors.New("file capabilities are cut short")
+		return nil, errors.New("file capabilities are truncated")
 	}
 	word := binary.LittleEndian.Uint32(value)
 	var root uint32
@@ -59,7 +59,7 @@ func shiftCapability(value []byte, m Map) ([]byte, error) {
 	case revision == capabilityV3 && len(value) == capabilitySizeV3:
 		root = binary.LittleEndian.Uint32(value[capabilitySizeV2:])
 	default:
-		return nil, fmt.Errorf("file capabilities of revision %d in %d bytes are not known", revision>>24, len(value))
+		return nil, fmt.Errorf("unknown revision %d of file capabilities, in %d bytes", revision>>24, len(value))
 	}
 	root, err := m.uid(root)
 	if err != nil {
@@ -90,10 +90,10 @@ const (
 // shiftACL maps the users and groups that an access control list names.
 func shiftACL(value []byte, m Map) ([]byte, error) {
 	if len(value) < aclHeader || (len(value)-aclHeader)%aclEntry != 0 {
-		return nil, fmt.Errorf("an access control list of %d bytes is cut short", len(value))
+		return nil, fmt.Errorf("access control list of %d bytes is truncated", len(value))
 	}
 	if version := binary.LittleEndian.Uint32(value); version != aclVersion {
-		return nil, fmt.Errorf("an access control list of version %d is not known", version)
+		return nil, fmt.Errorf("unknown version %d of an access control list", version)
 	}
 	shifted := slices.Clone(value)
 	for entry := range slices.Chunk(shifted[aclHeader:], aclEntry) {

@@ -46,19 +46,19 @@ func TestShiftAttributes(t *testing.T) {
 		{name: "capabilities of a root id that isn't mapped", attribute: nameCapability,
 			value: words(capabilityV3, 1, 2, 3, 4, 65536), err: "uid 65536 is not mapped"},
 		{name: "capabilities of revision 1", attribute: nameCapability,
-			value: words(0x01000000, 1, 2), err: "file capabilities of revision 1 in 12 bytes are not known"},
+			value: words(0x01000000, 1, 2), err: "unknown revision 1 of file capabilities, in 12 bytes"},
 		{name: "capabilities that are too long", attribute: nameCapability,
-			value: words(capabilityV2, 1, 2, 3, 4, 5), err: "file capabilities of revision 2 in 24 bytes are not known"},
+			value: words(capabilityV2, 1, 2, 3, 4, 5), err: "unknown revision 2 of file capabilities, in 24 bytes"},
 		{name: "capabilities cut short", attribute: nameCapability,
-			value: []byte{0, 0, 2}, err: "file capabilities are cut short"},
+			value: []byte{0, 0, 2}, err: "file capabilities are truncated"},
 		{name: "a list that names users and groups", attribute: nameACL,
 			value:   words(2, entry(0x01, 6), ^uint32(0), entry(0x02, 7), 5, entry(0x04, 5), ^uint32(0), entry(0x08, 4), 6, entry(0x10, 7), ^uint32(0), entry(0x20, 0), ^uint32(0)),
 			shifted: words(2, entry(0x01, 6), ^uint32(0), entry(0x02, 7), 200005, entry(0x04, 5), ^uint32(0), entry(0x08, 4), 300006, entry(0x10, 7), ^uint32(0), entry(0x20, 0), ^uint32(0))},
 		{name: "an empty list", attribute: nameDefaultACL, value: words(2), shifted: words(2)},
 		{name: "a list with a group that isn't mapped", attribute: nameACL,
 			value: words(2, entry(0x08, 4), 70000), err: "gid 70000 is not mapped"},
-		{name: "a list cut short", attribute: nameACL, value: words(2, 1), err: "an access control list of 8 bytes is cut short"},
-		{name: "a list of another version", attribute: nameACL, value: words(1), err: "an access control list of version 1 is not known"},
+		{name: "a list cut short", attribute: nameACL, value: words(2, 1), err: "access control list of 8 bytes is truncated"},
+		{name: "a list of another version", attribute: nameACL, value: words(1), err: "unknown version 1 of an access control list"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			shifted, err := shifter(c.attribute)(c.value, podMap)
@@ -98,7 +98,7 @@ func FuzzShiftAttributes(f *testing.F) {
 	})
 }
 
-func TestMapsThatAreNone(t *testing.T) {
+func TestInvalidMaps(t *testing.T) {
 	one := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
 	for _, c := range []struct {
 		name string
@@ -109,8 +109,8 @@ func TestMapsThatAreNone(t *testing.T) {
 		{"no groups", Map{UIDs: one}, "the gid map is empty"},
 		{"no ids", Map{UIDs: []specs.LinuxIDMapping{{HostID: 7}}, GIDs: one}, "the uid map has an extent of 0 ids from 0 to 7"},
 		{"no id", Map{UIDs: one, GIDs: []specs.LinuxIDMapping{{HostID: 1<<32 - 2, Size: 2}}}, "none above 4294967294"},
-		{"one id twice", Map{UIDs: append([]specs.LinuxIDMapping{{ContainerID: 65535, HostID: 1, Size: 1}}, one...), GIDs: one}, "the uid map has extents that overlap, from 65535 and 0"},
-		{"two ids at once", Map{UIDs: append([]specs.LinuxIDMapping{{ContainerID: 65536, HostID: 165535, Size: 1}}, one...), GIDs: one}, "the uid map has extents that overlap, from 65536 and 0"},
+		{"one id twice", Map{UIDs: append([]specs.LinuxIDMapping{{ContainerID: 65535, HostID: 1, Size: 1}}, one...), GIDs: one}, "the uid map has overlapping extents from 65535 and 0"},
+		{"two ids at once", Map{UIDs: append([]specs.LinuxIDMapping{{ContainerID: 65536, HostID: 165535, Size: 1}}, one...), GIDs: one}, "the uid map has overlapping extents from 65536 and 0"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			err := c.m.validate()

@@ -9,12 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// plan is what a file shall have.
+// plan is the new owners and attributes of a file.
 type plan struct {
 	uid, gid uint32
-	// mode is 0, or the permissions that chown(2) changes.
+	// mode is 0, or the permissions to restore after chown(2).
 	mode uint32
-	// attributes are those that hold ids. chown(2) removes file capabilities.
+	// attributes are those to set after chown(2): attributes with ids. chown(2) removes file
+	// capabilities.
 	attributes []attribute
 }
 
@@ -22,7 +23,7 @@ type plan struct {
 // the longest list of names (linux/limits.h).
 const maxAttribute = 64 << 10
 
-// plan says what the file shall have, from what it has.
+// plan returns the plan for a file by its current owners and attributes.
 func (v *visitor) plan(dir int, name string, st *unix.Statx_t) (p plan, err error) {
 	if p.uid, err = v.ids.uid(st.Uid); err != nil {
 		return p, err
@@ -32,7 +33,7 @@ func (v *visitor) plan(dir int, name string, st *unix.Statx_t) (p plan, err erro
 	}
 	kind := st.Mode & unix.S_IFMT
 	if kind == unix.S_IFLNK {
-		return p, nil // permissions and attributes of a link count for nothing
+		return p, nil // permissions and attributes of a symlink have no effect
 	}
 	if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 && kind != unix.S_IFDIR {
 		p.mode = uint32(st.Mode &^ unix.S_IFMT)
@@ -41,11 +42,10 @@ func (v *visitor) plan(dir int, name string, st *unix.Statx_t) (p plan, err erro
 	return p, err
 }
 
-// planAttributes returns the attributes that hold ids, with the ids that they
-// shall have.
+// planAttributes returns the attributes with ids, with the ids mapped.
 func (v *visitor) planAttributes(dir int, name string) (shifted []attribute, err error) {
 	path := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
-	size, err := unix.Llistxattr(path, nil) // most files have none, and it takes the kernel a while to get a large buffer
+	size, err := unix.Llistxattr(path, nil) // most files have none, and allocating a large buffer is slow in the kernel
 	if err == nil && size > 0 {
 		size, err = unix.Llistxattr(path, v.buffer)
 	}
@@ -73,7 +73,7 @@ func (v *visitor) planAttributes(dir int, name string) (shifted []attribute, err
 	return shifted, nil
 }
 
-// apply gives the file what its plan says, unless no tree can come of it anyhow.
+// apply changes the file by its plan, unless the walk has already failed.
 func (v *visitor) apply(dir int, name string, p plan) error {
 	if v.unmapped.seen.Load() {
 		return nil
@@ -84,8 +84,8 @@ func (v *visitor) apply(dir int, name string, p plan) error {
 	return applyWhole(dir, name, p)
 }
 
-// applyWhole holds on to the file, because neither permissions nor attributes can
-// be set by a name without following it on all kernels.
+// applyWhole opens the file, because not all kernels can set permissions or attributes by name
+// without following symlinks.
 func applyWhole(dir int, name string, p plan) error {
 	fd, err := unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -98,7 +98,7 @@ func applyWhole(dir int, name string, p plan) error {
 	}
 	if p.mode != 0 {
 		if err := unix.Chmod(path, p.mode); err != nil {
-			return fmt.Errorf("failed to set its permissions again: %w", err)
+			return fmt.Errorf("failed to restore its permissions: %w", err)
 		}
 	}
 	for _, a := range p.attributes {

@@ -11,13 +11,13 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// Map says which host id each id of an image becomes: ids of the image are the
-// container ids of its extents. Every other id is an error.
+// Map maps ids of an image to host ids. The container ids of its extents are ids of the image. An
+// id outside of the extents is an error.
 type Map struct {
 	UIDs, GIDs []specs.LinuxIDMapping
 }
 
-// Inverse maps host ids back to ids of the image.
+// Inverse returns the map from host ids to ids of the image.
 func (m Map) Inverse() Map {
 	return Map{UIDs: inverse(m.UIDs), GIDs: inverse(m.GIDs)}
 }
@@ -37,20 +37,20 @@ func (m Map) validate() error {
 	return validate("gid", m.GIDs)
 }
 
-// validate wants a map that has an answer and an inverse for each id.
+// validate fails unless the extents map each id to one id, and back.
 func validate(kind string, extents []specs.LinuxIDMapping) error {
 	if len(extents) == 0 {
 		return fmt.Errorf("the %s map is empty: %w", kind, errdefs.ErrInvalidArgument)
 	}
 	for i, e := range extents {
-		// The id above the last is (uid_t)-1, no id.
+		// The id above the last is (uid_t)-1, which is invalid.
 		if last := uint64(math.MaxUint32) - 1; e.Size == 0 || end(e.ContainerID, e.Size) > last+1 || end(e.HostID, e.Size) > last+1 {
-			return fmt.Errorf("the %s map has an extent of %d ids from %d to %d: give at least one, none above %d: %w",
+			return fmt.Errorf("the %s map has an extent of %d ids from %d to %d; use at least one id, none above %d: %w",
 				kind, e.Size, e.ContainerID, e.HostID, last, errdefs.ErrInvalidArgument)
 		}
 		for _, other := range extents[:i] {
 			if overlap(e.ContainerID, e.Size, other.ContainerID, other.Size) || overlap(e.HostID, e.Size, other.HostID, other.Size) {
-				return fmt.Errorf("the %s map has extents that overlap, from %d and %d: %w", kind, other.ContainerID, e.ContainerID, errdefs.ErrInvalidArgument)
+				return fmt.Errorf("the %s map has overlapping extents from %d and %d: %w", kind, other.ContainerID, e.ContainerID, errdefs.ErrInvalidArgument)
 			}
 		}
 	}
@@ -61,7 +61,7 @@ func overlap(a, sizeA, b, sizeB uint32) bool {
 	return uint64(a) < end(b, sizeB) && uint64(b) < end(a, sizeA)
 }
 
-// end is the id after the last.
+// end returns the id after the last.
 func end(first, size uint32) uint64 { return uint64(first) + uint64(size) }
 
 func (m Map) uid(id uint32) (uint32, error) { return lookup("uid", m.UIDs, id) }
@@ -76,7 +76,7 @@ func lookup(kind string, extents []specs.LinuxIDMapping, id uint32) (uint32, err
 	return 0, &unmappedError{kind: kind, id: id}
 }
 
-// unmappedError is an id that the map lacks.
+// unmappedError is an id outside of the map.
 type unmappedError struct {
 	kind string
 	id   uint32
@@ -86,7 +86,7 @@ func (e *unmappedError) Error() string {
 	return fmt.Sprintf("%s %d is not mapped", e.kind, e.id)
 }
 
-// unmapped collects the files that have ids which the map lacks.
+// unmapped collects the files with ids outside of the map.
 type unmapped struct {
 	seen atomic.Bool
 
@@ -106,7 +106,7 @@ func (u *unmapped) add(path string, id *unmappedError) {
 	u.seen.Store(true)
 }
 
-// err is nil when all ids were mapped.
+// err returns nil if all ids were mapped.
 func (u *unmapped) err(m Map) error {
 	if u.files == 0 {
 		return nil
@@ -122,7 +122,7 @@ func (u *unmapped) err(m Map) error {
 	return fmt.Errorf("%s %d of file %q is not one of the ids that are mapped (%s)%s: %w", u.id.kind, u.id.id, u.path, ranges(extents), more, errdefs.ErrFailedPrecondition)
 }
 
-// ranges are the ids that are mapped, such as "0-65535".
+// ranges lists the mapped ids, such as "0-65535".
 func ranges(extents []specs.LinuxIDMapping) string {
 	var text []byte
 	for i, e := range slices.SortedFunc(slices.Values(extents), byContainerID) {

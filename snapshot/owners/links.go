@@ -6,30 +6,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inode names a file however many paths it has.
+// inode identifies a file with one or more paths.
 type inode struct {
 	major, minor uint32
 	number       uint64
 }
 
-// link is a file with several paths. Its lock is held while it is looked at and
-// while it is changed: the first path to come tells its owners from before any
-// change, and they count for all paths.
+// link is a file with several paths. Its lock is held while the file is examined or changed. The
+// first visited path determines the original owners, for all paths.
 type link struct {
 	mu   sync.Mutex
 	plan *plan
 
-	left int // the paths that haven't come yet
+	left int // number of paths that were not visited yet
 }
 
-// links are the files with several paths that have come by one and are awaited
-// by others.
+// links are the files with several paths, of which some were visited and some not.
 type links struct {
 	mu    sync.Mutex
 	files map[inode]*link
 }
 
-// of is the file's link, and whether it came for the first time.
+// of returns the file's link, and whether this is its first visited path.
 func (l *links) of(st *unix.Statx_t) (file *link, first bool) {
 	key := inode{major: st.Dev_major, minor: st.Dev_minor, number: st.Ino}
 	l.mu.Lock()

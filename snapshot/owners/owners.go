@@ -1,5 +1,5 @@
-// Package owners gives the files of an image the owners that a user namespace maps
-// them to, where no mount can do it.
+// Package owners changes the owners of the files of an image for a user namespace, on nodes where
+// no mount can map them.
 package owners
 
 import (
@@ -12,44 +12,40 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// workers is how many directories are worked on at a time. Of 1, 2, 4 and 8 on two
-// busy cores (BenchmarkShift) 2 and 4 came out alike, 1 slower, and 8 no better: a
-// copy waits for the locks and the journal of its filesystem, too, so that there may
-// be more than cores.
+// workers is the number of directories that are processed in parallel. Of 1, 2, 4 and 8 on two busy
+// cores (BenchmarkShift), 2 and 4 were equal, 1 slower, and 8 not faster. A copy also waits for the
+// locks and the journal of its filesystem, so more workers than cores help.
 const workers = 4
 
-// Stats counts what Shift has done.
+// Stats counts the work of Shift.
 type Stats struct {
-	// Inodes and Paths are files of all kinds, the root included: a hard linked
-	// file is one inode with several paths.
+	// Inodes and Paths count files of all types, the root included. A file with hard links is one
+	// inode with several paths.
 	Inodes, Paths int64
-	// Bytes is the size of the regular files: what was copied, where the
-	// filesystem copies a file whose owner changes.
+	// Bytes is the size of the regular files. The filesystem copies as many if it copies a file
+	// whose owner changes.
 	Bytes int64
 }
 
-// Shift gives every file below root, and root itself, the host ids that m says:
-// its owner and group, the users and groups of its access control lists, and the
-// root id of its file capabilities. All else stays, but for the time of the last
-// status change: permissions with setuid and setgid bits (chown(2) clears these),
-// content, further extended attributes, modification times.
+// Shift changes root and all files below it to the host ids that m maps to: owner and group, the
+// users and groups in access control lists, and the root id of file capabilities. Everything else
+// stays, except the time of the last status change: permissions with setuid and setgid bits
+// (chown(2) clears these), content, other extended attributes, modification times.
 //
-// root is a directory opened for reading, best that of a mount which nobody else
-// can reach: one filesystem whose files stand still. Symbolic links and mounts
-// below it are never followed, even when they appear meanwhile. On overlayfs
-// every path is copied up, also each path of a hard linked file. With index=on the
-// paths stay one file, with metacopy=on the content isn't copied.
+// root is a directory opened for reading, on a single filesystem that does not change meanwhile. A
+// mount that no other process can reach is best. Shift follows neither symlinks nor mounts below
+// root, even if they appear meanwhile. On overlayfs, Shift copies up each path, including each hard
+// link. With index=on, hard links stay one file; with metacopy=on, content is not copied.
 //
-// An id that m doesn't map, an immutable file and a mount below root are
-// FailedPrecondition errors: the request is sound, but not for this image. An id
-// that isn't mapped changes no more files once seen, and the error names the first
-// such file in order and how many there are, so that it is the same each time. A
-// map that is none is an InvalidArgument error. After an error the tree is mixed,
-// and of no use; to shift a tree twice is to shift it too far.
+// An id outside of m, an immutable file and a mount below root are FailedPrecondition errors: the
+// request is valid, but not for this image. Once an id outside of m is found, no more files are
+// changed. The error names the first such file in order and the number of others, so that it is the
+// same each time. An invalid m is an InvalidArgument error. After an error, the tree has mixed
+// owners and must be discarded. Shift is not idempotent.
 //
-// It ends soon after ctx has, with its error, though not before the file that is
-// being copied. It needs Linux 5.8, /proc, and as few as a dozen descriptors. What
-// it wrote isn't on disk until the filesystem is synced (syncfs(2)).
+// Shift ends soon after ctx, with its error, but finishes the file being copied. It needs Linux
+// 5.8, /proc, and about a dozen descriptors. The changes are not on disk until the filesystem is
+// synced (syncfs(2)).
 func Shift(ctx context.Context, root *os.File, m Map) (Stats, error) {
 	return shift(ctx, root, m, workers)
 }

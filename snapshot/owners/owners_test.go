@@ -142,7 +142,7 @@ func TestImmutable(t *testing.T) {
 	setFlags(t, path, fsImmutable)
 	defer setFlags(t, path, 0)
 	_, err := shiftDir(t, dir, podMap)
-	require.EqualError(t, err, `failed to change the owners of files: file "im\tmutable" can't be changed, it is immutable or append-only (chattr -i -a): `+
+	require.EqualError(t, err, `failed to change the owners of files: file "im\tmutable" is immutable or append-only; change that with chattr -i -a: `+
 		`operation not permitted: failed precondition`)
 }
 
@@ -173,7 +173,7 @@ func TestMountBelow(t *testing.T) {
 			before, err := look(outside)
 			require.NoError(t, err)
 			_, err = shiftDir(t, dir, podMap)
-			require.ErrorContains(t, err, fmt.Sprintf("file %q is a mount point: unmount it", name))
+			require.ErrorContains(t, err, fmt.Sprintf("file %q is a mount point; unmount it", name))
 			require.True(t, errdefs.IsFailedPrecondition(err))
 			after, err := look(outside)
 			require.NoError(t, err)

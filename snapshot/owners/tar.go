@@ -7,11 +7,11 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// xattrRecord starts the names of PAX records that hold extended attributes.
+// xattrRecord is the prefix of PAX records that hold extended attributes.
 const xattrRecord = "SCHILY.xattr."
 
-// Header gives an entry of a tar stream the ids that m says, as Shift does with a
-// file. An id that m doesn't map is a FailedPrecondition error.
+// Header maps the ids of an entry of a tar stream, as Shift does for a file. An id outside of m is
+// a FailedPrecondition error.
 func (m Map) Header(h *tar.Header) error {
 	uid, err := m.uid(uint32(h.Uid))
 	if err != nil {

@@ -14,20 +14,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// walk is one pass over a tree. A directory is changed before what is in it, and
-// all its entries are changed one after the other: overlayfs puts a directory's
-// modification time back after each entry that it copies up, and would take the
-// time of another copy for the right one.
+// walk is one pass over a tree. A directory is changed before its entries, and its entries are
+// changed one after the other. overlayfs saves and restores the modification time of a directory
+// around each copy-up of an entry; concurrent copy-ups would restore a wrong one.
 type walk struct {
 	root  int
 	ids   Map
-	group *errgroup.Group // works on directories
+	group *errgroup.Group // of visitors
 	links links
 	counters
 	unmapped unmapped
 }
 
-// start changes the root, and all below.
+// start changes the root and everything below it.
 func (w *walk) start(ctx context.Context) error {
 	v := &visitor{walk: w, buffer: make([]byte, maxAttribute)}
 	if _, err := v.visit(w.root, ".", "."); err != nil {
@@ -36,15 +35,15 @@ func (w *walk) start(ctx context.Context) error {
 	return v.descend(ctx, ".")
 }
 
-// visitor is a goroutine's part of a walk.
+// visitor is the state of one goroutine of a walk.
 type visitor struct {
 	*walk
 	buffer []byte // for the names and values of extended attributes
 }
 
-// descend changes all below a directory, which it shares with other visitors as
-// soon as the group takes one more. Directories are kept by their paths, so that
-// a visitor has two open at most, however deep and wide the tree is.
+// descend changes everything below a directory. It shares directories with other visitors when the
+// group has room for one more. Pending directories are kept as paths, so that a visitor has at most
+// two open, however deep and wide the tree is.
 func (v *visitor) descend(ctx context.Context, path string) error {
 	todo := []string{path}
 	for len(todo) > 0 {
@@ -62,7 +61,7 @@ func (v *visitor) descend(ctx context.Context, path string) error {
 	return nil
 }
 
-// share gives a directory to another visitor, if there may be one more.
+// share passes a directory to a new visitor, if the group has room.
 func (v *visitor) share(ctx context.Context, path string) bool {
 	return v.group.TryGo(func() error {
 		other := &visitor{walk: v.walk, buffer: make([]byte, maxAttribute)}
@@ -70,8 +69,7 @@ func (v *visitor) share(ctx context.Context, path string) bool {
 	})
 }
 
-// directory changes the entries of a directory and returns the paths of those
-// that are directories.
+// directory changes the entries of a directory, and returns the paths of its subdirectories.
 func (v *visitor) directory(ctx context.Context, path string) (below []string, err error) {
 	dir, err := openDirectory(v.root, path)
 	if err != nil {
@@ -102,11 +100,11 @@ func (v *visitor) directory(ctx context.Context, path string) (below []string, e
 	}
 }
 
-// batch is how many names of a directory are read at a time.
+// batch is the number of names that are read from a directory at a time.
 const batch = 1024
 
-// openDirectory opens a directory below root, by steps where the path is longer
-// than the kernel takes at once.
+// openDirectory opens a directory below root, in several steps if the path is longer than the
+// kernel accepts.
 func openDirectory(root int, path string) (*os.File, error) {
 	at := root
 	for {
@@ -132,18 +130,18 @@ func openDirectory(root int, path string) (*os.File, error) {
 	}
 }
 
-// maxPath is less than the kernel's PATH_MAX, and more than a name can be long.
+// maxPath is below the kernel's PATH_MAX, and above the maximum length of a name.
 const maxPath = unix.PathMax - 1
 
-// visit changes one file, which is called name in the directory dir, and says
-// whether it is a directory. path is for messages.
+// visit changes the file called name in the directory dir, and reports whether it is a directory.
+// path is for messages.
 func (v *visitor) visit(dir int, name, path string) (isDirectory bool, err error) {
 	var st unix.Statx_t
 	if err := stat(dir, name, &st); err != nil {
 		return false, fmt.Errorf("failed to look at file %q: %w", path, err)
 	}
 	if st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 && name != "." {
-		return false, fmt.Errorf("file %q is a mount point: unmount it: %w", path, errdefs.ErrFailedPrecondition)
+		return false, fmt.Errorf("file %q is a mount point; unmount it: %w", path, errdefs.ErrFailedPrecondition)
 	}
 	isDirectory = st.Mode&unix.S_IFMT == unix.S_IFDIR
 	change := v.changeFile
@@ -156,7 +154,7 @@ func (v *visitor) visit(dir int, name, path string) (isDirectory bool, err error
 		return isDirectory, nil
 	}
 	if errors.Is(err, unix.EPERM) && st.Attributes&(unix.STATX_ATTR_IMMUTABLE|unix.STATX_ATTR_APPEND) != 0 {
-		return false, fmt.Errorf("file %q can't be changed, it is immutable or append-only (chattr -i -a): %w: %w", path, err, errdefs.ErrFailedPrecondition)
+		return false, fmt.Errorf("file %q is immutable or append-only; change that with chattr -i -a: %w: %w", path, err, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		return false, fmt.Errorf("failed to change file %q: %w", path, err)
@@ -175,7 +173,7 @@ func (v *visitor) changeFile(dir int, name string, st *unix.Statx_t) error {
 	return v.apply(dir, name, p)
 }
 
-// changeLink changes one path of a file that has several.
+// changeLink changes one path of a file with hard links.
 func (v *visitor) changeLink(dir int, name string, st *unix.Statx_t) error {
 	file, first := v.links.of(st)
 	file.mu.Lock()
@@ -184,7 +182,7 @@ func (v *visitor) changeLink(dir int, name string, st *unix.Statx_t) error {
 		v.count(st)
 	}
 	if file.plan == nil {
-		// Looked at again, now that no other path changes it.
+		// Stat again, now that no other path of the file is being changed.
 		if err := stat(dir, name, st); err != nil {
 			return err
 		}
@@ -204,9 +202,9 @@ func (v *visitor) count(st *unix.Statx_t) {
 	}
 }
 
-// stat looks at a file. overlayfs with index=on may say ESTALE of one path of a file
-// while another visitor has another path of it copied up: its index has the copy
-// before its inode does (ovl_verify_inode in fs/overlayfs/inode.c). That passes.
+// stat stats a file. On overlayfs with index=on, one path of a file may be ESTALE while another
+// visitor copies up another path: the index has the copy before its inode (ovl_verify_inode in
+// fs/overlayfs/inode.c). A retry succeeds.
 func stat(dir int, name string, st *unix.Statx_t) (err error) {
 	for range staleTries {
 		err = unix.Statx(dir, name, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_BASIC_STATS, st)

@@ -23,19 +23,17 @@ import (
 	"github.com/podfsm/podfsm/snapshot/owners"
 )
 
-// NewComparer returns a comparer that gives the files of a pod in a user namespace
-// the ids of its image again, so that a commit or checkpoint of it is a layer for
-// everyone. What isn't of such a pod is compared by stock as ever, and stock's is
-// the rest of the work in any case.
+// NewComparer returns a comparer that maps the files of a pod in a user namespace back to the ids
+// of its image, so that a commit or checkpoint is a layer for any pod. Other snapshots are compared
+// by stock. stock also does the actual comparison.
 //
-// With idmapped mounts, of whatever snapshotter, stock compares the right files, but
-// writes the host ids that changed files have on disk. With a layer of sn it would
-// take every file for changed. sn may be nil.
+// With idmapped mounts of any snapshotter, stock compares the right files, but writes the host ids
+// of changed files. With a layer of sn, stock would report each file as changed. sn may be nil.
 func NewComparer(stock diff.Comparer, store content.Store, sn *Snapshotter) diff.Comparer {
 	return &comparer{stock, store, sn}
 }
 
-// mediaTypes are those that containerd's differ writes.
+// mediaTypes are the media types that containerd's differ writes.
 var mediaTypes = []string{imagespec.MediaTypeImageLayer, imagespec.MediaTypeImageLayerGzip, imagespec.MediaTypeImageLayerZstd}
 
 type comparer struct {
@@ -44,8 +42,8 @@ type comparer struct {
 	sn    *Snapshotter
 }
 
-// Compare implements diff.Comparer. A file of an id that isn't the pod's is a
-// FailedPrecondition error.
+// Compare implements diff.Comparer. A file with an id outside of the pod's is a FailedPrecondition
+// error.
 func (c *comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts ...diff.Opt) (imagespec.Descriptor, error) {
 	maps, lower, err := c.mapped(ctx, lower, upper)
 	if err != nil {
@@ -64,15 +62,15 @@ func (c *comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts
 		config.MediaType = imagespec.MediaTypeImageLayerGzip
 	}
 	if config.Compressor == nil && !slices.Contains(mediaTypes, config.MediaType) {
-		return imagespec.Descriptor{}, fmt.Errorf("a diff of media type %q: %w", config.MediaType, errdefs.ErrNotImplemented) // another differ may
+		return imagespec.Descriptor{}, fmt.Errorf("unsupported media type %q of a diff: %w", config.MediaType, errdefs.ErrNotImplemented) // containerd then asks the next differ
 	}
 	u := &unshift{maps: maps.Inverse(), compress: config.Compressor}
 	opts = append(slices.Clone(opts), diff.WithMediaType(config.MediaType), diff.WithCompressor(u.open))
 	made, err := c.stock.Compare(ctx, lower, upper, opts...)
-	if err := errors.Join(err, u.err); err != nil { // stock doesn't look at the error of the last write
+	if err := errors.Join(err, u.err); err != nil { // stock ignores the error of the last write
 		return imagespec.Descriptor{}, err
 	}
-	// stock has labelled it by what it wrote, with host ids.
+	// stock has set the label by the digest of the stream with host ids.
 	label := map[string]string{labels.LabelUncompressed: u.uncompressed.Digest().String()}
 	_, err = c.store.Update(ctx, content.Info{Digest: made.Digest, Labels: label}, "labels."+labels.LabelUncompressed)
 	if err != nil {
@@ -81,8 +79,8 @@ func (c *comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts
 	return made, nil
 }
 
-// mapped finds the maps of a mounted snapshot, and what it is to be compared with;
-// the maps are nil where it has none.
+// mapped returns the id maps of a mounted snapshot, and the mounts to compare it with. The maps are
+// nil if it has none.
 func (c *comparer) mapped(ctx context.Context, lower, upper []mount.Mount) (*owners.Map, []mount.Mount, error) {
 	if len(upper) == 0 || upper[len(upper)-1].Type != "overlay" {
 		return nil, lower, nil
@@ -100,17 +98,17 @@ func (c *comparer) mapped(ctx context.Context, lower, upper []mount.Mount) (*own
 		return nil, lower, err
 	}
 	if slices.Contains(strings.Split(option(lower, "lowerdir"), ":"), below[at]) {
-		return &l.maps, lower, nil // of a snapshot that was made on the layer
+		return &l.maps, lower, nil // the snapshot is on top of the layer
 	}
-	// The image as the pod saw it at first.
+	// The original image in the owners of the pod.
 	image := upper[len(upper)-1]
 	image.Options = append(slices.DeleteFunc(slices.Clone(image.Options), hasKey("lowerdir", "upperdir", "workdir")),
 		"lowerdir="+strings.Join(below[at:], ":"))
 	return &l.maps, []mount.Mount{image}, nil
 }
 
-// layerAmong finds the layer whose files are in one of these directories; at is -1
-// where none is.
+// layerAmong returns the layer whose files are in one of these directories, and the index of the
+// directory, -1 if there is none.
 func (s *Snapshotter) layerAmong(ctx context.Context, dirs []string) (l layer, at int, err error) {
 	own := func(dir string) bool { return strings.HasPrefix(dir, s.config.Root+"/") }
 	if !slices.ContainsFunc(dirs, own) {
@@ -139,16 +137,16 @@ func (s *Snapshotter) layerAmong(ctx context.Context, dirs []string) (l layer, a
 	return l, at, err
 }
 
-// unshift compresses a tar stream whose files get other ids on the way.
+// unshift maps the ids of the files in a tar stream and compresses it.
 type unshift struct {
 	maps     owners.Map
-	compress func(io.Writer, string) (io.WriteCloser, error) // nil for that of the media type
+	compress func(io.Writer, string) (io.WriteCloser, error) // nil for the compression of the media type
 
 	uncompressed digest.Digester
 	err          error // of the end of the stream
 }
 
-// open is a compressor of package diff.
+// open implements the compressor of package diff.
 func (u *unshift) open(to io.Writer, mediaType string) (io.WriteCloser, error) {
 	compress := u.compress
 	if compress == nil {
@@ -163,11 +161,11 @@ func (u *unshift) open(to io.Writer, mediaType string) (io.WriteCloser, error) {
 	done := make(chan error, 1)
 	go func() {
 		err := u.copy(io.MultiWriter(compressed, u.uncompressed.Hash()), from)
-		from.CloseWithError(err) // whoever writes on gets to know
+		from.CloseWithError(err) // later writes return err
 		done <- err
 	}()
 	return &unshifting{stream, func() error {
-		_ = stream.Close() // it never fails
+		_ = stream.Close() // never fails
 		u.err = errors.Join(<-done, compressed.Close())
 		return u.err
 	}}, nil
@@ -180,7 +178,7 @@ type unshifting struct {
 
 func (w *unshifting) Close() error { return w.close() }
 
-// compressorOf is what containerd compresses a media type with.
+// compressorOf returns the compression that containerd uses for a media type.
 func compressorOf(to io.Writer, mediaType string) (io.WriteCloser, error) {
 	switch mediaType {
 	case imagespec.MediaTypeImageLayerGzip:
@@ -192,7 +190,7 @@ func compressorOf(to io.Writer, mediaType string) (io.WriteCloser, error) {
 	}
 }
 
-// copy gives each entry its other ids. Marks of deleted files (whiteouts) have none.
+// copy maps the ids of each entry. Whiteouts, which mark deleted files, have no owners.
 func (u *unshift) copy(to io.Writer, from io.Reader) error {
 	r, w := tar.NewReader(from), tar.NewWriter(to)
 	for {
@@ -205,7 +203,7 @@ func (u *unshift) copy(to io.Writer, from io.Reader) error {
 		}
 		if !strings.HasPrefix(filepath.Base(h.Name), ".wh.") {
 			if err := u.maps.Header(h); err != nil {
-				return fmt.Errorf("failed to give file %q the owner that it has in the image: %w", h.Name, err)
+				return fmt.Errorf("failed to map the owner of file %q back to the image: %w", h.Name, err)
 			}
 		}
 		if err := w.WriteHeader(h); err != nil {
@@ -217,7 +215,7 @@ func (u *unshift) copy(to io.Writer, from io.Reader) error {
 	}
 }
 
-// drain reads the rest, which is padding.
+// drain reads the rest of the stream, which is padding.
 func drain(r io.Reader) error {
 	_, err := io.Copy(io.Discard, r)
 	return err

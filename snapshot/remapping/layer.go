@@ -14,31 +14,31 @@ import (
 	"github.com/podfsm/podfsm/snapshot/owners"
 )
 
-// A Strategy is how the files of an image get the owners of a user namespace.
+// A Strategy is a way to give the files of an image the owners of a user namespace.
 type Strategy string
 
 const (
 	// IDMap: the kernel maps the owners in the mount, nothing is copied.
 	IDMap Strategy = "idmap"
-	// Metacopy: a layer on top of the image has the owners, and no content.
+	// Metacopy: a layer on top of the image holds the owners, without content.
 	Metacopy Strategy = "metacopy"
-	// Chown: a layer on top of the image has a copy of all its files.
+	// Chown: a layer on top of the image holds a copy of all its files.
 	Chown Strategy = "chown"
 )
 
-// layer is the committed snapshot of owners between an image and those that use
-// it. Its key says all of it. containerd's metadata never names a snapshot so: its
-// keys start with a namespace and a number.
+// layer is a committed snapshot with the owners, between an image and the snapshots that use it.
+// Its key encodes all fields. It can't collide with keys of containerd's metadata, which start with
+// a namespace and a number.
 type layer struct {
 	strategy Strategy
 	maps     owners.Map
-	boot     string // the id of the boot that it was made in
-	parent   string // the key of the image's topmost layer
+	boot     string // the id of the boot in which it was made
+	parent   string // the key of the image's top layer
 }
 
 const (
 	layerPrefix  = "podfsm-remapped/"
-	makingPrefix = "podfsm-remapping/" // of a layer that isn't finished
+	makingPrefix = "podfsm-remapping/" // of the key of an unfinished layer
 )
 
 func (l layer) key() string    { return layerPrefix + l.name() }
@@ -47,7 +47,7 @@ func (l layer) name() string {
 	return string(l.strategy) + "/" + mapText(l.maps) + "/" + l.boot + "/" + l.parent
 }
 
-// parseLayer reads the key of a layer, finished or not.
+// parseLayer parses the key of a layer, finished or not.
 func parseLayer(key string) (l layer, ok bool) {
 	name, finished := strings.CutPrefix(key, layerPrefix)
 	if !finished {
@@ -64,13 +64,13 @@ func parseLayer(key string) (l layer, ok bool) {
 	return layer{strategy: Strategy(parts[0]), maps: maps, boot: parts[2], parent: parts[3]}, err == nil
 }
 
-// hidden says whether a key is that of a layer.
+// hidden reports whether a key is the key of a layer.
 func hidden(key string) bool {
 	_, ok := parseLayer(key)
 	return ok
 }
 
-// visible is what containerd may know of a snapshot: its parent is the image.
+// visible returns what containerd sees of a snapshot: the image as its parent instead of the layer.
 func visible(info snapshots.Info) snapshots.Info {
 	if l, ok := parseLayer(info.Parent); ok {
 		info.Parent = l.parent
@@ -78,7 +78,7 @@ func visible(info snapshots.Info) snapshots.Info {
 	return info
 }
 
-// mapText is the same for maps that say the same.
+// mapText returns the same text for equivalent maps.
 func mapText(m owners.Map) string { return extentsText(m.UIDs) + ";" + extentsText(m.GIDs) }
 
 func extentsText(extents []specs.LinuxIDMapping) string {
@@ -92,7 +92,7 @@ func extentsText(extents []specs.LinuxIDMapping) string {
 	return strings.Join(text, ",")
 }
 
-// mapsOf are those that the labels of a snapshot ask for; nil for none.
+// mapsOf returns the id maps in the labels of a snapshot, nil if there are none.
 func mapsOf(labels map[string]string) (*owners.Map, error) {
 	uids, gids := labels[snapshots.LabelSnapshotUIDMapping], labels[snapshots.LabelSnapshotGIDMapping]
 	if uids == "" && gids == "" {
@@ -105,14 +105,13 @@ func mapsOf(labels map[string]string) (*owners.Map, error) {
 	return &m, nil
 }
 
-// parseMap reads maps in the form of containerd's labels. All errors are
-// InvalidArgument.
+// parseMap parses maps in the form of containerd's labels. All errors are InvalidArgument.
 func parseMap(uids, gids string) (m owners.Map, err error) {
 	if m.UIDs, err = parseExtents(uids); err != nil {
-		return owners.Map{}, fmt.Errorf("the uid map %q is none: %w", uids, err)
+		return owners.Map{}, fmt.Errorf("invalid uid map %q: %w", uids, err)
 	}
 	if m.GIDs, err = parseExtents(gids); err != nil {
-		return owners.Map{}, fmt.Errorf("the gid map %q is none: %w", gids, err)
+		return owners.Map{}, fmt.Errorf("invalid gid map %q: %w", gids, err)
 	}
 	return m, nil
 }
@@ -129,19 +128,19 @@ func parseExtents(text string) ([]specs.LinuxIDMapping, error) {
 		extents = append(extents, e)
 	}
 	if !root {
-		return nil, fmt.Errorf("it doesn't map id 0: %w", errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("id 0 is not mapped: %w", errdefs.ErrInvalidArgument)
 	}
 	return extents, nil
 }
 
-// lineage is where a snapshot comes from.
+// lineage is the ancestry of a snapshot.
 type lineage struct {
-	layer    layer // that it stands on, at any depth
-	remapped bool  // whether there is one
-	scratch  bool  // it has no parent
+	layer    layer // an ancestor, at any depth
+	remapped bool  // there is such a layer
+	scratch  bool  // the snapshot has no parent
 }
 
-// lineage looks a snapshot up and all that it stands on, as far as a layer.
+// lineage looks up a snapshot and its ancestors, up to a layer.
 func (b *backend) lineage(ctx context.Context, key string) (l lineage, err error) {
 	err = b.store.WithTransaction(ctx, false, func(ctx context.Context) error {
 		for first := true; key != ""; first = false {

@@ -20,12 +20,11 @@ import (
 	"github.com/podfsm/podfsm/tracing"
 )
 
-// entry is a layer that somebody waits for or is about to use, or that is being
-// removed. Its users are guarded by the snapshotter's lock; work and err don't
-// change once done is closed.
+// entry is a layer in use, being made, or being removed. users is guarded by the snapshotter's
+// lock. work and err don't change after done is closed.
 type entry struct {
 	users   int
-	leaving bool // nobody may join; done is closed when it has gone
+	leaving bool // being removed; done is closed after the removal
 	done    chan struct{}
 	cancel  context.CancelFunc
 	work    Work
@@ -41,9 +40,9 @@ func (e *entry) finished() bool {
 	}
 }
 
-// hold returns once the layer is there. It isn't collected before release. The
-// first who needs it makes it, and all others wait for that. It is made to its end
-// also when nobody waits any more: the kubelet will ask again.
+// hold returns when the layer exists, and keeps it from collection until release. The first caller
+// makes the layer, concurrent callers wait for it. A layer is completed even if all callers give
+// up, because the kubelet retries.
 func (s *Snapshotter) hold(ctx context.Context, b *backend, l layer) (work Work, release func(), err error) {
 	for {
 		e, first, err := s.join(ctx, b, l)
@@ -57,11 +56,11 @@ func (s *Snapshotter) hold(ctx context.Context, b *backend, l layer) (work Work,
 		select {
 		case <-ctx.Done():
 			leave()
-			return Work{}, nil, fmt.Errorf("gave up on waiting for the owners of image %q: %w", l.parent, ctx.Err())
+			return Work{}, nil, fmt.Errorf("failed to wait for the remap of image %q: %w", l.parent, ctx.Err())
 		case <-e.done:
 		}
 		if e.leaving {
-			continue // it has gone
+			continue // removed
 		}
 		if e.err != nil {
 			leave()
@@ -74,8 +73,8 @@ func (s *Snapshotter) hold(ctx context.Context, b *backend, l layer) (work Work,
 	}
 }
 
-// join becomes a user of the layer, and starts to make it for the first one. An
-// entry that is leaving is returned as it is, to be waited for.
+// join adds a user of the layer, and starts to make it for the first one. If the entry is leaving,
+// join adds no user, and the caller waits for the removal.
 func (s *Snapshotter) join(ctx context.Context, b *backend, l layer) (_ *entry, first bool, _ error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -98,14 +97,14 @@ func (s *Snapshotter) join(ctx context.Context, b *backend, l layer) (_ *entry, 
 		defer s.mu.Unlock()
 		e.work, e.err = work, err
 		if err != nil || e.users == 0 {
-			delete(s.entries, l.key()) // the next one looks again
+			delete(s.entries, l.key()) // the next call checks again
 		}
 		close(e.done)
 	})
 	return e, true, nil
 }
 
-// leave ends a use.
+// leave removes a user.
 func (s *Snapshotter) leave(key string, e *entry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -115,8 +114,8 @@ func (s *Snapshotter) leave(key string, e *entry) {
 	}
 }
 
-// removeLayer removes a layer, or what is left of an unfinished one, unless
-// somebody uses it. Who comes meanwhile waits, and makes it anew.
+// removeLayer removes a layer, finished or not, unless it is in use. Concurrent callers of hold
+// wait, and make the layer again.
 func (s *Snapshotter) removeLayer(ctx context.Context, b *backend, key string) error {
 	l, _ := parseLayer(key)
 	s.mu.Lock()
@@ -135,16 +134,16 @@ func (s *Snapshotter) removeLayer(ctx context.Context, b *backend, key string) e
 	return err
 }
 
-// parallelLayers bounds the layers that are made at a time, each by several workers:
-// after a drain, all pods of a node come at once.
+// parallelLayers bounds the layers that are made in parallel, each by several workers. After a
+// drain, all pods of a node start at once.
 const parallelLayers = 4
 
-// make makes a layer that isn't there yet.
+// make makes a missing layer.
 func (s *Snapshotter) make(ctx context.Context, b *backend, l layer) (work Work, err error) {
 	defer func() {
-		if p := recover(); p != nil { // which would end the daemon
-			log.G(ctx).Errorf("podfsm: panic: %v\n%s", p, debug.Stack())
+		if p := recover(); p != nil { // a panic would end the daemon
 			err = fmt.Errorf("panic: %v: %w", p, errdefs.ErrInternal)
+			log.G(ctx).WithError(err).Errorf("panic, please report it: %s", debug.Stack())
 		}
 	}()
 	if _, err := b.Stat(ctx, l.key()); !errdefs.IsNotFound(err) {
@@ -164,30 +163,30 @@ func (s *Snapshotter) make(ctx context.Context, b *backend, l layer) (work Work,
 	started := time.Now()
 	stats, err := b.remap(ctx, l)
 	if err != nil {
-		return Work{}, fmt.Errorf("failed to give image %q the owners of a user namespace by %s: %w", l.parent, l.strategy, err)
+		return Work{}, fmt.Errorf("failed to remap the owners of image %q by %s: %w", l.parent, l.strategy, err)
 	}
 	work = Work{Inodes: stats.Inodes, Bytes: stats.Bytes, Took: time.Since(started)}
 	s.count(l.strategy, work)
 	log.G(ctx).WithFields(log.Fields{
 		"strategy": l.strategy, "parent": l.parent, "inodes": work.Inodes, "bytes": work.Bytes, "seconds": work.Took.Seconds(),
-	}).Info("podfsm: an image has got the owners of a user namespace")
+	}).Info("remapped the owners of an image")
 	return work, nil
 }
 
 // Phases of making a layer, in order.
 const (
-	PhasePrepared  = "prepared"  // it is on record as unfinished
-	PhaseMounted   = "mounted"   // its owners are about to be changed
-	PhaseShifted   = "shifted"   // they all are
-	PhaseCommitted = "committed" // it is on record as finished, and nobody stands on it
+	PhasePrepared  = "prepared"  // recorded as unfinished
+	PhaseMounted   = "mounted"   // owners not changed yet
+	PhaseShifted   = "shifted"   // all owners changed
+	PhaseCommitted = "committed" // recorded as finished, and not used yet
 )
 
-// AtPhase is called after each phase of making a layer, which fails with its error.
-// It is for builds for tests, to be set before containerd runs.
+// AtPhase is called after each phase of making a layer, which fails with its error. It is for test
+// builds, and must be set before containerd runs.
 var AtPhase = func(_ context.Context, phase string) error { return nil }
 
-// remap makes a layer. Killed at any point it leaves an unfinished snapshot, which
-// the next try replaces, or the layer.
+// remap makes a layer. If it is killed, it leaves the complete layer, or an unfinished snapshot
+// that the next try replaces.
 func (b *backend) remap(ctx context.Context, l layer) (stats owners.Stats, err error) {
 	if err := b.Remove(ctx, l.making()); err != nil && !errdefs.IsNotFound(err) {
 		return stats, err
@@ -210,13 +209,12 @@ func (b *backend) remap(ctx context.Context, l layer) (stats owners.Stats, err e
 	if err := AtPhase(ctx, PhaseShifted); err != nil {
 		return stats, err
 	}
-	// The work directory has an index that would count as a path of each hard
-	// linked file.
+	// The work directory holds an index, which counts as a path of each file with hard links.
 	if err := os.RemoveAll(option(mounts, "workdir")); err != nil {
 		return stats, err
 	}
-	// Not by the snapshotter's Commit, which would walk all files again to add up
-	// a size that nobody sees.
+	// Not by the snapshotter's Commit, which would walk all files again to compute a size that is
+	// never shown.
 	err = b.store.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, err := storage.CommitActive(ctx, l.making(), l.key(), snapshots.Usage{Inodes: stats.Inodes})
 		return err
@@ -227,7 +225,7 @@ func (b *backend) remap(ctx context.Context, l layer) (stats owners.Stats, err e
 	return stats, AtPhase(ctx, PhaseCommitted)
 }
 
-// discard removes an unfinished layer with its files.
+// discard removes an unfinished layer and its files.
 func (b *backend) discard(ctx context.Context, key string) error {
 	if err := b.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
 		return err
@@ -235,10 +233,10 @@ func (b *backend) discard(ctx context.Context, key string) error {
 	return b.cleanup(ctx)
 }
 
-// dir is where the files of all snapshots are.
+// dir returns the directory with the files of all snapshots.
 func (b *backend) dir() string { return filepath.Join(b.root, "snapshots") }
 
-// shift changes the owners in an overlay that nobody else sees.
+// shift changes the owners in a private overlay.
 func shift(ctx context.Context, dir string, l layer, mounts []mount.Mount) (stats owners.Stats, err error) {
 	root, err := openOverlay(dir, remapOptions(dir, l.strategy, mounts))
 	if err != nil {
@@ -251,10 +249,10 @@ func shift(ctx context.Context, dir string, l layer, mounts []mount.Mount) (stat
 	return owners.Shift(ctx, root, l.maps)
 }
 
-// remapOptions are those of the overlay in which the owners are changed. Without
-// index=on each path of a hard linked file would become a file of its own. The
-// strategy decides about metacopy, whatever the default of the node is. Nothing is
-// synced file by file (volatile): a layer ends with the boot.
+// remapOptions returns the options of the overlay in which the owners are changed. Without
+// index=on, hard links would become separate files. metacopy is set by the strategy, whatever the
+// node's default. The overlay is volatile, so files are not synced one by one: a layer is only used
+// until the next boot.
 func remapOptions(dir string, strategy Strategy, mounts []mount.Mount) []string {
 	options := []string{"index=on", "metacopy=off", "volatile"}
 	if strategy == Metacopy {
@@ -263,14 +261,14 @@ func remapOptions(dir string, strategy Strategy, mounts []mount.Mount) []string 
 	for _, o := range mounts[len(mounts)-1].Options {
 		for _, key := range []string{"lowerdir=", "upperdir=", "workdir="} {
 			if strings.HasPrefix(o, key) {
-				options = append(options, strings.ReplaceAll(o, dir+"/", "")) // a mount takes one page of options
+				options = append(options, strings.ReplaceAll(o, dir+"/", "")) // mount(2) accepts one page of options
 			}
 		}
 	}
 	return options
 }
 
-// option is the value of an option of the last mount, "" where it isn't given.
+// option returns the value of an option of the last mount, "" if it is not set.
 func option(mounts []mount.Mount, key string) string {
 	if len(mounts) == 0 {
 		return ""

@@ -14,15 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// adapt changes the mounts of a snapshot that the layer below it, or the lack of
-// any, asks for. All others stay as containerd's overlayfs has made them.
+// adapt changes the mounts of a snapshot for the layer below it, or for an empty snapshot. Other
+// mounts stay as containerd's overlayfs made them.
 func (b *backend) adapt(ctx context.Context, key string, mounts []mount.Mount) ([]mount.Mount, error) {
 	from, err := b.lineage(ctx, key)
 	if err != nil || !from.remapped && !from.scratch {
 		return mounts, err
 	}
 	for i := range mounts {
-		// The owners are on disk: a layer has them, and an empty snapshot's directory.
+		// The owners are on disk: in the layer, or in the directory of an empty snapshot.
 		options := slices.DeleteFunc(mounts[i].Options, hasKey("uidmap", "gidmap"))
 		if from.remapped && from.layer.strategy == Metacopy && mounts[i].Type == "overlay" {
 			// Without it the kernel refuses to open what has no content.
@@ -40,9 +40,9 @@ func hasKey(keys ...string) func(option string) bool {
 	}
 }
 
-// openOverlay mounts an overlay and opens its root. The options name directories
-// below dir. Nobody else ever sees the mount, as it is made in a mount namespace of
-// its own; it ends with the last descriptor in it, also when this process is killed.
+// openOverlay mounts an overlay and opens its root. The options name directories below dir. The
+// mount is in a mount namespace of its own, so no other process sees it. It ends with its last
+// descriptor, even if this process is killed.
 func openOverlay(dir string, options []string) (root *os.File, err error) {
 	err = InMountNamespace(func() error {
 		if err := unix.Chdir(dir); err != nil {
@@ -51,7 +51,7 @@ func openOverlay(dir string, options []string) (root *os.File, err error) {
 		if err := mountOverlay(dir, options); err != nil {
 			return err
 		}
-		if root, err = os.Open(dir); err != nil { // the overlay: it covers what it is made of
+		if root, err = os.Open(dir); err != nil { // the root of the overlay, which is mounted over dir
 			return err
 		}
 		return unix.Unmount(dir, unix.MNT_DETACH)
@@ -59,8 +59,8 @@ func openOverlay(dir string, options []string) (root *os.File, err error) {
 	return root, err
 }
 
-// mountOverlay mounts an overlay over a directory. Linux has volatile since 5.10;
-// without it all is the same, but slower.
+// mountOverlay mounts an overlay over a directory. Before Linux 5.10, which lacks volatile, it
+// mounts without that option; the result is the same, but slower.
 func mountOverlay(target string, options []string) error {
 	err := unix.Mount("overlay", target, "overlay", 0, strings.Join(options, ","))
 	if errors.Is(err, unix.EINVAL) && slices.Contains(options, "volatile") {
@@ -73,20 +73,19 @@ func mountOverlay(target string, options []string) error {
 	return nil
 }
 
-// InMountNamespace runs f on a thread with mounts and a working directory of its
-// own, which ends with f: what it mounts nobody else sees, and a kill leaves none of
-// it.
+// InMountNamespace runs f on a thread with its own mount namespace and working directory. The
+// namespace ends with f, also after a kill, and no other process sees its mounts.
 func InMountNamespace(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
-			// The main thread would stay, and show the process as in that namespace.
+			// The main thread would not exit, and show the whole process in the new namespace.
 			done <- InMountNamespace(f)
 			runtime.UnlockOSThread()
 			return
 		}
-		// Never unlocked: the thread ends with the goroutine.
+		// Never unlocked, so that the thread exits with the goroutine.
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			done <- fmt.Errorf("failed to make a mount namespace: %w", err)
 			return

@@ -20,19 +20,19 @@ import (
 	"github.com/podfsm/podfsm/userns"
 )
 
-// Verdict says whether a strategy works in a directory.
-type Verdict struct {
+// Result is the result of the probe of one strategy in a directory.
+type Result struct {
 	Strategy Strategy
 	Works    bool
 	Evidence string // what was seen
-	Remedy   string // what would make it work; "" where it does
+	Remedy   string // "" if the strategy works
 }
 
-// Report has a verdict for each strategy, the cheapest first.
-type Report []Verdict
+// Report holds a result per strategy, the cheapest strategy first.
+type Report []Result
 
-// Best is the cheapest strategy that works. Where none does, the FailedPrecondition
-// error has all evidence and remedies.
+// Best returns the cheapest strategy that works. If none works, it returns a FailedPrecondition
+// error with all evidence and remedies.
 func (r Report) Best() (Strategy, error) {
 	for _, v := range r {
 		if v.Works {
@@ -42,7 +42,7 @@ func (r Report) Best() (Strategy, error) {
 	return "", r.refusal()
 }
 
-// check fails, with FailedPrecondition, unless a strategy works.
+// check fails with FailedPrecondition if a strategy does not work.
 func (r Report) check(strategy Strategy) error {
 	for _, v := range r {
 		if v.Strategy == strategy && v.Works {
@@ -60,20 +60,20 @@ func (r Report) refusal() error {
 	for _, v := range r {
 		reasons = append(reasons, fmt.Sprintf("%s doesn't work: %s; %s", v.Strategy, v.Evidence, v.Remedy))
 	}
-	return fmt.Errorf("files can't get the owners of a user namespace on this node: %s: %w", strings.Join(reasons, ". "), errdefs.ErrFailedPrecondition)
+	return fmt.Errorf("failed to find a strategy to remap owners on this node: %s: %w", strings.Join(reasons, ". "), errdefs.ErrFailedPrecondition)
 }
 
-// probePattern is what the directories of probes are called.
+// probePattern is the pattern of names of probe directories.
 const probePattern = "probe-*"
 
-// Ids of files in probes.
+// Ids of the files in probes.
 const (
 	probeID = 0
 	hostID  = userns.TryHostID
 )
 
-// Probe tries each strategy on files of its own in a directory, which has to be on
-// the filesystem where snapshots are. It leaves nothing behind.
+// Probe tries each strategy on its own files in a directory, which must be on the filesystem of the
+// snapshots. It removes the files.
 func Probe(ctx context.Context, dir string) (Report, error) {
 	var report Report
 	for _, try := range []struct {
@@ -87,37 +87,38 @@ func Probe(ctx context.Context, dir string) (Report, error) {
 	} {
 		probe, err := os.MkdirTemp(dir, probePattern)
 		if err != nil {
-			return nil, fmt.Errorf("failed to make a directory to try strategies in: %w", err)
+			return nil, fmt.Errorf("failed to make a directory to probe strategies in: %w", err)
 		}
-		v := Verdict{Strategy: try.strategy, Works: true}
+		v := Result{Strategy: try.strategy, Works: true}
 		v.Evidence, err = try.try(ctx, try.strategy, probe)
-		if passes(err) {
-			return nil, errors.Join(fmt.Errorf("failed to try strategy %q: %w", try.strategy, err), os.RemoveAll(probe))
+		if transient(err) {
+			return nil, errors.Join(fmt.Errorf("failed to probe strategy %q: %w", try.strategy, err), os.RemoveAll(probe))
 		}
 		if err != nil {
 			v.Works, v.Evidence, v.Remedy = false, err.Error(), try.remedy
 		}
 		if err := os.RemoveAll(probe); err != nil {
-			return nil, fmt.Errorf("failed to remove what strategies were tried on: %w", err)
+			return nil, fmt.Errorf("failed to remove the files of a probe: %w", err)
 		}
 		report = append(report, v)
 	}
 	return report, nil
 }
 
-// passes says of an error that it tells of the moment, not of what the node can.
-func passes(err error) bool {
+// transient reports whether an error tells about the moment, not about the capabilities of the
+// node.
+func transient(err error) bool {
 	return slices.ContainsFunc([]error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN, unix.EINTR}, func(one error) bool { return errors.Is(err, one) })
 }
 
-// strategy is the one to take here. What a node can is tried once.
+// strategy returns the strategy to use on this node. The capabilities of the node are probed once.
 func (s *Snapshotter) strategy(ctx context.Context, b *backend) (Strategy, error) {
 	s.probing.Lock()
 	defer s.probing.Unlock()
 	if s.probed != "" {
 		return s.probed, nil
 	}
-	report, err := Probe(context.WithoutCancel(ctx), b.root) // the verdict is for all, and takes milliseconds
+	report, err := Probe(context.WithoutCancel(ctx), b.root) // shared by all callers, and takes milliseconds
 	if err != nil {
 		return "", err
 	}
@@ -131,13 +132,12 @@ func (s *Snapshotter) strategy(ctx context.Context, b *backend) (Strategy, error
 		return "", err
 	}
 	log.G(ctx).WithFields(log.Fields{"strategy": strategy, "configured": s.config.Strategy, "report": report}).
-		Info("podfsm: how images get the owners of user namespaces was found out")
+		Info("chose the strategy to remap the owners of images")
 	s.probed = strategy
 	return strategy, nil
 }
 
-// makeDirs makes the directories of an overlay, with a file in the lower one that
-// has two paths.
+// makeDirs makes the directories of an overlay, with a hard-linked file in the lower one.
 func makeDirs(dir string) error {
 	for _, name := range []string{"lower", "upper", "work", "merged", "mapped"} {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
@@ -151,7 +151,7 @@ func makeDirs(dir string) error {
 	return os.Link(file, filepath.Join(dir, "lower/b"))
 }
 
-// tryIDMap mounts an overlay on a mapped layer.
+// tryIDMap mounts an overlay on an idmapped layer.
 func tryIDMap(_ context.Context, _ Strategy, dir string) (evidence string, err error) {
 	if err := makeDirs(dir); err != nil {
 		return "", err
@@ -159,14 +159,14 @@ func tryIDMap(_ context.Context, _ Strategy, dir string) (evidence string, err e
 	text := fmt.Sprintf("%d:%d:%d", probeID, hostID, 1)
 	users, err := mount.GetUsernsFD(text, text)
 	if err != nil {
-		return "", fmt.Errorf("can't make a user namespace: %w", err)
+		return "", fmt.Errorf("failed to make a user namespace: %w", err)
 	}
 	defer users.Close()
 	err = InMountNamespace(func() error {
 		mapped := filepath.Join(dir, "mapped")
 		err := mount.IDMapMountWithAttrs(filepath.Join(dir, "lower"), mapped, int(users.Fd()), unix.MOUNT_ATTR_RDONLY, 0)
 		if err != nil {
-			return fmt.Errorf("can't map the ids of the filesystem of %s: %w", dir, err)
+			return fmt.Errorf("failed to map the ids of the filesystem of %s: %w", dir, err)
 		}
 		merged := filepath.Join(dir, "merged")
 		options := []string{"index=off", "lowerdir=" + mapped, "upperdir=" + filepath.Join(dir, "upper"), "workdir=" + filepath.Join(dir, "work")}
@@ -185,7 +185,7 @@ func tryIDMap(_ context.Context, _ Strategy, dir string) (evidence string, err e
 	return fmt.Sprintf("overlayfs on a mapped layer shows a file of uid %d as of uid %d", probeID, hostID), nil
 }
 
-// tryLayer makes a layer as for an image, and looks at the files through it.
+// tryLayer makes a layer as for an image, and reads the files through it.
 func tryLayer(ctx context.Context, strategy Strategy, dir string) (evidence string, err error) {
 	if err := makeDirs(dir); err != nil {
 		return "", err
@@ -218,7 +218,7 @@ func tryLayer(ctx context.Context, strategy Strategy, dir string) (evidence stri
 		lookThrough(dir, strategy)
 }
 
-// lookThrough mounts a layer as that of a pod.
+// lookThrough mounts a layer as for a pod.
 func lookThrough(dir string, strategy Strategy) error {
 	options := []string{"index=off", "lowerdir=upper:lower"}
 	if strategy == Metacopy {

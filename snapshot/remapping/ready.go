@@ -8,27 +8,26 @@ import (
 	"github.com/podfsm/podfsm/snapshot/owners"
 )
 
-// Ready is what a snapshot with id maps is going to stand on.
+// Ready is the parent of a snapshot with id maps.
 type Ready struct {
 	Strategy Strategy
-	// Work is what this call has done: nothing where the layer was there, or was
-	// made by another call meanwhile.
+	// Work is the work of this call: none if the layer existed or a concurrent call made it.
 	Work Work
-	// Release lets the layer go. It is to be called when the snapshot is prepared,
-	// or will not be.
+	// Release allows the collection of the layer. The caller calls it after the snapshot was
+	// prepared, or won't be.
 	Release func()
 
-	parent string // the key that the snapshot's parent has below
+	parent string // the key of the snapshot's parent in the backend
 }
 
-// Prepared makes what a snapshot on parent with these maps needs, before Prepare is
-// called for it, because containerd's metadata store holds a lock meanwhile. sn is
-// this process's own metadata store of a snapshotter. Where that isn't one of this
-// package's, nothing is done and ok is false.
+// Prepared makes the layer that a snapshot on parent with these maps needs. Callers use it before
+// Prepare, which containerd's metadata store calls with a lock held. sn is this process's metadata
+// store of a snapshotter. If that snapshotter is not from this package, ok is false and nothing is
+// done.
 //
-// It ends with ctx, but a layer that is under way then is made to its end. A parent
-// that isn't there is NotFound; a node that can't, and ids of the image that aren't
-// mapped, are FailedPrecondition.
+// Prepared returns when ctx ends, but a layer under way is completed. Errors: NotFound if parent
+// does not exist; FailedPrecondition if the node has no strategy, or ids of the image are not
+// mapped.
 func Prepared(ctx context.Context, sn snapshots.Snapshotter, parent string, maps owners.Map) (ready Ready, ok bool, err error) {
 	q := &question{maps: maps}
 	if _, err := sn.Stat(context.WithValue(ctx, questionKey{}, q), parent); err != nil {
@@ -37,9 +36,8 @@ func Prepared(ctx context.Context, sn snapshots.Snapshotter, parent string, maps
 	return q.ready, q.answered, nil
 }
 
-// A question goes through containerd's metadata store with the context of a Stat,
-// the only call that tells the snapshotter below by which key it knows a snapshot
-// and takes no lock.
+// A question passes containerd's metadata store in the context of Stat: the only call that tells
+// the backend its own key of a snapshot and takes no lock.
 type question struct {
 	maps     owners.Map
 	ready    Ready
@@ -48,7 +46,7 @@ type question struct {
 
 type questionKey struct{}
 
-// answer does what the question in ctx asks for, if there is one.
+// answer handles the question in ctx, if there is one.
 func (s *Snapshotter) answer(ctx context.Context, b *backend, key string) (err error) {
 	q, ok := ctx.Value(questionKey{}).(*question)
 	if !ok {

@@ -1,52 +1,44 @@
-// Package remapping is a snapshotter that gives the files of an image the owners of
-// a user namespace on any node: containerd's overlayfs, with its idmapped mounts
-// where kernel and filesystem can, else with a layer of owners on top of the image.
+// Package remapping is a snapshotter that gives the files of an image the owners of a user
+// namespace on any node. It is containerd's overlayfs with idmapped mounts if kernel and filesystem
+// support them, and otherwise with a layer of owners on top of the image.
 //
-// The layer is made once for an image and a mapping, and shared by all snapshots
-// that ask for both. containerd's metadata store, which would remove what it didn't
-// create, never sees it. It is collected with the garbage as soon as no snapshot
-// stands on it: the kubelet gives each pod ids of its own, so hardly any layer
-// would be asked for again, and it has as many inodes as the image.
+// The layer is made once per image and mapping, and is shared by all snapshots with both. It is
+// hidden from containerd's metadata store, which would remove it. Garbage collection removes the
+// layer when no snapshot uses it. It is not cached longer: the kubelet gives each pod other ids, so
+// a layer would rarely be used again, and it has as many inodes as the image.
 package remapping
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/filters"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 
 	"github.com/podfsm/podfsm/snapshot/owners"
 )
 
-// Config is how a snapshotter works.
+// Config is the configuration of a snapshotter.
 type Config struct {
-	// Root is the directory of its snapshots and its database.
+	// Root is the directory of the snapshots and the database.
 	Root string
-	// Strategy is the one to take; "" or "auto" for the cheapest that works here.
+	// Strategy is the strategy to use; "" or "auto" for the cheapest that works on the node.
 	Strategy Strategy
-	// MountOptions are put on every overlay, as containerd's overlayfs does.
+	// MountOptions are options of each overlay, as in containerd's overlayfs.
 	MountOptions []string
 }
 
 const auto Strategy = "auto"
 
-// Snapshotter is a snapshots.Snapshotter that takes id maps with any kernel and
-// filesystem. It touches nothing before it is used. It is safe for concurrent use.
+// Snapshotter is a snapshots.Snapshotter that supports id maps on any kernel and filesystem. It
+// makes no files before its first use. It is safe for concurrent use.
 type Snapshotter struct {
 	config Config
 
@@ -61,7 +53,7 @@ type Snapshotter struct {
 	entries map[string]*entry // by key of a layer
 	totals  map[Strategy]Totals
 	running sync.WaitGroup
-	makers  chan struct{} // has room for as many layers as are made at a time
+	makers  chan struct{} // a semaphore for the layers made in parallel
 }
 
 var (
@@ -70,98 +62,12 @@ var (
 	_ io.Closer             = (*Snapshotter)(nil)
 )
 
-// backend is containerd's overlayfs and the database that it keeps.
-type backend struct {
-	snapshots.Snapshotter
-	store *storage.MetaStore
-	root  string
-}
-
-// New returns a snapshotter. An unknown strategy is told by everything that needs
-// one.
+// New returns a snapshotter. Methods that need a strategy fail if the strategy is unknown.
 func New(config Config) *Snapshotter {
 	return &Snapshotter{config: config, entries: map[string]*entry{}, totals: map[Strategy]Totals{}, makers: make(chan struct{}, parallelLayers)}
 }
 
-const database = "metadata.db"
-
-// open opens what is below, and makes it when it is used for the first time.
-func (s *Snapshotter) open() (*backend, error) {
-	s.opening.Lock()
-	defer s.opening.Unlock()
-	if s.opened != nil {
-		return s.opened, nil
-	}
-	b, err := openBackend(s.config)
-	if err != nil {
-		return nil, fmt.Errorf("failed to open the snapshots in %q: %w", s.config.Root, err)
-	}
-	if err := s.sweep(b); err != nil {
-		return nil, errors.Join(fmt.Errorf("failed to remove what a killed containerd has left in %q: %w", s.config.Root, err), b.Close())
-	}
-	s.opened = b
-	return b, nil
-}
-
-func openBackend(config Config) (*backend, error) {
-	store, err := storage.NewMetaStore(filepath.Join(config.Root, database))
-	if err != nil {
-		return nil, err
-	}
-	options := []overlay.Opt{overlay.WithMetaStore(store), overlay.AsynchronousRemove, overlay.WithRemapIDs}
-	if len(config.MountOptions) > 0 {
-		options = append(options, overlay.WithMountOptions(slices.Clone(config.MountOptions)))
-	}
-	inner, err := overlay.NewSnapshotter(config.Root, options...)
-	if err != nil {
-		return nil, err
-	}
-	return &backend{inner, store, config.Root}, nil
-}
-
-// sweep removes the layers and probes that a killed process hasn't finished. Their
-// files go in the background. It has no mounts to look for, see openOverlay.
-func (s *Snapshotter) sweep(b *backend) error {
-	ctx := context.Background()
-	var left []string
-	err := b.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-		if strings.HasPrefix(info.Name, makingPrefix) {
-			left = append(left, info.Name)
-		}
-		return nil
-	})
-	if err != nil && !errdefs.IsNotFound(err) { // there is nothing at all yet
-		return err
-	}
-	for _, key := range left {
-		if err := b.Remove(ctx, key); err != nil {
-			return err
-		}
-	}
-	probes, err := filepath.Glob(filepath.Join(b.root, probePattern))
-	if err != nil || len(left)+len(probes) == 0 {
-		return err
-	}
-	s.running.Go(func() {
-		for _, probe := range probes {
-			_ = os.RemoveAll(probe) // the next start tries again
-		}
-		if err := b.cleanup(ctx); err != nil {
-			log.G(ctx).WithError(err).Warn("podfsm: failed to remove the files of unfinished layers")
-		}
-	})
-	return nil
-}
-
-// existing is what is below; nil while this snapshotter was never used.
-func (s *Snapshotter) existing() (*backend, error) {
-	if _, err := os.Lstat(filepath.Join(s.config.Root, database)); errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	return s.open()
-}
-
-// of is the backend that has a snapshot of this key, unless it is a layer's.
+// of returns the backend if it has a snapshot of this key that is not a layer.
 func (s *Snapshotter) of(key string) (*backend, error) {
 	b, err := s.existing()
 	if err == nil && (b == nil || hidden(key)) {
@@ -196,7 +102,7 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return visible(info), err
 }
 
-// Usage implements snapshots.Snapshotter. Layers count for nobody.
+// Usage implements snapshots.Snapshotter. Layers are not counted.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	b, err := s.of(key)
 	if err != nil {
@@ -218,14 +124,14 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	return b.adapt(ctx, key, mounts)
 }
 
-// Prepare implements snapshots.Snapshotter. With labels for id maps it makes the
-// layer of owners that is missing, while containerd's metadata store keeps out its
-// garbage collection and, behind that, everybody else: see Ready.
+// Prepare implements snapshots.Snapshotter. With labels for id maps, it makes a missing layer of
+// owners. Meanwhile, containerd's metadata store blocks its garbage collection and, behind that,
+// all other callers; Prepared avoids this.
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	return s.create(ctx, key, parent, opts, snapshots.Snapshotter.Prepare)
 }
 
-// View implements snapshots.Snapshotter; for id maps it is as Prepare.
+// View implements snapshots.Snapshotter. For id maps, see Prepare.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	return s.create(ctx, key, parent, opts, snapshots.Snapshotter.View)
 }
@@ -234,7 +140,7 @@ type creator func(sn snapshots.Snapshotter, ctx context.Context, key, parent str
 
 func (s *Snapshotter) create(ctx context.Context, key, parent string, opts []snapshots.Opt, create creator) ([]mount.Mount, error) {
 	if hidden(key) || hidden(parent) {
-		return nil, fmt.Errorf("snapshot %q on %q has a name of podfsm's own: %w", key, parent, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("snapshot %q on %q uses a reserved key of podfsm: %w", key, parent, errdefs.ErrInvalidArgument)
 	}
 	var asked snapshots.Info
 	for _, opt := range opts {
@@ -265,12 +171,12 @@ func (s *Snapshotter) create(ctx context.Context, key, parent string, opts []sna
 	return b.adapt(ctx, key, mounts)
 }
 
-// bootIDFile has the id of this boot. A layer is for the boot that it was made in: to
-// have it on disk for sure before it counts would mean to wait for all else that is
-// to be written there (syncfs(2)), and no container lives as long.
+// bootIDFile holds the id of this boot. A layer is only used in the boot in which it was made. To
+// keep it longer, it would have to be on disk before its first use, which means to wait for all
+// pending writes of the filesystem (syncfs(2)), and no container outlives a boot.
 var bootIDFile = "/proc/sys/kernel/random/boot_id"
 
-// ready makes what a snapshot on parent with these maps stands on.
+// ready makes the layer for a snapshot on parent with these maps.
 func (s *Snapshotter) ready(ctx context.Context, b *backend, parent string, maps owners.Map) (Ready, error) {
 	from, err := b.lineage(ctx, parent)
 	if err != nil {
@@ -278,7 +184,7 @@ func (s *Snapshotter) ready(ctx context.Context, b *backend, parent string, maps
 	}
 	if from.remapped {
 		if mapText(from.layer.maps) != mapText(maps) {
-			return Ready{}, fmt.Errorf("snapshot %q has the owners of another user namespace already (%s), it can't be mapped once more (%s): %w",
+			return Ready{}, fmt.Errorf("snapshot %q is already mapped to another user namespace (%s), and can't be mapped again (%s): %w",
 				parent, mapText(from.layer.maps), mapText(maps), errdefs.ErrFailedPrecondition)
 		}
 		return Ready{Strategy: from.layer.strategy, Release: func() {}, parent: parent}, nil
@@ -311,7 +217,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	return b.Commit(ctx, name, key, opts...)
 }
 
-// Remove implements snapshots.Snapshotter. Layers don't keep their image.
+// Remove implements snapshots.Snapshotter. A layer doesn't prevent the removal of its image.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	b, err := s.of(key)
 	if err != nil {
@@ -345,7 +251,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...str
 	})
 }
 
-// adaptor shows a snapshot to filters as containerd does.
+// adaptor shows the fields of a snapshot to filters, as in containerd.
 func adaptor(info snapshots.Info) filters.Adaptor {
 	return filters.AdapterFunc(func(path []string) (string, bool) {
 		switch path[0] {
@@ -363,8 +269,7 @@ func adaptor(info snapshots.Info) filters.Adaptor {
 	})
 }
 
-// Cleanup implements snapshots.Cleaner. containerd calls it when it has collected
-// garbage.
+// Cleanup implements snapshots.Cleaner. containerd calls it after each garbage collection.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	b, err := s.existing()
 	if b == nil || err != nil {
@@ -376,11 +281,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	return b.cleanup(ctx)
 }
 
-func (b *backend) cleanup(ctx context.Context) error {
-	return b.Snapshotter.(snapshots.Cleaner).Cleanup(ctx)
-}
-
-// collect removes the layers among these that nobody uses or is about to.
+// collect removes those of the layers that are not in use.
 func (s *Snapshotter) collect(ctx context.Context, b *backend, among func(layer) bool) error {
 	used, keys := map[string]bool{}, []string{}
 	err := b.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
@@ -397,7 +298,7 @@ func (s *Snapshotter) collect(ctx context.Context, b *backend, among func(layer)
 		if used[key] {
 			continue
 		}
-		// One that was taken into use meanwhile has a snapshot on it.
+		// A layer taken into use meanwhile has a snapshot on it.
 		if err := s.removeLayer(ctx, b, key); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) {
 			return err
 		}
@@ -405,8 +306,7 @@ func (s *Snapshotter) collect(ctx context.Context, b *backend, among func(layer)
 	return nil
 }
 
-// Close ends what is under way and closes the database. What is unfinished is
-// removed at the next start.
+// Close ends the work under way and closes the database. The next start removes unfinished layers.
 func (s *Snapshotter) Close() error {
 	s.mu.Lock()
 	s.closed = true
@@ -423,20 +323,20 @@ func (s *Snapshotter) Close() error {
 	return s.opened.Close()
 }
 
-// Work is what making a layer took.
+// Work is the cost of making a layer.
 type Work struct {
-	// Inodes and Bytes are of the image: Chown copies both, Metacopy the inodes.
+	// Inodes and Bytes are those of the image. Chown copies both, Metacopy only inodes.
 	Inodes, Bytes int64
 	Took          time.Duration
 }
 
-// Totals are what a strategy has done since the start.
+// Totals is the work of a strategy since the start.
 type Totals struct {
 	Layers int64
 	Work
 }
 
-// Totals are what was done since the start, by strategy, for metrics.
+// Totals returns the work since the start, by strategy.
 func (s *Snapshotter) Totals() map[Strategy]Totals {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/podfsm/podfsm/internal/roottest"
 	"github.com/podfsm/podfsm/snapshot/owners"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -41,16 +42,7 @@ var (
 // capability is cap_net_raw+ep as file capabilities of revision 2.
 var capability = []byte{1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
-func TestMain(m *testing.M) {
-	if os.Geteuid() != 0 {
-		fmt.Fprintln(os.Stderr, "overlayfs needs root")
-		if os.Getenv("CI") != "" {
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { os.Exit(roottest.Main(m.Run, os.Stderr)) }
 
 // labelled asks for id maps with every snapshot.
 type labelled struct {
@@ -391,8 +383,8 @@ func theLayer(t *testing.T, strategy Strategy) layer {
 	return layer{strategy, podMap, strings.TrimSpace(string(boot)), image}
 }
 
-// TestReboot makes a layer anew for the pods of another boot, and keeps the one of the pods from before.
-func TestReboot(t *testing.T) {
+// TestLayersAfterAReboot makes a layer anew for the pods of another boot, and keeps the one of the pods from before.
+func TestLayersAfterAReboot(t *testing.T) {
 	n := newNode(t, Metacopy)
 	n.pod("before")
 	real := bootIDFile

@@ -4,14 +4,14 @@
 // 	protoc        v3.21.12
 // source: podfsm/v1/podfsm.proto
 
-// Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
-// served on containerd's own socket, and needs no containerd namespace: it
-// answers for all of them. Only Drain, RetryCleanup and WriteOffCleanup, and
-// Leaks when asked to, change anything.
+// Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. podfsm
+// serves it on containerd's own socket. Requests need no containerd namespace:
+// podfsm answers for all namespaces. Only Drain, RetryCleanup, WriteOffCleanup,
+// and Leaks with fix change anything.
 //
-// The message SandboxTransition is also what containerd's events of the topic
-// "/podfsm/sandbox/transition" hold, and SandboxWriteOff what those of
-// "/podfsm/sandbox/write-off" hold.
+// containerd's events of the topic "/podfsm/sandbox/transition" hold a
+// SandboxTransition, and those of "/podfsm/sandbox/write-off" hold a
+// SandboxWriteOff.
 
 package podfsmv1
 
@@ -32,9 +32,405 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type StatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusRequest) Reset() {
+	*x = StatusRequest{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusRequest) ProtoMessage() {}
+
+func (x *StatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
+func (*StatusRequest) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+}
+
+type StatusResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The version of podfsm in the daemon. Empty while the daemon is down.
+	Version string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	// The daemon's version of containerd. Empty while the daemon is down.
+	ContainerdVersion string `protobuf:"bytes,2,opt,name=containerd_version,json=containerdVersion,proto3" json:"containerd_version,omitempty"`
+	// When the daemon started. Absent while the daemon is down.
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// Why podfsm is degraded. Empty while it is not.
+	Degraded string `protobuf:"bytes,4,opt,name=degraded,proto3" json:"degraded,omitempty"`
+	// Since when podfsm refuses new pods because of Drain. Absent while podfsm
+	// takes new pods.
+	DrainingSince *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=draining_since,json=drainingSince,proto3" json:"draining_since,omitempty"`
+	// The number of sandboxes in each state, without ended sandboxes.
+	Sandboxes map[string]uint32 `protobuf:"bytes,6,rep,name=sandboxes,proto3" json:"sandboxes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// The number of sandboxes with a pending cleanup.
+	PendingCleanups uint32 `protobuf:"varint,7,opt,name=pending_cleanups,json=pendingCleanups,proto3" json:"pending_cleanups,omitempty"`
+	// The step that took longest, among the creations of all sandboxes that have
+	// not ended. Absent without such a step.
+	SlowestStep *SlowestStep `protobuf:"bytes,8,opt,name=slowest_step,json=slowestStep,proto3" json:"slowest_step,omitempty"`
+	// The ranges of the pool of mode "auto". Absent without a pool.
+	IdPool *IDPoolUse `protobuf:"bytes,9,opt,name=id_pool,json=idPool,proto3" json:"id_pool,omitempty"`
+	// The recovery at the last start of the daemon. Absent while the daemon is
+	// degraded or down.
+	LastRecovery *Recovery `protobuf:"bytes,10,opt,name=last_recovery,json=lastRecovery,proto3" json:"last_recovery,omitempty"`
+	// The names of the doctor's checks that failed when they last ran: at the
+	// start of the daemon, at the last Doctor, or before a pod that needs what
+	// they check. Empty while the daemon is down.
+	FailedChecks  []string `protobuf:"bytes,11,rep,name=failed_checks,json=failedChecks,proto3" json:"failed_checks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusResponse) Reset() {
+	*x = StatusResponse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusResponse) ProtoMessage() {}
+
+func (x *StatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
+func (*StatusResponse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *StatusResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetContainerdVersion() string {
+	if x != nil {
+		return x.ContainerdVersion
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetDegraded() string {
+	if x != nil {
+		return x.Degraded
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetDrainingSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DrainingSince
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetSandboxes() map[string]uint32 {
+	if x != nil {
+		return x.Sandboxes
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetPendingCleanups() uint32 {
+	if x != nil {
+		return x.PendingCleanups
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetSlowestStep() *SlowestStep {
+	if x != nil {
+		return x.SlowestStep
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetIdPool() *IDPoolUse {
+	if x != nil {
+		return x.IdPool
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetLastRecovery() *Recovery {
+	if x != nil {
+		return x.LastRecovery
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetFailedChecks() []string {
+	if x != nil {
+		return x.FailedChecks
+	}
+	return nil
+}
+
+type SlowestStep struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name of the step.
+	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// The id of the sandbox.
+	SandboxId string `protobuf:"bytes,2,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// The name of its pod.
+	PodName string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// The Kubernetes namespace of its pod.
+	PodNamespace string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	// How long the step took. Absent while the step is running.
+	Duration *durationpb.Duration `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
+	// When the step started.
+	StartedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SlowestStep) Reset() {
+	*x = SlowestStep{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SlowestStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SlowestStep) ProtoMessage() {}
+
+func (x *SlowestStep) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SlowestStep.ProtoReflect.Descriptor instead.
+func (*SlowestStep) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SlowestStep) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *SlowestStep) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SlowestStep) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *SlowestStep) GetPodNamespace() string {
+	if x != nil {
+		return x.PodNamespace
+	}
+	return ""
+}
+
+func (x *SlowestStep) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *SlowestStep) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+// IDPoolUse counts the ranges of a pool by their use.
+type IDPoolUse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Ranges that new pods can get.
+	Free uint32 `protobuf:"varint,1,opt,name=free,proto3" json:"free,omitempty"`
+	// Ranges that sandboxes hold.
+	Held uint32 `protobuf:"varint,2,opt,name=held,proto3" json:"held,omitempty"`
+	// Ranges that no sandbox holds, but that something may still use.
+	Quarantined   uint32 `protobuf:"varint,3,opt,name=quarantined,proto3" json:"quarantined,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDPoolUse) Reset() {
+	*x = IDPoolUse{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDPoolUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDPoolUse) ProtoMessage() {}
+
+func (x *IDPoolUse) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDPoolUse.ProtoReflect.Descriptor instead.
+func (*IDPoolUse) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *IDPoolUse) GetFree() uint32 {
+	if x != nil {
+		return x.Free
+	}
+	return 0
+}
+
+func (x *IDPoolUse) GetHeld() uint32 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
+}
+
+func (x *IDPoolUse) GetQuarantined() uint32 {
+	if x != nil {
+		return x.Quarantined
+	}
+	return 0
+}
+
+// Recovery is the recovery of the sandboxes that a start of the daemon found.
+type Recovery struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When the daemon started the recovery.
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// How long containerd's start waited for the recovery.
+	Duration *durationpb.Duration `protobuf:"bytes,2,opt,name=duration,proto3" json:"duration,omitempty"`
+	// The number of sandboxes per outcome. The outcomes are those of the metric
+	// podfsm_recovery_duration_seconds. A sandbox that podfsm cleans up in the
+	// background counts when the cleanup ends.
+	Outcomes      map[string]uint32 `protobuf:"bytes,3,rep,name=outcomes,proto3" json:"outcomes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Recovery) Reset() {
+	*x = Recovery{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Recovery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Recovery) ProtoMessage() {}
+
+func (x *Recovery) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Recovery.ProtoReflect.Descriptor instead.
+func (*Recovery) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Recovery) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *Recovery) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *Recovery) GetOutcomes() map[string]uint32 {
+	if x != nil {
+		return x.Outcomes
+	}
+	return nil
+}
+
 type RetryCleanupRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// As in InspectRequest, among the sandboxes with a pending cleanup.
+	// A reference as in InspectRequest. Only sandboxes with a pending cleanup match.
 	Ref           string `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -42,7 +438,7 @@ type RetryCleanupRequest struct {
 
 func (x *RetryCleanupRequest) Reset() {
 	*x = RetryCleanupRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -54,7 +450,7 @@ func (x *RetryCleanupRequest) String() string {
 func (*RetryCleanupRequest) ProtoMessage() {}
 
 func (x *RetryCleanupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[0]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -67,7 +463,7 @@ func (x *RetryCleanupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryCleanupRequest.ProtoReflect.Descriptor instead.
 func (*RetryCleanupRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{0}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RetryCleanupRequest) GetRef() string {
@@ -79,13 +475,14 @@ func (x *RetryCleanupRequest) GetRef() string {
 
 type WriteOffCleanupRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A whole id or its first 13 characters or more, or a pod's "namespace/name".
+	// A sandbox id, its first 13 characters or more, or "namespace/name" of a pod.
 	Ref string `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
 	// The type of a CNI plugin, or "network/type".
 	Plugin string `protobuf:"bytes,2,opt,name=plugin,proto3" json:"plugin,omitempty"`
-	// Goes to the log, the timeline and the event. Not blank.
+	// The reason. podfsm writes it into the log, the timeline and the event. It must
+	// not be blank.
 	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
-	// All that fails, instead of one plugin's DEL.
+	// Give up every undo that fails again, instead of one plugin's DEL.
 	All           bool `protobuf:"varint,4,opt,name=all,proto3" json:"all,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -93,7 +490,7 @@ type WriteOffCleanupRequest struct {
 
 func (x *WriteOffCleanupRequest) Reset() {
 	*x = WriteOffCleanupRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -105,7 +502,7 @@ func (x *WriteOffCleanupRequest) String() string {
 func (*WriteOffCleanupRequest) ProtoMessage() {}
 
 func (x *WriteOffCleanupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[1]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -118,7 +515,7 @@ func (x *WriteOffCleanupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteOffCleanupRequest.ProtoReflect.Descriptor instead.
 func (*WriteOffCleanupRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{1}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *WriteOffCleanupRequest) GetRef() string {
@@ -151,10 +548,10 @@ func (x *WriteOffCleanupRequest) GetAll() bool {
 
 type CleanupResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The sandbox after that, which may have ended. Its debts are what is still
-	// pending.
+	// The sandbox after the retry. It may have ended. It has the cleanups that are
+	// still pending.
 	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
-	// Why something is still pending. Empty when nothing is.
+	// Why a cleanup is still pending. Empty if none is.
 	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -162,7 +559,7 @@ type CleanupResponse struct {
 
 func (x *CleanupResponse) Reset() {
 	*x = CleanupResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -174,7 +571,7 @@ func (x *CleanupResponse) String() string {
 func (*CleanupResponse) ProtoMessage() {}
 
 func (x *CleanupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[2]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -187,7 +584,7 @@ func (x *CleanupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CleanupResponse.ProtoReflect.Descriptor instead.
 func (*CleanupResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{2}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CleanupResponse) GetSandbox() *Sandbox {
@@ -204,25 +601,31 @@ func (x *CleanupResponse) GetError() string {
 	return ""
 }
 
-// SandboxWriteOff tells that a pending cleanup was given up, which is on record.
+// SandboxWriteOff reports that a pending cleanup was written off. podfsm sends it
+// after the write-off is on record.
 type SandboxWriteOff struct {
-	state               protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId           string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
-	// The pod's identity, as in Sandbox.
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of the sandbox.
+	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// The sandbox's containerd namespace.
+	ContainerdNamespace string `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	// The pod's name, namespace, uid and attempt, as in Sandbox.
 	PodName      string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
 	PodNamespace string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
 	PodUid       string `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
 	Attempt      uint32 `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// The step whose undo it is.
+	// The step whose undo was written off.
 	Step string `protobuf:"bytes,7,opt,name=step,proto3" json:"step,omitempty"`
-	// The CNI plugin, as "network/type". Empty for all of the step.
+	// The CNI plugin whose DEL was written off, as "network/type". Empty for the
+	// whole undo of the step.
 	Plugin string `protobuf:"bytes,8,opt,name=plugin,proto3" json:"plugin,omitempty"`
-	// "operator", or "reboot" for the bound of the tries after a reboot.
-	By     string `protobuf:"bytes,9,opt,name=by,proto3" json:"by,omitempty"`
+	// "operator", or "reboot" if podfsm wrote it off after a reboot.
+	By string `protobuf:"bytes,9,opt,name=by,proto3" json:"by,omitempty"`
+	// Why it was written off.
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The error of the last try.
-	Error         string                 `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`
+	// When it was written off.
 	At            *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=at,proto3" json:"at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -230,7 +633,7 @@ type SandboxWriteOff struct {
 
 func (x *SandboxWriteOff) Reset() {
 	*x = SandboxWriteOff{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -242,7 +645,7 @@ func (x *SandboxWriteOff) String() string {
 func (*SandboxWriteOff) ProtoMessage() {}
 
 func (x *SandboxWriteOff) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[3]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -255,7 +658,7 @@ func (x *SandboxWriteOff) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxWriteOff.ProtoReflect.Descriptor instead.
 func (*SandboxWriteOff) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{3}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SandboxWriteOff) GetSandboxId() string {
@@ -350,7 +753,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -362,7 +765,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[4]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -375,12 +778,12 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{4}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
 }
 
 type DoctorResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// In the order of the checks, which is fixed.
+	// The findings, in the fixed order of the checks.
 	Findings      []*Finding `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -388,7 +791,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -400,7 +803,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[5]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -413,7 +816,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{5}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -423,24 +826,23 @@ func (x *DoctorResponse) GetFindings() []*Finding {
 	return nil
 }
 
-// Finding is what one check says of the node, or of one of several things that
-// it looks at.
+// Finding is the result of one check, for the node or for one subject.
 type Finding struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The check's name, as "netns directory".
+	// The check's name, such as "netns directory".
 	Check string `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
-	// What was looked at: runtime handlers, or a part of the check. Empty where a
-	// check looks at one thing only.
+	// The subject: runtime handlers, or a part of the check. Empty if the check has
+	// one subject only.
 	Subject string `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
 	// One of "ok", "unknown", "warn" and "fail".
-	Verdict string `protobuf:"bytes,3,opt,name=verdict,proto3" json:"verdict,omitempty"`
-	// What was seen: a number, a path, an error.
+	Status string `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
+	// What the check saw: a number, a path, an error.
 	Evidence string `protobuf:"bytes,4,opt,name=evidence,proto3" json:"evidence,omitempty"`
 	// What to do about it. Empty for "ok".
 	Remedy string `protobuf:"bytes,5,opt,name=remedy,proto3" json:"remedy,omitempty"`
-	// The pods that podfsm refuses because of it: "all", "with a user namespace",
-	// "with a user namespace and a volume on tmpfs" or "with a network of their
-	// own". Empty where it refuses none.
+	// The pods that podfsm refuses because of the finding: "all", "with a user
+	// namespace", "with a user namespace and a volume on tmpfs" or "with a network
+	// of their own". Empty if podfsm refuses none.
 	RefusedPods   string `protobuf:"bytes,6,opt,name=refused_pods,json=refusedPods,proto3" json:"refused_pods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -448,7 +850,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -460,7 +862,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[6]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -473,7 +875,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{6}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Finding) GetCheck() string {
@@ -490,9 +892,9 @@ func (x *Finding) GetSubject() string {
 	return ""
 }
 
-func (x *Finding) GetVerdict() string {
+func (x *Finding) GetStatus() string {
 	if x != nil {
-		return x.Verdict
+		return x.Status
 	}
 	return ""
 }
@@ -528,7 +930,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +942,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[7]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +955,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{7}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DrainRequest) GetCancel() bool {
@@ -571,7 +973,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -583,7 +985,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[8]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -596,20 +998,24 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{8}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
 }
 
 type LeaksRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Remove what is found. The response says what was, and why the rest was not.
-	Fix           bool `protobuf:"varint,1,opt,name=fix,proto3" json:"fix,omitempty"`
+	// Remove the leaks. The response says which leaks are removed, and why others
+	// are not.
+	Fix bool `protobuf:"varint,1,opt,name=fix,proto3" json:"fix,omitempty"`
+	// Return only the leaks of these sandboxes. Each reference is a sandbox id or
+	// its first 13 characters or more. If it is empty, return all leaks.
+	Sandboxes     []string `protobuf:"bytes,2,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LeaksRequest) Reset() {
 	*x = LeaksRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -621,7 +1027,7 @@ func (x *LeaksRequest) String() string {
 func (*LeaksRequest) ProtoMessage() {}
 
 func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[9]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -634,7 +1040,7 @@ func (x *LeaksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksRequest.ProtoReflect.Descriptor instead.
 func (*LeaksRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{9}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LeaksRequest) GetFix() bool {
@@ -644,12 +1050,19 @@ func (x *LeaksRequest) GetFix() bool {
 	return false
 }
 
+func (x *LeaksRequest) GetSandboxes() []string {
+	if x != nil {
+		return x.Sandboxes
+	}
+	return nil
+}
+
 type LeaksResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// By sandbox, and then in the order in which they have to go.
+	// The leaks by sandbox. Those of one sandbox are in the order of their removal.
 	Leaks []*Leak `protobuf:"bytes,1,rep,name=leaks,proto3" json:"leaks,omitempty"`
-	// Damaged files of the ledger that are kept for somebody to look at. They are
-	// no leaks, and stay.
+	// Damaged files that the ledger keeps for an operator to examine. They are not
+	// leaks, and fix keeps them.
 	DamagedLedgerFiles []string `protobuf:"bytes,2,rep,name=damaged_ledger_files,json=damagedLedgerFiles,proto3" json:"damaged_ledger_files,omitempty"`
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
@@ -657,7 +1070,7 @@ type LeaksResponse struct {
 
 func (x *LeaksResponse) Reset() {
 	*x = LeaksResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +1082,7 @@ func (x *LeaksResponse) String() string {
 func (*LeaksResponse) ProtoMessage() {}
 
 func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[10]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +1095,7 @@ func (x *LeaksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaksResponse.ProtoReflect.Descriptor instead.
 func (*LeaksResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{10}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LeaksResponse) GetLeaks() []*Leak {
@@ -699,18 +1112,19 @@ func (x *LeaksResponse) GetDamagedLedgerFiles() []string {
 	return nil
 }
 
-// Leak is something that belongs to no sandbox that is known.
+// Leak is an object that belongs to no known sandbox.
 type Leak struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of the sandbox that the object was made for.
+	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// One of "CNI plugin", "pause container", "shim", "bundle", "cgroup",
 	// "snapshot", "files", "netns", "lease" and "sandbox record".
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// A path, a pid, or a name in one of containerd's stores.
 	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
-	// It was there and is gone.
+	// Whether podfsm removed the object.
 	Removed bool `protobuf:"varint,4,opt,name=removed,proto3" json:"removed,omitempty"`
-	// Why it could not be removed. Empty when nobody has tried.
+	// Why podfsm could not remove the object. Empty without a failed removal.
 	Error         string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -718,7 +1132,7 @@ type Leak struct {
 
 func (x *Leak) Reset() {
 	*x = Leak{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +1144,7 @@ func (x *Leak) String() string {
 func (*Leak) ProtoMessage() {}
 
 func (x *Leak) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[11]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +1157,7 @@ func (x *Leak) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Leak.ProtoReflect.Descriptor instead.
 func (*Leak) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{11}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Leak) GetSandboxId() string {
@@ -791,7 +1205,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +1217,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[12]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +1230,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{12}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListRequest) GetEnded() bool {
@@ -827,10 +1241,11 @@ func (x *ListRequest) GetEnded() bool {
 }
 
 type ListResponse struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	Sandboxes []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
-	// Since when new pods have been refused because of Drain. Absent while they
-	// are taken, or one that was taken before isn't among the sandboxes yet.
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandboxes, the oldest first.
+	Sandboxes []*Sandbox `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	// Since when podfsm refuses new pods because of Drain. Absent while podfsm takes
+	// new pods, and while a pod that podfsm took before the drain is not listed yet.
 	DrainingSince *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=draining_since,json=drainingSince,proto3" json:"draining_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -838,7 +1253,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +1265,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[13]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +1278,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{13}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
@@ -891,7 +1306,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +1318,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[14]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +1331,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{14}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *InspectRequest) GetRef() string {
@@ -927,26 +1342,27 @@ func (x *InspectRequest) GetRef() string {
 }
 
 type InspectResponse struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	Sandbox *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox itself.
+	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	// The steps of the creation path, in its order.
 	Steps []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
-	// The most recent transitions, the oldest first.
-	// Where there were very many, those in the middle are left out.
+	// The transitions, the oldest first. A sandbox keeps the first and the most
+	// recent; of very many, those in the middle are missing.
 	Transitions []*Transition `protobuf:"bytes,3,rep,name=transitions,proto3" json:"transitions,omitempty"`
-	// What the CNI plugins returned, as JSON in the form of containerd's verbose
-	// status. Empty when no network is attached.
+	// The CNI result as JSON, in the form of containerd's verbose status. Empty
+	// without an attached network.
 	CniResult string `protobuf:"bytes,4,opt,name=cni_result,json=cniResult,proto3" json:"cni_result,omitempty"`
-	// What was tried, in the order in which it began. Of the tries at one thing the
-	// first and the last are kept.
-	Acts          []*Act `protobuf:"bytes,5,rep,name=acts,proto3" json:"acts,omitempty"`
+	// The tries, in the order of their start. Of several tries of the same kind at
+	// the same step, podfsm keeps the first and the last.
+	Tries         []*Try `protobuf:"bytes,5,rep,name=tries,proto3" json:"tries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1374,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[15]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1387,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{15}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InspectResponse) GetSandbox() *Sandbox {
@@ -1002,51 +1418,52 @@ func (x *InspectResponse) GetCniResult() string {
 	return ""
 }
 
-func (x *InspectResponse) GetActs() []*Act {
+func (x *InspectResponse) GetTries() []*Try {
 	if x != nil {
-		return x.Acts
+		return x.Tries
 	}
 	return nil
 }
 
-// Act is one try at doing or undoing a step, or a part of it.
-type Act struct {
+// Try is one try of a step, its undo, or a CNI plugin's command.
+type Try struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Step  string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
-	// "do", "undo", "stop" for the end of the sandbox's process; "ADD" or "DEL" for
-	// a CNI plugin that was run meanwhile; "write-off" for an undo, or a plugin's
-	// DEL, that was given up.
+	// The name of the step.
+	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// What podfsm tried: "do", "undo", or "stop" for the end of pause; "ADD" or
+	// "DEL" for a command of a CNI plugin. "write-off" if the undo or the plugin's
+	// DEL was written off.
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
-	// The CNI plugin, as "network/type". Empty for an act of podfsm's own.
+	// The CNI plugin, as "network/type". Empty for the step itself.
 	Plugin string `protobuf:"bytes,3,opt,name=plugin,proto3" json:"plugin,omitempty"`
-	// Absent for a DEL that has failed.
+	// When the try started. Absent for a failed DEL.
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	// Absent while it is under way, and where nobody knows, because the daemon
-	// was killed meanwhile.
+	// How long the try took. Absent while it is under way, and if a kill of the
+	// daemon interrupted it.
 	Duration *durationpb.Duration `protobuf:"bytes,5,opt,name=duration,proto3" json:"duration,omitempty"`
-	// Of a write-off, that of the last try.
+	// The error of the try; for a write-off, the error of the last try.
 	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
-	// Of a write-off.
+	// Why the undo or the DEL was written off. Empty for other kinds.
 	Reason        string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Act) Reset() {
-	*x = Act{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+func (x *Try) Reset() {
+	*x = Try{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Act) String() string {
+func (x *Try) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Act) ProtoMessage() {}
+func (*Try) ProtoMessage() {}
 
-func (x *Act) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[16]
+func (x *Try) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1057,54 +1474,54 @@ func (x *Act) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Act.ProtoReflect.Descriptor instead.
-func (*Act) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{16}
+// Deprecated: Use Try.ProtoReflect.Descriptor instead.
+func (*Try) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
 }
 
-func (x *Act) GetStep() string {
+func (x *Try) GetStep() string {
 	if x != nil {
 		return x.Step
 	}
 	return ""
 }
 
-func (x *Act) GetKind() string {
+func (x *Try) GetKind() string {
 	if x != nil {
 		return x.Kind
 	}
 	return ""
 }
 
-func (x *Act) GetPlugin() string {
+func (x *Try) GetPlugin() string {
 	if x != nil {
 		return x.Plugin
 	}
 	return ""
 }
 
-func (x *Act) GetStartedAt() *timestamppb.Timestamp {
+func (x *Try) GetStartedAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.StartedAt
 	}
 	return nil
 }
 
-func (x *Act) GetDuration() *durationpb.Duration {
+func (x *Try) GetDuration() *durationpb.Duration {
 	if x != nil {
 		return x.Duration
 	}
 	return nil
 }
 
-func (x *Act) GetError() string {
+func (x *Try) GetError() string {
 	if x != nil {
 		return x.Error
 	}
 	return ""
 }
 
-func (x *Act) GetReason() string {
+func (x *Try) GetReason() string {
 	if x != nil {
 		return x.Reason
 	}
@@ -1119,7 +1536,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1131,7 +1548,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[17]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1144,19 +1561,27 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{17}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
 }
 
-// SandboxTransition is a change of a sandbox's state, which is on record.
+// SandboxTransition reports a change of a sandbox's state. podfsm sends it after
+// the change is on record.
 type SandboxTransition struct {
-	state               protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId           string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
-	// The pod's identity, as in Sandbox.
-	PodName       string      `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
-	PodNamespace  string      `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
-	PodUid        string      `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
-	Attempt       uint32      `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of the sandbox.
+	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// The sandbox's containerd namespace.
+	ContainerdNamespace string `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	// The name of its pod. The pod's fields are empty for a sandbox that was not
+	// created over the CRI.
+	PodName string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// The Kubernetes namespace of its pod.
+	PodNamespace string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	// The uid of its pod.
+	PodUid string `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	// The kubelet's count of the pod's sandboxes, from 0.
+	Attempt uint32 `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The transition.
 	Transition    *Transition `protobuf:"bytes,7,opt,name=transition,proto3" json:"transition,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1164,7 +1589,7 @@ type SandboxTransition struct {
 
 func (x *SandboxTransition) Reset() {
 	*x = SandboxTransition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1601,7 @@ func (x *SandboxTransition) String() string {
 func (*SandboxTransition) ProtoMessage() {}
 
 func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[18]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1614,7 @@ func (x *SandboxTransition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxTransition.ProtoReflect.Descriptor instead.
 func (*SandboxTransition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{18}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SandboxTransition) GetSandboxId() string {
@@ -1242,55 +1667,65 @@ func (x *SandboxTransition) GetTransition() *Transition {
 }
 
 type Sandbox struct {
-	state               protoimpl.MessageState `protogen:"open.v1"`
-	Id                  string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
-	// The pod's identity as in the CRI's PodSandboxMetadata. Empty for a sandbox
-	// that was not made over the CRI.
-	PodName        string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
-	PodNamespace   string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
-	PodUid         string `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
-	Attempt        uint32 `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox id, as crictl shows it.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The sandbox's containerd namespace: "k8s.io" for the kubelet's sandboxes.
+	ContainerdNamespace string `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	// The name of the pod, as in the CRI's PodSandboxMetadata. The pod's fields are
+	// empty for a sandbox that was not created over the CRI.
+	PodName string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// The Kubernetes namespace of the pod.
+	PodNamespace string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	// The uid of the pod.
+	PodUid string `protobuf:"bytes,5,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	// The kubelet's count of the pod's sandboxes, from 0.
+	Attempt uint32 `protobuf:"varint,6,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The runtime handler of the request.
 	RuntimeHandler string `protobuf:"bytes,7,opt,name=runtime_handler,json=runtimeHandler,proto3" json:"runtime_handler,omitempty"`
-	// One of the states on the states page of the documentation, as "Ready".
+	// One of the states in the documentation, such as "Ready".
 	State string `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`
-	// The state that the owed cleanup leads to in the state CleanupOwed:
-	// "RolledBack", "Stopped" or "Removed". Empty in all other states.
-	Goal      string                 `protobuf:"bytes,9,opt,name=goal,proto3" json:"goal,omitempty"`
+	// The state that the pending cleanup leads to: "RolledBack", "Stopped" or
+	// "Removed". Empty in all states except CleanupOwed.
+	Goal string `protobuf:"bytes,9,opt,name=goal,proto3" json:"goal,omitempty"`
+	// When the sandbox was requested.
 	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	// When the sandbox entered its state.
 	Since *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=since,proto3" json:"since,omitempty"`
-	// The pod's primary address and the others, without prefix lengths. Empty for
-	// a pod on the node's network.
-	Ip            string   `protobuf:"bytes,12,opt,name=ip,proto3" json:"ip,omitempty"`
+	// The pod's primary address, without a prefix length. Empty for a pod on the
+	// node's network.
+	Ip string `protobuf:"bytes,12,opt,name=ip,proto3" json:"ip,omitempty"`
+	// The pod's other addresses.
 	AdditionalIps []string `protobuf:"bytes,13,rep,name=additional_ips,json=additionalIps,proto3" json:"additional_ips,omitempty"`
-	// The pause process as seen from the host's pid namespace; 0 when there is
-	// none.
+	// The pid of pause in the host's pid namespace. 0 while pause isn't running.
 	Pid uint32 `protobuf:"varint,14,opt,name=pid,proto3" json:"pid,omitempty"`
-	// Where the pod's network namespace is pinned, and its inode. Empty and 0 for
-	// a pod on the node's network.
-	NetnsPath  string `protobuf:"bytes,15,opt,name=netns_path,json=netnsPath,proto3" json:"netns_path,omitempty"`
+	// The path at which the pod's network namespace is pinned. Empty for a pod on
+	// the node's network.
+	NetnsPath string `protobuf:"bytes,15,opt,name=netns_path,json=netnsPath,proto3" json:"netns_path,omitempty"`
+	// The inode of the network namespace. 0 for a pod on the node's network.
 	NetnsInode uint64 `protobuf:"varint,16,opt,name=netns_inode,json=netnsInode,proto3" json:"netns_inode,omitempty"`
-	// Absent for a pod in the node's user namespace.
+	// The pod's user namespace. Absent for a pod in the node's user namespace.
 	Userns *UserNamespace `protobuf:"bytes,17,opt,name=userns,proto3" json:"userns,omitempty"`
-	// The W3C trace id of the request that made the sandbox, in hexadecimal.
-	// Empty when it was not traced.
+	// The W3C trace id of the request that created the sandbox, in hexadecimal.
+	// Empty if the request was not traced.
 	TraceId string `protobuf:"bytes,18,opt,name=trace_id,json=traceId,proto3" json:"trace_id,omitempty"`
-	// The step that is being done or undone. Empty when there is none.
+	// The step that podfsm is doing or undoing. Empty if there is none.
 	Step string `protobuf:"bytes,19,opt,name=step,proto3" json:"step,omitempty"`
-	// The last error; empty when the last attempt at everything succeeded.
+	// The last error. Empty if the last try of each step and each undo succeeded.
 	Error string `protobuf:"bytes,20,opt,name=error,proto3" json:"error,omitempty"`
-	// What is still owed, in the order in which it will be tried.
-	Debts []*Debt `protobuf:"bytes,21,rep,name=debts,proto3" json:"debts,omitempty"`
-	// The step whose failure ended the sandbox's creation. Empty when none did.
-	FailedStep    string `protobuf:"bytes,22,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
+	// The pending cleanups, in the order in which podfsm will retry them.
+	PendingCleanups []*PendingCleanup `protobuf:"bytes,21,rep,name=pending_cleanups,json=pendingCleanups,proto3" json:"pending_cleanups,omitempty"`
+	// The step whose failure ended the sandbox's creation. Empty if none did.
+	FailedStep string `protobuf:"bytes,22,opt,name=failed_step,json=failedStep,proto3" json:"failed_step,omitempty"`
+	// The seq of the sandbox's last transition. 0 if it isn't known.
+	Seq           uint64 `protobuf:"varint,23,opt,name=seq,proto3" json:"seq,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sandbox) Reset() {
 	*x = Sandbox{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1737,7 @@ func (x *Sandbox) String() string {
 func (*Sandbox) ProtoMessage() {}
 
 func (x *Sandbox) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[19]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1750,7 @@ func (x *Sandbox) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sandbox.ProtoReflect.Descriptor instead.
 func (*Sandbox) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{19}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Sandbox) GetId() string {
@@ -1458,9 +1893,9 @@ func (x *Sandbox) GetError() string {
 	return ""
 }
 
-func (x *Sandbox) GetDebts() []*Debt {
+func (x *Sandbox) GetPendingCleanups() []*PendingCleanup {
 	if x != nil {
-		return x.Debts
+		return x.PendingCleanups
 	}
 	return nil
 }
@@ -1472,18 +1907,27 @@ func (x *Sandbox) GetFailedStep() string {
 	return ""
 }
 
+func (x *Sandbox) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
 // UserNamespace is the mapping of a user namespace, as in user_namespaces(7).
 type UserNamespace struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uids          []*IDMapping           `protobuf:"bytes,1,rep,name=uids,proto3" json:"uids,omitempty"`
-	Gids          []*IDMapping           `protobuf:"bytes,2,rep,name=gids,proto3" json:"gids,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The mappings of user ids.
+	Uids []*IDMapping `protobuf:"bytes,1,rep,name=uids,proto3" json:"uids,omitempty"`
+	// The mappings of group ids.
+	Gids          []*IDMapping `protobuf:"bytes,2,rep,name=gids,proto3" json:"gids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UserNamespace) Reset() {
 	*x = UserNamespace{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1495,7 +1939,7 @@ func (x *UserNamespace) String() string {
 func (*UserNamespace) ProtoMessage() {}
 
 func (x *UserNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[20]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1508,7 +1952,7 @@ func (x *UserNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
 func (*UserNamespace) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{20}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UserNamespace) GetUids() []*IDMapping {
@@ -1526,17 +1970,20 @@ func (x *UserNamespace) GetGids() []*IDMapping {
 }
 
 type IDMapping struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ContainerId   uint32                 `protobuf:"varint,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
-	HostId        uint32                 `protobuf:"varint,2,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
-	Length        uint32                 `protobuf:"varint,3,opt,name=length,proto3" json:"length,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The first id in the user namespace.
+	ContainerId uint32 `protobuf:"varint,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// The first id on the host.
+	HostId uint32 `protobuf:"varint,2,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
+	// The number of mapped ids.
+	Length        uint32 `protobuf:"varint,3,opt,name=length,proto3" json:"length,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1548,7 +1995,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[21]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1561,7 +2008,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{21}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -1585,36 +2032,39 @@ func (x *IDMapping) GetLength() uint32 {
 	return 0
 }
 
-// Debt is an undo that failed and is tried again until it succeeds.
-type Debt struct {
+// PendingCleanup is a failed undo. podfsm retries it until it succeeds or is
+// written off.
+type PendingCleanup struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Step  string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
-	// The error of the last attempt.
+	// The step whose undo is pending.
+	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// The error of the last try.
 	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	// How many attempts have failed since the daemon started.
-	Attempts uint32                 `protobuf:"varint,3,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	NextTry  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`
-	// When the first attempt failed.
+	// The number of failed tries since the daemon started.
+	Attempts uint32 `protobuf:"varint,3,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	// When podfsm will retry the cleanup. Absent while the daemon is down.
+	NextTry *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`
+	// When the first try failed.
 	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Debt) Reset() {
-	*x = Debt{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
+func (x *PendingCleanup) Reset() {
+	*x = PendingCleanup{}
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Debt) String() string {
+func (x *PendingCleanup) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Debt) ProtoMessage() {}
+func (*PendingCleanup) ProtoMessage() {}
 
-func (x *Debt) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[22]
+func (x *PendingCleanup) ProtoReflect() protoreflect.Message {
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1625,40 +2075,40 @@ func (x *Debt) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Debt.ProtoReflect.Descriptor instead.
-func (*Debt) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{22}
+// Deprecated: Use PendingCleanup.ProtoReflect.Descriptor instead.
+func (*PendingCleanup) Descriptor() ([]byte, []int) {
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{27}
 }
 
-func (x *Debt) GetStep() string {
+func (x *PendingCleanup) GetStep() string {
 	if x != nil {
 		return x.Step
 	}
 	return ""
 }
 
-func (x *Debt) GetError() string {
+func (x *PendingCleanup) GetError() string {
 	if x != nil {
 		return x.Error
 	}
 	return ""
 }
 
-func (x *Debt) GetAttempts() uint32 {
+func (x *PendingCleanup) GetAttempts() uint32 {
 	if x != nil {
 		return x.Attempts
 	}
 	return 0
 }
 
-func (x *Debt) GetNextTry() *timestamppb.Timestamp {
+func (x *PendingCleanup) GetNextTry() *timestamppb.Timestamp {
 	if x != nil {
 		return x.NextTry
 	}
 	return nil
 }
 
-func (x *Debt) GetSince() *timestamppb.Timestamp {
+func (x *PendingCleanup) GetSince() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Since
 	}
@@ -1667,17 +2117,19 @@ func (x *Debt) GetSince() *timestamppb.Timestamp {
 
 type Step struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The name of the step.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// One of "pending", "running", "done", "skipped", "failed", "undoing",
-	// "undone" and "owed".
+	// "undone" and "cleanup_pending".
 	Status string `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
-	// Absent when the step was never started.
+	// When the step started. Absent if it never did.
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	// How long it took to do, without its undo. Absent while it is pending or
+	// How long the step took, without its undo. Absent while the step is pending or
 	// running.
 	Duration *durationpb.Duration `protobuf:"bytes,4,opt,name=duration,proto3" json:"duration,omitempty"`
-	Error    string               `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
-	// What the step made or found, by name.
+	// The last error of the step, its undo, or its check. Empty without an error.
+	Error string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	// Values that the step made or found, by name.
 	Detail        map[string]string `protobuf:"bytes,6,rep,name=detail,proto3" json:"detail,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1685,7 +2137,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1697,7 +2149,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[23]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1710,7 +2162,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{23}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Step) GetName() string {
@@ -1757,25 +2209,30 @@ func (x *Step) GetDetail() map[string]string {
 
 type Transition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The position in the sandbox's history, from 1, which is the transition out
-	// of "New". It orders transitions; the clock does not. It only ever grows, and
-	// may leave numbers out after a restart.
-	Seq   uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
-	At    *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
-	Event string                 `protobuf:"bytes,3,opt,name=event,proto3" json:"event,omitempty"`
-	From  string                 `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
-	To    string                 `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
-	// The error that led to the transition, when one did.
+	// The position in the sandbox's history. The transition out of "New" has 1.
+	// Order transitions by seq, not by time. seq only grows; after a restart,
+	// numbers may be missing.
+	Seq uint64 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	// When the state changed.
+	At *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
+	// The event, such as "start_pause" or "roll_back". The documentation lists all
+	// events.
+	Event string `protobuf:"bytes,3,opt,name=event,proto3" json:"event,omitempty"`
+	// The state before.
+	From string `protobuf:"bytes,4,opt,name=from,proto3" json:"from,omitempty"`
+	// The state after.
+	To string `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
+	// The error that led to the transition. Empty if none did.
 	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
-	// The step that was done, or whose failure, or undo's failure, led to the
-	// transition. Empty when it is about no step.
+	// The step that succeeded, or the step whose failure or failed undo led to the
+	// transition. Empty if no step did.
 	Step string `protobuf:"bytes,7,opt,name=step,proto3" json:"step,omitempty"`
-	// The error's class, of low cardinality, as "deadline_exceeded".
+	// The class of the error, such as "deadline_exceeded".
 	ErrorType string `protobuf:"bytes,8,opt,name=error_type,json=errorType,proto3" json:"error_type,omitempty"`
-	// How long the sandbox was in the state that it left.
+	// How long the sandbox was in the state before.
 	After *durationpb.Duration `protobuf:"bytes,9,opt,name=after,proto3" json:"after,omitempty"`
-	// The W3C trace id of what it was part of, in hexadecimal. Empty when that was
-	// not traced.
+	// The W3C trace id of the transition, in hexadecimal. Empty if it was not
+	// traced.
 	TraceId       string `protobuf:"bytes,10,opt,name=trace_id,json=traceId,proto3" json:"trace_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1783,7 +2240,7 @@ type Transition struct {
 
 func (x *Transition) Reset() {
 	*x = Transition{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1795,7 +2252,7 @@ func (x *Transition) String() string {
 func (*Transition) ProtoMessage() {}
 
 func (x *Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[24]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1808,7 +2265,7 @@ func (x *Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transition.ProtoReflect.Descriptor instead.
 func (*Transition) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{24}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Transition) GetSeq() uint64 {
@@ -1889,7 +2346,7 @@ type IDsRequest struct {
 
 func (x *IDsRequest) Reset() {
 	*x = IDsRequest{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +2358,7 @@ func (x *IDsRequest) String() string {
 func (*IDsRequest) ProtoMessage() {}
 
 func (x *IDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[25]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,18 +2371,18 @@ func (x *IDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsRequest.ProtoReflect.Descriptor instead.
 func (*IDsRequest) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{25}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{30}
 }
 
 type IDsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Absent when no pool is configured.
+	// The pool of mode "auto". Absent without a configured pool.
 	Pool *IDPool `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
-	// In the order of their uids.
+	// The sandboxes that hold host ids, by their first uid.
 	Holders []*IDHolder `protobuf:"bytes,2,rep,name=holders,proto3" json:"holders,omitempty"`
 	// The most recent refusals, the oldest first.
 	Refusals []*IDRefusal `protobuf:"bytes,3,rep,name=refusals,proto3" json:"refusals,omitempty"`
-	// Why the host could not be searched. Empty when it was.
+	// Why podfsm could not search the host. Empty if the search succeeded.
 	SearchError   string `protobuf:"bytes,4,opt,name=search_error,json=searchError,proto3" json:"search_error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1933,7 +2390,7 @@ type IDsResponse struct {
 
 func (x *IDsResponse) Reset() {
 	*x = IDsResponse{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2402,7 @@ func (x *IDsResponse) String() string {
 func (*IDsResponse) ProtoMessage() {}
 
 func (x *IDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[26]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2415,7 @@ func (x *IDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDsResponse.ProtoReflect.Descriptor instead.
 func (*IDsResponse) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{26}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *IDsResponse) GetPool() *IDPool {
@@ -1989,14 +2446,17 @@ func (x *IDsResponse) GetSearchError() string {
 	return ""
 }
 
-// IDPool is the ranges of 65536 ids each that mode "auto" gives to pods.
+// IDPool is a set of ranges of 65536 ids each, which mode "auto" gives to pods.
 type IDPool struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Where the ranges come from.
+	// The source of the ranges.
 	Source string `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	// The number of ranges.
 	Ranges uint32 `protobuf:"varint,2,opt,name=ranges,proto3" json:"ranges,omitempty"`
-	Held   uint32 `protobuf:"varint,3,opt,name=held,proto3" json:"held,omitempty"`
-	Free   uint32 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
+	// The number of ranges that sandboxes hold.
+	Held uint32 `protobuf:"varint,3,opt,name=held,proto3" json:"held,omitempty"`
+	// The number of ranges that new pods can get.
+	Free uint32 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
 	// The ranges in quarantine, the least recently used first.
 	Quarantine    []*QuarantinedIDs `protobuf:"bytes,5,rep,name=quarantine,proto3" json:"quarantine,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2005,7 +2465,7 @@ type IDPool struct {
 
 func (x *IDPool) Reset() {
 	*x = IDPool{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[27]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2017,7 +2477,7 @@ func (x *IDPool) String() string {
 func (*IDPool) ProtoMessage() {}
 
 func (x *IDPool) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[27]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2030,7 +2490,7 @@ func (x *IDPool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDPool.ProtoReflect.Descriptor instead.
 func (*IDPool) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{27}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *IDPool) GetSource() string {
@@ -2068,11 +2528,13 @@ func (x *IDPool) GetQuarantine() []*QuarantinedIDs {
 	return nil
 }
 
-// QuarantinedIDs is a range that nobody holds and that may still be in use.
+// QuarantinedIDs is a range that no sandbox holds, but that something may still
+// use.
 type QuarantinedIDs struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Userns *UserNamespace         `protobuf:"bytes,1,opt,name=userns,proto3" json:"userns,omitempty"`
-	// The process, mount or snapshot that was seen to use it.
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The range.
+	Userns *UserNamespace `protobuf:"bytes,1,opt,name=userns,proto3" json:"userns,omitempty"`
+	// The process, mount or snapshot that uses the range.
 	UsedBy        string `protobuf:"bytes,2,opt,name=used_by,json=usedBy,proto3" json:"used_by,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2080,7 +2542,7 @@ type QuarantinedIDs struct {
 
 func (x *QuarantinedIDs) Reset() {
 	*x = QuarantinedIDs{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[28]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2554,7 @@ func (x *QuarantinedIDs) String() string {
 func (*QuarantinedIDs) ProtoMessage() {}
 
 func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[28]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2567,7 @@ func (x *QuarantinedIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedIDs.ProtoReflect.Descriptor instead.
 func (*QuarantinedIDs) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{28}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *QuarantinedIDs) GetUserns() *UserNamespace {
@@ -2124,15 +2586,21 @@ func (x *QuarantinedIDs) GetUsedBy() string {
 
 // IDHolder is a sandbox that holds host ids.
 type IDHolder struct {
-	state               protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId           string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	ContainerdNamespace string                 `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
-	PodName             string                 `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
-	PodNamespace        string                 `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
-	// Who chose them: "request", "auto", "node", or "stock" for the request of a
-	// sandbox that another controller runs.
-	Origin        string                 `protobuf:"bytes,5,opt,name=origin,proto3" json:"origin,omitempty"`
-	Userns        *UserNamespace         `protobuf:"bytes,6,opt,name=userns,proto3" json:"userns,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of the sandbox.
+	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// The sandbox's containerd namespace.
+	ContainerdNamespace string `protobuf:"bytes,2,opt,name=containerd_namespace,json=containerdNamespace,proto3" json:"containerd_namespace,omitempty"`
+	// The name of its pod.
+	PodName string `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// The Kubernetes namespace of its pod.
+	PodNamespace string `protobuf:"bytes,4,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	// The origin of the ids: "request", "auto", "node", or "stock" for a sandbox of
+	// another controller.
+	Origin string `protobuf:"bytes,5,opt,name=origin,proto3" json:"origin,omitempty"`
+	// The host ids.
+	Userns *UserNamespace `protobuf:"bytes,6,opt,name=userns,proto3" json:"userns,omitempty"`
+	// Since when the sandbox holds the ids.
 	Since         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2140,7 +2608,7 @@ type IDHolder struct {
 
 func (x *IDHolder) Reset() {
 	*x = IDHolder{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[29]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2152,7 +2620,7 @@ func (x *IDHolder) String() string {
 func (*IDHolder) ProtoMessage() {}
 
 func (x *IDHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[29]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2165,7 +2633,7 @@ func (x *IDHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDHolder.ProtoReflect.Descriptor instead.
 func (*IDHolder) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{29}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *IDHolder) GetSandboxId() string {
@@ -2217,23 +2685,27 @@ func (x *IDHolder) GetSince() *timestamppb.Timestamp {
 	return nil
 }
 
-// IDRefusal is a request that was refused for the ids it asked for, or because
-// there were none.
+// IDRefusal is a request that podfsm refused because of its host ids, or because
+// the pool had no free range.
 type IDRefusal struct {
-	state        protoimpl.MessageState `protogen:"open.v1"`
-	PodName      string                 `protobuf:"bytes,1,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
-	PodNamespace string                 `protobuf:"bytes,2,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
-	Reason       string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
-	// The last time, and how many times.
-	At            *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
-	Count         uint32                 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name of the pod.
+	PodName string `protobuf:"bytes,1,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	// The Kubernetes namespace of the pod.
+	PodNamespace string `protobuf:"bytes,2,opt,name=pod_namespace,json=podNamespace,proto3" json:"pod_namespace,omitempty"`
+	// The error that podfsm returned to the kubelet.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When podfsm last refused the request.
+	At *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
+	// How often podfsm refused the request.
+	Count         uint32 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IDRefusal) Reset() {
 	*x = IDRefusal{}
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[30]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2717,7 @@ func (x *IDRefusal) String() string {
 func (*IDRefusal) ProtoMessage() {}
 
 func (x *IDRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_podfsm_v1_podfsm_proto_msgTypes[30]
+	mi := &file_podfsm_v1_podfsm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2730,7 @@ func (x *IDRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDRefusal.ProtoReflect.Descriptor instead.
 func (*IDRefusal) Descriptor() ([]byte, []int) {
-	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{30}
+	return file_podfsm_v1_podfsm_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *IDRefusal) GetPodName() string {
@@ -2300,7 +2772,46 @@ var File_podfsm_v1_podfsm_proto protoreflect.FileDescriptor
 
 const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\n" +
-	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"'\n" +
+	"\x16podfsm/v1/podfsm.proto\x12\tpodfsm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
+	"\rStatusRequest\"\xed\x04\n" +
+	"\x0eStatusResponse\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12-\n" +
+	"\x12containerd_version\x18\x02 \x01(\tR\x11containerdVersion\x129\n" +
+	"\n" +
+	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12\x1a\n" +
+	"\bdegraded\x18\x04 \x01(\tR\bdegraded\x12A\n" +
+	"\x0edraining_since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\rdrainingSince\x12F\n" +
+	"\tsandboxes\x18\x06 \x03(\v2(.podfsm.v1.StatusResponse.SandboxesEntryR\tsandboxes\x12)\n" +
+	"\x10pending_cleanups\x18\a \x01(\rR\x0fpendingCleanups\x129\n" +
+	"\fslowest_step\x18\b \x01(\v2\x16.podfsm.v1.SlowestStepR\vslowestStep\x12-\n" +
+	"\aid_pool\x18\t \x01(\v2\x14.podfsm.v1.IDPoolUseR\x06idPool\x128\n" +
+	"\rlast_recovery\x18\n" +
+	" \x01(\v2\x13.podfsm.v1.RecoveryR\flastRecovery\x12#\n" +
+	"\rfailed_checks\x18\v \x03(\tR\ffailedChecks\x1a<\n" +
+	"\x0eSandboxesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xf2\x01\n" +
+	"\vSlowestStep\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x02 \x01(\tR\tsandboxId\x12\x19\n" +
+	"\bpod_name\x18\x03 \x01(\tR\apodName\x12#\n" +
+	"\rpod_namespace\x18\x04 \x01(\tR\fpodNamespace\x125\n" +
+	"\bduration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bduration\x129\n" +
+	"\n" +
+	"started_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\"U\n" +
+	"\tIDPoolUse\x12\x12\n" +
+	"\x04free\x18\x01 \x01(\rR\x04free\x12\x12\n" +
+	"\x04held\x18\x02 \x01(\rR\x04held\x12 \n" +
+	"\vquarantined\x18\x03 \x01(\rR\vquarantined\"\xf8\x01\n" +
+	"\bRecovery\x129\n" +
+	"\n" +
+	"started_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
+	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12=\n" +
+	"\boutcomes\x18\x03 \x03(\v2!.podfsm.v1.Recovery.OutcomesEntryR\boutcomes\x1a;\n" +
+	"\rOutcomesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"'\n" +
 	"\x13RetryCleanupRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"l\n" +
 	"\x16WriteOffCleanupRequest\x12\x10\n" +
@@ -2328,19 +2839,20 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x02at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x0f\n" +
 	"\rDoctorRequest\"@\n" +
 	"\x0eDoctorResponse\x12.\n" +
-	"\bfindings\x18\x01 \x03(\v2\x12.podfsm.v1.FindingR\bfindings\"\xaa\x01\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.podfsm.v1.FindingR\bfindings\"\xa8\x01\n" +
 	"\aFinding\x12\x14\n" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x18\n" +
-	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
-	"\averdict\x18\x03 \x01(\tR\averdict\x12\x1a\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x16\n" +
+	"\x06status\x18\x03 \x01(\tR\x06status\x12\x1a\n" +
 	"\bevidence\x18\x04 \x01(\tR\bevidence\x12\x16\n" +
 	"\x06remedy\x18\x05 \x01(\tR\x06remedy\x12!\n" +
 	"\frefused_pods\x18\x06 \x01(\tR\vrefusedPods\"&\n" +
 	"\fDrainRequest\x12\x16\n" +
 	"\x06cancel\x18\x01 \x01(\bR\x06cancel\"\x0f\n" +
-	"\rDrainResponse\" \n" +
+	"\rDrainResponse\">\n" +
 	"\fLeaksRequest\x12\x10\n" +
-	"\x03fix\x18\x01 \x01(\bR\x03fix\"h\n" +
+	"\x03fix\x18\x01 \x01(\bR\x03fix\x12\x1c\n" +
+	"\tsandboxes\x18\x02 \x03(\tR\tsandboxes\"h\n" +
 	"\rLeaksResponse\x12%\n" +
 	"\x05leaks\x18\x01 \x03(\v2\x0f.podfsm.v1.LeakR\x05leaks\x120\n" +
 	"\x14damaged_ledger_files\x18\x02 \x03(\tR\x12damagedLedgerFiles\"}\n" +
@@ -2357,15 +2869,15 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\tsandboxes\x18\x01 \x03(\v2\x12.podfsm.v1.SandboxR\tsandboxes\x12A\n" +
 	"\x0edraining_since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\rdrainingSince\"\"\n" +
 	"\x0eInspectRequest\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\"\xe2\x01\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"\xe4\x01\n" +
 	"\x0fInspectResponse\x12,\n" +
 	"\asandbox\x18\x01 \x01(\v2\x12.podfsm.v1.SandboxR\asandbox\x12%\n" +
 	"\x05steps\x18\x02 \x03(\v2\x0f.podfsm.v1.StepR\x05steps\x127\n" +
 	"\vtransitions\x18\x03 \x03(\v2\x15.podfsm.v1.TransitionR\vtransitions\x12\x1d\n" +
 	"\n" +
-	"cni_result\x18\x04 \x01(\tR\tcniResult\x12\"\n" +
-	"\x04acts\x18\x05 \x03(\v2\x0e.podfsm.v1.ActR\x04acts\"\xe5\x01\n" +
-	"\x03Act\x12\x12\n" +
+	"cni_result\x18\x04 \x01(\tR\tcniResult\x12$\n" +
+	"\x05tries\x18\x05 \x03(\v2\x0e.podfsm.v1.TryR\x05tries\"\xe5\x01\n" +
+	"\x03Try\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06plugin\x18\x03 \x01(\tR\x06plugin\x129\n" +
@@ -2385,7 +2897,7 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\aattempt\x18\x06 \x01(\rR\aattempt\x125\n" +
 	"\n" +
 	"transition\x18\a \x01(\v2\x15.podfsm.v1.TransitionR\n" +
-	"transition\"\xc7\x05\n" +
+	"transition\"\xf8\x05\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x121\n" +
 	"\x14containerd_namespace\x18\x02 \x01(\tR\x13containerdNamespace\x12\x19\n" +
@@ -2410,18 +2922,19 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\x06userns\x18\x11 \x01(\v2\x18.podfsm.v1.UserNamespaceR\x06userns\x12\x19\n" +
 	"\btrace_id\x18\x12 \x01(\tR\atraceId\x12\x12\n" +
 	"\x04step\x18\x13 \x01(\tR\x04step\x12\x14\n" +
-	"\x05error\x18\x14 \x01(\tR\x05error\x12%\n" +
-	"\x05debts\x18\x15 \x03(\v2\x0f.podfsm.v1.DebtR\x05debts\x12\x1f\n" +
+	"\x05error\x18\x14 \x01(\tR\x05error\x12D\n" +
+	"\x10pending_cleanups\x18\x15 \x03(\v2\x19.podfsm.v1.PendingCleanupR\x0fpendingCleanups\x12\x1f\n" +
 	"\vfailed_step\x18\x16 \x01(\tR\n" +
-	"failedStep\"c\n" +
+	"failedStep\x12\x10\n" +
+	"\x03seq\x18\x17 \x01(\x04R\x03seq\"c\n" +
 	"\rUserNamespace\x12(\n" +
 	"\x04uids\x18\x01 \x03(\v2\x14.podfsm.v1.IDMappingR\x04uids\x12(\n" +
 	"\x04gids\x18\x02 \x03(\v2\x14.podfsm.v1.IDMappingR\x04gids\"_\n" +
 	"\tIDMapping\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\rR\vcontainerId\x12\x17\n" +
 	"\ahost_id\x18\x02 \x01(\rR\x06hostId\x12\x16\n" +
-	"\x06length\x18\x03 \x01(\rR\x06length\"\xb5\x01\n" +
-	"\x04Debt\x12\x12\n" +
+	"\x06length\x18\x03 \x01(\rR\x06length\"\xbf\x01\n" +
+	"\x0ePendingCleanup\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1a\n" +
 	"\battempts\x18\x03 \x01(\rR\battempts\x125\n" +
@@ -2484,8 +2997,9 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\rpod_namespace\x18\x02 \x01(\tR\fpodNamespace\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12*\n" +
 	"\x02at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
-	"\x05count\x18\x05 \x01(\rR\x05count2\xd3\x04\n" +
-	"\tSandboxes\x127\n" +
+	"\x05count\x18\x05 \x01(\rR\x05count2\x92\x05\n" +
+	"\tSandboxes\x12=\n" +
+	"\x06Status\x12\x18.podfsm.v1.StatusRequest\x1a\x19.podfsm.v1.StatusResponse\x127\n" +
 	"\x04List\x12\x16.podfsm.v1.ListRequest\x1a\x17.podfsm.v1.ListResponse\x12@\n" +
 	"\aInspect\x12\x19.podfsm.v1.InspectRequest\x1a\x1a.podfsm.v1.InspectResponse\x12@\n" +
 	"\x05Watch\x12\x17.podfsm.v1.WatchRequest\x1a\x1c.podfsm.v1.SandboxTransition0\x01\x124\n" +
@@ -2508,101 +3022,121 @@ func file_podfsm_v1_podfsm_proto_rawDescGZIP() []byte {
 	return file_podfsm_v1_podfsm_proto_rawDescData
 }
 
-var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_podfsm_v1_podfsm_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_podfsm_v1_podfsm_proto_goTypes = []any{
-	(*RetryCleanupRequest)(nil),    // 0: podfsm.v1.RetryCleanupRequest
-	(*WriteOffCleanupRequest)(nil), // 1: podfsm.v1.WriteOffCleanupRequest
-	(*CleanupResponse)(nil),        // 2: podfsm.v1.CleanupResponse
-	(*SandboxWriteOff)(nil),        // 3: podfsm.v1.SandboxWriteOff
-	(*DoctorRequest)(nil),          // 4: podfsm.v1.DoctorRequest
-	(*DoctorResponse)(nil),         // 5: podfsm.v1.DoctorResponse
-	(*Finding)(nil),                // 6: podfsm.v1.Finding
-	(*DrainRequest)(nil),           // 7: podfsm.v1.DrainRequest
-	(*DrainResponse)(nil),          // 8: podfsm.v1.DrainResponse
-	(*LeaksRequest)(nil),           // 9: podfsm.v1.LeaksRequest
-	(*LeaksResponse)(nil),          // 10: podfsm.v1.LeaksResponse
-	(*Leak)(nil),                   // 11: podfsm.v1.Leak
-	(*ListRequest)(nil),            // 12: podfsm.v1.ListRequest
-	(*ListResponse)(nil),           // 13: podfsm.v1.ListResponse
-	(*InspectRequest)(nil),         // 14: podfsm.v1.InspectRequest
-	(*InspectResponse)(nil),        // 15: podfsm.v1.InspectResponse
-	(*Act)(nil),                    // 16: podfsm.v1.Act
-	(*WatchRequest)(nil),           // 17: podfsm.v1.WatchRequest
-	(*SandboxTransition)(nil),      // 18: podfsm.v1.SandboxTransition
-	(*Sandbox)(nil),                // 19: podfsm.v1.Sandbox
-	(*UserNamespace)(nil),          // 20: podfsm.v1.UserNamespace
-	(*IDMapping)(nil),              // 21: podfsm.v1.IDMapping
-	(*Debt)(nil),                   // 22: podfsm.v1.Debt
-	(*Step)(nil),                   // 23: podfsm.v1.Step
-	(*Transition)(nil),             // 24: podfsm.v1.Transition
-	(*IDsRequest)(nil),             // 25: podfsm.v1.IDsRequest
-	(*IDsResponse)(nil),            // 26: podfsm.v1.IDsResponse
-	(*IDPool)(nil),                 // 27: podfsm.v1.IDPool
-	(*QuarantinedIDs)(nil),         // 28: podfsm.v1.QuarantinedIDs
-	(*IDHolder)(nil),               // 29: podfsm.v1.IDHolder
-	(*IDRefusal)(nil),              // 30: podfsm.v1.IDRefusal
-	nil,                            // 31: podfsm.v1.Step.DetailEntry
-	(*timestamppb.Timestamp)(nil),  // 32: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 33: google.protobuf.Duration
+	(*StatusRequest)(nil),          // 0: podfsm.v1.StatusRequest
+	(*StatusResponse)(nil),         // 1: podfsm.v1.StatusResponse
+	(*SlowestStep)(nil),            // 2: podfsm.v1.SlowestStep
+	(*IDPoolUse)(nil),              // 3: podfsm.v1.IDPoolUse
+	(*Recovery)(nil),               // 4: podfsm.v1.Recovery
+	(*RetryCleanupRequest)(nil),    // 5: podfsm.v1.RetryCleanupRequest
+	(*WriteOffCleanupRequest)(nil), // 6: podfsm.v1.WriteOffCleanupRequest
+	(*CleanupResponse)(nil),        // 7: podfsm.v1.CleanupResponse
+	(*SandboxWriteOff)(nil),        // 8: podfsm.v1.SandboxWriteOff
+	(*DoctorRequest)(nil),          // 9: podfsm.v1.DoctorRequest
+	(*DoctorResponse)(nil),         // 10: podfsm.v1.DoctorResponse
+	(*Finding)(nil),                // 11: podfsm.v1.Finding
+	(*DrainRequest)(nil),           // 12: podfsm.v1.DrainRequest
+	(*DrainResponse)(nil),          // 13: podfsm.v1.DrainResponse
+	(*LeaksRequest)(nil),           // 14: podfsm.v1.LeaksRequest
+	(*LeaksResponse)(nil),          // 15: podfsm.v1.LeaksResponse
+	(*Leak)(nil),                   // 16: podfsm.v1.Leak
+	(*ListRequest)(nil),            // 17: podfsm.v1.ListRequest
+	(*ListResponse)(nil),           // 18: podfsm.v1.ListResponse
+	(*InspectRequest)(nil),         // 19: podfsm.v1.InspectRequest
+	(*InspectResponse)(nil),        // 20: podfsm.v1.InspectResponse
+	(*Try)(nil),                    // 21: podfsm.v1.Try
+	(*WatchRequest)(nil),           // 22: podfsm.v1.WatchRequest
+	(*SandboxTransition)(nil),      // 23: podfsm.v1.SandboxTransition
+	(*Sandbox)(nil),                // 24: podfsm.v1.Sandbox
+	(*UserNamespace)(nil),          // 25: podfsm.v1.UserNamespace
+	(*IDMapping)(nil),              // 26: podfsm.v1.IDMapping
+	(*PendingCleanup)(nil),         // 27: podfsm.v1.PendingCleanup
+	(*Step)(nil),                   // 28: podfsm.v1.Step
+	(*Transition)(nil),             // 29: podfsm.v1.Transition
+	(*IDsRequest)(nil),             // 30: podfsm.v1.IDsRequest
+	(*IDsResponse)(nil),            // 31: podfsm.v1.IDsResponse
+	(*IDPool)(nil),                 // 32: podfsm.v1.IDPool
+	(*QuarantinedIDs)(nil),         // 33: podfsm.v1.QuarantinedIDs
+	(*IDHolder)(nil),               // 34: podfsm.v1.IDHolder
+	(*IDRefusal)(nil),              // 35: podfsm.v1.IDRefusal
+	nil,                            // 36: podfsm.v1.StatusResponse.SandboxesEntry
+	nil,                            // 37: podfsm.v1.Recovery.OutcomesEntry
+	nil,                            // 38: podfsm.v1.Step.DetailEntry
+	(*timestamppb.Timestamp)(nil),  // 39: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 40: google.protobuf.Duration
 }
 var file_podfsm_v1_podfsm_proto_depIdxs = []int32{
-	19, // 0: podfsm.v1.CleanupResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	32, // 1: podfsm.v1.SandboxWriteOff.at:type_name -> google.protobuf.Timestamp
-	6,  // 2: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
-	11, // 3: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
-	19, // 4: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
-	32, // 5: podfsm.v1.ListResponse.draining_since:type_name -> google.protobuf.Timestamp
-	19, // 6: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
-	23, // 7: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
-	24, // 8: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
-	16, // 9: podfsm.v1.InspectResponse.acts:type_name -> podfsm.v1.Act
-	32, // 10: podfsm.v1.Act.started_at:type_name -> google.protobuf.Timestamp
-	33, // 11: podfsm.v1.Act.duration:type_name -> google.protobuf.Duration
-	24, // 12: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
-	32, // 13: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	32, // 14: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
-	20, // 15: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
-	22, // 16: podfsm.v1.Sandbox.debts:type_name -> podfsm.v1.Debt
-	21, // 17: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
-	21, // 18: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
-	32, // 19: podfsm.v1.Debt.next_try:type_name -> google.protobuf.Timestamp
-	32, // 20: podfsm.v1.Debt.since:type_name -> google.protobuf.Timestamp
-	32, // 21: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
-	33, // 22: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
-	31, // 23: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
-	32, // 24: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
-	33, // 25: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
-	27, // 26: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
-	29, // 27: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
-	30, // 28: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
-	28, // 29: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
-	20, // 30: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
-	20, // 31: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
-	32, // 32: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
-	32, // 33: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
-	12, // 34: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
-	14, // 35: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
-	17, // 36: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
-	25, // 37: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
-	9,  // 38: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
-	4,  // 39: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
-	7,  // 40: podfsm.v1.Sandboxes.Drain:input_type -> podfsm.v1.DrainRequest
-	0,  // 41: podfsm.v1.Sandboxes.RetryCleanup:input_type -> podfsm.v1.RetryCleanupRequest
-	1,  // 42: podfsm.v1.Sandboxes.WriteOffCleanup:input_type -> podfsm.v1.WriteOffCleanupRequest
-	13, // 43: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
-	15, // 44: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
-	18, // 45: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
-	26, // 46: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
-	10, // 47: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
-	5,  // 48: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
-	8,  // 49: podfsm.v1.Sandboxes.Drain:output_type -> podfsm.v1.DrainResponse
-	2,  // 50: podfsm.v1.Sandboxes.RetryCleanup:output_type -> podfsm.v1.CleanupResponse
-	2,  // 51: podfsm.v1.Sandboxes.WriteOffCleanup:output_type -> podfsm.v1.CleanupResponse
-	43, // [43:52] is the sub-list for method output_type
-	34, // [34:43] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	39, // 0: podfsm.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	39, // 1: podfsm.v1.StatusResponse.draining_since:type_name -> google.protobuf.Timestamp
+	36, // 2: podfsm.v1.StatusResponse.sandboxes:type_name -> podfsm.v1.StatusResponse.SandboxesEntry
+	2,  // 3: podfsm.v1.StatusResponse.slowest_step:type_name -> podfsm.v1.SlowestStep
+	3,  // 4: podfsm.v1.StatusResponse.id_pool:type_name -> podfsm.v1.IDPoolUse
+	4,  // 5: podfsm.v1.StatusResponse.last_recovery:type_name -> podfsm.v1.Recovery
+	40, // 6: podfsm.v1.SlowestStep.duration:type_name -> google.protobuf.Duration
+	39, // 7: podfsm.v1.SlowestStep.started_at:type_name -> google.protobuf.Timestamp
+	39, // 8: podfsm.v1.Recovery.started_at:type_name -> google.protobuf.Timestamp
+	40, // 9: podfsm.v1.Recovery.duration:type_name -> google.protobuf.Duration
+	37, // 10: podfsm.v1.Recovery.outcomes:type_name -> podfsm.v1.Recovery.OutcomesEntry
+	24, // 11: podfsm.v1.CleanupResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	39, // 12: podfsm.v1.SandboxWriteOff.at:type_name -> google.protobuf.Timestamp
+	11, // 13: podfsm.v1.DoctorResponse.findings:type_name -> podfsm.v1.Finding
+	16, // 14: podfsm.v1.LeaksResponse.leaks:type_name -> podfsm.v1.Leak
+	24, // 15: podfsm.v1.ListResponse.sandboxes:type_name -> podfsm.v1.Sandbox
+	39, // 16: podfsm.v1.ListResponse.draining_since:type_name -> google.protobuf.Timestamp
+	24, // 17: podfsm.v1.InspectResponse.sandbox:type_name -> podfsm.v1.Sandbox
+	28, // 18: podfsm.v1.InspectResponse.steps:type_name -> podfsm.v1.Step
+	29, // 19: podfsm.v1.InspectResponse.transitions:type_name -> podfsm.v1.Transition
+	21, // 20: podfsm.v1.InspectResponse.tries:type_name -> podfsm.v1.Try
+	39, // 21: podfsm.v1.Try.started_at:type_name -> google.protobuf.Timestamp
+	40, // 22: podfsm.v1.Try.duration:type_name -> google.protobuf.Duration
+	29, // 23: podfsm.v1.SandboxTransition.transition:type_name -> podfsm.v1.Transition
+	39, // 24: podfsm.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	39, // 25: podfsm.v1.Sandbox.since:type_name -> google.protobuf.Timestamp
+	25, // 26: podfsm.v1.Sandbox.userns:type_name -> podfsm.v1.UserNamespace
+	27, // 27: podfsm.v1.Sandbox.pending_cleanups:type_name -> podfsm.v1.PendingCleanup
+	26, // 28: podfsm.v1.UserNamespace.uids:type_name -> podfsm.v1.IDMapping
+	26, // 29: podfsm.v1.UserNamespace.gids:type_name -> podfsm.v1.IDMapping
+	39, // 30: podfsm.v1.PendingCleanup.next_try:type_name -> google.protobuf.Timestamp
+	39, // 31: podfsm.v1.PendingCleanup.since:type_name -> google.protobuf.Timestamp
+	39, // 32: podfsm.v1.Step.started_at:type_name -> google.protobuf.Timestamp
+	40, // 33: podfsm.v1.Step.duration:type_name -> google.protobuf.Duration
+	38, // 34: podfsm.v1.Step.detail:type_name -> podfsm.v1.Step.DetailEntry
+	39, // 35: podfsm.v1.Transition.at:type_name -> google.protobuf.Timestamp
+	40, // 36: podfsm.v1.Transition.after:type_name -> google.protobuf.Duration
+	32, // 37: podfsm.v1.IDsResponse.pool:type_name -> podfsm.v1.IDPool
+	34, // 38: podfsm.v1.IDsResponse.holders:type_name -> podfsm.v1.IDHolder
+	35, // 39: podfsm.v1.IDsResponse.refusals:type_name -> podfsm.v1.IDRefusal
+	33, // 40: podfsm.v1.IDPool.quarantine:type_name -> podfsm.v1.QuarantinedIDs
+	25, // 41: podfsm.v1.QuarantinedIDs.userns:type_name -> podfsm.v1.UserNamespace
+	25, // 42: podfsm.v1.IDHolder.userns:type_name -> podfsm.v1.UserNamespace
+	39, // 43: podfsm.v1.IDHolder.since:type_name -> google.protobuf.Timestamp
+	39, // 44: podfsm.v1.IDRefusal.at:type_name -> google.protobuf.Timestamp
+	0,  // 45: podfsm.v1.Sandboxes.Status:input_type -> podfsm.v1.StatusRequest
+	17, // 46: podfsm.v1.Sandboxes.List:input_type -> podfsm.v1.ListRequest
+	19, // 47: podfsm.v1.Sandboxes.Inspect:input_type -> podfsm.v1.InspectRequest
+	22, // 48: podfsm.v1.Sandboxes.Watch:input_type -> podfsm.v1.WatchRequest
+	30, // 49: podfsm.v1.Sandboxes.IDs:input_type -> podfsm.v1.IDsRequest
+	14, // 50: podfsm.v1.Sandboxes.Leaks:input_type -> podfsm.v1.LeaksRequest
+	9,  // 51: podfsm.v1.Sandboxes.Doctor:input_type -> podfsm.v1.DoctorRequest
+	12, // 52: podfsm.v1.Sandboxes.Drain:input_type -> podfsm.v1.DrainRequest
+	5,  // 53: podfsm.v1.Sandboxes.RetryCleanup:input_type -> podfsm.v1.RetryCleanupRequest
+	6,  // 54: podfsm.v1.Sandboxes.WriteOffCleanup:input_type -> podfsm.v1.WriteOffCleanupRequest
+	1,  // 55: podfsm.v1.Sandboxes.Status:output_type -> podfsm.v1.StatusResponse
+	18, // 56: podfsm.v1.Sandboxes.List:output_type -> podfsm.v1.ListResponse
+	20, // 57: podfsm.v1.Sandboxes.Inspect:output_type -> podfsm.v1.InspectResponse
+	23, // 58: podfsm.v1.Sandboxes.Watch:output_type -> podfsm.v1.SandboxTransition
+	31, // 59: podfsm.v1.Sandboxes.IDs:output_type -> podfsm.v1.IDsResponse
+	15, // 60: podfsm.v1.Sandboxes.Leaks:output_type -> podfsm.v1.LeaksResponse
+	10, // 61: podfsm.v1.Sandboxes.Doctor:output_type -> podfsm.v1.DoctorResponse
+	13, // 62: podfsm.v1.Sandboxes.Drain:output_type -> podfsm.v1.DrainResponse
+	7,  // 63: podfsm.v1.Sandboxes.RetryCleanup:output_type -> podfsm.v1.CleanupResponse
+	7,  // 64: podfsm.v1.Sandboxes.WriteOffCleanup:output_type -> podfsm.v1.CleanupResponse
+	55, // [55:65] is the sub-list for method output_type
+	45, // [45:55] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_podfsm_v1_podfsm_proto_init() }
@@ -2616,7 +3150,7 @@ func file_podfsm_v1_podfsm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_podfsm_v1_podfsm_proto_rawDesc), len(file_podfsm_v1_podfsm_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

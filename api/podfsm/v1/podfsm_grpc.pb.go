@@ -4,14 +4,14 @@
 // - protoc             v3.21.12
 // source: podfsm/v1/podfsm.proto
 
-// Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. It is
-// served on containerd's own socket, and needs no containerd namespace: it
-// answers for all of them. Only Drain, RetryCleanup and WriteOffCleanup, and
-// Leaks when asked to, change anything.
+// Package podfsmv1 shows an operator the pod sandboxes that podfsm runs. podfsm
+// serves it on containerd's own socket. Requests need no containerd namespace:
+// podfsm answers for all namespaces. Only Drain, RetryCleanup, WriteOffCleanup,
+// and Leaks with fix change anything.
 //
-// The message SandboxTransition is also what containerd's events of the topic
-// "/podfsm/sandbox/transition" hold, and SandboxWriteOff what those of
-// "/podfsm/sandbox/write-off" hold.
+// containerd's events of the topic "/podfsm/sandbox/transition" hold a
+// SandboxTransition, and those of "/podfsm/sandbox/write-off" hold a
+// SandboxWriteOff.
 
 package podfsmv1
 
@@ -28,6 +28,7 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
+	Sandboxes_Status_FullMethodName          = "/podfsm.v1.Sandboxes/Status"
 	Sandboxes_List_FullMethodName            = "/podfsm.v1.Sandboxes/List"
 	Sandboxes_Inspect_FullMethodName         = "/podfsm.v1.Sandboxes/Inspect"
 	Sandboxes_Watch_FullMethodName           = "/podfsm.v1.Sandboxes/Watch"
@@ -45,49 +46,56 @@ const (
 //
 // Sandboxes lists and explains sandboxes.
 type SandboxesClient interface {
-	// List returns every sandbox that has not ended, the oldest first. When asked
-	// to, it also returns those that have ended, as far as they are kept.
+	// Status summarizes podfsm on this node. It also answers while podfsm is
+	// degraded.
+	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
+	// List returns every sandbox that has not ended, the oldest first. With ended,
+	// it also returns the ended sandboxes that podfsm still keeps.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
-	// Inspect returns all that is known of one sandbox. It also finds sandboxes
-	// that have ended, as far as they are kept. Of several sandboxes of one pod it
-	// returns the newest. It fails with NOT_FOUND when no sandbox matches the
-	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
-	// several pods; the message then names them.
+	// Inspect returns everything that podfsm knows of one sandbox. It also finds
+	// the ended sandboxes that podfsm still keeps. If a pod has several sandboxes,
+	// it returns the newest. It fails with NOT_FOUND if no sandbox matches the
+	// reference. It fails with INVALID_ARGUMENT if the reference is empty or
+	// matches several pods; the message names the pods.
 	Inspect(ctx context.Context, in *InspectRequest, opts ...grpc.CallOption) (*InspectResponse, error)
-	// Watch follows the transitions of all sandboxes. The response headers are
-	// sent when it has begun: no transition after that is missed. Each comes once,
-	// and those of a sandbox in their order. A watcher that is too far behind
-	// gets ResourceExhausted.
+	// Watch sends the transitions of all sandboxes. The server sends the response
+	// headers when it has begun to watch, and sends every later transition once.
+	// The transitions of one sandbox are in order. A client that reads too slowly
+	// gets RESOURCE_EXHAUSTED.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SandboxTransition], error)
-	// IDs returns which sandbox holds which host ids, and how the pool of mode
-	// "auto" stands. It searches the host for what uses the ranges in quarantine,
-	// and frees those that nothing uses.
+	// IDs returns the host ids that each sandbox holds, and the use of the pool of
+	// mode "auto". It searches the host for users of the ranges in quarantine, and
+	// frees the ranges that nothing uses.
 	IDs(ctx context.Context, in *IDsRequest, opts ...grpc.CallOption) (*IDsResponse, error)
-	// Leaks returns what stands on the host, or in containerd's stores, under the
-	// name of a sandbox that nobody knows. It takes some seconds where there is
-	// any: it looks twice.
+	// Leaks returns the objects on the host and in containerd's stores that belong
+	// to no known sandbox. If it finds any, it looks again a few seconds later.
 	Leaks(ctx context.Context, in *LeaksRequest, opts ...grpc.CallOption) (*LeaksResponse, error)
-	// Doctor examines the node: whether it has what podfsm's pods need. It answers
-	// also where podfsm itself can't run pods, within some seconds. What it makes
-	// for its tries is gone when it answers.
+	// Doctor examines whether the node has what podfsm's pods need. It takes a few
+	// seconds. It also answers while podfsm is degraded. It removes everything that
+	// it made for its checks before it answers.
 	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
-	// Drain has the daemon refuse new pods of podfsm's handlers, also after a
-	// restart, or take them again. Sandboxes that there are stay as they are, and
-	// when it has answered, every one that there can be is listed. It fails, and
-	// changes nothing, when that can't be written to disk.
+	// Drain makes the daemon refuse new pods of podfsm's handlers, also after a
+	// restart. With cancel, the daemon takes new pods again. Existing sandboxes
+	// stay as they are. After the response, List returns every sandbox that can
+	// still exist. If the daemon can't save the change, Drain fails and changes
+	// nothing.
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
-	// RetryCleanup tries the pending cleanup of a sandbox now. It fails with
-	// NOT_FOUND when no sandbox with a pending cleanup matches the reference, and
-	// with INVALID_ARGUMENT when several do. An undo that fails again is no error:
-	// the response has it.
+	// RetryCleanup retries the pending cleanup of a sandbox now. It fails with
+	// NOT_FOUND if no sandbox with a pending cleanup matches the reference, and
+	// with INVALID_ARGUMENT if several do. If an undo fails again, RetryCleanup
+	// succeeds, and the response has the error.
 	RetryCleanup(ctx context.Context, in *RetryCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error)
-	// WriteOffCleanup gives up a pending cleanup, for a reason: what it would have
-	// taken back stays. With a plugin, the failed DEL of that CNI plugin alone is
-	// given up, and all else is tried again. With all, all is tried again, and
-	// what had failed before and fails again is given up, except what a process,
-	// a mount or a snapshot may still use. It fails as RetryCleanup does; with
-	// NOT_FOUND, naming the others, for a plugin without a failed DEL; and with
-	// INVALID_ARGUMENT without a reason, and unless it has either a plugin or all.
+	// WriteOffCleanup gives up a pending cleanup for a reason. The resources that
+	// the cleanup would have released stay.
+	// With plugin, podfsm gives up the failed DEL of that CNI plugin and retries
+	// the rest of the cleanup.
+	// With all, podfsm retries the whole cleanup, and gives up each undo that
+	// failed before and fails again. It gives up no resource that a process, a
+	// mount or a snapshot may still use.
+	// WriteOffCleanup fails as RetryCleanup does. It fails with NOT_FOUND if the
+	// plugin has no failed DEL; the message names the plugins that have one. It
+	// fails with INVALID_ARGUMENT without a reason, and unless the request has
+	// either plugin or all.
 	WriteOffCleanup(ctx context.Context, in *WriteOffCleanupRequest, opts ...grpc.CallOption) (*CleanupResponse, error)
 }
 
@@ -97,6 +105,16 @@ type sandboxesClient struct {
 
 func NewSandboxesClient(cc grpc.ClientConnInterface) SandboxesClient {
 	return &sandboxesClient{cc}
+}
+
+func (c *sandboxesClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StatusResponse)
+	err := c.cc.Invoke(ctx, Sandboxes_Status_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
 }
 
 func (c *sandboxesClient) List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error) {
@@ -204,49 +222,56 @@ func (c *sandboxesClient) WriteOffCleanup(ctx context.Context, in *WriteOffClean
 //
 // Sandboxes lists and explains sandboxes.
 type SandboxesServer interface {
-	// List returns every sandbox that has not ended, the oldest first. When asked
-	// to, it also returns those that have ended, as far as they are kept.
+	// Status summarizes podfsm on this node. It also answers while podfsm is
+	// degraded.
+	Status(context.Context, *StatusRequest) (*StatusResponse, error)
+	// List returns every sandbox that has not ended, the oldest first. With ended,
+	// it also returns the ended sandboxes that podfsm still keeps.
 	List(context.Context, *ListRequest) (*ListResponse, error)
-	// Inspect returns all that is known of one sandbox. It also finds sandboxes
-	// that have ended, as far as they are kept. Of several sandboxes of one pod it
-	// returns the newest. It fails with NOT_FOUND when no sandbox matches the
-	// reference, and with INVALID_ARGUMENT when the reference is empty or matches
-	// several pods; the message then names them.
+	// Inspect returns everything that podfsm knows of one sandbox. It also finds
+	// the ended sandboxes that podfsm still keeps. If a pod has several sandboxes,
+	// it returns the newest. It fails with NOT_FOUND if no sandbox matches the
+	// reference. It fails with INVALID_ARGUMENT if the reference is empty or
+	// matches several pods; the message names the pods.
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
-	// Watch follows the transitions of all sandboxes. The response headers are
-	// sent when it has begun: no transition after that is missed. Each comes once,
-	// and those of a sandbox in their order. A watcher that is too far behind
-	// gets ResourceExhausted.
+	// Watch sends the transitions of all sandboxes. The server sends the response
+	// headers when it has begun to watch, and sends every later transition once.
+	// The transitions of one sandbox are in order. A client that reads too slowly
+	// gets RESOURCE_EXHAUSTED.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[SandboxTransition]) error
-	// IDs returns which sandbox holds which host ids, and how the pool of mode
-	// "auto" stands. It searches the host for what uses the ranges in quarantine,
-	// and frees those that nothing uses.
+	// IDs returns the host ids that each sandbox holds, and the use of the pool of
+	// mode "auto". It searches the host for users of the ranges in quarantine, and
+	// frees the ranges that nothing uses.
 	IDs(context.Context, *IDsRequest) (*IDsResponse, error)
-	// Leaks returns what stands on the host, or in containerd's stores, under the
-	// name of a sandbox that nobody knows. It takes some seconds where there is
-	// any: it looks twice.
+	// Leaks returns the objects on the host and in containerd's stores that belong
+	// to no known sandbox. If it finds any, it looks again a few seconds later.
 	Leaks(context.Context, *LeaksRequest) (*LeaksResponse, error)
-	// Doctor examines the node: whether it has what podfsm's pods need. It answers
-	// also where podfsm itself can't run pods, within some seconds. What it makes
-	// for its tries is gone when it answers.
+	// Doctor examines whether the node has what podfsm's pods need. It takes a few
+	// seconds. It also answers while podfsm is degraded. It removes everything that
+	// it made for its checks before it answers.
 	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
-	// Drain has the daemon refuse new pods of podfsm's handlers, also after a
-	// restart, or take them again. Sandboxes that there are stay as they are, and
-	// when it has answered, every one that there can be is listed. It fails, and
-	// changes nothing, when that can't be written to disk.
+	// Drain makes the daemon refuse new pods of podfsm's handlers, also after a
+	// restart. With cancel, the daemon takes new pods again. Existing sandboxes
+	// stay as they are. After the response, List returns every sandbox that can
+	// still exist. If the daemon can't save the change, Drain fails and changes
+	// nothing.
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
-	// RetryCleanup tries the pending cleanup of a sandbox now. It fails with
-	// NOT_FOUND when no sandbox with a pending cleanup matches the reference, and
-	// with INVALID_ARGUMENT when several do. An undo that fails again is no error:
-	// the response has it.
+	// RetryCleanup retries the pending cleanup of a sandbox now. It fails with
+	// NOT_FOUND if no sandbox with a pending cleanup matches the reference, and
+	// with INVALID_ARGUMENT if several do. If an undo fails again, RetryCleanup
+	// succeeds, and the response has the error.
 	RetryCleanup(context.Context, *RetryCleanupRequest) (*CleanupResponse, error)
-	// WriteOffCleanup gives up a pending cleanup, for a reason: what it would have
-	// taken back stays. With a plugin, the failed DEL of that CNI plugin alone is
-	// given up, and all else is tried again. With all, all is tried again, and
-	// what had failed before and fails again is given up, except what a process,
-	// a mount or a snapshot may still use. It fails as RetryCleanup does; with
-	// NOT_FOUND, naming the others, for a plugin without a failed DEL; and with
-	// INVALID_ARGUMENT without a reason, and unless it has either a plugin or all.
+	// WriteOffCleanup gives up a pending cleanup for a reason. The resources that
+	// the cleanup would have released stay.
+	// With plugin, podfsm gives up the failed DEL of that CNI plugin and retries
+	// the rest of the cleanup.
+	// With all, podfsm retries the whole cleanup, and gives up each undo that
+	// failed before and fails again. It gives up no resource that a process, a
+	// mount or a snapshot may still use.
+	// WriteOffCleanup fails as RetryCleanup does. It fails with NOT_FOUND if the
+	// plugin has no failed DEL; the message names the plugins that have one. It
+	// fails with INVALID_ARGUMENT without a reason, and unless the request has
+	// either plugin or all.
 	WriteOffCleanup(context.Context, *WriteOffCleanupRequest) (*CleanupResponse, error)
 	mustEmbedUnimplementedSandboxesServer()
 }
@@ -258,6 +283,9 @@ type SandboxesServer interface {
 // pointer dereference when methods are called.
 type UnimplementedSandboxesServer struct{}
 
+func (UnimplementedSandboxesServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
 func (UnimplementedSandboxesServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
 }
@@ -304,6 +332,24 @@ func RegisterSandboxesServer(s grpc.ServiceRegistrar, srv SandboxesServer) {
 		t.testEmbeddedByValue()
 	}
 	s.RegisterService(&Sandboxes_ServiceDesc, srv)
+}
+
+func _Sandboxes_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxesServer).Status(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Sandboxes_Status_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxesServer).Status(ctx, req.(*StatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
 }
 
 func _Sandboxes_List_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
@@ -468,6 +514,10 @@ var Sandboxes_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "podfsm.v1.Sandboxes",
 	HandlerType: (*SandboxesServer)(nil),
 	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Status",
+			Handler:    _Sandboxes_Status_Handler,
+		},
 		{
 			MethodName: "List",
 			Handler:    _Sandboxes_List_Handler,

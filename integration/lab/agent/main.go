@@ -1,5 +1,5 @@
-// Command agent runs commands in a virtual machine of the lab, for the lab outside. Whoever reaches its port is root in there: the
-// machine's network leads nowhere but to the lab.
+// Command agent runs commands in a virtual machine for the lab. Anyone who reaches its port is root
+// in the machine, whose network only leads to the lab.
 package main
 
 import (
@@ -11,10 +11,11 @@ import (
 	"strconv"
 )
 
-// Address is where the agent listens.
+// Address is the address on which the agent listens.
 const address = ":1024"
 
-// exitCode is the trailer with the command's exit code; without it the command was cut off.
+// exitCode is the trailer with the exit code of the command. Without it, the command was
+// interrupted.
 const exitCode = "Exit-Code"
 
 func main() {
@@ -22,7 +23,8 @@ func main() {
 	log.Fatal(http.ListenAndServe(address, nil))
 }
 
-// run runs the script in the request's body and sends what it prints, as it prints it. The script is killed with the request.
+// run runs the script in the body of the request and streams its output. The script is killed with
+// the request.
 func run(w http.ResponseWriter, r *http.Request) {
 	script, err := io.ReadAll(r.Body)
 	if err != nil {

@@ -1,5 +1,6 @@
-// Package node has what the lab does on its machines: it acts as a kubelet on the containerd that systemd runs there, and looks at what
-// is left. Each test is a part of a scenario, and runs in a process of its own; what the next one has to know is in a file.
+// Package node has the tests that the lab runs on its machines. They act as a kubelet on the
+// containerd of systemd, and examine what is left. Each test is a part of a scenario and runs in
+// its own process; files carry the state from one test to the next.
 package node
 
 import (
@@ -40,7 +41,7 @@ const (
 	ipamDir  = "/var/lib/cni/networks" // of host-local
 )
 
-// The tests run on the lab's machines alone.
+// These tests run on the machines of the lab only.
 func TestMain(m *testing.M) {
 	if os.Getenv("PODFSM_PREBUILT") != "" {
 		os.Exit(m.Run())
@@ -55,7 +56,8 @@ type kind struct {
 
 var asItIs harness.PodOption = func(*runtime.PodSandboxConfig) {}
 
-// kinds are podfsm's pods of each user mode and network, the last with a snapshot whose owners are remapped.
+// kinds are podfsm's pods of each user mode and network. The last one has a snapshot with remapped
+// owners.
 var kinds = []kind{
 	{"kubelet", "podfsm", asItIs},
 	{"auto", "podfsm-auto", harness.HostUsers()},
@@ -65,13 +67,13 @@ var kinds = []kind{
 	{"remap", "podfsm-remap", asItIs},
 }
 
-// stockKinds are pods of containerd's own.
+// stockKinds are pods of containerd's own controller.
 var stockKinds = []kind{
 	{"stock", "runc", asItIs},
 	{"host-stock", "runc", harness.HostUsers()},
 }
 
-// pod is what is known of a pod that runs.
+// pod is the state of a running pod.
 type pod struct {
 	ID, Container string
 	Pid           int // of pause
@@ -94,7 +96,7 @@ func readPods(t *testing.T) map[string]pod {
 	return pods
 }
 
-// cgroup is that of a process in systemd's hierarchy: the one of v2, or the named one of v1.
+// cgroup returns the cgroup of a process in the hierarchy of systemd: v2, or the named one of v1.
 func cgroup(t *testing.T, pid int) string {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
@@ -112,7 +114,7 @@ func cgroup(t *testing.T, pid int) string {
 // TestRun runs a pod of each kind, with a container.
 func TestRun(t *testing.T) { runPods(t, kinds) }
 
-// TestRunStock runs pods that containerd's own controller runs, whether podfsm is there or not.
+// TestRunStock runs pods of containerd's own controller, with or without podfsm.
 func TestRunStock(t *testing.T) { runPods(t, stockKinds) }
 
 func runPods(t *testing.T, kinds []kind) {
@@ -134,7 +136,7 @@ func runPod(t *testing.T, n *harness.Node, kind kind) pod {
 	config := n.PodConfig(kind.name, kind.option)
 	p, err := n.RunPod(t.Context(), kind.handler, config)
 	require.NoError(t, err)
-	// A machine that shuts down has patience with what ignores SIGTERM.
+	// A shutdown waits for processes that ignore SIGTERM.
 	c, err := p.StartContainer(t.Context(), "main", harness.Run("sh", "-c", "trap 'exit 0' TERM; sleep 1000000 & wait"))
 	require.NoError(t, err)
 	out, err := c.Exec(t.Context(), "cat", "/proc/self/uid_map")
@@ -153,7 +155,8 @@ func runPod(t *testing.T, n *harness.Node, kind kind) pod {
 	return pod{ID: p.ID, Container: c.ID, Pid: pid, IP: ip}
 }
 
-// requireCgroups finds pause and container where a runtime with the kubelet's driver has them.
+// requireCgroups requires that pause and the container are in the cgroups of a runtime with the
+// driver of the kubelet.
 func requireCgroups(t *testing.T, parent string, pause int, c *harness.Container) {
 	inPod := cgroup(t, pause)
 	main, err := c.Pid(t.Context())
@@ -165,15 +168,17 @@ func requireCgroups(t *testing.T, parent string, pause int, c *harness.Container
 	}
 	require.True(t, strings.HasPrefix(inPod, parent+"/"), inPod)
 	require.Equal(t, strings.HasSuffix(parent, ".slice"), strings.HasSuffix(inPod, ".scope"), inPod)
-	if strings.HasSuffix(inPod, ".scope") { // by which podfsm sees whether systemd has forgotten the scope
+	if strings.HasSuffix(inPod, ".scope") { // podfsm uses this file to see whether systemd has removed the scope
 		require.FileExists(t, filepath.Join("/run/systemd/transient", filepath.Base(inPod)))
 	}
 }
 
-// TestStillRun finds the pods of TestRun and TestRunStock as they were: adopted by a containerd that was started since.
+// TestStillRun requires that the pods of TestRun and TestRunStock are unchanged: a newly started
+// containerd has adopted them.
 func TestStillRun(t *testing.T) { requirePods(t, readPods(t)) }
 
-// TestStockStillRuns finds the pods of TestRunStock as they were, when podfsm and its pods have gone.
+// TestStockStillRuns requires that the pods of TestRunStock are unchanged after podfsm and its pods
+// have gone.
 func TestStockStillRuns(t *testing.T) {
 	pods := readPods(t)
 	maps.DeleteFunc(pods, func(name string, _ pod) bool {
@@ -186,7 +191,8 @@ func TestStockStillRuns(t *testing.T) {
 func requirePods(t *testing.T, pods map[string]pod) {
 	t.Helper()
 	n := attach(t)
-	for name, was := range pods {
+	for _, name := range slices.Sorted(maps.Keys(pods)) {
+		was := pods[name]
 		t.Run(name, func(t *testing.T) {
 			p := n.FindPod(was.ID, nil)
 			status, err := p.Status(t.Context())
@@ -203,9 +209,10 @@ func requirePods(t *testing.T, pods map[string]pod) {
 	}
 }
 
-// TestExits ends pause of one pod and the container of another, both from before containerd was started, and finds both noticed. The
-// container's exit code is known. Pause's isn't: only its parent could know, and that has ended.
-func TestExits(t *testing.T) {
+// TestExitsAfterAKill kills the pause of one pod and the container of another, both started by an earlier
+// daemon, and requires that both exits are reported. The exit code of the container is known. That
+// of pause is not: only its parent could know it, and the parent has ended.
+func TestExitsAfterAKill(t *testing.T) {
 	n := attach(t)
 	pods := readPods(t)
 	require.NoError(t, unix.Kill(pods["host-users"].Pid, unix.SIGKILL))
@@ -222,8 +229,8 @@ func TestExits(t *testing.T) {
 	require.EqualValues(t, 137, status.GetStatus().GetExitCode())
 }
 
-// TestNoneReady finds no pod ready, because the machine was started since, and podfsm able to tell what became of them. containerd was up
-// at the first try, within systemd's time for it.
+// TestNoneReady requires after a reboot that no pod is ready, and that podfsm reports their end.
+// containerd must have started at the first try and within systemd's timeout.
 func TestNoneReady(t *testing.T) {
 	list, err := attach(t).Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
 	require.NoError(t, err)
@@ -235,14 +242,14 @@ func TestNoneReady(t *testing.T) {
 	t.Logf("%d pods are listed, containerd was up after %v", len(list.GetItems()), took)
 	require.Less(t, took, harness.Patience(5*time.Second))
 
-	for _, command := range []string{"ps --all", "cleanups", "ids", "doctor"} { // the history, the ledger and the node
+	for _, command := range []string{"ps --all", "ids", "doctor"} { // the history, the ledger and the node
 		out, err := exec.CommandContext(t.Context(), "podfsm", strings.Fields(command)...).CombinedOutput()
 		require.NoError(t, err, "podfsm %s: %s", command, out)
 		require.NotContains(t, string(out), "damaged")
 	}
 }
 
-// property is one of containerd.service.
+// property returns a property of containerd.service.
 func property(t *testing.T, name string) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), "systemctl", "show", "--property", name, "--value", "containerd").Output()
@@ -250,7 +257,8 @@ func property(t *testing.T, name string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// startDuration is how long containerd took to start: monotonic times in microseconds (org.freedesktop.systemd1(5)).
+// startDuration returns how long the start of containerd took, from monotonic times in microseconds
+// (org.freedesktop.systemd1(5)).
 func startDuration(t *testing.T) time.Duration {
 	t.Helper()
 	var times [2]int64
@@ -262,7 +270,7 @@ func startDuration(t *testing.T) time.Duration {
 	return time.Duration(times[1]-times[0]) * time.Microsecond
 }
 
-// TestRemoveAll removes all pods as the kubelet does, and finds nothing left of them.
+// TestRemoveAll removes all pods as the kubelet does, and requires that nothing is left.
 func TestRemoveAll(t *testing.T) {
 	n := attach(t)
 	ctx, cancel := context.WithTimeout(t.Context(), harness.Patience(30*time.Second))
@@ -287,8 +295,9 @@ func TestRemoveAll(t *testing.T) {
 	require.NoError(t, os.RemoveAll(podsFile))
 }
 
-// TestTmpfsVolumes runs containers with a volume on tmpfs, as the kubelet keeps service account tokens, in pods of all modes. Linux maps
-// the ids of tmpfs since 6.3: before, containers in a user namespace are refused with the remedy. podfsm doctor has said so.
+// TestTmpfsVolumes runs containers with a volume on tmpfs, like the service account tokens of the
+// kubelet, in pods of all modes. Linux maps the ids of tmpfs since 6.3. On older kernels,
+// containers in a user namespace are refused with the remedy, as podfsm doctor predicts.
 func TestTmpfsVolumes(t *testing.T) {
 	n := attach(t)
 	dir := t.TempDir()
@@ -317,21 +326,21 @@ func TestTmpfsVolumes(t *testing.T) {
 				require.Equal(t, fmt.Sprintf(`container "main" of pod "default/tmpfs-%s" can't have its volume "/token" from %q: this kernel can't map the ids of its filesystem, `+
 					"tmpfs: invalid argument; upgrade the node to Linux 6.3 or later, which maps the ids of tmpfs, or %s", kind.name, dir, hostUsers), status.Convert(err).Message())
 			}
-			verdict := "ok"
+			status := "ok"
 			switch {
 			case mapsTmpfs(t):
 			case mapsAll:
-				verdict = "fail"
+				status = "fail"
 			default:
-				verdict = "warn"
+				status = "warn"
 			}
-			require.Equal(t, verdict, found[kind.handler].GetVerdict(), "%v", found)
-			require.Equal(t, verdict == "ok", found[kind.handler].GetRefusedPods() == "", "%v", found)
+			require.Equal(t, status, found[kind.handler].GetStatus(), "%v", found)
+			require.Equal(t, status == "ok", found[kind.handler].GetRefusedPods() == "", "%v", found)
 		})
 	}
 }
 
-// mapsTmpfs says whether this kernel should map the ids of tmpfs, by its version.
+// mapsTmpfs reports whether this kernel maps the ids of tmpfs, by its version.
 func mapsTmpfs(t *testing.T) bool {
 	t.Helper()
 	var name unix.Utsname
@@ -342,7 +351,7 @@ func mapsTmpfs(t *testing.T) bool {
 	return major > 6 || major == 6 && minor >= 3
 }
 
-// tmpfsFindings are what podfsm doctor says of tmpfs, by handler.
+// tmpfsFindings returns the findings of podfsm doctor about tmpfs by handler.
 func tmpfsFindings(t *testing.T) map[string]*podfsmv1.Finding {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), "podfsm", "doctor", "-o", "json").Output()
@@ -357,7 +366,7 @@ func tmpfsFindings(t *testing.T) map[string]*podfsmv1.Finding {
 			continue
 		}
 		for _, kind := range kinds {
-			if f.GetSubject() == "" || slices.Contains(strings.Split(f.GetSubject(), ", "), kind.handler) { // all where there is nothing to tell
+			if f.GetSubject() == "" || slices.Contains(strings.Split(f.GetSubject(), ", "), kind.handler) { // without a subject, the finding is about all handlers
 				found[kind.handler] = f
 			}
 		}
@@ -383,7 +392,7 @@ func removeAll(ctx context.Context, n *harness.Node) error {
 	return nil
 }
 
-// leftovers is what is on the machine of any pod.
+// leftovers returns the resources of pods on the machine.
 func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) {
 	add := func(kind string, items []string, failed error) {
 		err = errors.Join(err, failed)
@@ -399,7 +408,8 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	sandboxes, failed := n.Containerd.SandboxStore().List(k8s)
 	add("sandbox", names(sandboxes, func(i int) string { return sandboxes[i].ID }), failed)
 	held, failed := n.Containerd.LeasesService().List(k8s)
-	// containerd takes one that expires whenever it makes or unpacks something, and removes it itself when the power was cut meanwhile.
+	// containerd takes leases that expire whenever it makes or unpacks something. It removes them
+	// itself after a power cut.
 	held = slices.DeleteFunc(held, func(lease leases.Lease) bool { return lease.Labels["containerd.io/gc.expire"] != "" })
 	add("lease", names(held, func(i int) string { return held[i].ID }), failed)
 
@@ -434,7 +444,7 @@ func leftovers(ctx context.Context, n *harness.Node) (left []string, err error) 
 	}
 	units, failed := exec.CommandContext(ctx, "systemctl", "list-units", "--all", "--plain", "--no-legend", "cri-containerd-*").Output() // in any state
 	add("unit", strings.Split(strings.TrimSpace(string(units)), "\n"), failed)
-	files, failed := filepath.Glob("/run/systemd/transient/cri-containerd-*") // podfsm takes the lack of one for the lack of a unit
+	files, failed := filepath.Glob("/run/systemd/transient/cri-containerd-*") // without the file, podfsm assumes that the unit is gone
 	add("unit", files, failed)
 	return left, err
 }
@@ -446,8 +456,9 @@ func names[T any](all []T, name func(i int) string) (of []string) {
 	return of
 }
 
-// TestChurn runs and removes pods of all kinds, with containers, until the machine is cut off. Each is a line.
-func TestChurn(t *testing.T) {
+// TestChurnUntilPowerCut runs and removes pods of all kinds with containers until the power is cut. It prints a
+// line per pod.
+func TestChurnUntilPowerCut(t *testing.T) {
 	n := attach(t)
 	var workers sync.WaitGroup
 	for worker := range 3 {
