@@ -19,6 +19,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	//lint:ignore SA1019 client-go takes the connections of no other yet
 	"k8s.io/apimachinery/pkg/util/httpstream/spdy"
@@ -149,6 +150,20 @@ func (s *execClient) exec(container *harness.Container, tty bool, in string, com
 	return s.stream(resp.GetUrl(), tty, false, in)
 }
 
+// restart restarts containerd and waits for its streaming server: containerd serves requests before
+// that listens, and until then its URLs have port 0, for pods of every handler.
+func (s *execClient) restart(container *harness.Container) {
+	s.t.Helper()
+	require.NoError(s.t, s.n.Restart(s.t.Context()))
+	require.EventuallyWithT(s.t, func(c *assert.CollectT) {
+		resp, err := s.n.Runtime.Exec(s.t.Context(), &runtime.ExecRequest{ContainerId: container.ID, Cmd: []string{"true"}, Stdout: true})
+		require.NoError(c, err)
+		at, err := url.Parse(resp.GetUrl())
+		require.NoError(c, err)
+		require.NotEqual(c, "0", at.Port())
+	}, waitFor, tick)
+}
+
 func (s *execClient) attach(container *harness.Container, tty bool, in string) string {
 	s.t.Helper()
 	resp, err := s.n.Runtime.Attach(s.t.Context(), &runtime.AttachRequest{ContainerId: container.ID, Tty: tty, Stdin: true, Stdout: true, Stderr: !tty})
@@ -183,7 +198,7 @@ func (s *execClient) sessionsOf(handler string, config *runtime.PodSandboxConfig
 	look("first")
 	all["attach"] = s.attach(cat, false, "to cat\n")
 	all["attach ended"] = fmt.Sprint(waitExit(t, cat))
-	require.NoError(t, s.n.Restart(t.Context()))
+	s.restart(main)
 	look("restarted")
 	all["attach to a terminal, restarted"] = s.attach(shell, true, "x\n")
 	all["attach to a terminal ended"] = fmt.Sprint(waitExit(t, shell))
