@@ -1,7 +1,9 @@
 # Gives the node podfsm, by the words of docs/howto/install.md: DRIVER. Pods run on.
 driver=$1
 [ "$driver" = systemd ] && systemd=true || systemd=false
-dpkg --install /lab/package/*.deb
+dpkg-deb -x /lab/package/*.deb /root/unpacked
+/root/unpacked/usr/bin/podfsm doctor --preflight # warns of the missing handler
+apt-get install --yes /lab/package/*.deb
 podfsm handler --write /etc/containerd/conf.d/podfsm.toml
 podfsm doctor --preflight
 for mode in auto node remap; do

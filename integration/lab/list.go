@@ -37,10 +37,10 @@ func scenarios(o options) []scenario {
 		{name: "deploy", on: debian13, cluster: true, do: steps(stock("systemd"), command(deployScript))},
 		{name: "reboot", on: debian13, do: again(reboot)},
 		{name: "power-cut", on: debian13, do: again(cut)},
-		{name: "power-cuts", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1), afterCut))},
-		{name: "power-cuts-upgrade", on: debian13, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1, upgrades), pods("systemd", "TestNoneReady"), command(repair), afterCut))},
+		{name: "power-cuts", on: debian13, rounds: o.rounds, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1), afterCut))},
+		{name: "power-cuts-upgrade", on: debian13, rounds: o.rounds, do: steps(node("systemd"), repeat(o.rounds, churnAndCut(1, upgrades), pods("systemd", "TestNoneReady"), command(repair), afterCut))},
 		{name: "power-cut-full-disk", on: debian13, do: steps(node("systemd"), pods("systemd", "TestRun"), command(fill), churnAndCut(0),
-			command(empty), afterCut, pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
+			command(look), command(empty), afterCut, pods("systemd", "TestRun"), pods("systemd", "TestRemoveAll"))},
 	}
 }
 
@@ -84,10 +84,16 @@ const (
 	// package has to be installed again if dpkg was unpacking it.
 	upgrades = "while dpkg --install /lab/upgrade/*.deb && systemctl restart containerd; do dpkg --install /lab/package/*.deb; systemctl restart containerd; done"
 	repair   = "dpkg --configure --pending || true; dpkg --audit; dpkg --install /lab/upgrade/*.deb; systemctl restart containerd"
+	// look is what an operator learns of a node with a full disk, whether containerd serves or not.
+	look = `systemctl is-active containerd || true
+podfsm ps --all || [ $? = 3 ]
+found=$(podfsm doctor) || [ $? = 2 ]
+echo "$found"
+grep -q '^fail *disk' <<<"$found"`
 	// fill fills the root filesystem completely, including the blocks reserved for root.
 	fill = "fallocate --length $(($(stat --file-system --format '%f * %S' /))) /filler || true; cat /dev/zero >>/filler || true"
 	// empty frees space, as an operator does when containerd doesn't start.
-	empty = "systemctl is-active containerd || true; rm /filler; systemctl reset-failed containerd; systemctl restart containerd"
+	empty = "rm /filler; systemctl reset-failed containerd; systemctl restart containerd"
 )
 
 // v1 makes systemd 257 mount the hierarchies of cgroup v1.
@@ -133,7 +139,7 @@ func environment(driver string) string {
 
 // integrationTests runs tests of ./integration.
 func integrationTests(pattern, driver string) step {
-	return command(environment(driver) + "cd /lab/integration\n" +
+	return command("aa-enabled\n" + environment(driver) + "cd /lab/integration\n" +
 		"/lab/.build/bin/integration.test -test.v -test.timeout 100m -test.run '^(" + pattern + ")$'")
 }
 
@@ -179,6 +185,9 @@ var kill = command(`before=$(systemctl show --property MainPID containerd)
 systemctl kill --signal KILL --kill-whom main containerd
 until [ "$(systemctl show --property MainPID containerd)" != "$before" ] && systemctl --quiet is-active containerd; do sleep 1; done`)
 
+func boot(ctx context.Context, m *machine, _ io.Writer) error     { return m.boot(ctx) }
+func shutDown(ctx context.Context, m *machine, _ io.Writer) error { return m.shutDown(ctx) }
+
 // cut cuts the power and boots again.
 func cut(ctx context.Context, m *machine, _ io.Writer) error {
 	progress("    power cut")
@@ -213,11 +222,10 @@ func churnAndCut(atLeast int64, scripts ...string) step {
 			go func() { ended <- do() }()
 		}
 		begun, moment := time.Now(), 10*time.Second+rand.N(30*time.Second)
-		err := churn.until(ended, moment)
-		m.cut() // ends the churn and the scripts
-		if err != nil {
-			return err
+		if err := churn.until(ended, moment); err != nil {
+			return err // the churn and the scripts end with the machine, after a look at it
 		}
+		m.cut() // ends the churn and the scripts
 		for range all {
 			<-ended
 		}

@@ -157,7 +157,8 @@ func shell(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	progress("the programs are in /lab; systemctl poweroff, or ctrl-a x, ends the machine")
+	progress("for a node with podfsm: bash -eu /lab/stock.sh systemd && bash -eu /lab/install.sh systemd")
+	progress("for the end of the machine: systemctl poweroff, or ctrl-a x")
 	qemu := m.qemu(ctx, "-serial", "mon:stdio", "-nic", "user,model=virtio-net-pci,restrict=on")
 	qemu.Stdin, qemu.Stdout, qemu.Stderr = os.Stdin, os.Stdout, os.Stderr
 	return qemu.Run()

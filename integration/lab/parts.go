@@ -46,7 +46,10 @@ func makeParts(ctx context.Context, dir string, base base, cluster bool) (image 
 	if err != nil {
 		return "", err
 	}
-	for name, content := range map[string][]byte{"containerd.service": unit, "images.tar": images, "service-accounts.key": key} {
+	for name, content := range map[string][]byte{
+		"containerd.service": unit, "images.tar": images, "service-accounts.key": key,
+		"stock.sh": []byte(stockScript), "install.sh": []byte(installScript), // for a person in a machine
+	} {
 		if err := os.WriteFile(filepath.Join(p.stage, name), content, 0o644); err != nil {
 			return "", err
 		}

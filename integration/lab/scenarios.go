@@ -20,14 +20,18 @@ type scenario struct {
 	cluster bool   // needs Kubernetes, whose first build takes half an hour
 	options string // for the kernel
 	critest bool   // it needs critest
+	rounds  int    // of power cuts
 	do      step
 }
 
-// scenarioTimeout bounds a scenario.
-const scenarioTimeout = 2 * time.Hour
+// scenarioTimeout bounds a scenario, which has roundTimeout more for each round.
+const (
+	scenarioTimeout = 2 * time.Hour
+	roundTimeout    = 5 * time.Minute
+)
 
-// try runs the scenario on a new machine. After a failure, the logs and the journal of the machine
-// are kept.
+// try runs the scenario on a new machine. After a failure, the logs, the journal and podfsm's files
+// are kept, or the disk if the machine does not answer.
 func (s scenario) try(ctx context.Context, dir string, base base, parts string) (err error) {
 	begun := time.Now()
 	dir = filepath.Join(dir, s.name)
@@ -38,16 +42,18 @@ func (s scenario) try(ctx context.Context, dir string, base base, parts string) 
 		return err
 	}
 	progress("=== %s", s.name)
-	ctx, cancel := context.WithTimeoutCause(ctx, scenarioTimeout, fmt.Errorf("not done within %v", scenarioTimeout))
+	timeout := scenarioTimeout + time.Duration(s.rounds)*roundTimeout
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not done within %v", timeout))
 	defer cancel()
 	m, err := newMachine(ctx, dir, base, parts)
 	if err != nil {
 		return err
 	}
 	m.options = s.options
+	disks := []string{"root.qcow2", "parts.qcow2"}
 	defer func() {
 		m.cut()
-		for _, disk := range []string{"root.qcow2", "parts.qcow2"} {
+		for _, disk := range disks {
 			err = errors.Join(err, os.Remove(m.path(disk)))
 		}
 	}()
@@ -56,15 +62,11 @@ func (s scenario) try(ctx context.Context, dir string, base base, parts string) 
 		return err
 	}
 	defer log.Close()
-	if err := m.boot(ctx); err != nil {
-		return err
-	}
-	if err := s.do(ctx, m, &results{log: log}); err != nil {
-		m.keep(ctx)
-		return err
-	}
-	if err := m.shutDown(ctx); err != nil {
-		m.keep(ctx)
+	if err := steps(boot, s.do, shutDown)(ctx, m, &results{log: log}); err != nil {
+		if kept := m.keep(ctx); kept != nil {
+			progress("the machine does not answer, its disk is %s: %v", m.path("root.qcow2"), kept)
+			disks = disks[1:]
+		}
 		return err
 	}
 	progress("--- PASS: %s (%.0f s)", s.name, time.Since(begun).Seconds())
@@ -72,7 +74,7 @@ func (s scenario) try(ctx context.Context, dir string, base base, parts string) 
 }
 
 // keep saves what explains a failure.
-func (m *machine) keep(ctx context.Context) {
+func (m *machine) keep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 	defer cancel()
 	for file, script := range map[string]string{
@@ -81,14 +83,15 @@ func (m *machine) keep(ctx context.Context) {
 	} {
 		f, err := os.Create(m.path(file))
 		if err != nil {
-			progress("failed to keep %s: %v", file, err)
-			continue
+			return err
 		}
-		if err := m.run(ctx, f, script); err != nil {
-			progress("failed to keep %s: %v", file, err)
-		}
+		err = m.run(ctx, f, script)
 		f.Close()
+		if err != nil {
+			return fmt.Errorf("failed to keep %s: %w", file, err)
+		}
 	}
+	return nil
 }
 
 // results shows the result of each test, and keeps the whole output. It is safe for concurrent use.
