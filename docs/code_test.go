@@ -1,11 +1,13 @@
 package docs
 
 import (
+	"flag"
 	"go/ast"
 	"go/parser"
 	"go/token"
 	"io/fs"
 	"maps"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -118,6 +120,24 @@ func TestLogMessages(t *testing.T) {
 	for _, r := range told {
 		require.True(t, used[r], "nothing logs what docs/reference/logs.md has: %s", r.text)
 	}
+}
+
+var update = flag.Bool("update", false, "write the messages for podfsm bundle anew")
+
+// podfsm bundle has the messages that the product logs. go generate writes them with -update.
+func TestMessagesOfTheBundle(t *testing.T) {
+	const file = "../cmd/podfsm/messages.txt"
+	texts := map[string]bool{}
+	for _, m := range logged(t) {
+		texts[m.text] = true
+	}
+	want := strings.Join(slices.Sorted(maps.Keys(texts)), "\n") + "\n"
+	if *update {
+		require.NoError(t, os.WriteFile(file, []byte(want), 0o644))
+	}
+	got, err := os.ReadFile(file)
+	require.NoError(t, err)
+	require.Equal(t, want, string(got), "run go generate ./docs")
 }
 
 // message is a call that logs.

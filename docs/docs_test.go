@@ -1,4 +1,5 @@
 //go:generate go run ../tools/picture ../cmd/podfsm/testdata/timeline-crashed-80.txt timeline.svg
+//go:generate go test -run ^TestMessagesOfTheBundle$ . -update
 
 // Package docs has the tests of the pages beside it.
 package docs

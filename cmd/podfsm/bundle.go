@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	_ "embed"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +14,7 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -25,9 +28,10 @@ func bundleCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "bundle",
 		Usage: "write a tar.gz with what a bug report needs",
-		Description: `The bundle has what status, version, doctor, ps, cleanups, ids and leaks show, inspect and timeline of each sandbox that is
-in trouble or has failed, podfsm's own lines of the daemon's log, and the parts of containerd's configuration that
-podfsm reads.
+		Description: `The bundle has the output of status, version, doctor, ps, cleanups, ids, leaks and drain --dry-run. For each
+sandbox that is in trouble or has failed, it also has the output of inspect and timeline. From the daemon's log, it has
+podfsm's lines, and containerd's lines about requests for sandboxes. From containerd's configuration, it has the parts
+that podfsm reads. It names the node's distribution, kernel, memory and load.
 
 Environment variables, commands, labels and annotations of pods, credentials of registries and containers' output are
 not in it. Names of pods, addresses, paths and error texts are: look through the bundle before you publish it.`,
@@ -193,12 +197,43 @@ func (b *bundle) addNode(context.Context) error {
 	return nil
 }
 
-// Lines of the daemon's log that podfsm writes, or that are about a request for a sandbox. Lines of
-// level debug are left out: containerd logs whole requests there, including secrets of pods.
+// ownMessages are the formats of the messages that podfsm logs, one per line. TestMessagesOfTheBundle
+// writes them from the code.
+//
+//go:embed messages.txt
+var ownMessages string
+
 var (
-	bundledLine = regexp.MustCompile(`msg="?(podfsm|sandbox): |"msg":"(podfsm|sandbox): |[ "](sandbox|step)[=:]|(Run|Stop|Remove)PodSandbox for `)
-	debugLine   = regexp.MustCompile(`level"?[=:]"?(debug|trace)`)
+	formatted = regexp.MustCompile(`%[a-z]`) // a value in a format
+	quotedMsg = regexp.MustCompile(` msg=("(?:[^"\\]|\\.)*")`)
 )
+
+// bundledMessage matches podfsm's messages, and those of containerd about a request for a sandbox. The
+// other lines of containerd may hold secrets of pods, so no field of a line lets it into a bundle.
+var bundledMessage = func() *regexp.Regexp {
+	var own []string
+	for format := range strings.Lines(ownMessages) {
+		own = append(own, formatted.ReplaceAllString(regexp.QuoteMeta(strings.TrimSpace(format)), ".*"))
+	}
+	return regexp.MustCompile(`(?s)^((` + strings.Join(own, "|") + `)$|(Run|Stop|Remove)PodSandbox for )`)
+}()
+
+// messageOf returns the message of a line of the log, in either of containerd's formats. It is "" for
+// other lines.
+func messageOf(line string) string {
+	var entry struct {
+		Message string `json:"msg"`
+	}
+	if at := strings.Index(line, "{"); at >= 0 && json.Unmarshal([]byte(line[at:]), &entry) == nil {
+		return entry.Message
+	}
+	if found := quotedMsg.FindStringSubmatch(line); found != nil {
+		if message, err := strconv.Unquote(found[1]); err == nil {
+			return message
+		}
+	}
+	return ""
+}
 
 func (b *bundle) addLog(ctx context.Context) error {
 	var log bytes.Buffer
@@ -212,7 +247,7 @@ func (b *bundle) addLog(ctx context.Context) error {
 // keepBundled writes the lines of a log that a bundle may contain.
 func keepBundled(w io.Writer, log io.Reader) error {
 	return eachLine(log, func(line string) error {
-		if !bundledLine.MatchString(line) || debugLine.MatchString(line) {
+		if !bundledMessage.MatchString(messageOf(line)) {
 			return nil
 		}
 		_, err := fmt.Fprintln(w, line)

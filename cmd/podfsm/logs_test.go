@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -29,7 +30,7 @@ var daemonLog = strings.Join([]string{
 	`time="t" level=info msg="another line of the trace" trace_id=` + ready.GetTraceId(),
 	`time="t" level=debug msg="PodSandboxConfig &PodSandboxConfig{Annotations:map[secret:debug],}" sandbox=` + pending.GetId(),
 	`time="t" level=info msg="stock says secret:stock"`,
-	`{"level":"info","msg":"podfsm: in another format","time":"t"}`,
+	`{"error":"no luck","level":"error","msg":"podfsm is degraded","time":"t"}`,
 }, "\n") + "\n"
 
 // findable is a daemon that knows the pod ready.
@@ -87,6 +88,38 @@ func TestLogsOfASandbox(t *testing.T) {
 	require.ErrorContains(t, err, "name the daemon's log by --file")
 }
 
+// A bundle has every message that podfsm logs, in both formats of containerd. It has no other line,
+// whatever the line quotes.
+func TestBundledLines(t *testing.T) {
+	messages := strings.Split(strings.TrimSpace(ownMessages), "\n")
+	require.Greater(t, len(messages), 60)
+	for name, format := range map[string]logrus.Formatter{"text": &logrus.TextFormatter{FullTimestamp: true}, "json": &logrus.JSONFormatter{}} {
+		bundled := func(message string, fields logrus.Fields) bool {
+			var line, kept bytes.Buffer
+			line.WriteString("2026-01-02T03:04:05+0000 node containerd[123]: ")
+			logger := &logrus.Logger{Out: &line, Formatter: format, Level: logrus.InfoLevel}
+			logger.WithFields(fields).Info(message)
+			all := line.String()
+			require.NoError(t, keepBundled(&kept, &line))
+			if kept.Len() > 0 {
+				require.Equal(t, all, kept.String())
+			}
+			return kept.Len() > 0
+		}
+		for _, message := range append(messages, "RunPodSandbox for &PodSandboxMetadata{Name:web,}", `StopPodSandbox for "web"`) {
+			require.NotRegexp(t, "^%", message, "it matches every line")
+			require.True(t, bundled(formatted.ReplaceAllString(message, "a"), nil), "%s: %s", name, message)
+			odd := `{"msg":"b"} msg="c"` + "\n<d>"
+			require.True(t, bundled(formatted.ReplaceAllString(message, odd), logrus.Fields{"error": odd}), "%s: %s", name, message)
+			quoting := logrus.Fields{"error": message, "note": fmt.Sprintf("{\"msg\":%q} msg=%q", message, message), "sandbox": ready.GetId(), "step": "attach_network"}
+			require.False(t, bundled("secret, "+message, quoting), "%s: %s", name, message)
+		}
+	}
+	var kept bytes.Buffer
+	require.NoError(t, keepBundled(&kept, strings.NewReader("drain started\n{}\nmsg=drain started\n")))
+	require.Empty(t, kept.String(), "no entry of containerd's log")
+}
+
 // unpacked returns the files of a bundle by name.
 func unpacked(t *testing.T, packed io.Reader) map[string]string {
 	t.Helper()
@@ -135,7 +168,7 @@ restrict_oom_score_adj = true
 		"drain-plan.txt":                         "wait for 3 sandboxes",
 		"ids.json":                               "quarantine",
 		"config.toml":                            "restrict_oom_score_adj = true",
-		"daemon.log":                             "in another format",
+		"daemon.log":                             "podfsm is degraded",
 		"node/proc/version":                      "Linux",
 		"sandboxes/" + pending.GetId() + ".json": "attach_network",
 	} {
