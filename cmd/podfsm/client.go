@@ -72,8 +72,8 @@ type stockError struct{ error }
 // timeoutError says that the daemon did not answer in time.
 type timeoutError struct{ error }
 
-// unavailableError says that the daemon has podfsm but can't answer: it is degraded or about to
-// stop.
+// unavailableError says that the daemon has podfsm but can't answer: it can't serve running pods, or
+// is about to stop.
 type unavailableError struct{ error }
 
 // dialer connects to one socket and keeps the error, which gRPC only passes on as text.

@@ -331,7 +331,7 @@ func checkDrained(ctx context.Context, cmd *cli.Command, p place) error {
 }
 
 // onRecord returns the sandboxes in the ledger. why is the error of the daemon, which has no
-// podfsm, is degraded, or is down. Without a ledger podfsm has never run here, and has no
+// podfsm, can't serve running pods, or is down. Without a ledger podfsm has never run here, and has no
 // sandboxes, unless it runs with other directories.
 func onRecord(ctx context.Context, p place, why error) (*podfsmv1.ListResponse, error) {
 	saved, err := ledger.OpenReadOnly(p.rootLedger(), p.stateLedger())

@@ -215,25 +215,25 @@ func TestDrainWithoutTheDaemon(t *testing.T) {
 	}
 }
 
-// degraded is a daemon with a degraded podfsm.
+// degraded is a daemon whose podfsm can't serve running pods.
 type degraded struct{ *drained }
 
 func (degraded) List(context.Context, *podfsmv1.ListRequest) (*podfsmv1.ListResponse, error) {
-	return nil, status.Error(codes.Unavailable, "podfsm is degraded: unknown option cni_gcc")
+	return nil, status.Error(codes.Unavailable, "podfsm is degraded: failed to open the ledger")
 }
 
-// For a degraded daemon, drain --check reads the ledger.
+// For such a daemon, drain --check reads the ledger.
 func TestDrainOfADegradedDaemon(t *testing.T) {
 	d := newDaemonDirs(t)
 	d.socket = serve(t, degraded{&drained{}})
 	_, _, err := d.podfsm(t, "drain")
-	require.ErrorContains(t, err, "unknown option cni_gcc")
+	require.ErrorContains(t, err, "failed to open the ledger")
 	require.ErrorContains(t, err, "podfsm drain --check")
 	_, _, err = d.podfsm(t, "drain", "--check")
 	require.NoError(t, err)
 	l := d.openLedger(t)
 	_, _, err = d.podfsm(t, "drain", "--check")
-	require.ErrorContains(t, err, "unknown option cni_gcc")
+	require.ErrorContains(t, err, "failed to open the ledger")
 	require.ErrorContains(t, err, "a daemon has the ledger")
 	fill(t, l)
 	require.NoError(t, l.Close())

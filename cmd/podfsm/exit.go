@@ -25,7 +25,7 @@ var exitStatuses = []struct {
 	{0, "The command did what it was asked for, and nothing is left to do."},
 	{exitFailed, "The command failed. The error says why."},
 	{exitLeft, "The command worked, and something is left to do: a leak, a failed check, a sandbox that keeps the node from being drained, a pending cleanup, a quarantined sandbox, or a degraded podfsm."},
-	{exitNoDaemon, "No daemon with podfsm answered: the daemon is down, hangs, is degraded, or is a containerd without podfsm."},
+	{exitNoDaemon, "No podfsm answered: the daemon is down, hangs, is a containerd without podfsm, or its podfsm can't serve running pods."},
 	{exitNotFound, "No sandbox matches REF. For the commands of cleanups: no sandbox with a pending cleanup does, or no failed DEL is of the plugin."},
 	{exitUsage, "The command line is wrong: an unknown command or flag, or an argument that is missing or too many."},
 }
