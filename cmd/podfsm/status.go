@@ -21,8 +21,9 @@ func statusCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "status",
 		Usage: "summarize podfsm and its sandboxes on this node",
-		Description: "The exit status is 2 if podfsm is degraded, a check of the doctor fails, a cleanup is pending or a sandbox is quarantined,\n" +
-			"3 if no daemon with podfsm answers, and 0 otherwise. While the daemon is down, the ledger is shown.",
+		Description: "The exit status is 0 if nothing needs an operator. It is 2 if podfsm is degraded, a check of the doctor fails, a cleanup is\n" +
+			"pending or a sandbox is quarantined. It is 3 if no daemon with podfsm answers. While the daemon is\n" +
+			"down, podfsm shows the ledger.",
 		HideHelpCommand: true,
 		Flags:           []cli.Flag{outputFlag("json")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
@@ -58,10 +59,10 @@ type troubleError struct{ error }
 // troubles returns an error if something needs an operator.
 func troubles(r *podfsmv1.StatusResponse) error {
 	var all []string
-	if r.GetDegraded() != "" {
+	switch {
+	case r.GetDegraded() != "": // the same command shows failed checks
 		all = append(all, "podfsm is degraded: podfsm doctor")
-	}
-	if len(r.GetFailedChecks()) > 0 {
+	case len(r.GetFailedChecks()) > 0:
 		all = append(all, "checks fail: podfsm doctor")
 	}
 	if r.GetPendingCleanups() > 0 {

@@ -37,12 +37,15 @@ func TestStatus(t *testing.T) {
 	}
 
 	out, err := podfsm(t, "--address", serve(t, fakeSandboxes{status: faring}), "status", "-o", "json")
-	require.EqualError(t, err, "podfsm is degraded: podfsm doctor; checks fail: podfsm doctor; cleanups are pending: podfsm cleanups")
+	require.EqualError(t, err, "podfsm is degraded: podfsm doctor; cleanups are pending: podfsm cleanups")
 	require.Equal(t, exitLeft, exitStatus(err))
 	requireGolden(t, "status.json", []byte(out))
 	out, err = podfsm(t, "--address", serve(t, fakeSandboxes{status: well}), "status")
 	require.NoError(t, err)
 	require.Regexp(t, `(?m)^Sandboxes: +2: 2 Ready$`, out)
+	unfit := &podfsmv1.StatusResponse{FailedChecks: []string{"kernel"}}
+	_, err = podfsm(t, "--address", serve(t, fakeSandboxes{status: unfit}), "status")
+	require.EqualError(t, err, "checks fail: podfsm doctor")
 	quarantined := &podfsmv1.StatusResponse{Sandboxes: map[string]uint32{"Quarantined": 1}}
 	_, err = podfsm(t, "--address", serve(t, fakeSandboxes{status: quarantined}), "status")
 	require.Equal(t, exitLeft, exitStatus(err))
