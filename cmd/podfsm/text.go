@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -104,6 +105,57 @@ func printable(s string) string {
 		}
 	}
 	return b.String()
+}
+
+// cut escapes a text as printable does, and shortens it to a number of characters.
+func cut(text string, most int) string {
+	runes := []rune(printable(text))
+	if len(runes) > most {
+		runes = append(runes[:most-1], '…')
+	}
+	return string(runes)
+}
+
+// pad returns a text of exactly this width. It cuts out the middle of a longer text, whose end says
+// the most.
+func pad(text string, width int) string {
+	runes := []rune(text)
+	if over := len(runes) - width; over > 0 {
+		runes = slices.Concat(runes[:width/2-1], []rune("…"), runes[width/2+over:])
+	}
+	return string(runes) + strings.Repeat(" ", width-len(runes))
+}
+
+// addHanging adds a text in lines of at most this width. Lines after the first one are indented.
+func addHanging(b *bytes.Buffer, text, indent string, width int) {
+	for i, line := range wrap(text, width, width-len(indent)) {
+		if i > 0 {
+			b.WriteString(indent)
+		}
+		b.WriteString(line + "\n")
+	}
+}
+
+// wrap breaks a text at spaces, and a word that is longer than a line anywhere. The first line may
+// have another width.
+func wrap(text string, first, rest int) []string {
+	var lines []string
+	runes, width := []rune(text), first
+	for len(runes) > width {
+		at := width
+		for at > width/2 && runes[at] != ' ' {
+			at--
+		}
+		if runes[at] != ' ' {
+			at = width
+		}
+		lines = append(lines, strings.TrimRight(string(runes[:at]), " "))
+		for runes = runes[at:]; len(runes) > 0 && runes[0] == ' '; {
+			runes = runes[1:]
+		}
+		width = rest
+	}
+	return append(lines, string(runes))
 }
 
 // writeJSON writes m indented, with every field, by the names of the proto3 JSON mapping.

@@ -278,16 +278,6 @@ func addStretch(b *bytes.Buffer, s stretch, width int, now time.Time) {
 	}
 }
 
-// pad returns a text of exactly this width. It cuts out the middle of a longer text, whose end says
-// the most.
-func pad(text string, width int) string {
-	runes := []rune(text)
-	if over := len(runes) - width; over > 0 {
-		runes = slices.Concat(runes[:width/2-1], []rune("…"), runes[width/2+over:])
-	}
-	return string(runes) + strings.Repeat(" ", width-len(runes))
-}
-
 // addLegend explains the marks that were drawn.
 func addLegend(b *bytes.Buffer, all []stretch) {
 	var legend []string
@@ -368,49 +358,9 @@ func addSiblings(b *bytes.Buffer, t *timeline, now time.Time) {
 	table.flush()
 }
 
-// cut shortens a text to a number of characters.
-func cut(text string, most int) string {
-	if runes := []rune(printable(text)); len(runes) > most {
-		return string(runes[:most-1]) + "…"
-	}
-	return text
-}
-
 // fieldWidth is the width of a field's name.
 const fieldWidth = 10
 
 func addField(b *bytes.Buffer, name, text string, width int) {
 	addHanging(b, fmt.Sprintf("%-*s", fieldWidth-1, name)+" "+printable(text), strings.Repeat(" ", fieldWidth), width)
-}
-
-// addHanging adds a text in lines of at most this width. Lines after the first one are indented.
-func addHanging(b *bytes.Buffer, text, indent string, width int) {
-	for i, line := range wrap(text, width, width-len(indent)) {
-		if i > 0 {
-			b.WriteString(indent)
-		}
-		b.WriteString(line + "\n")
-	}
-}
-
-// wrap breaks a text at spaces, and a word that is longer than a line anywhere. The first line may
-// have another width.
-func wrap(text string, first, rest int) []string {
-	var lines []string
-	runes, width := []rune(text), first
-	for len(runes) > width {
-		cut := width
-		for cut > width/2 && runes[cut] != ' ' {
-			cut--
-		}
-		if runes[cut] != ' ' {
-			cut = width
-		}
-		lines = append(lines, strings.TrimRight(string(runes[:cut]), " "))
-		for runes = runes[cut:]; len(runes) > 0 && runes[0] == ' '; {
-			runes = runes[1:]
-		}
-		width = rest
-	}
-	return append(lines, string(runes))
 }

@@ -466,6 +466,12 @@ func TestWrap(t *testing.T) {
 	}
 }
 
+func TestCut(t *testing.T) {
+	for text, want := range map[string]string{"": "", "1234": "1234", "12345": "123…", "a\n": `a\n`, "a\nbcd": `a\n…`} {
+		require.Equal(t, want, cut(text, 4), "%q", text)
+	}
+}
+
 // FuzzTimeline renders any answer of a daemon: nothing panics, every line fits, and no page loads
 // or runs anything.
 func FuzzTimeline(f *testing.F) {
