@@ -135,7 +135,7 @@ func requireFoundByConfig(t *testing.T, n *harness.Node, failed, ready string) {
 	require.Empty(t, run(64, "describe"))
 	timeline := &podfsmv1.TimelineOutput{}
 	require.NoError(t, protojson.Unmarshal([]byte(run(0, "timeline", "-o", "json", failed)), timeline))
-	require.Equal(t, "Creation and rollback", timeline.GetStretches()[0].GetTitle())
+	require.Equal(t, "Creation and rollback", timeline.GetPeriods()[0].GetTitle())
 	require.Equal(t, "No leaks found\n", run(0, "leaks", failed))
 	require.Regexp(t, `a drain would take no new pods and wait for 1 sandbox:\n.*\n`+ready[:13], run(0, "drain", "--dry-run"))
 	require.NotContains(t, run(0, "ps", "-o", "json"), `"drainingSince"`)

@@ -160,9 +160,9 @@ func writeCleanups(w io.Writer, sandboxes []*podfsmv1.Sandbox, now time.Time) er
 	var b bytes.Buffer
 	t := newTable(&b, "SANDBOX", "POD", "STATE", "STEP", "SINCE", "TRIES", "NEXT TRY", "ERROR")
 	for _, s := range sandboxes {
-		for _, d := range s.GetPendingCleanups() {
-			t.row(shorten(s.GetId()), podOf(s), stateOf(s), d.GetStep(), age(d.GetSince(), now),
-				tries(d), nextTry(d, now), d.GetError())
+		for _, c := range s.GetPendingCleanups() {
+			t.row(shorten(s.GetId()), podOf(s), stateOf(s), c.GetStep(), age(c.GetSince(), now),
+				tries(c), nextTry(c, now), c.GetError())
 		}
 	}
 	t.flush()

@@ -120,25 +120,25 @@ func addCleanups(b *bytes.Buffer, cleanups []*podfsmv1.PendingCleanup, now time.
 	}
 	b.WriteString("\nPending cleanups\n")
 	t := newTable(b, "STEP", "SINCE", "TRIES", "NEXT TRY", "ERROR")
-	for _, d := range cleanups {
-		t.row(d.GetStep(), age(d.GetSince(), now), tries(d), nextTry(d, now), d.GetError())
+	for _, c := range cleanups {
+		t.row(c.GetStep(), age(c.GetSince(), now), tries(c), nextTry(c, now), c.GetError())
 	}
 	t.flush()
 }
 
 // tries is empty for a step that waits for other steps, and for tries of an earlier daemon.
-func tries(d *podfsmv1.PendingCleanup) string {
-	if d.GetAttempts() == 0 {
+func tries(c *podfsmv1.PendingCleanup) string {
+	if c.GetAttempts() == 0 {
 		return ""
 	}
-	return strconv.FormatUint(uint64(d.GetAttempts()), 10)
+	return strconv.FormatUint(uint64(c.GetAttempts()), 10)
 }
 
-func nextTry(d *podfsmv1.PendingCleanup, now time.Time) string {
-	if d.GetNextTry() == nil {
+func nextTry(c *podfsmv1.PendingCleanup, now time.Time) string {
+	if c.GetNextTry() == nil {
 		return ""
 	}
-	wait := d.GetNextTry().AsTime().Sub(now)
+	wait := c.GetNextTry().AsTime().Sub(now)
 	if wait <= 0 {
 		return "now"
 	}
@@ -151,10 +151,10 @@ func addSteps(b *bytes.Buffer, steps []*podfsmv1.Step, now time.Time) {
 	}
 	b.WriteString("\nSteps\n")
 	t := newTable(b, "STEP", "STATUS", "START", "TOOK", "TIMELINE", "DETAIL")
-	whole := periodOf(steps, now)
+	whole := intervalOf(steps, now)
 	for _, s := range steps {
 		start, took, bar := "", "", ""
-		if p, ok := stepPeriod(s, now); ok {
+		if p, ok := stepInterval(s, now); ok {
 			start, took, bar = "+"+span(p.start.Sub(whole.start)), span(p.length()), whole.bar(p)
 		}
 		t.row(s.GetName(), s.GetStatus(), start, took, bar, detailOf(s))

@@ -77,10 +77,10 @@ func TestTimesAreInTheZoneOfNow(t *testing.T) {
 }
 
 func TestBar(t *testing.T) {
-	whole := period{begin, begin.Add(30 * time.Second)}
+	whole := interval{begin, begin.Add(30 * time.Second)}
 	for _, tc := range []struct {
 		name       string
-		whole      period
+		whole      interval
 		start, end time.Duration
 		want       string
 	}{
@@ -90,10 +90,10 @@ func TestBar(t *testing.T) {
 		{"nothing at the end", whole, 30 * time.Second, 30 * time.Second, "[                             =]"},
 		{"backwards", whole, 20 * time.Second, 10 * time.Second, "[                    =         ]"},
 		{"outside", whole, -time.Hour, time.Hour, "[==============================]"},
-		{"of no time at all", period{begin, begin}, 0, 0, "[=                             ]"},
+		{"of no time at all", interval{begin, begin}, 0, 0, "[=                             ]"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			require.Equal(t, tc.want, tc.whole.bar(period{begin.Add(tc.start), begin.Add(tc.end)}))
+			require.Equal(t, tc.want, tc.whole.bar(interval{begin.Add(tc.start), begin.Add(tc.end)}))
 		})
 	}
 }

@@ -100,8 +100,8 @@ type page struct {
 	Cleanups    string
 	Reason      text
 	Slowest     text
-	Stretches   []pageStretch
-	Mishaps     []pageNote
+	Periods     []pagePeriod
+	Errors      []pageNote
 	Pending     []pageNote
 	WrittenOff  []pageNote
 	Graph       drawing
@@ -112,14 +112,14 @@ type page struct {
 	Now         moment
 }
 
-type pageStretch struct {
+type pagePeriod struct {
 	Title string
 	From  moment
 	Took  string
-	Lanes []pageLane
+	Lines []pageLine
 }
 
-type pageLane struct {
+type pageLine struct {
 	Label       text
 	Nested      bool
 	Timed       bool
@@ -169,17 +169,17 @@ func newPage(t *timeline, now time.Time) page {
 	if most, total, ok := slowest(all); ok {
 		p.Slowest = text(fmt.Sprintf("Slowest step: %s, %s of the creation's %s.", most.label, span(most.when.length()), span(total)))
 	}
-	for _, stretch := range all {
-		p.Stretches = append(p.Stretches, newPageStretch(stretch, now))
+	for _, period := range all {
+		p.Periods = append(p.Periods, newPagePeriod(period, now))
 	}
-	for _, m := range mishaps(all) {
-		p.Mishaps = append(p.Mishaps, pageNote{text(m.what), text(m.text)})
+	for _, n := range errorsOf(all) {
+		p.Errors = append(p.Errors, pageNote{text(n.what), text(n.text)})
 	}
-	for _, d := range s.GetPendingCleanups() {
-		p.Pending = append(p.Pending, pageNote{text("undo of " + d.GetStep() + ", " + when(d, now)), text(d.GetError())})
+	for _, c := range s.GetPendingCleanups() {
+		p.Pending = append(p.Pending, pageNote{text("undo of " + c.GetStep() + ", " + when(c, now)), text(c.GetError())})
 	}
-	for _, m := range writtenOff(t.GetTries(), now) {
-		p.WrittenOff = append(p.WrittenOff, pageNote{text(m.what), text(m.text)})
+	for _, n := range writtenOff(t.GetTries(), now) {
+		p.WrittenOff = append(p.WrittenOff, pageNote{text(n.what), text(n.text)})
 	}
 	for _, tr := range t.GetTransitions() {
 		p.Transitions = append(p.Transitions, pageTransition{
@@ -217,22 +217,22 @@ func verdictOf(s *podfsmv1.Sandbox) string {
 	return ""
 }
 
-func newPageStretch(s stretch, now time.Time) pageStretch {
-	view := pageStretch{Title: s.title, From: moment{s.whole.start.In(now.Location())}, Took: span(s.whole.length())}
-	for _, l := range s.lanes {
-		lane := pageLane{
+func newPagePeriod(p period, now time.Time) pagePeriod {
+	view := pagePeriod{Title: p.title, From: moment{p.whole.start.In(now.Location())}, Took: span(p.whole.length())}
+	for _, l := range p.lines {
+		line := pageLine{
 			Label: text(l.label), Nested: l.nested, Timed: l.timed,
 			Outcome: string(l.ending), Class: strings.ReplaceAll(string(l.ending), " ", "-"),
 		}
 		if l.timed {
-			lane.Start, lane.Took = "+"+span(l.when.start.Sub(s.whole.start)), span(l.when.length())
-			lane.Left = percent(min(s.whole.fraction(l.when.start), 0.995))
-			lane.Width = percent(min(s.whole.fraction(l.when.end), 1)) - lane.Left
+			line.Start, line.Took = "+"+span(l.when.start.Sub(p.whole.start)), span(l.when.length())
+			line.Left = percent(min(p.whole.fraction(l.when.start), 0.995))
+			line.Width = percent(min(p.whole.fraction(l.when.end), 1)) - line.Left
 		}
 		if l.ending == unknownEnd {
-			lane.Took = "?"
+			line.Took = "?"
 		}
-		view.Lanes = append(view.Lanes, lane)
+		view.Lines = append(view.Lines, line)
 	}
 	return view
 }

@@ -131,19 +131,19 @@ func findTimeline(ctx context.Context, cmd *cli.Command, ref string) (*timeline,
 // timelineOutput is a timeline for programs.
 func timelineOutput(t *timeline, now time.Time) *podfsmv1.TimelineOutput {
 	out := &podfsmv1.TimelineOutput{Sandbox: t.GetSandbox(), Siblings: t.siblings}
-	for _, s := range waterfall(t.InspectResponse, now) {
-		shown := &podfsmv1.Stretch{Title: s.title, StartedAt: timestamppb.New(s.whole.start), Duration: durationpb.New(s.whole.length())}
-		for _, l := range s.lanes {
-			lane := &podfsmv1.Lane{Label: l.label, Plugin: l.nested, Outcome: string(l.ending), Error: l.err}
+	for _, p := range waterfall(t.InspectResponse, now) {
+		shown := &podfsmv1.TimelinePeriod{Title: p.title, StartedAt: timestamppb.New(p.whole.start), Duration: durationpb.New(p.whole.length())}
+		for _, l := range p.lines {
+			try := &podfsmv1.TimelineTry{Label: l.label, Plugin: l.nested, Outcome: string(l.ending), Error: l.err}
 			if l.timed {
-				lane.StartedAt = timestamppb.New(l.when.start)
+				try.StartedAt = timestamppb.New(l.when.start)
 				if l.ending != unknownEnd {
-					lane.Duration = durationpb.New(l.when.length())
+					try.Duration = durationpb.New(l.when.length())
 				}
 			}
-			shown.Lanes = append(shown.Lanes, lane)
+			shown.Tries = append(shown.Tries, try)
 		}
-		out.Stretches = append(out.Stretches, shown)
+		out.Periods = append(out.Periods, shown)
 	}
 	return out
 }
@@ -203,13 +203,13 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 	var b bytes.Buffer
 	all := waterfall(t.InspectResponse, now)
 	addSummary(&b, t, all, width, now)
-	for _, s := range all {
-		addStretch(&b, s, width, now)
+	for _, p := range all {
+		addPeriod(&b, p, width, now)
 	}
 	if len(all) > 0 {
 		addLegend(&b, all)
 	}
-	addMishaps(&b, mishaps(all), width)
+	addErrors(&b, errorsOf(all), width)
 	addPending(&b, t.GetSandbox().GetPendingCleanups(), width, now)
 	addWrittenOff(&b, writtenOff(t.GetTries(), now), width)
 	addSiblings(&b, t, now)
@@ -217,7 +217,7 @@ func writeTimeline(w io.Writer, t *timeline, width int, now time.Time) error {
 	return err
 }
 
-func addSummary(b *bytes.Buffer, t *timeline, all []stretch, width int, now time.Time) {
+func addSummary(b *bytes.Buffer, t *timeline, all []period, width int, now time.Time) {
 	s := t.GetSandbox()
 	if pod := podOf(s); pod != "" {
 		addField(b, "Pod:", fmt.Sprintf("%s, uid %s, attempt %d", pod, s.GetPodUid(), s.GetAttempt()), width)
@@ -258,18 +258,18 @@ func pathOf(transitions []*podfsmv1.Transition) string {
 	return strings.Join(names, " > ")
 }
 
-func addStretch(b *bytes.Buffer, s stretch, width int, now time.Time) {
-	fmt.Fprintf(b, "\n%s, from %s, %s\n", s.title, s.whole.start.In(now.Location()).Format("2006-01-02T15:04:05.000Z07:00"), span(s.whole.length()))
+func addPeriod(b *bytes.Buffer, p period, width int, now time.Time) {
+	fmt.Fprintf(b, "\n%s, from %s, %s\n", p.title, p.whole.start.In(now.Location()).Format("2006-01-02T15:04:05.000Z07:00"), span(p.whole.length()))
 	columns := width - labelWidth - 2*9 - 3
-	for _, l := range s.lanes {
+	for _, l := range p.lines {
 		label := printable(l.label)
 		if l.nested {
 			label = "  " + label
 		}
 		start, took, bar := "", "", "("+string(l.ending)+")"
 		if l.timed {
-			start, took = "+"+span(l.when.start.Sub(s.whole.start)), span(l.when.length())
-			bar = s.whole.draw(l.when, columns, marks[l.ending])
+			start, took = "+"+span(l.when.start.Sub(p.whole.start)), span(l.when.length())
+			bar = p.whole.draw(l.when, columns, marks[l.ending])
 		}
 		if l.ending == unknownEnd {
 			took = "?"
@@ -279,11 +279,11 @@ func addStretch(b *bytes.Buffer, s stretch, width int, now time.Time) {
 }
 
 // addLegend explains the marks that were drawn.
-func addLegend(b *bytes.Buffer, all []stretch) {
+func addLegend(b *bytes.Buffer, all []period) {
 	var legend []string
 	for _, o := range []ending{succeeded, skipped, failed, undone, undoFailed, underWay, unknownEnd} {
-		drawn := slices.ContainsFunc(all, func(s stretch) bool {
-			return slices.ContainsFunc(s.lanes, func(l lane) bool { return l.timed && l.ending == o })
+		drawn := slices.ContainsFunc(all, func(p period) bool {
+			return slices.ContainsFunc(p.lines, func(l line) bool { return l.timed && l.ending == o })
 		})
 		if drawn {
 			legend = append(legend, marks[o]+" "+string(o))
@@ -292,13 +292,13 @@ func addLegend(b *bytes.Buffer, all []stretch) {
 	fmt.Fprintf(b, "\n%s\n", strings.Join(legend, "   "))
 }
 
-func addMishaps(b *bytes.Buffer, all []mishap, width int) {
+func addErrors(b *bytes.Buffer, all []note, width int) {
 	if len(all) == 0 {
 		return
 	}
 	b.WriteString("\nErrors\n")
-	for _, m := range all {
-		addHanging(b, printable(m.what)+": "+printable(m.text), "  ", width)
+	for _, n := range all {
+		addHanging(b, printable(n.what)+": "+printable(n.text), "  ", width)
 	}
 }
 
@@ -307,29 +307,29 @@ func addPending(b *bytes.Buffer, cleanups []*podfsmv1.PendingCleanup, width int,
 		return
 	}
 	b.WriteString("\nPending cleanups\n")
-	for _, d := range cleanups {
-		addHanging(b, printable(fmt.Sprintf("undo of %s, %s: %s", d.GetStep(), when(d, now), d.GetError())), "  ", width)
+	for _, c := range cleanups {
+		addHanging(b, printable(fmt.Sprintf("undo of %s, %s: %s", c.GetStep(), when(c, now), c.GetError())), "  ", width)
 	}
 }
 
 // addWrittenOff adds what was written off, and the reasons.
-func addWrittenOff(b *bytes.Buffer, all []mishap, width int) {
+func addWrittenOff(b *bytes.Buffer, all []note, width int) {
 	if len(all) == 0 {
 		return
 	}
 	b.WriteString("\nWritten off\n")
-	for _, m := range all {
-		addHanging(b, printable(m.what+": "+m.text), "  ", width)
+	for _, n := range all {
+		addHanging(b, printable(n.what+": "+n.text), "  ", width)
 	}
 }
 
 // when returns since when a cleanup is pending, and when its next try is.
-func when(d *podfsmv1.PendingCleanup, now time.Time) string {
-	parts := []string{"since " + age(d.GetSince(), now)}
-	if n := tries(d); n != "" {
+func when(c *podfsmv1.PendingCleanup, now time.Time) string {
+	parts := []string{"since " + age(c.GetSince(), now)}
+	if n := tries(c); n != "" {
 		parts = append(parts, "tries: "+n)
 	}
-	if next := nextTry(d, now); next != "" {
+	if next := nextTry(c, now); next != "" {
 		parts = append(parts, "next try: "+next)
 	}
 	return strings.Join(parts, ", ")

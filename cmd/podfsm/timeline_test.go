@@ -348,7 +348,7 @@ func TestPageShowsWhatHappened(t *testing.T) {
 	text, _ := render(t, timelines["crashed"])
 	for _, want := range []string{
 		"the step <code>attach_network</code> failed", "Could not fetch rule set generation id", "pods/portmap ADD", "undo start_pause",
-		"Rollback, tried again", "Slowest step: attach_network, 340ms", `class="lane undo-failed"`, `class="lane failed nested"`,
+		"Rollback, tried again", "Slowest step: attach_network, 340ms", `class="line undo-failed"`, `class="line failed nested"`,
 	} {
 		require.True(t, strings.Contains(text, want), want)
 	}
@@ -512,11 +512,11 @@ func TestTitleOfARollback(t *testing.T) {
 // A write-off is listed with its reason, and is not a part of the waterfall.
 func TestWrittenOffIsShown(t *testing.T) {
 	r := proto.CloneOf(readyInspection)
-	stretches := len(waterfall(r, now))
+	periods := len(waterfall(r, now))
 	r.Tries = append(r.Tries,
 		&podfsmv1.Try{Step: "attach_network", Kind: "write-off", Plugin: "net/sbr", StartedAt: at(time.Minute), Reason: "it is gone\x1b for good"},
 		&podfsmv1.Try{Step: "capture_netns", Kind: "write-off", StartedAt: at(2 * time.Minute), Duration: took(0), Error: "busy", Reason: "the node is wiped"})
-	require.Len(t, waterfall(r, now), stretches)
+	require.Len(t, waterfall(r, now), periods)
 	const text = "\nWritten off\nnet/sbr DEL, 4m12s ago: it is gone\\x1b for good\nundo of capture_netns, 3m12s ago: the node is wiped\n"
 	drawn := &timeline{InspectResponse: r}
 	var b bytes.Buffer

@@ -11,7 +11,7 @@ import (
 	"github.com/podfsm/podfsm/states"
 )
 
-// idle is the longest pause within a stretch of a waterfall. After a longer one, a new stretch with
+// idle is the longest pause within a period of a waterfall. After a longer one, a new period with
 // its own scale begins: a pod may live for months.
 const idle = time.Second
 
@@ -34,44 +34,44 @@ var marks = map[ending]string{succeeded: "=", skipped: ".", failed: "x", undone:
 // writeOff is the kind of a try that wrote an undo off. It takes no time.
 const writeOff = "write-off"
 
-// lane is a line of a waterfall: one try of a step, an undo or a CNI plugin.
-type lane struct {
+// line is a line of a waterfall: one try of a step, an undo or a CNI plugin.
+type line struct {
 	label  string
-	nested bool // a part of the last lane above that is not nested
-	when   period
+	nested bool // a part of the last line above that is not nested
+	when   interval
 	timed  bool // the time in when is known
 	ending ending
 	err    string
 }
 
-// stretch is a part of a sandbox's life without a long pause.
-type stretch struct {
+// period is a part of a sandbox's life without a long pause.
+type period struct {
 	title string
-	whole period
-	lanes []lane
+	whole interval
+	lines []line
 }
 
-// waterfall returns the stretches of a sandbox's life in their order.
-func waterfall(r *podfsmv1.InspectResponse, now time.Time) []stretch {
-	var all []stretch
-	tried := false // something was undone in an earlier stretch
+// waterfall returns the periods of a sandbox's life in their order.
+func waterfall(r *podfsmv1.InspectResponse, now time.Time) []period {
+	var all []period
+	tried := false // something was undone in an earlier period
 	for _, group := range together(r, now) {
-		s := stretch{whole: group[0].when, title: titleOf(r, group, tried)}
+		p := period{whole: group[0].when, title: titleOf(r, group, tried)}
 		tried = tried || slices.ContainsFunc(group, undoes)
 		for _, l := range group {
-			if l.timed && l.when.end.After(s.whole.end) {
-				s.whole.end = l.when.end
+			if l.timed && l.when.end.After(p.whole.end) {
+				p.whole.end = l.when.end
 			}
 		}
-		s.lanes = group
-		all = append(all, s)
+		p.lines = group
+		all = append(all, p)
 	}
 	return all
 }
 
-// together groups the lanes of a sandbox: those without a long pause in between.
-func together(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
-	var groups [][]lane
+// together groups the lines of a sandbox: those without a long pause in between.
+func together(r *podfsmv1.InspectResponse, now time.Time) [][]line {
+	var groups [][]line
 	var end time.Time
 	for _, family := range families(r, now) {
 		first := family[0]
@@ -88,12 +88,12 @@ func together(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 
 // families returns the tries of a sandbox in the order of their start, each with the CNI plugins
 // that ran for it.
-func families(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
-	var all [][]lane
+func families(r *podfsmv1.InspectResponse, now time.Time) [][]line {
+	var all [][]line
 	var tries []*podfsmv1.Try
 	for _, try := range r.GetTries() {
 		if try.GetPlugin() == "" && try.GetStartedAt() != nil && try.GetKind() != writeOff {
-			all, tries = append(all, []lane{laneOf(r, try, now)}), append(tries, try)
+			all, tries = append(all, []line{lineOf(r, try, now)}), append(tries, try)
 		}
 	}
 	for _, try := range r.GetTries() {
@@ -101,7 +101,7 @@ func families(r *podfsmv1.InspectResponse, now time.Time) [][]lane {
 			continue
 		}
 		if i := parentOf(try, tries); i >= 0 {
-			l := laneOf(r, try, now)
+			l := lineOf(r, try, now)
 			l.nested = true
 			all[i] = append(all[i], l)
 		}
@@ -125,10 +125,10 @@ func parentOf(plugin *podfsmv1.Try, tries []*podfsmv1.Try) int {
 	return -1
 }
 
-func laneOf(r *podfsmv1.InspectResponse, try *podfsmv1.Try, now time.Time) lane {
-	l := lane{label: labelOf(try), ending: endingOf(r, try), err: try.GetError(), timed: try.GetStartedAt() != nil}
+func lineOf(r *podfsmv1.InspectResponse, try *podfsmv1.Try, now time.Time) line {
+	l := line{label: labelOf(try), ending: endingOf(r, try), err: try.GetError(), timed: try.GetStartedAt() != nil}
 	start := try.GetStartedAt().AsTime()
-	l.when = period{start, start.Add(try.GetDuration().AsDuration())}
+	l.when = interval{start, start.Add(try.GetDuration().AsDuration())}
 	if l.ending == underWay && now.After(start) {
 		l.when.end = now
 	}
@@ -177,11 +177,11 @@ func statusOf(r *podfsmv1.InspectResponse, step string) string {
 	return ""
 }
 
-// titleOf returns the title of a stretch. again says that something was undone in an earlier stretch.
-func titleOf(r *podfsmv1.InspectResponse, lanes []lane, again bool) string {
-	does := slices.ContainsFunc(lanes, creates)
-	demanded := slices.ContainsFunc(lanes, onDemand)
-	ends := slices.ContainsFunc(lanes, func(l lane) bool { return !l.nested && undoes(l) })
+// titleOf returns the title of a period. again says that something was undone in an earlier period.
+func titleOf(r *podfsmv1.InspectResponse, lines []line, again bool) string {
+	does := slices.ContainsFunc(lines, creates)
+	demanded := slices.ContainsFunc(lines, onDemand)
+	ends := slices.ContainsFunc(lines, func(l line) bool { return !l.nested && undoes(l) })
 	rolledBack := slices.ContainsFunc(r.GetTransitions(), func(t *podfsmv1.Transition) bool { return t.GetEvent() == "roll_back" })
 	switch {
 	case does && ends && rolledBack:
@@ -203,26 +203,26 @@ func titleOf(r *podfsmv1.InspectResponse, lanes []lane, again bool) string {
 	}
 }
 
-func undoes(l lane) bool {
+func undoes(l line) bool {
 	return strings.HasPrefix(l.label, "undo ") || strings.HasPrefix(l.label, "stop ")
 }
 
-// creates reports whether a lane is a step of the creation.
-func creates(l lane) bool { return !l.nested && !undoes(l) && !onDemand(l) }
+// creates reports whether a line is a step of the creation.
+func creates(l line) bool { return !l.nested && !undoes(l) && !onDemand(l) }
 
-// onDemand reports whether a lane starts what a pod's containers need. The first container waits
+// onDemand reports whether a line starts what a pod's containers need. The first container waits
 // for it, maybe long after the creation.
-func onDemand(l lane) bool {
+func onDemand(l line) bool {
 	step, _ := records.Table().Step(states.Event(l.label))
 	return step.OnDemand
 }
 
 // slowest returns the longest step of the creation, and the time of the whole creation. It is false
 // without a creation.
-func slowest(all []stretch) (most lane, total time.Duration, ok bool) {
-	var whole period
-	for _, s := range all {
-		for _, l := range s.lanes {
+func slowest(all []period) (most line, total time.Duration, ok bool) {
+	var whole interval
+	for _, p := range all {
+		for _, l := range p.lines {
 			if !creates(l) {
 				continue
 			}
@@ -240,20 +240,20 @@ func slowest(all []stretch) (most lane, total time.Duration, ok bool) {
 	return most, whole.length(), ok
 }
 
-// mishap is an error text and its subject.
-type mishap struct {
+// note is a text and its subject.
+type note struct {
 	what, text string
 }
 
-// mishaps returns the errors of all tries without repetition: a plugin's error is also a part of
+// errorsOf returns the errors of all tries without repetition: a plugin's error is also a part of
 // its step's.
-func mishaps(all []stretch) []mishap {
-	var found []mishap
-	for _, s := range all {
-		for _, l := range s.lanes {
-			known := slices.ContainsFunc(found, func(m mishap) bool { return strings.Contains(m.text, l.err) })
+func errorsOf(all []period) []note {
+	var found []note
+	for _, p := range all {
+		for _, l := range p.lines {
+			known := slices.ContainsFunc(found, func(n note) bool { return strings.Contains(n.text, l.err) })
 			if l.err != "" && !known {
-				found = append(found, mishap{l.label, l.err})
+				found = append(found, note{l.label, l.err})
 			}
 		}
 	}
@@ -261,7 +261,7 @@ func mishaps(all []stretch) []mishap {
 }
 
 // writtenOff returns the undos that were written off, and the reasons.
-func writtenOff(tries []*podfsmv1.Try, now time.Time) (all []mishap) {
+func writtenOff(tries []*podfsmv1.Try, now time.Time) (all []note) {
 	for _, try := range tries {
 		if try.GetKind() != writeOff {
 			continue
@@ -270,7 +270,7 @@ func writtenOff(tries []*podfsmv1.Try, now time.Time) (all []mishap) {
 		if try.GetPlugin() != "" {
 			what = try.GetPlugin() + " DEL"
 		}
-		all = append(all, mishap{what + ", " + age(try.GetStartedAt(), now) + " ago", try.GetReason()})
+		all = append(all, note{what + ", " + age(try.GetStartedAt(), now) + " ago", try.GetReason()})
 	}
 	return all
 }

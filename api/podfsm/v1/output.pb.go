@@ -141,7 +141,7 @@ type TimelineOutput struct {
 	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	// The parts of the sandbox's life in which podfsm tried steps and undos, in
 	// order.
-	Stretches []*Stretch `protobuf:"bytes,2,rep,name=stretches,proto3" json:"stretches,omitempty"`
+	Periods []*TimelinePeriod `protobuf:"bytes,2,rep,name=periods,proto3" json:"periods,omitempty"`
 	// All sandboxes of the pod, the oldest first, including this sandbox.
 	Siblings      []*Sandbox `protobuf:"bytes,3,rep,name=siblings,proto3" json:"siblings,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -185,9 +185,9 @@ func (x *TimelineOutput) GetSandbox() *Sandbox {
 	return nil
 }
 
-func (x *TimelineOutput) GetStretches() []*Stretch {
+func (x *TimelineOutput) GetPeriods() []*TimelinePeriod {
 	if x != nil {
-		return x.Stretches
+		return x.Periods
 	}
 	return nil
 }
@@ -199,8 +199,8 @@ func (x *TimelineOutput) GetSiblings() []*Sandbox {
 	return nil
 }
 
-// Stretch is a part of a sandbox's life without a gap of more than a second.
-type Stretch struct {
+// TimelinePeriod is a part of a sandbox's life without a gap of more than a second.
+type TimelinePeriod struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The title, such as "Creation and rollback".
 	Title string `protobuf:"bytes,1,opt,name=title,proto3" json:"title,omitempty"`
@@ -209,25 +209,25 @@ type Stretch struct {
 	// The time until the last try ended.
 	Duration *durationpb.Duration `protobuf:"bytes,3,opt,name=duration,proto3" json:"duration,omitempty"`
 	// The tries, in the order of their start.
-	Lanes         []*Lane `protobuf:"bytes,4,rep,name=lanes,proto3" json:"lanes,omitempty"`
+	Tries         []*TimelineTry `protobuf:"bytes,4,rep,name=tries,proto3" json:"tries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Stretch) Reset() {
-	*x = Stretch{}
+func (x *TimelinePeriod) Reset() {
+	*x = TimelinePeriod{}
 	mi := &file_podfsm_v1_output_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Stretch) String() string {
+func (x *TimelinePeriod) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Stretch) ProtoMessage() {}
+func (*TimelinePeriod) ProtoMessage() {}
 
-func (x *Stretch) ProtoReflect() protoreflect.Message {
+func (x *TimelinePeriod) ProtoReflect() protoreflect.Message {
 	mi := &file_podfsm_v1_output_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -239,46 +239,46 @@ func (x *Stretch) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Stretch.ProtoReflect.Descriptor instead.
-func (*Stretch) Descriptor() ([]byte, []int) {
+// Deprecated: Use TimelinePeriod.ProtoReflect.Descriptor instead.
+func (*TimelinePeriod) Descriptor() ([]byte, []int) {
 	return file_podfsm_v1_output_proto_rawDescGZIP(), []int{3}
 }
 
-func (x *Stretch) GetTitle() string {
+func (x *TimelinePeriod) GetTitle() string {
 	if x != nil {
 		return x.Title
 	}
 	return ""
 }
 
-func (x *Stretch) GetStartedAt() *timestamppb.Timestamp {
+func (x *TimelinePeriod) GetStartedAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.StartedAt
 	}
 	return nil
 }
 
-func (x *Stretch) GetDuration() *durationpb.Duration {
+func (x *TimelinePeriod) GetDuration() *durationpb.Duration {
 	if x != nil {
 		return x.Duration
 	}
 	return nil
 }
 
-func (x *Stretch) GetLanes() []*Lane {
+func (x *TimelinePeriod) GetTries() []*TimelineTry {
 	if x != nil {
-		return x.Lanes
+		return x.Tries
 	}
 	return nil
 }
 
-// Lane is one try of a step, an undo, or a command of a CNI plugin.
-type Lane struct {
+// TimelineTry is one try of a step, an undo, or a command of a CNI plugin.
+type TimelineTry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The label, such as "start_pause", "undo attach_network" or "net/portmap ADD".
 	Label string `protobuf:"bytes,1,opt,name=label,proto3" json:"label,omitempty"`
-	// Whether the lane is a command of a CNI plugin. The command is part of the last
-	// lane before it that is not a command.
+	// Whether podfsm tried a command of a CNI plugin. The command is part of the last
+	// try before it that is not a command.
 	Plugin bool `protobuf:"varint,2,opt,name=plugin,proto3" json:"plugin,omitempty"`
 	// When the try started. Absent if it isn't known.
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
@@ -293,20 +293,20 @@ type Lane struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Lane) Reset() {
-	*x = Lane{}
+func (x *TimelineTry) Reset() {
+	*x = TimelineTry{}
 	mi := &file_podfsm_v1_output_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Lane) String() string {
+func (x *TimelineTry) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Lane) ProtoMessage() {}
+func (*TimelineTry) ProtoMessage() {}
 
-func (x *Lane) ProtoReflect() protoreflect.Message {
+func (x *TimelineTry) ProtoReflect() protoreflect.Message {
 	mi := &file_podfsm_v1_output_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -318,47 +318,47 @@ func (x *Lane) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Lane.ProtoReflect.Descriptor instead.
-func (*Lane) Descriptor() ([]byte, []int) {
+// Deprecated: Use TimelineTry.ProtoReflect.Descriptor instead.
+func (*TimelineTry) Descriptor() ([]byte, []int) {
 	return file_podfsm_v1_output_proto_rawDescGZIP(), []int{4}
 }
 
-func (x *Lane) GetLabel() string {
+func (x *TimelineTry) GetLabel() string {
 	if x != nil {
 		return x.Label
 	}
 	return ""
 }
 
-func (x *Lane) GetPlugin() bool {
+func (x *TimelineTry) GetPlugin() bool {
 	if x != nil {
 		return x.Plugin
 	}
 	return false
 }
 
-func (x *Lane) GetStartedAt() *timestamppb.Timestamp {
+func (x *TimelineTry) GetStartedAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.StartedAt
 	}
 	return nil
 }
 
-func (x *Lane) GetDuration() *durationpb.Duration {
+func (x *TimelineTry) GetDuration() *durationpb.Duration {
 	if x != nil {
 		return x.Duration
 	}
 	return nil
 }
 
-func (x *Lane) GetOutcome() string {
+func (x *TimelineTry) GetOutcome() string {
 	if x != nil {
 		return x.Outcome
 	}
 	return ""
 }
 
-func (x *Lane) GetError() string {
+func (x *TimelineTry) GetError() string {
 	if x != nil {
 		return x.Error
 	}
@@ -441,18 +441,18 @@ const file_podfsm_v1_output_proto_rawDesc = "" +
 	"\x06podfsm\x18\x01 \x01(\tR\x06podfsm\x12\x1e\n" +
 	"\n" +
 	"containerd\x18\x02 \x01(\tR\n" +
-	"containerd\"\xa0\x01\n" +
+	"containerd\"\xa3\x01\n" +
 	"\x0eTimelineOutput\x12,\n" +
-	"\asandbox\x18\x01 \x01(\v2\x12.podfsm.v1.SandboxR\asandbox\x120\n" +
-	"\tstretches\x18\x02 \x03(\v2\x12.podfsm.v1.StretchR\tstretches\x12.\n" +
-	"\bsiblings\x18\x03 \x03(\v2\x12.podfsm.v1.SandboxR\bsiblings\"\xb8\x01\n" +
-	"\aStretch\x12\x14\n" +
+	"\asandbox\x18\x01 \x01(\v2\x12.podfsm.v1.SandboxR\asandbox\x123\n" +
+	"\aperiods\x18\x02 \x03(\v2\x19.podfsm.v1.TimelinePeriodR\aperiods\x12.\n" +
+	"\bsiblings\x18\x03 \x03(\v2\x12.podfsm.v1.SandboxR\bsiblings\"\xc6\x01\n" +
+	"\x0eTimelinePeriod\x12\x14\n" +
 	"\x05title\x18\x01 \x01(\tR\x05title\x129\n" +
 	"\n" +
 	"started_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
-	"\bduration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12%\n" +
-	"\x05lanes\x18\x04 \x03(\v2\x0f.podfsm.v1.LaneR\x05lanes\"\xd6\x01\n" +
-	"\x04Lane\x12\x14\n" +
+	"\bduration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12,\n" +
+	"\x05tries\x18\x04 \x03(\v2\x16.podfsm.v1.TimelineTryR\x05tries\"\xdd\x01\n" +
+	"\vTimelineTry\x12\x14\n" +
 	"\x05label\x18\x01 \x01(\tR\x05label\x12\x16\n" +
 	"\x06plugin\x18\x02 \x01(\bR\x06plugin\x129\n" +
 	"\n" +
@@ -482,8 +482,8 @@ var file_podfsm_v1_output_proto_goTypes = []any{
 	(*VersionOutput)(nil),         // 0: podfsm.v1.VersionOutput
 	(*Versions)(nil),              // 1: podfsm.v1.Versions
 	(*TimelineOutput)(nil),        // 2: podfsm.v1.TimelineOutput
-	(*Stretch)(nil),               // 3: podfsm.v1.Stretch
-	(*Lane)(nil),                  // 4: podfsm.v1.Lane
+	(*TimelinePeriod)(nil),        // 3: podfsm.v1.TimelinePeriod
+	(*TimelineTry)(nil),           // 4: podfsm.v1.TimelineTry
 	(*DrainOutput)(nil),           // 5: podfsm.v1.DrainOutput
 	(*Sandbox)(nil),               // 6: podfsm.v1.Sandbox
 	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
@@ -493,13 +493,13 @@ var file_podfsm_v1_output_proto_depIdxs = []int32{
 	1,  // 0: podfsm.v1.VersionOutput.client:type_name -> podfsm.v1.Versions
 	1,  // 1: podfsm.v1.VersionOutput.daemon:type_name -> podfsm.v1.Versions
 	6,  // 2: podfsm.v1.TimelineOutput.sandbox:type_name -> podfsm.v1.Sandbox
-	3,  // 3: podfsm.v1.TimelineOutput.stretches:type_name -> podfsm.v1.Stretch
+	3,  // 3: podfsm.v1.TimelineOutput.periods:type_name -> podfsm.v1.TimelinePeriod
 	6,  // 4: podfsm.v1.TimelineOutput.siblings:type_name -> podfsm.v1.Sandbox
-	7,  // 5: podfsm.v1.Stretch.started_at:type_name -> google.protobuf.Timestamp
-	8,  // 6: podfsm.v1.Stretch.duration:type_name -> google.protobuf.Duration
-	4,  // 7: podfsm.v1.Stretch.lanes:type_name -> podfsm.v1.Lane
-	7,  // 8: podfsm.v1.Lane.started_at:type_name -> google.protobuf.Timestamp
-	8,  // 9: podfsm.v1.Lane.duration:type_name -> google.protobuf.Duration
+	7,  // 5: podfsm.v1.TimelinePeriod.started_at:type_name -> google.protobuf.Timestamp
+	8,  // 6: podfsm.v1.TimelinePeriod.duration:type_name -> google.protobuf.Duration
+	4,  // 7: podfsm.v1.TimelinePeriod.tries:type_name -> podfsm.v1.TimelineTry
+	7,  // 8: podfsm.v1.TimelineTry.started_at:type_name -> google.protobuf.Timestamp
+	8,  // 9: podfsm.v1.TimelineTry.duration:type_name -> google.protobuf.Duration
 	7,  // 10: podfsm.v1.DrainOutput.draining_since:type_name -> google.protobuf.Timestamp
 	6,  // 11: podfsm.v1.DrainOutput.left:type_name -> podfsm.v1.Sandbox
 	12, // [12:12] is the sub-list for method output_type

@@ -10,33 +10,33 @@ import (
 // barWidth is the width of the bars in characters.
 const barWidth = 30
 
-// period is the time from start to end.
-type period struct {
+// interval is the time from start to end.
+type interval struct {
 	start, end time.Time
 }
 
-func (p period) length() time.Duration {
+func (p interval) length() time.Duration {
 	return p.end.Sub(p.start)
 }
 
-// stepPeriod returns when s ran, up to now if it still runs. It is false for a step that was never
+// stepInterval returns when s ran, up to now if it still runs. It is false for a step that was never
 // started.
-func stepPeriod(s *podfsmv1.Step, now time.Time) (period, bool) {
+func stepInterval(s *podfsmv1.Step, now time.Time) (interval, bool) {
 	if s.GetStartedAt() == nil {
-		return period{}, false
+		return interval{}, false
 	}
 	start := s.GetStartedAt().AsTime()
 	if s.GetDuration() == nil {
-		return period{start, now}, true
+		return interval{start, now}, true
 	}
-	return period{start, start.Add(s.GetDuration().AsDuration())}, true
+	return interval{start, start.Add(s.GetDuration().AsDuration())}, true
 }
 
-// periodOf returns the time from the first start of a step to the last end.
-func periodOf(steps []*podfsmv1.Step, now time.Time) period {
-	var whole period
+// intervalOf returns the time from the first start of a step to the last end.
+func intervalOf(steps []*podfsmv1.Step, now time.Time) interval {
+	var whole interval
 	for _, s := range steps {
-		p, ok := stepPeriod(s, now)
+		p, ok := stepInterval(s, now)
 		if !ok {
 			continue
 		}
@@ -51,12 +51,12 @@ func periodOf(steps []*podfsmv1.Step, now time.Time) period {
 }
 
 // bar draws the position of part in whole, as "[ === ]". Even the shortest part has a mark.
-func (whole period) bar(part period) string {
+func (whole interval) bar(part interval) string {
 	return whole.draw(part, barWidth, "=")
 }
 
 // draw is bar with another width and mark.
-func (whole period) draw(part period, width int, mark string) string {
+func (whole interval) draw(part interval, width int, mark string) string {
 	from := whole.column(part.start, width)
 	to := max(whole.column(part.end, width), from+1)
 	if to > width {
@@ -66,12 +66,12 @@ func (whole period) draw(part period, width int, mark string) string {
 }
 
 // column returns the character of a bar for the time t, from 0 to width.
-func (whole period) column(t time.Time, width int) int {
+func (whole interval) column(t time.Time, width int) int {
 	return min(max(int(whole.fraction(t)*float64(width)+0.5), 0), width)
 }
 
 // fraction returns the position of t in whole, from 0 to 1 unless t is outside.
-func (whole period) fraction(t time.Time) float64 {
+func (whole interval) fraction(t time.Time) float64 {
 	if whole.length() <= 0 {
 		return 0
 	}
