@@ -90,7 +90,7 @@ var chains = map[string]chain{
 	"ipvlan": {since: "0.3.1", link: "ipvlan", host: wire("wire3", "10.88.85.1/24"), plugins: []string{
 		`{"type":"ipvlan","master":"wire3","mode":"l2",` + hostLocal("10.88.85.0/24") + `}`,
 	}},
-	"bridge, vrf": {since: "0.3.1", link: "vrf", apart: true, plugins: []string{
+	"bridge, vrf": {since: "0.3.1", link: "vrf", apart: true, alarm: "Failed to find Gateway", plugins: []string{
 		`{"type":"bridge","bridge":"cni-chain16","isGateway":true,` + hostLocal("10.88.87.0/24") + `}`,
 		`{"type":"vrf","vrfname":"blue"}`,
 	}},

@@ -160,6 +160,16 @@ echo '{"cniVersion": "1.0.0", "code": 100, "msg": "refused"}'
 exit 1
 `
 
+// agent is a CNI plugin that gives an address and, at DEL, does what the body says.
+const agent = `#!/bin/sh
+if [ "$CNI_COMMAND" = ADD ]; then
+	echo '{"cniVersion": "1.0.0", "interfaces": [{"name": "'$CNI_IFNAME'", "sandbox": "'$CNI_NETNS'"}], "ips": [{"address": "10.99.0.2/24", "interface": 0}]}'
+	exit 0
+fi
+[ "$CNI_COMMAND" = DEL ] || exit 0
+%s
+`
+
 // fetch tries for a moment only: a lost packet is sent again after a second or more.
 func fetch(ctx context.Context, n *harness.Node, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)

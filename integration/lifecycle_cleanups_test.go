@@ -11,16 +11,6 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// agent is a CNI plugin that gives an address and, at DEL, does what the body says.
-const agent = `#!/bin/sh
-if [ "$CNI_COMMAND" = ADD ]; then
-	echo '{"cniVersion": "1.0.0", "interfaces": [{"name": "'$CNI_IFNAME'", "sandbox": "'$CNI_NETNS'"}], "ips": [{"address": "10.99.0.2/24", "interface": 0}]}'
-	exit 0
-fi
-[ "$CNI_COMMAND" = DEL ] || exit 0
-%s
-`
-
 // noAgent is the body of a plugin whose agent is gone.
 const noAgent = `echo '{"cniVersion": "1.0.0", "code": 11, "msg": "dial unix /run/agent.sock: connection refused"}'; exit 1`
 

@@ -43,9 +43,12 @@ var rowsOfBench = map[string]map[string]int{
 		"restart with 2 pods":                               2 * (3 + 2),
 	},
 	"growth": {
+		"RunPodSandbox, podfsm, mode auto":                       2 + 1,
 		"CreateContainer, unmodified containerd":                 2 + 1,
 		"ContainerStatus, podfsm, mode auto":                     2 + 1,
 		"PortForward, podfsm, a pod of containerd's own handler": 2 + 1,
+		"StopPodSandbox, unmodified containerd":                  2 + 1,
+		"RemovePodSandbox, podfsm, mode auto":                    2 + 1,
 	},
 	"tracing": {
 		"RunPodSandbox, podfsm, by tracing": 3 + 2,

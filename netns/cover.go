@@ -91,7 +91,7 @@ func lookUp(dir string) (real string, mount int, err error) {
 }
 
 func mountOf(path string) (st unix.Statx_t, err error) {
-	if err := unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_MNT_ID, &st); err != nil {
+	if err := unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_MNT_ID|unix.STATX_INO, &st); err != nil {
 		return st, fmt.Errorf("failed to find the mount of %q: %w", path, err)
 	}
 	return st, nil
@@ -125,18 +125,34 @@ func uncovered(path string) error {
 	return nil
 }
 
-// mayBeCovered reports whether another filesystem is mounted on the directory of a path. It is a
-// cheap test before all mounts are listed, which is expensive on a full node. A bind mount of the
+// mayBeCovered reports whether another directory is mounted on the directory of a path. It is a cheap
+// test before all mounts are listed, which is expensive on a full node. A bind mount of the
 // directory on itself does not count: its files are the covered ones, and a file that is a mount
 // point anywhere can't be removed.
 func mayBeCovered(path string) bool {
-	dir, err := mountOf(filepath.Dir(path))
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
 	if err != nil {
 		return true
 	}
-	if dir.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+	visible, err := mountOf(dir)
+	if err != nil {
+		return true
+	}
+	if visible.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
 		return false
 	}
-	above, err := mountOf(filepath.Join(filepath.Dir(path), ".."))
-	return err != nil || dir.Dev_major != above.Dev_major || dir.Dev_minor != above.Dev_minor
+	below, err := belowMounts(dir)
+	return err != nil || below.Ino != visible.Ino || below.Dev_major != visible.Dev_major || below.Dev_minor != visible.Dev_minor
+}
+
+// belowMounts looks at what is below all mounts on a directory, in a copy of the mount above that
+// has none of them.
+func belowMounts(dir string) (st unix.Statx_t, err error) {
+	above, err := unix.OpenTree(unix.AT_FDCWD, filepath.Dir(dir), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return st, err
+	}
+	defer unix.Close(above)
+	err = unix.Statx(above, filepath.Base(dir), unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO, &st)
+	return st, err
 }

@@ -20,15 +20,16 @@ func mount(t *testing.T, source, target, kind string, flags uintptr) {
 	t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) })
 }
 
-// onMount is a directory for pins, on a mount of its own with this propagation.
+// onMount is a directory for pins beside another one, on a mount of their own with this propagation.
 func onMount(t *testing.T, propagation uintptr) (dir string) {
 	t.Helper()
 	above := t.TempDir()
 	mount(t, "pins", above, "tmpfs", 0)
 	require.NoError(t, unix.Mount("", above, "", propagation, ""))
-	dir = filepath.Join(above, "netns")
-	require.NoError(t, os.Mkdir(dir, 0o755))
-	return dir
+	for _, name := range []string{"netns", "other"} {
+		require.NoError(t, os.Mkdir(filepath.Join(above, name), 0o755))
+	}
+	return filepath.Join(above, "netns")
 }
 
 // What "ip netns add" does, and others, to a directory with pins.
@@ -49,6 +50,11 @@ var covers = map[string]struct {
 		source:  func(dir string) string { return dir },
 		flags:   unix.MS_BIND | unix.MS_REC,
 		visible: true,
+	},
+	"another directory of its filesystem": {
+		over:   func(dir string) string { return dir },
+		source: func(dir string) string { return filepath.Join(filepath.Dir(dir), "other") },
+		flags:  unix.MS_BIND,
 	},
 	"a tmpfs": {
 		over:   func(dir string) string { return dir },
@@ -194,22 +200,20 @@ func TestRemedyOnASharedMount(t *testing.T) {
 	require.NoError(t, Unpin(t.Context(), filepath.Join(dir, "pin")))
 }
 
-// All mounts of the node are listed only where another filesystem is mounted on the directory.
+// All mounts of the node are listed only where the directory isn't the one that was there before.
 func TestMayBeCovered(t *testing.T) {
 	roottest.Require(t)
-	for name, tc := range map[string]struct {
-		kind  string
-		flags uintptr
-		may   bool
-	}{
-		"the directory on itself": {flags: unix.MS_BIND},
-		"another filesystem":      {kind: "tmpfs", may: true},
+	for name, may := range map[string]bool{
+		"itself":                              false,
+		"itself, with what is mounted there":  false,
+		"another directory of its filesystem": true,
+		"a tmpfs":                             true,
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := onMount(t, unix.MS_PRIVATE)
+			dir, cover := onMount(t, unix.MS_PRIVATE), covers[name]
 			require.False(t, mayBeCovered(filepath.Join(dir, "pin")))
-			mount(t, dir, dir, tc.kind, tc.flags)
-			require.Equal(t, tc.may, mayBeCovered(filepath.Join(dir, "pin")))
+			mount(t, cover.source(dir), dir, cover.kind, cover.flags)
+			require.Equal(t, may, mayBeCovered(filepath.Join(dir, "pin")))
 		})
 	}
 	require.True(t, mayBeCovered(filepath.Join(t.TempDir(), "none", "pin")))

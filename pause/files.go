@@ -272,13 +272,16 @@ func removeTrees(dirs ...string) error {
 // unmountTrees unmounts all that is mounted on and below the directories, and
 // fails with EBUSY when something is mounted there afterwards.
 func unmountTrees(dirs []string) error {
+	if !slices.ContainsFunc(dirs, mayHoldMounts) {
+		return nil
+	}
 	mounts, err := mountsBelow(dirs)
 	if err != nil || len(mounts) == 0 {
 		return err
 	}
 	for _, mount := range mounts {
-		// EINVAL: it went along with a mount it shares a peer group with.
-		if err := detach(mount); err != nil && !errors.Is(err, unix.EINVAL) {
+		// EINVAL: it went along with a mount it shares a peer group with. ENOENT: another mount hides it.
+		if err := detach(mount); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			return err
 		}
 	}
@@ -291,6 +294,32 @@ func unmountTrees(dirs []string) error {
 	}
 	return nil
 }
+
+// mayHoldMounts reports whether something is mounted on or below a directory, or may be. It is a
+// cheap test before all mounts are listed, which is expensive on a full node. It looks at the files
+// that removing the directory reads, and stops at the first mount, so it never reads files of a pod.
+func mayHoldMounts(dir string) (may bool) {
+	_ = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !mayBeMount(path) {
+			return nil
+		}
+		may = true
+		return fs.SkipAll
+	})
+	return may
+}
+
+// mayBeMount is false if the kernel says that path is no mount point (Linux 5.8). It does not wait
+// for a server of the filesystem.
+func mayBeMount(path string) bool {
+	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
+	var stat unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, flags, 0, &stat)
+	return err != nil || stat.Attributes_mask&^stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0
+}
+
+// listMounts lists all mounts of the node. Tests count its calls.
+var listMounts = mountinfo.GetMounts
 
 // mountsBelow returns the mount points on and below the directories, the deepest
 // first. It returns a mount point once per mount on it.
@@ -310,7 +339,7 @@ func mountsBelow(dirs []string) ([]string, error) {
 	if len(filters) == 0 {
 		return nil, nil
 	}
-	infos, err := mountinfo.GetMounts(func(info *mountinfo.Info) (skip, stop bool) {
+	infos, err := listMounts(func(info *mountinfo.Info) (skip, stop bool) {
 		return !slices.ContainsFunc(filters, func(filter mountinfo.FilterFunc) bool {
 			other, _ := filter(info)
 			return !other

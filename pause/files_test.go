@@ -172,6 +172,14 @@ func TestFilesRemoveWhatIsHalfMade(t *testing.T) {
 			mountOn(t, filepath.Join(f.shm("sandbox"), "a/b"))
 			mountOn(t, filepath.Join(f.rootDir("sandbox"), "c"))
 		},
+		"a mount hidden by another": func(t *testing.T, f Files) {
+			mountOn(t, filepath.Join(f.shm("sandbox"), "a"))
+			mountOn(t, f.shm("sandbox"))
+		},
+		"a mount on a file": func(t *testing.T, f Files) {
+			require.NoError(t, f.Setup("sandbox", nil))
+			require.NoError(t, unix.Mount("/etc/hosts", f.hosts("sandbox"), "", unix.MS_BIND, ""))
+		},
 		"mounts that unmount each other": func(t *testing.T, f Files) {
 			shm, copied := f.shm("sandbox"), filepath.Join(f.stateDir("sandbox"), "copy")
 			mountOn(t, shm)
@@ -197,6 +205,27 @@ func TestFilesRemoveWhatIsHalfMade(t *testing.T) {
 			require.NoDirExists(t, files.stateDir("sandbox"))
 		})
 	}
+}
+
+// On a full node a list of all mounts takes long, so what a pod leaves is removed without one.
+func TestFilesRemoveListsNoMounts(t *testing.T) {
+	files := testFiles(t)
+	listed := 0
+	list := listMounts
+	t.Cleanup(func() { listMounts = list })
+	listMounts = func(filter mountinfo.FilterFunc) ([]*mountinfo.Info, error) {
+		listed++
+		return list(filter)
+	}
+	require.NoError(t, files.Setup("sandbox", nil))
+	require.NoError(t, files.UnmountShm("sandbox"))
+	require.NoError(t, files.Remove(t.Context(), "sandbox"))
+	require.NoError(t, files.Remove(t.Context(), "sandbox"), "a second time")
+	require.Zero(t, listed)
+
+	require.NoError(t, files.Setup("sandbox", nil))
+	require.NoError(t, files.Remove(t.Context(), "sandbox"), "with its shm mounted")
+	require.NotZero(t, listed)
 }
 
 // A directory that is mounted below is unmounted, not emptied, also where the

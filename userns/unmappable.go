@@ -124,7 +124,7 @@ type Container struct {
 // If the pod has asked for a user namespace, only ids outside of it are refused.
 func (c Container) Check() error {
 	security := c.Config.GetLinux().GetSecurityContext()
-	reasons := append(outside(security, c.length()), c.imageOutside()...)
+	reasons := append(outside(security, c.length()), c.namedOutside()...)
 	remedy := fmt.Sprintf(askedRemedy, c.length())
 	if c.Chosen {
 		if err := c.checkAsked(); err != nil {
@@ -142,13 +142,19 @@ func (c Container) Check() error {
 // length returns the number of ids of the pod.
 func (c Container) length() uint32 { return c.Mapped.UIDs.Length }
 
-// imageOutside returns the reasons why the image's numeric user or group is not mapped. Names are
-// not resolved, because that needs the root filesystem, which does not exist yet.
-func (c Container) imageOutside() (reasons []string) {
-	user, group, _ := strings.Cut(c.ImageUser, ":")
-	for _, of := range []struct{ kind, id string }{{"user", user}, {"group", group}} {
-		if id, err := strconv.ParseUint(of.id, 10, 64); err == nil && id >= uint64(c.length()) {
-			reasons = append(reasons, fmt.Sprintf("runs as %s %d, which its image names, beyond the %d ids of its user namespace", of.kind, id, c.length()))
+// namedOutside returns the reasons why a numeric user or group in the user string of the container
+// or its image is not mapped. Names are not resolved, because that needs the root filesystem, which
+// does not exist yet.
+func (c Container) namedOutside() (reasons []string) {
+	for _, of := range []struct{ user, by string }{
+		{c.Config.GetLinux().GetSecurityContext().GetRunAsUsername(), ""},
+		{c.ImageUser, " which its image names,"},
+	} {
+		user, group, _ := strings.Cut(of.user, ":")
+		for _, is := range []struct{ kind, id string }{{"user", user}, {"group", group}} {
+			if id, err := strconv.Atoi(is.id); err == nil && id >= int(c.length()) { // containerd parses it so
+				reasons = append(reasons, fmt.Sprintf("runs as %s %d,%s beyond the %d ids of its user namespace", is.kind, id, of.by, c.length()))
+			}
 		}
 	}
 	return reasons

@@ -73,6 +73,9 @@ func TestContainerCheck(t *testing.T) {
 		m.ContainerPath = "/mounts"
 		return func(c *runtime.ContainerConfig, _ *security) { c.Mounts = []*runtime.Mount{m} }
 	}
+	username := func(name string) func(*runtime.ContainerConfig, *security) {
+		return func(_ *runtime.ContainerConfig, s *security) { s.RunAsUsername = name }
+	}
 	for name, tc := range map[string]struct {
 		change    func(*runtime.ContainerConfig, *security)
 		imageUser string
@@ -86,6 +89,14 @@ func TestContainerCheck(t *testing.T) {
 		"user":                              {says: "it runs as user 70000, beyond the 65536 ids of its user namespace; ", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser = id(70000) }},
 		"group":                             {says: "it runs as group 70000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.RunAsUser, s.RunAsGroup = id(1), id(70000) }},
 		"fsGroup":                           {says: "it has the group 1000660000, beyond", change: func(_ *runtime.ContainerConfig, s *security) { s.SupplementalGroups = []int64{1000660000} }},
+		"username":                          {says: "it runs as user 70000, beyond", change: username("70000")},
+		"username with a group":             {says: "it runs as group 70000, beyond", change: username("app:70000")},
+		"username of both":                  {says: "it runs as user 70000, beyond the 65536 ids of its user namespace and runs as group 80000, beyond", change: username("70000:80000")},
+		"username of mapped ids":            {change: username("65535:65535")},
+		"username with a sign":              {says: "it runs as user 70000, beyond", change: username("+70000")},
+		"name":                              {change: username("app")},
+		"image's user with a sign":          {imageUser: "+70000", says: "it runs as user 70000, which its image names, beyond"},
+		"image's user and group":            {imageUser: "70000:80000", says: "it runs as user 70000, which its image names, beyond the 65536 ids of its user namespace and runs as group 80000, which its image names, beyond"},
 		"image's user":                      {imageUser: "70000", says: "it runs as user 70000, which its image names, beyond"},
 		"image's group":                     {imageUser: "app:70000", says: "it runs as group 70000, which its image names, beyond"},
 		"image's name":                      {imageUser: "app:users"},

@@ -56,7 +56,7 @@ func Reach(path string) error {
 // CheckBelow fails with an [UnmappableError] if a filesystem is mounted below one of the paths: the
 // runtime bind-mounts it with the volume, without mapping its ids. It follows paths as
 // [CheckVolume] does. All paths share one list of the node's mounts, because a node has several
-// mounts per pod.
+// mounts per pod. listmount(2) would list as many for a directory of the root filesystem.
 func CheckBelow(paths []string) error {
 	var volumes []volume
 	for _, path := range paths {

@@ -21,7 +21,9 @@ var wrappable = map[string]string{
 	"macvlan":     "cni/bin",
 	"portmap":     "cni/bin",
 	"ptp":         "cni/bin",
+	"sbr":         "cni/bin",
 	"tuning":      "cni/bin",
+	"vrf":         "cni/bin",
 }
 
 // Fault sets the program of a point. A point is in the test daemon, or is a command of a real part

@@ -88,7 +88,7 @@ func (b *bench) growthOf(ctx context.Context, config harness.Config, visitors []
 	return nil
 }
 
-// visit measures calls about one more pod on each side.
+// visit measures calls about one more pod on each side, and the life of others without containers.
 func (b *bench) visit(ctx context.Context, v visitor, sides []*side) error {
 	pods := map[*side]*harness.Pod{}
 	for _, s := range sides {
@@ -102,11 +102,16 @@ func (b *bench) visit(ctx context.Context, v visitor, sides []*side) error {
 		pods[s] = pod
 	}
 	return inTurns(b.rounds*3, sides, func(round int, s *side) error {
+		var pod *harness.Pod
 		var c *harness.Container
 		for _, call := range []struct {
 			name string
 			do   func() error
 		}{
+			{"RunPodSandbox", func() (err error) {
+				pod, err = s.node.RunPod(ctx, v.handler, s.node.PodConfig(fmt.Sprintf("measured-%s-%d", v.handler, round), onHost.options...))
+				return err
+			}},
 			{"CreateContainer", func() (err error) {
 				c, err = pods[s].CreateContainer(ctx, "measured", harness.Volume(filepath.Join(s.node.Dir(), "logs"), "/logs"))
 				return err
@@ -119,6 +124,8 @@ func (b *bench) visit(ctx context.Context, v visitor, sides []*side) error {
 				_, err := s.node.Runtime.PortForward(ctx, &runtime.PortForwardRequest{PodSandboxId: pods[s].ID, Port: []int32{80}})
 				return err
 			}},
+			{"StopPodSandbox", func() error { return pod.Stop(ctx) }},
+			{"RemovePodSandbox", func() error { return pod.Remove(ctx) }},
 		} {
 			took, err := timed(call.do)
 			if err != nil {
