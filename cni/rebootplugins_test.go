@@ -110,6 +110,11 @@ func TestRealTuningCheck(t *testing.T) {
 		"the pod's own":   {sysctl: `"net.ipv4.conf.IFNAME.arp_filter":"1"`, own: map[string]string{"net.ipv4.conf.eth0.arp_filter": "0"}},
 		"neither of them": {sysctl: `"net.ipv4.conf.IFNAME.arp_filter":"1"`, fails: true},
 		"three numbers":   {sysctl: `"net.ipv4.tcp_rmem":"4096 131072 6291456"`},
+		"two ports":       {sysctl: `"net.ipv4.ip_local_reserved_ports":"8080,8081"`},
+		"ranges of ports": {sysctl: `"net.ipv4.ip_local_reserved_ports":"65535,90-95,0x50,7,8-20,15-25,96,"`},
+		"a port":          {sysctl: `"net.ipv4.ip_local_reserved_ports":"8080"`},
+		"no port":         {sysctl: `"net.ipv4.ip_local_reserved_ports":""`},
+		"space around":    {sysctl: `"net.ipv4.tcp_fastopen_key":" 00000000-00000000-00000000-00000001"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRealRig(t, "tunedpod", fmt.Sprintf(list, localIPAM("10.88.89.0/24"), test.sysctl))
