@@ -124,7 +124,17 @@ func (c call) execDel(ctx context.Context, prev types.Result) error {
 	defer left()
 	ctx, cancel := withTimeout(ctx, c.driver.delTimeout)
 	defer cancel()
-	return c.executor("DEL").withoutResult(ctx, path, conf, c.environment("DEL"))
+	run := func() error {
+		return c.executor("DEL").withoutResult(ctx, path, conf, c.environment("DEL"))
+	}
+	if !c.masquerades() {
+		return run()
+	}
+	c.restore(ctx)
+	if err := run(); !lacksChain(err) {
+		return err
+	}
+	return run()
 }
 
 // check runs the plugin's CHECK with the result of ADD.

@@ -314,19 +314,25 @@ var noise = regexp.MustCompile(`(?m)^#.*\n| \[\d+:\d+\]$| linkdown`)
 // hostState is what the plugins have made in the namespace that plays the host's.
 func hostState(t *testing.T) string {
 	t.Helper()
-	var all []string
-	for _, command := range [][]string{
-		{"iptables-save"}, {"ip6tables-save"}, {"nft", "--stateless", "list", "ruleset"},
-		{"ip", "-o", "route"}, {"ip", "rule"}, {"tc", "qdisc"}, {"tc", "filter"},
-	} {
-		out, err := exec.Command(command[0], command[1:]...).CombinedOutput()
-		require.NoError(t, err, "%s", out)
-		all = append(all, noise.ReplaceAllString(string(out), ""))
-	}
+	all := []string{rules(t), output(t, "ip", "-o", "route"), output(t, "ip", "rule"), output(t, "tc", "qdisc"), output(t, "tc", "filter")}
 	list, err := netlink.LinkList()
 	require.NoError(t, err)
 	for _, link := range list {
 		all = append(all, link.Type()+" "+link.Attrs().Name)
 	}
 	return strings.Join(all, "\n")
+}
+
+// rules are the rules of the namespace that plays the host's.
+func rules(t *testing.T) string {
+	t.Helper()
+	return output(t, "iptables-save") + output(t, "ip6tables-save") + output(t, "nft", "--stateless", "list", "ruleset")
+}
+
+// output is what a command prints, without noise.
+func output(t *testing.T, command string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(command, args...).CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	return noise.ReplaceAllString(string(out), "")
 }

@@ -33,16 +33,6 @@ type Network struct {
 	Conflist json.RawMessage `json:"conflist"`
 }
 
-// SetsSysctls reports whether a plugin of the network is configured to set sysctls in the pod's
-// namespace, as tuning is.
-func (n Network) SetsSysctls() bool {
-	var list struct {
-		Plugins []map[string]json.RawMessage `json:"plugins"`
-	}
-	_ = json.Unmarshal(n.Conflist, &list) // Load has read it before
-	return slices.ContainsFunc(list.Plugins, func(plugin map[string]json.RawMessage) bool { return plugin["sysctl"] != nil })
-}
-
 // conflist is the form in which configurations are kept. Other keys at the top of a list don't
 // reach any plugin.
 type conflist struct {

@@ -191,13 +191,3 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
-
-func TestSetsSysctls(t *testing.T) {
-	for conflist, want := range map[string]bool{
-		`{"name":"a","plugins":[{"type":"bridge"},{"type":"tuning","sysctl":{"net.core.somaxconn":"500"}}]}`: true,
-		`{"name":"a","plugins":[{"type":"bridge"},{"type":"tuning","mtu":1400}]}`:                            false,
-		`{"name":"a"}`: false,
-	} {
-		require.Equal(t, want, Network{Conflist: []byte(conflist)}.SetsSysctls(), conflist)
-	}
-}

@@ -11,6 +11,8 @@
 //     plugins such as firewall conclude that there is nothing to do.
 //   - DEL gets an empty network namespace if the pod's has gone, as after a reboot. libcni gives no
 //     namespace then: plugins such as host-device free no address, and others, such as sbr, fail.
+//   - The bridge and ptp plugins find the pod's addresses on its interface at DEL, whatever the pod or
+//     an earlier DEL has done: they leave the masquerade rules of missing addresses forever.
 //   - At most 32 DELs of a plugin run at a time. A drained node deletes all its pods at once.
 //   - A plugin runs in its own cgroup and with a deadline. If it fails, all processes in the cgroup are
 //     killed, also after a restart, and always before DEL. Processes that a successful plugin leaves

@@ -690,6 +690,13 @@ func TestDelWantsNetNS(t *testing.T) {
 		},
 		"its agent has written no file yet": {fail("stat /var/lib/calico/nodename: no such file or directory"), "exit 0", 1, "nodename"},
 		"its file is missing, quoted":       {fail(`failed to open "/run/agent.json": no such file or directory`), "exit 0", 1, "agent.json"},
+		"wants a link by its name":          {fail(`failed to find "eth0" in containerNS: Link eth0 not found`), fail("interface with name eth0 not found"), 2, ""},
+		"wants its path":                    {fail(`namespace "/run/netns/x" not found`), fail("network namespace not found"), 2, ""},
+		"wants a pool":                      {fail("ippool not found"), "exit 0", 1, "ippool"},
+		"wants a page":                      {fail("unable to release the IP of interface eth0: 404 page not found"), "exit 0", 1, "404"},
+		"wants a namespace of Kubernetes":   {fail(`namespaces "x" not found`), "exit 0", 1, "namespaces"},
+		"wants a pod":                       {fail(`Multus: [default/x/]: error getting pod: pods "x" not found`), "exit 0", 1, "pods"},
+		"wants a pool without it":           {fail("Link not found"), fail("ippool not found"), 2, "ippool"},
 		"wants a sysctl of the namespace":   {fail("open /proc/sys/net/ipv4/conf/eth0/forwarding: no such file or directory"), "exit 0", 2, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

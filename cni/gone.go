@@ -56,8 +56,9 @@ func (c call) delWithoutNetNS(ctx context.Context, prev types.Result, before err
 }
 
 // wantsNetNS reports whether a plugin failed because it misses something that may have been in the
-// pod's network namespace. It matches the texts that containerd matches. A missing socket, or a
-// missing file elsewhere, belongs to an agent that isn't up yet.
+// pod's network namespace. containerd takes any text with "not found" or noFile for that. But a
+// missing socket, or a missing file elsewhere, belongs to an agent that isn't up yet, and another
+// thing that is not found, such as a pool of addresses, to a server.
 func wantsNetNS(err error) bool {
 	var failure *types.Error
 	if !errors.As(err, &failure) {
@@ -70,8 +71,13 @@ func wantsNetNS(err error) bool {
 	if strings.Contains(text, noFile) {
 		return !slices.ContainsFunc(missingFile.FindAllStringSubmatch(text, -1), func(m []string) bool { return !ofNetNS(m[1]) })
 	}
-	return strings.Contains(text, "not found")
+	return missingLink.MatchString(text)
 }
+
+// missingLink matches the texts "Link not found", "Link eth0 not found", "interface name eth0 not
+// found", "network namespace not found", "namespace /run/netns/x not found", but not the text
+// "namespaces \"x\" not found" of Kubernetes.
+var missingLink = regexp.MustCompile(`(?i)(\b(link|interface|device|netns|network namespace)( name| with name| with index)?( \S+)?|\bnamespace ["']?/\S+) not found`)
 
 const noFile = "no such file or directory"
 

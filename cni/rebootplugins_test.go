@@ -58,13 +58,6 @@ func TestRealPluginsAfterReboot(t *testing.T) {
 // DEL removes what ADD made by the backend of that time, whichever backend the network is
 // configured for at DEL.
 func TestRealBackendChanges(t *testing.T) {
-	rules := func() string {
-		t.Helper()
-		all := natRules(t)
-		out, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
-		require.NoError(t, err, "%s", out)
-		return all + string(out)
-	}
 	for _, plugin := range []string{
 		`{"type":"portmap","backend":%q,"capabilities":{"portMappings":true}}`,
 		`{"type":"bridge","bridge":"cni-backend","ipMasq":true,"ipMasqBackend":%q,"ipam":` + localIPAM("10.88.88.0/24") + `}`,
@@ -81,15 +74,15 @@ func TestRealBackendChanges(t *testing.T) {
 				r := newRealRig(t, "backendpod", conf(backends[0]))
 				t.Cleanup(func() { removeLink(t, "cni-backend") })
 				require.NoError(t, r.add(t.Context()))
-				require.Contains(t, rules(), "backendpod")
+				require.Contains(t, rules(t), "backendpod")
 
 				later := newRealRig(t, "latercomer", conf(backends[1]))
 				require.NoError(t, later.add(t.Context()))
 				require.NoError(t, r.del(t.Context()))
-				require.NotContains(t, rules(), "backendpod")
-				require.Contains(t, rules(), "latercomer")
+				require.NotContains(t, rules(t), "backendpod")
+				require.Contains(t, rules(t), "latercomer")
 				require.NoError(t, later.del(t.Context()))
-				require.NotContains(t, rules(), "latercomer")
+				require.NotContains(t, rules(t), "latercomer")
 			})
 		}
 	}
@@ -110,6 +103,11 @@ func TestRealTuningCheck(t *testing.T) {
 		"the pod's own":   {sysctl: `"net.ipv4.conf.IFNAME.arp_filter":"1"`, own: map[string]string{"net.ipv4.conf.eth0.arp_filter": "0"}},
 		"neither of them": {sysctl: `"net.ipv4.conf.IFNAME.arp_filter":"1"`, fails: true},
 		"three numbers":   {sysctl: `"net.ipv4.tcp_rmem":"4096 131072 6291456"`},
+		"two ports":       {sysctl: `"net.ipv4.ip_local_reserved_ports":"8080,8081"`},
+		"ranges of ports": {sysctl: `"net.ipv4.ip_local_reserved_ports":"65535,90-95,0x50,7,8-20,15-25,96,"`},
+		"a port":          {sysctl: `"net.ipv4.ip_local_reserved_ports":"8080"`},
+		"no port":         {sysctl: `"net.ipv4.ip_local_reserved_ports":""`},
+		"space around":    {sysctl: `"net.ipv4.tcp_fastopen_key":" 00000000-00000000-00000000-00000001"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRealRig(t, "tunedpod", fmt.Sprintf(list, localIPAM("10.88.89.0/24"), test.sysctl))

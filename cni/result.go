@@ -32,17 +32,22 @@ func (a *Attachment) Results() ([]*types100.Result, error) {
 		if last.Result == nil {
 			return nil, fmt.Errorf("sandbox %q is not attached to CNI network %q: %w", a.ContainerID, network.Name, errdefs.ErrFailedPrecondition)
 		}
-		result, err := create.CreateFromBytes(last.Result)
+		result, err := last.result()
 		if err != nil {
 			return nil, fmt.Errorf("failed to decode the result of CNI network %q: %w", network.Name, err)
 		}
-		current, err := types100.NewResultFromResult(result)
-		if err != nil {
-			return nil, fmt.Errorf("failed to convert the result of CNI network %q: %w", network.Name, err)
-		}
-		results = append(results, current)
+		results = append(results, result)
 	}
 	return results, nil
+}
+
+// result decodes the recorded result.
+func (s PluginState) result() (*types100.Result, error) {
+	result, err := create.CreateFromBytes(s.Result)
+	if err != nil {
+		return nil, err
+	}
+	return types100.NewResultFromResult(result)
 }
 
 // IPs returns the pod's address and its additional addresses: those of eth0. preference is
