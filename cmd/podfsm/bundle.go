@@ -122,7 +122,7 @@ func (b *bundle) addCommand(ctx context.Context, name string, args ...string) er
 	defer context.AfterFunc(ctx, cancel)()
 	var out, complaints bytes.Buffer
 	if err := program(&out, &complaints).Run(fresh, append(global, args...)); err != nil {
-		fmt.Fprintf(&complaints, "podfsm: %v\nexit status %d\n", err, exitStatus(err))
+		complain(&complaints, "%v\nexit status %d", err, exitStatus(err))
 	}
 	if err := b.add(name, out.Bytes()); err != nil || complaints.Len() == 0 {
 		return err

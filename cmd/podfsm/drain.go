@@ -247,7 +247,7 @@ func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox
 	_ = ends.Wait() // the errors are in failures
 	close(failures)
 	for failure := range failures {
-		fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: %s\n", failure)
+		complain(cmd.Root().ErrWriter, "%s", failure)
 	}
 }
 

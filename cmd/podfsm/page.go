@@ -73,19 +73,6 @@ func replaceFile(path string, content []byte, mode fs.FileMode) error {
 	return nil
 }
 
-// text may contain text of pods, images and plugins. Characters that could reorder or hide text are
-// escaped; line breaks stay.
-type text string
-
-// String returns the text for html/template, which escapes it for HTML.
-func (t text) String() string {
-	lines := strings.Split(string(t), "\n")
-	for i, line := range lines {
-		lines[i] = printable(strings.ReplaceAll(line, "\t", "    "))
-	}
-	return strings.Join(lines, "\n")
-}
-
 // page is the content of the page.
 type page struct {
 	Name        text
