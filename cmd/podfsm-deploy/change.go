@@ -42,6 +42,9 @@ func (h *host) begin(paths []string) (*change, error) {
 			return nil, fmt.Errorf("failed to back up %q: %w", path, err)
 		}
 	}
+	if err := syncDirs(c.dir); err != nil {
+		return nil, err
+	}
 	text, err := json.Marshal(c.paths)
 	if err != nil {
 		return nil, err
