@@ -262,6 +262,14 @@ func TestPowerCutAtEitherEnd(t *testing.T) {
 	require.Equal(t, 2, ends, "%s", text)
 }
 
+// Others don't read a file that only its directory hides from them.
+func TestFilesAreKeptInSecret(t *testing.T) {
+	n := startNode(t, answers{}, answers{})
+	info, err := os.Stat(n.change().dir)
+	require.NoError(t, err)
+	require.Equal(t, fs.FileMode(0o700), info.Mode().Perm())
+}
+
 // A containerd that is not right is rolled back, at once unless time may help.
 func TestContainerdIsNotRight(t *testing.T) {
 	for name, tc := range map[string]struct {
