@@ -37,10 +37,17 @@ func (h *host) begin(paths []string) (*change, error) {
 	if err := os.RemoveAll(c.dir); err != nil {
 		return nil, err
 	}
+	// A directory may have hidden what is in a file.
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return nil, err
+	}
 	for _, path := range c.paths {
 		if err := keep(path, c.kept(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("failed to back up %q: %w", path, err)
 		}
+	}
+	if err := syncDirs(c.dir); err != nil {
+		return nil, err
 	}
 	text, err := json.Marshal(c.paths)
 	if err != nil {

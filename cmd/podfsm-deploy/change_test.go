@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	goruntime "runtime"
 	"strings"
 	"testing"
@@ -225,6 +226,48 @@ func (n *node) killedAt(call string, count int) bool {
 	}
 	require.Equal(n, "signal: killed", err.Error(), "%s", out)
 	return true
+}
+
+// A power cut may keep any directory as it was until it is synced. So all are synced when a rollback becomes possible, and when it is none
+// any more: the files may be on other filesystems than the list.
+func TestPowerCutAtEitherEnd(t *testing.T) {
+	n := startNode(t, answers{}, answers{})
+	trace := filepath.Join(t.TempDir(), "trace")
+	cmd := exec.CommandContext(t.Context(), "strace", "--follow-forks", "--decode-fds=path", "-s", "4096", "-o", trace,
+		"-e", "trace=linkat,renameat,unlinkat,fsync", os.Args[0])
+	cmd.Env = append(os.Environ(), changeVariable+"="+n.dir)
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	text, err := os.ReadFile(trace)
+	require.NoError(t, err)
+
+	call := regexp.MustCompile(`(?m)^\d+ +(\w+)\((.*)\) += 0$`)
+	path := regexp.MustCompile(`"([^"]+)"`)
+	synced := regexp.MustCompile(`^\d+<(.+)>$`)
+	list, ends := n.changeIn(nil).list(), 0
+	changed := map[string]bool{} // directories that are not synced
+	for _, c := range call.FindAllStringSubmatch(string(text), -1) {
+		if c[1] == "fsync" {
+			delete(changed, synced.FindStringSubmatch(c[2])[1])
+			continue
+		}
+		paths := path.FindAllStringSubmatch(c[2], -1)
+		to := paths[len(paths)-1][1]
+		if to == list {
+			require.Empty(t, changed, "%s", c[0])
+			ends++
+		}
+		changed[filepath.Dir(to)] = true // each renaming stays in its directory
+	}
+	require.Equal(t, 2, ends, "%s", text)
+}
+
+// Others don't read a file that only its directory hides from them.
+func TestFilesAreKeptInSecret(t *testing.T) {
+	n := startNode(t, answers{}, answers{})
+	info, err := os.Stat(n.change().dir)
+	require.NoError(t, err)
+	require.Equal(t, fs.FileMode(0o700), info.Mode().Perm())
 }
 
 // A containerd that is not right is rolled back, at once unless time may help.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/services/introspection/v1"
+	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/pelletier/go-toml/v2"
 	"google.golang.org/grpc"
@@ -33,7 +34,10 @@ type state struct {
 }
 
 func (h *host) connect() (*grpc.ClientConn, error) {
-	return grpc.NewClient("unix://"+h.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	return grpc.NewClient("unix://"+h.address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// The list of sandboxes has the annotations of all pods.
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize)))
 }
 
 // containerd asks the containerd that runs.
@@ -155,16 +159,19 @@ func (h *host) verify(ctx context.Context, i installation) error {
 	}
 }
 
-// verification is the label of podfsm-deploy's own pods.
-var verification = map[string]string{"podfsm.io/verification": "true"}
+// podfsm-deploy's own pods are known by these. No pod of the kubelet's has such a uid: the API server
+// gives a UUID to each. A label would be no proof, since users choose those of their pods.
+const (
+	verifyNamespace = "podfsm-deploy"
+	verifyUID       = "podfsm-deploy-verify"
+)
 
 // runPod starts a sandbox and removes it.
 func runPod(ctx context.Context, client runtime.RuntimeServiceClient, cgroupParent string, attempt uint32) error {
 	_, err := client.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{
 		RuntimeHandler: "podfsm",
 		Config: &runtime.PodSandboxConfig{
-			Metadata: &runtime.PodSandboxMetadata{Name: "verify", Namespace: "podfsm-deploy", Uid: "podfsm-deploy-verify", Attempt: attempt},
-			Labels:   verification,
+			Metadata: &runtime.PodSandboxMetadata{Name: "verify", Namespace: verifyNamespace, Uid: verifyUID, Attempt: attempt},
 			Linux:    &runtime.LinuxPodSandboxConfig{CgroupParent: cgroupParent},
 		},
 	})
@@ -177,11 +184,14 @@ func runPod(ctx context.Context, client runtime.RuntimeServiceClient, cgroupPare
 // removePods stops and removes the sandboxes of this verification, or of an earlier
 // one that was killed.
 func removePods(ctx context.Context, client runtime.RuntimeServiceClient) error {
-	list, err := client.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{LabelSelector: verification}})
+	list, err := client.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
 	if err != nil {
 		return err
 	}
 	for _, sandbox := range list.GetItems() {
+		if m := sandbox.GetMetadata(); m.GetNamespace() != verifyNamespace || m.GetUid() != verifyUID {
+			continue
+		}
 		_, stopErr := client.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: sandbox.GetId()})
 		_, removeErr := client.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: sandbox.GetId()})
 		if err := errors.Join(stopErr, removeErr); err != nil {

@@ -149,3 +149,11 @@ func TestOrderOfLabelAndWork(t *testing.T) {
 		require.Equal(t, tc.want, did, tc.command)
 	}
 }
+
+// The operator reads on a terminal what CNI plugins say.
+func TestSay(t *testing.T) {
+	var out bytes.Buffer
+	h := &host{out: &out}
+	h.say("a pod has failed: %v", errors.New("é\x1b[2J\u009b2J\u202e\nand more"))
+	require.Equal(t, "a pod has failed: é\uFFFD[2J\uFFFD2J\uFFFD\nand more\n", out.String())
+}

@@ -143,16 +143,31 @@ func syncDir(path string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
+// syncDirs syncs a directory and those below it.
+func syncDirs(path string) error {
+	return filepath.WalkDir(path, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.IsDir() {
+			return err
+		}
+		return syncDir(path)
+	})
+}
+
 // remove removes a file, and the directories above it that were made for podfsm
-// and are empty now.
+// and are empty now. It survives a power cut.
 func remove(path string) error {
 	if err := removeFile(path); err != nil {
 		return err
 	}
-	for dir := filepath.Dir(path); strings.Contains(dir, "/podfsm") || filepath.Base(dir) == "containerd.service.d"; dir = filepath.Dir(dir) {
-		if os.Remove(dir) != nil { // it has more
-			return nil
+	dir := filepath.Dir(path)
+	for strings.Contains(dir, "/podfsm") || filepath.Base(dir) == "containerd.service.d" {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) { // it has more
+			break
 		}
+		dir = filepath.Dir(dir)
+	}
+	if err := syncDir(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	return nil
 }

@@ -14,8 +14,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -69,7 +71,7 @@ func onThisHost(ctx context.Context, command string) error {
 	}
 	do := map[string]func(context.Context) error{"install": h.install, "uninstall": h.uninstall, "rollback": h.rollback}[command]
 	if err = do(ctx); err != nil {
-		fmt.Fprintf(log, "podfsm-deploy: %v\n", err)
+		fmt.Fprintln(log, "podfsm-deploy:", printable(err.Error()))
 	}
 	return err
 }
@@ -249,7 +251,20 @@ func (h *host) run(ctx context.Context, args ...string) error {
 	return nil
 }
 
-func (h *host) say(format string, args ...any) { fmt.Fprintf(h.out, format+"\n", args...) }
+func (h *host) say(format string, args ...any) {
+	fmt.Fprintln(h.out, printable(fmt.Sprintf(format, args...)))
+}
+
+// printable replaces characters that could control a terminal, or reorder text. Errors have texts of
+// CNI plugins.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || strconv.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, text)
+}
 
 // examine lists the files of a payload, by their paths on the host, and sums them up.
 func examine(payload string) (files []string, digest string, err error) {

@@ -36,7 +36,7 @@ func main() {
 	if err == nil {
 		return
 	}
-	fmt.Fprintf(os.Stderr, "podfsm-deploy: %v\n", err)
+	fmt.Fprintln(os.Stderr, "podfsm-deploy:", printable(err.Error()))
 	if errors.As(err, new(noPodError)) {
 		os.Exit(noPodStatus)
 	}

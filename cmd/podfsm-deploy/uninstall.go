@@ -51,7 +51,7 @@ func (h *host) giveBack(ctx context.Context, i installation) error {
 		return err
 	}
 	for _, dir := range ledgers {
-		err = errors.Join(err, os.RemoveAll(dir))
+		err = errors.Join(err, os.RemoveAll(dir), syncDir(filepath.Dir(dir)))
 	}
 	return errors.Join(err, change.end())
 }

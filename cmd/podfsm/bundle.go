@@ -64,11 +64,11 @@ func writeBundleFile(ctx context.Context, cmd *cli.Command, now time.Time) error
 	if path == "" {
 		path = name + ".tar.gz"
 	}
-	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
+	var b bytes.Buffer
+	if err := writeBundle(ctx, cmd, &b, name, now); err != nil {
 		return err
 	}
-	if err := errors.Join(writeBundle(ctx, cmd, file, name, now), file.Close()); err != nil {
+	if err := replaceFile(path, b.Bytes(), 0o600); err != nil {
 		return fmt.Errorf("failed to write bundle %q: %w", path, err)
 	}
 	_, err = fmt.Fprintln(cmd.Root().Writer, path)
@@ -126,7 +126,7 @@ func (b *bundle) addCommand(ctx context.Context, name string, args ...string) er
 	defer context.AfterFunc(ctx, cancel)()
 	var out, complaints bytes.Buffer
 	if err := program(&out, &complaints).Run(fresh, append(global, args...)); err != nil {
-		fmt.Fprintf(&complaints, "podfsm: %v\nexit status %d\n", err, exitStatus(err))
+		complain(&complaints, "%v\nexit status %d", err, exitStatus(err))
 	}
 	if err := b.add(name, out.Bytes()); err != nil || complaints.Len() == 0 {
 		return err

@@ -69,12 +69,12 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 		return nil, fmt.Errorf("%w\nwithout a daemon only root can examine the node", err)
 	}
 	w := cmd.Root().ErrWriter
-	fmt.Fprintf(w, "podfsm: %v\n", err)
-	fmt.Fprintln(w, "podfsm: the daemon is down; what only it knows is unknown")
+	complain(w, "%v", err)
+	complain(w, "the daemon is down; what only it knows is unknown")
 	p := locate(ctx, cmd)
 	config, err := readConfig(ctx, cmd.String("config"), p.root, p.state)
 	if err != nil {
-		fmt.Fprintf(w, "podfsm: %s; what depends on it is unknown\n", printable(err.Error()))
+		complain(w, "%s; what depends on it is unknown", printable(err.Error()))
 	}
 	n := thisNode(p)
 	n.Config = config

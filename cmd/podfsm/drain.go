@@ -247,7 +247,7 @@ func endAll(ctx context.Context, cmd *cli.Command, sandboxes []*podfsmv1.Sandbox
 	_ = ends.Wait() // the errors are in failures
 	close(failures)
 	for failure := range failures {
-		fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: %s\n", failure)
+		complain(cmd.Root().ErrWriter, "%s", failure)
 	}
 }
 
@@ -367,7 +367,15 @@ func runsElsewhere(ctx context.Context, why error) error {
 	if err != nil {
 		return err
 	}
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return err
+	}
 	for _, pid := range pids {
+		// A container chooses the paths of its programs.
+		if ns, err := host.Readlink(ctx, pid, "ns/mnt"); err != nil || ns != own {
+			continue
+		}
 		// After an upgrade, the file of a running daemon is deleted. A process that has ended has
 		// no executable.
 		if exe, err := host.Readlink(ctx, pid, "exe"); err == nil && strings.TrimSuffix(exe, " (deleted)") == beside {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -241,30 +242,46 @@ func TestDrainOfADegradedDaemon(t *testing.T) {
 	require.ErrorContains(t, err, "podfsm has 2 sandboxes")
 }
 
-// Without a ledger, drain --check still finds a running daemon.
-func TestDrainOfADaemonElsewhere(t *testing.T) {
+// startBeside starts a program with the daemon's path, beside this one, in new namespaces.
+func startBeside(t *testing.T, namespaces uintptr) (daemon string, pid int) {
+	t.Helper()
 	self, err := os.Executable()
 	require.NoError(t, err)
-	daemon := filepath.Join(filepath.Dir(self), "containerd-podfsm")
+	daemon = filepath.Join(filepath.Dir(self), "containerd-podfsm")
 	program, err := os.ReadFile("/bin/sleep")
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(daemon, program, 0o700))
 	running := exec.Command(daemon, "infinity")
+	running.SysProcAttr = &syscall.SysProcAttr{Unshareflags: namespaces}
 	require.NoError(t, running.Start())
 	t.Cleanup(func() {
 		require.NoError(t, running.Process.Kill())
 		_ = running.Wait() // it was killed
+		require.NoError(t, os.RemoveAll(daemon))
 	})
+	return daemon, running.Process.Pid
+}
+
+// Without a ledger, drain --check still finds a running daemon.
+func TestDrainOfADaemonElsewhere(t *testing.T) {
+	daemon, pid := startBeside(t, 0)
 	d := newDaemonDirs(t)
 	d.socket = serve(t, degraded{&drained{}})
-	_, _, err = d.podfsm(t, "drain", "--check")
+	_, _, err := d.podfsm(t, "drain", "--check")
 	require.NoError(t, err, "the running daemon is the one that answered")
 	for range 2 {
 		_, _, err = newDaemonDirs(t).podfsm(t, "drain", "--check")
-		require.ErrorContains(t, err, fmt.Sprintf("%s runs (process %d)", daemon, running.Process.Pid))
+		require.ErrorContains(t, err, fmt.Sprintf("%s runs (process %d)", daemon, pid))
 		require.Equal(t, exitNoDaemon, exitStatus(err))
 		require.NoError(t, os.RemoveAll(daemon), "an upgrade removes the file of the running daemon")
 	}
+}
+
+// A container chooses the paths of its programs, also one that is a node itself.
+func TestDrainWhileAContainerLooksLikeADaemon(t *testing.T) {
+	startBeside(t, syscall.CLONE_NEWNS)
+	_, _, err := newDaemonDirs(t).podfsm(t, "drain", "--check")
+	require.NoError(t, err)
 }
 
 // drain --check refuses while containerd needs podfsm to serve other pods.

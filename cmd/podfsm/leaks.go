@@ -65,7 +65,7 @@ func findLeaks(ctx context.Context, cmd *cli.Command, fix bool) (*podfsmv1.Leaks
 		if l.InUse { // what the daemon makes now would look like a leak
 			return nil, fmt.Errorf("%w\nbut %s", err, inUse(locate(ctx, cmd).root))
 		}
-		fmt.Fprintln(cmd.Root().ErrWriter, "podfsm: only network namespaces, CNI plugins and what belongs to their sandboxes were examined; "+
+		complain(cmd.Root().ErrWriter, "only network namespaces, CNI plugins and what belongs to their sandboxes were examined; "+
 			"start the daemon and run podfsm leaks again for the rest")
 		return l.leaks(ctx, cmd.Args().Slice())
 	})

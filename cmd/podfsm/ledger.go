@@ -65,20 +65,20 @@ func readLedger(ctx context.Context, cmd *cli.Command, err error) (*savedLedger,
 	w := cmd.Root().ErrWriter
 	ended, err := history.Read(filepath.Join(p.rootLedger(), history.FileName))
 	if err != nil {
-		fmt.Fprintf(w, "podfsm: %v\n", err)
+		complain(w, "%v", err)
 	}
 	draining, err := records.DrainingSince(p.rootLedger())
 	if err != nil {
-		fmt.Fprintf(w, "podfsm: %v\n", err)
+		complain(w, "%v", err)
 	}
 	why := "the daemon is down"
 	if saved.InUse {
 		why = inUse(p.root)
 	}
-	fmt.Fprintf(w, "podfsm: %v\n", down)
-	fmt.Fprintf(w, "podfsm: %s; this is its ledger, last written %s ago\n", why, duration.HumanDuration(time.Since(saved.Written)))
+	complain(w, "%v", down)
+	complain(w, "%s; this is its ledger, last written %s ago", why, duration.HumanDuration(time.Since(saved.Written)))
 	for _, damage := range saved.Damage {
-		fmt.Fprintf(w, "podfsm: the ledger is damaged, sandboxes may be missing: %s: %s\n", damage.File, printable(damage.Reason))
+		complain(w, "the ledger is damaged, sandboxes may be missing: %s: %s", damage.File, printable(damage.Reason))
 	}
 	return &savedLedger{
 		Snapshot: *saved,

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/ledger/history"
 	"github.com/podfsm/podfsm/ledger/records"
@@ -113,6 +114,34 @@ func TestCommandsWithoutDaemon(t *testing.T) {
 	require.Equal(t, exitNoDaemon, exitStatus(err))
 	require.Contains(t, errOut, "the daemon is down; this is its ledger")
 	require.Regexp(t, `(?m)^Sandboxes: +2: 1 IDsAllocated, 1 CleanupOwed$`, out)
+}
+
+// What podfsm says of texts of others on stderr controls no terminal.
+func TestComplaintsAreSafeForATerminal(t *testing.T) {
+	d := newDaemonDirs(t)
+	l := d.openLedger(t)
+	for id, namespace := range map[string]string{lostID: "\x1b[2J", ready.GetId(): "\u009b2J"} {
+		spec, err := ledger.Marshal(&records.Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: "web", Namespace: namespace, Uid: "u"}}})
+		require.NoError(t, err)
+		require.NoError(t, l.Append(t.Context(), &ledger.Record{Kind: ledger.Begun, Data: spec, Key: ledger.Key{Namespace: "k8s.io", ID: id}}))
+	}
+	require.NoError(t, l.Close())
+	_, errOut, code := runProgram(t, "--address", d.socket, "--root-dir", d.root, "--state-dir", d.state, "inspect", "web")
+	require.Equal(t, exitFailed, code)
+	require.Contains(t, errOut, `"web" matches 2 sandboxes`)
+	require.Contains(t, errOut, `\x1b[2J/web`)
+	require.Contains(t, errOut, `\u009b2J/web`)
+	require.NotRegexp(t, `[\x1b\x{9b}]`, errOut)
+	require.Regexp(t, `\npodfsm: the daemon is down; .*\npodfsm: "web"`, errOut, "line breaks stay")
+
+	// The path of a socket comes from a configuration.
+	_, errOut, _ = runProgram(t, "--address", "/no\x1b[2J", "--root-dir", d.root, "--state-dir", d.state, "ps")
+	require.Contains(t, errOut, `no socket at /no\x1b[2J`)
+
+	var b bytes.Buffer
+	require.NoError(t, writeJSON(&b, &podfsmv1.Sandbox{PodName: "\u009b2J\U000e0041"}))
+	require.NoError(t, writeJSONLine(&b, &podfsmv1.Sandbox{PodName: "\u202e"}))
+	require.NotRegexp(t, `[\x{9b}\x{202e}\x{e0041}]`, b.String())
 }
 
 // Ended sandboxes are found while the daemon is down, too. An unreadable history is reported, and

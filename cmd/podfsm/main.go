@@ -27,7 +27,7 @@ const defaultTimeout = 10 * time.Second
 func main() {
 	_ = log.SetLevel(log.PanicLevel.String()) // of the engine's own, which tell a daemon's log what the output says here
 	if err := run(context.Background(), os.Args, os.Stdout, os.Stderr); err != nil {
-		fmt.Fprintf(os.Stderr, "podfsm: %v\n", err)
+		complain(os.Stderr, "%v", err)
 		os.Exit(exitStatus(err))
 	}
 }

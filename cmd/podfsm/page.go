@@ -40,14 +40,15 @@ func writePage(cmd *cli.Command, t *timeline, now time.Time) error {
 		_, err := cmd.Root().Writer.Write(b.Bytes())
 		return err
 	}
-	if err := replaceFile(path, b.Bytes()); err != nil {
+	if err := replaceFile(path, b.Bytes(), 0o666); err != nil {
 		return fmt.Errorf("failed to write the page: %w", err)
 	}
 	return nil
 }
 
-// replaceFile replaces the content of the file atomically.
-func replaceFile(path string, content []byte) error {
+// replaceFile makes the file anew, or not at all. The content gets into no file, link or pipe that
+// another user has put there.
+func replaceFile(path string, content []byte, mode fs.FileMode) error {
 	info, err := os.Stat(path)
 	switch {
 	case path == "":
@@ -58,7 +59,7 @@ func replaceFile(path string, content []byte) error {
 		return err
 	}
 	fresh := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d", filepath.Base(path), os.Getpid()))
-	f, err := os.OpenFile(fresh, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o666)
+	f, err := os.OpenFile(fresh, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
 	if err != nil {
 		return err
 	}
@@ -70,19 +71,6 @@ func replaceFile(path string, content []byte) error {
 		return errors.Join(err, os.Remove(fresh))
 	}
 	return nil
-}
-
-// text may contain text of pods, images and plugins. Characters that could reorder or hide text are
-// escaped; line breaks stay.
-type text string
-
-// String returns the text for html/template, which escapes it for HTML.
-func (t text) String() string {
-	lines := strings.Split(string(t), "\n")
-	for i, line := range lines {
-		lines[i] = printable(strings.ReplaceAll(line, "\t", "    "))
-	}
-	return strings.Join(lines, "\n")
 }
 
 // page is the content of the page.

@@ -116,8 +116,8 @@ func gather(ctx context.Context, cmd *cli.Command) (*preparation, error) {
 	p.running, err = ask(ctx, cmd)
 	if errors.As(err, new(downError)) {
 		w := cmd.Root().ErrWriter
-		fmt.Fprintf(w, "podfsm: %v\n", err)
-		fmt.Fprintln(w, "podfsm: containerd is down; what only it knows is unknown")
+		complain(w, "%v", err)
+		complain(w, "containerd is down; what only it knows is unknown")
 		return p, nil
 	}
 	if err != nil {

@@ -66,7 +66,7 @@ podfsm ps -q --state NotReady | xargs -n1 podfsm describe`,
 // tellDrain reports a drain on stderr.
 func tellDrain(cmd *cli.Command, response *podfsmv1.ListResponse) {
 	if since := response.GetDrainingSince(); since != nil {
-		fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: no new pods are taken since %s ago (podfsm drain --cancel ends that)\n", age(since, time.Now()))
+		complain(cmd.Root().ErrWriter, "no new pods are taken since %s ago (podfsm drain --cancel ends that)", age(since, time.Now()))
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf16"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -158,6 +159,24 @@ func wrap(text string, first, rest int) []string {
 	return append(lines, string(runes))
 }
 
+// text may contain text of pods, images and plugins. Characters that could control a terminal, or
+// reorder or hide text, are escaped; line breaks stay.
+type text string
+
+// String returns the text for a terminal, or for html/template, which escapes it for HTML.
+func (t text) String() string {
+	lines := strings.Split(string(t), "\n")
+	for i, line := range lines {
+		lines[i] = printable(strings.ReplaceAll(line, "\t", "    "))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// complain writes a message beside a command's output.
+func complain(w io.Writer, format string, args ...any) {
+	fmt.Fprintf(w, "podfsm: %v\n", text(fmt.Sprintf(format, args...)))
+}
+
 // writeJSON writes m indented, with every field, by the names of the proto3 JSON mapping.
 func writeJSON(w io.Writer, m proto.Message) error {
 	compact, err := protojson.MarshalOptions{EmitDefaultValues: true}.Marshal(m)
@@ -166,7 +185,7 @@ func writeJSON(w io.Writer, m proto.Message) error {
 	}
 	// protojson varies its white space on purpose.
 	var b bytes.Buffer
-	if err := json.Indent(&b, compact, "", "  "); err != nil {
+	if err := json.Indent(&b, printableJSON(compact), "", "  "); err != nil {
 		return err
 	}
 	b.WriteByte('\n')
@@ -184,8 +203,24 @@ func writeJSONLine(w io.Writer, m proto.Message) error {
 	if err != nil {
 		return err
 	}
-	_, err = w.Write(append(line, '\n'))
+	_, err = w.Write(append(printableJSON(line), '\n'))
 	return err
+}
+
+// printableJSON escapes characters in JSON without line breaks as [printable] does. The marshallers
+// escape only those of ASCII.
+func printableJSON(compact []byte) []byte {
+	var b bytes.Buffer
+	for _, r := range string(compact) {
+		if strconv.IsPrint(r) {
+			b.WriteRune(r)
+			continue
+		}
+		for _, unit := range utf16.Encode([]rune{r}) {
+			fmt.Fprintf(&b, "\\u%04x", unit)
+		}
+	}
+	return b.Bytes()
 }
 
 // age returns the time from ts to now in the format of kubectl, as "5m12s".

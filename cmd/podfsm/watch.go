@@ -108,7 +108,7 @@ func follow(ctx context.Context, cmd *cli.Command, f follower) error {
 		case !errors.As(err, new(goneError)) && !(again && exitStatus(err) == exitNoDaemon):
 			return err
 		case !waiting:
-			fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: %v; waiting for the next one\n", err)
+			complain(cmd.Root().ErrWriter, "%v; waiting for the next one", err)
 			waiting = true
 		}
 		select {
@@ -137,7 +137,7 @@ func followOnce(ctx context.Context, cmd *cli.Command, f follower, seen map[stri
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(cmd.Root().ErrWriter, "podfsm: following the daemon at %s\n", d.address)
+	complain(cmd.Root().ErrWriter, "following the daemon at %s", d.address)
 	if err := f.listed(changed(response.GetSandboxes(), seen, !again), again); err != nil {
 		return err
 	}
