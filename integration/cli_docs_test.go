@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"maps"
 	"os"
 	"regexp"
@@ -87,7 +88,7 @@ func TestCommandsInTheDocs(t *testing.T) {
 	}
 }
 
-// The example of each mode runs a pod as its first line says.
+// The example of each mode, with the cgroup driver of the node, runs a pod as its first line says.
 func TestExampleConfigurations(t *testing.T) {
 	for _, tc := range []struct {
 		mode    string
@@ -98,7 +99,10 @@ func TestExampleConfigurations(t *testing.T) {
 		t.Run(tc.mode, func(t *testing.T) {
 			text, err := os.ReadFile("../docs/reference/config/" + tc.mode + ".toml")
 			require.NoError(t, err)
-			n := harness.StartNode(t, harness.Config{TOML: string(text)})
+			const driver = "SystemdCgroup = true"
+			require.Contains(t, string(text), driver)
+			config := strings.ReplaceAll(string(text), driver, fmt.Sprintf("SystemdCgroup = %t", harness.CgroupDriver() == "systemd"))
+			n := harness.StartNode(t, harness.Config{TOML: config})
 			pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("web", harness.HostUsers()))
 			require.Equal(t, "0\n", exec(t, startContainer(t, pod, "main"), "id", "-u"))
 			uids := inspect(t, n, pod.ID).GetSandbox().GetUserns().GetUids()
