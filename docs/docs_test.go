@@ -114,13 +114,21 @@ func TestEachFuzzTargetIsInTheTable(t *testing.T) {
 // Lines of pages have at most 100 columns, except where Markdown can't break them: rows of tables,
 // images and code.
 func TestPagesAreWrapped(t *testing.T) {
-	code := regexp.MustCompile("(?ms)^```.*?^```$|^    .*?$")
 	for page, text := range pages(t) {
-		for line := range strings.Lines(code.ReplaceAllString(text, "")) {
+		for line := range strings.Lines(fenced.ReplaceAllString(text, "")) {
 			if start := strings.TrimSpace(line); !strings.HasPrefix(start, "|") && !strings.HasPrefix(start, "![") {
 				require.LessOrEqual(t, utf8.RuneCountInString(strings.TrimSpace(line)), 100, "%s: %s", page, line)
 			}
 		}
+	}
+}
+
+var fenced = regexp.MustCompile("(?ms)^ *```.*?^ *```$")
+
+// Code is in fences, where TestCommandsInTheDocs looks for commands.
+func TestCodeIsFenced(t *testing.T) {
+	for page, text := range pages(t) {
+		require.NotRegexp(t, "\n\n {4}", fenced.ReplaceAllString(text, ""), page)
 	}
 }
 
