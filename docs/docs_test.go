@@ -303,6 +303,16 @@ func TestMachinesAreInTheLab(t *testing.T) {
 	}
 }
 
+// README.md names the releases of containerd that podfsm is built and tested with.
+func TestReleasesOfContainerd(t *testing.T) {
+	for _, module := range []string{"../go.mod", "../examples/own-containerd-2.3/go.mod"} {
+		text, err := os.ReadFile(module)
+		require.NoError(t, err)
+		releases := regexp.MustCompile(`containerd/containerd/v2 v(\S+)\n`).FindAllStringSubmatch(string(text), -1)
+		require.Contains(t, pages(t)["../README.md"], releases[len(releases)-1][1], module)
+	}
+}
+
 // An alert's runbook is on a page that names the alert, and so does the index.
 func TestRunbooks(t *testing.T) {
 	text, err := os.ReadFile("../deploy/alerts.yaml")
