@@ -156,3 +156,44 @@ func TestNodeProblemDetectorPlugin(t *testing.T) {
 		})
 	}
 }
+
+// docs/howto/install.md lists every file that is installed, by the Debian package and by all else, and the links of the installed README lead
+// to installed files.
+func TestInstalledFilesAreInThePage(t *testing.T) {
+	dir := t.TempDir()
+	script := `mkdir "$1/bin" "$1/tar"
+touch "$1"/bin/{containerd-podfsm,podfsm,podfsm-init}
+package/tree 1.2.3 0 "$1/bin" "$1/deb"
+package/pack v1.2.3 0 amd64 "$1/bin" "$1/bin" "$1" tar
+tar -C "$1/tar" -xzf "$1"/*.tar.gz
+find "$1/deb" "$1/tar" -type f -printf '/%P\n'
+`
+	out, err := osexec.CommandContext(t.Context(), "bash", "-euc", script, "install", dir).CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	page, err := os.ReadFile("../docs/howto/install.md")
+	require.NoError(t, err)
+	_, table, _ := strings.Cut(string(page), "## What is installed\n")
+	there := map[string]bool{}
+	for _, cell := range regexp.MustCompile(`(?m)^\| (.*?) \|`).FindAllString(table, -1) {
+		for _, path := range regexp.MustCompile("`(/[^`]+)`").FindAllStringSubmatch(cell, -1) {
+			there[path[1]] = false
+		}
+	}
+	for _, file := range strings.Fields(string(out)) {
+		found := false
+		for path := range there {
+			if file == path || strings.HasSuffix(path, "/") && strings.HasPrefix(file, path) {
+				there[path], found = true, true
+			}
+		}
+		require.True(t, found, "the page lacks %s", file)
+	}
+	for path, installed := range there {
+		require.True(t, installed, "nothing installs %s", path)
+	}
+	readme, err := os.ReadFile(dir + "/tar/usr/share/doc/podfsm/README.md")
+	require.NoError(t, err)
+	for _, link := range regexp.MustCompile(`\]\(([^):#]+)[)#]`).FindAllStringSubmatch(string(readme), -1) {
+		require.FileExists(t, dir+"/tar/usr/share/doc/podfsm/"+link[1])
+	}
+}

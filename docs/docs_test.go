@@ -115,13 +115,21 @@ func TestEachFuzzTargetIsInTheTable(t *testing.T) {
 // Lines of pages have at most 100 columns, except where Markdown can't break them: rows of tables,
 // images and code.
 func TestPagesAreWrapped(t *testing.T) {
-	code := regexp.MustCompile("(?ms)^```.*?^```$|^    .*?$")
 	for page, text := range pages(t) {
-		for line := range strings.Lines(code.ReplaceAllString(text, "")) {
+		for line := range strings.Lines(fenced.ReplaceAllString(text, "")) {
 			if start := strings.TrimSpace(line); !strings.HasPrefix(start, "|") && !strings.HasPrefix(start, "![") {
 				require.LessOrEqual(t, utf8.RuneCountInString(strings.TrimSpace(line)), 100, "%s: %s", page, line)
 			}
 		}
+	}
+}
+
+var fenced = regexp.MustCompile("(?ms)^ *```.*?^ *```$")
+
+// Code is in fences, where TestCommandsInTheDocs looks for commands.
+func TestCodeIsFenced(t *testing.T) {
+	for page, text := range pages(t) {
+		require.NotRegexp(t, "\n\n {4}", fenced.ReplaceAllString(text, ""), page)
 	}
 }
 
@@ -293,6 +301,16 @@ func TestMachinesAreInTheLab(t *testing.T) {
 				require.Contains(t, string(scenarios), `name: "`+name[1]+`"`)
 			}
 		}
+	}
+}
+
+// README.md names the releases of containerd that podfsm is built and tested with.
+func TestReleasesOfContainerd(t *testing.T) {
+	for _, module := range []string{"../go.mod", "../examples/own-containerd-2.3/go.mod"} {
+		text, err := os.ReadFile(module)
+		require.NoError(t, err)
+		releases := regexp.MustCompile(`containerd/containerd/v2 v(\S+)\n`).FindAllStringSubmatch(string(text), -1)
+		require.Contains(t, pages(t)["../README.md"], releases[len(releases)-1][1], module)
 	}
 }
 

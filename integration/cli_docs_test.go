@@ -1,10 +1,10 @@
 package integration
 
 import (
+	"fmt"
 	"maps"
 	"os"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 
@@ -14,33 +14,48 @@ import (
 )
 
 // notRun are the commands in the docs that the test does not run, by their beginnings, with the
-// reasons.
+// reasons and the tests that show them.
 var notRun = map[string]string{
 	"make demo": "it is a build and a node of its own, as the tests are",
-	"make test": "it runs this test",
 
-	"podfsm doctor --preflight": "the node has podfsm already; TestPreflight runs it",
-
-	"podfsm drain":              "the node takes no pods afterwards; it has tests of its own",
-	"mkdir /run/netns-aside":    "the node has no cover; TestRemedyKeepsWhatIsOnACover in netns does all five",
-	"mount --move /run/netns":   "likewise",
-	"umount /run/netns/podfsm-": "likewise",
-	"rmdir /run/netns-aside":    "likewise",
-
-	"podfsm watch": "it doesn't end by itself; TestCLI runs it",
+	"dpkg-deb -x ":                        "the node has podfsm already; install.sh of the lab runs it",
+	"unpacked/usr/bin/podfsm doctor":      "likewise",
+	"apt install ":                        "likewise",
+	"podfsm doctor --preflight":           "likewise, and TestPreflight",
+	"systemctl restart containerd":        "the node has no systemd; install.sh of the lab runs it",
+	"kubectl apply -f /usr/share/podfsm/": "the node has no API server; TestDeployedFilesFit in docs reads the file",
+	"kubectl apply -f - <<END":            "the node has no API server; TestPodsInTheDocs in docs reads the pod",
+	"kubectl delete pod web":              "the node has no API server; the scenario deploy of the lab runs it",
+	"kill -9 $(pidof containerd-podfsm)":  "it kills the daemons of all tests; TestRestart kills its own",
+	"podfsm cleanups write-off ":          "the pod has no pending cleanup; TestPendingCleanups writes some off",
+	"helm ":                               "the node has no API server; TestCommandsOfChart and the scenario deploy of the lab",
+	"kubectl --namespace kube-system ":    "likewise",
+	"journalctl --unit podfsm-switch":     "the node has no systemd; TestCommandsOfChart",
+	"mkdir /run/netns-aside":              "the node has no cover; TestRemedyKeepsWhatIsOnACover in netns does all five",
+	"mount --move /run/netns":             "likewise",
+	"umount /run/netns/podfsm-":           "likewise",
+	"rmdir /run/netns-aside":              "likewise",
+	"grep -n '^func Test' integration/":   "it only reads the source",
+	"go test ":                            "it runs tests",
+	"PODFSM_KEEP=1 go test ":              "it runs tests; TestKeep in harness keeps a node",
+	"make node":                           "it is a node of its own; TestCommands in tools/node",
+	"crictl run container.json pod.json":  "it belongs to that node; TestCommands in tools/node",
+	"exit":                                "likewise",
+	"echo 'crictl pods' | make node":      "likewise",
 }
 
 // commands returns the commands in the shell blocks of a page: lines with a prompt in "console"
-// blocks, all lines of "sh" blocks.
+// blocks, all lines of "sh" blocks except for here-documents.
 func commands(page string) (found []string) {
-	for _, block := range regexp.MustCompile("(?ms)^```(sh|console)\n(.*?)^```").FindAllStringSubmatch(page, -1) {
+	page = regexp.MustCompile(`(?ms)(<<END)$.*?^END$`).ReplaceAllString(page, "$1")
+	for _, block := range regexp.MustCompile("(?ms)^ *```(sh|console)\n(.*?)^ *```").FindAllStringSubmatch(page, -1) {
 		for line := range strings.Lines(block[2]) {
 			if block[1] == "console" {
-				after, prompt := strings.CutPrefix(line, "# ")
-				if !prompt {
+				prompted := regexp.MustCompile(`^ *[#$] (.*)`).FindStringSubmatch(line)
+				if prompted == nil {
 					continue // output
 				}
-				line = after
+				line = prompted[1]
 			}
 			line, _, _ = strings.Cut(line, " #")
 			if line = strings.TrimSpace(line); line != "" {
@@ -54,16 +69,27 @@ func commands(page string) (found []string) {
 // The commands in the docs run on a node with the pod that they name, except for those in notRun.
 // podfsm knows its commands that are part of the text.
 func TestCommandsInTheDocs(t *testing.T) {
+	all := pages(t)
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	all["integration/README.md"] = string(readme)
 	n := harness.StartNode(t, harness.Config{})
 	startPod(t, n, harness.PodfsmHandler, n.PodConfig("web"))
-	inText := map[string]bool{}
+	inText, unused := map[string]bool{}, maps.Clone(notRun)
 	ran := 0
-	for page, text := range pages(t) {
+	for page, text := range all {
 		for _, m := range regexp.MustCompile("`podfsm ([a-z]+)").FindAllStringSubmatch(text, -1) {
 			inText[m[1]] = true
 		}
 		for _, command := range commands(text) {
-			if slices.ContainsFunc(slices.Collect(maps.Keys(notRun)), func(begin string) bool { return strings.HasPrefix(command, begin) }) {
+			listed := false
+			for begin := range notRun {
+				if strings.HasPrefix(command, begin) {
+					listed = true
+					delete(unused, begin)
+				}
+			}
+			if listed {
 				continue
 			}
 			args, ours := strings.CutPrefix(command, "podfsm ")
@@ -79,6 +105,7 @@ func TestCommandsInTheDocs(t *testing.T) {
 		}
 	}
 	require.GreaterOrEqual(t, ran, 6)
+	require.Empty(t, unused, "no page shows these commands")
 	require.Contains(t, inText, "leaks")
 	for command := range inText {
 		stdout, stderr, code := cli(t, n, command, "--help")
@@ -87,7 +114,7 @@ func TestCommandsInTheDocs(t *testing.T) {
 	}
 }
 
-// The example of each mode runs a pod as its first line says.
+// The example of each mode, with the cgroup driver of the node, runs a pod as its first line says.
 func TestExampleConfigurations(t *testing.T) {
 	for _, tc := range []struct {
 		mode    string
@@ -98,7 +125,10 @@ func TestExampleConfigurations(t *testing.T) {
 		t.Run(tc.mode, func(t *testing.T) {
 			text, err := os.ReadFile("../docs/reference/config/" + tc.mode + ".toml")
 			require.NoError(t, err)
-			n := harness.StartNode(t, harness.Config{TOML: string(text)})
+			const driver = "SystemdCgroup = true"
+			require.Contains(t, string(text), driver)
+			config := strings.ReplaceAll(string(text), driver, fmt.Sprintf("SystemdCgroup = %t", harness.CgroupDriver() == "systemd"))
+			n := harness.StartNode(t, harness.Config{TOML: config})
 			pod := startPod(t, n, harness.PodfsmHandler, n.PodConfig("web", harness.HostUsers()))
 			require.Equal(t, "0\n", exec(t, startContainer(t, pod, "main"), "id", "-u"))
 			uids := inspect(t, n, pod.ID).GetSandbox().GetUserns().GetUids()

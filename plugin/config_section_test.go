@@ -98,8 +98,10 @@ func TestExamplesOfTheReference(t *testing.T) {
 			stock := &stockConfig{}
 			stock.Containerd.Runtimes = map[string]handler{}
 			handlers := file.Plugins["io.containerd.cri.v1.runtime"]["containerd"].(map[string]any)["runtimes"].(map[string]any)
-			for name, options := range handlers {
-				stock.Containerd.Runtimes[name] = handler{Sandboxer: options.(map[string]any)["sandboxer"].(string)}
+			for name, settings := range handlers {
+				settings := settings.(map[string]any)
+				stock.Containerd.Runtimes[name] = handler{Sandboxer: settings["sandboxer"].(string)}
+				require.Equal(t, map[string]any{"SystemdCgroup": true}, settings["options"], "as in the file of the package, which the example replaces")
 			}
 			s := sectionOf(defaultConfig())
 			maps.Copy(*s, file.Plugins[URI])

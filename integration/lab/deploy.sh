@@ -1,4 +1,4 @@
-# Has a cluster of this node deploy podfsm by the manifests, run a pod with it, and remove it, by the words of
+# Has a cluster of this node deploy podfsm by the chart, run a pod with it, and remove it, by the words of
 # docs/howto/install-on-a-cluster.md. The node runs a stock containerd.
 programs=/lab/.build/kubernetes
 dir=/var/lib/cluster
@@ -33,6 +33,7 @@ part() { # NAME ARGUMENT...
 	systemd-run --quiet --unit="$1" --working-directory=$dir "$programs/$1" "${@:2}"
 }
 kubectl() { "$programs/kubectl" --kubeconfig $dir/admin.kubeconfig "$@"; }
+helm() { HOME=$dir /lab/.build/bin/helm --kubeconfig $dir/admin.kubeconfig --namespace kube-system "$@"; }
 until_true() { # SECONDS COMMAND...
 	local deadline=$((SECONDS + $1))
 	until "${@:2}"; do
@@ -55,9 +56,6 @@ part kube-scheduler --kubeconfig=$dir/system:kube-scheduler.kubeconfig --leader-
 part kubelet --config=$dir/kubelet.yaml --kubeconfig=$dir/system:node:node.kubeconfig --hostname-override=node
 until_true 600 kubectl wait --for condition=Ready node/node --timeout 10s
 
-manifests() { # MODE
-	sed "s/podfsm-deploy:[0-9.]*/podfsm-deploy:$version/; s/args: \[install\]/args: [$1]/" /lab/deploy/manifests/podfsm.yaml
-}
 rolled_out() {
 	kubectl --namespace kube-system rollout status daemonset/podfsm-deploy --timeout 10m ||
 		{ kubectl --namespace kube-system logs --selector app.kubernetes.io/name=podfsm-deploy --tail 200; return 1; }
@@ -65,7 +63,7 @@ rolled_out() {
 runs() { systemctl show --property ExecStart containerd | grep -q "path=$1 "; }
 
 runs /usr/local/bin/containerd
-manifests install | kubectl apply --filename -
+helm install podfsm /lab/deploy/helm/podfsm --set image.tag="$version"
 rolled_out
 kubectl --namespace kube-system logs --selector app.kubernetes.io/name=podfsm-deploy --tail 20
 runs /usr/bin/containerd-podfsm
@@ -83,11 +81,11 @@ kubectl wait --for condition=Ready pod/web --timeout 10m
 podfsm ps | grep default/web
 
 kubectl delete pod web --timeout 10m
-manifests uninstall | kubectl apply --filename -
+helm upgrade podfsm /lab/deploy/helm/podfsm --reuse-values --set mode=uninstall
 rolled_out
 runs /usr/local/bin/containerd
 [ -z "$(kubectl get node node --output 'jsonpath={.metadata.labels.podfsm\.io/installed}')" ]
 [ -z "$(ls -d /usr/bin/*podfsm* /etc/containerd/conf.d/podfsm.toml {/var/lib,/run}/containerd/*podfsm* 2>/dev/null)" ]
-manifests uninstall | kubectl delete --filename -
+helm uninstall podfsm
 until_true 600 sh -c '[ -z "$(ctr --namespace k8s.io tasks list --quiet)" ]'
 systemctl stop kubelet kube-scheduler kube-controller-manager kube-apiserver etcd

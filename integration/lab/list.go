@@ -33,7 +33,7 @@ func scenarios(o options) []scenario {
 		{name: "plugins", on: debian13, do: integrationTests("TestChains|TestOtherHandlers", "cgroupfs")},
 		{name: "conformance", on: debian13, critest: true, do: conformance},
 		{name: "cluster", on: debian13, cluster: true, do: clusterTests("systemd", o.tests)},
-		// From stock containerd by the manifests, and back.
+		// From stock containerd by the chart, and back.
 		{name: "deploy", on: debian13, cluster: true, do: steps(stock("systemd"), command(deployScript))},
 		{name: "reboot", on: debian13, do: again(reboot)},
 		{name: "power-cut", on: debian13, do: again(cut)},

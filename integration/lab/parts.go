@@ -96,10 +96,13 @@ func buildConformance(ctx context.Context, dir string) error {
 	return run(ctx, filepath.Join(dir, "parts.log"), "go", "build", "-o", filepath.Join(bin, "conformance"), "./integration/conformance")
 }
 
-// kubernetes builds ./integration/cluster and its programs.
+// kubernetes builds ./integration/cluster and its programs, and helm. The kubelet and helm come with
+// .build/bin.
 func (p *parts) kubernetes(ctx context.Context) error {
-	if _, err := harness.BuildKubelet(ctx); err != nil { // comes with .build/bin
-		return err
+	for _, build := range []func(context.Context) (string, error){harness.BuildKubelet, harness.BuildHelm} {
+		if _, err := build(ctx); err != nil {
+			return err
+		}
 	}
 	programs, err := harness.BuildCluster(ctx)
 	if err != nil {
