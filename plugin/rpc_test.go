@@ -175,7 +175,7 @@ func TestInspectPendingCleanups(t *testing.T) {
 	require.Len(t, pending.GetPendingCleanups(), 2)
 	require.Equal(t, "attach_network", pending.GetPendingCleanups()[0].GetStep(), "in the order in which it will be tried")
 	require.Contains(t, pending.GetPendingCleanups()[0].GetError(), "plugin says \uFFFD")
-	require.NotZero(t, pending.GetPendingCleanups()[0].GetAttempts())
+	require.NotZero(t, pending.GetPendingCleanups()[0].GetTries())
 	require.NotNil(t, pending.GetPendingCleanups()[0].GetNextTry())
 	require.Equal(t, "capture_netns", pending.GetPendingCleanups()[1].GetStep())
 
@@ -204,7 +204,7 @@ func TestInspectPendingCleanups(t *testing.T) {
 	require.Equal(t, "Stopped", response.GetSandbox().GetState())
 	require.Empty(t, response.GetSandbox().GetPendingCleanups())
 	assert.Empty(t, response.GetSandbox().GetGoal())
-	assert.Empty(t, response.GetSandbox().GetError(), "the last attempt at everything has succeeded")
+	assert.Empty(t, response.GetSandbox().GetError(), "the last try of everything has succeeded")
 	for _, step := range response.GetSteps() {
 		assert.Empty(t, step.GetError(), step.GetName())
 	}

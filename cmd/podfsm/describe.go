@@ -128,10 +128,10 @@ func addCleanups(b *bytes.Buffer, cleanups []*podfsmv1.PendingCleanup, now time.
 
 // tries is empty for a step that waits for other steps, and for tries of an earlier daemon.
 func tries(d *podfsmv1.PendingCleanup) string {
-	if d.GetAttempts() == 0 {
+	if d.GetTries() == 0 {
 		return ""
 	}
-	return strconv.FormatUint(uint64(d.GetAttempts()), 10)
+	return strconv.FormatUint(uint64(d.GetTries()), 10)
 }
 
 func nextTry(d *podfsmv1.PendingCleanup, now time.Time) string {

@@ -101,7 +101,7 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 	for _, step := range slices.Backward(view.Steps) {
 		if step.Status == lifecycle.StepCleanupPending {
 			s.PendingCleanups = append(s.PendingCleanups, &podfsmv1.PendingCleanup{
-				Step: string(step.Name), Error: Text(step.Err), Attempts: uint32(step.Attempts),
+				Step: string(step.Name), Error: Text(step.Err), Tries: uint32(step.FailedTries),
 				NextTry: timestamp(view.NextTry), Since: timestamp(step.PendingSince),
 			})
 		}
