@@ -212,6 +212,6 @@ func (l *looks) join(ctx context.Context, key string, look func() error) error {
 	case answer := <-done:
 		return answer.Err
 	case <-ctx.Done():
-		return fmt.Errorf("its filesystem does not respond: %w", ctx.Err())
+		return fmt.Errorf("the filesystem does not respond: %w", ctx.Err())
 	}
 }

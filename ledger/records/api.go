@@ -168,7 +168,7 @@ func usersBecause(spec *Spec) string {
 	case spec.Mapping != nil:
 		return "the request has the mapping"
 	case spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode:
-		return fmt.Sprintf("its runtime handler maps every pod, mode %q", spec.Choose)
+		return fmt.Sprintf("the runtime handler maps every pod, mode %q", spec.Choose)
 	case spec.Kept != "":
 		return fmt.Sprintf("%s, and its runtime handler leaves such pods on the node's users", spec.Kept)
 	default:
