@@ -123,9 +123,9 @@ func keep(ctx context.Context, group host.Group) error {
 }
 
 // end kills the processes that runs of a sandbox have left, except for daemons of runs that have
-// succeeded. A DEL gets patience to end by itself, because a second DEL can not always complete a
-// killed one: the bridge plugin removes the interface first, and skips its masquerade rules if the
-// interface is missing. Groups of any sandbox whose daemons have ended are removed.
+// succeeded. A DEL gets patience to end by itself, because a second DEL can't always complete a
+// killed one. The bridge plugin, for example, removes the interface first. If the interface is
+// missing, it skips the masquerade rules. Groups of any sandbox whose daemons have ended are removed.
 func end(ctx context.Context, groups host.Groups, id string, patience time.Duration, succeeded func(run) bool) error {
 	return eachRun(groups, func(r run, group host.Group, isKept bool) (err error) {
 		switch {
