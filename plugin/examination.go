@@ -123,7 +123,7 @@ func examinedSnapshotter(ic *plugin.InitContext, name string) doctor.Snapshotter
 func (c *Controller) examineLedger(rootDir, stateDir string) (doctor.Ledger, error) {
 	l := doctor.Ledger{Dirs: []string{rootDir, stateDir}, Files: ledger.Files(rootDir, stateDir)}
 	if c.ledger == nil {
-		return l, c.well()
+		return l, c.degradedError()
 	}
 	aside, err := c.ledger.Aside()
 	if err != nil {

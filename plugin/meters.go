@@ -163,7 +163,7 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 	}
 	c := m.controller
 	gauge(buildInfoDesc, 1, buildInfo()...)
-	gauge(degradedDesc, oneIf(c.well() != nil))
+	gauge(degradedDesc, oneIf(c.degradedError() != nil))
 	_, draining := c.drain.draining()
 	gauge(drainingDesc, oneIf(draining))
 	if c.doctor != nil {

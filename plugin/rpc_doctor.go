@@ -12,7 +12,7 @@ import (
 // Doctor examines the node.
 func (a *api) Doctor(ctx context.Context, _ *podfsmv1.DoctorRequest) (*podfsmv1.DoctorResponse, error) {
 	if a.controller.doctor == nil {
-		return nil, errgrpc.ToGRPC(a.controller.well())
+		return nil, errgrpc.ToGRPC(a.controller.degradedError())
 	}
 	return records.Examination(a.controller.doctor.Examine(ctx)), nil
 }

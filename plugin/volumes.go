@@ -26,7 +26,7 @@ import (
 // sandbox it succeeds, since containerd's service refuses the container.
 func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runtime.ContainerConfig) error {
 	if c.engine == nil {
-		return c.well()
+		return c.degradedError()
 	}
 	view, err := c.engine.Get(criKey(id))
 	if errdefs.IsNotFound(err) {
