@@ -6,7 +6,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // Doctor examines the node.
@@ -14,5 +14,5 @@ func (a *api) Doctor(ctx context.Context, _ *podfsmv1.DoctorRequest) (*podfsmv1.
 	if a.controller.doctor == nil {
 		return nil, errgrpc.ToGRPC(a.controller.degradedError())
 	}
-	return records.Examination(a.controller.doctor.Examine(ctx)), nil
+	return show.Examination(a.controller.doctor.Examine(ctx)), nil
 }

@@ -16,12 +16,12 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // found is the id of the sandbox that the service finds.
 func found(w *world, ref string) (string, error) {
-	response, err := records.Inspect(ref, w.engine.List(), w.ended.read)
+	response, err := show.Inspect(ref, w.engine.List(), w.ended.read)
 	return response.GetSandbox().GetId(), err
 }
 
