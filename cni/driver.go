@@ -67,8 +67,8 @@ type Command struct {
 // Record records an event before the driver goes on. It must be safe for concurrent use, since
 // networks are attached in parallel. If it fails before ADD, the plugin is not run; any error fails
 // the command. Only an event that [Progress.Announces] an ADD must survive a reboot at once, with
-// all events before it: a DEL without a record is repeated, and an ADD without a result gets its
-// DEL.
+// all events before it. Other events may be lost: a DEL without a record is repeated, and an ADD
+// without a result gets its DEL.
 type Record func(context.Context, Progress) error
 
 // Driver runs CNI plugins. It is safe for concurrent use on different attachments.

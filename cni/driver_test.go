@@ -318,7 +318,7 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 		},
 		"garbage for a result": {
 			second: "echo garbage",
-			text:   `; stdout: "garbage\n"`,
+			text:   `failed (add): the plugin exited with status 0, but its output is invalid: failed to unmarshal raw result: invalid character 'g' looking for beginning of value; stdout: "garbage\n"`,
 			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},
 		},
@@ -343,7 +343,7 @@ echo '{"cniVersion":"1.0.0","code":7,"msg":"no more tunnels","details":"ask the 
 		},
 		"endless result": {
 			second: "[ $CNI_COMMAND = ADD ] || exit 0\nhead -c 3000000 /dev/zero",
-			text:   `its result has more than 1048576 bytes`,
+			text:   `failed (add): the plugin printed more than 1048576 bytes`,
 			class:  errdefs.IsResourceExhausted,
 			notes:  []string{"0.1 adding", "0.1 adding!"},
 			calls:  []string{"DEL second eth0", "DEL first eth0"},

@@ -90,7 +90,7 @@ func (e *executor) ExecPlugin(ctx context.Context, path string, stdin []byte, en
 	}
 	logStderr(ctx, path, stderr)
 	if stdout.dropped > 0 {
-		err := fmt.Errorf("its result has more than %d bytes: %w", maxStdout, errdefs.ErrResourceExhausted)
+		err := fmt.Errorf("the plugin printed more than %d bytes: %w", maxStdout, errdefs.ErrResourceExhausted)
 		return nil, errors.Join(err, endGroup(ctx, group))
 	}
 	e.left, e.stdout, e.stderr = &group, stdout, stderr
@@ -102,7 +102,7 @@ func (e *executor) unread(err error) error {
 	if e.stdout == nil {
 		return err
 	}
-	return fmt.Errorf("it succeeded, but %w%s", err, printed(e.stdout, e.stderr))
+	return fmt.Errorf("the plugin exited with status 0, but its output is invalid: %w%s", err, printed(e.stdout, e.stderr))
 }
 
 // printed quotes what a plugin has printed, as the end of an error's text.

@@ -20,9 +20,9 @@ import (
 // started it, it may be about to take or free resources of a network of this node.
 //
 // Plugins of other runtimes are known only by their environment, which any process can forge. So
-// InFlight only trusts processes that neither a pod nor a user can have started: all their user ids
-// are root, and they are in the user, pid and mount namespaces of this process or of pid 1. A
-// container has its own mount namespace, and needs CAP_SYS_ADMIN on the host to enter another. A
+// InFlight only trusts processes that neither a pod nor a user can have started. All user ids of
+// such a process are root. Its user, pid and mount namespaces are those of this process or of pid 1.
+// A container has its own mount namespace, and needs CAP_SYS_ADMIN on the host to enter another. A
 // setuid program keeps the real user id of its caller. Daemons that podfsm's own plugins have left
 // running don't count.
 func (d *Driver) InFlight(ctx context.Context, config Config) (pid int, err error) {

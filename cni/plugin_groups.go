@@ -123,7 +123,7 @@ func keep(ctx context.Context, group host.Group) error {
 }
 
 // end kills the processes that runs of a sandbox have left, except for daemons of runs that have
-// succeeded. A DEL gets patience to end by itself, because a second DEL can not always complete a
+// succeeded. A DEL gets patience to end by itself, because a second DEL can't always complete a
 // killed one: ovs-cni fails without the cache that the first DEL has removed. Groups of any sandbox
 // whose daemons have ended are removed.
 func end(ctx context.Context, groups host.Groups, id string, patience time.Duration, succeeded func(run) bool) error {

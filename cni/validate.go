@@ -34,7 +34,7 @@ var validations atomic.Int64
 func Validate(ctx context.Context, groups host.Groups, config Config, network Network) error {
 	list, err := network.list()
 	if err != nil {
-		return fmt.Errorf("its configuration is invalid: %w: %w", err, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("invalid CNI configuration: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	if groups == (host.Groups{}) {
 		if groups, err = host.GroupsBelow(fmt.Sprintf("podfsm-validate-%d-%d", os.Getpid(), validations.Add(1))); err != nil {

@@ -10,9 +10,9 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// holdTornDown returns ctx with a logger that holds back one line: containerd's service logs that a pod is off its
-// network before podfsm runs DEL, because it takes the pod for one on the node's network. say logs that line, if
-// the service logged it.
+// holdTornDown returns ctx with a logger that holds back one line. containerd's service takes the pod for one on the
+// node's network. So it logs that the pod is off its network before podfsm runs DEL. say logs that line, if the
+// service logged it.
 //
 // A context's logger keeps the context that it was made with. So hooks see the span of ctx, not the spans that
 // containerd's service starts below it.

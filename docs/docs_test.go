@@ -206,7 +206,7 @@ func rows(t *testing.T, text, from, to string) (found []string) {
 // Symptoms are in words that are said.
 func TestSymptoms(t *testing.T) {
 	var said strings.Builder
-	for _, dir := range []string{"cmd/podfsm", "cri", "host", "ledger/records", "lifecycle", "netns", "plugin", "states"} {
+	for _, dir := range []string{"cmd/podfsm", "cri", "host", "ledger/records", "lifecycle", "netns", "plugin", "show", "states"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
 		require.NoError(t, err)
 		for _, file := range files {

@@ -282,7 +282,7 @@ func (s *Stock) compare(h Handler) Finding {
 		return fail(NoPods, fmt.Sprintf("SystemdCgroup = %t, but %t for the node's handler %q", h.SystemdCgroup, s.Like.SystemdCgroup, s.Like.Name),
 			fmt.Sprintf("%s, or set SystemdCgroup = %t in the handler's options", rewrite, s.Like.SystemdCgroup))
 	case h.Shim != s.Like.Shim || h.Binary != s.Like.Binary:
-		return warn(fmt.Sprintf("its runtime is %s, but that of the node's handler %q is %s", h.runtime(), s.Like.Name, s.Like.runtime()), rewrite+", unless it is meant to differ")
+		return warn(fmt.Sprintf("runtime %s, but %s for the node's handler %q", h.runtime(), s.Like.runtime(), s.Like.Name), rewrite+", unless it is meant to differ")
 	default:
 		return ok(fmt.Sprintf("SystemdCgroup = %t and runtime %s, as for the node's handler %q", h.SystemdCgroup, h.runtime(), s.Like.Name))
 	}

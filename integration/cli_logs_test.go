@@ -105,7 +105,7 @@ func TestLogs(t *testing.T) {
 		require.Equal(t, "capture_netns", lines[1]["step"])
 		require.Equal(t, "RolledBack", lines[2]["goal"])
 		require.InDelta(t, 1.125, lines[2]["retry_in"], 0.125)
-		require.EqualValues(t, 2, lines[4]["attempts"])
+		require.EqualValues(t, 2, lines[4]["attempt"])
 		for _, l := range lines {
 			require.Equal(t, lines[0]["sandbox"], l["sandbox"])
 			require.Equal(t, "default/pod", l["pod"])

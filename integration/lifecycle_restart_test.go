@@ -39,8 +39,8 @@ func TestRestart(t *testing.T) {
 				startContainer(t, hostUsers, "main")
 				startContainer(t, hostNet, "main")
 				killed := startPod(t, n, harness.PodfsmHandler, n.PodConfig("killed"))
-				// Without containers: a shim that lives on for them after its pause was killed can't find its sockets any more when
-				// they are in a directory of their own, as the harness has them.
+				// The pod has no containers, because its pause is killed below. A shim with containers would live on.
+				// The harness keeps sockets in a directory of its own, where such a shim can't find them any more.
 				quiet := startPod(t, n, harness.PodfsmHandler, n.PodConfig("quiet"))
 				killedPid, err := killed.Pid(t.Context())
 				require.NoError(t, err)

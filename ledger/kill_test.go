@@ -15,7 +15,7 @@ import (
 )
 
 // killedWriterEnv makes the test binary the process that TestSurvivesSIGKILL kills: it names the ledger's directories.
-const killedWriterEnv = "JOURNAL_TEST_KILLED_WRITER"
+const killedWriterEnv = "LEDGER_TEST_KILLED_WRITER"
 
 // runKilledWriter appends until it is killed and says on stdout what was acknowledged.
 func runKilledWriter() {

@@ -20,6 +20,7 @@ import (
 	"github.com/podfsm/podfsm/ledger/history"
 	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -256,7 +257,7 @@ func (n *churnNode) observe(view lifecycle.View) {
 	if !view.State.Terminal() {
 		return
 	}
-	ended, err := records.Inspection(view)
+	ended, err := show.Inspection(view)
 	if err == nil {
 		err = n.past.Add(ended)
 	}

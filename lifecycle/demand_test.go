@@ -224,7 +224,7 @@ func TestDemandWhoseUndoFails(t *testing.T) {
 			view := w.view(t)
 			require.Equal(t, StepFailed, view.Step(startShim).Status)
 			require.EqualError(t, view.Step(startShim).Err, "no shim")
-			require.Equal(t, 1, view.Step(startShim).Attempts)
+			require.Equal(t, 1, view.Step(startShim).FailedTries)
 			require.Empty(t, pendingSteps(view))
 			_, waits := view.Current()
 			require.False(t, waits)

@@ -35,13 +35,13 @@ type Ledger interface {
 	Forget(ctx context.Context, k ledger.Key) error
 }
 
-// Backoff is the wait before the next try at a pending cleanup, after a number of failed attempts (1 and more).
-type Backoff func(attempts int) time.Duration
+// Backoff is the wait before the next try at a pending cleanup, after a number of failed tries (1 and more).
+type Backoff func(failed int) time.Duration
 
 // DefaultBackoff doubles from one second to four minutes, plus up to a quarter, so that cleanups that failed together
 // aren't retried together.
-func DefaultBackoff(attempts int) time.Duration {
-	shortest := min(time.Second<<min(attempts-1, 16), 4*time.Minute)
+func DefaultBackoff(failed int) time.Duration {
+	shortest := min(time.Second<<min(failed-1, 16), 4*time.Minute)
 	return shortest + rand.N(shortest/4)
 }
 

@@ -932,10 +932,10 @@ func TestManySandboxesAtOnce(t *testing.T) {
 
 // The waits grow up to a bound, and cleanups that failed together are not retried together.
 func TestDefaultBackoff(t *testing.T) {
-	for attempts, shortest := range map[int]time.Duration{1: time.Second, 3: 4 * time.Second, 1000: 4 * time.Minute} {
+	for failed, shortest := range map[int]time.Duration{1: time.Second, 3: 4 * time.Second, 1000: 4 * time.Minute} {
 		waits := map[time.Duration]bool{}
 		for range 100 {
-			wait := DefaultBackoff(attempts)
+			wait := DefaultBackoff(failed)
 			require.GreaterOrEqual(t, wait, shortest)
 			require.Less(t, wait, shortest+shortest/4)
 			waits[wait] = true

@@ -19,14 +19,14 @@ func (s *sandbox) finishOrLeavePending(ctx context.Context, goal states.State, w
 		s.leavePending(ctx, goal, err)
 		return err
 	}
-	if s.attempts > 0 {
+	if s.failedTries > 0 {
 		s.logPanics(func() {
-			s.log(ctx).WithField(tracing.LogAttempts, s.attempts).Info("pending cleanup completed")
+			s.log(ctx).WithField(tracing.LogAttempt, s.failedTries).Info("pending cleanup completed")
 		})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.goal, s.attempts, s.failing, s.nextTry, s.lastErr = "", 0, time.Time{}, time.Time{}, s.failure
+	s.goal, s.failedTries, s.failing, s.nextTry, s.lastErr = "", 0, time.Time{}, time.Time{}, s.failure
 	s.stopTimerLocked()
 	return nil
 }
@@ -46,14 +46,14 @@ func (s *sandbox) leavePending(ctx context.Context, goal states.State, cause err
 		s.engine.unname(s) // the retry of the pod's creation needs the name
 	}
 	now := time.Now()
-	next := now.Add(s.engine.backoff(s.attempts + 1))
+	next := now.Add(s.engine.backoff(s.failedTries + 1))
 	s.mu.Lock()
 	if s.nextTry.After(now) && s.nextTry.Before(next) {
 		next = s.nextTry // a failed request doesn't postpone the timer's retry
 	}
 	s.goal = goal
 	s.leaveRestPending(goal, record.At)
-	s.attempts++
+	s.failedTries++
 	if s.failing.IsZero() {
 		s.failing = now
 	}
@@ -65,9 +65,9 @@ func (s *sandbox) leavePending(ctx context.Context, goal states.State, cause err
 
 	s.logPanics(func() {
 		entry := s.log(ctx).WithError(cause).WithFields(log.Fields{
-			tracing.LogGoal: goal, tracing.LogAttempts: s.attempts, tracing.LogRetryIn: wait.Seconds(), tracing.LogErrorType: tracing.Class(cause),
+			tracing.LogGoal: goal, tracing.LogAttempt: s.failedTries, tracing.LogRetryIn: wait.Seconds(), tracing.LogErrorType: tracing.Class(cause),
 		})
-		if s.attempts == 1 {
+		if s.failedTries == 1 {
 			entry.Warn("cleanup failed, retrying")
 		} else {
 			entry.Debug("cleanup failed, retrying")

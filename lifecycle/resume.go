@@ -137,7 +137,7 @@ const lookTimeout = 5 * time.Second
 
 // look checks whether the process of a ready sandbox runs. If look can't determine that, it retries later, without a
 // limit.
-func (s *sandbox) look(ctx context.Context, attempts int) (Recovery, error) {
+func (s *sandbox) look(ctx context.Context, tries int) (Recovery, error) {
 	err := s.adopt(ctx)
 	if err == nil && s.state() == states.Ready {
 		return RecoveryAdopted, nil
@@ -147,15 +147,15 @@ func (s *sandbox) look(ctx context.Context, attempts int) (Recovery, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.setTimerLocked(s.engine.backoff(attempts), func() { s.lookAgain(attempts + 1) })
+	s.setTimerLocked(s.engine.backoff(tries), func() { s.lookAgain(tries + 1) })
 	return RecoveryUnknown, err
 }
 
-func (s *sandbox) lookAgain(attempts int) {
+func (s *sandbox) lookAgain(tries int) {
 	if s.state() != states.Ready {
 		return
 	}
-	err := s.recover(s.background(), func(ctx context.Context) (Recovery, error) { return s.look(ctx, attempts) })
+	err := s.recover(s.background(), func(ctx context.Context) (Recovery, error) { return s.look(ctx, tries) })
 	if err != nil {
 		s.log(s.background()).WithError(err).Warn("cannot determine whether pause is running, will retry")
 	}

@@ -42,7 +42,7 @@ type stepState struct {
 	err            error // of Do
 	undoErr        error // of the last undo
 	checkErr       error // of the last check
-	attempts       int   // failed undos
+	failedTries    int   // failed undos
 	pendingSince   time.Time
 	interrupted    bool // the result of an earlier daemon's undo is not on record
 }
@@ -92,8 +92,8 @@ type sandbox struct {
 	transitions []Transition
 	tries       tries
 	goal        states.State // of the stop under way or of the pending cleanup; "" for neither
-	attempts    int
-	failing     time.Time // the first failure of the pending cleanup in this process
+	failedTries int          // of the pending cleanup
+	failing     time.Time    // the first failure of the pending cleanup in this process
 	nextTry     time.Time
 	lastErr     error
 	failure     error // the cause of the rollback

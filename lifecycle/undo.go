@@ -28,7 +28,7 @@ func (s *sandbox) endProcess(ctx context.Context) error {
 		return nil
 	}
 	var exit Exit
-	err := s.attempt(ctx, process, OperationStop, func(ctx context.Context, r *Run) (err error) {
+	err := s.try(ctx, process, OperationStop, func(ctx context.Context, r *Run) (err error) {
 		if rec.unknown != "" {
 			exit, err = s.endOfUnknown()
 			return err
@@ -99,7 +99,7 @@ func (s *sandbox) undoStep(ctx context.Context, step Step) error {
 		intent.Error = err.Error()
 	}
 	s.appendOrLog(ctx, intent, nil)
-	if err := s.attempt(ctx, step, OperationUndo, s.undoOf(step)); err != nil {
+	if err := s.try(ctx, step, OperationUndo, s.undoOf(step)); err != nil {
 		return err
 	}
 	// A removal takes the sandbox off the ledger. But after a stop the sandbox stays, and a reboot
@@ -139,9 +139,9 @@ func spanName(step states.Event, operation Operation) string {
 	return tracing.Undo(string(step))
 }
 
-// attempt calls f, which undoes the step or ends its process, with a deadline and a span, and keeps
+// try calls f, which undoes the step or ends its process, with a deadline and a span, and keeps
 // the result.
-func (s *sandbox) attempt(ctx context.Context, step Step, operation Operation, f func(context.Context, *Run) error) error {
+func (s *sandbox) try(ctx context.Context, step Step, operation Operation, f func(context.Context, *Run) error) error {
 	declared := step.Declaration()
 	ctx, cancel := within(ctx, declared.UndoDeadline)
 	defer cancel()
@@ -169,7 +169,7 @@ func (s *sandbox) attempt(ctx context.Context, step Step, operation Operation, f
 	rec := s.steps[try.Step]
 	rec.notes, rec.operation = r.Notes(), ""
 	if err != nil {
-		rec.attempts++
+		rec.failedTries++
 	}
 	s.mu.Unlock()
 	s.tried(ctx, try, outcomeOf(err))

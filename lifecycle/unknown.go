@@ -92,9 +92,9 @@ func (s *sandbox) begin(name states.Event) {
 	s.begun = append(slices.DeleteFunc(s.begun, func(e states.Event) bool { return e == name }), name)
 }
 
-// order returns all steps: those on record in the order in which they began, and each other step of
-// this release behind its predecessor in this release. Steps are undone in the reverse order. The
-// caller holds mu, is the queue's goroutine, or is alone.
+// order returns all steps of the sandbox and of this release. Steps on record keep the order in
+// which they began. Each other step comes right behind the step that precedes it in this release.
+// Steps are undone in the reverse order. The caller holds mu, is the queue's goroutine, or is alone.
 func (s *sandbox) order() []states.Event {
 	order := slices.Clone(s.begun)
 	after := 0 // the place of the next step that isn't on record

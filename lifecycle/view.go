@@ -30,7 +30,7 @@ type StepView struct {
 	Started      time.Time     // zero if it never ran
 	Duration     time.Duration // of the last Do; zero while it runs
 	Err          error         // of a pending undo, of the last check of a done step, or else of Do
-	Attempts     int           // failed undos
+	FailedTries  int           // failed undos
 	Unknown      bool          // this release can't undo it: it doesn't know the step, or its data
 	Release      string        // the release of podfsm that did it; "" if it never ran
 	PendingSince time.Time     // when the undo first failed, or began to wait for another
@@ -159,7 +159,7 @@ func (s *sandbox) view() View {
 		if rec.status == StepPending && declared.OnDemand {
 			continue // no caller demanded the step
 		}
-		view := StepView{Name: name, Unknown: !known || rec.unknown != "", Release: rec.release, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, Attempts: rec.attempts, PendingSince: rec.pendingSince,
+		view := StepView{Name: name, Unknown: !known || rec.unknown != "", Release: rec.release, Status: rec.status, Started: rec.started, Duration: rec.took(), Err: rec.err, FailedTries: rec.failedTries, PendingSince: rec.pendingSince,
 			Plan: rec.plan, Notes: slices.Clone(rec.notes), Result: rec.result}
 		switch {
 		case rec.status == StepCleanupPending:

@@ -249,7 +249,7 @@ const (
 // otherwise nil. The tries of all callers count, because the kubelet may retry so often that the
 // timer never fires. Restarts don't postpone the last try.
 func (s *sandbox) lastTry(rec *stepState) *givingUp {
-	if !s.findings.outside.Rebooted || s.failing.IsZero() || s.attempts < retriedTimes || time.Since(s.failing) < retriedHere {
+	if !s.findings.outside.Rebooted || s.failing.IsZero() || s.failedTries < retriedTimes || time.Since(s.failing) < retriedHere {
 		return nil
 	}
 	if rec.pendingSince.IsZero() || min(time.Since(rec.pendingSince), s.engine.uptime()) < retriedFor {

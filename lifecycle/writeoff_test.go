@@ -128,7 +128,7 @@ func TestRetry(t *testing.T) {
 			w, told := withPendingCleanup(t, attachNetwork, goal)
 			err := w.Retry(t.Context(), testKey)
 			require.ErrorIs(t, err, errNever)
-			require.Equal(t, 2, w.view(t).Step(attachNetwork).Attempts)
+			require.Equal(t, 2, w.view(t).Step(attachNetwork).FailedTries)
 
 			completed := 0
 			w.WhenRemovalCompletes(func(context.Context, ledger.Key) { completed++ })
@@ -593,10 +593,10 @@ func TestRequestsDontPutRetriesOff(t *testing.T) {
 			require.Error(t, w.Stop(t.Context(), testKey))
 			require.Equal(t, due, w.view(t).NextTry)
 		}
-		tries := w.view(t).Step(attachNetwork).Attempts
+		tries := w.view(t).Step(attachNetwork).FailedTries
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
-		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).Attempts)
+		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).FailedTries)
 		require.True(t, w.view(t).NextTry.After(due))
 		w.Close(context.Background())
 	})
@@ -606,14 +606,14 @@ func TestRequestsDontPutRetriesOff(t *testing.T) {
 func TestTimerDuringATry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, _ := withPendingCleanup(t, attachNetwork, states.Stopped, func(w *world) { w.Engine.backoff = func(int) time.Duration { return time.Minute } })
-		tries := w.view(t).Step(attachNetwork).Attempts
+		tries := w.view(t).Step(attachNetwork).FailedTries
 		w.undo[attachNetwork] = func() error {
 			time.Sleep(2 * time.Minute)
 			return errors.New("no luck")
 		}
 		require.Error(t, w.Stop(t.Context(), testKey))
 		synctest.Wait()
-		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).Attempts)
+		require.Equal(t, tries+1, w.view(t).Step(attachNetwork).FailedTries)
 		require.Equal(t, states.CleanupOwed, w.state(t))
 		time.Sleep(time.Minute)
 		synctest.Wait()

@@ -28,8 +28,8 @@ const (
 	shmFlags   = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
 	// A mount or a directory is busy for moments, or stays busy.
-	busyAttempts = 10
-	busyDelay    = 50 * time.Millisecond
+	busyTries = 10
+	busyDelay = 50 * time.Millisecond
 )
 
 // Files are the files and directories of sandboxes that containerd's CRI service
@@ -44,7 +44,7 @@ type Files struct {
 	StateDir string
 }
 
-// Setup makes a sandbox's files, over what an earlier attempt left. Pods in the
+// Setup makes a sandbox's files, over what an earlier try left. Pods in the
 // node's IPC namespace get no shm of their own.
 //
 // An id that is not a plain name is an InvalidArgument error.
@@ -367,9 +367,9 @@ func detach(path string) error {
 
 // retryBusy retries f while it fails with EBUSY.
 func retryBusy(ctx context.Context, f func() error) error {
-	for attempt := 1; ; attempt++ {
+	for try := 1; ; try++ {
 		err := f()
-		if !errors.Is(err, unix.EBUSY) || attempt == busyAttempts {
+		if !errors.Is(err, unix.EBUSY) || try == busyTries {
 			return err
 		}
 		select {

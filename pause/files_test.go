@@ -292,7 +292,7 @@ func TestRetryBusy(t *testing.T) {
 	}{
 		"at once":      {errs: []error{nil}, calls: 1},
 		"busy twice":   {errs: []error{busy, busy, nil}, calls: 3},
-		"always busy":  {errs: []error{busy}, calls: busyAttempts, want: unix.EBUSY},
+		"always busy":  {errs: []error{busy}, calls: busyTries, want: unix.EBUSY},
 		"other error":  {errs: []error{other}, calls: 1, want: other},
 		"then another": {errs: []error{busy, other}, calls: 2, want: other},
 	} {

@@ -70,11 +70,11 @@ func versionOf(ctx context.Context, program *os.File, attr *syscall.SysProcAttr)
 	cmd.ExtraFiles, cmd.SysProcAttr = []*os.File{program}, attr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("failed to get its version: %w", err)
+		return "", fmt.Errorf("failed to get the version of %s: %w", InitName, err)
 	}
 	version := strings.TrimSpace(string(out))
 	if !strings.HasSuffix(version, " protocol "+protocol) {
-		return "", fmt.Errorf("it is %.100q, which is not of this release: the protocol is not %s: %w", version, protocol, errdefs.ErrFailedPrecondition)
+		return "", fmt.Errorf("%s reports the version %.100q, but this release needs protocol %s: %w", InitName, version, protocol, errdefs.ErrFailedPrecondition)
 	}
 	return version, nil
 }

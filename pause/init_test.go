@@ -29,9 +29,9 @@ func TestLoadRefuses(t *testing.T) {
 	for path, text := range map[string]string{
 		filepath.Join(t.TempDir(), "absent"): "no such file",
 		t.TempDir():                          "is a directory",
-		"/bin/true":                          "which is not of this release",
-		programs.prober:                      `it is "podfsm-init v9 protocol 99", which is not of this release: the protocol is not ` + protocol,
-		"/bin/false":                         "failed to get its version: exit status 1",
+		"/bin/true":                          "podfsm-init reports the version",
+		programs.prober:                      `podfsm-init reports the version "podfsm-init v9 protocol 99", but this release needs protocol ` + protocol,
+		"/bin/false":                         "failed to get the version of podfsm-init: exit status 1",
 	} {
 		fds := countFDs(t)
 		err := p.Load(path)

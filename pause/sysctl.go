@@ -81,7 +81,7 @@ func hostGroups(value string, gids []specs.LinuxIDMapping) (string, error) {
 	}
 	var first, last uint32
 	if n, _ := fmt.Sscan(value, &first, &last); n != 2 || len(strings.Fields(value)) != 2 || last > lastPingGroup {
-		return "", fmt.Errorf("it is no range of groups, \"first last\": %w", errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("the value is not a range of groups, \"first last\": %w", errdefs.ErrInvalidArgument)
 	}
 	if first > last { // such as "1 0", no group at all
 		return value, nil

@@ -87,7 +87,7 @@ func (c *Controller) Admit(ctx context.Context, handlerName string, config *runt
 
 // takesPods fails with Unavailable while no new pod is taken.
 func (c *Controller) takesPods() error {
-	if err := c.well(); err != nil {
+	if err := c.degradedError(); err != nil {
 		return err
 	}
 	if _, draining := c.drain.draining(); draining {

@@ -14,9 +14,9 @@ import (
 // quietTime is the longest that background work waits for containerd's CRI service to serve.
 const quietTime = time.Minute
 
-// background is the work that no caller waits for: the cleanups that the last run left, a CNI CHECK
-// of each adopted sandbox, an examination of the node, and then a periodic look at the pins of
-// network namespaces. The work starts when containerd's CRI service serves, at the latest after
+// background is the work that no caller waits for. It completes the cleanups that the last run left,
+// runs CNI CHECK for each adopted sandbox, and examines the node. Then it looks at the pins of
+// network namespaces periodically. The work starts when containerd's CRI service serves, at the latest after
 // [quietTime]. Earlier, it would compete with containerd for CPU: a stock pod whose shim does not
 // answer within 2 s at a restart becomes NotReady (io.containerd.timeout.task.state in containerd's
 // plugins/services/tasks).

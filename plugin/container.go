@@ -20,7 +20,7 @@ import (
 func (c *Controller) PrepareContainer(ctx context.Context, id, image string) (release func(), err error) {
 	nothing := func() {}
 	if c.engine == nil {
-		return nothing, c.well()
+		return nothing, c.degradedError()
 	}
 	view, err := c.engine.Get(criKey(id))
 	if errdefs.IsNotFound(err) {

@@ -121,7 +121,7 @@ func (c *Controller) open(ic *plugin.InitContext) error {
 	if err := c.recovery.time(func() error { return c.recover(ic.Context, client, c.gc) }); err != nil {
 		return fmt.Errorf("failed to recover the sandboxes of the last run: %w", err)
 	}
-	if c.well() == nil { // else nothing is started
+	if c.degradedError() == nil { // else nothing is started
 		c.refuse(c.prepareStarts(config))
 	}
 	return nil
@@ -335,8 +335,8 @@ func (c *Controller) refuse(err error) {
 	c.refusal = errors.Join(c.refusal, err)
 }
 
-// well fails with Unavailable while podfsm is degraded.
-func (c *Controller) well() error {
+// degradedError returns the error of requests while podfsm is degraded, Unavailable with the reason; otherwise nil.
+func (c *Controller) degradedError() error {
 	if refusal := c.refused(); refusal != nil {
 		return fmt.Errorf("podfsm is degraded: %s: %w", refusal, errdefs.ErrUnavailable) // not the class of the reason
 	}

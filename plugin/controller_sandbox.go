@@ -27,7 +27,7 @@ var _ sandbox.Controller = (*Controller)(nil)
 func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) (err error) {
 	call := cri.FromContext(ctx)
 	defer func() { tellFront(call, err) }()
-	if err := c.well(); err != nil {
+	if err := c.degradedError(); err != nil {
 		return err
 	}
 	left, err := c.drain.enter()
@@ -206,7 +206,7 @@ func (c *Controller) Metrics(ctx context.Context, id string) (*types.Metric, err
 // ledger.
 func (c *Controller) known(ctx context.Context, id string) (ledger.Key, error) {
 	if c.engine == nil {
-		return ledger.Key{}, c.well()
+		return ledger.Key{}, c.degradedError()
 	}
 	return keyOf(ctx, id)
 }

@@ -10,8 +10,8 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/ledger/history"
-	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -56,7 +56,7 @@ func (e *ended) add(view lifecycle.View) {
 }
 
 func (e *ended) write(view lifecycle.View) {
-	inspection, err := records.Inspection(view)
+	inspection, err := show.Inspection(view)
 	if err == nil {
 		err = e.archive.Add(inspection)
 	}
@@ -99,7 +99,7 @@ func (e *ended) read() ([]*podfsmv1.InspectResponse, error) {
 		return nil, err
 	}
 	for _, view := range last {
-		if inspection, err := records.Inspection(view); err == nil { // write logs the error
+		if inspection, err := show.Inspection(view); err == nil { // write logs the error
 			all = append(all, inspection)
 		}
 	}

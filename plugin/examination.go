@@ -15,8 +15,8 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/ledger"
-	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -123,15 +123,15 @@ func examinedSnapshotter(ic *plugin.InitContext, name string) doctor.Snapshotter
 func (c *Controller) examineLedger(rootDir, stateDir string) (doctor.Ledger, error) {
 	l := doctor.Ledger{Dirs: []string{rootDir, stateDir}, Files: ledger.Files(rootDir, stateDir)}
 	if c.ledger == nil {
-		return l, c.well()
+		return l, c.degradedError()
 	}
 	aside, err := c.ledger.Aside()
 	if err != nil {
 		return l, err
 	}
-	l.Damaged = records.Damaged(c.ledger.Damage(), aside)
+	l.Damaged = show.Damaged(c.ledger.Damage(), aside)
 	if c.engine != nil {
-		l.Pending = records.Pending(c.engine.List())
+		l.Pending = show.Pending(c.engine.List())
 	}
 	return l, nil
 }

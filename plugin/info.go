@@ -21,9 +21,9 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/netns"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -187,10 +187,10 @@ func verboseInfo(ctx context.Context, n *node, view lifecycle.View, pid uint32) 
 func own(view lifecycle.View) ownInfo {
 	info := ownInfo{State: view.State, TraceID: view.TraceID, Unread: view.Unread, Steps: map[string]ownInfoRun{}}
 	for _, t := range view.Transitions {
-		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At.UTC(), Event: t.Event, To: t.To, Error: records.Text(t.Err)})
+		info.Transitions = append(info.Transitions, ownInfoTransition{At: t.At.UTC(), Event: t.Event, To: t.To, Error: show.Text(t.Err)})
 	}
 	for _, step := range view.Steps {
-		info.Steps[string(step.Name)] = ownInfoRun{Status: step.Status, Seconds: step.Duration.Seconds(), Error: records.Text(step.Err)}
+		info.Steps[string(step.Name)] = ownInfoRun{Status: step.Status, Seconds: step.Duration.Seconds(), Error: show.Text(step.Err)}
 	}
 	return info
 }

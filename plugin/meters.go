@@ -56,7 +56,7 @@ var (
 		"Sandboxes found by the last restart of containerd whose recovery is not complete, by what it waits for.", "outcome")
 	sandboxesDesc = describe("sandboxes", "Sandboxes by state.", "state")
 	stepAgeDesc   = describe("unfinished_step_age_seconds",
-		"Age of the oldest attempt under way, by step and operation. 0 if there is none.", "step", "operation")
+		"Age of the oldest try under way, by step and operation. 0 if there is none.", "step", "operation")
 	pendingDesc    = describe("pending_cleanups", "Undos that failed and are retried, by step.", "step")
 	pendingAgeDesc = describe("pending_cleanup_age_seconds", "Age of the oldest pending cleanup, by step. 0 if there is none.", "step")
 	rangesDesc     = describe("id_ranges", "Ranges of the pool of host ids, by state. Absent without a pool.", "state")
@@ -90,8 +90,8 @@ func newMeters(c *Controller) *meters {
 		controller: c,
 		stock:      findStockMeters(),
 		steps: seconds("step_duration_seconds",
-			"Duration of each attempt at a step, by step, operation (do, undo, stop, check) and outcome.", secondsOfSteps, "step", "operation", "outcome"),
-		stepErrors: count("step_errors_total", "Failed attempts at a step, by step, operation and class of the error.", "step", "operation", "error_type"),
+			"Duration of each try of a step, by step, operation (do, undo, stop, check) and outcome.", secondsOfSteps, "step", "operation", "outcome"),
+		stepErrors: count("step_errors_total", "Failed tries of a step, by step, operation and class of the error.", "step", "operation", "error_type"),
 		plugins: seconds("cni_command_duration_seconds",
 			"Duration of each run of a CNI plugin, by command, plugin type, network and outcome.", secondsOfSteps, "command", "plugin", "network", "outcome"),
 		creations: seconds("sandbox_creation_duration_seconds",
@@ -163,7 +163,7 @@ func (m *meters) Collect(metrics chan<- prometheus.Metric) {
 	}
 	c := m.controller
 	gauge(buildInfoDesc, 1, buildInfo()...)
-	gauge(degradedDesc, oneIf(c.well() != nil))
+	gauge(degradedDesc, oneIf(c.degradedError() != nil))
 	_, draining := c.drain.draining()
 	gauge(drainingDesc, oneIf(draining))
 	if c.doctor != nil {

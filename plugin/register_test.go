@@ -163,8 +163,8 @@ func TestFronted(t *testing.T) {
 		instance, err := fronted(func(*plugin.InitContext) (any, error) { return "cri", nil })(loaded(t, c, nil))
 		require.NoError(t, err, "the node's CRI goes on")
 		require.Equal(t, "cri", instance)
-		require.True(t, errdefs.IsUnavailable(c.well()))
-		require.ErrorContains(t, c.well(), "string", "the reason names what it has found")
+		require.True(t, errdefs.IsUnavailable(c.degradedError()))
+		require.ErrorContains(t, c.degradedError(), "string", "the reason names what it has found")
 		require.True(t, errdefs.IsUnavailable(c.Admit(t.Context(), "podfsm", podConfig())))
 	})
 	t.Run("the front", func(t *testing.T) {
@@ -179,7 +179,7 @@ func TestFronted(t *testing.T) {
 		require.NotSame(t, s, stock.RuntimeServiceServer)
 		require.NoError(t, stock.Close())
 		require.True(t, s.closed)
-		require.NoError(t, c.well())
+		require.NoError(t, c.degradedError())
 	})
 	t.Run("a controller that refuses", func(t *testing.T) {
 		c := healthy()
@@ -234,8 +234,8 @@ func TestInitControllerNeverFails(t *testing.T) {
 			instance, err := initController(ic)
 			require.NoError(t, err)
 			c := instance.(*Controller)
-			require.True(t, errdefs.IsUnavailable(c.well()), "%v", c.well())
-			require.ErrorContains(t, c.well(), tc.reason)
+			require.True(t, errdefs.IsUnavailable(c.degradedError()), "%v", c.degradedError())
+			require.ErrorContains(t, c.degradedError(), tc.reason)
 			require.NoError(t, c.Close())
 
 			require.NotPanics(t, func() { _, _ = c.Ours("podfsm") })

@@ -24,7 +24,7 @@ func (a *api) Register(server *grpc.Server) error {
 
 func (a *api) engine() (*lifecycle.Engine, error) {
 	if a.controller.engine == nil {
-		return nil, errgrpc.ToGRPC(a.controller.well())
+		return nil, errgrpc.ToGRPC(a.controller.degradedError())
 	}
 	return a.controller.engine, nil
 }

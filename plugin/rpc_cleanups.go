@@ -10,8 +10,8 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/ledger"
-	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/show"
 )
 
 // finder finds a sandbox by a reference.
@@ -19,7 +19,7 @@ type finder func(ref string, views []lifecycle.View) (lifecycle.View, error)
 
 // RetryCleanup retries a pending cleanup now.
 func (a *api) RetryCleanup(ctx context.Context, r *podfsmv1.RetryCleanupRequest) (*podfsmv1.CleanupResponse, error) {
-	return a.cleanup(r.GetRef(), records.FindPending, func(engine *lifecycle.Engine, key ledger.Key) error { return engine.Retry(ctx, key) })
+	return a.cleanup(r.GetRef(), show.FindPending, func(engine *lifecycle.Engine, key ledger.Key) error { return engine.Retry(ctx, key) })
 }
 
 // WriteOffCleanup writes off a pending cleanup, or the DEL of one CNI plugin.
@@ -27,7 +27,7 @@ func (a *api) WriteOffCleanup(ctx context.Context, r *podfsmv1.WriteOffCleanupRe
 	if r.GetAll() == (r.GetPlugin() != "") {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("name the CNI plugin whose DEL is written off, or write off all that fails: %w", errdefs.ErrInvalidArgument))
 	}
-	return a.cleanup(r.GetRef(), records.FindPendingExactly, func(engine *lifecycle.Engine, key ledger.Key) error {
+	return a.cleanup(r.GetRef(), show.FindPendingExactly, func(engine *lifecycle.Engine, key ledger.Key) error {
 		return engine.WriteOff(ctx, key, r.GetPlugin(), r.GetReason())
 	})
 }
@@ -51,5 +51,5 @@ func (a *api) cleanup(ref string, find finder, do func(*lifecycle.Engine, ledger
 	if !ok {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("sandbox %q has ended: %w", pending.Key.ID, errdefs.ErrNotFound))
 	}
-	return &podfsmv1.CleanupResponse{Sandbox: records.Sandbox(after), Error: records.Text(err)}, nil
+	return &podfsmv1.CleanupResponse{Sandbox: show.Sandbox(after), Error: show.Text(err)}, nil
 }

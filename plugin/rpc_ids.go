@@ -4,7 +4,7 @@ import (
 	"context"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // IDs returns the holders of host ids, and the state of the pool.
@@ -12,5 +12,5 @@ func (a *api) IDs(ctx context.Context, _ *podfsmv1.IDsRequest) (*podfsmv1.IDsRes
 	if _, err := a.engine(); err != nil {
 		return nil, err
 	}
-	return records.IDs(a.controller.node.ids.Overview(ctx)), nil
+	return show.IDs(a.controller.node.ids.Overview(ctx)), nil
 }

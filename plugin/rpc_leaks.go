@@ -8,7 +8,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // Leaks returns leaked resources, and removes them on request. A second search tells what was
@@ -29,7 +29,7 @@ func (a *api) leaks(ctx context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.Le
 	if err != nil {
 		return nil, err
 	}
-	found, err = records.LeaksOf(found, r.GetSandboxes())
+	found, err = show.LeaksOf(found, r.GetSandboxes())
 	if err != nil {
 		return nil, err
 	}
@@ -42,10 +42,10 @@ func (a *api) leaks(ctx context.Context, r *podfsmv1.LeaksRequest) (*podfsmv1.Le
 	}
 	response := &podfsmv1.LeaksResponse{}
 	for _, thing := range found {
-		leak := records.Leak(thing)
+		leak := show.Leak(thing)
 		leak.Removed = !slices.Contains(left, thing)
 		if r.GetFix() && !leak.Removed {
-			leak.Error = cmp.Or(records.Text(failed[thing.ID]), "still there after the removal")
+			leak.Error = cmp.Or(show.Text(failed[thing.ID]), "still there after the removal")
 		}
 		response.Leaks = append(response.Leaks, leak)
 	}

@@ -7,7 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // List returns all sandboxes that have not ended, and on request the ended ones.
@@ -23,7 +23,7 @@ func (a *api) List(_ context.Context, r *podfsmv1.ListRequest) (*podfsmv1.ListRe
 		}
 	}
 	since, draining := a.controller.drain.settledSince() // before the list, or a pod admitted in between would be missing
-	response := records.List(engine.List(), ended...)
+	response := show.List(engine.List(), ended...)
 	if draining {
 		response.DrainingSince = timestamppb.New(since)
 	}
@@ -36,7 +36,7 @@ func (a *api) Inspect(_ context.Context, r *podfsmv1.InspectRequest) (*podfsmv1.
 	if err != nil {
 		return nil, err
 	}
-	response, err := records.Inspect(r.GetRef(), engine.List(), a.controller.ended.read)
+	response, err := show.Inspect(r.GetRef(), engine.List(), a.controller.ended.read)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}

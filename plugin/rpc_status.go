@@ -7,7 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // Status returns the state of podfsm, also while it is degraded.
@@ -15,12 +15,12 @@ func (a *api) Status(context.Context, *podfsmv1.StatusRequest) (*podfsmv1.Status
 	c := a.controller
 	response := &podfsmv1.StatusResponse{}
 	if c.engine != nil {
-		response = records.Status(c.engine.List())
+		response = show.Status(c.engine.List())
 		response.LastRecovery = c.recovery.status()
 	}
 	response.Version, response.ContainerdVersion = thisRelease(), version.Version
 	response.StartedAt = timestamppb.New(c.started)
-	response.Degraded = records.Text(c.refused())
+	response.Degraded = show.Text(c.refused())
 	if since, draining := c.drain.draining(); draining {
 		response.DrainingSince = timestamppb.New(since)
 	}

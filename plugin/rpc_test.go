@@ -16,12 +16,12 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 // found is the id of the sandbox that the service finds.
 func found(w *world, ref string) (string, error) {
-	response, err := records.Inspect(ref, w.engine.List(), w.ended.read)
+	response, err := show.Inspect(ref, w.engine.List(), w.ended.read)
 	return response.GetSandbox().GetId(), err
 }
 
@@ -175,7 +175,7 @@ func TestInspectPendingCleanups(t *testing.T) {
 	require.Len(t, pending.GetPendingCleanups(), 2)
 	require.Equal(t, "attach_network", pending.GetPendingCleanups()[0].GetStep(), "in the order in which it will be tried")
 	require.Contains(t, pending.GetPendingCleanups()[0].GetError(), "plugin says \uFFFD")
-	require.NotZero(t, pending.GetPendingCleanups()[0].GetAttempts())
+	require.NotZero(t, pending.GetPendingCleanups()[0].GetTries())
 	require.NotNil(t, pending.GetPendingCleanups()[0].GetNextTry())
 	require.Equal(t, "capture_netns", pending.GetPendingCleanups()[1].GetStep())
 
@@ -204,7 +204,7 @@ func TestInspectPendingCleanups(t *testing.T) {
 	require.Equal(t, "Stopped", response.GetSandbox().GetState())
 	require.Empty(t, response.GetSandbox().GetPendingCleanups())
 	assert.Empty(t, response.GetSandbox().GetGoal())
-	assert.Empty(t, response.GetSandbox().GetError(), "the last attempt at everything has succeeded")
+	assert.Empty(t, response.GetSandbox().GetError(), "the last try of everything has succeeded")
 	for _, step := range response.GetSteps() {
 		assert.Empty(t, step.GetError(), step.GetName())
 	}

@@ -96,7 +96,7 @@ func (s *captureNetNS) Find(ctx context.Context, r *lifecycle.Run) (any, error) 
 func findNetNS(ctx context.Context, path string, pid int) (*NetNS, error) {
 	handle, err := netns.Open(path)
 	if err != nil {
-		return nil, notThere(err)
+		return nil, asNotFound(err)
 	}
 	defer handle.Close()
 	in, err := host.Readlink(ctx, pid, "ns/net")
@@ -109,9 +109,9 @@ func findNetNS(ctx context.Context, path string, pid int) (*NetNS, error) {
 	return &NetNS{Path: path, Inode: handle.Inode()}, nil
 }
 
-// notThere returns err as NotFound if something else is in the place of a lost resource: the
+// asNotFound returns err as NotFound if something else is in the place of a lost resource: the
 // resource is not there.
-func notThere(err error) error {
+func asNotFound(err error) error {
 	if errdefs.IsInvalidArgument(err) || errdefs.IsFailedPrecondition(err) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
 	}

@@ -286,7 +286,7 @@ func (s *startPause) Find(ctx context.Context, r *lifecycle.Run) (any, error) {
 	}
 	cgroup, err := s.cgroup(r)
 	if err != nil {
-		return nil, notThere(err)
+		return nil, asNotFound(err)
 	}
 	found, err := pause.Find(ctx, cgroup, oci)
 	if err != nil {

@@ -74,7 +74,7 @@ func (m stockMeters) moved(view lifecycle.View) {
 	}
 }
 
-// took returns the total duration of the last attempts at the steps.
+// took returns the total duration of the last tries of the steps.
 func took(view lifecycle.View, operation lifecycle.Operation, steps ...states.Event) (sum time.Duration) {
 	for _, step := range steps {
 		last := time.Duration(0)

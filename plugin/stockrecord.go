@@ -129,7 +129,7 @@ func withProcessLabel(metadata []byte, label string) ([]byte, error) {
 		return nil, err
 	}
 	if fields == nil {
-		return nil, fmt.Errorf("its Metadata is null: %w", errdefs.ErrDataLoss)
+		return nil, fmt.Errorf("the field Metadata is null: %w", errdefs.ErrDataLoss)
 	}
 	quoted, err := json.Marshal(label)
 	if err != nil || bytes.Equal(fields["ProcessLabel"], quoted) {

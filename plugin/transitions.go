@@ -8,8 +8,8 @@ import (
 	"github.com/containerd/log"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -62,11 +62,11 @@ func (c *Controller) observe(view lifecycle.View) {
 		c.ended.add(view)
 	}
 	c.meters.moved(view)
-	c.publishing.send(records.Transition(view))
+	c.publishing.send(show.Transition(view))
 }
 
 // wroteOff is called by the engine at each write-off.
 func (c *Controller) wroteOff(view lifecycle.View, w lifecycle.WriteOff) {
 	c.meters.wroteOff(w)
-	c.publishing.send(records.WriteOff(view, w))
+	c.publishing.send(show.WriteOff(view, w))
 }

@@ -26,7 +26,7 @@ import (
 // sandbox it succeeds, since containerd's service refuses the container.
 func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runtime.ContainerConfig) error {
 	if c.engine == nil {
-		return c.well()
+		return c.degradedError()
 	}
 	view, err := c.engine.Get(criKey(id))
 	if errdefs.IsNotFound(err) {
@@ -212,6 +212,6 @@ func (l *looks) join(ctx context.Context, key string, look func() error) error {
 	case answer := <-done:
 		return answer.Err
 	case <-ctx.Done():
-		return fmt.Errorf("its filesystem does not respond: %w", ctx.Err())
+		return fmt.Errorf("the filesystem does not respond: %w", ctx.Err())
 	}
 }

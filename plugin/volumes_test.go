@@ -141,7 +141,7 @@ func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	devices := []*runtime.Device{{HostPath: "/dev/nowhere"}, {HostPath: path}}
-	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices), fmt.Sprintf("device %q: its filesystem does not respond", path))
+	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices), fmt.Sprintf("device %q: the filesystem does not respond", path))
 	answers()
 	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
 	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")

@@ -84,7 +84,7 @@ type Result struct {
 }
 
 // Prepare makes a writable snapshot on top of the image, and unpacks the image if the snapshotter
-// lacks it. A snapshot that an earlier attempt left under the key is kept if it has the same parent
+// lacks it. A snapshot that an earlier try left under the key is kept if it has the same parent
 // and id maps, and otherwise replaced.
 //
 // containerd's garbage collector keeps the snapshot until Remove, even though no container refers

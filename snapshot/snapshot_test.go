@@ -316,7 +316,7 @@ func TestPrepareWithoutContent(t *testing.T) {
 	require.False(t, n.exists(t, "pod"))
 }
 
-func TestPrepareAfterAnEarlierAttempt(t *testing.T) {
+func TestPrepareAfterAnEarlierTry(t *testing.T) {
 	root := map[string]string{labelGCRoot: "2006-01-02T15:04:05Z"}
 	annotated := map[string]string{labelGCRoot: root[labelGCRoot], "containerd.io/snapshot/x": "y"}
 	maps := containerd.WithUserNSRemapperLabels

@@ -20,7 +20,7 @@ const (
 	LogTo        = "to"         // the state after
 	LogState     = "state"      // the state now
 	LogGoal      = "goal"       // the state to which a pending cleanup leads
-	LogAttempts  = "attempts"   // failed tries of the cleanup
+	LogAttempt   = "attempt"    // failed tries of a cleanup so far
 	LogRetryIn   = "retry_in"   // seconds until the next try
 	LogReason    = "reason"     // why a cleanup was written off
 	LogPlugin    = "plugin"     // a CNI plugin, as "network/type"

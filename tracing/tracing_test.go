@@ -73,7 +73,7 @@ func TestSpansAndFieldsAreInTheDocs(t *testing.T) {
 	logs, err := os.ReadFile("../docs/reference/logs.md")
 	require.NoError(t, err)
 	for _, name := range []string{
-		LogPod, LogSandbox, LogStep, LogOperation, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempts, LogRetryIn,
+		LogPod, LogSandbox, LogStep, LogOperation, LogOutcome, LogSeconds, LogErrorType, LogFrom, LogTo, LogState, LogGoal, LogAttempt, LogRetryIn,
 		LogReason, LogPlugin, LogTraceID, LogSpanID,
 	} {
 		require.Contains(t, string(logs), "`"+name+"`")

@@ -95,8 +95,8 @@ func (a *Allocator) hasRange(owner string) bool {
 }
 
 // Hold makes h a holder of its mappings. It is idempotent. If another owner holds any of the ids,
-// it fails with InvalidArgument and names the pod, unless that pod's sandbox is stopped, has no
-// process left, and doesn't hold a range of the pool.
+// Hold fails with InvalidArgument and names the other pod. But a sandbox of another pod yields if it
+// is stopped, has no process left, and doesn't hold a range of the pool.
 func (a *Allocator) Hold(ctx context.Context, h Holder) error { return a.hold(ctx, h, true) }
 
 func (a *Allocator) hold(ctx context.Context, h Holder, keep bool) error {

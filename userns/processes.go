@@ -18,10 +18,10 @@ type Process struct {
 	Use
 }
 
-// Processes returns the host's processes that use ids which pods may have, from [MinHostID] up: the
-// ids that their user namespace maps, if it isn't containerd's, and the user and group that they
-// run as. Supplementary groups don't count. A process may have 65536 of these, in as many ranges,
-// and none makes it a process of a pod with that range.
+// Processes returns the host's processes that use ids from [MinHostID] up, which pods may have. A
+// process uses the user and the group that it runs as. It also uses the ids that its user namespace
+// maps, unless that is containerd's. Supplementary groups don't count: a process may have 65536 of
+// them, in as many ranges, and is still not a process of the pods with these ranges.
 //
 // Errors: those of [host.Read], naming the process.
 func Processes(ctx context.Context) ([]Process, error) {

@@ -66,8 +66,8 @@ func hiddenSysctl(file string) bool {
 }
 
 // unmappableSysctls returns the reasons why sysctls can't be set in a user namespace of length ids.
-// In a pod that has not asked for a mapping, a range of groups that exceeds the mapping, such as "0
-// 2147483647", means all groups of the pod; it is cut at the last mapped one.
+// A range of groups may exceed the mapping, such as "0 2147483647". In a pod that has not asked for
+// a mapping, such a range means all groups of the pod, and is cut at the last mapped group.
 func unmappableSysctls(sysctls map[string]string, length uint32, asked bool) (reasons []string) {
 	for name, value := range sysctls {
 		file := strings.ReplaceAll(name, ".", "/")

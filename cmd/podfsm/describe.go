@@ -128,10 +128,10 @@ func addCleanups(b *bytes.Buffer, cleanups []*podfsmv1.PendingCleanup, now time.
 
 // tries is empty for a step that waits for other steps, and for tries of an earlier daemon.
 func tries(c *podfsmv1.PendingCleanup) string {
-	if c.GetAttempts() == 0 {
+	if c.GetTries() == 0 {
 		return ""
 	}
-	return strconv.FormatUint(uint64(c.GetAttempts()), 10)
+	return strconv.FormatUint(uint64(c.GetTries()), 10)
 }
 
 func nextTry(c *podfsmv1.PendingCleanup, now time.Time) string {

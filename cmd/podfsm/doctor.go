@@ -16,6 +16,7 @@ import (
 	"github.com/podfsm/podfsm/doctor"
 	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -80,7 +81,7 @@ func examine(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse, e
 	n.Config = config
 	d := doctor.New(n)
 	defer d.Close()
-	return records.Examination(d.Examine(ctx)), nil
+	return show.Examination(d.Examine(ctx)), nil
 }
 
 // thisNode describes this machine with a containerd's directories, as far as can be seen without
@@ -116,8 +117,8 @@ func closedLedger(rootDir, stateDir string) (doctor.Ledger, error) {
 		return l, err
 	}
 	l.Files = ledger.Files(rootDir, stateDir)
-	l.Damaged = records.Damaged(saved.Damage, saved.Aside)
-	l.Pending = records.Pending(views)
+	l.Damaged = show.Damaged(saved.Damage, saved.Aside)
+	l.Pending = show.Pending(views)
 	return l, nil
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/ledger"
 	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -352,7 +353,7 @@ func onRecord(ctx context.Context, p place, why error) (*podfsmv1.ListResponse, 
 	if err != nil {
 		return nil, err
 	}
-	return records.List(views), nil
+	return show.List(views), nil
 }
 
 // runsElsewhere returns an error if the daemon beside this program runs, although the daemon of the

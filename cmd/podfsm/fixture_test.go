@@ -73,8 +73,8 @@ var pending = &podfsmv1.Sandbox{
 	Since:               at(time.Second),
 	Error:               "failed to undo \"attach_network\": \x1b[2Jplugin\nsaid \u202eno",
 	PendingCleanups: []*podfsmv1.PendingCleanup{
-		{Step: "attach_network", Error: "plugin\tsaid no", Attempts: 3, Since: at(time.Second), NextTry: timestamppb.New(now.Add(4 * time.Second))},
-		{Step: "start_pause", Error: "waits for attach_network", Attempts: 1, Since: at(time.Second), NextTry: timestamppb.New(now.Add(-time.Second))},
+		{Step: "attach_network", Error: "plugin\tsaid no", Tries: 3, Since: at(time.Second), NextTry: timestamppb.New(now.Add(4 * time.Second))},
+		{Step: "start_pause", Error: "waits for attach_network", Tries: 1, Since: at(time.Second), NextTry: timestamppb.New(now.Add(-time.Second))},
 	},
 }
 

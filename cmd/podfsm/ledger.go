@@ -20,6 +20,7 @@ import (
 	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/pause"
+	"github.com/podfsm/podfsm/show"
 )
 
 // The directories of containerd's plugins below its root and state directories.
@@ -126,7 +127,7 @@ func (l *savedLedger) list(ended bool) *podfsmv1.ListResponse {
 	if ended {
 		past = l.ended
 	}
-	response := records.List(l.views, past...)
+	response := show.List(l.views, past...)
 	if !l.draining.IsZero() {
 		response.DrainingSince = timestamppb.New(l.draining)
 	}
@@ -135,7 +136,7 @@ func (l *savedLedger) list(ended bool) *podfsmv1.ListResponse {
 
 // status returns the state of podfsm as far as its ledger shows.
 func (l *savedLedger) status() *podfsmv1.StatusResponse {
-	response := records.Status(l.views)
+	response := show.Status(l.views)
 	if !l.draining.IsZero() {
 		response.DrainingSince = timestamppb.New(l.draining)
 	}
@@ -143,7 +144,7 @@ func (l *savedLedger) status() *podfsmv1.StatusResponse {
 }
 
 func (l *savedLedger) inspect(ref string) (*podfsmv1.InspectResponse, error) {
-	return records.Inspect(ref, l.views, func() ([]*podfsmv1.InspectResponse, error) { return l.ended, nil })
+	return show.Inspect(ref, l.views, func() ([]*podfsmv1.InspectResponse, error) { return l.ended, nil })
 }
 
 // leaks returns the leaks that can be found without containerd.
@@ -156,12 +157,12 @@ func (l *savedLedger) leaks(ctx context.Context, sandboxes []string) (*podfsmv1.
 	if err != nil {
 		return nil, err
 	}
-	if things, err = records.LeaksOf(things, sandboxes); err != nil {
+	if things, err = show.LeaksOf(things, sandboxes); err != nil {
 		return nil, err
 	}
 	response := &podfsmv1.LeaksResponse{DamagedLedgerFiles: l.Aside}
 	for _, thing := range things {
-		response.Leaks = append(response.Leaks, records.Leak(thing))
+		response.Leaks = append(response.Leaks, show.Leak(thing))
 	}
 	return response, nil
 }

@@ -83,7 +83,7 @@ type page struct {
 	State       text
 	For         string
 	Note        text
-	Verdict     string // a CSS class: "bad", "warn" or ""
+	Severity    string // a CSS class: "bad", "warn" or ""
 	FailedStep  text
 	Cleanups    string
 	Reason      text
@@ -150,7 +150,7 @@ func newPage(t *timeline, now time.Time) page {
 	all := waterfall(t.InspectResponse, now)
 	p := page{
 		Name: text(cmp.Or(podOf(s), s.GetId())), IsPod: podOf(s) != "", Attempt: s.GetAttempt(), Short: text(shorten(s.GetId())),
-		Created: at(s.GetCreatedAt()), State: text(stateOf(s)), For: age(s.GetSince(), now), Note: text(t.note()), Verdict: verdictOf(s), FailedStep: text(s.GetFailedStep()),
+		Created: at(s.GetCreatedAt()), State: text(stateOf(s)), For: age(s.GetSince(), now), Note: text(t.note()), Severity: severityOf(s), FailedStep: text(s.GetFailedStep()),
 		Cleanups: pendingCount(len(s.GetPendingCleanups())), Reason: text(reason(t.InspectResponse)), Graph: draw(records.Table(), t.GetTransitions()),
 		Facts: factsOf(t.InspectResponse), Version: versions(), Now: moment{now},
 	}
@@ -194,8 +194,8 @@ func pendingCount(cleanups int) string {
 	return fmt.Sprintf("%d cleanups are pending", cleanups)
 }
 
-// verdictOf returns the CSS class for the state of a sandbox.
-func verdictOf(s *podfsmv1.Sandbox) string {
+// severityOf returns the CSS class for the state of a sandbox.
+func severityOf(s *podfsmv1.Sandbox) string {
 	switch {
 	case len(s.GetPendingCleanups()) > 0 || s.GetFailedStep() != "" || s.GetState() == "Quarantined":
 		return "bad"

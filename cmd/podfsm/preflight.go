@@ -31,6 +31,7 @@ import (
 	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/userns"
 )
 
@@ -55,7 +56,7 @@ func preflight(ctx context.Context, cmd *cli.Command) (*podfsmv1.DoctorResponse,
 	}
 	d := doctor.New(p.node())
 	defer d.Close()
-	return records.Examination(d.Examine(ctx)), nil
+	return show.Examination(d.Examine(ctx)), nil
 }
 
 // podKinds are pods by what they need of a node. A finding names the kinds that it refuses.

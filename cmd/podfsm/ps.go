@@ -17,6 +17,7 @@ import (
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/states"
 )
 
@@ -336,7 +337,7 @@ func writeAligned(w io.Writer, s style, cells []string, widths []int) error {
 }
 
 // shortID is the number of characters of a sandbox id in tables: that of crictl, unique on a node.
-const shortID = records.ShortID
+const shortID = show.ShortID
 
 func shorten(id string) string {
 	if len(id) > shortID {

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 func timelineCommand() *cli.Command {
@@ -96,7 +96,7 @@ func findTimeline(ctx context.Context, cmd *cli.Command, ref string) (*timeline,
 	if err != nil {
 		return nil, err
 	}
-	matching, err := records.Match(ref, all)
+	matching, err := show.Match(ref, all)
 	if err != nil {
 		return nil, notFoundError{errors.New(printable(err.Error()))}
 	}

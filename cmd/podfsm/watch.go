@@ -17,7 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/ledger/records"
+	"github.com/podfsm/podfsm/show"
 )
 
 func watchCommand() *cli.Command {
@@ -211,7 +211,7 @@ func concerns(t *podfsmv1.SandboxTransition, ref string) bool {
 	if ref == "" {
 		return true
 	}
-	_, err := records.Match(ref, []*podfsmv1.Sandbox{{Id: t.GetSandboxId(), PodName: t.GetPodName(), PodNamespace: t.GetPodNamespace()}})
+	_, err := show.Match(ref, []*podfsmv1.Sandbox{{Id: t.GetSandboxId(), PodName: t.GetPodName(), PodNamespace: t.GetPodNamespace()}})
 	return err == nil
 }
 

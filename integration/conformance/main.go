@@ -53,9 +53,9 @@ func run(ctx context.Context, focus string, parallel int) error {
 	rows := table(stock, podfsm)
 	show(os.Stdout, rows)
 	if focus != "" {
-		return errors.Join(lists{races: races}.verdict(rows), enough(stock, 1))
+		return errors.Join(lists{races: races}.check(rows), enough(stock, 1))
 	}
-	return errors.Join(lists{deviations, withoutImages, races}.verdict(rows), enough(stock, fewest))
+	return errors.Join(lists{deviations, withoutImages, races}.check(rows), enough(stock, fewest))
 }
 
 // both runs the specs on both sides in parallel: most of their time is waiting.

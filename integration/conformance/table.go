@@ -106,9 +106,9 @@ func (l lists) all() []string {
 	return slices.Concat(slices.Sorted(maps.Keys(l.deviations)), slices.Sorted(maps.Keys(l.withoutImages)), l.races)
 }
 
-// verdict fails if podfsm does not pass what stock passes, except for the deviations, which podfsm
+// check fails if podfsm does not pass what stock passes, except for the deviations, which podfsm
 // has to fail. Either result of a race is accepted.
-func (l lists) verdict(rows []row) error {
+func (l lists) check(rows []row) error {
 	var errs []error
 	wrong := func(r row, list string) {
 		errs = append(errs, fmt.Errorf("%s with stock, %s with podfsm, take it out of the %s: %s", r.stock, r.podfsm, list, r.text))

@@ -6,7 +6,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestVerdict(t *testing.T) {
+func TestCheck(t *testing.T) {
 	of := func(stock, podfsm string) []row {
 		return table(map[string]result{"a": {state: stock}, "b": {state: passed}}, map[string]result{"a": {state: podfsm}, "b": {state: passed}})
 	}
@@ -39,7 +39,7 @@ func TestVerdict(t *testing.T) {
 		{"listed, and fails with podfsm", of("passed", "failed"), lists{withoutImages: a}, "passed with stock, failed with podfsm: a"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := tc.lists.verdict(tc.rows)
+			err := tc.lists.check(tc.rows)
 			if tc.says == "" {
 				require.NoError(t, err)
 				return

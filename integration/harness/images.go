@@ -24,9 +24,9 @@ import (
 const (
 	PauseImage   = "podfsm.test/pause:1"
 	BusyboxImage = "podfsm.test/busybox:1"
-	// OwnersImage is the busybox image with a second layer of files whose owners matter, in
-	// /owners: cat with the capability NET_RAW, the setuid program suid, the hard links a and b,
-	// and many files of other users. No node unpacks it at its start.
+	// OwnersImage is the busybox image with a second layer of files whose owners matter. They are
+	// in /owners: cat with the capability NET_RAW, the setuid program suid, the hard links a and b,
+	// and many files of other users. No node unpacks OwnersImage at its start.
 	OwnersImage = "podfsm.test/owners:1"
 	// UserImage is the busybox image with user and group 70000, which is outside of any range of
 	// 64Ki ids.

@@ -1,6 +1,6 @@
-// Package records has the types of the data in the ledger, and converts sandboxes to the API's
-// types. It is apart from the plugin so that the CLI reads a ledger without a daemon, and without
-// linking containerd.
+// Package records has the types of the data in the ledger, and replays sandboxes from them. It is
+// apart from the plugin so that the CLI reads a ledger without a daemon, and without linking
+// containerd.
 package records
 
 import (

@@ -1,4 +1,4 @@
-package records
+package records_test
 
 import (
 	"encoding/json"
@@ -11,14 +11,16 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
+	"github.com/podfsm/podfsm/show"
 	"github.com/podfsm/podfsm/states"
 )
 
 // replayed are sandboxes by their pods.
 func replayed(t *testing.T, saved []ledger.Sandbox) map[string]lifecycle.View {
 	t.Helper()
-	views, err := Replay(saved)
+	views, err := records.Replay(saved)
 	require.NoError(t, err)
 	byPod := map[string]lifecycle.View{}
 	for _, view := range views {
@@ -70,21 +72,21 @@ func requireFixture(t *testing.T, pods map[string]lifecycle.View) {
 		view, ok := pods[pod]
 		require.True(t, ok, pod)
 		require.Equal(t, want, view.State, pod)
-		require.NotZero(t, view.Step("start_pause").Result.(*Pause).Pid)
+		require.NotZero(t, view.Step("start_pause").Result.(*records.Pause).Pid)
 		require.NotEmpty(t, view.Transitions)
-		response, err := Inspection(view)
+		response, err := show.Inspection(view)
 		require.NoError(t, err)
-		require.GreaterOrEqual(t, len(response.GetSteps()), len(Table().Path()))
+		require.GreaterOrEqual(t, len(response.GetSteps()), len(records.Table().Path()))
 	}
 	require.True(t, slices.ContainsFunc(pods["default/owed"].Transitions, func(made lifecycle.Transition) bool {
 		return made.Event == states.LeaveCleanupPending
 	}), "the first format has another name for the event")
 	ready := pods["default/ready"]
-	network, ok := NetworkOf(ready)
+	network, ok := records.NetworkOf(ready)
 	require.True(t, ok)
 	require.Regexp(t, `^10\.88\.0\.\d+$`, network.IP)
-	require.EqualValues(t, 65536, Sandbox(ready).GetUserns().GetUids()[0].GetLength())
-	require.NotEmpty(t, ready.Step("capture_netns").Result.(*NetNS).Path)
+	require.EqualValues(t, 65536, show.Sandbox(ready).GetUserns().GetUids()[0].GetLength())
+	require.NotEmpty(t, ready.Step("capture_netns").Result.(*records.NetNS).Path)
 }
 
 // A downgrade changes no sandbox, whatever a later release has added to its records. The records
@@ -144,7 +146,7 @@ func TestUnknownStepIsShown(t *testing.T) {
 		view := replayed(t, saved)["default/ready"]
 		require.Equal(t, states.Ready, view.State)
 		require.Len(t, view.Unread, 1)
-		response, err := Inspection(view)
+		response, err := show.Inspection(view)
 		require.NoError(t, err)
 		last := response.GetSteps()[len(response.GetSteps())-1]
 		require.Equal(t, "later_step", last.GetName())

@@ -33,10 +33,10 @@ func shifter(name string) func([]byte, Map) ([]byte, error) {
 	}
 }
 
-// File capabilities, capabilities(7) and linux/capability.h: a word with revision
-// and flags, two pairs of words with the capabilities, and since revision 3 the
-// uid of the root of the user namespaces in which they count, which revision 2
-// has as 0. All words are little endian.
+// The value of file capabilities, see capabilities(7) and linux/capability.h. The first word has the
+// revision and flags. Two pairs of words have the capabilities. In revision 3 a last word has the
+// root id: the capabilities only count in user namespaces whose root has this uid. In revision 2
+// the root id is 0. All words are little endian.
 const (
 	capabilityRevision = 0xff000000
 	capabilityV2       = 0x02000000

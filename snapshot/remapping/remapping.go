@@ -171,9 +171,9 @@ func (s *Snapshotter) create(ctx context.Context, key, parent string, opts []sna
 	return b.adapt(ctx, key, mounts)
 }
 
-// bootIDFile holds the id of this boot. A layer is only used in the boot in which it was made. To
-// keep it longer, it would have to be on disk before its first use, which means to wait for all
-// pending writes of the filesystem (syncfs(2)), and no container outlives a boot.
+// bootIDFile holds the id of this boot. A layer is only used in the boot in which it was made. A
+// layer that is kept longer would have to be on disk before its first use. That would mean to wait
+// for all pending writes of the filesystem (syncfs(2)), and no container outlives a boot.
 var bootIDFile = "/proc/sys/kernel/random/boot_id"
 
 // ready makes the layer for a snapshot on parent with these maps.

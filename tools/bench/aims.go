@@ -86,9 +86,9 @@ func (m measure) judge(ratio, aim float64) string {
 	if m.moreIsBetter() {
 		sign, met = "≥", ratio >= aim
 	}
-	verdict := "met"
+	result := "met"
 	if !met {
-		verdict = "missed"
+		result = "missed"
 	}
-	return fmt.Sprintf("**%.2f** (%s %.2f: %s)", ratio, sign, aim, verdict)
+	return fmt.Sprintf("**%.2f** (%s %.2f: %s)", ratio, sign, aim, result)
 }

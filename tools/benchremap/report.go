@@ -49,7 +49,7 @@ tensorflow.
 	for _, a := range aims {
 		cells := []string{a.name}
 		for _, r := range results {
-			cells = append(cells, a.verdict(r))
+			cells = append(cells, a.result(r))
 		}
 		b.WriteString(page.Row(cells...))
 	}
@@ -77,27 +77,27 @@ func table(img image, rows []series) string {
 
 // aim is the target of the snapshotter.
 type aim struct {
-	name    string
-	verdict func(rows []series) string
+	name   string
+	result func(rows []series) string
 }
 
 const soon = 20 * time.Millisecond
 
 var aims = []aim{
 	{"idmap under 20 ms", func(rows []series) string {
-		return verdict(rows[rowIDMap].wall() < soon, seconds(rows[rowIDMap].wall()))
+		return result(rows[rowIDMap].wall() < soon, seconds(rows[rowIDMap].wall()))
 	}},
 	{"metacopy at most 0.7 of `chown -R` on the same overlay", func(rows []series) string {
 		part := 1 / ratio(rows[rowChownMetacopy], rows[rowMetacopy])
-		return verdict(part <= 0.7, fmt.Sprintf("%.2f", part))
+		return result(part <= 0.7, fmt.Sprintf("%.2f", part))
 	}},
 	{"second pod under 20 ms, the slowest strategy", func(rows []series) string {
 		slowest := max(rows[rowIDMap+1].wall(), rows[rowMetacopy+1].wall(), rows[rowMetacopy+3].wall())
-		return verdict(slowest < soon, seconds(slowest))
+		return result(slowest < soon, seconds(slowest))
 	}},
 }
 
-func verdict(met bool, figure string) string {
+func result(met bool, figure string) string {
 	if met {
 		return figure
 	}

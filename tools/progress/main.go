@@ -1,6 +1,6 @@
-// Command progress reads the output of go test -json and shows what a person waits for: once a
-// minute the running tests, the output of failed and skipped tests, the result of each package, and
-// at the end the slowest tests and the errors of the failed ones again.
+// Command progress reads the output of go test -json and shows what a person waits for. Once a
+// minute it shows the running tests. It shows the output of failed and skipped tests, and the result
+// of each package. At the end it shows the slowest tests, and the errors of failed tests again.
 package main
 
 import (

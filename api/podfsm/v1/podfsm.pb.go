@@ -2041,7 +2041,7 @@ type PendingCleanup struct {
 	// The error of the last try.
 	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	// The number of failed tries since the daemon started.
-	Attempts uint32 `protobuf:"varint,3,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Tries uint32 `protobuf:"varint,3,opt,name=tries,proto3" json:"tries,omitempty"`
 	// When podfsm will retry the cleanup. Absent while the daemon is down.
 	NextTry *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`
 	// When the first try failed.
@@ -2094,9 +2094,9 @@ func (x *PendingCleanup) GetError() string {
 	return ""
 }
 
-func (x *PendingCleanup) GetAttempts() uint32 {
+func (x *PendingCleanup) GetTries() uint32 {
 	if x != nil {
-		return x.Attempts
+		return x.Tries
 	}
 	return 0
 }
@@ -2933,11 +2933,11 @@ const file_podfsm_v1_podfsm_proto_rawDesc = "" +
 	"\tIDMapping\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\rR\vcontainerId\x12\x17\n" +
 	"\ahost_id\x18\x02 \x01(\rR\x06hostId\x12\x16\n" +
-	"\x06length\x18\x03 \x01(\rR\x06length\"\xbf\x01\n" +
+	"\x06length\x18\x03 \x01(\rR\x06length\"\xb9\x01\n" +
 	"\x0ePendingCleanup\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
-	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1a\n" +
-	"\battempts\x18\x03 \x01(\rR\battempts\x125\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12\x14\n" +
+	"\x05tries\x18\x03 \x01(\rR\x05tries\x125\n" +
 	"\bnext_try\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\anextTry\x120\n" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\xaa\x02\n" +
 	"\x04Step\x12\x12\n" +

@@ -18,8 +18,8 @@ func openFile(args []string) error {
 // chownFile gives the file args[0] to the container's root.
 func chownFile(args []string) error { return failed("chown", unix.Chown(args[0], 0, 0)) }
 
-// openByHandle opens a file by its handle on the filesystem of the volume args[0], without a path
-// to the file: the root of that filesystem, whose inode is 2 on ext4 (the "shocker" of 2014).
+// openByHandle opens the root of the filesystem of the volume args[0] by its handle, without a path.
+// On ext4 the inode of the root is 2. This is the "shocker" of 2014.
 func openByHandle(args []string) error {
 	volume, err := os.Open(args[0])
 	if err != nil {

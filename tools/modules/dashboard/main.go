@@ -123,7 +123,7 @@ func addSteps(d *dashboard.DashboardBuilder) {
 		WithPanel(runbook(graph("p95 of undos by step", units.Seconds, query{
 			`histogram_quantile(0.95, sum by (step, le) (rate(podfsm_step_duration_seconds_bucket{%s, operation=~"undo|stop"}[$__rate_interval])))`,
 			"{{step}}"}), "steps-are-slow")).
-		WithPanel(runbook(graph("Failed attempts", units.OpsPerSecond, query{
+		WithPanel(runbook(graph("Failed tries", units.OpsPerSecond, query{
 			"sum by (step, operation, error_type) (rate(podfsm_step_errors_total{%s}[$__rate_interval]))", "{{operation}} {{step}}: {{error_type}}"}), "step-fails")).
 		WithPanel(runbook(graph("Oldest unfinished step", units.Seconds, query{
 			"max by (step, operation) (podfsm_unfinished_step_age_seconds{%s})", "{{operation}} {{step}}"}), "step-hangs"))

@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"strings"
@@ -6,17 +6,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
-	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/userns"
 )
-
-// MappingsOf returns a sandbox's id mappings; nil in the host's user namespace.
-func MappingsOf(view lifecycle.View) *userns.Mappings {
-	if allocated, _, ok := resultOf[*userns.Mappings](view); ok {
-		return allocated
-	}
-	return view.Spec.(*Spec).Mapping // not allocated yet, or its record is lost
-}
 
 // IDs returns the id ranges of all pods as the API shows them. failed is the error of the search on
 // the host; nil if it succeeded.

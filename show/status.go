@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"time"
@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 )
 
@@ -29,7 +30,7 @@ func slowestStep(views []lifecycle.View, now time.Time) (slowest *podfsmv1.Slowe
 	var longest time.Duration
 	for _, view := range views {
 		for _, step := range view.Steps {
-			declared, _ := Table().Step(step.Name)
+			declared, _ := records.Table().Step(step.Name)
 			took, running := step.Duration, step.Status == lifecycle.StepRunning
 			if running {
 				took = now.Sub(step.Started)
@@ -38,7 +39,7 @@ func slowestStep(views []lifecycle.View, now time.Time) (slowest *podfsmv1.Slowe
 				continue
 			}
 			longest = took
-			metadata := view.Spec.(*Spec).Config.GetMetadata()
+			metadata := view.Spec.(*records.Spec).Config.GetMetadata()
 			slowest = &podfsmv1.SlowestStep{
 				Step: string(step.Name), SandboxId: view.Key.ID, PodName: metadata.GetName(), PodNamespace: metadata.GetNamespace(),
 				StartedAt: timestamppb.New(step.Started),

@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"errors"
@@ -12,6 +12,7 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 )
 
@@ -25,7 +26,7 @@ func viewOf(notes ...any) lifecycle.View {
 	}
 	return lifecycle.View{
 		Key:   ledger.Key{Namespace: "k8s.io", ID: "s1"},
-		Spec:  &Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: "web", Namespace: "default"}}},
+		Spec:  &records.Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: "web", Namespace: "default"}}},
 		Steps: []lifecycle.StepView{{Name: "attach_network", Plan: plan, Notes: notes}},
 		Tries: []lifecycle.Try{
 			{Step: "attach_network", Operation: lifecycle.OperationDo, Started: begin, Ended: begin.Add(time.Second), Err: errors.New("no \xff")},

@@ -1,4 +1,7 @@
-package records
+// Package show converts sandboxes, and what else operators see, to the types of the API. It finds the
+// sandbox that an operator names. The daemon and the CLI, which reads a ledger without a daemon,
+// show the same by it.
+package show
 
 import (
 	"cmp"
@@ -15,6 +18,7 @@ import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
 	"github.com/podfsm/podfsm/leaks"
 	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 	"github.com/podfsm/podfsm/userns"
@@ -45,8 +49,8 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 	response := &podfsmv1.InspectResponse{Sandbox: Sandbox(view)}
 	for _, step := range view.Steps {
 		shown := stepOf(step)
-		if step.Name == AllocateIDs && shown.Detail != nil {
-			shown.Detail["because"] = usersBecause(view.Spec.(*Spec))
+		if step.Name == records.AllocateIDs && shown.Detail != nil {
+			shown.Detail["because"] = usersBecause(view.Spec.(*records.Spec))
 		}
 		response.Steps = append(response.Steps, shown)
 	}
@@ -54,7 +58,7 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 		response.Transitions = append(response.Transitions, transitionOf(t))
 	}
 	response.Tries = triesOf(view)
-	if attached, ok := NetworkOf(view); ok {
+	if attached, ok := records.NetworkOf(view); ok {
 		result, err := json.Marshal(attached.Result)
 		if err != nil {
 			return nil, fmt.Errorf("failed to write the CNI result of sandbox %q: %w", view.Key.ID, err)
@@ -66,7 +70,7 @@ func Inspection(view lifecycle.View) (*podfsmv1.InspectResponse, error) {
 
 // Sandbox returns a sandbox as the API shows it.
 func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
-	spec := view.Spec.(*Spec)
+	spec := view.Spec.(*records.Spec)
 	metadata := spec.Config.GetMetadata()
 	s := &podfsmv1.Sandbox{
 		Id:                  view.Key.ID,
@@ -80,19 +84,19 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 		Goal:                string(view.Goal),
 		CreatedAt:           timestamppb.New(view.Created),
 		Since:               timestamppb.New(view.Since),
-		Userns:              mappingOf(MappingsOf(view)),
+		Userns:              mappingOf(records.MappingsOf(view)),
 		TraceId:             view.TraceID,
 		Error:               Text(view.Err),
 		FailedStep:          failedStep(view),
 		Seq:                 lastSeq(view),
 	}
-	if started, _, ok := resultOf[*Pause](view); ok && view.Exit == nil {
+	if started, _, ok := records.ResultOf[*records.Pause](view); ok && view.Exit == nil {
 		s.Pid = started.Pid
 	}
-	if pinned, step, ok := resultOf[*NetNS](view); ok && step.Status == lifecycle.StepDone {
+	if pinned, step, ok := records.ResultOf[*records.NetNS](view); ok && step.Status == lifecycle.StepDone {
 		s.NetnsPath, s.NetnsInode = pinned.Path, pinned.Inode
 	}
-	if attached, ok := NetworkOf(view); ok {
+	if attached, ok := records.NetworkOf(view); ok {
 		s.Ip, s.AdditionalIps = attached.IP, attached.AdditionalIPs
 	}
 	if step, ok := view.Current(); ok {
@@ -101,7 +105,7 @@ func Sandbox(view lifecycle.View) *podfsmv1.Sandbox {
 	for _, step := range slices.Backward(view.Steps) {
 		if step.Status == lifecycle.StepCleanupPending {
 			s.PendingCleanups = append(s.PendingCleanups, &podfsmv1.PendingCleanup{
-				Step: string(step.Name), Error: Text(step.Err), Attempts: uint32(step.Attempts),
+				Step: string(step.Name), Error: Text(step.Err), Tries: uint32(step.FailedTries),
 				NextTry: timestamp(view.NextTry), Since: timestamp(step.PendingSince),
 			})
 		}
@@ -159,16 +163,13 @@ func stepOf(step lifecycle.StepView) *podfsmv1.Step {
 	return s
 }
 
-// AllocateIDs is the name of the step that allocates a pod's ids.
-const AllocateIDs states.Event = "allocate_ids"
-
 // usersBecause returns the reason for a pod's id mapping.
-func usersBecause(spec *Spec) string {
+func usersBecause(spec *records.Spec) string {
 	switch {
 	case spec.Mapping != nil:
 		return "the request has the mapping"
 	case spec.Choose == userns.ModeAuto || spec.Choose == userns.ModeNode:
-		return fmt.Sprintf("its runtime handler maps every pod, mode %q", spec.Choose)
+		return fmt.Sprintf("the runtime handler maps every pod, mode %q", spec.Choose)
 	case spec.Kept != "":
 		return fmt.Sprintf("%s, and its runtime handler leaves such pods on the node's users", spec.Kept)
 	default:
@@ -186,17 +187,17 @@ func detail(result any) map[string]string {
 			"uids": fmt.Sprintf("%d:%d:%d", r.UIDs.ContainerID, r.UIDs.HostID, r.UIDs.Length),
 			"gids": fmt.Sprintf("%d:%d:%d", r.GIDs.ContainerID, r.GIDs.HostID, r.GIDs.Length),
 		}
-	case *Snapshot:
+	case *records.Snapshot:
 		of := map[string]string{"snapshotter": r.Snapshotter, "strategy": r.Strategy, "parent": r.Parent}
 		if r.Inodes > 0 {
 			of["remapped"] = fmt.Sprintf("%d inodes, %d bytes, in %s", r.Inodes, r.Bytes, r.Took.Round(time.Millisecond))
 		}
 		return of
-	case *Pause:
+	case *records.Pause:
 		return map[string]string{"pid": strconv.FormatUint(uint64(r.Pid), 10), "cgroup": r.CgroupPath}
-	case *NetNS:
+	case *records.NetNS:
 		return map[string]string{"path": r.Path, "inode": strconv.FormatUint(r.Inode, 10)}
-	case *Network:
+	case *records.Network:
 		of := map[string]string{"ips": strings.Join(append([]string{r.IP}, r.AdditionalIPs...), ",")}
 		if len(r.Plugins) > 0 {
 			of["plugins"] = pluginsOf(r)
@@ -209,7 +210,7 @@ func detail(result any) map[string]string {
 
 // pluginsOf returns the duration of each plugin's ADD as "network/plugin=12ms", in the order of the
 // chains.
-func pluginsOf(r *Network) string {
+func pluginsOf(r *records.Network) string {
 	var times []string
 	for _, p := range r.Plugins {
 		times = append(times, fmt.Sprintf("%s/%s=%s", p.Network, p.Type, p.Took.Round(time.Microsecond)))
@@ -230,24 +231,6 @@ func Text(err error) string {
 		text = fmt.Sprintf("%s… (%d bytes in all)", text[:maxText], len(text))
 	}
 	return strings.ToValidUTF8(text, "\uFFFD")
-}
-
-// NetworkOf returns the network to which a sandbox is attached. It returns false once the
-// attachment is undone.
-func NetworkOf(view lifecycle.View) (*Network, bool) {
-	attached, step, ok := resultOf[*Network](view)
-	return attached, ok && step.Status != lifecycle.StepUndone
-}
-
-// resultOf returns a result by its type, and the step that has it: another release may have named
-// the step differently.
-func resultOf[T any](view lifecycle.View) (result T, step lifecycle.StepView, ok bool) {
-	for _, step := range view.Steps {
-		if result, ok := step.Result.(T); ok {
-			return result, step, true
-		}
-	}
-	return result, step, false
 }
 
 // lastSeq returns the number of a sandbox's last transition; 0 if it has none.

@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"testing"
@@ -8,6 +8,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -15,8 +16,8 @@ import (
 func TestStatus(t *testing.T) {
 	began := time.Now().Add(-time.Minute)
 	view := func(id string, state states.State, steps ...lifecycle.StepView) lifecycle.View {
-		spec := &Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: id, Namespace: "default"}}}
-		return lifecycle.View{Key: ledger.Key{Namespace: Namespace, ID: id}, Spec: spec, State: state, Steps: steps}
+		spec := &records.Spec{Config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: id, Namespace: "default"}}}
+		return lifecycle.View{Key: ledger.Key{Namespace: records.Namespace, ID: id}, Spec: spec, State: state, Steps: steps}
 	}
 	done := func(name states.Event, took time.Duration) lifecycle.StepView {
 		return lifecycle.StepView{Name: name, Status: lifecycle.StepDone, Started: began, Duration: took}

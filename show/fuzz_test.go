@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"encoding/json"
@@ -11,6 +11,7 @@ import (
 
 	"github.com/podfsm/podfsm/cni"
 	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/userns"
 )
@@ -18,7 +19,7 @@ import (
 // FuzzRecords replays any specification and any step result, of every recorded type. The sandbox can
 // always be shown.
 func FuzzRecords(f *testing.F) {
-	types := []any{&Spec{}, &userns.Mappings{}, &Snapshot{}, &Cgroup{}, &Pause{}, &NetNS{}, &Network{}, &Ready{}, &cni.Attachment{}, &cni.Progress{}, &lifecycle.Skipped{}, &lifecycle.Exit{}}
+	types := []any{&records.Spec{}, &userns.Mappings{}, &records.Snapshot{}, &records.Cgroup{}, &records.Pause{}, &records.NetNS{}, &records.Network{}, &records.Ready{}, &cni.Attachment{}, &cni.Progress{}, &lifecycle.Skipped{}, &lifecycle.Exit{}}
 	f.Add([]byte(`{"Config":{"metadata":{"name":"web","namespace":"default"}},"Handler":"podfsm"}`), 0, []byte(`{"IP":"10.0.0.2","Result":{"Interfaces":{"eth0":null}}}`), 4, 5)
 	f.Add([]byte(`null`), 0, []byte(`{"Plugins":[{}]}`), 4, 5)
 	f.Add([]byte(`{"Config":null,"Mapping":{}}`), 0, []byte(`null`), 0, 1)
@@ -29,10 +30,10 @@ func FuzzRecords(f *testing.F) {
 			require.NoError(t, err)
 			return &ledger.Data{TypeURL: url, Value: value}
 		}
-		path := Table().Steps()
+		path := records.Table().Steps()
 		name := string(path[uint(step)%uint(len(path))])
 		key := ledger.Key{Namespace: "k8s.io", ID: "s1"}
-		views, err := Replay([]ledger.Sandbox{{Key: key, Records: []ledger.Record{
+		views, err := records.Replay([]ledger.Sandbox{{Key: key, Records: []ledger.Record{
 			{Seq: 1, Key: key, Kind: ledger.Begun, Data: data(specType, spec), At: time.Unix(1, 0)},
 			{Seq: 2, Key: key, Kind: ledger.Intent, Step: name, Data: data(resultType, result), At: time.Unix(1, 0)},
 			{Seq: 3, Key: key, Kind: ledger.Done, Step: name, Data: data(resultType, result), At: time.Unix(1, 0)},
@@ -51,9 +52,9 @@ func FuzzRecords(f *testing.F) {
 // InvalidArgument.
 func FuzzFind(f *testing.F) {
 	views := []lifecycle.View{
-		{Key: ledger.Key{Namespace: "k8s.io", ID: "abc1"}, Pod: "default/web", Spec: &Spec{}},
-		{Key: ledger.Key{Namespace: "k8s.io", ID: "abc2"}, Pod: "default/abc1", Spec: &Spec{}},
-		{Key: ledger.Key{Namespace: "k8s.io", ID: "d"}, Pod: "other/web", Spec: &Spec{}},
+		{Key: ledger.Key{Namespace: "k8s.io", ID: "abc1"}, Pod: "default/web", Spec: &records.Spec{}},
+		{Key: ledger.Key{Namespace: "k8s.io", ID: "abc2"}, Pod: "default/abc1", Spec: &records.Spec{}},
+		{Key: ledger.Key{Namespace: "k8s.io", ID: "d"}, Pod: "other/web", Spec: &records.Spec{}},
 	}
 	for _, ref := range []string{"", "abc1", "abc", "web", "default/web", "/", "/web", "d", "\xff", "*"} {
 		f.Add(ref)

@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"errors"
@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podfsm/podfsm/ledger"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 	"github.com/podfsm/podfsm/states"
 )
@@ -16,8 +17,8 @@ import (
 func TestDetail(t *testing.T) {
 	require.Nil(t, detail(nil))
 	require.Equal(t, map[string]string{"skipped": "why"}, detail(&lifecycle.Skipped{Reason: "why"}))
-	require.Equal(t, "7", detail(&Pause{Pid: 7})["pid"])
-	require.Contains(t, fmt.Sprint(detail(&Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2", "10.1.0.2"}})), "fd00::2,10.1.0.2")
+	require.Equal(t, "7", detail(&records.Pause{Pid: 7})["pid"])
+	require.Contains(t, fmt.Sprint(detail(&records.Network{IP: "10.0.0.2", AdditionalIPs: []string{"fd00::2", "10.1.0.2"}})), "fd00::2,10.1.0.2")
 	require.Equal(t, "", Text(nil))
 }
 
@@ -25,7 +26,7 @@ func TestDetail(t *testing.T) {
 // has a line of its own.
 func TestPendingWithoutAFailedUndo(t *testing.T) {
 	view := lifecycle.View{
-		Key: ledger.Key{Namespace: "k8s.io", ID: "0123456789abcdef"}, Pod: "ns/pod", Spec: &Spec{}, State: states.CleanupOwed, Err: errors.New("disk full"),
+		Key: ledger.Key{Namespace: "k8s.io", ID: "0123456789abcdef"}, Pod: "ns/pod", Spec: &records.Spec{}, State: states.CleanupOwed, Err: errors.New("disk full"),
 	}
 	require.Equal(t, "disk full", Sandbox(view).GetPendingCleanups()[0].GetError())
 	other := view

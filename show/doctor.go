@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"

@@ -1,4 +1,4 @@
-package records
+package show
 
 import (
 	"strings"
@@ -8,13 +8,14 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
+	"github.com/podfsm/podfsm/ledger/records"
 	"github.com/podfsm/podfsm/lifecycle"
 )
 
 // Transition returns the last transition of a sandbox as an event of the API. The view must have a
 // transition.
 func Transition(view lifecycle.View) *podfsmv1.SandboxTransition {
-	metadata := view.Spec.(*Spec).Config.GetMetadata()
+	metadata := view.Spec.(*records.Spec).Config.GetMetadata()
 	return &podfsmv1.SandboxTransition{
 		SandboxId:           view.Key.ID,
 		ContainerdNamespace: view.Key.Namespace,
@@ -28,7 +29,7 @@ func Transition(view lifecycle.View) *podfsmv1.SandboxTransition {
 
 // WriteOff returns a write-off as an event of the API.
 func WriteOff(view lifecycle.View, w lifecycle.WriteOff) *podfsmv1.SandboxWriteOff {
-	metadata := view.Spec.(*Spec).Config.GetMetadata()
+	metadata := view.Spec.(*records.Spec).Config.GetMetadata()
 	return &podfsmv1.SandboxWriteOff{
 		SandboxId:           view.Key.ID,
 		ContainerdNamespace: view.Key.Namespace,
