@@ -24,6 +24,9 @@ const (
 	// removeTimeout bounds the removal of a group that has no processes.
 	removeTimeout = time.Second
 
+	// addPatience is how long an ADD whose caller has gone may take to end by itself.
+	addPatience = 2 * time.Second
+
 	// noSandbox replaces the sandbox id in commands that belong to no sandbox. It is not a valid id
 	// for CNI.
 	noSandbox = "-"
@@ -189,7 +192,14 @@ func eachRun(groups host.Groups, f func(r run, group host.Group, isKept bool) er
 
 // endRun ends a run whose caller has gone.
 func endRun(ctx context.Context, group host.Group, r run, patience time.Duration) error {
-	if r.command == "DEL" {
+	switch r.command {
+	case "DEL":
+	case "ADD": // the host-local plugin, killed between open(2) and write(2), leaves an address that no DEL finds
+		patience = min(patience, addPatience)
+	default:
+		patience = 0
+	}
+	if patience > 0 {
 		patient, cancel := context.WithTimeout(ctx, patience)
 		err := group.Wait(patient)
 		cancel()
@@ -223,8 +233,8 @@ func Leftovers(groups host.Groups) (left []Left, err error) {
 }
 
 // End ends all processes of the plugins of a sandbox, except for daemons of plugins that have
-// succeeded. Those of a DEL get patience to end by themselves, the others are killed at once. Do
-// not call it for a sandbox that a [Driver] works on.
+// succeeded. Those of a DEL get patience to end by themselves, those of an ADD at most two seconds
+// of it, and the others are killed at once. Do not call it for a sandbox that a [Driver] works on.
 func End(ctx context.Context, groups host.Groups, id string, patience time.Duration) error {
 	return end(ctx, groups, id, patience, never)
 }
