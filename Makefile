@@ -20,6 +20,7 @@ packages := \
 	squashfs-tools:mksquashfs \
 	crun:crun \
 	strace:strace \
+	rpm:rpm \
 	conmon:conmon \
 	binutils:strip \
 	systemd:systemd-analyze
@@ -100,7 +101,7 @@ long_tests := $(only_long)|TestRandomSequences|TestKillMatrix|TestReboot|TestSoa
 long_unit_tests := $(only_long)|TestReplayOfEachSequenceOfInputs|TestChainsOfPlugins|TestStrategies
 
 # What make long needs of Debian besides packages.
-long_packages := lintian:lintian rpm:rpm
+long_packages := lintian:lintian
 
 .PHONY: long
 long: packages += $(long_packages)
