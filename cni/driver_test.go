@@ -29,6 +29,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"golang.org/x/sys/unix"
 
+	"github.com/podfsm/podfsm/internal/roottest"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -668,6 +669,24 @@ func TestDelWithoutNetNS(t *testing.T) {
 			require.Contains(t, r.read("first.DEL.env"), fmt.Sprintf("CNI_NETNS=/proc/%d/fd/", os.Getpid()))
 			require.True(t, r.attachment.Settled())
 		})
+	}
+}
+
+// The process's first thread never ends, and /proc/self/net is its network.
+func TestEmptyNetNS(t *testing.T) {
+	roottest.Require(t)
+	before, err := os.Readlink("/proc/self/ns/net")
+	require.NoError(t, err)
+	for range 200 { // on the first thread, too, if it were up to the scheduler
+		empty, err := emptyNetNS()
+		require.NoError(t, err)
+		made, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", empty.Fd()))
+		require.NoError(t, err)
+		require.NotEqual(t, before, made)
+		require.NoError(t, empty.Close())
+		now, err := os.Readlink("/proc/self/ns/net")
+		require.NoError(t, err)
+		require.Equal(t, before, now)
 	}
 }
 

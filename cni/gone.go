@@ -6,13 +6,13 @@ import (
 	"fmt"
 	"os"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
 
+	"github.com/podfsm/podfsm/host"
 	"github.com/podfsm/podfsm/tracing"
 )
 
@@ -29,18 +29,14 @@ func (d *Driver) delGone(ctx context.Context, a *Attachment, record Record) erro
 
 // emptyNetNS returns a new network namespace. It lives as long as the file is open, so that a
 // killed daemon leaves nothing behind.
-func emptyNetNS() (*os.File, error) {
-	var netns *os.File
-	made := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
+func emptyNetNS() (netns *os.File, _ error) {
+	err := host.OnLastThread(func() (err error) {
+		if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
 			netns, err = os.Open("/proc/thread-self/ns/net")
 		}
-		made <- err
-	}()
-	return netns, <-made
+		return err
+	})
+	return netns, err
 }
 
 // delWithoutNetNS runs DEL again without any namespace, for a plugin that failed with an empty one.

@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/log"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/ledger/records"
@@ -224,25 +226,49 @@ func (s *service) linksOf(ctx context.Context, id string) (Sandbox, []*netlink.L
 	return pod, links, true
 }
 
-// linksIn reads the interfaces in a network namespace except the loopback, in the kernel's order. All of them have
-// statistics, and a name that is valid in a protobuf message, whatever name the pod chose.
+// linksIn reads the interfaces in a network namespace except the loopback, in the kernel's order, at most maxLinks.
+// All of them have statistics, and a name that is valid in a protobuf message, whatever name the pod chose.
 func linksIn(netNS string) ([]*netlink.LinkAttrs, error) {
-	var links []netlink.Link
+	var links []*netlink.LinkAttrs
 	err := ns.WithNetNSPath(netNS, func(ns.NetNS) (err error) {
-		links, err = netlink.LinkList()
+		links, err = firstLinks()
 		return err
 	})
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // an interface appeared or vanished meanwhile
+	if err != nil {
 		return nil, fmt.Errorf("failed to list the interfaces in network namespace %q: %w", netNS, err)
 	}
-	var all []*netlink.LinkAttrs
-	for _, link := range links {
-		attrs := link.Attrs()
-		if attrs.Name == "lo" || attrs.Statistics == nil || len(all) == maxLinks {
-			continue
-		}
-		attrs.Name = strings.ToValidUTF8(attrs.Name, "\uFFFD")
-		all = append(all, attrs)
+	return links, nil
+}
+
+// firstLinks is linksIn for the thread's network namespace. The kernel describes the interfaces as they are read, so
+// closing the socket keeps it from describing the rest.
+func firstLinks() (links []*netlink.LinkAttrs, err error) {
+	socket, err := nl.Subscribe(unix.NETLINK_ROUTE) // to no group: it only opens the socket
+	if err != nil {
+		return nil, err
 	}
-	return all, nil
+	defer socket.Close()
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	request.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: socket}}
+	var broken error
+	err = request.ExecuteIter(unix.NETLINK_ROUTE, unix.RTM_NEWLINK, func(message []byte) bool {
+		var link netlink.Link
+		if link, broken = netlink.LinkDeserialize(nil, message); broken != nil {
+			return false
+		}
+		if attrs := link.Attrs(); attrs.Name != "lo" && attrs.Statistics != nil {
+			attrs.Name = strings.ToValidUTF8(attrs.Name, "\uFFFD")
+			links = append(links, attrs)
+		}
+		if len(links) == maxLinks {
+			socket.Close()
+			return false
+		}
+		return true
+	})
+	if len(links) == maxLinks || errors.Is(err, netlink.ErrDumpInterrupted) { // an interface appeared or vanished meanwhile
+		err = nil
+	}
+	return links, errors.Join(broken, err)
 }

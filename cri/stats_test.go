@@ -213,6 +213,20 @@ func TestInterfacesOfAHostilePod(t *testing.T) {
 	require.Len(t, links, maxLinks)
 	require.Equal(t, "eth0", links[0].GetName())
 	require.True(t, utf8.ValidString(links[1].GetName()))
+
+	// The kernel is asked for no more than these, however many there are.
+	read := func() {
+		all, err := linksIn(netNS)
+		require.NoError(t, err)
+		require.Len(t, all, maxLinks)
+	}
+	before := testing.AllocsPerRun(5, read)
+	names = nil
+	for i := range 4 * maxLinks {
+		names = append(names, fmt.Sprintf("evenmore%d", i))
+	}
+	addLinks(t, netNS, names...)
+	require.Less(t, testing.AllocsPerRun(5, read), 1.2*before)
 }
 
 // Each look enters the namespace on a thread, and leaves it again.

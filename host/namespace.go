@@ -36,7 +36,7 @@ func InNetNS(netns *os.File, f func() error) error {
 // which takes a pidfd since Linux 5.8. The thread's root stays the host's. In returns once the
 // thread has ended, because the thread keeps the namespaces alive.
 func (p *Process) In(kinds int, f func() error) error {
-	return onLastThread(func() error {
+	return OnLastThread(func() error {
 		err := p.control(func(pidfd int) error { return unix.Setns(pidfd, kinds) })
 		if err != nil {
 			return fmt.Errorf("failed to enter the namespaces of process %d: %w", p.pid, err)

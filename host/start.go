@@ -51,7 +51,7 @@ func (c Cgroups) Start(start func(cgroupFD int) error) error {
 	if len(v1) == 0 {
 		return start(cgroupFD)
 	}
-	return onLastThread(func() error {
+	return OnLastThread(func() error {
 		for _, dir := range v1 {
 			if err := enter(dir); err != nil {
 				return fmt.Errorf("failed to enter cgroup %q: %w", dir, err)
@@ -77,11 +77,12 @@ func enter(dir string) error { return writeFile(filepath.Join(dir, "tasks"), "0"
 // threadEnd bounds the wait for the end of an idle thread.
 const threadEnd = time.Second
 
-// onLastThread calls f on a thread that ends afterwards. It never uses the first thread: the
-// runtime doesn't end that one, and /proc/self shows it. onLastThread returns once the thread has
-// ended. As long as the thread is in a cgroup, this whole process is listed there, and would be
-// killed with the cgroup. As long as the thread is in a namespace, the namespace lives.
-func onLastThread(f func() error) error {
+// OnLastThread calls f on a thread that ends afterwards, so that f may change the thread for good,
+// for instance its namespaces. It never uses the first thread: the runtime doesn't end that one, and
+// /proc/self shows it. OnLastThread returns once the thread has ended. As long as the thread is in a
+// cgroup, this whole process is listed there, and would be killed with the cgroup. As long as the
+// thread is in a namespace, the namespace lives.
+func OnLastThread(f func() error) error {
 	var tid int
 	done := make(chan error, 1)
 	go func() {
@@ -89,7 +90,7 @@ func onLastThread(f func() error) error {
 		if unix.Gettid() == unix.Getpid() {
 			// The runtime never ends the first thread. While this goroutine holds it, the next one gets another.
 			defer runtime.UnlockOSThread()
-			done <- onLastThread(f)
+			done <- OnLastThread(f)
 			return
 		}
 		tid = unix.Gettid()

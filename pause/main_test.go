@@ -18,6 +18,10 @@ func TestMain(m *testing.M) {
 		helper()
 		return
 	}
+	if os.Getenv(traceEnv) != "" {
+		tracer()
+		return
+	}
 	os.Exit(run(m))
 }
 

@@ -26,7 +26,9 @@ type Processes struct {
 	null   *os.File // see openNull
 	exits  *exits
 	exited func(key string, exit Exit)
-	late   sync.WaitGroup // exits that are not yet reported
+	late   sync.WaitGroup     // exits that are not yet reported, and children that another process traces
+	open   context.Context    // ends with Close
+	cancel context.CancelFunc // ends open
 
 	mu      sync.Mutex
 	running map[string]*process // by key, until Forget
@@ -60,14 +62,15 @@ type Exit struct {
 // UnknownStatus is the exit status if it is unknown. It is containerd's own choice.
 const UnknownStatus = 255
 
-// NewProcesses begins to watch for exits. It calls exited for each exit, one at a time, with the key of
-// [StartRequest]. While exited runs, no other exit is noticed, and Close waits. Start needs a call of Load before.
+// NewProcesses begins to watch for exits. It calls exited for each exit, with the key of [StartRequest]. Calls may be
+// concurrent. While exited runs, no other exit may be noticed, and Close waits. Start needs a call of Load before.
 func NewProcesses(exited func(key string, exit Exit)) (*Processes, error) {
 	null, err := openNull()
 	if err != nil {
 		return nil, err
 	}
 	p := &Processes{null: null, exited: exited, running: map[string]*process{}}
+	p.open, p.cancel = context.WithCancel(context.Background())
 	if p.exits, err = watchExits(p.ended); err != nil {
 		return nil, errors.Join(err, null.Close())
 	}
@@ -113,6 +116,7 @@ func (p *Processes) Close() error { return p.close() }
 
 func (p *Processes) closeAll() error {
 	p.exits.close()
+	p.cancel()
 	p.late.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -244,55 +248,90 @@ func inUse(key string) error {
 	return fmt.Errorf("there is a pause of %q: %w", key, errdefs.ErrAlreadyExists)
 }
 
-// ended handles the exit of a process.
+// ended handles the exit of a process. It doesn't wait, because meanwhile no other exit is noticed.
 func (p *Processes) ended(key string, process *process) {
-	if process.child || process.killed.Load() {
-		p.tell(key, process)
+	at := time.Now()
+	if status, ok := process.reapNow(); ok {
+		p.tell(key, process, Exit{status, at})
 		return
 	}
 	p.late.Go(func() {
-		process.AwaitReaper(reaperTimeout)
-		p.tell(key, process)
+		status, known := process.lateStatus(p.open)
+		p.tell(key, process, Exit{status, at})
+		if process.child && !known {
+			process.reap(p.open)
+		}
 	})
 }
 
-// reaperTimeout bounds the wait until the parent of another daemon's pause has reaped it.
-const reaperTimeout = time.Second
-
-// tell collects the exit of a process and reports it.
-func (p *Processes) tell(key string, process *process) {
-	process.exit = process.collect()
+// tell reports the exit of a process.
+func (p *Processes) tell(key string, process *process, exit Exit) {
+	process.exit = exit
 	close(process.done)
 	if known, ok := p.find(key); ok && known == process {
-		p.exited(key, process.exit)
+		p.exited(key, exit)
 	} else {
 		process.Close() // after Forget
 	}
 }
 
-// collect reaps a child that has ended. It returns the exit as far as the kernel tells.
-func (c *process) collect() Exit {
-	exit := Exit{Status: UnknownStatus, At: time.Now()}
+// reaperTimeout bounds the wait for a process that reaps another daemon's pause, or that traces a child.
+const reaperTimeout = time.Second
+
+// lateStatus returns the exit status of a process that has ended and that reapNow didn't reap. known is false if the
+// kernel doesn't tell it within reaperTimeout.
+func (c *process) lateStatus(ctx context.Context) (status uint32, known bool) {
+	killed := c.killed.Load()
 	if c.child {
-		var status unix.WaitStatus
-		for {
-			// The child is a zombie, so its pid can't be another process's.
-			_, err := unix.Wait4(c.Pid(), &status, 0, nil)
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			if err == nil {
-				exit.Status = exitStatus(status)
-			}
-			return exit
+		ctx, cancel := context.WithTimeout(ctx, reaperTimeout)
+		defer cancel()
+		if status, ok := c.reap(ctx); ok {
+			return status, true
+		}
+	} else {
+		if !killed {
+			c.AwaitReaper(reaperTimeout)
+		}
+		if status, err := c.ExitStatus(); err == nil {
+			return exitStatus(status), true
 		}
 	}
-	if status, err := c.ExitStatus(); err == nil {
-		exit.Status = exitStatus(status)
-	} else if c.killed.Load() {
-		exit.Status = 128 + uint32(unix.SIGKILL)
+	if killed {
+		return 128 + uint32(unix.SIGKILL), false
 	}
-	return exit
+	return UnknownStatus, false
+}
+
+// reap repeats reapNow until it succeeds or ctx ends.
+func (c *process) reap(ctx context.Context) (status uint32, ok bool) {
+	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
+		if status, ok := c.reapNow(); ok {
+			return status, true
+		}
+		select {
+		case <-ctx.Done():
+			return UnknownStatus, false
+		case <-time.After(wait):
+		}
+	}
+}
+
+// reapNow reaps a child that has ended, and returns its exit status. ok is false for the child of another process, and
+// for a child that another process traces: the kernel hands out the child once its tracer has waited for it or ended.
+func (c *process) reapNow() (status uint32, ok bool) {
+	if !c.child {
+		return UnknownStatus, false
+	}
+	var wait unix.WaitStatus
+	// The child is a zombie, so its pid can't be another process's.
+	switch pid, err := unix.Wait4(c.Pid(), &wait, unix.WNOHANG, nil); {
+	case err != nil:
+		return UnknownStatus, true // somebody else has reaped it
+	case pid == 0:
+		return UnknownStatus, false
+	default:
+		return exitStatus(wait), true
+	}
 }
 
 func exitStatus(status unix.WaitStatus) uint32 {

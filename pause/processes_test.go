@@ -6,8 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
+	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -133,6 +136,131 @@ func TestCloseLeavesProcesses(t *testing.T) {
 	_, err = unix.Wait4(record.Pid, nil, 0, nil)
 	require.NoError(t, err)
 	require.Equal(t, r.Key, b.exit(t).key)
+}
+
+// traceEnv makes this program trace the process that it names until its standard input ends, as a debugger on the node
+// does that never waits.
+const traceEnv = "PAUSE_TEST_TRACE"
+
+func tracer() {
+	runtime.LockOSThread()
+	pid, err := strconv.Atoi(os.Getenv(traceEnv))
+	if err == nil {
+		err = unix.PtraceSeize(pid)
+	}
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println("traced")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+}
+
+// trace traces a process until letGo is called.
+func trace(t *testing.T, pid int) (letGo func()) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", traceEnv, pid), "GORACE=atexit_sleep_ms=0")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	letGo = sync.OnceFunc(func() {
+		require.NoError(t, in.Close())
+		require.NoError(t, cmd.Wait())
+	})
+	t.Cleanup(letGo)
+	_, err = io.ReadFull(out, make([]byte, len("traced\n")))
+	require.NoError(t, err)
+	return letGo
+}
+
+// The kernel hands out a traced child that has ended only after its tracer. That holds up no other exit, and no end.
+func TestTracedPause(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		end  func(*testbed, Record) error
+		want uint32
+	}{
+		{"by itself", func(_ *testbed, r Record) error { return unix.Kill(r.Pid, unix.SIGKILL) }, UnknownStatus},
+		{"ended", func(b *testbed, _ Record) error {
+			_, err := b.End(context.Background(), "sandbox")
+			return err
+		}, 137},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newTestbed(t)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			r, record := b.start(t, testPod())
+			other, _ := b.start(t, func() Pod { p := testPod(); p.ID = "other"; return p }())
+			letGo := trace(t, record.Pid)
+			require.NoError(t, tc.end(b, record))
+			soon(t, func() bool { return status(t, record.Pid)["State"] == "Z (zombie)" }, "it doesn't end")
+
+			exit, err := b.End(ctx, other.Key)
+			require.NoError(t, err)
+			require.EqualValues(t, 137, exit.Status)
+			exit, err = b.End(ctx, r.Key)
+			require.NoError(t, err)
+			require.Equal(t, tc.want, exit.Status)
+			require.ElementsMatch(t, []string{r.Key, other.Key}, []string{b.exit(t).key, b.exit(t).key})
+			b.Forget(r.Key)
+			require.Equal(t, "Z (zombie)", status(t, record.Pid)["State"], "the tracer has let go")
+			letGo()
+			soon(t, func() bool { return unix.Kill(record.Pid, 0) == unix.ESRCH }, "it is not reaped")
+			require.Empty(t, b.exits, "an exit is told once")
+		})
+	}
+}
+
+// The daemon's end doesn't wait for a tracer.
+func TestCloseWithATracedPause(t *testing.T) {
+	b := newTestbed(t)
+	_, record := b.start(t, testPod())
+	letGo := trace(t, record.Pid)
+	require.NoError(t, unix.Kill(record.Pid, unix.SIGKILL))
+	require.EqualValues(t, UnknownStatus, b.exit(t).exit.Status)
+	closed := make(chan error, 1)
+	go func() { closed <- b.Close() }()
+	select {
+	case err := <-closed:
+		require.NoError(t, err)
+	case <-time.After(5 * time.Second):
+		require.Fail(t, "Close waits for the tracer")
+	}
+	letGo()
+	_, err := unix.Wait4(record.Pid, nil, 0, nil)
+	require.NoError(t, err)
+}
+
+// A start that fails doesn't wait for a tracer of podfsm-init.
+func TestTracedInit(t *testing.T) {
+	b := newTestbed(t)
+	r := b.request(t, testPod())
+	letGo, pid := func() {}, 0
+	r.Rootfs = func(userns *os.File) (*os.File, error) {
+		all := children(t)
+		var err error
+		pid, err = strconv.Atoi(all[len(all)-1])
+		require.NoError(t, err)
+		letGo = trace(t, pid)
+		return nil, errors.New("no root filesystem")
+	}
+	started := make(chan error, 1)
+	go func() {
+		_, err := b.Start(t.Context(), r)
+		started <- err
+	}()
+	select {
+	case err := <-started:
+		require.ErrorContains(t, err, "no root filesystem")
+	case <-time.After(5 * time.Second):
+		require.Fail(t, "Start waits for the tracer")
+	}
+	letGo()
+	soon(t, func() bool { return unix.Kill(pid, 0) == unix.ESRCH }, "it is not reaped")
 }
 
 // A pause that can't be watched doesn't stay.

@@ -79,11 +79,11 @@ func (p *Processes) start(ctx context.Context, r StartRequest) (_ Record, err er
 	theirs.Close()
 	defer func() {
 		if err != nil && child != nil {
-			exit, reapErr := child.reap(ctx)
+			exit, discardErr := p.discard(ctx, child)
 			if errors.Is(err, errSilent) {
 				err = fmt.Errorf("%w; it ended with status %d: %s", err, exit.Status, exit.hint())
 			}
-			err = errors.Join(err, reapErr)
+			err = errors.Join(err, discardErr)
 		}
 	}()
 	if err != nil {
@@ -242,7 +242,7 @@ func (p *Processes) clone(r StartRequest, files []*os.File) (*process, error) {
 			return 0, errors.Join(err, waitErr)
 		}
 		child = &process{Process: held, child: true, done: make(chan struct{})}
-		return held.Pid(), started.Release() // Release drops only os.Process; collect reaps the child
+		return held.Pid(), started.Release() // Release drops only os.Process; reapNow reaps the child
 	}
 	startIn := r.Cgroup.Start
 	if len(r.Spec.Linux.UIDMappings) == 0 { // os.StartProcess returns once podfsm-init is executed, which then waits for instruct
@@ -334,27 +334,29 @@ func sysMappings(mappings []specs.LinuxIDMapping) (all []syscall.SysProcIDMap) {
 	return all
 }
 
-// reapTimeout bounds the wait for the end of a child that was killed before it executed pause.
-const reapTimeout = 10 * time.Second
+// discardTimeout bounds the wait for the end of a child that was killed before it executed pause.
+const discardTimeout = 10 * time.Second
 
-// reap kills a child that has not executed pause, and returns how it ended. A child that doesn't end in time is
+// discard kills a child that has not executed pause, and returns how it ended. A child that doesn't end in time is
 // reaped in the background.
-func (c *process) reap(ctx context.Context) (Exit, error) {
-	wait := func(ctx context.Context) (Exit, error) {
-		if err := c.Wait(ctx); err != nil {
-			return Exit{}, err
-		}
-		return c.collect(), c.Close()
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reapTimeout)
+func (p *Processes) discard(ctx context.Context, child *process) (Exit, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), discardTimeout)
 	defer cancel()
-	killErr := c.Kill()
-	exit, err := wait(ctx)
-	if err != nil {
-		go func() { _, _ = wait(context.Background()) }()
-		return Exit{}, fmt.Errorf("process %d was killed and has not ended: %w", c.Pid(), errors.Join(killErr, err))
+	killErr := child.Kill()
+	if err := child.Wait(ctx); err != nil {
+		p.late.Go(func() {
+			defer child.Close()
+			if child.Wait(p.open) == nil {
+				child.reap(p.open)
+			}
+		})
+		return Exit{}, fmt.Errorf("process %d was killed and has not ended: %w", child.Pid(), errors.Join(killErr, err))
 	}
-	return exit, nil
+	status, known := child.lateStatus(p.open)
+	if !known {
+		p.late.Go(func() { child.reap(p.open) })
+	}
+	return Exit{Status: status, At: time.Now()}, child.Close()
 }
 
 func closeAll(files []*os.File) {

@@ -6,13 +6,12 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
-	"golang.org/x/sync/singleflight"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/ledger/records"
@@ -46,7 +45,7 @@ func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runt
 		return fmt.Errorf("failed to find the user of %s: %w", name, err)
 	}
 	if chosen { // Check will examine the devices
-		if err := c.reachDevices(ctx, config.GetDevices()); err != nil {
+		if err := c.reachDevices(ctx, config.GetDevices(), int(started.Pid)); err != nil {
 			return fmt.Errorf("%s can't have its %w", name, err)
 		}
 	}
@@ -60,12 +59,12 @@ func (c *Controller) AdmitContainer(ctx context.Context, id string, config *runt
 	return nil
 }
 
-// reachDevices fails if the filesystem of a device doesn't respond. It ignores a missing device:
-// containerd's service reports it.
-func (c *Controller) reachDevices(ctx context.Context, devices []*runtime.Device) error {
+// reachDevices fails if the filesystem of a device doesn't respond, for the pod whose pause is pid.
+// It ignores a missing device: containerd's service reports it.
+func (c *Controller) reachDevices(ctx context.Context, devices []*runtime.Device, pid int) error {
 	for _, d := range devices {
 		for _, path := range []string{d.GetHostPath(), d.GetContainerPath()} { // the runtime bind-mounts both
-			err := c.looks.reach(ctx, path)
+			err := c.looks.reach(ctx, path, pid)
 			if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errdefs.IsUnavailable(err) {
 				return fmt.Errorf("device %q: %w", path, err)
 			}
@@ -164,54 +163,98 @@ func volumeRemedy(unmappable *userns.UnmappableError, chosen bool) string {
 }
 
 const (
-	// maxLooks bounds the looks under way: each may keep a thread that can't be ended.
-	maxLooks = 64
+	// maxLooksOfPod bounds the looks under way that a pod has started, so that its dead filesystems
+	// hold up no other pod.
+	maxLooksOfPod = 4
+	// maxLooks bounds the looks under way: each may keep a thread that can't be ended. 256 pods
+	// don't reach it.
+	maxLooks = 256 * maxLooksOfPod
 	// lookTimeout is how long a caller waits for a look.
 	lookTimeout = 30 * time.Second
 )
 
 // looks are the looks at volumes under way.
 type looks struct {
-	group    singleflight.Group
-	underWay atomic.Int32
+	mu       sync.Mutex
+	underWay map[string]*look
+	ofPod    map[int]int // the number of looks that a pod has started, by the pid of its pause
+}
+
+// look is one look at a volume.
+type look struct {
+	done chan struct{} // closed once err is set
+	err  error
 }
 
 // at is [userns.CheckVolume] bounded by ctx, even if the filesystem doesn't respond, such as one of
 // a dead server. It reaches the path first, because that is what hangs. Pods share the looks at a
 // path, so retries of a pod don't add threads.
 func (l *looks) at(ctx context.Context, path string, pid int) error {
-	if err := l.reach(ctx, path); err != nil {
+	if err := l.reach(ctx, path, pid); err != nil {
 		return err
 	}
-	return l.join(ctx, fmt.Sprint(pid, " ", path), func() error { return userns.CheckVolume(path, pid) })
+	return l.join(ctx, pid, fmt.Sprint(pid, " ", path), func() error { return userns.CheckVolume(path, pid) })
 }
 
 // below is [userns.CheckBelow] bounded by ctx, for volumes of the pod whose pause is pid.
 func (l *looks) below(ctx context.Context, paths []string, pid int) error {
-	return l.join(ctx, fmt.Sprintf("%d %q", pid, paths), func() error { return userns.CheckBelow(paths) })
+	return l.join(ctx, pid, fmt.Sprintf("%d %q", pid, paths), func() error { return userns.CheckBelow(paths) })
 }
 
-// reach is [userns.Reach] bounded by ctx.
-func (l *looks) reach(ctx context.Context, path string) error {
-	return l.join(ctx, path, func() error { return userns.Reach(path) })
+// reach is [userns.Reach] bounded by ctx, for the pod whose pause is pid.
+func (l *looks) reach(ctx context.Context, path string, pid int) error {
+	return l.join(ctx, pid, path, func() error { return userns.Reach(path) })
 }
 
-// join waits for a look, and starts it unless the same one is under way. A look whose filesystem
-// doesn't respond can't be ended. If maxLooks are under way, join fails with Unavailable.
-func (l *looks) join(ctx context.Context, key string, look func() error) error {
+// join waits for a look, and starts it for a pod unless the same one is under way. A look whose
+// filesystem doesn't respond can't be ended. If too many are under way, join fails with Unavailable.
+func (l *looks) join(ctx context.Context, pid int, key string, f func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
-	done := l.group.DoChan(key, func() (any, error) {
-		defer l.underWay.Add(-1)
-		if l.underWay.Add(1) > maxLooks {
-			return nil, fmt.Errorf("%d volumes are being checked, and their filesystems may not respond; check the mounts of the node: %w", maxLooks, errdefs.ErrUnavailable)
-		}
-		return nil, lifecycle.Protect(look) // in singleflight, a panic would end the daemon
-	})
+	look, err := l.start(pid, key, f)
+	if err != nil {
+		return err
+	}
 	select {
-	case answer := <-done:
-		return answer.Err
+	case <-look.done:
+		return look.err
 	case <-ctx.Done():
 		return fmt.Errorf("the filesystem does not respond: %w", ctx.Err())
 	}
+}
+
+// start starts a look, or returns the same one that is under way.
+func (l *looks) start(pid int, key string, f func() error) (*look, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if same, ok := l.underWay[key]; ok {
+		return same, nil
+	}
+	switch {
+	case l.ofPod[pid] >= maxLooksOfPod:
+		return nil, tooManyLooks(maxLooksOfPod, "pod")
+	case len(l.underWay) >= maxLooks:
+		return nil, tooManyLooks(maxLooks, "node")
+	}
+	if l.underWay == nil {
+		l.underWay, l.ofPod = map[string]*look{}, map[int]int{}
+	}
+	started := &look{done: make(chan struct{})}
+	l.underWay[key] = started
+	l.ofPod[pid]++
+	go func() {
+		started.err = lifecycle.Protect(f) // a panic would end the daemon
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.underWay, key)
+		if l.ofPod[pid]--; l.ofPod[pid] == 0 {
+			delete(l.ofPod, pid)
+		}
+		close(started.done)
+	}()
+	return started, nil
+}
+
+func tooManyLooks(n int, of string) error {
+	return fmt.Errorf("%d volumes of the %s are being checked, and their filesystems may not respond; check the mounts of the node: %w", n, of, errdefs.ErrUnavailable)
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime/pprof"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
@@ -141,27 +143,55 @@ func TestLookAtAVolumeThatDoesNotAnswer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	devices := []*runtime.Device{{HostPath: "/dev/nowhere"}, {HostPath: path}}
-	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices), fmt.Sprintf("device %q: the filesystem does not respond", path))
+	require.ErrorContains(t, (&Controller{}).reachDevices(ctx, devices, os.Getpid()), fmt.Sprintf("device %q: the filesystem does not respond", path))
 	answers()
 	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
 	require.ErrorIs(t, l.at(t.Context(), path, os.Getpid()), unix.ENOTCONN, "the next one looks anew")
 }
 
-// Pods that come and go at a dead filesystem don't fill the node with threads.
+// A pod whose filesystems are dead doesn't keep other pods from their volumes, nor fill the node with threads.
 func TestLooksAreBounded(t *testing.T) {
 	dir, answers := deaf(t)
 	var l looks
-	for pid := range maxLooks {
+	pod, other := os.Getpid(), os.Getppid()
+	for n := range maxLooksOfPod {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
-		require.ErrorIs(t, l.at(ctx, filepath.Join(dir, fmt.Sprint(pid)), os.Getpid()), context.DeadlineExceeded)
+		require.ErrorIs(t, l.at(ctx, filepath.Join(dir, fmt.Sprint(n)), pod), context.DeadlineExceeded)
 		cancel()
 	}
-	require.Eventually(t, func() bool { return l.underWay.Load() == maxLooks }, 10*time.Second, time.Millisecond)
-	err := l.at(t.Context(), "/proc", os.Getpid())
+	err := l.at(t.Context(), "/proc", pod)
 	require.True(t, errdefs.IsUnavailable(err), "%v", err)
+	require.ErrorContains(t, l.at(t.Context(), "/proc", other), "proc", "another pod's volume")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	require.ErrorIs(t, l.at(ctx, filepath.Join(dir, "0"), other), context.DeadlineExceeded, "it joins the first")
 	answers()
-	require.Eventually(t, func() bool { return l.underWay.Load() == 0 }, 10*time.Second, time.Millisecond)
-	require.ErrorContains(t, l.at(t.Context(), "/proc", os.Getpid()), "proc")
+	require.Eventually(t, func() bool { return looking(t) == 0 }, 10*time.Second, time.Millisecond)
+	require.ErrorContains(t, l.at(t.Context(), "/proc", pod), "proc")
+	require.Empty(t, l.underWay)
+	require.Empty(t, l.ofPod)
+}
+
+// Pods that come and go don't fill the node with threads either.
+func TestLooksOfAllPodsAreBounded(t *testing.T) {
+	var l looks
+	answer, ended := make(chan struct{}), sync.WaitGroup{}
+	join := func(n int) error {
+		return l.join(t.Context(), n, fmt.Sprint(n), func() error { <-answer; return nil })
+	}
+	for n := range maxLooks {
+		ended.Go(func() { assert.NoError(t, join(n)) })
+	}
+	require.Eventually(t, func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.underWay) == maxLooks
+	}, 10*time.Second, time.Millisecond)
+	err := join(maxLooks)
+	require.True(t, errdefs.IsUnavailable(err), "%v", err)
+	close(answer)
+	ended.Wait()
+	require.NoError(t, join(maxLooks))
 }
 
 // The remedy is one that helps: where the kernel can't map tmpfs, no other tmpfs will do.

@@ -6,12 +6,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/podfsm/podfsm/host"
 )
 
 // adapt changes the mounts of a snapshot for the layer below it, or for an empty snapshot. Other
@@ -76,25 +77,13 @@ func mountOverlay(target string, options []string) error {
 // InMountNamespace runs f on a thread with its own mount namespace and working directory. The
 // namespace ends with f, also after a kill, and no other process sees its mounts.
 func InMountNamespace(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// The main thread would not exit, and show the whole process in the new namespace.
-			done <- InMountNamespace(f)
-			runtime.UnlockOSThread()
-			return
-		}
-		// Never unlocked, so that the thread exits with the goroutine.
+	return host.OnLastThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-			done <- fmt.Errorf("failed to make a mount namespace: %w", err)
-			return
+			return fmt.Errorf("failed to make a mount namespace: %w", err)
 		}
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			done <- fmt.Errorf("failed to make the mounts private: %w", err)
-			return
+			return fmt.Errorf("failed to make the mounts private: %w", err)
 		}
-		done <- f()
-	}()
-	return <-done
+		return f()
+	})
 }
