@@ -38,7 +38,7 @@ const (
 	Snapshots   = "snapshots"
 	Tasks       = "tasks"
 
-	cleanTimeout   = 10 * time.Second
+	cleanTimeout   = 30 * time.Second
 	censusInterval = 50 * time.Millisecond
 )
 

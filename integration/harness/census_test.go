@@ -153,7 +153,7 @@ func TestCensusSeesEachLeak(t *testing.T) {
 			found := assert.Eventually(t, func() bool {
 				after, err := n.Census(t.Context())
 				return err == nil && strings.Contains("\n"+before.Diff(after), "\n"+tc.category+":\n  + ")
-			}, time.Second, 10*time.Millisecond)
+			}, harness.Patience(20*time.Second), 10*time.Millisecond)
 			uproot()
 			require.True(t, found)
 			n.RequireClean(t, before)
