@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"google.golang.org/grpc/codes"
@@ -90,20 +91,22 @@ func TestChains(t *testing.T) {
 	require.Empty(t, reserved(t, n))
 	require.Empty(t, limits(t, n))
 	removeWires()
-	after, err := n.Census(t.Context())
-	require.NoError(t, err)
-	for _, category := range []string{harness.NetNSMounts, harness.Mounts, harness.Ledger, harness.Processes, harness.Shims, harness.CNICache} {
-		require.Equal(t, before[category], after[category], category)
-	}
-	for _, link := range after[harness.Links] {
-		require.NotContains(t, link, "veth")
-		require.NotContains(t, link, "ifb")
-	}
-	for _, rule := range after[harness.IPTables] {
-		for _, pod := range pods {
-			require.NotContains(t, rule, pod.ID)
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		after, err := n.Census(t.Context())
+		require.NoError(c, err)
+		for _, category := range []string{harness.NetNSMounts, harness.Mounts, harness.Ledger, harness.Processes, harness.Shims, harness.CNICache} {
+			require.Equal(c, before[category], after[category], category)
 		}
-	}
+		for _, link := range after[harness.Links] {
+			require.NotContains(c, link, "veth")
+			require.NotContains(c, link, "ifb")
+		}
+		for _, rule := range after[harness.IPTables] {
+			for _, pod := range pods {
+				require.NotContains(c, rule, pod.ID)
+			}
+		}
+	}, waitFor, tick)
 }
 
 // rareChains are chains with a rare plugin, with nftables, or with IPv6. Some kernels lack ipvlan

@@ -117,7 +117,7 @@ func testFlannel(t *testing.T, n *harness.Node) {
 	}
 	t.Run("1.0.0", func(t *testing.T) {
 		require.NoError(t, n.SetChainOf(t.Context(), "1.0.0", plugins...))
-		before, err := n.Census(t.Context())
+		before, err := n.Rest(t.Context())
 		require.NoError(t, err)
 		require.ErrorContains(t, failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod")), "incompatible CNI versions")
 		n.RequireClean(t, before)
@@ -197,7 +197,7 @@ func testMultusNetworks(t *testing.T, n *harness.Node) {
 	chain.requireLife(t, n, config, func(c *harness.Container) {
 		require.Contains(t, exec(t, c, "ip", "-4", "address", "show", "net1"), " 10.93.1.")
 	})
-	before, err := n.Census(t.Context())
+	before, err := n.Rest(t.Context())
 	require.NoError(t, err)
 
 	t.Run("one network refuses", func(t *testing.T) {
