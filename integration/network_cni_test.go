@@ -387,7 +387,7 @@ func TestMiddleOfChainFails(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, before[harness.IPTables], census[harness.IPTables])
 	require.Equal(t, before[harness.Links], census[harness.Links])
-	pending := inspect(t, n, pod.ID).GetSandbox().GetPendingCleanups()
+	pending := waitPending(t, n, pod.ID).GetPendingCleanups()
 	require.NotEmpty(t, pending)
 	require.Contains(t, pending[0].GetError(), `plugin type="tuning"`)
 	require.NoError(t, n.Heal())
