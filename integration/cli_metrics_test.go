@@ -164,7 +164,7 @@ func TestMetrics(t *testing.T) {
 		unfinished := now.nonzero("unfinished_step_age_seconds")
 		require.Len(t, unfinished, 1)
 		require.Greater(t, unfinished[`podfsm_unfinished_step_age_seconds{operation="do",step="attach_network"}`], .1)
-		require.Equal(t, map[string]float64{`podfsm_sandbox_creation_retries_total{outcome="joined"}`: 1}, now.increase(before, "sandbox_creation_retries_", "unclaimed"))
+		require.Equal(t, map[string]float64{joined: 1}, now.increase(before, "sandbox_creation_retries_", "unclaimed"))
 		require.NoError(t, n.Faults.Release("bridge.ADD"))
 		require.Eventually(t, func() bool {
 			return look()[`podfsm_unclaimed_sandboxes_total`] == 1

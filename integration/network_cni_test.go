@@ -321,7 +321,7 @@ func writeNetworkOf(t *testing.T, version, dir, name string, plugins ...harness.
 func TestHangingPlugin(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{TOML: `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  cni_add_timeout = "1s"
+  cni_add_timeout = "5s"
 `})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
@@ -336,7 +336,7 @@ sleep 600
 	require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "hanger"})...))
 	err = failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
 	require.ErrorContains(t, err, `plugin type="hanger"`)
-	require.ErrorContains(t, err, "no answer within 1s")
+	require.ErrorContains(t, err, "no answer within 5s")
 	pids, err := os.ReadFile(filepath.Join(dir, "pids"))
 	require.NoError(t, err)
 	require.Len(t, strings.Fields(string(pids)), 3)
