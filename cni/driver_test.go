@@ -454,7 +454,7 @@ func TestAddWhilePluginIsInstalled(t *testing.T) {
 	require.NoError(t, err)
 	defer writer.Close()
 
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	err = r.add(ctx)
 	require.ErrorIs(t, err, unix.ETXTBSY)

@@ -449,7 +449,7 @@ func TestStopAndRemoveEndWithTheirCaller(t *testing.T) {
 			select {
 			case err := <-result:
 				require.ErrorIs(t, err, context.Canceled)
-			case <-time.After(2 * time.Second):
+			case <-time.After(soon):
 				close(release)
 				<-result
 				require.Fail(t, "containerd's service doesn't learn that the caller has gone")

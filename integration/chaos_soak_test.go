@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -39,8 +41,7 @@ func TestSoak(t *testing.T) {
 		if last := round == rounds-1; last || random.IntN(3) > 0 {
 			removePods(t, s.n)
 			settled(t, s.n)
-			removeContainers(t, s.n)
-			s.n.RequireClean(t, before)
+			s.requireClean(t, before)
 		} // the next round starts with the remaining pods
 	}
 	t.Logf("under way at the kills: %v", s.interrupted)
@@ -147,36 +148,55 @@ func requireSound(t *testing.T, n *harness.Node) {
 	}
 }
 
+// requireClean requires that podfsm leaves nothing, and removes at each look what containerd leaves.
+func (s *soak) requireClean(t *testing.T, before harness.Census) {
+	t.Helper()
+	var err error
+	eventually(func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		removed := removeContainers(t.Context(), s.n)
+		err = errors.Join(s.n.WaitClean(ctx, before), removed)
+		return err == nil
+	})
+	require.NoError(t, err)
+}
+
 // removeContainers removes what containerd's own service leaves of a container when it is killed
 // during the start or end of the container: its cgroup, which the kubelet would remove with that of
-// the pod, its bundle, and the lease on its snapshot, which expires after a day. podfsm removes
-// those of pause.
-func removeContainers(t *testing.T, n *harness.Node) {
-	t.Helper()
+// the pod, its bundle, the lease on its snapshot, which expires after a day, and what runc has of
+// it, which containerd gives up after five seconds. podfsm removes those of pause.
+func removeContainers(ctx context.Context, n *harness.Node) error {
+	ctx = namespaces.WithNamespace(ctx, "k8s.io")
 	log := n.Log()
-	ofContainer := func(id string) bool {
-		return strings.Contains(log, fmt.Sprintf(`Generated id \"%s\" for container`, id))
-	}
-	cgroups, err := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", filepath.Base(n.Dir()), "pod*", "*/cgroup.procs"))
-	require.NoError(t, err)
-	for _, procs := range cgroups {
-		if dir := filepath.Dir(procs); ofContainer(filepath.Base(dir)) {
-			require.NoError(t, os.Remove(dir))
+	var errs []error
+	// ofContainers calls remove for the files of a pattern that are named after a container.
+	ofContainers := func(pattern string, remove func(file, id string) error) {
+		files, err := filepath.Glob(pattern)
+		errs = append(errs, err)
+		for _, file := range files {
+			id := strings.TrimPrefix(filepath.Base(file), ".")
+			if strings.Contains(log, fmt.Sprintf(`Generated id \"%s\" for container`, id)) {
+				errs = append(errs, remove(file, id))
+			}
 		}
 	}
-	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	runc := filepath.Join(n.Dir(), "state/runc/k8s.io")
+	ofContainers(filepath.Join(runc, "*"), func(_, id string) error {
+		if _, err := n.Containerd.ContainerService().Get(ctx, id); !errdefs.IsNotFound(err) {
+			return err
+		}
+		_, err := n.Command(ctx, n.Program("runc"), "--root", runc, "delete", "--force", id)
+		return err
+	})
+	ofContainers(filepath.Join("/sys/fs/cgroup/*", filepath.Base(n.Dir()), "pod*", "*"), func(dir, _ string) error { return os.Remove(dir) })
+	ofContainers(filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io/.*"), func(bundle, _ string) error { return os.RemoveAll(bundle) })
 	held, err := n.Containerd.LeasesService().List(ctx)
-	require.NoError(t, err)
+	errs = append(errs, err)
 	for _, lease := range held {
 		if _, expires := lease.Labels["containerd.io/gc.expire"]; expires {
-			require.NoError(t, n.Containerd.LeasesService().Delete(ctx, lease))
+			errs = append(errs, n.Containerd.LeasesService().Delete(ctx, lease))
 		}
 	}
-	bundles, err := filepath.Glob(filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io/.*"))
-	require.NoError(t, err)
-	for _, bundle := range bundles {
-		if ofContainer(strings.TrimPrefix(filepath.Base(bundle), ".")) {
-			require.NoError(t, os.RemoveAll(bundle))
-		}
-	}
+	return errors.Join(errs...)
 }

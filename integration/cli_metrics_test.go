@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -137,18 +136,21 @@ func TestMetrics(t *testing.T) {
 	t.Run("a pending cleanup", func(t *testing.T) {
 		require.NoError(t, n.Fault("attach_network.undo.before", "error(injected)"))
 		require.Error(t, pods[0].Stop(t.Context()))
-		now := look()
-		require.Equal(t, map[string]float64{`podfsm_pending_cleanups{step="attach_network"}`: 1, `podfsm_pending_cleanups{step="capture_netns"}`: 1}, now.nonzero("pending_cleanups"))
-		require.Positive(t, now[`podfsm_pending_cleanup_age_seconds{step="attach_network"}`])
-		require.Equal(t, map[string]float64{`podfsm_sandboxes{state="Ready"}`: 2, `podfsm_sandboxes{state="CleanupOwed"}`: 1}, now.nonzero("sandboxes"))
-		require.Positive(t, now[`podfsm_step_errors_total{error_type="other",operation="undo",step="attach_network"}`])
+		var pending scraped
+		owed := map[string]float64{`podfsm_sandboxes{state="Ready"}`: 2, `podfsm_sandboxes{state="CleanupOwed"}`: 1}
+		require.Eventually(t, func() bool {
+			pending = look()
+			return maps.Equal(pending.nonzero("sandboxes"), owed)
+		}, waitFor, tick, "between two automatic retries")
+		require.Equal(t, map[string]float64{`podfsm_pending_cleanups{step="attach_network"}`: 1, `podfsm_pending_cleanups{step="capture_netns"}`: 1}, pending.nonzero("pending_cleanups"))
+		require.Positive(t, pending[`podfsm_pending_cleanup_age_seconds{step="attach_network"}`])
+		require.Positive(t, pending[`podfsm_step_errors_total{error_type="other",operation="undo",step="attach_network"}`])
 
 		require.NoError(t, n.Heal())
-		before := look()
 		require.NoError(t, pods[0].StopAndRemove(t.Context()))
-		now = look()
+		now := look()
 		require.Empty(t, now.nonzero("pending_"), "it is completed")
-		require.Equal(t, plugins("DEL", "ok", 1, "bridge", "portmap"), now.increase(before, "cni_"))
+		require.Equal(t, plugins("DEL", "ok", 1, "bridge", "portmap"), now.increase(pending, "cni_"))
 		require.Equal(t, map[string]float64{`podfsm_sandboxes{state="Ready"}`: 2}, now.nonzero("sandboxes"))
 	})
 
@@ -156,13 +158,13 @@ func TestMetrics(t *testing.T) {
 		before := look()
 		config := n.PodConfig("e", harness.HostUsers())
 		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
-		_, err := runFor(t, n, harness.PodfsmHandler, 100*time.Millisecond, config)
+		_, err := runFor(t, n, harness.PodfsmHandler, impatient, config)
 		require.Error(t, err)
 		now := look()
 		unfinished := now.nonzero("unfinished_step_age_seconds")
 		require.Len(t, unfinished, 1)
 		require.Greater(t, unfinished[`podfsm_unfinished_step_age_seconds{operation="do",step="attach_network"}`], .1)
-		require.Equal(t, map[string]float64{`podfsm_sandbox_creation_retries_total{outcome="joined"}`: 1}, now.increase(before, "sandbox_creation_retries_", "unclaimed"))
+		require.Equal(t, map[string]float64{joined: 1}, now.increase(before, "sandbox_creation_retries_", "unclaimed"))
 		require.NoError(t, n.Faults.Release("bridge.ADD"))
 		require.Eventually(t, func() bool {
 			return look()[`podfsm_unclaimed_sandboxes_total`] == 1

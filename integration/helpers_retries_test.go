@@ -18,6 +18,9 @@ import (
 // impatient is the deadline of a caller that leaves before its pod is ready.
 const impatient = time.Second
 
+// joined counts the callers that wait for a creation that is under way.
+const joined = `podfsm_sandbox_creation_retries_total{outcome="joined"}`
+
 // runFor runs a pod with a deadline, as the kubelet does.
 func runFor(t *testing.T, n *harness.Node, handler string, patience time.Duration, config *runtime.PodSandboxConfig) (*harness.Pod, error) {
 	t.Helper()

@@ -110,6 +110,17 @@ func inspect(t *testing.T, n *harness.Node, ref string) *podfsmv1.InspectRespons
 	return resp
 }
 
+// waitPending waits until the cleanup of a sandbox is pending, and returns the sandbox. During a
+// retry, a sandbox has another state, and the list lacks the step that is tried.
+func waitPending(t *testing.T, n *harness.Node, ref string) (sandbox *podfsmv1.Sandbox) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		sandbox = inspect(t, n, ref).GetSandbox()
+		return sandbox.GetState() == "CleanupOwed"
+	}, waitFor, tick)
+	return sandbox
+}
+
 func nsPath(pid int, kind string) string { return fmt.Sprintf("/proc/%d/ns/%s", pid, kind) }
 
 // inode returns the inode of a namespace by the path of its file.

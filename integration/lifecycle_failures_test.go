@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sync/errgroup"
@@ -102,7 +101,7 @@ func TestPauseHangs(t *testing.T) {
 	require.NoError(t, os.WriteFile(hanging, []byte(script), 0o755))
 	n := harness.StartNode(t, harness.Config{TOML: fmt.Sprintf(`
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  runtime_timeout = "2s"
+  runtime_timeout = "6s"
   init_path = %q
 `, hanging)})
 	failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod")) // the first pod makes directories that stay
@@ -112,7 +111,7 @@ func TestPauseHangs(t *testing.T) {
 	for range 2 {
 		err := failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
 		require.Equal(t, codes.DeadlineExceeded, status.Code(err), "%v", err)
-		require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: failed to start pause: no answer within 2s: `)
+		require.ErrorContains(t, err, `step start_pause of pod "default/pod" failed: failed to start pause: no answer within 6s: `)
 		texts = append(texts, status.Convert(err).Message())
 		n.RequireClean(t, before)
 	}
@@ -195,7 +194,7 @@ func TestPauseKilled(t *testing.T) {
 	require.Eventually(t, func() bool {
 		status, err := pod.Status(t.Context())
 		return err == nil && status.GetState() == runtime.PodSandboxState_SANDBOX_NOTREADY
-	}, harness.Patience(time.Second), tick, "not ready within a second")
+	}, waitFor, tick)
 	require.Equal(t, "NotReady", inspect(t, n, pod.ID).GetSandbox().GetState())
 
 	require.NoError(t, pod.StopAndRemove(t.Context()))

@@ -135,9 +135,8 @@ func TestReleases(t *testing.T) {
 // ids wait, too.
 func (n *releaseNode) requirePending(t *testing.T, id string) {
 	t.Helper()
-	require.Eventually(t, func() bool { return inspect(t, n.Node, id).GetSandbox().GetState() == "CleanupOwed" }, 30*time.Second, 10*time.Millisecond)
 	var pending []string
-	for _, cleanup := range inspect(t, n.Node, id).GetSandbox().GetPendingCleanups() {
+	for _, cleanup := range waitPending(t, n.Node, id).GetPendingCleanups() {
 		pending = append(pending, cleanup.GetStep())
 	}
 	require.Equal(t, []string{"mark_pod", "allocate_ids"}, pending)

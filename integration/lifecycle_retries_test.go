@@ -87,6 +87,7 @@ func TestRetriesJoin(t *testing.T) {
 	t.Run("twenty at once", func(t *testing.T) {
 		config := n.PodConfig("wanted")
 		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
+		earlier := scrape(t, n)[joined]
 		pods := make([]*harness.Pod, 20)
 		var callers sync.WaitGroup
 		for i := range pods {
@@ -98,6 +99,7 @@ func TestRetriesJoin(t *testing.T) {
 				pods[i] = pod
 			})
 		}
+		require.Eventually(t, func() bool { return scrape(t, n)[joined] == earlier+float64(len(pods)) }, waitFor, tick)
 		require.NoError(t, n.Faults.Release("bridge.ADD"))
 		callers.Wait()
 		for _, pod := range pods {
@@ -135,7 +137,6 @@ func TestRetrySupersedes(t *testing.T) {
 	}
 
 	t.Run("a creation under way", func(t *testing.T) {
-		const joined = `podfsm_sandbox_creation_retries_total{outcome="joined"}`
 		config := n.PodConfig("pod")
 		leaveBehind(t.Context(), t, n, "bridge.ADD", config)
 		old, ok := find(t, n, config)
@@ -241,7 +242,7 @@ func TestErrorTexts(t *testing.T) {
 	t.Parallel() // it mostly waits
 	n := harness.StartNode(t, harness.Config{TOML: `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  cni_add_timeout = "3s"
+  cni_add_timeout = "10s"
 `})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
@@ -271,7 +272,7 @@ func TestErrorTexts(t *testing.T) {
 		{
 			name: "a plugin without an answer",
 			fail: func(t *testing.T) { require.NoError(t, n.Fault("bridge.ADD", "block")) },
-			text: "no answer within 3s",
+			text: "no answer within 10s",
 		},
 		{
 			name: "iptables",

@@ -11,10 +11,11 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// shortUnclaimed shortens the time for which podfsm waits for a claim.
+// shortUnclaimed shortens the time for which podfsm waits for a claim. On a busy machine, a test
+// still has time to look at a finished sandbox.
 const shortUnclaimed = `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  unclaimed_timeout = "2s"
+  unclaimed_timeout = "8s"
 `
 
 // A finished sandbox that no caller has claimed is removed. A sandbox that any call has shown
@@ -37,6 +38,7 @@ func TestUnclaimed(t *testing.T) {
 		{"a list", func(t *testing.T, id string) {
 			list, err := n.Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{})
 			require.NoError(t, err)
+			require.Len(t, list.GetItems(), 1)
 			require.Equal(t, id, list.GetItems()[0].GetId())
 		}},
 		{"a streamed list", func(t *testing.T, id string) {
@@ -44,6 +46,7 @@ func TestUnclaimed(t *testing.T) {
 			require.NoError(t, err)
 			list, err := stream.Recv()
 			require.NoError(t, err)
+			require.Len(t, list.GetPodSandboxes(), 1)
 			require.Equal(t, id, list.GetPodSandboxes()[0].GetId())
 		}},
 		{"a status", seeStatus},

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"google.golang.org/grpc/codes"
@@ -90,20 +91,22 @@ func TestChains(t *testing.T) {
 	require.Empty(t, reserved(t, n))
 	require.Empty(t, limits(t, n))
 	removeWires()
-	after, err := n.Census(t.Context())
-	require.NoError(t, err)
-	for _, category := range []string{harness.NetNSMounts, harness.Mounts, harness.Ledger, harness.Processes, harness.Shims, harness.CNICache} {
-		require.Equal(t, before[category], after[category], category)
-	}
-	for _, link := range after[harness.Links] {
-		require.NotContains(t, link, "veth")
-		require.NotContains(t, link, "ifb")
-	}
-	for _, rule := range after[harness.IPTables] {
-		for _, pod := range pods {
-			require.NotContains(t, rule, pod.ID)
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		after, err := n.Census(t.Context())
+		require.NoError(c, err)
+		for _, category := range []string{harness.NetNSMounts, harness.Mounts, harness.Ledger, harness.Processes, harness.Shims, harness.CNICache} {
+			require.Equal(c, before[category], after[category], category)
 		}
-	}
+		for _, link := range after[harness.Links] {
+			require.NotContains(c, link, "veth")
+			require.NotContains(c, link, "ifb")
+		}
+		for _, rule := range after[harness.IPTables] {
+			for _, pod := range pods {
+				require.NotContains(c, rule, pod.ID)
+			}
+		}
+	}, waitFor, tick)
 }
 
 // rareChains are chains with a rare plugin, with nftables, or with IPv6. Some kernels lack ipvlan
@@ -318,7 +321,7 @@ func writeNetworkOf(t *testing.T, version, dir, name string, plugins ...harness.
 func TestHangingPlugin(t *testing.T) {
 	n := harness.StartNode(t, harness.Config{TOML: `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  cni_add_timeout = "1s"
+  cni_add_timeout = "5s"
 `})
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
@@ -333,7 +336,7 @@ sleep 600
 	require.NoError(t, n.SetChain(t.Context(), append(n.DefaultChain(), harness.Plugin{"type": "hanger"})...))
 	err = failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod"))
 	require.ErrorContains(t, err, `plugin type="hanger"`)
-	require.ErrorContains(t, err, "no answer within 1s")
+	require.ErrorContains(t, err, "no answer within 5s")
 	pids, err := os.ReadFile(filepath.Join(dir, "pids"))
 	require.NoError(t, err)
 	require.Len(t, strings.Fields(string(pids)), 3)
@@ -384,7 +387,7 @@ func TestMiddleOfChainFails(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, before[harness.IPTables], census[harness.IPTables])
 	require.Equal(t, before[harness.Links], census[harness.Links])
-	pending := inspect(t, n, pod.ID).GetSandbox().GetPendingCleanups()
+	pending := waitPending(t, n, pod.ID).GetPendingCleanups()
 	require.NotEmpty(t, pending)
 	require.Contains(t, pending[0].GetError(), `plugin type="tuning"`)
 	require.NoError(t, n.Heal())

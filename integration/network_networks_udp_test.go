@@ -2,7 +2,9 @@ package integration
 
 import (
 	"errors"
+	"fmt"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,8 +15,8 @@ import (
 	"github.com/podfsm/podfsm/integration/harness"
 )
 
-// answerUDP answers each packet to a port of a pod with a word, until the end of the network or of
-// the test.
+// answerUDP answers each packet to a port of a pod with a word and the packet, until the end of the
+// network or of the test.
 func answerUDP(t *testing.T, n *harness.Node, pod *harness.Pod, port int, word string) (end func()) {
 	t.Helper()
 	var conn *net.UDPConn
@@ -26,12 +28,13 @@ func answerUDP(t *testing.T, n *harness.Node, pod *harness.Pod, port int, word s
 	go func() {
 		defer close(ended)
 		for {
-			_, from, err := conn.ReadFromUDP(make([]byte, 1))
+			packet := make([]byte, 16)
+			size, from, err := conn.ReadFromUDP(packet)
 			if errors.Is(err, net.ErrClosed) {
 				return
 			}
 			if err == nil {
-				_, _ = conn.WriteToUDP([]byte(word), from)
+				_, _ = conn.WriteToUDP(append([]byte(word), packet[:size]...), from)
 			}
 		}
 	}()
@@ -69,17 +72,23 @@ func testUDPPortOfAReplacedPod(t *testing.T, n *harness.Node) {
 				return err
 			}))
 			defer client.Close()
+			asked := 0
 			ask := func() string {
-				answer := make([]byte, 16)
-				if _, err := client.Write([]byte("?")); err != nil {
+				asked++
+				question := fmt.Sprint("?", asked)
+				if _, err := client.Write([]byte(question)); err != nil {
 					return "" // the port had no server
 				}
 				require.NoError(t, client.SetReadDeadline(time.Now().Add(200*time.Millisecond)))
-				size, err := client.Read(answer)
-				if err != nil {
-					return ""
+				for answer := make([]byte, 32); ; {
+					size, err := client.Read(answer)
+					if err != nil {
+						return ""
+					}
+					if word, found := strings.CutSuffix(string(answer[:size]), question); found {
+						return word
+					} // else it answers an earlier question
 				}
-				return string(answer[:size])
 			}
 			first := runPod(t, n, config("first"))
 			end := answerUDP(t, n, first, port, "first")
@@ -89,7 +98,7 @@ func testUDPPortOfAReplacedPod(t *testing.T, n *harness.Node) {
 			tc.meanwhile(ask)
 			second := runPod(t, n, config("second"))
 			end = answerUDP(t, n, second, port, "second")
-			require.Eventually(t, func() bool { return ask() == "second" }, 5*time.Second, tick, "long before the kernel forgets the flow")
+			require.Eventually(t, func() bool { return ask() == "second" }, 15*time.Second, tick, "long before the kernel forgets the flow")
 			end()
 			require.NoError(t, second.StopAndRemove(t.Context()))
 			n.RequireClean(t, before)

@@ -117,7 +117,7 @@ func testFlannel(t *testing.T, n *harness.Node) {
 	}
 	t.Run("1.0.0", func(t *testing.T) {
 		require.NoError(t, n.SetChainOf(t.Context(), "1.0.0", plugins...))
-		before, err := n.Census(t.Context())
+		before, err := n.Rest(t.Context())
 		require.NoError(t, err)
 		require.ErrorContains(t, failRun(t, n, harness.PodfsmHandler, n.PodConfig("pod")), "incompatible CNI versions")
 		n.RequireClean(t, before)
@@ -197,7 +197,7 @@ func testMultusNetworks(t *testing.T, n *harness.Node) {
 	chain.requireLife(t, n, config, func(c *harness.Container) {
 		require.Contains(t, exec(t, c, "ip", "-4", "address", "show", "net1"), " 10.93.1.")
 	})
-	before, err := n.Census(t.Context())
+	before, err := n.Rest(t.Context())
 	require.NoError(t, err)
 
 	t.Run("one network refuses", func(t *testing.T) {
@@ -210,7 +210,7 @@ func testMultusNetworks(t *testing.T, n *harness.Node) {
 		// Multus runs it at DEL, too, and fails. The pod can be tried again meanwhile.
 		api.attachments(t, config, map[string]harness.Plugin{"red": {"type": "absent"}})
 		require.ErrorContains(t, failRun(t, n, harness.PodfsmHandler, config), "absent")
-		require.Equal(t, "CleanupOwed", inspect(t, n, "default/pod").GetSandbox().GetState())
+		waitPending(t, n, "default/pod")
 		api.attachments(t, config, blue)
 		runOnce(t, n, config)
 		installPlugin(t, n, "absent", "#!/bin/sh\n")
@@ -284,7 +284,7 @@ func testWhereabouts(t *testing.T, n *harness.Node) {
 		away := api.kubeconfig + ".away"
 		require.NoError(t, os.Rename(api.kubeconfig, away))
 		require.ErrorContains(t, pod.Stop(t.Context()), "kubeconfig")
-		require.Equal(t, "CleanupOwed", inspect(t, n, pod.ID).GetSandbox().GetState())
+		waitPending(t, n, pod.ID)
 		require.NoError(t, os.Rename(away, api.kubeconfig))
 		require.NoError(t, pod.StopAndRemove(t.Context()))
 		require.Zero(t, allocations())

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/typeurl/v2"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -150,11 +151,13 @@ func TestCgroupParentsLikeStock(t *testing.T) {
 	for _, category := range []string{harness.Cgroups, harness.Processes} {
 		delete(before, category) // runc leaves the parents of a relative path
 	}
-	after, err := n.TidyCensus(t.Context())
-	require.NoError(t, err)
-	require.Empty(t, after[harness.Processes])
-	delete(after, harness.Cgroups)
-	require.Empty(t, before.Diff(after))
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		after, err := n.TidyCensus(t.Context())
+		require.NoError(c, err)
+		require.Empty(c, after[harness.Processes])
+		delete(after, harness.Cgroups)
+		require.Empty(c, before.Diff(after))
+	}, waitFor, tick)
 }
 
 // nesting runs a daemon like a container engine that runs a node in a container: each hierarchy is

@@ -80,7 +80,7 @@ func outcomesOf(t *testing.T, handler string) map[string]outcome {
 	c.other = other
 	c.ended = startContainer(t, c.pod, "ended", harness.Run("true"))
 	waitExit(t, c.ended)
-	with, err := n.Census(c.ctx)
+	with, err := n.Rest(c.ctx)
 	require.NoError(t, err)
 
 	told := map[string]outcome{}

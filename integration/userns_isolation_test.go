@@ -94,7 +94,7 @@ func (a *attacker) agentArgs(name, hierarchy string) []string {
 func TestIsolation(t *testing.T) {
 	n, _ := startNodeWithModes(t)
 	field := prepareBattlefield(t, n)
-	before, err := n.Census(t.Context())
+	before, err := n.Rest(t.Context())
 	require.NoError(t, err)
 
 	t.Run("attacks", func(t *testing.T) {

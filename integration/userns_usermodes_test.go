@@ -95,12 +95,12 @@ func TestUserModes(t *testing.T) {
 	n, _ := startNodeWithModes(t)
 	// containerd makes this directory with the first volume from an image, and leaves it.
 	require.NoError(t, os.Mkdir(filepath.Join(n.Dir(), "state/io.containerd.grpc.v1.cri/image-volumes"), 0o755))
-	before, err := n.Census(t.Context())
+	before, err := n.Rest(t.Context())
 	require.NoError(t, err)
 	for _, mode := range append([]userMode{hostUsers}, userModes...) {
 		t.Run(mode.name, func(t *testing.T) {
 			files := makeVolumes(t, n, strings.ReplaceAll(mode.name, " ", "-"))
-			before, err := n.Census(t.Context())
+			before, err := n.Rest(t.Context())
 			require.NoError(t, err)
 			t.Run("pod", func(t *testing.T) { requirePodWithVolumes(t, n, mode, files) })
 			require.DirExists(t, files.path("missing"), "as containerd makes it")
@@ -421,7 +421,7 @@ func TestUnmappablePods(t *testing.T) {
 		defer os.Remove(device)
 		for _, handler := range []string{autoHandler, keepHandler} {
 			pod := startPod(t, n, handler, n.PodConfig("of-"+handler, harness.HostUsers()))
-			with, err := n.Census(t.Context())
+			with, err := n.Rest(t.Context())
 			require.NoError(t, err)
 			for _, tc := range []struct {
 				says   string

@@ -32,7 +32,7 @@ func TestUnmappableVolumes(t *testing.T) {
 	below := filepath.Join(above, "data/below")
 	require.NoError(t, os.MkdirAll(below, 0o755))
 	require.NoError(t, unix.Mount("tmpfs", below, "tmpfs", 0, ""))
-	before, err := n.Census(t.Context())
+	before, err := n.Rest(t.Context())
 	require.NoError(t, err)
 
 	for _, mode := range userModes {
@@ -43,7 +43,7 @@ func TestUnmappableVolumes(t *testing.T) {
 		t.Run(mode.name, func(t *testing.T) {
 			t.Run("pod", func(t *testing.T) {
 				pod := startPod(t, n, mode.handler, n.PodConfig("pod", mode.option))
-				with, err := n.Census(t.Context())
+				with, err := n.Rest(t.Context())
 				require.NoError(t, err)
 				for _, tc := range []struct{ path, filesystem string }{
 					{ramfs, "ramfs"},

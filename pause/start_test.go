@@ -512,7 +512,7 @@ func TestStartEndsWithItsContext(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := b.request(t, testPod())
 			r.Spec.Annotations["big"] = strings.Repeat("x", grow)
-			ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errors.New("too long"))
+			ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("too long"))
 			defer cancel()
 			fds, before := countFDs(t), children(t)
 			_, err := b.Start(ctx, r)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -38,7 +39,7 @@ const (
 	Snapshots   = "snapshots"
 	Tasks       = "tasks"
 
-	cleanTimeout   = 10 * time.Second
+	cleanTimeout   = 30 * time.Second
 	censusInterval = 50 * time.Millisecond
 )
 
@@ -62,11 +63,11 @@ func (n *Node) Census(ctx context.Context) (Census, error) {
 }
 
 // WaitClean waits until the node is as it was before. Much is cleaned up after the call that caused
-// it. The error shows the difference.
+// it. The error shows the difference, and the last lines of the log that tell why something stays.
 func (n *Node) WaitClean(ctx context.Context, before Census) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, Patience(cleanTimeout), fmt.Errorf("not as before within %v", Patience(cleanTimeout)))
 	defer cancel()
-	return poll(ctx, censusInterval, func() error {
+	err := poll(ctx, censusInterval, func() error {
 		after, err := n.TidyCensus(ctx)
 		if err != nil {
 			return err
@@ -76,7 +77,14 @@ func (n *Node) WaitClean(ctx context.Context, before Census) error {
 		}
 		return nil
 	})
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w\n%s", err, tail(strings.Join(staysBehind.FindAllString(n.Log(), -1), "\n"), 20))
 }
+
+// staysBehind matches the lines of the log about a cleanup that containerd or podfsm has not made.
+var staysBehind = regexp.MustCompile(`.*(?:failed to clean up after shim disconnected|cleaning leaked shim process|failed to record the processes that a CNI plugin left running).*`)
 
 // TidyCensus takes a census after containerd's garbage collection. It does not end with ctx, whose
 // error would hide the difference.

@@ -2,6 +2,7 @@ package harness_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -153,7 +154,7 @@ func TestCensusSeesEachLeak(t *testing.T) {
 			found := assert.Eventually(t, func() bool {
 				after, err := n.Census(t.Context())
 				return err == nil && strings.Contains("\n"+before.Diff(after), "\n"+tc.category+":\n  + ")
-			}, time.Second, 10*time.Millisecond)
+			}, harness.Patience(20*time.Second), 10*time.Millisecond)
 			uproot()
 			require.True(t, found)
 			n.RequireClean(t, before)
@@ -164,11 +165,16 @@ func TestCensusSeesEachLeak(t *testing.T) {
 func TestWaitCleanShowsTheDifference(t *testing.T) {
 	n, before := start(t, harness.Config{})
 	require.NoError(t, os.Mkdir(filepath.Join(n.Dir(), "state/leaked"), 0o755))
+	log, err := os.OpenFile(filepath.Join(n.Dir(), "containerd.log"), os.O_APPEND|os.O_WRONLY, 0)
+	require.NoError(t, err)
+	_, err = log.WriteString("the reason: failed to clean up after shim disconnected\n")
+	require.NoError(t, errors.Join(err, log.Close()))
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
-	err := n.WaitClean(ctx, before)
+	err = n.WaitClean(ctx, before)
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.ErrorContains(t, err, "files:\n  + state/leaked\n")
+	require.ErrorContains(t, err, "\nthe reason: failed to clean up after shim disconnected")
 }
 
 // TestCloseRemovesEverything leaves a pod to Close, as a failed test does.

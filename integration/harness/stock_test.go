@@ -27,7 +27,7 @@ func start(t *testing.T, c harness.Config) (*harness.Node, harness.Census) {
 // soon returns a context for something that must happen at once, even on a busy machine.
 func soon(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), harness.Patience(20*time.Second))
 	t.Cleanup(cancel)
 	return ctx
 }
