@@ -15,7 +15,7 @@ import (
 // still has time to look at a finished sandbox.
 const shortUnclaimed = `
 [plugins.'io.containerd.podsandbox.controller.v1.podfsm']
-  unclaimed_timeout = "8s"
+  unclaimed_timeout = "5s"
 `
 
 // A finished sandbox that no caller has claimed is removed. A sandbox that any call has shown
