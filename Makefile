@@ -117,7 +117,7 @@ FUZZTIME ?= 5s
 
 .PHONY: fuzz
 fuzz: deps ## Fuzz each parser of foreign input for FUZZTIME
-	@mkdir -p .build; grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u | while read -r package; do \
+	@mkdir -p .build; git grep -l '^func Fuzz' -- '*_test.go' | xargs -n1 dirname | sort -u | sed 's,^,./,' | while read -r package; do \
 		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' "$$package"/*_test.go); do \
 			echo "$$package $$target"; \
 			try() { go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null >.build/fuzz.log 2>&1; }; \
@@ -135,7 +135,7 @@ compat: deps ## Run the unit tests with containerd's long-term release, 2.3
 	go test -mod=mod -modfile=.build/compat.mod $(TESTFLAGS) $$(go list ./... | grep -v '/integration\|/tools/\|/cmd/containerd-podfsm$$')
 
 .PHONY: next
-next: deps ## Build and test podfsm with the newest releases of containerd, runc, CNI and the CRI; PRERELEASES=1 for release candidates, too
+next: deps ## Test podfsm with the newest releases of containerd, runc, CNI and the CRI; PRERELEASES=1 for release candidates, too
 	@tools/next
 
 .PHONY: lint
