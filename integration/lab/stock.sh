@@ -18,6 +18,9 @@ END
 cat >/etc/containerd/config.toml <<END
 version = 4
 imports = ["/etc/containerd/conf.d/*.toml"]
+# Otherwise a power cut within half a minute after an image was unpacked leaves empty files in its layers.
+[plugins.'io.containerd.service.v1.diff-service']
+  sync_fs = true
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "podfsm.test/pause:1"
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
