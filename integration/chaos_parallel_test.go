@@ -3,12 +3,13 @@ package integration
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sync/errgroup"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podfsm/podfsm/integration/harness"
@@ -28,21 +29,16 @@ func TestManyPodsInParallel(t *testing.T) {
 	start := time.Now()
 	var mu sync.Mutex
 	byIP := map[string]*harness.Pod{}
-	run, ctx := errgroup.WithContext(t.Context())
-	run.SetLimit(parallel)
-	for i := range pods {
-		run.Go(func() error {
-			pod, ip, err := runReady(ctx, n, fmt.Sprintf("pod-%d", i))
-			if err != nil {
-				return err
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			byIP[ip] = pod
-			return nil
-		})
-	}
-	require.NoError(t, run.Wait())
+	atOnce(t, pods, parallel, func(ctx context.Context, i int) error {
+		pod, ip, err := runReady(ctx, n, fmt.Sprintf("pod-%d", i))
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		byIP[ip] = pod
+		return nil
+	})
 	require.Len(t, byIP, pods, "every pod has an address of its own")
 	ready, err := n.Runtime.ListPodSandbox(t.Context(), &runtime.ListPodSandboxRequest{Filter: &runtime.PodSandboxFilter{
 		State: &runtime.PodSandboxStateValue{State: runtime.PodSandboxState_SANDBOX_READY},
@@ -52,12 +48,8 @@ func TestManyPodsInParallel(t *testing.T) {
 	t.Logf("%d pods with a container are up after %.1f s", pods, time.Since(start).Seconds())
 
 	start = time.Now()
-	remove, ctx := errgroup.WithContext(t.Context())
-	remove.SetLimit(parallel)
-	for _, pod := range byIP {
-		remove.Go(func() error { return pod.StopAndRemove(ctx) })
-	}
-	require.NoError(t, remove.Wait())
+	running := slices.Collect(maps.Values(byIP))
+	atOnce(t, pods, parallel, func(ctx context.Context, i int) error { return running[i].StopAndRemove(ctx) })
 	t.Logf("they are gone after %.1f s", time.Since(start).Seconds())
 	n.RequireClean(t, before)
 }

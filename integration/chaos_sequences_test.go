@@ -194,23 +194,21 @@ func short(random *rand.Rand, id string) string {
 }
 
 func (s *sequence) stop(ctx context.Context, random *rand.Rand) error {
-	id, _ := s.any(random)
-	if id == "" {
-		return nil
-	}
-	s.now(id, func(k *known) { k.ending = true })
-	s.starts.RLock()
-	defer s.starts.RUnlock()
-	_, err := s.node.Runtime.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: short(random, id)})
-	s.tell("stop %.13s: %v", id, err)
-	if err != nil {
-		return fmt.Errorf("stopping %s failed: %w", id, err)
-	}
-	s.now(id, func(k *known) { k.stopped = true })
-	return nil
+	return s.end(random, "stop", func(k *known) { k.stopped = true }, func(id string) error {
+		_, err := s.node.Runtime.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: id})
+		return err
+	})
 }
 
 func (s *sequence) remove(ctx context.Context, random *rand.Rand) error {
+	return s.end(random, "remove", func(k *known) { k.removed = true }, func(id string) error {
+		_, err := s.node.Runtime.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: id})
+		return err
+	})
+}
+
+// end makes a call that ends a sandbox, and notes its success.
+func (s *sequence) end(random *rand.Rand, name string, done func(*known), call func(id string) error) error {
 	id, _ := s.any(random)
 	if id == "" {
 		return nil
@@ -218,12 +216,12 @@ func (s *sequence) remove(ctx context.Context, random *rand.Rand) error {
 	s.now(id, func(k *known) { k.ending = true })
 	s.starts.RLock()
 	defer s.starts.RUnlock()
-	_, err := s.node.Runtime.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: short(random, id)})
-	s.tell("remove %.13s: %v", id, err)
+	err := call(short(random, id))
+	s.tell("%s %.13s: %v", name, id, err)
 	if err != nil {
-		return fmt.Errorf("removing %s failed: %w", id, err)
+		return fmt.Errorf("%s of %s failed: %w", name, id, err)
 	}
-	s.now(id, func(k *known) { k.removed = true })
+	s.now(id, done)
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -37,15 +38,10 @@ func TestStopsAtOnce(t *testing.T) {
 	require.NoError(t, err)
 
 	all := make([]*harness.Pod, pods)
-	run, ctx := errgroup.WithContext(t.Context())
-	run.SetLimit(8)
-	for i := range all {
-		run.Go(func() (err error) {
-			all[i], err = n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", i), harness.HostUsers()))
-			return err
-		})
-	}
-	require.NoError(t, run.Wait())
+	atOnce(t, pods, 8, func(ctx context.Context, i int) (err error) {
+		all[i], err = n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig(fmt.Sprint("pod-", i), harness.HostUsers()))
+		return err
+	})
 	require.NoError(t, n.Restart(t.Context()))
 	earlier := len(counts(t, dir)) // of the warm-up
 

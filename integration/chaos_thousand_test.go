@@ -1,13 +1,15 @@
 package integration
 
 import (
+	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 
 	podfsmv1 "github.com/podfsm/podfsm/api/podfsm/v1"
@@ -31,21 +33,16 @@ func TestThousandSandboxes(t *testing.T) {
 	start := time.Now()
 	var mu sync.Mutex
 	all := map[string]*harness.Pod{}
-	run, ctx := errgroup.WithContext(t.Context())
-	run.SetLimit(parallel)
-	for i := range pods {
-		run.Go(func() error {
-			pod, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig(fmt.Sprintf("pod-%d", i), harness.HostUsers()))
-			if err != nil {
-				return fmt.Errorf("pod %d: %w", i, err)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			all[pod.ID] = pod
-			return nil
-		})
-	}
-	require.NoError(t, run.Wait())
+	atOnce(t, pods, parallel, func(ctx context.Context, i int) error {
+		pod, err := n.RunPod(ctx, harness.PodfsmHandler, n.PodConfig(fmt.Sprintf("pod-%d", i), harness.HostUsers()))
+		if err != nil {
+			return fmt.Errorf("pod %d: %w", i, err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		all[pod.ID] = pod
+		return nil
+	})
 	t.Logf("%d sandboxes are up after %.1f s, %d started at a time", pods, time.Since(start).Seconds(), parallel)
 
 	seen, err := n.Sandboxes().IDs(t.Context(), &podfsmv1.IDsRequest{})
@@ -62,12 +59,8 @@ func TestThousandSandboxes(t *testing.T) {
 	requireRefused(t, n, n.PodConfig("one-too-many", harness.HostUsers()), codes.ResourceExhausted, fmt.Sprintf("%d are held", pods))
 
 	start = time.Now()
-	remove, ctx := errgroup.WithContext(t.Context())
-	remove.SetLimit(parallel)
-	for _, pod := range all {
-		remove.Go(func() error { return pod.StopAndRemove(ctx) })
-	}
-	require.NoError(t, remove.Wait())
+	running := slices.Collect(maps.Values(all))
+	atOnce(t, pods, parallel, func(ctx context.Context, i int) error { return running[i].StopAndRemove(ctx) })
 	t.Logf("they are gone after %.1f s", time.Since(start).Seconds())
 	n.RequireClean(t, before)
 	seen, err = n.Sandboxes().IDs(t.Context(), &podfsmv1.IDsRequest{})

@@ -29,6 +29,19 @@ const specConfig = `
   pod_annotations = ["example.com/*", "io.kubernetes.cri.*"]
 `
 
+// shape is a pod by what is particular about it.
+type shape struct {
+	name   string
+	option harness.PodOption
+}
+
+// plainShapes differ in the namespaces that most pods differ in.
+var plainShapes = []shape{
+	{"userns", func(*runtime.PodSandboxConfig) {}},
+	{"host users", harness.HostUsers()},
+	{"host network", harness.HostNetwork()},
+}
+
 func security(c *runtime.PodSandboxConfig) *runtime.LinuxSandboxSecurityContext {
 	return c.Linux.SecurityContext
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -108,6 +109,18 @@ func inspect(t *testing.T, n *harness.Node, ref string) *podfsmv1.InspectRespons
 	resp, err := n.Sandboxes().Inspect(t.Context(), &podfsmv1.InspectRequest{Ref: ref})
 	require.NoError(t, err)
 	return resp
+}
+
+// atOnce makes calls for the numbers below count, at most limit at a time, and requires that all
+// succeed.
+func atOnce(t *testing.T, count, limit int, call func(ctx context.Context, i int) error) {
+	t.Helper()
+	calls, ctx := errgroup.WithContext(t.Context())
+	calls.SetLimit(limit)
+	for i := range count {
+		calls.Go(func() error { return call(ctx, i) })
+	}
+	require.NoError(t, calls.Wait())
 }
 
 // waitPending waits until the cleanup of a sandbox is pending, and returns the sandbox. During a

@@ -81,16 +81,9 @@ func TestAnswersLikeStock(t *testing.T) {
 	before, err := n.WarmUp(t.Context(), harness.PodfsmHandler)
 	require.NoError(t, err)
 	seen := map[string]bool{}
-	for _, tc := range []struct {
-		name  string
-		shape harness.PodOption
-	}{
-		{"userns", func(*runtime.PodSandboxConfig) {}},
-		{"host users", harness.HostUsers()},
-		{"host network", harness.HostNetwork()},
-	} {
+	for _, tc := range plainShapes {
 		t.Run(tc.name, func(t *testing.T) {
-			config := n.PodConfig("pod", tc.shape)
+			config := n.PodConfig("pod", tc.option)
 			stock, ours := parityOf(t, n, harness.StockHandler, config), parityOf(t, n, harness.PodfsmHandler, config)
 			require.Greater(t, len(stock), 200)
 			for path, values := range stock.diff(ours) {

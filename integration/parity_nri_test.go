@@ -191,16 +191,9 @@ func TestNRILikeStock(t *testing.T) {
 		}
 		return a.normal()
 	}
-	for _, tc := range []struct {
-		name  string
-		shape harness.PodOption
-	}{
-		{"userns", func(*runtime.PodSandboxConfig) {}},
-		{"host users", harness.HostUsers()},
-		{"host network", harness.HostNetwork()},
-	} {
+	for _, tc := range plainShapes {
 		t.Run(tc.name, func(t *testing.T) {
-			config := n.PodConfig("pod", tc.shape)
+			config := n.PodConfig("pod", tc.option)
 			stock, ours := tellOf(t, harness.StockHandler, config), tellOf(t, harness.PodfsmHandler, config)
 			for path, values := range stock.diff(ours) {
 				if values[1] == "" && (isNRIUserNS.MatchString(path) || isNRIDevice.MatchString(path)) {

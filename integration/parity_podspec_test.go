@@ -24,12 +24,6 @@ const otherDefaults = specConfig + `
   unset_seccomp_profile = "runtime/default"
 `
 
-// shape is a pod by what is particular about it.
-type shape struct {
-	name   string
-	option harness.PodOption
-}
-
 // shapes are the pods that both handlers run. Independent settings share a pod.
 func shapes(seccompFile string) []shape {
 	int64Value := func(v int64) *runtime.Int64Value { return &runtime.Int64Value{Value: v} }

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -209,14 +210,15 @@ var (
 )
 
 // bundledMessage matches podfsm's messages, and those of containerd about a request for a sandbox. The
-// other lines of containerd may hold secrets of pods, so no field of a line lets it into a bundle.
-var bundledMessage = func() *regexp.Regexp {
+// other lines of containerd may hold secrets of pods, so no field of a line lets it into a bundle. Only
+// a bundle needs it, so other commands don't compile it.
+var bundledMessage = sync.OnceValue(func() *regexp.Regexp {
 	var own []string
 	for format := range strings.Lines(ownMessages) {
 		own = append(own, formatted.ReplaceAllString(regexp.QuoteMeta(strings.TrimSpace(format)), ".*"))
 	}
 	return regexp.MustCompile(`(?s)^((` + strings.Join(own, "|") + `)$|(Run|Stop|Remove)PodSandbox for )`)
-}()
+})
 
 // messageOf returns the message of a line of the log, in either of containerd's formats. It is "" for
 // other lines.
@@ -247,7 +249,7 @@ func (b *bundle) addLog(ctx context.Context) error {
 // keepBundled writes the lines of a log that a bundle may contain.
 func keepBundled(w io.Writer, log io.Reader) error {
 	return eachLine(log, func(line string) error {
-		if !bundledMessage.MatchString(messageOf(line)) {
+		if !bundledMessage().MatchString(messageOf(line)) {
 			return nil
 		}
 		_, err := fmt.Fprintln(w, line)
